@@ -1,0 +1,424 @@
+"""Every setting, as frozen dataclasses; a YAML file and the command line become a Config.
+
+Answers for: names, types, ranges and defaults, and for messages that say what is allowed. Only
+scripts and the top of a recipe see these objects; below them go plain values. Counts are of
+optimiser steps and of images per optimiser step, so no figure depends on the number of GPUs.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The captioned folder and how its pictures are read."""
+
+    root: str = ""
+    """the captioned folder; it may hold train/ and test/ or validation/ folders"""
+    resolution: int = 512
+    """pixels of a square picture; each is resized until it covers the square, then cropped"""
+    caption_column: str = "text"
+    """column of the metadata file that holds the caption, or a list of captions"""
+    caption_template: str = ""
+    """such as "a photo of a {label}" where the folders' names are the only captions"""
+    missing_caption: Literal["skip", "empty"] = "skip"
+    """what becomes of a picture without a caption"""
+    split_fraction: float = 0.02
+    """share held out by a stable hash where no test/ or validation/ folder exists"""
+    random_flip: bool = False
+    """mirror half of the pictures; leave off where captions say left or right"""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB under transparent pictures"""
+    min_size: int = 32
+    """pixels of the shorter side below which a picture is skipped"""
+    max_aspect: float = 4.0
+    """longer side over shorter side above which a picture is skipped"""
+    max_bad_fraction: float = 0.02
+    """share of unusable pictures above which training does not start"""
+    follow_links: bool = False
+    """read through links that leave the folder (Hugging Face caches are made of them)"""
+    cache_dir: str = "~/.cache/latentdiff"
+    """where latents, text states and scans are kept, addressed by content"""
+    num_workers: int = 0
+    """processes that prepare batches beside training"""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A U-Net trained from scratch."""
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """width of each level, finest first"""
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    """which levels attend to the text"""
+    layers_per_block: int = 2
+    """residual blocks a level"""
+    head_dim: int = 64
+    """channels of one attention head"""
+    dropout: float = 0.0
+    """dropout inside the residual blocks"""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A text tower trained from scratch together with the U-Net."""
+
+    width: int = 256
+    """width of the text states"""
+    num_layers: int = 4
+    """transformer layers"""
+    num_heads: int = 4
+    """attention heads"""
+    vocab_size: int = 2048
+    """entries of the byte-pair vocabulary trained on the captions (514 at the least)"""
+    max_tokens: int = 32
+    """tokens a caption may have, start and end included"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the parts come from. `pretrained` fine-tunes; without it the U-Net is new."""
+
+    pretrained: str = ""
+    """a Stable-Diffusion-format folder or hub id to fine-tune; empty trains from scratch"""
+    vae: str = ""
+    """a VAE's folder; "latentdiff-vae" is the small one that ships with the package"""
+    text_encoder: str = ""
+    """a folder with text_encoder/ and tokenizer/, kept frozen; empty trains a new tower"""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    measure_latents: bool = True
+    """from scratch: set the VAE's scaling_factor to 1 / the measured std of the latents"""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The chain and what the U-Net predicts. Fine-tuning keeps the model's own unless said."""
+
+    beta_schedule: Literal["", "linear", "scaled_linear", "cosine", "sigmoid", "quadratic"] = ""
+    """empty: scaled_linear from scratch, the model's own for fine-tuning"""
+    beta_start: float = 0.00085
+    """first beta of the linear schedules"""
+    beta_end: float = 0.012
+    """last beta of the linear schedules"""
+    num_timesteps: int = 1000
+    """length of the chain, T"""
+    zero_terminal_snr: bool = False
+    """from scratch: rescale the betas so that the last step is pure noise (Lin et al. 2024)"""
+    prediction_type: Literal["", "epsilon", "v_prediction", "sample"] = ""
+    """what the U-Net predicts: noise, velocity or clean latents; empty: epsilon, or the model's"""
+    weighting: Literal["none", "min_snr", "soft_min_snr", "p2"] = "none"
+    """loss weight by timestep"""
+    weighting_gamma: float = 5.0
+    """gamma of the weighting"""
+    timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
+    """how timesteps are drawn; stratified spreads them evenly over each batch"""
+    caption_dropout: float = 0.1
+    """share of captions replaced by the empty one, which guidance needs (Ho & Salimans 2022)"""
+    offset_noise: float = 0.0
+    """strength of a noise that is constant over each channel"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation. batch_size is the global one: the same on one GPU and on eight."""
+
+    max_steps: int = 10_000
+    """optimiser steps of the whole run"""
+    batch_size: int = 16
+    """images per optimiser step, over all processes and accumulated micro-batches"""
+    micro_batch_size: int = 0
+    """images per forward pass of one process; 0: batch_size / processes, no accumulation"""
+    learning_rate: float = 1e-4
+    """peak learning rate"""
+    text_learning_rate: float = 0.0
+    """rate of a text tower trained along; 0: the same"""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """shape of the rate after the warm-up, over max_steps"""
+    warmup_steps: int = 500
+    """optimiser steps until the peak rate is reached"""
+    weight_decay: float = 0.01
+    """AdamW's, not applied to norms and biases"""
+    beta2: float = 0.999
+    """AdamW's second-moment decay"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    precision: Precision = "bf16"
+    """mixed precision of the forward and backward pass; weights and optimiser stay float32"""
+    channels_last: bool = True
+    """memory layout of the U-Net's convolutions; which is faster depends on the machine"""
+    gradient_checkpointing: bool = False
+    """compute activations twice and keep fewer of them"""
+    train_text_encoder: bool = False
+    """fine-tuning: train the text tower too"""
+    ema: bool = True
+    """keep an exponential moving average of the weights and export it"""
+    ema_decay: float = 0.9999
+    """its decay, reached by a warm-up"""
+    seed: int = 0
+    """every draw of the run is a function of it"""
+    resume: str = "auto"
+    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder"""
+    log_every_steps: int = 10
+    """a line of metrics; also how often the host waits for the device"""
+    checkpoint_every_steps: int = 1000
+    """a checkpoint, apart from the one at the end"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that are kept"""
+    max_bad_steps: int = 20
+    """stop after so many updates in a row were skipped because of NaN or Inf"""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Sample sheets and held-out figures during the run."""
+
+    prompts: tuple[str, ...] = ()
+    """what the sheets show; by default eight held-out captions"""
+    every_steps: int = 1000
+    """a sheet in samples/; 0: only at the end"""
+    num_steps: int = 20
+    """sampling steps"""
+    guidance_scale: float = 4.0
+    """classifier-free guidance of the sheets"""
+    held_out_every_steps: int = 500
+    """held-out loss on fixed (picture, timestep, noise) triples; 0: only at the end"""
+    num_held_out: int = 256
+    """triples at the most"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole text-to-image run."""
+
+    output_dir: str = "runs/new"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range, naming the setting and what is allowed."""
+        _check(self)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """A VAE trained on folders of pictures; captions are not needed."""
+
+    output_dir: str = "runs/vae"
+    roots: tuple[str, ...] = ()
+    """folders of pictures; their test/ folders are held out"""
+    pretrained: str = ""
+    """a VAE's folder to go on from; empty starts from noise"""
+    resolution: int = 64
+    """pixels of the square crops"""
+    block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
+    """width of each level; the factor is 2 ** (levels - 1)"""
+    layers_per_block: int = 1
+    """residual blocks a level"""
+    norm_num_groups: int = 8
+    """groups of the group norms"""
+    latent_channels: int = 4
+    """channels of a latent"""
+    kl_weight: float = 1e-6
+    """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
+    l2_weight: float = 1.0
+    """weight of the squared error beside the absolute error"""
+    max_steps: int = 10_000
+    """optimiser steps"""
+    max_minutes: float = 0.0
+    """stop, with the rate brought to its end, after so many minutes; 0: no limit"""
+    batch_size: int = 32
+    """crops a step"""
+    learning_rate: float = 1e-3
+    """peak rate, cosine to zero"""
+    warmup_steps: int = 100
+    """steps until the peak rate"""
+    ema_decay: float = 0.999
+    """decay of the weights' moving average, which is what is saved"""
+    precision: Precision = "bf16"
+    """mixed precision of the forward and backward pass"""
+    channels_last: bool = True
+    """memory layout of the convolutions; which is faster depends on the machine"""
+    seed: int = 0
+    """every draw is a function of it"""
+    num_workers: int = 1
+    """processes that prepare crops"""
+    log_every_steps: int = 50
+    """a line of metrics"""
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    """how the weights are stored"""
+
+
+Settings = TypeVar("Settings")
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, kind: type[Settings] | None = None
+) -> Settings:
+    """Read a YAML file and overrides such as "--train.seed=1" into a Config (or VaeConfig).
+
+    Raises ValueError or FileNotFoundError for a missing file, an unknown key (with the nearest
+    name), a wrong type or a value out of range.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the config file {path} does not exist")
+    wanted: Any = kind or Config
+    return parse_arguments(wanted, ["--config", str(path), *overrides], exit_on_error=False)
+
+
+def parse_arguments(
+    kind: type[Settings],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    exit_on_error: bool = True,
+) -> Settings:
+    """Parse a command line with --config, --print_config, --help and an option per setting.
+
+    On bad usage: exit status 2 and one message on stderr, or ValueError without exit_on_error.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with these settings")
+    parser.add_class_arguments(kind)
+    try:
+        parsed: Namespace = parser.parse_args(arguments)
+        values = parser.instantiate_classes(parsed).as_dict()
+        values.pop("config", None)
+        return kind(**values)
+    except (ArgumentError, ValueError, TypeError) as error:
+        message = _readable(str(error), kind)
+        if not exit_on_error:
+            raise ValueError(message) from error
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain dicts, lists and values, as its YAML file holds them."""
+    return {
+        name: _plain(value)
+        for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    }
+
+
+def to_yaml(config: Any) -> str:
+    """Return the YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {"train.seed": 0, ...}: every setting by its dotted name."""
+    settings: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            settings |= flat(value, f"{prefix}{f.name}.")
+        else:
+            settings[prefix + f.name] = value
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _readable(message: str, kind: Any) -> str:
+    """Shorten jsonargparse's message and add the nearest name to an unknown key."""
+    message = re.sub(r"\s+", " ", message).strip()
+    unknown = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", message) or re.search(
+        r"[Uu]nrecognized arguments: --([\w.]+)", message
+    )
+    inside = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if inside or unknown:
+        wrong = f"{inside[1]}.{inside[2]}" if inside else unknown[1]
+        names = list(flat(kind()))
+        near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        return f"unknown setting {wrong}; {hint}"
+    return message
+
+
+AT_LEAST = {
+    "data.resolution": 8,
+    "data.min_size": 1,
+    "data.max_aspect": 1,
+    "data.num_workers": 0,
+    "model.unet.layers_per_block": 1,
+    "model.unet.head_dim": 1,
+    "model.text.width": 1,
+    "model.text.num_layers": 1,
+    "model.text.num_heads": 1,
+    "model.text.vocab_size": 514,
+    "model.text.max_tokens": 3,
+    "diffusion.num_timesteps": 2,
+    "diffusion.weighting_gamma": 0,
+    "diffusion.offset_noise": 0,
+    "train.max_steps": 1,
+    "train.batch_size": 1,
+    "train.micro_batch_size": 0,
+    "train.learning_rate": 0,
+    "train.text_learning_rate": 0,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.max_grad_norm": 0,
+    "train.seed": 0,
+    "train.log_every_steps": 1,
+    "train.checkpoint_every_steps": 1,
+    "train.keep_checkpoints": 1,
+    "train.max_bad_steps": 1,
+    "preview.every_steps": 0,
+    "preview.num_steps": 1,
+    "preview.guidance_scale": 0,
+    "preview.held_out_every_steps": 0,
+    "preview.num_held_out": 1,
+}
+SHARES = (
+    "data.split_fraction",
+    "data.max_bad_fraction",
+    "model.unet.dropout",
+    "diffusion.caption_dropout",
+    "train.ema_decay",
+    "train.beta2",
+)
+
+
+def _check(config: Config) -> None:
+    settings = flat(config)
+    for name, least in AT_LEAST.items():
+        value = settings[name]
+        if not least <= value < float("inf"):
+            raise ValueError(f"{name}={value}, expected a number of at least {least}")
+    for name in SHARES:
+        if not 0.0 <= settings[name] <= 1.0:
+            raise ValueError(f"{name}={settings[name]}, expected a share in [0, 1]")
+    for name in ("train.ema_decay", "train.beta2"):
+        if settings[name] >= 1:
+            raise ValueError(f"{name}={settings[name]}, expected a number below 1")
+    unet = config.model.unet
+    if len(unet.block_out_channels) != len(unet.attention_levels):
+        raise ValueError(
+            f"model.unet.attention_levels has {len(unet.attention_levels)} entries, expected one "
+            f"for each of the {len(unet.block_out_channels)} model.unet.block_out_channels"
+        )
+    if config.model.pretrained and (config.model.vae or config.model.text_encoder):
+        raise ValueError(
+            "model.pretrained brings its own VAE and text encoder; leave model.vae and "
+            "model.text_encoder empty, or model.pretrained for training from scratch"
+        )

@@ -1,0 +1,73 @@
+"""Pixels to the raw moments that the cache keeps, and the keys they are kept under."""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.data.cache_load import CropPlan, Item
+from latentdiff.data.cache_shards import as_keys, key_of
+from latentdiff.data.columns import CHUNK
+from latentdiff.data.folder import Folder
+from latentdiff.latents import LatentCodec
+from latentdiff.models import weights_hash
+
+INTERPOLATION = "bicubic"  # what images.resize_and_crop does
+CUT = np.dtype([("digest", "u1", 32), ("size", "<i4", 2), ("crop", "<f8", 2), ("flip", "u1")])
+
+
+def latent_keys(
+    digests: np.ndarray, codec: LatentCodec, *, plan: CropPlan, flips: bool, dtype: torch.dtype
+) -> np.ndarray:
+    """Hash everything a latent depends on: (V, N, 2) uint64, V = 2 with flips.
+
+    digests: (N, 32) of the picture files. Scale and shift do not matter to what is kept.
+    """
+    config = codec.vae.config
+    base = {
+        "vae": weights_hash(codec.vae),
+        "class": type(codec.vae).__name__,
+        "settings": [str(config.get(name)) for name in ("act_fn", "norm_num_groups")],
+        "dtype": str(dtype),
+        "background": plan.background,
+        "interpolation": INTERPOLATION,
+    }
+    start = hashlib.sha256(json.dumps(base, sort_keys=True).encode()).digest()
+    keys = np.zeros((1 + flips, len(digests), 2), np.uint64)
+    for flip in range(1 + flips):
+        for low in range(0, len(digests), CHUNK):
+            part = slice(low, low + CHUNK)
+            cuts = np.zeros(len(digests[part]), CUT)
+            cuts["digest"], cuts["size"], cuts["flip"] = digests[part], plan.sizes[part], flip
+            cuts["crop"] = 0.5 if plan.crops is None else plan.crops[part]
+            keys[flip, part] = as_keys(key_of(start, cut.tobytes()) for cut in cuts)
+    return keys
+
+
+@torch.no_grad()
+def encode_moments(codec: LatentCodec, pixels: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Encode pixels (B, H, W, 3) uint8 to raw moments (B, 2, C, h, w), or (B, 1, C, h, w)
+    where every standard deviation is 0."""
+    device = codec.vae.device
+    with torch.autocast(device.type, enabled=False):
+        mean, std = codec.raw_moments(to_floats(pixels.to(device)))
+    parts = [mean, std] if std.any() else [mean]
+    return torch.stack(parts, dim=1).to(dtype).cpu()
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """Turn (B, H, W, 3) uint8 into (B, 3, H, W) float32 in [-1, 1], as images.to_pixels does."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def check_finite(moments: Tensor, folder: Folder, items: list[Item]) -> None:
+    """Raise ValueError naming the pictures whose moments (B, ...) are not finite."""
+    bad = ~moments.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        names = [folder[items[i].index].id for i in bad.nonzero().flatten().tolist()]
+        raise ValueError(
+            f"the VAE gives latents that are not finite numbers for {', '.join(names[:3])}; use a "
+            "VAE in float32, and keep latents in float32"
+        )

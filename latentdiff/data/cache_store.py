@@ -1,0 +1,180 @@
+"""Tensors on disk, addressed by key: the union of the shards in a folder, and their index.
+
+Shards are only ever added, so any number of processes may write to one folder at once. All of it
+can be made again.
+"""
+
+import mmap
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.data.cache_shards import (
+    DamagedShardError,
+    Shard,
+    check_rows,
+    map_file,
+    read_row,
+    read_shard,
+    set_aside,
+    write_shard,
+)
+
+SHARD_BYTES, FLUSH_SECONDS = 16 << 20, 60.0
+OPEN_SHARDS = 8  # mapped at a time: pages of a map count as memory of the process
+MISSING = -1
+
+
+class Store:
+    """The tensors of one folder. Rows are counted through over all shards; a row's number stays.
+
+    Keys are (N, 2) uint64, two halves of KEY_BYTES.
+    """
+
+    def __init__(self, folder: Path, *, check_all: bool = False) -> None:
+        self.folder = folder
+        self._shards: list[Shard] = []
+        self._known: set[str] = set()
+        self._starts = np.zeros(1, np.int64)  # each shard's first row
+        self._keys = np.zeros((0, 2), np.uint64)
+        self._heads = np.zeros(0, np.uint64)  # first halves, sorted
+        self._order = np.zeros(0, np.int64)
+        self._maps = MappedFiles()
+        self.refresh(check_all=check_all)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def refresh(self, *, check_all: bool = False) -> None:
+        """Take in shards that were written since; damaged ones are set aside and said.
+
+        check_all: read all rows of these now, instead of each when it is wanted.
+        """
+        found = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._known:
+                continue
+            try:
+                shard, keys = read_shard(path)
+                if check_all:
+                    check_rows(shard)
+            except FileNotFoundError:  # pruned by another process
+                continue
+            except DamagedShardError as error:
+                set_aside(path, error)
+                continue
+            self._known.add(path.name)
+            self._shards.append(shard)
+            found.append(keys)
+        if found:
+            self._keys = np.concatenate([self._keys, *found])
+            self._order = np.argsort(self._keys[:, 0], kind="stable")
+            self._heads = self._keys[self._order, 0]
+            lengths = [len(shard.checks) for shard in self._shards]
+            self._starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Find the row of each key (N, 2): (N,) int64, MISSING for none."""
+        if not len(self):
+            return np.full(len(keys), MISSING)
+        at = np.searchsorted(self._heads, keys[:, 0])
+        rows = self._order[np.minimum(at, len(self) - 1)]
+        # Keys that differ and yet share their first 64 bits count as missing; none ever did.
+        return np.where((self._keys[rows] == keys).all(axis=1), rows, MISSING)
+
+    def without(self, keys: np.ndarray) -> list[Path]:
+        """List the shards that hold none of the keys (N, 2)."""
+        wanted = np.zeros(len(self), bool)
+        rows = self.find(keys)
+        wanted[rows[rows != MISSING]] = True
+        return [
+            shard.path
+            for shard, start in zip(self._shards, self._starts, strict=False)
+            if not wanted[start : start + len(shard.checks)].any()
+        ]
+
+    def read(self, row: int) -> Tensor:
+        """Read one row as a tensor of its own, in the dtype it is stored in.
+
+        A damaged one raises ValueError and its shard is set aside: another build makes it anew.
+        """
+        place = int(np.searchsorted(self._starts, row, side="right")) - 1
+        shard = self._shards[place]
+        try:
+            return read_row(shard, row - int(self._starts[place]), self._maps.get(shard.path))
+        except (DamagedShardError, FileNotFoundError) as error:
+            if isinstance(error, DamagedShardError):
+                set_aside(shard.path, error)
+                self._maps.drop(shard.path)
+            raise ValueError(
+                f"the cache file {shard.path} cannot be used any more ({error}); start again: "
+                f"what it held ({len(shard.checks):,} entries) will be encoded anew"
+            ) from error
+
+
+class Writer:
+    """Gathers rows and writes a shard when there are enough of one shape, or a minute has gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows: dict[tuple[int, ...], list[tuple[np.ndarray, Tensor]]] = {}
+        self._num_bytes, self._flushed = 0, time.monotonic()
+
+    def add(self, keys: np.ndarray, rows: Tensor) -> None:
+        """Add rows (N, ...) under keys (N, 2)."""
+        rows = rows.contiguous().cpu()
+        self._rows.setdefault(tuple(rows.shape[1:]), []).append((keys, rows))
+        self._num_bytes += rows.nbytes
+        if self._num_bytes > SHARD_BYTES or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was gathered, one shard for each shape."""
+        waiting, self._rows = self._rows, {}
+        for parts in waiting.values():
+            keys = np.concatenate([keys for keys, _ in parts])
+            write_shard(self.folder, keys, torch.cat([rows for _, rows in parts]))
+        self._num_bytes, self._flushed = 0, time.monotonic()
+
+
+class MappedFiles:
+    """The files that were read last, mapped. Threads may share it; in another process it starts
+    empty."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[Path, mmap.mmap] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> "tuple[type[MappedFiles], tuple[()]]":
+        return MappedFiles, ()
+
+    def get(self, path: Path) -> mmap.mmap:
+        """Map a file. It is unmapped when it was dropped from here and nobody reads it any more."""
+        with self._lock:
+            data = self._maps.pop(path, None) or map_file(path)
+            self._maps[path] = data
+            while len(self._maps) > OPEN_SHARDS:
+                self._maps.popitem(last=False)
+            return data
+
+    def drop(self, path: Path) -> None:
+        """Forget a file: another may have taken its name."""
+        with self._lock:
+            self._maps.pop(path, None)
+
+
+def in_share(keys: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
+    """Say of each key (N, 2) whether the process (rank, world) encodes it, (N,) bool.
+
+    It follows from the key alone: processes that look at different times still agree.
+    """
+    rank, world = shard
+    if not 0 <= rank < world:
+        raise ValueError(f"shard must be (rank, world) with 0 <= rank < world, got {shard}")
+    mine: np.ndarray = keys[:, 0] % np.uint64(world) == rank
+    return mine

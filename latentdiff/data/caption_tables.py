@@ -1,0 +1,187 @@
+"""All caption tables of a folder together: which rows belong to which listed files."""
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentdiff.data.columns import CAPTIONS, find, in_chunks
+from latentdiff.data.metadata import read_metadata
+from latentdiff.data.problems import Problems
+
+METADATA_PATTERN = r"(^|/)metadata\.(jsonl|csv|parquet)$"
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """How captions are found; `folder.read_folder` documents each field."""
+
+    caption_column: str = "text"
+    file_column: str = "file_name"
+    caption_template: str = ""
+    missing_caption: Literal["skip", "empty"] = "skip"
+    duplicate_rows: Literal["error", "captions"] = "error"
+    sidecar_lines: Literal["one", "captions"] = "one"
+
+
+@dataclass
+class CaptionTables:
+    """The caption tables in use, and the folders (posix, relative) whose table cannot be used."""
+
+    names: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def govern(self, folder: str) -> bool:
+        """Say whether a table in use stands in `folder` or above it."""
+        return any(is_below(folder, parent(name)) for name in self.names)
+
+    def failed_above(self, folder: str) -> bool:
+        return any(is_below(folder, failed) for failed in self.failed)
+
+
+@dataclass
+class Rows:
+    """The rows of all tables, column by column. table: place in CaptionTables.names."""
+
+    paths: pa.Array
+    captions: pa.ChunkedArray
+    numbers: np.ndarray
+    table: np.ndarray
+    names: list[str]
+
+    def where(self, row: int) -> str:
+        return f"{self.names[self.table[row]]}:{self.numbers[row]}"
+
+
+def find_tables(paths: pa.Array, problems: Problems) -> CaptionTables:
+    """Find the caption tables among the listed paths; two in one folder are a problem."""
+    found = paths.filter(pc.match_substring_regex(paths, METADATA_PATTERN)).to_pylist()
+    by_folder: dict[str, list[str]] = {}
+    for name in found:
+        by_folder.setdefault(parent(name), []).append(name)
+    tables = CaptionTables()
+    for folder, names in by_folder.items():
+        if len(names) > 1:
+            problems.add(
+                "two_metadata", folder or ".", ", ".join(Path(name).name for name in names)
+            )
+            tables.failed.append(folder)
+        else:
+            tables.names += names
+    return tables
+
+
+def read_rows(root: Path, tables: CaptionTables, rules: CaptionRules, problems: Problems) -> Rows:
+    """Read all tables; one without a single good row joins `tables.failed`."""
+    paths, captions = [pa.array([], pa.large_string())], [pa.array([], CAPTIONS)]
+    numbers, table = [np.zeros(0, np.int64)], [np.zeros(0, np.int16)]
+    for place, name in enumerate(list(tables.names)):
+        rows = read_metadata(
+            root,
+            name,
+            caption_column=rules.caption_column,
+            file_column=rules.file_column,
+            problems=problems,
+        )
+        before = len(paths)
+        for chunk in in_chunks(rows):
+            paths.append(pa.array([row.path for row in chunk], pa.large_string()))
+            captions.append(pa.array([row.captions for row in chunk], CAPTIONS))
+            numbers.append(np.array([row.number for row in chunk], np.int64))
+            table.append(np.full(len(chunk), place, np.int16))
+        if len(paths) == before:
+            tables.failed.append(parent(name))
+    whole_paths = pa.concat_arrays(paths)
+    del paths
+    return Rows(
+        whole_paths,
+        pa.chunked_array(captions, CAPTIONS),
+        np.concatenate(numbers),
+        np.concatenate(table),
+        list(tables.names),
+    )
+
+
+@dataclass(frozen=True)
+class Match:
+    """Each listed file's captions: (N,) places in Rows.captions followed by `merged`, or -1."""
+
+    of_file: np.ndarray
+    merged: pa.Array
+
+
+def match_rows(rows: Rows, paths: pa.Array, rules: CaptionRules, problems: Problems) -> Match:
+    """Join rows and listed files; a row without a file and a second row are problems."""
+    file_of_row = _find_file(rows.paths, paths)
+    _report_missing(rows, np.flatnonzero(file_of_row < 0), paths, problems)
+    order = np.argsort(file_of_row, kind="stable")
+    order = order[file_of_row[order] >= 0]
+    files, starts = np.unique(file_of_row[order], return_index=True)
+    of_file = np.full(len(paths), -1, np.int64)
+    of_file[files] = order[starts]  # a file's first row
+    merged: list[list[str]] = []
+    ends = np.append(starts[1:], len(order))
+    for i in np.flatnonzero(ends - starts > 1):
+        same = order[starts[i] : ends[i]]
+        if _may_merge(rows, same, paths[int(files[i])].as_py(), rules, problems):
+            of_file[files[i]] = len(rows.captions) + len(merged)
+            merged.append([text for row in same for text in rows.captions[int(row)].as_py()])
+    return Match(of_file, pa.array(merged, CAPTIONS))
+
+
+def _may_merge(
+    rows: Rows, same: np.ndarray, name: str, rules: CaptionRules, problems: Problems
+) -> bool:
+    places = ", ".join(rows.where(int(row)) for row in same[:5])
+    if len(set(rows.table[same])) > 1:
+        problems.add("two_metadata", name, f"listed in {places}")
+    elif rules.duplicate_rows == "error":
+        problems.add("listed_twice", name, f"in {places}")
+    else:
+        return True
+    return False
+
+
+def _find_file(wanted: pa.Array, paths: pa.Array) -> np.ndarray:
+    """Find listed files by name, in whatever Unicode composition (macOS has its own)."""
+    found = find(wanted, paths)
+    missing = np.flatnonzero(found < 0)
+    if len(missing):
+        composed = pc.utf8_normalize(wanted.take(pa.array(missing)), form="NFC")
+        found[missing] = find(composed, pc.utf8_normalize(paths, form="NFC"))
+    return found
+
+
+def _report_missing(rows: Rows, missing: np.ndarray, paths: pa.Array, problems: Problems) -> None:
+    refused = {
+        where
+        for key in ("link_leaves", "link_broken", "not_a_file")
+        if key in problems
+        for where, _ in problems[key].examples
+    }
+    if not len(missing):
+        return
+    names = rows.paths.take(pa.array(missing))
+    lower = pc.replace_substring(pc.utf8_lower(names), "\\", "/")
+    close = find(lower, pc.utf8_lower(paths))
+    for name, row, place in zip(names.to_pylist(), missing, close, strict=True):
+        hint = f"; there is {paths[int(place)].as_py()}" if place >= 0 else ""
+        if name not in refused:
+            problems.add("missing_file", rows.where(int(row)), f"{name}{hint}")
+
+
+def parent(path: str) -> str:
+    """Name a path's folder; "" for the root."""
+    return path.rpartition("/")[0]
+
+
+def is_below(folder: str, above: str) -> bool:
+    """Say whether `folder` is `above` or lies somewhere below it."""
+    return not above or folder == above or folder.startswith(above + "/")
+
+
+def name_of(path: str) -> str:
+    return PurePosixPath(path).name

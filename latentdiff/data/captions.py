@@ -1,0 +1,108 @@
+"""Captions as text: cleaning, choice among several, and edits of tag lists while training.
+
+Everything random is driven by a numpy Generator that the caller keys by (seed, epoch, sample), so
+that a caption does not depend on workers or batches. Token counts live in `latentdiff.text`.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+SIDE_WORDS = (
+    "left",
+    "right",
+    "text",
+    "letter",
+    "letters",
+    "word",
+    "words",
+    "number",
+    "numbers",
+    "writing",
+    "sign",
+)
+
+
+def make_caption(
+    captions: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    choice: Literal["random", "first"] = "random",
+    shuffle_tags: bool = False,
+    keep_tags: int = 0,
+    tag_dropout: float = 0.0,
+    trigger: str = "",
+    prefix: str = "",
+    suffix: str = "",
+) -> str:
+    """Choose one of a picture's captions and edit it as a training run asks.
+
+    Tags are the comma-separated parts; the first `keep_tags` neither move nor drop out. `trigger`
+    becomes the first tag unless the caption has it already. `prefix` and `suffix` are put around
+    the result as they are. The number of draws from `rng` depends on the captions and the settings
+    alone.
+    """
+    caption = captions[0]
+    if choice == "random" and len(captions) > 1:
+        caption = captions[int(rng.integers(len(captions)))]
+    if shuffle_tags or tag_dropout != 0:
+        caption = edit_tags(caption, rng, shuffle=shuffle_tags, keep=keep_tags, dropout=tag_dropout)
+    return f"{prefix}{with_trigger(caption, trigger)}{suffix}"
+
+
+def edit_tags(
+    caption: str, rng: np.random.Generator, *, shuffle: bool, keep: int = 0, dropout: float = 0.0
+) -> str:
+    """Shuffle and drop the comma-separated tags of a caption; the first `keep` stay where they are.
+
+    Each other tag is dropped with probability `dropout` in [0, 1). Raises ValueError outside that
+    range.
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"tag_dropout must be in [0, 1), got {dropout}")
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    fixed, free = tags[:keep], tags[keep:]
+    if dropout > 0:
+        kept = rng.random(len(free)) >= dropout
+        free = [tag for tag, stays in zip(free, kept, strict=True) if stays]
+    if shuffle:
+        free = [free[i] for i in rng.permutation(len(free))]
+    return ", ".join(fixed + free)
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """Put the trigger word first, as a tag, unless the caption already holds it as whole words."""
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def may_flip(captions: Sequence[str], *, side_words: Sequence[str] = SIDE_WORDS) -> bool:
+    """Say whether all captions fit the mirrored picture: none speaks of sides or writing."""
+    words = {word for caption in captions for word in re.findall(r"\w+", caption.lower())}
+    return words.isdisjoint(side_words)
+
+
+def clean_caption(caption: str) -> tuple[str, bool]:
+    """Trim a caption, join its lines and remove what no person typed.
+
+    Returns the caption and whether control characters (also lone surrogates and text-direction
+    overrides) were removed.
+    """
+    if caption.isprintable():
+        return " ".join(caption.split()), False
+    kept = "".join(c for c in caption if c in "\t\n\r" or not _is_control(c))
+    return " ".join(kept.split()), len(kept) < len(caption)
+
+
+def label_caption(template: str, label: str) -> str:
+    """Fill `{label}` in a template with a folder's name, underscores read as spaces."""
+    return template.replace("{label}", label.replace("_", " ").strip())
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in BIDI_CONTROLS + "\ufeff"

@@ -1,0 +1,69 @@
+"""The content of each picture file as a hash, read once and remembered by path, size and time."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentdiff.data.columns import whole
+from latentdiff.data.files import ALONE, Entry, read_entry, shard_of
+from latentdiff.data.folder import Folder
+from latentdiff.data.index import ScanIndex, fingerprint
+from latentdiff.data.listing import LISTING, Columns, Progress
+from latentdiff.data.memory import remembered
+
+DIGESTS = pa.schema([*LISTING, pa.field("digest", pa.binary(32))])
+NUM_THREADS = 4
+
+
+def picture_digests(
+    folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """Give the SHA-256 of each record's picture file: (N, 32) uint8.
+
+    Files that `index` knows, unchanged, are not opened. Raises OSError for one that cannot be read.
+    """
+    if not len(folder):
+        return np.zeros((0, 32), np.uint8)
+    selection = {"num": len(folder), "first": folder[0].id, "last": folder[-1].id}
+    name = f"digests-{fingerprint(selection)[:8]}"
+
+    def read(entries: list[Entry]) -> list[tuple[Any, ...]]:
+        return list(threads.map(lambda entry: (_digest(folder, entry),), entries))
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        table = remembered(
+            _listing(folder), read, name=name, schema=DIGESTS, index=index, progress=progress
+        )
+    if index is not None:
+        index.prune("digests-")
+    column = whole(table["digest"])
+    data = np.frombuffer(column.buffers()[1], np.uint8)
+    return data[column.offset * 32 :][: len(column) * 32].reshape(-1, 32)
+
+
+def _listing(folder: Folder) -> pa.Table:
+    columns = Columns()
+    for entry, time_ns in _dated(folder):
+        columns.add(entry.path, size=entry.size, mtime_ns=time_ns, offset=entry.offset)
+    return columns.table()
+
+
+def _dated(folder: Folder) -> Iterator[tuple[Entry, int]]:
+    shard, shard_time = "", 0
+    for entry in folder.entries():
+        if entry.offset == ALONE:
+            yield entry, os.stat(folder.root / entry.path).st_mtime_ns
+            continue
+        if shard_of(entry.path) != shard:  # members of a shard follow one another
+            shard = shard_of(entry.path)
+            shard_time = os.stat(folder.root / shard).st_mtime_ns
+        yield entry, shard_time
+
+
+def _digest(folder: Folder, entry: Entry) -> bytes:
+    return hashlib.sha256(read_entry(folder.root, entry)).digest()

@@ -1,0 +1,71 @@
+"""Opening one file of a folder: a file of its own, or a member of a tar shard at a byte offset."""
+
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+ALONE = -1  # the offset of a file that is no member of a shard
+SHARD = ".tar/"  # stands between a shard's path and its member's name
+
+
+class Entry(NamedTuple):
+    """A file or member: path (of a member shard.tar/name), bytes, and offset, or ALONE."""
+
+    path: str
+    size: int
+    offset: int = ALONE
+
+
+def open_entry(root: Path, entry: Entry) -> BinaryIO:
+    """Open a file for reading; of a member, nothing beyond it can be read."""
+    if entry.offset == ALONE:
+        return open(root / entry.path, "rb")
+    member = _Member(root / shard_of(entry.path), entry.offset, entry.size)
+    return cast(BinaryIO, io.BufferedReader(member))
+
+
+def read_entry(root: Path, entry: Entry) -> bytes:
+    """Read a whole file or member. Raises OSError where a shard has become shorter."""
+    if entry.offset == ALONE:
+        return (root / entry.path).read_bytes()
+    with open_entry(root, entry) as file:
+        data = file.read()
+    if len(data) != entry.size:
+        raise OSError(f"{entry.path}: expected {entry.size:,} bytes, got {len(data):,}")
+    return data
+
+
+def shard_of(path: str) -> str:
+    """Name the shard of a member's path."""
+    return path[: path.index(SHARD) + len(SHARD) - 1]
+
+
+class _Member(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
+        self._offset, self._size, self._position = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + position)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's Buffer
+        num = min(len(buffer), max(0, self._size - self._position))
+        data = os.pread(self._file.fileno(), num, self._offset + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,160 @@
+"""From files to a table of records: list, caption, scan, judge by size, split."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from latentdiff.data.caption_tables import CaptionRules
+from latentdiff.data.captioning import Captioned, caption_pictures
+from latentdiff.data.columns import CAPTIONS, release_memory, values, whole
+from latentdiff.data.index import ScanIndex, fingerprint, map_table, table_digest
+from latentdiff.data.listing import Progress, list_files
+from latentdiff.data.problems import Problems
+from latentdiff.data.scan import scan_pictures
+from latentdiff.data.shards import expand_shards
+from latentdiff.data.splits import assign_splits
+
+RECORDS = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("captions", CAPTIONS),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("split", pa.int8()),  # a place in splits.SPLITS
+        ("size", pa.int64()),  # of the file, in bytes
+        ("offset", pa.int64()),  # in its shard, or files.ALONE
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ReadRules:
+    """What makes a record of a file; `folder.read_folder` documents each field."""
+
+    captions: CaptionRules
+    follow_links: bool
+    split_fraction: float
+    min_size: int
+    max_aspect: float
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Usable records (columns of RECORDS, sorted by id), problems, and pictures there were."""
+
+    table: pa.Table
+    problems: Problems
+    num_found: int
+    stored_at: Path | None = None  # the arrow file that the table is mapped from
+
+
+def gather_records(
+    root: Path,
+    rules: ReadRules,
+    *,
+    index: ScanIndex | None = None,
+    full: bool = False,
+    progress: Progress | None = None,
+) -> Gathered:
+    """Make the table of usable records.
+
+    With an `index`, a folder whose files and rules are those of an earlier call is mapped from
+    disk, and of another one only new and changed files are opened. `full` opens all of them and
+    decodes every picture.
+    """
+    problems = Problems()
+    exclude = index.folder if index is not None else None
+    listing = list_files(root, follow_links=rules.follow_links, problems=problems, exclude=exclude)
+    release_memory()
+    name = f"{_prefix(rules)}-{_digest(listing, problems)}"
+    if index is not None and not full and (earlier := map_records(index.path(name))):
+        return earlier
+    listing = expand_shards(root, listing, problems=problems, index=index, progress=progress)
+    pictures = caption_pictures(root, listing, rules=rules.captions, problems=problems, index=index)
+    del listing
+    release_memory()
+    num_found = len(pictures) + problems.count("skipped")
+    facts = scan_pictures(root, pictures.files, index=index, full=full, progress=progress)
+    table = _records(pictures, facts, rules, problems)
+    del pictures, facts
+    release_memory()
+    if not len(table) and not problems.count("error") and not problems.count("skipped"):
+        problems.add("no_images", str(root))
+    gathered = Gathered(table, problems, num_found)
+    if index is None:
+        return gathered
+    return _stored(gathered, index, name)
+
+
+def last_records(rules: ReadRules, index: ScanIndex) -> Gathered | None:
+    """Map what the last `gather_records` with these rules found; None if nothing is kept."""
+    name = index.newest(_prefix(rules))
+    return map_records(index.path(name)) if name else None
+
+
+def _records(
+    pictures: Captioned, facts: pa.Table, rules: ReadRules, problems: Problems
+) -> pa.Table:
+    kept = _judge(facts, rules, problems)
+    good = facts.select(["path", "width", "height", "size", "offset"]).take(pa.array(kept))
+    path, width, height, size, offset = good.combine_chunks().columns
+    splits = assign_splits(values(whole(path)), rules.split_fraction, num=len(path))
+    captions = pictures.pool.take(pictures.at[kept])
+    columns = [path, captions, width, height, pa.array(splits), size, offset]
+    return pa.table(columns, schema=RECORDS).combine_chunks()
+
+
+def _judge(facts: pa.Table, rules: ReadRules, problems: Problems) -> np.ndarray:
+    """Find the rows to keep, and add a problem for each other one."""
+    widths, heights = facts["width"].to_numpy(), facts["height"].to_numpy()
+    shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
+    is_bad = facts["problem"].is_valid().to_numpy()
+    is_thin = ~is_bad & (longer > rules.max_aspect * shorter)
+    is_small = ~is_bad & ~is_thin & (shorter < rules.min_size)
+    for i in np.flatnonzero(is_bad | is_small | is_thin | facts["note"].is_valid().to_numpy()):
+        row = facts.slice(int(i), 1).to_pylist()[0]
+        size = f"{row['width']} x {row['height']}"
+        if is_bad[i]:
+            problems.add(row["problem"], row["path"], row["detail"])
+        elif is_small[i]:
+            problems.add("too_small", row["path"], f"{size}, data.min_size={rules.min_size}")
+        elif is_thin[i]:
+            problems.add(
+                "aspect_ratio", row["path"], f"{size}, data.max_aspect={rules.max_aspect:g}"
+            )
+        else:
+            problems.add(row["note"], row["path"])
+    return np.flatnonzero(~(is_bad | is_small | is_thin))
+
+
+def _stored(gathered: Gathered, index: ScanIndex, name: str) -> Gathered:
+    """Save what was gathered and map it from there, unless a file could not be read this time."""
+    if "unreadable" in gathered.problems or "unreadable_folder" in gathered.problems:
+        return gathered
+    told = {"problems": json.dumps(gathered.problems.to_json()), "num_found": gathered.num_found}
+    meta = {key: str(value) for key, value in told.items()}
+    index.save(name, gathered.table.replace_schema_metadata(meta))
+    index.prune("records-")
+    return map_records(index.path(name)) or gathered
+
+
+def map_records(path: Path) -> Gathered | None:
+    """Map records that `gather_records` stored; None where the file cannot be used."""
+    table = map_table(path)
+    if table is None or not table.schema.equals(RECORDS):
+        return None
+    meta = table.schema.metadata
+    problems = Problems.from_json(json.loads(meta[b"problems"]))
+    return Gathered(table, problems, int(meta[b"num_found"]), path)
+
+
+def _prefix(rules: ReadRules) -> str:
+    return f"records-{fingerprint(asdict(rules))[:16]}"
+
+
+def _digest(listing: pa.Table, problems: Problems) -> str:
+    seen = {"files": table_digest(listing), "problems": problems.to_json()}
+    return fingerprint(seen)[:16]

@@ -1,0 +1,159 @@
+"""Which files a folder holds: their paths, sizes and times, and the links it refuses."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from latentdiff.data.columns import CHUNK
+from latentdiff.data.files import ALONE
+from latentdiff.data.problems import Problems
+
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
+    *(".pgm", ".avif"),
+    *(".heic", ".heif", ".jp2", ".svg"),  # to say that they cannot be used
+)
+TEXT_EXTENSIONS = (".txt", ".caption", ".json")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+Progress = Callable[[int, int], None]  # (done, total)
+LISTING = pa.schema(
+    [
+        ("path", pa.large_string()),  # posix, relative to the root
+        ("size", pa.int64()),  # bytes
+        ("mtime_ns", pa.int64()),  # of a shard's member: the shard's
+        ("offset", pa.int64()),  # in the shard, or files.ALONE
+    ]
+)
+
+
+def list_files(
+    root: Path, *, follow_links: bool, problems: Problems, exclude: Path | None = None
+) -> pa.Table:
+    """List the regular files below `root`: rows of LISTING, sorted by path.
+
+    Names that start with a dot, and what lies in the folder `exclude`, are passed over. A link to a
+    picture, caption or folder outside `root` is a problem unless `follow_links`; so are broken
+    links, names that are not UTF-8, and folders that cannot be opened.
+    """
+    columns = Columns()
+    real_root = os.path.realpath(root)
+    walk = _Walk(real_root, follow_links=follow_links, problems=problems)
+    if exclude is not None:
+        walk.entered.add(os.path.realpath(exclude))
+    for path, status in walk.files(str(root)):
+        columns.add(path, size=status.st_size, mtime_ns=status.st_mtime_ns)
+    return columns.table().sort_by("path").combine_chunks()
+
+
+def is_image_name(path: str) -> bool:
+    """Say whether a file's extension claims that it is a picture."""
+    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
+
+
+@dataclass
+class Columns:
+    """Rows of LISTING gathered into arrow chunks, so that a million take little memory."""
+
+    paths: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+
+    def add(self, path: str, *, size: int, mtime_ns: int, offset: int = ALONE) -> None:
+        self.paths.append(path)
+        self.sizes.append(size)
+        self.times.append(mtime_ns)
+        self.offsets.append(offset)
+        if len(self.paths) >= CHUNK:
+            self._flush()
+
+    def table(self) -> pa.Table:
+        self._flush()
+        return pa.Table.from_batches(self.batches, LISTING)
+
+    def _flush(self) -> None:
+        columns = [self.paths, self.sizes, self.times, self.offsets]
+        self.batches.append(pa.record_batch(columns, schema=LISTING))
+        self.paths, self.sizes, self.times, self.offsets = [], [], [], []
+
+
+class _Walk:
+    """One walk over a folder; it enters no folder twice, so that links make no loop."""
+
+    def __init__(self, real_root: str, *, follow_links: bool, problems: Problems) -> None:
+        self.real_root = real_root
+        self.follow_links = follow_links
+        self.problems = problems
+        self.entered: set[str] = set()
+
+    def files(self, root: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield the files below `root` in no order, with their paths relative to it."""
+        waiting = [(root, "")]
+        while waiting:
+            folder, prefix = waiting.pop()
+            real = os.path.realpath(folder)
+            if real in self.entered:
+                continue
+            self.entered.add(real)
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        yield from self._entry(entry, prefix, waiting)
+            except OSError as error:
+                self.problems.add("unreadable_folder", prefix or ".", error.strerror or "")
+
+    def _entry(
+        self, entry: os.DirEntry[str], prefix: str, waiting: list[tuple[str, str]]
+    ) -> Iterator[tuple[str, os.stat_result]]:
+        name, path = entry.name, prefix + entry.name
+        if name.startswith("."):
+            return
+        if not is_utf8(name):
+            self.problems.add("name_not_utf8", ascii(path))
+            return
+        if entry.is_symlink() and not self._may_follow(entry, path):
+            return
+        if entry.is_dir():
+            waiting.append((entry.path, path + "/"))
+            return
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            return  # it was removed in the meantime
+        if stat.S_ISREG(status.st_mode):
+            yield path, status
+        elif is_image_name(name):
+            self.problems.add("not_a_file", path)
+
+    def _may_follow(self, entry: os.DirEntry[str], path: str) -> bool:
+        target = os.path.realpath(entry.path)
+        matters = entry.is_dir() or is_image_name(path) or path.endswith((*TEXT_EXTENSIONS, ".tar"))
+        matters = matters or entry.name in METADATA_NAMES
+        if not os.path.exists(target):
+            if matters:
+                self.problems.add("link_broken", path, f"points to {target}")
+            return False
+        if self.follow_links:
+            return True
+        if not (target + os.sep).startswith(self.real_root + os.sep):
+            if matters:
+                self.problems.add("link_leaves", path, f"points to {target}")
+            return False
+        if entry.is_dir():
+            self.problems.add("link_folder", path)
+            return False
+        return True
+
+
+def is_utf8(name: str) -> bool:
+    """Say whether a file name, as Python decodes it, was valid UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

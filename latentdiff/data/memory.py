@@ -1,0 +1,86 @@
+"""What is known of files by path, size and time, so that only changed ones are read."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentdiff.data.columns import find, release_memory, take_from, whole
+from latentdiff.data.files import Entry
+from latentdiff.data.index import ScanIndex
+from latentdiff.data.listing import LISTING, Progress
+
+SAVE_SECONDS = 60.0
+FILES_AT_ONCE = 1024
+Read = Callable[[list[Entry]], list[tuple[Any, ...]]]
+
+
+def remembered(
+    files: pa.Table,
+    read: Read,
+    *,
+    name: str,
+    schema: pa.Schema,
+    index: ScanIndex | None = None,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> pa.Table:
+    """Give a row of `schema` for each of `files`; both start with the columns of LISTING.
+
+    `read` turns some files into the cells of the further columns. It is called for files that the
+    table `name` of `index` does not know or knows otherwise, or for all if `again`; the index then
+    learns them, also while this goes on.
+    """
+    known = index.load(name, schema) if index is not None else None
+    known = schema.empty_table() if known is None else known
+    num_known = len(known)
+    at = np.full(len(files), -1) if again else find_unchanged(files, known)
+    unknown = np.flatnonzero(at < 0)
+    fresh = files.take(pa.array(unknown)).combine_chunks()
+    learnt: list[pa.Table] = []
+    saved = time.monotonic()
+    for start in range(0, len(fresh), FILES_AT_ONCE):
+        learnt.append(_read_chunk(fresh.slice(start, FILES_AT_ONCE), read, schema))
+        if progress is not None:
+            progress(start + len(learnt[-1]), len(fresh))
+        if index is not None and time.monotonic() - saved > SAVE_SECONDS:
+            _save(pa.concat_tables([known, *learnt]), name, index)
+            saved = time.monotonic()
+    at[unknown] = num_known + np.arange(len(unknown))
+    table = take_from([known, *learnt], at)
+    del known, learnt
+    release_memory()
+    if index is None or not (len(unknown) or num_known != len(table)):
+        return table
+    _save(table, name, index)
+    mapped = index.load(name, schema)
+    return mapped if mapped is not None and len(mapped) == len(table) else table
+
+
+def find_unchanged(files: pa.Table, known: pa.Table) -> np.ndarray:
+    """Find each file's row in `known` by path, size and time; -1 if it is new or changed."""
+    at = find(whole(files["path"]), whole(known["path"]))
+    there = np.flatnonzero(at >= 0)
+    is_same = np.ones(len(there), bool)
+    for column in ("size", "mtime_ns", "offset"):
+        is_same &= files[column].to_numpy()[there] == known[column].to_numpy()[at[there]]
+    at[there[~is_same]] = -1
+    return at
+
+
+def _read_chunk(files: pa.Table, read: Read, schema: pa.Schema) -> pa.Table:
+    columns = (files[name].to_pylist() for name in ("path", "size", "offset"))
+    cells = zip(*read([Entry(*row) for row in zip(*columns, strict=True)]), strict=True)
+    fields = list(schema)[len(LISTING) :]
+    arrays = [pa.array(cell, field.type) for cell, field in zip(cells, fields, strict=True)]
+    return pa.table([*files.columns, *arrays], schema=schema)
+
+
+def _save(table: pa.Table, name: str, index: ScanIndex) -> None:
+    """Keep a table, but for files that could not be read: their permissions may change."""
+    if "problem" in table.schema.names:
+        table = table.filter(pc.fill_null(pc.not_equal(table["problem"], "unreadable"), True))
+    index.save(name, table)

@@ -1,0 +1,188 @@
+"""What can be wrong with a captioned folder: the reasons, and a collection that counts them.
+
+Three severities. `error`: the folder is not used until a person mends it. `skipped`: that picture
+is left out and counts as bad. `note`: worth knowing; nothing is left out on its account, or on
+purpose.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Severity = Literal["error", "skipped", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "skipped", "note")
+MAX_EXAMPLES = 10_000  # names kept per reason; the count goes on
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One kind of problem: its severity, what it is called, and what a person can do about it."""
+
+    severity: Severity
+    title: str
+    fix: str = ""
+
+
+REASONS: dict[str, Reason] = {
+    # the folder
+    "no_images": Reason("error", "no picture found", "check the path"),
+    "no_captions": Reason(
+        "error",
+        "no picture has a caption",
+        'write metadata.jsonl, one {"file_name": "cat.jpg", "text": "a cat"} a line; or put a .txt '
+        "file beside each picture; or name folders after what they show and pass "
+        "--data.caption_template='a photo of a {label}'",
+    ),
+    "link_leaves": Reason(
+        "error",
+        "link that leaves the folder",
+        "copy the files in, or pass --data.follow_links=true",
+    ),
+    "link_broken": Reason("skipped", "link to nothing"),
+    "link_folder": Reason(
+        "note", "link to a folder, not entered", "--data.follow_links=true enters it"
+    ),
+    "name_not_utf8": Reason("skipped", "file name that is not UTF-8", "rename the file"),
+    "unreadable": Reason("skipped", "file that cannot be read", "check the permissions"),
+    "unreadable_folder": Reason("error", "folder that cannot be read", "check the permissions"),
+    "not_a_file": Reason("skipped", "not a regular file"),
+    # shards
+    "broken_shard": Reason("error", "truncated or damaged shard", "fetch the shard again"),
+    "shard_member": Reason("error", "shard member that is refused", "make the shard anew"),
+    "mixed_shards": Reason(
+        "error", "pictures beside tar shards", "keep shards and loose pictures in two folders"
+    ),
+    "shard_ignored": Reason("note", "shard members that are neither pictures nor captions"),
+    "archive": Reason(
+        "note", "archive that is not read", "unpack it, or repack it as an uncompressed .tar"
+    ),
+    # pictures
+    "empty_file": Reason("skipped", "empty file (0 bytes)"),
+    "not_an_image": Reason(
+        "skipped", "not a picture", "use JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF"
+    ),
+    "truncated": Reason("skipped", "truncated or damaged picture", "fetch the file again"),
+    "unsupported": Reason(
+        "skipped", "kind of picture that is not supported", "convert it to an 8-bit PNG or JPEG"
+    ),
+    "too_many_pixels": Reason("skipped", "more than 89 million pixels", "make it smaller"),
+    "too_small": Reason("skipped", "smaller than data.min_size", "lower --data.min_size"),
+    "aspect_ratio": Reason("skipped", "too long and thin", "crop it, or raise --data.max_aspect"),
+    "animated": Reason("note", "animation, only the first frame is used"),
+    "wrong_extension": Reason("note", "extension that is not the file's format, used all the same"),
+    # captions
+    "no_caption": Reason(
+        "skipped", "picture without a caption", "add one, or pass --data.missing_caption=empty"
+    ),
+    "empty_caption": Reason("note", "empty caption"),
+    "control_characters": Reason("note", "control characters removed from the caption"),
+    "caption_not_utf8": Reason("error", "text that is not UTF-8", "save the file as UTF-8"),
+    "caption_type": Reason("error", "caption that is not text", "give a text or a list of texts"),
+    "two_captions": Reason("error", "picture with two caption files that differ", "keep one"),
+    "two_sources": Reason("note", "caption file beside a picture that has a row; the row is used"),
+    "stray_caption": Reason("note", "caption file without a picture"),
+    # caption tables
+    "metadata_json": Reason(
+        "error",
+        "metadata.json is not read",
+        "write it as metadata.jsonl: one JSON object a line, no list around them",
+    ),
+    "two_metadata": Reason("error", "two caption tables for the same pictures", "keep one"),
+    "broken_metadata": Reason("error", "broken caption table"),
+    "no_column": Reason("error", "caption table without a column"),
+    "file_name_type": Reason("error", "file name that is not text"),
+    "outside": Reason(
+        "error", "file name that leads out of the folder", "give a path below the table's folder"
+    ),
+    "missing_file": Reason(
+        "error", "row for a file that is not there", "remove the row or add the file"
+    ),
+    "listed_twice": Reason(
+        "error",
+        "picture listed more than once",
+        "keep one row, or pass --data.duplicate_rows=captions to use the caption of each",
+    ),
+    "unlisted": Reason("note", "picture without a row in the caption table, not used"),
+}
+
+
+@dataclass
+class ProblemGroup:
+    """All problems of one reason: how many, and (where, detail) of the first ten thousand."""
+
+    key: str
+    count: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def reason(self) -> Reason:
+        return REASONS[self.key]
+
+    @property
+    def headline(self) -> str:
+        """Title and count."""
+        return f"{self.reason.title} ({self.count:,})"
+
+    def line(self, *, max_names: int = 3) -> str:
+        """Say it in a line: title, count, the first few names with details, and the fix."""
+        shown = [f"{where}: {detail}" if detail else where for where, detail in self.examples]
+        names = printable("; ".join(shown[:max_names]))
+        rest = self.count - min(max_names, len(shown))
+        more = f"; and {rest:,} more" if rest else ""
+        fix = f". Fix: {self.reason.fix}" if self.reason.fix else ""
+        return f"{self.headline}: {names}{more}{fix}"
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey rather than show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Problems(Mapping[str, ProblemGroup]):
+    """Problems by reason, errors first. `problems["truncated"].count`."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, ProblemGroup] = {}
+
+    def add(self, key: str, where: str, detail: str = "") -> None:
+        """Count one problem. `where` names a file (and row); `detail` says what was found there."""
+        if key not in REASONS:
+            raise KeyError(key)
+        group = self._groups.setdefault(key, ProblemGroup(key))
+        group.count += 1
+        if len(group.examples) < MAX_EXAMPLES:
+            group.examples.append((where, detail))
+
+    def count(self, severity: Severity) -> int:
+        return sum(group.count for group in self.groups(severity))
+
+    def groups(self, severity: Severity) -> list[ProblemGroup]:
+        """The groups of one severity, in the order of REASONS."""
+        return [self[key] for key in self if REASONS[key].severity == severity]
+
+    def __getitem__(self, key: str) -> ProblemGroup:
+        return self._groups[key]
+
+    def __iter__(self) -> Iterator[str]:
+        order = list(REASONS)
+        return iter(
+            sorted(
+                self._groups,
+                key=lambda key: (SEVERITIES.index(REASONS[key].severity), order.index(key)),
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain form that `from_json` reads back."""
+        return {key: {"count": g.count, "examples": g.examples} for key, g in self.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Problems":
+        problems = cls()
+        for key, group in data.items():
+            examples = [(str(where), str(detail)) for where, detail in group["examples"]]
+            problems._groups[key] = ProblemGroup(key, int(group["count"]), examples)
+        return problems

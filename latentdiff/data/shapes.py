@@ -1,0 +1,218 @@
+"""The built-in captioned world: flat coloured shapes on flat backgrounds.
+
+Every picture is described in full by its caption, so a model's obedience can be measured: a tenth of
+all (kind, colour, size, background) combinations is never shown in training, and a picture asked for
+by such a caption shows whether the parts of a caption were understood or only memorised.
+Drawing is deterministic in (seed, index). This module knows nothing of models or training.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+KINDS = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (220, 30, 35),
+    "green": (30, 160, 50),
+    "blue": (40, 70, 225),
+    "yellow": (245, 215, 40),
+    "purple": (145, 45, 185),
+    "orange": (245, 130, 25),
+}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+    "gray": (128, 128, 128),
+    "pink": (255, 185, 205),
+    "cyan": (125, 220, 230),
+    "teal": (0, 110, 115),
+    "brown": (105, 65, 40),
+}
+SIZES = {"small": 15 / 64, "large": 25 / 64}  # radius as a fraction of the picture's side
+RELATIONS = ("left of", "right of", "above", "below")
+PAIR_RADIUS = 12 / 64
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows: a shape, or two shapes and how the first lies to the second."""
+
+    kind: str
+    colour: str
+    size: str
+    background: str
+    relation: str | None = None
+    other_kind: str | None = None
+    other_colour: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """Return the sentence that says everything about the scene."""
+        ground = f"on a {self.background} background"
+        if self.relation is None:
+            return f"a {self.size} {self.colour} {self.kind} {ground}"
+        first, second = f"{self.colour} {self.kind}", f"{self.other_colour} {self.other_kind}"
+        return f"{_article(first)} {self.relation} {_article(second)} {ground}"
+
+
+def all_scenes() -> list[Scene]:
+    """Return every single-shape scene: 6 kinds x 6 colours x 2 sizes x 7 backgrounds = 504."""
+    return [Scene(*parts) for parts in product(KINDS, COLOURS, SIZES, BACKGROUNDS)]
+
+
+def split_scenes(*, held_out: float = 0.1, seed: int = 0) -> tuple[list[Scene], list[Scene]]:
+    """Return (seen, held-out) single-shape scenes; a scene is one combination of attributes."""
+    scenes = all_scenes()
+    order = np.random.default_rng([seed, 504]).permutation(len(scenes))
+    num_held_out = round(held_out * len(scenes))
+    chosen = set(order[:num_held_out].tolist())
+    seen = [scene for i, scene in enumerate(scenes) if i not in chosen]
+    return seen, [scenes[i] for i in sorted(chosen)]
+
+
+def render(scene: Scene, rng: np.random.Generator, *, size_px: int = 64) -> Image.Image:
+    """Draw a scene with a random place (and a radius jittered by 4 %). RGB, size_px x size_px."""
+    side = size_px * SUPERSAMPLING
+    image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
+    draw = ImageDraw.Draw(image)
+    if scene.relation is None:
+        radius = SIZES[scene.size] * rng.uniform(0.96, 1.04)
+        room = 0.5 - radius - 1 / 64
+        x, y = 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)
+        _draw_shape(draw, scene.kind, COLOURS[scene.colour], x=x, y=y, radius=radius, side=side)
+    else:
+        _draw_pair(draw, scene, rng, side=side)
+    return image.resize((size_px, size_px), Image.Resampling.BOX)
+
+
+def write_shapes(
+    root: str | Path,
+    *,
+    num_train: int = 4000,
+    num_test: int = 200,
+    size_px: int = 64,
+    pair_fraction: float = 0.0,
+    seed: int = 0,
+) -> Path:
+    """Write root/{train,test}/ with metadata.jsonl and PNG pictures; return root.
+
+    train shows the seen combinations, test the held-out ones; `pair_fraction` of the pictures show
+    two shapes and a relation. Raises FileExistsError when root holds something else already.
+    """
+    root = Path(root)
+    settings = dict(
+        num_train=num_train,
+        num_test=num_test,
+        size_px=size_px,
+        pair_fraction=pair_fraction,
+        seed=seed,
+    )
+    stamp = root / "shapes.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == settings:
+        return root
+    if root.exists() and any(root.iterdir()):
+        raise FileExistsError(f"{root} is not empty and holds other shapes; choose a new folder")
+    seen, unseen = split_scenes(seed=seed)
+    for split, scenes, count in (("train", seen, num_train), ("test", unseen, num_test)):
+        rng = np.random.default_rng([seed, len(scenes)])
+        _write_split(root / split, _stream(scenes, count, pair_fraction, rng), size_px, rng)
+    stamp.write_text(json.dumps(settings))
+    return root
+
+
+def _stream(
+    scenes: list[Scene], count: int, pair_fraction: float, rng: np.random.Generator
+) -> Iterator[Scene]:
+    """Yield `count` scenes: all combinations in turn, some replaced by pairs of two of them."""
+    for i in range(count):
+        scene = scenes[i % len(scenes)]
+        if rng.random() < pair_fraction:
+            other = scenes[int(rng.integers(len(scenes)))]
+            relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
+            scene = Scene(
+                scene.kind,
+                scene.colour,
+                "small",
+                scene.background,
+                relation,
+                other.kind,
+                other.colour,
+            )
+        yield scene
+
+
+def _write_split(
+    folder: Path, scenes: Iterator[Scene], size_px: int, rng: np.random.Generator
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for i, scene in enumerate(scenes):
+            name = f"{i:05d}.png"
+            render(scene, rng, size_px=size_px).save(folder / name)
+            row = {"file_name": name, "text": scene.caption}
+            row |= {k: v for k, v in asdict(scene).items() if v is not None}
+            lines.write(json.dumps(row) + "\n")
+
+
+def _draw_pair(
+    draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, *, side: int
+) -> None:
+    """Draw two shapes whose centres lie apart along one axis, as the relation says."""
+    near, far = 0.27 + rng.uniform(-0.04, 0.02), 0.73 + rng.uniform(-0.02, 0.04)
+    first, second = (near, far) if scene.relation in ("left of", "above") else (far, near)
+    across = [0.5 + rng.uniform(-0.2, 0.2) for _ in range(2)]
+    shapes = (
+        (scene.kind, scene.colour, first, across[0]),
+        (str(scene.other_kind), str(scene.other_colour), second, across[1]),
+    )
+    for kind, colour, along, over in shapes:
+        x, y = (along, over) if scene.relation in ("left of", "right of") else (over, along)
+        _draw_shape(draw, kind, COLOURS[colour], x=x, y=y, radius=PAIR_RADIUS, side=side)
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw,
+    kind: str,
+    colour: tuple[int, int, int],
+    *,
+    x: float,
+    y: float,
+    radius: float,
+    side: int,
+) -> None:
+    """Draw one shape; x, y, radius are fractions of the side, colour is RGB."""
+    cx, cy, r = x * side, y * side, radius * side
+    if kind in ("circle", "ring"):
+        width = 0 if kind == "circle" else round(0.42 * r)
+        fill = colour if kind == "circle" else None
+        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill, outline=colour, width=width)
+        return
+    draw.polygon([(cx + r * px, cy + r * py) for px, py in _outline(kind)], fill=colour)
+
+
+def _outline(kind: str) -> list[tuple[float, float]]:
+    """Return the corners of a shape of radius 1 around the origin, y pointing down."""
+    if kind == "square":
+        a = 0.88
+        return [(-a, -a), (a, -a), (a, a), (-a, a)]
+    if kind == "triangle":
+        return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
+    if kind == "star":
+        corners = [(1.0 if i % 2 == 0 else 0.42, math.pi * (i / 5 - 0.5)) for i in range(10)]
+        return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in corners]
+    if kind == "cross":
+        a, b = 1.0, 0.33
+        right = [(b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a)]
+        return right + [(-px, -py) for px, py in right]
+    raise ValueError(f"unknown kind of shape {kind!r}; known: {', '.join(KINDS)}")
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"

@@ -1,0 +1,52 @@
+"""Which records train and which are held out: by folder name, or by a stable hash."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+FOLDER_NAMES: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def assign_splits(ids: Iterable[str], fraction: float, *, num: int) -> np.ndarray:
+    """Give each of `num` record ids a place in SPLITS, (N,) int8.
+
+    Where any top folder is named for a held-out split, folders decide. Elsewhere the share
+    `fraction` in [0, 1) of the records, chosen by hash, becomes the validation split: a record
+    stays where it is whatever else is added to the folder.
+    """
+    by_folder, by_hash = np.zeros(num, np.int8), np.zeros(num, np.int8)
+    for i, record_id in enumerate(ids):
+        by_folder[i] = SPLITS.index(split_of_folder(record_id))
+        by_hash[i] = SPLITS.index("validation") if unit_hash(record_id) < fraction else 0
+    return by_folder if by_folder.any() else by_hash
+
+
+def split_of_folder(record_id: str) -> Split:
+    """Read a record's split from its top folder's name; "train" where that says nothing.
+
+    A shard in the top folder counts as one by the start of its name, as in val-0001.tar.
+    """
+    top, slash, _ = record_id.partition("/")
+    if top.endswith(".tar"):
+        top = re.split(r"[-_.\d]", top, maxsplit=1)[0]
+    return FOLDER_NAMES.get(top.lower(), "train") if slash else "train"
+
+
+def unit_hash(text: str) -> float:
+    """Map a text to [0, 1), evenly and the same everywhere: the first 53 bits of its SHA-256."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -1,0 +1,172 @@
+"""What a denoiser is trained towards: targets, losses, their weights over t, changes to the noise.
+
+Every draw is an argument, so that the caller decides where randomness comes from. Nothing here
+waits for the device.
+"""
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.bound import bound_term
+from latentdiff.diffusion.ddpm import (
+    Schedule,
+    at,
+    check_prediction_type,
+    split_variance,
+    velocity,
+)
+
+WEIGHTINGS = ("none", "min_snr", "soft_min_snr", "p2")
+
+_DEFAULT_GAMMA = {"none": 1.0, "min_snr": 5.0, "soft_min_snr": 5.0, "p2": 1.0}
+
+
+def target(
+    schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor, *, prediction_type: str
+) -> Tensor:
+    """Return what the model should output for xt made of x0 and eps. x0, eps: (B, ...); t: (B,)."""
+    check_prediction_type(prediction_type)
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "sample":
+        return x0
+    return velocity(schedule, x0, eps, t)
+
+
+def per_sample_loss(
+    output: Tensor,
+    target: Tensor,
+    *,
+    huber_delta: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return the mean squared error of each sample, (B, ...) -> (B,) float32.
+
+    huber_delta: use the pseudo-Huber loss 2 d (sqrt(e^2 + d^2) - d) instead: e^2 for small errors,
+    2 d |e| for large. mask: (B, 1, ...) in [0, 1]: average over what it keeps; a sample whose mask
+    keeps nothing has loss 0.
+    """
+    error = output.float() - target.float()
+    if huber_delta is None:
+        loss = error.square()
+    else:
+        loss = 2 * huber_delta * ((error.square() + huber_delta**2).sqrt() - huber_delta)
+    if mask is None:
+        return loss.flatten(1).mean(1)
+    kept = mask.float().expand_as(loss).flatten(1)
+    return (loss.flatten(1) * kept).sum(1) / kept.sum(1).clamp(min=1e-6)
+
+
+def loss_weights(
+    schedule: Schedule,
+    t: Tensor,
+    *,
+    prediction_type: str,
+    weighting: str = "none",
+    gamma: float | None = None,
+) -> Tensor:
+    """Return the factor of each sample's loss, (B,) -> (B,) float32, positive and finite.
+
+    "none": 1. The others weigh an error of x0 the same whatever is predicted. As weights of the
+    epsilon loss, with gamma's default:
+    "min_snr": min(1, gamma / SNR), 5 (Hang et al. 2023, Sec. 3.4);
+    "soft_min_snr": gamma / (SNR + gamma), 5 (Crowson et al. 2024);
+    "p2": (1 + SNR)^-gamma, 1 (Choi et al. 2022, Eq. 8).
+    One unit of x0 error is SNR units of epsilon error and SNR + 1 of v. At SNR = 0 this would give
+    v and x0 weight 0 and leave the step where sampling begins untrained: there the weight is 1.
+    """
+    check_prediction_type(prediction_type)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+    gamma = _DEFAULT_GAMMA[weighting] if gamma is None else gamma
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}: it must be positive")
+    if weighting == "none":
+        return torch.ones(t.shape, device=t.device)
+    alphas_cumprod = schedule.alphas_cumprod.gather(0, t)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if weighting == "min_snr":
+        weights = (gamma / snr).clamp(max=1)
+    elif weighting == "soft_min_snr":
+        weights = gamma / (snr + gamma)
+    else:
+        weights = (1 + snr) ** -gamma
+    if prediction_type == "v_prediction":
+        weights = weights * alphas_cumprod  # SNR / (SNR + 1)
+    elif prediction_type == "sample":
+        weights = weights * snr
+    return torch.where(snr > 0, weights, 1.0).float()
+
+
+def variance_loss(
+    schedule: Schedule,
+    output: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    *,
+    prediction_type: str,
+    levels: int | None = None,
+) -> Tensor:
+    """Return T times each sample's term of the bound, which trains the variance channels alone.
+
+    output: (B, 2C, ...), "learned_range"; x0, xt: (B, C, ...). The gradient stops at the mean
+    (Nichol & Dhariwal 2021, Sec. 3.1). (B,) float32, bits per dimension; for levels see
+    `bound.bound_term`.
+    """
+    prediction, range_output = split_variance(output, xt, variance_type="learned_range")
+    assert range_output is not None
+    term = bound_term(
+        schedule,
+        torch.cat([prediction.detach(), range_output], 1),
+        x0,
+        xt,
+        t,
+        prediction_type=prediction_type,
+        variance_type="learned_range",
+        levels=levels,
+    )
+    return schedule.num_timesteps * term.bits.float()
+
+
+def hybrid_loss(
+    schedule: Schedule,
+    output: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    *,
+    eps: Tensor,
+    prediction_type: str,
+    vlb_weight: float = 0.001,
+    levels: int | None = None,
+) -> Tensor:
+    """Return L_hybrid = L_simple + vlb_weight L_vlb of each sample (Nichol & Dhariwal 2021, Eq.
+    16).
+
+    eps: the noise in xt; the rest as in `variance_loss`. Weights of L_simple by SNR: add
+    `variance_loss` to the weighted loss instead.
+    """
+    prediction, _ = split_variance(output, xt, variance_type="learned_range")
+    truth = target(schedule, x0, eps, t, prediction_type=prediction_type)
+    vlb = variance_loss(schedule, output, x0, xt, t, prediction_type=prediction_type, levels=levels)
+    return per_sample_loss(prediction, truth) + vlb_weight * vlb
+
+
+def offset_noise(eps: Tensor, channel_noise: Tensor, *, strength: float) -> Tensor:
+    """Add noise that is constant over an image, so that its mean can change (Guttenberg 2023).
+
+    eps: (B, C, h, w); channel_noise: (B, C, 1, 1), standard normal. The result is also what the
+    model must predict.
+    """
+    return eps + strength * channel_noise
+
+
+def perturb_input(
+    schedule: Schedule, xt: Tensor, t: Tensor, noise: Tensor, *, strength: float
+) -> Tensor:
+    """Make xt noisier than its target says, against exposure bias (Ning et al. 2023, Alg. 1).
+
+    xt, noise: (B, ...), noise a second standard normal draw. The paper uses strength 0.1.
+    """
+    return xt + strength * at(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt) * noise

@@ -1,0 +1,100 @@
+"""Which timestep a training sample is noised to.
+
+Every function turns uniform draws u, (B,) in [0, 1), into timesteps, so that the caller decides
+where randomness comes from. Nothing here waits for the device.
+"""
+
+import torch
+from torch import Tensor
+
+
+def uniform_timesteps(u: Tensor, num_timesteps: int) -> Tensor:
+    """Return floor(u T): every step as likely as any other (Ho et al. 2020, Alg. 1). (B,) int64."""
+    return (u * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def logit_normal_timesteps(
+    u: Tensor, num_timesteps: int, *, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
+    """Return timesteps whose logit is normal: more of the middle (Esser et al. 2024, Sec. 3.1).
+
+    mean > 0 favours noise. This changes what is minimised: there are no weights that undo it.
+    """
+    normal = torch.special.ndtri(u.double() if u.device.type != "mps" else u)
+    return uniform_timesteps(torch.sigmoid(mean + std * normal), num_timesteps)
+
+
+def stratify(u: Tensor, place: Tensor, *, num_places: int) -> Tensor:
+    """Give sample i of n a draw in [i / n, (i + 1) / n) (Kingma et al. 2021, App. I).
+
+    u: (B,); place: (B,) int64 in [0, num_places), each sample's place in the whole batch over all
+    processes. Uniform over a random place, so every timestep sampler stays unbiased.
+    """
+    return (place + u) / num_places
+
+
+class LossAwareTimesteps:
+    """Draw timesteps in proportion to the size of their loss (Nichol & Dhariwal 2021, Eq. 18).
+
+    p_t is proportional to sqrt(mean of the last losses at t, squared), uniform until every step has
+    been seen `history` times; `uniform_share` of the draws stays uniform for ever. The weights
+    1 / (T p_t) keep the mean of the weighted loss that of uniform timesteps. History is state: save
+    it. With several processes gather t and losses first, so that all hold the same state.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int,
+        *,
+        history: int = 10,
+        uniform_share: float = 0.001,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 0 < uniform_share <= 1:
+            raise ValueError(f"uniform_share is {uniform_share}: need 0 < uniform_share <= 1")
+        self.uniform_share = uniform_share
+        # The last row takes what is to be forgotten: a masked write would wait for the device.
+        self._losses = torch.zeros(num_timesteps + 1, history, device=device)
+        self._counts = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
+
+    def probabilities(self) -> Tensor:
+        """Return p_t, (T,) float32, each at least uniform_share / T."""
+        num_timesteps, history = len(self._counts), self._losses.shape[1]
+        size = self._losses[:-1].square().mean(1).sqrt()
+        share = size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+        p = share * (1 - self.uniform_share) + self.uniform_share / num_timesteps
+        ready = (self._counts.min() >= history) & (size.sum() > 0)
+        return torch.where(ready, p, 1 / num_timesteps)
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return timesteps (B,) int64 and the weights (B,) of their losses. u: (B,) in [0, 1)."""
+        p = self.probabilities()
+        edges = p.cumsum(0)
+        t = torch.searchsorted(edges, u.to(edges.dtype) * edges[-1], right=True)
+        t = t.clamp(max=len(p) - 1)
+        return t, 1 / (len(p) * p.gather(0, t))
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the unweighted losses of a batch, the oldest forgotten first. Both (B,)."""
+        num_timesteps, history = len(self._counts), self._losses.shape[1]
+        same = t[:, None] == t[None, :]  # (B, B)
+        before, after = same.tril(-1).sum(1), same.triu(1).sum(1)
+        slot = (self._counts.gather(0, t) + before) % history
+        row = torch.where(after < history, t, num_timesteps)
+        self._losses[row, slot] = losses.detach().float()
+        self._counts.scatter_add_(0, t, torch.ones_like(t))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state as plain tensors: losses (T, history) float32, counts (T,) int64."""
+        return {"losses": self._losses[:-1].clone(), "counts": self._counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take a state back. Raises ValueError when it is of another number of steps or history."""
+        for name, own in (("losses", self._losses[:-1]), ("counts", self._counts)):
+            if state[name].shape != own.shape:
+                raise ValueError(
+                    f"timestep sampler state {name!r} has shape {tuple(state[name].shape)},"
+                    f" expected {tuple(own.shape)}: it is of a run with other num_timesteps or"
+                    " history"
+                )
+            own.copy_(state[name])

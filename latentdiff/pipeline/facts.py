@@ -1,0 +1,65 @@
+"""What a trained model's folder says of itself beside its weights: `latentdiff.json`.
+
+Plain JSON that other programs may ignore. Training writes it; the pipeline warns from it, and the
+model card is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+FILE_NAME = "latentdiff.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How a model came to be; None where it is not known.
+
+    caption_dropout: part of the captions replaced by the empty one in training, 0 for none at all.
+    steps: optimiser steps. metrics: name to value, with sample counts where they are estimates.
+    """
+
+    caption_dropout: float | None = None
+    prediction_type: str | None = None
+    base_model: str | None = None
+    dataset: str | None = None
+    licence: str | None = None
+    steps: int | None = None
+    resolution: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_facts(folder: str | os.PathLike[str]) -> Facts:
+    """Read a folder's facts; all unknown where it has none.
+
+    Entries of other programs or versions are ignored. Raises ValueError for a broken file.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return Facts()
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; delete or mend the file") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
+    known = {one.name for one in fields(Facts)}
+    return Facts(**{name: value for name, value in entries.items() if name in known})
+
+
+def write_facts(folder: str | os.PathLike[str], facts: Facts) -> Path:
+    """Write what is known to the folder's `latentdiff.json`, atomically; return the path."""
+    known = {name: value for name, value in asdict(facts).items() if value not in (None, {})}
+    path = Path(folder) / FILE_NAME
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(known, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path

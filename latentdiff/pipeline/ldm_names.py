@@ -1,0 +1,135 @@
+"""A model's weights under CompVis' names, as ComfyUI, A1111 and `from_single_file` read them.
+
+For the layout of Stable Diffusion 1.x: U-Net, AutoencoderKL and a CLIP text tower.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+def ldm_weights(*, unet: Any, vae: Any, text_encoder: Any) -> dict[str, Tensor]:
+    """Return all weights by CompVis' names.
+
+    Raises ValueError for a component of another layout than Stable Diffusion 1.x has.
+    """
+    if text_encoder.config.hidden_act != "quick_gelu" or unet.config.use_linear_projection:
+        raise ValueError(
+            "one file holds Stable Diffusion 1.x models only; this one has another layout"
+        )
+    if type(vae).__name__ != "AutoencoderKL":
+        raise ValueError(f"one file holds an AutoencoderKL only; the VAE is a {type(vae).__name__}")
+    weights: dict[str, Tensor] = {}
+    for key, tensor in unet.state_dict().items():
+        weights[UNET_PREFIX + unet_name(key, layers=unet.config.layers_per_block)] = tensor
+    for key, tensor in vae.state_dict().items():
+        is_projection = ".attentions." in key and key.endswith("weight") and tensor.ndim == 2
+        value = tensor[..., None, None] if is_projection else tensor  # a 1x1 convolution there
+        weights[VAE_PREFIX + vae_name(key, levels=len(vae.config.block_out_channels))] = value
+    for key, tensor in text_encoder.state_dict().items():
+        weights[TEXT_PREFIX + key.removeprefix("text_model.")] = tensor
+    return weights
+
+
+def ldm_names(*, unet: Any, vae: Any) -> set[str]:
+    """Return the names that a U-Net's and a VAE's weights have in one file."""
+    layers, levels = unet.config.layers_per_block, len(vae.config.block_out_channels)
+    unet_names = {UNET_PREFIX + unet_name(key, layers=layers) for key in unet.state_dict()}
+    return unet_names | {VAE_PREFIX + vae_name(key, levels=levels) for key in vae.state_dict()}
+
+
+def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a pipeline's models into one .safetensors file, atomically; return its path."""
+    weights = ldm_weights(unet=pipe.unet, vae=pipe.vae, text_encoder=pipe.text_encoder)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary)
+    temporary.replace(path)
+    return path
+
+
+def unet_name(key: str, *, layers: int) -> str:
+    """Return CompVis' name of a U-Net weight; layers: residual blocks on each level."""
+    for ours, theirs in UNET_ENDS.items():
+        if key.startswith(f"{ours}."):
+            return theirs + key.removeprefix(ours)
+    part, rest = _split(key)
+    match part:
+        case ["mid_block", kind, index]:
+            place = "1" if kind == "attentions" else str(2 * int(index))
+            return f"middle_block.{place}.{_inner(kind, rest)}"
+        case ["down_blocks", level, "downsamplers", _]:
+            return (
+                f"input_blocks.{(int(level) + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
+            )
+        case ["down_blocks", level, kind, index]:
+            block = int(level) * (layers + 1) + int(index) + 1
+            return f"input_blocks.{block}.{int(kind == 'attentions')}.{_inner(kind, rest)}"
+        case ["up_blocks", level, "upsamplers", _]:
+            # after the level's attention, if it has one: diffusers' coarsest up block has none
+            place = "1" if level == "0" else "2"
+            return f"output_blocks.{int(level) * (layers + 1) + layers}.{place}.{rest}"
+        case ["up_blocks", level, kind, index]:
+            block = int(level) * (layers + 1) + int(index)
+            return f"output_blocks.{block}.{int(kind == 'attentions')}.{_inner(kind, rest)}"
+    raise ValueError(f"the U-Net has a weight {key} that Stable Diffusion 1.x has not")
+
+
+def vae_name(key: str, *, levels: int) -> str:
+    """Return CompVis' name of a VAE weight; levels: number of resolutions."""
+    key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    key = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    if "mid_block.attentions.0." in key:
+        key = key.replace("mid_block.attentions.0.", "mid.attn_1.")
+        for ours, theirs in VAE_ATTENTION.items():
+            key = key.replace(f"attn_1.{ours}.", f"attn_1.{theirs}.")
+    key = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", key)
+    key = re.sub(r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", key)
+    key = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", key)
+    return key.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+
+
+def _split(key: str) -> tuple[list[str], str]:
+    parts = key.split(".")
+    length = 3 if parts[0] == "mid_block" else 4
+    return parts[:length], ".".join(parts[length:])
+
+
+def _inner(kind: str, rest: str) -> str:
+    if kind == "attentions":
+        return rest
+    name, end = rest.split(".", 1)
+    return f"{RESNET[name]}.{end}"

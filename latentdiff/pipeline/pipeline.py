@@ -1,0 +1,402 @@
+"""LatentDiffPipeline: a prompt becomes a picture, in the numbered steps of `__call__`.
+
+Latents are kept in float32 through the chain whatever the networks' dtype is. Every argument is
+checked in checks.py before any compute.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from latentdiff.latents import LatentCodec
+from latentdiff.pipeline import checks, denoise, schedulers
+from latentdiff.pipeline.canvas import Canvas, prepare_canvas
+from latentdiff.pipeline.decode import decode
+from latentdiff.pipeline.denoise import Guidance, Prediction
+from latentdiff.pipeline.facts import Facts
+from latentdiff.pipeline.loading import Loading
+from latentdiff.pipeline.noise import Generators, generators_for
+from latentdiff.pipeline.output import LatentDiffOutput
+from latentdiff.pipeline.pictures import Given, read_pictures
+from latentdiff.pipeline.png import attach_settings
+from latentdiff.pipeline.prompts import Text, encode, has_new_words, lora_scaled, paired
+from latentdiff.pipeline.samplers import make_sampler
+from latentdiff.pipeline.settings import describe
+from latentdiff.pipeline.step_end import TENSORS, StepEnd, StepFunction
+from latentdiff.text import NULL_CAPTION
+
+logger = logging.getLogger(__name__)
+
+
+class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
+    """Text to image, image to image and inpainting with any Stable Diffusion 1.x / 2.x model.
+
+    `LatentDiffPipeline.from_pretrained(path_or_id)("a cat").images[0]` is a PIL image. What
+    `save_pretrained` writes is opened by stock diffusers, and draws the same.
+
+    Arguments of a call, all but the prompt by keyword; nonsense is a ValueError that names it:
+    - prompt, negative_prompt: a text or a list; "(red:1.3) apple" weighs words. prompt_embeds,
+      negative_prompt_embeds (B, L, D) stand for them. long_prompts: "cut" warns of what does not
+      fit, "chunks" reads it all. clip_skip: layers of the text tower that are left out.
+    - image, strength in (0, 1]: start from a picture; mask_image: white where to paint.
+    - height, width: in pixels, by default the image's, or those of the training.
+    - num_inference_steps, eta (DDIM's randomness); the sampler is `scheduler`: `set_scheduler`.
+    - guidance_scale, 1 is none; guidance_rescale in [0, 1]; guidance_interval: (start, end), the
+      part of the chain that is guided, from 0, pure noise, to 1.
+    - num_images_per_prompt; seed: one number s, counted up over the pictures, or a list of one a
+      picture; generator: a torch.Generator, or a list, as in diffusers; latents: the noise.
+    - lora_scale: how strongly loaded LoRAs act.
+    - output_type: "pil", "np", "pt" (both in [0, 1]) or "latent"; return_dict: False for a tuple.
+    - callback_on_step_end(pipe, i, t, tensors) after each step, with the tensors that
+      callback_on_step_end_tensor_inputs names (see step_end.py); what it returns replaces them.
+    """
+
+    vae: AutoencoderKL | AutoencoderTiny
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    scheduler: Any
+    safety_checker: StableDiffusionSafetyChecker | None
+    feature_extractor: CLIPImageProcessor | None
+    image_encoder: CLIPVisionModelWithProjection | None
+    _execution_device: torch.device
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components: ClassVar = ["safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
+    _callback_tensor_inputs: ClassVar = list(TENSORS)
+
+    def __init__(
+        self,
+        *,
+        vae: AutoencoderKL | AutoencoderTiny,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("safety_checker needs a feature_extractor; pass both or neither")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self._check_parts()
+        self.register_to_config(
+            requires_safety_checker=requires_safety_checker and safety_checker is not None
+        )
+        self.vae_scale_factor = LatentCodec(vae).factor if vae is not None else 8
+        self.facts = Facts()
+        self._guidance, self._guidance_scale = Guidance(), 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | list[int] | None = None,
+        generator: Generators | None = None,
+        eta: float = 0.0,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        long_prompts: str = "cut",
+        clip_skip: int | None = None,
+        lora_scale: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepFunction | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
+        """Make pictures for a prompt, or for each prompt of a list; see the class."""
+        # 1. Refuse nonsense before any compute
+        checks.output(output_type, return_dict)
+        step_end = StepEnd.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._set_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        text = Text(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            num_images_per_prompt,
+            long_prompts=long_prompts,
+            clip_skip=clip_skip,
+            lora_scale=lora_scale,
+        )
+        text = checks.text(text, unet=self.unet, text_encoder=self.text_encoder)
+        given = self._read_pictures(text, image, mask_image, strength)
+        shape = self._latent_shape(text.num_images, given, height, width)
+        checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
+        seeds, generator = generators_for(seed, generator, num_images=text.num_images)
+        device = self._execution_device
+        timesteps = self._timesteps(num_inference_steps, given.strength, device)
+        step_options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
+
+        # 2. Read the prompts
+        states = self._text_states(text, device)
+
+        # 3. Start from noise, or from a picture under noise, each with its own generator
+        canvas = self._canvas(given, latents, shape, generator, device)
+        latents = canvas.start(self.scheduler, timesteps)
+
+        # 4. Walk the chain from noise to clean latents
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                xt = self.scheduler.scale_model_input(latents, t)
+                prediction = self._predict(canvas.unet_input(xt), t, states, lora_scale)
+                latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
+                latents = canvas.keep(self.scheduler, latents, timesteps[i + 1 :])
+                latents, states = step_end(
+                    self, i, t, latents=latents, states=states, xt=xt, prediction=prediction
+                )
+                bar.update()
+
+        # 5. Decode, and write into each picture what made it
+        images, flagged = self._decode(latents, output_type)
+        settings = describe(
+            self, text, seeds, given=given, shape=shape, steps=num_inference_steps, eta=eta
+        )
+        if output_type == "pil":
+            images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, flagged
+        return LatentDiffOutput(images, flagged, seeds, settings)
+
+    def encode_prompt(  # noqa: PLR0917  (Stable Diffusion's signature)
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        long_prompts: str = "cut",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the text states of prompts and, for guidance, of negative prompts, each (B, L, D).
+
+        The arguments are Stable Diffusion's, in its order, and long_prompts; B counts
+        num_images_per_prompt pictures a prompt. As there, clip_skip acts on the prompt alone.
+        """
+
+        def read(name: str, value: object, skipped: int | None) -> Tensor:
+            texts = checks.texts(name, value)
+            if self.text_encoder is None:
+                raise ValueError(f"this pipeline has no text encoder; pass {name}_embeds")
+            if has_new_words(self.tokenizer):
+                texts = self.maybe_convert_prompt(texts, self.tokenizer)
+            return encode(
+                texts,
+                tokenizer=self.tokenizer,
+                text_encoder=self.text_encoder,
+                device=device,
+                clip_skip=skipped,
+                long_prompts=long_prompts,
+            )
+
+        with lora_scaled(self.text_encoder, lora_scale):
+            states = read("prompt", prompt, clip_skip) if prompt_embeds is None else prompt_embeds
+            negative = negative_prompt_embeds
+            if do_classifier_free_guidance and negative is None:
+                negative = read("negative_prompt", negative_prompt or NULL_CAPTION, None)
+        owner = self.text_encoder or self.unet
+        dtype = states.dtype if owner is None else owner.dtype
+        if negative is None or not do_classifier_free_guidance:
+            return states.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0), None
+        negative = negative.to(device, dtype)
+        return paired(
+            states.to(device, dtype), negative, num_images_per_prompt=num_images_per_prompt
+        )
+
+    def set_scheduler(self, name: str) -> None:
+        """Change the sampler by a name people know, such as "dpm++2m-karras"; see samplers.py."""
+        self.scheduler = make_sampler(name, trained=self.scheduler)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance in the call that runs, or ran last; 1 is none."""
+        return self._guidance_scale
+
+    @property
+    def guidance(self) -> Guidance:
+        """Guidance of the call that runs, or ran last."""
+        return self._guidance
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether each step makes two predictions; a U-Net that reads the scale needs one."""
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or ran last."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop, by setting `_interrupt`."""
+        return self._interrupt
+
+    @property
+    def _reads_mask(self) -> bool:
+        """Whether this is an inpainting U-Net, which reads mask and masked picture."""
+        return self.unet is not None and self.unet.config.in_channels > self.num_channels
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of a latent."""
+        return 4 if self.vae is None else int(self.vae.config.latent_channels)
+
+    def _set_guidance(self, scale: object, rescale: object, interval: object) -> None:
+        guidance = checks.guidance(scale, rescale, interval)
+        self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
+        if guidance.scale > 1 and self.facts.caption_dropout == 0:
+            logger.warning(
+                "guidance_scale is %g, but this model was trained without caption dropout and has "
+                "no unconditional prediction to guide from; use guidance_scale=1",
+                guidance.scale,
+            )
+
+    def _read_pictures(
+        self, text: Text, image: object, mask_image: object, strength: object
+    ) -> Given:
+        return read_pictures(
+            image,
+            mask_image,
+            strength=strength,
+            num_prompts=text.num_prompts,
+            num_images=text.num_images,
+            needs_mask=self._reads_mask,
+        )
+
+    def _latent_shape(
+        self, num_images: int, given: Given, height: object, width: object
+    ) -> tuple[int, int, int, int]:
+        """Return (B, C, h, w) of a size in pixels, by default the picture's or the trained one."""
+        factor = self.vae_scale_factor
+        default = given.size(multiple=factor) or denoise.image_size(self.unet, factor=factor)
+        rows, columns = checks.image_size(height, width, default=default, multiple=factor)
+        return num_images, self.num_channels, rows // factor, columns // factor
+
+    def _timesteps(
+        self, num_inference_steps: object, strength: float | None, device: torch.device
+    ) -> Tensor:
+        out_channels = self.unet.config.out_channels
+        schedulers.check_variance(
+            self.scheduler, out_channels=out_channels, channels=self.num_channels
+        )
+        timesteps = schedulers.set_timesteps(
+            self.scheduler, num_inference_steps, strength=strength, device=device
+        )
+        self._num_timesteps = len(timesteps)
+        return timesteps
+
+    def _text_states(self, text: Text, device: torch.device) -> Tensor:
+        """Return (B, L, D), or under guidance (2B, L, D) with the negative prompts first."""
+        states, negative = self.encode_prompt(
+            text.prompt,
+            device,
+            text.num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            text.negative_prompt,
+            text.prompt_embeds,
+            text.negative_prompt_embeds,
+            text.lora_scale,
+            text.clip_skip,
+            text.long_prompts,
+        )
+        return states if negative is None else torch.cat([negative, states])
+
+    def _canvas(
+        self,
+        given: Given,
+        noise: Tensor | None,
+        shape: Sequence[int],
+        generator: Generators,
+        device: torch.device,
+    ) -> Canvas:
+        return prepare_canvas(
+            given,
+            noise,
+            shape=shape,
+            generator=generator,
+            codec=LatentCodec(self.vae),
+            device=device,
+            reads_mask=self._reads_mask,
+        )
+
+    def _predict(
+        self, unet_input: Tensor, t: Tensor, states: Tensor, lora_scale: float | None
+    ) -> Prediction:
+        guidance = replace(self._guidance, scale=self._guidance_scale)
+        num_timesteps = self.scheduler.config.num_train_timesteps
+        if not guidance.acts_at(t, num_timesteps=num_timesteps):
+            states = states[-len(unet_input) :]
+        return denoise.predict(
+            self.unet,
+            unet_input,
+            t=t,
+            states=states,
+            guidance=guidance,
+            channels=self.num_channels,
+            lora_scale=lora_scale,
+        )
+
+    def _decode(self, latents: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+        return decode(
+            latents,
+            vae=self.vae,
+            safety_checker=self.safety_checker,
+            feature_extractor=self.feature_extractor,
+            output_type=output_type,
+        )

@@ -1,0 +1,220 @@
+"""Prompts to text states (B, L, D): what was cut is said, weights and long prompts are possible.
+
+"(red:1.3) apple" weighs the states of "red" by 1.3: state = null + 1.3 * (state - null), where null
+is the state of the empty prompt at the same place. Only "(text:number)" is read so; all other
+brackets are text, and "\\(" is always a bracket.
+
+A prompt longer than the text tower's window is cut with a warning, or read in chunks, each with
+its own start and end token, set side by side. Prompts of unequal length in one batch are repeated
+to a common length: a softmax over keys that are all repeated k times is the softmax over them
+once, so no picture depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+MAX_WEIGHT = 10.0
+MAX_REPEATS = 64
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTED = re.compile(r"(?<!\\)\(([^()]*?[^()\\]):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a call says to the text tower: prompts, or their text states, and how to read them."""
+
+    prompt: str | list[str] | None
+    negative_prompt: str | list[str] | None
+    prompt_embeds: Tensor | None
+    negative_prompt_embeds: Tensor | None
+    num_images_per_prompt: int
+    long_prompts: str
+    clip_skip: int | None
+    lora_scale: float | None
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts."""
+        if self.prompt_embeds is not None:
+            return len(self.prompt_embeds)
+        return 1 if self.prompt is None or isinstance(self.prompt, str) else len(self.prompt)
+
+    @property
+    def num_images(self) -> int:
+        """Number of pictures to make."""
+        return self.num_prompts * self.num_images_per_prompt
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of one prompt without start and end token, and one weight each."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def weighted_parts(prompt: str) -> list[tuple[str, float]]:
+    """Split a prompt into (text, weight) parts; a prompt without "(text:weight)" is one part.
+
+    Raises ValueError for a weight above 10.
+    """
+    parts: list[tuple[str, float]] = []
+    end = 0
+    for match in _WEIGHTED.finditer(prompt):
+        weight = float(match[2])
+        if weight > MAX_WEIGHT:
+            raise ValueError(
+                f"prompt weighs {match[1]!r} by {weight:g}; expected 0..{MAX_WEIGHT:g}"
+            )
+        parts += [(prompt[end : match.start()], 1.0), (match[1], weight)]
+        end = match.end()
+    parts.append((prompt[end:], 1.0))
+    parts = [(_unescape(text), weight) for text, weight in parts if text]
+    return parts or [("", 1.0)]
+
+
+def read_tokens(tokenizer: CLIPTokenizer, prompt: str) -> Tokens:
+    """Return the prompt's token ids and weights, however long it is."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for text, weight in weighted_parts(prompt):
+        part = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        ids += part
+        weights += [weight] * len(part)
+    return Tokens(tuple(ids), tuple(weights))
+
+
+def encode(
+    prompts: Sequence[str],
+    *,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    device: torch.device,
+    long_prompts: str = "cut",
+    clip_skip: int | None = None,
+) -> Tensor:
+    """Return text states (B, L, D) on the device, L a multiple of the tokenizer's length.
+
+    clip_skip k takes the states k layers before the last. Raises ValueError for a weight out of
+    range, or for lengths in one batch that have no common multiple below 64 windows.
+    """
+    window = tokenizer.model_max_length - 2
+    tokens = [read_tokens(tokenizer, prompt) for prompt in prompts]
+    if long_prompts == "cut":
+        _warn_of_cuts(tokenizer, tokens, window)
+        tokens = [Tokens(t.ids[:window], t.weights[:window]) for t in tokens]
+    windows = [_windows(tokenizer, one, window) for one in tokens]
+    ids = torch.cat([ids for ids, _ in windows]).to(device)  # (windows of all prompts, window + 2)
+    weights = torch.cat([weights for _, weights in windows]).to(device)
+    states = _forward(text_encoder, ids, clip_skip)  # (windows, window + 2, D)
+    if bool((weights != 1).any()):
+        null_ids, _ = _windows(tokenizer, Tokens((), ()), window)
+        null = _forward(text_encoder, null_ids.to(device), clip_skip)  # (1, window + 2, D)
+        states = torch.where(
+            weights[..., None] == 1, states, null + weights[..., None].to(states) * (states - null)
+        )
+    by_prompt = states.split([len(ids) for ids, _ in windows])
+    return torch.stack(common_length([one.flatten(0, 1) for one in by_prompt]))
+
+
+def has_new_words(tokenizer: CLIPTokenizer) -> bool:
+    """Say whether textual inversion has added words."""
+    return bool(set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens))
+
+
+def common_length(states: Sequence[Tensor]) -> list[Tensor]:
+    """Repeat states (..., L_k, D) along L to one length, which leaves cross-attention as it is.
+
+    Raises ValueError where the least common multiple of the lengths is above 64 of the shortest.
+    """
+    lengths = [one.shape[-2] for one in states]
+    length = math.lcm(*lengths)
+    if length > MAX_REPEATS * min(lengths):
+        raise ValueError(
+            f"prompt lists texts of {sorted(set(lengths))} tokens, whose common multiple is too "
+            "long; call once for each length"
+        )
+    return [torch.cat([one] * (length // one.shape[-2]), dim=-2) for one in states]
+
+
+def paired(
+    states: Tensor, negative: Tensor, *, num_images_per_prompt: int
+) -> tuple[Tensor, Tensor]:
+    """Return states and negative states, one or one a prompt, of one length for each picture."""
+    states, negative = common_length([states, negative.expand(len(states), -1, -1)])
+    return (
+        states.repeat_interleave(num_images_per_prompt, dim=0),
+        negative.repeat_interleave(num_images_per_prompt, dim=0),
+    )
+
+
+@contextlib.contextmanager
+def lora_scaled(text_encoder: CLIPTextModel | None, scale: float | None) -> Iterator[None]:
+    """Scale the text encoder's LoRA layers for a while."""
+    if scale is None or text_encoder is None:
+        yield
+        return
+    scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(text_encoder, scale)
+
+
+def _windows(tokenizer: CLIPTokenizer, tokens: Tokens, window: int) -> tuple[Tensor, Tensor]:
+    """Return ids (K, window + 2) and weights of the same shape: start, tokens, end, padding."""
+    ids, weights = [], []
+    for start in range(0, max(len(tokens.ids), 1), window):
+        part = tokens.ids[start : start + window]
+        padding = window - len(part)
+        ids.append(
+            [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
+            + [tokenizer.pad_token_id] * padding
+        )
+        weights.append([1.0, *tokens.weights[start : start + window], 1.0] + [1.0] * padding)
+    return torch.tensor(ids), torch.tensor(weights)
+
+
+def _forward(text_encoder: CLIPTextModel, input_ids: Tensor, clip_skip: int | None) -> Tensor:
+    if not clip_skip:
+        states: Tensor = text_encoder(input_ids).last_hidden_state
+        return states
+    layers = text_encoder(input_ids, output_hidden_states=True).hidden_states
+    text_model = getattr(text_encoder, "text_model", text_encoder)
+    normed: Tensor = text_model.final_layer_norm(layers[-(clip_skip + 1)])
+    return normed
+
+
+def _warn_of_cuts(tokenizer: CLIPTokenizer, tokens: Sequence[Tokens], window: int) -> None:
+    for index, one in enumerate(tokens):
+        if len(one.ids) > window:
+            logger.warning(
+                "prompt %d has %d tokens, %d fit; cut off: %r (long_prompts='chunks' reads all)",
+                index,
+                len(one.ids),
+                window,
+                _readable(tokenizer, one.ids[window:]),
+            )
+
+
+def _readable(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:
+    text: Any = tokenizer.decode(list(ids))
+    return str(text).replace("</w>", " ").strip()  # the mark of a word's end, where it is left in
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\(", "(").replace("\\)", ")")

@@ -1,0 +1,298 @@
+"""Many pictures from one command: a sheet, or a folder of pictures that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from latentdiff.pipeline import checks
+from latentdiff.pipeline.attention import draw_attention, record_attention
+from latentdiff.pipeline.jobs import Job, Line, batches, plan, read_lines
+from latentdiff.pipeline.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.png import attach_settings, read_settings, save_png
+from latentdiff.pipeline.settings import model_settings
+from latentdiff.pipeline.sheet import draw_sheet
+from latentdiff.pipeline.trace import Trace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = 4
+
+Extras: TypeAlias = dict[str, Image.Image]
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What to draw besides the prompts.
+
+    Args:
+        out: a .png file for one labelled sheet, or a folder for a file a picture; a folder that
+            holds some of the pictures already is completed.
+        prompt_file: a text file with one prompt a line, or .jsonl with prompt, negative_prompt and
+            seed.
+        steps: number of steps, or a list such as [10,20] for a grid.
+        guidance_scale: scale of guidance, or a list for a grid.
+        seed: of the first picture; the next prompts count up from it.
+        negative_prompt: what not to draw.
+        num_images: pictures a prompt.
+        batch_size: pictures made at once; lower it when memory runs out.
+        sampler: by name, such as dpm++2m-karras; the model's own by default.
+        height: in pixels.
+        width: in pixels.
+        image: a picture to start from.
+        mask: a picture that is white where to paint.
+        strength: in (0, 1], how much of the picture is made anew.
+        guidance_rescale: in [0, 1].
+        guidance_interval: part of the chain that is guided, such as [0.1,0.8].
+        long_prompts: "cut" or "chunks".
+        lora: a LoRA file or folder.
+        lora_scale: how strongly it acts.
+        dtype: float32, bfloat16 or float16.
+        device: cpu, cuda, mps; the best there is by default.
+        trace: also write each picture's chain and each word's heat map beside it.
+    """
+
+    out: str
+    prompt_file: str | None = None
+    steps: int | list[int] = 50
+    guidance_scale: float | list[float] = 7.5
+    seed: int = 0
+    negative_prompt: str | None = None
+    num_images: int = 1
+    batch_size: int = 4
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: list[float] | None = None
+    long_prompts: str = "cut"
+    lora: str | None = None
+    lora_scale: float | None = None
+    dtype: str = "float32"
+    device: str | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A pipeline with the arguments that all pictures of a list share."""
+
+    pipe: LatentDiffPipeline
+    arguments: dict[str, Any]
+    batch_size: int
+    is_traced: bool
+
+    def draw(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, Extras]]:
+        """Yield every job with its picture and, when traced, its chain and heat maps."""
+        for batch in batches(jobs, batch_size=self.batch_size):
+            yield from self._draw_batch(batch)
+
+    def _draw_batch(self, batch: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, Extras]]:
+        trace = Trace() if self.is_traced else None
+        recording = record_attention(self.pipe.unet, num_images=len(batch))
+        with recording if self.is_traced else nullcontext() as maps:
+            result = self._call(batch, trace)
+        for index, (job, picture) in enumerate(zip(batch, result.images, strict=True)):
+            extras: Extras = {}
+            if trace is not None and maps is not None:
+                heat, words = maps.mean()[index], self.pipe.tokenizer
+                extras["trace"] = trace.draw(self.pipe.vae, picture=index)
+                extras["attention"] = draw_attention(
+                    picture, heat, tokenizer=words, prompt=job.prompt
+                )
+            yield job, picture, extras
+
+    def _call(self, batch: Sequence[Job], trace: Trace | None) -> Any:
+        try:
+            return self.pipe(
+                [job.prompt for job in batch],
+                negative_prompt=[job.negative_prompt or "" for job in batch],
+                seed=[job.seed for job in batch],
+                num_inference_steps=batch[0].num_inference_steps,
+                guidance_scale=batch[0].guidance_scale,
+                callback_on_step_end=trace,
+                **self.arguments,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory with batch_size={self.batch_size}; lower it, height or width, or "
+                f"take dtype=bfloat16 ({error})"
+            ) from error
+
+
+def sample(model: str, prompts: Sequence[str], options: SampleOptions) -> Iterator[dict[str, Any]]:
+    """Make the pictures; yield a JSON object for each file when it is written.
+
+    Raises ValueError or OSError with one clear message for bad input, and never writes over a
+    picture that has other settings.
+    """
+    out = Path(options.out)
+    if out.suffix and out.suffix.lower() != ".png":
+        raise ValueError(f"out={options.out} must be a .png file, or a folder")
+    jobs = _jobs(prompts, options)
+    painter = Painter(
+        _load(model, options),
+        _arguments(options),
+        checks.count("batch_size", options.batch_size, most=checks.MAX_IMAGES),
+        options.trace,
+    )
+    if out.suffix:
+        is_grid = len(jobs) > len({(job.row, job.seed) for job in jobs})
+        columns = len(_list(options.guidance_scale)) * options.num_images if is_grid else COLUMNS
+        yield from _draw_sheet(painter, jobs, out, columns=columns)
+    else:
+        yield from _fill_folder(painter, jobs, out)
+
+
+def _draw_sheet(
+    painter: Painter, jobs: Sequence[Job], out: Path, *, columns: int
+) -> Iterator[dict[str, Any]]:
+    pictures = []
+    for job, picture, extras in painter.draw(jobs):
+        pictures.append(picture)
+        yield from _write_extras(extras, out.with_name(f"{out.stem}.{job.number:06d}.png"))
+    sheet = draw_sheet(pictures, [_label(job, jobs) for job in jobs], columns=columns)
+    attach_settings(sheet, [read_settings(picture) for picture in pictures])
+    yield {"path": str(save_png(sheet, out)), "kind": "sheet", "pictures": len(pictures)}
+
+
+def _fill_folder(painter: Painter, jobs: Sequence[Job], folder: Path) -> Iterator[dict[str, Any]]:
+    """Make the pictures that the folder lacks."""
+    mark = model_settings(painter.pipe)["fingerprint"]
+    missing = [job for job in jobs if not _is_done(folder / _name(job), job, mark)]
+    for job, picture, extras in painter.draw(missing):
+        path = save_png(picture, folder / _name(job))
+        yield {"path": str(path), "kind": "picture", **read_settings(picture)["call"]}
+        yield from _write_extras(extras, path)
+    counts = {"made": len(missing), "pictures": len(jobs)}
+    yield {"path": str(folder), "kind": "folder", **counts}
+
+
+def _write_extras(extras: Extras, beside: Path) -> Iterator[dict[str, Any]]:
+    for kind, image in extras.items():
+        path = save_png(image, beside.with_name(f"{beside.stem}.{kind}.png"))
+        yield {"path": str(path), "kind": kind}
+
+
+def _is_done(path: Path, job: Job, mark: str | None) -> bool:
+    """Say whether a job's picture is there; ValueError where another one has its name."""
+    if not path.exists():
+        return False
+    settings = read_settings(path)
+    found, wanted = settings["call"], _own(job)
+    different = sorted(key for key, value in wanted.items() if found.get(key) != value)
+    if settings["model"]["fingerprint"] != mark:
+        different.append("model")
+    if different:
+        raise ValueError(
+            f"{path} is a picture of another {', '.join(different)}; it is not written over, "
+            "choose another folder"
+        )
+    return True
+
+
+def _own(job: Job) -> dict[str, Any]:
+    return {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt or "",
+        "seed": job.seed,
+        "num_inference_steps": job.num_inference_steps,
+        "guidance_scale": job.guidance_scale,
+    }
+
+
+def _name(job: Job) -> str:
+    return f"{job.number:06d}.png"
+
+
+def _label(job: Job, jobs: Sequence[Job]) -> str:
+    """Return the prompt, and what differs between the pictures of a grid."""
+    parts = [job.prompt]
+    if len({one.num_inference_steps for one in jobs}) > 1:
+        parts.append(f"steps {job.num_inference_steps}")
+    if len({one.guidance_scale for one in jobs}) > 1:
+        parts.append(f"guidance {job.guidance_scale:g}")
+    return " | ".join(parts)
+
+
+def _jobs(prompts: Sequence[str], options: SampleOptions) -> list[Job]:
+    lines = [Line(prompt) for prompt in prompts]
+    if options.prompt_file is not None:
+        lines += read_lines(Path(options.prompt_file))
+    if not lines:
+        raise ValueError("no prompts; give some, or prompt_file")
+    return plan(
+        lines,
+        seed=options.seed,
+        negative_prompt=options.negative_prompt,
+        steps=_list(options.steps),
+        guidance_scales=[float(scale) for scale in _list(options.guidance_scale)],
+        num_images=checks.count("num_images", options.num_images, most=checks.MAX_IMAGES),
+    )
+
+
+def open_pipeline(
+    model: str, *, dtype: str = "float32", device: str | None = None
+) -> LatentDiffPipeline:
+    """Open a model on a device, the best there is by default; ValueError for a wrong name."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    pipe = LatentDiffPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        pipe.to(device or accelerator or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+    return pipe
+
+
+def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
+    pipe = open_pipeline(model, dtype=options.dtype, device=options.device)
+    if options.sampler is not None:
+        pipe.set_scheduler(options.sampler)
+    if options.lora is not None:
+        pipe.load_lora_weights(options.lora)
+    pipe.set_progress_bar_config(leave=False)
+    return pipe
+
+
+def _arguments(options: SampleOptions) -> dict[str, Any]:
+    """Return the arguments of a call that all pictures share."""
+    interval = options.guidance_interval
+    return {
+        "height": options.height,
+        "width": options.width,
+        "image": _open("image", options.image),
+        "mask_image": _open("mask", options.mask),
+        "strength": options.strength,
+        "guidance_rescale": options.guidance_rescale,
+        "guidance_interval": None if interval is None else tuple(interval),
+        "long_prompts": options.long_prompts,
+        "lora_scale": options.lora_scale,
+    }
+
+
+def _open(name: str, path: str | None) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, SyntaxError, OSError) as error:
+        raise ValueError(f"{name} {path} is not a readable picture: {error}") from error
+
+
+def _list(value: Any) -> list[Any]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError("steps and guidance_scale need at least one value")
+    return values

@@ -1,0 +1,200 @@
+"""The model that a run trains: a folder to fine-tune, or a new U-Net (and text tower).
+
+Everything that does not fit is said before any weight is loaded. New weights come from the run's
+seed. Does not answer for: wrapping by Accelerate or the training itself (loop.py).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.config import Config, DiffusionConfig
+from latentdiff.diffusion.ddpm import check_objective
+from latentdiff.fit import read_configs, read_json
+from latentdiff.latents import Autoencoder, latent_factor
+from latentdiff.models import (
+    Components,
+    build_text_encoder,
+    build_unet,
+    check_fit,
+    load_components,
+    load_text,
+    load_vae,
+    make_scheduler,
+    schedule_of,
+)
+from latentdiff.text import encode_text, train_tokenizer
+
+PLAIN_ATTENTION_CELLS = 256
+SHIPPED = {"latentdiff-vae": Path(__file__).parents[1] / "assets" / "vae"}
+
+
+class TextToImage(nn.Module):
+    """What the optimiser sees as one module: the U-Net, and the text tower when it learns too."""
+
+    def __init__(self, components: Components, *, learns_text: bool) -> None:
+        super().__init__()
+        self.unet = components.unet
+        self.text_encoder: CLIPTextModel | None = components.text_encoder if learns_text else None
+
+    def forward(self, zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or states."""
+        states = text if self.text_encoder is None else encode_text(self.text_encoder, text)
+        output: Tensor = self.unet(zt, t, states, return_dict=False)[0]
+        return output
+
+
+def check_parts(config: Config) -> None:
+    """Raise ValueError or FileNotFoundError for parts that do not fit; reads config files only."""
+    if config.model.pretrained:
+        folder = Path(config.model.pretrained)
+        if folder.is_dir():
+            check_fit(read_configs(folder), image_size=config.data.resolution)
+        return
+    if not config.model.vae:
+        raise ValueError(
+            'model.vae is empty, expected the folder of a VAE, or "latentdiff-vae" for the small '
+            "one that ships; model.pretrained=FOLDER fine-tunes a whole model instead"
+        )
+    vae = _vae_config(_vae_path(config))
+    unet, text = config.model.unet, config.model.text
+    if config.model.text_encoder:
+        text_config = read_configs(_text_folder(config)).get("text_encoder", {})
+    else:
+        text_config = {"hidden_size": text.width, "max_position_embeddings": text.max_tokens}
+    channels = vae["latent_channels"]
+    check_fit(
+        {
+            "vae": vae,
+            "text_encoder": text_config,
+            "unet": {
+                "in_channels": channels,
+                "out_channels": channels,
+                "block_out_channels": unet.block_out_channels,
+                "cross_attention_dim": text_config.get("hidden_size"),
+            },
+        },
+        image_size=config.data.resolution,
+    )
+
+
+def load_frozen_vae(config: Config) -> Autoencoder:
+    """Load the VAE of a run from scratch."""
+    return load_vae(_vae_path(config))
+
+
+def new_components(
+    config: Config, vae: Autoencoder, *, captions: Iterable[str], tokenizer_dir: Path
+) -> Components:
+    """Build the model of a run from scratch around its VAE; weights follow from train.seed.
+
+    The tokenizer is trained on the captions once and kept in tokenizer_dir for a resumed run.
+    """
+    model, diffusion = config.model, config.diffusion
+    torch.manual_seed(config.train.seed)
+    if model.text_encoder:
+        text_encoder, tokenizer = load_text(_text_folder(config))
+    else:
+        tokenizer = _own_tokenizer(config, captions, tokenizer_dir)
+        text_encoder = build_text_encoder(
+            tokenizer,
+            width=model.text.width,
+            num_layers=model.text.num_layers,
+            num_heads=model.text.num_heads,
+        )
+    unet = build_unet(
+        sample_size=config.data.resolution // latent_factor(vae.config),
+        in_channels=vae.config["latent_channels"],
+        block_out_channels=model.unet.block_out_channels,
+        attention_levels=model.unet.attention_levels,
+        layers_per_block=model.unet.layers_per_block,
+        head_dim=model.unet.head_dim,
+        dropout=model.unet.dropout,
+        cross_attention_dim=text_encoder.config.hidden_size,
+    )
+    scheduler = _scheduler(diffusion)
+    return Components(
+        unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
+    )
+
+
+def pretrained_components(config: Config) -> Components:
+    """Load the model to fine-tune; a prediction type other than its own goes to its scheduler."""
+    components = load_components(config.model.pretrained)
+    wanted = config.diffusion.prediction_type
+    if wanted and wanted != components.scheduler.config["prediction_type"]:
+        components.scheduler.register_to_config(prediction_type=wanted)
+    for name in ("beta_schedule", "zero_terminal_snr"):
+        if getattr(config.diffusion, name):
+            raise ValueError(
+                f"diffusion.{name} is for training from scratch, and model.pretrained brings its "
+                f"own schedule; leave diffusion.{name} out"
+            )
+    check_objective(
+        schedule_of(components.scheduler), components.scheduler.config["prediction_type"]
+    )
+    return components
+
+
+def learns_text(config: Config) -> bool:
+    """Return whether the text tower is trained: a new one always is, others when asked."""
+    is_new = not config.model.pretrained and not config.model.text_encoder
+    return is_new or config.train.train_text_encoder
+
+
+def use_plain_attention(unet: UNet2DConditionModel, *, num_cells: int) -> None:
+    """Train short sequences with two matrix products and a softmax, the same up to rounding.
+
+    On the CPU the fused kernel's backward pass is several times slower below about 256 cells.
+    """
+    if num_cells <= PLAIN_ATTENTION_CELLS:
+        unet.set_attn_processor(AttnProcessor())
+
+
+def _scheduler(diffusion: DiffusionConfig) -> Any:
+    return make_scheduler(
+        beta_schedule=diffusion.beta_schedule or "scaled_linear",
+        prediction_type=diffusion.prediction_type or "epsilon",
+        num_timesteps=diffusion.num_timesteps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        zero_terminal_snr=diffusion.zero_terminal_snr,
+    )
+
+
+def _own_tokenizer(config: Config, captions: Iterable[str], folder: Path) -> CLIPTokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return CLIPTokenizer.from_pretrained(folder)
+    text = config.model.text
+    tokenizer = train_tokenizer(captions, vocab_size=text.vocab_size, max_length=text.max_tokens)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _vae_path(config: Config) -> str:
+    return str(SHIPPED.get(config.model.vae, config.model.vae))
+
+
+def _vae_config(path: str) -> dict[str, Any]:
+    """Read a local VAE's config; a VAE's own folder or a pipeline's."""
+    for folder in (Path(path) / "vae", Path(path)):
+        if (folder / "config.json").is_file():
+            return read_json(folder / "config.json")
+    raise FileNotFoundError(f"model.vae={path} has no config.json, expected the folder of a VAE")
+
+
+def _text_folder(config: Config) -> Path:
+    folder = Path(config.model.text_encoder)
+    for name in ("text_encoder", "tokenizer"):
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"model.text_encoder={folder} has no folder {name}, expected text_encoder/ and "
+                "tokenizer/ as in a Stable-Diffusion-format folder"
+            )
+    return folder

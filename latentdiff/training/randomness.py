@@ -1,0 +1,55 @@
+"""Which random numbers a training sample gets: a function of its key alone.
+
+The key is (seed, epoch, sample id, place in the epoch's global order). Neither workers, processes,
+accumulation nor a resumed run can change a draw, and no generator has to be saved. The stream is
+Philox4x64-10 (Salmon et al. 2011), a counter-based generator, so that a key costs microseconds.
+What depends on history, such as loss-aware timesteps, is not drawn here but saved.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.random.bit_generator import ISeedSequence
+from torch import Tensor
+
+
+def draws(seed: int, epoch: int, sample_id: int, place: int, purpose: str) -> np.random.Generator:
+    """Return the generator of one sample for one purpose ("noise", "timestep", "crop", ...).
+
+    place: in the epoch's global order, so that a sample shown twice in an epoch differs. Purposes
+    are independent streams: one more purpose, or one more draw of it, changes no other.
+    """
+    return _generator("sample", seed, epoch, sample_id, place, purpose)
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """Return the order of an epoch: a permutation of 0 .. num_samples - 1, (num_samples,) int64."""
+    return _generator("order", seed, epoch).permutation(num_samples)
+
+
+def normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:
+    """Draw standard normal numbers on the CPU, float32, of the given shape."""
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def _generator(*key: str | int) -> np.random.Generator:
+    """Key a Philox stream by the 128-bit hash of a tuple; its repr keeps the parts apart."""
+    # A NumPy integer prints unlike the Python integer that it equals.
+    text = repr(tuple(part if isinstance(part, str) else int(part) for part in key))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    words = _Key(np.frombuffer(digest, dtype="<u8"))
+    # NumPy documents any ISeedSequence as a seed; its stubs know only one of them.
+    return np.random.Generator(np.random.Philox(words))  # type: ignore[arg-type]
+
+
+class _Key(ISeedSequence):
+    """A Philox key, (2,) uint64; `Philox(key=...)` is the same, but asks the system for entropy."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> np.ndarray:
+        assert n_words == len(self.words)
+        return self.words

@@ -1,0 +1,31 @@
+"""Serve a page to draw on: python scripts/app.py MODEL, then open http://127.0.0.1:7860."""
+
+from __future__ import annotations
+
+import sys
+
+from jsonargparse import ArgumentParser
+
+from latentdiff.pipeline.page import serve
+
+
+def main() -> int:
+    """Parse and serve; exit 0 when interrupted, 2 for bad usage or input."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_function_arguments(serve, as_positional=True)
+    given = parser.parse_args().as_dict()
+    try:
+        serve(given.pop("model"), **given)
+    except ImportError as error:
+        print(f'app.py: {error}; pip install "latentdiff[ui]"', file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"app.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

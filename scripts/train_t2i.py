@@ -1,0 +1,29 @@
+"""Train or fine-tune a text-to-image latent diffusion model on a captioned folder.
+
+accelerate launch scripts/train_t2i.py --config configs/emoji.yaml --data.root=DIR
+"""
+
+import logging
+import sys
+
+from latentdiff.config import Config, parse_arguments
+
+
+def main() -> int:
+    """Parse, train; exit 0 done, 1 failed numbers, 2 bad input, 143 / 130 stopped and saved."""
+    config = parse_arguments(Config, description=(__doc__ or "").splitlines()[0])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    from latentdiff.training.loop import train
+
+    try:
+        return train(config)
+    except (ValueError, OSError) as error:
+        print(f"train_t2i.py: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"train_t2i.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Fixtures that every test may use; what they are made of is in fakes_models.py."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from fakes_models import (
+    CAPTIONS,
+    make_components,
+    make_text_encoder,
+    make_tiny_vae,
+    make_unet,
+    make_vae,
+    save_folder,
+)
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.models import Components
+from latentdiff.text import train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The project's shared data and weights; tests that need them skip where they are absent."""
+    default = Path(__file__).parents[2] / "shared"
+    path = Path(os.environ.get("LATENTDIFF_SHARED", default))
+    if not (path / "weights").is_dir():
+        pytest.skip(f"needs the shared data folder; {path} is absent (set LATENTDIFF_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CLIPTokenizer:
+    """A trained vocabulary of at most 600 tokens, 16 of them a caption."""
+    return train_tokenizer(CAPTIONS, vocab_size=600, max_length=16)
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL:
+    return make_vae()
+
+
+@pytest.fixture
+def tiny_vae() -> AutoencoderTiny:
+    return make_tiny_vae()
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    return make_unet()
+
+
+@pytest.fixture
+def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return make_text_encoder(tokenizer)
+
+
+@pytest.fixture
+def components(tokenizer: CLIPTokenizer) -> Components:
+    """A whole model of a few thousand parameters, its pictures 32 x 32."""
+    return make_components(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """A tiny Stable-Diffusion-format folder, shared by the session: never write into it."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "sd"
+    save_folder(make_components(tokenizer), path)
+    return path

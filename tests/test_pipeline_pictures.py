@@ -1,0 +1,188 @@
+"""Image-to-image and inpainting: equal to stock diffusers, each picture by its own seed."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from fakes_pipeline import SIZE, ddim, tiny_components, tiny_pipeline, tiny_unet
+from PIL import Image
+
+STEP = 1 / 255
+SCHEDULERS = [
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+]
+
+
+def scheduler(name):
+    return getattr(diffusers, name).from_config(ddim().config)
+
+
+def stock(cls, **changes):
+    pipe = cls(**tiny_components(**changes), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def photo(seed=0, size=(SIZE, SIZE)):
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def left_half(size=(SIZE, SIZE)):
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_image_to_image_equals_stock(name, strength):
+    call = {"image": [photo(1), photo(2)], "strength": strength, "num_inference_steps": 4}
+    call |= {"guidance_scale": 4.0, "output_type": "np"}
+    prompts = ["a cat", "a red heart"]
+    expected = stock(StableDiffusionImg2ImgPipeline, scheduler=scheduler(name))(
+        prompts, generator=generators(1, 2), **call
+    ).images
+    pictures = tiny_pipeline(scheduler=scheduler(name))(prompts, seed=1, **call).images
+    assert np.abs(pictures - expected).max() <= STEP
+
+
+@pytest.mark.parametrize("num_channels", [4, 9])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_inpainting_equals_stock(name, strength, num_channels):
+    call = {"image": photo(1), "mask_image": left_half(), "strength": strength}
+    call |= {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    parts = {"scheduler": scheduler(name), "unet": tiny_unet(in_channels=num_channels)}
+    expected = stock(StableDiffusionInpaintPipeline, **parts)(
+        "a cat", generator=generators(3), height=SIZE, width=SIZE, **call
+    ).images
+    pictures = tiny_pipeline(**parts)("a cat", seed=3, **call).images
+    assert np.abs(pictures - expected).max() <= STEP
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_picture_of_a_batch_equals_the_picture_made_alone(name, masked):
+    pipe = tiny_pipeline(scheduler=scheduler(name))
+    call = {"strength": 0.8, "num_inference_steps": 4, "output_type": "np", "image": photo(1)}
+    call |= {"mask_image": left_half()} if masked else {}
+    together = pipe("a cat", seed=[5, 6], num_images_per_prompt=2, **call).images
+    for seed, picture in zip([5, 6], together, strict=True):
+        assert np.abs(pipe("a cat", seed=seed, **call).images[0] - picture).max() <= STEP
+
+
+def test_one_image_a_prompt_serves_all_pictures_of_that_prompt():
+    pipe = tiny_pipeline()
+    call = {"strength": 0.5, "num_inference_steps": 4, "output_type": "np"}
+    prompts, images = ["a cat", "a red heart"], [photo(1), photo(2)]
+    together = pipe(prompts, image=images, num_images_per_prompt=2, seed=[1, 2, 3, 4], **call)
+    alone = pipe("a cat", image=photo(1), seed=2, **call)
+    assert np.abs(alone.images[0] - together.images[1]).max() <= STEP
+
+
+def test_what_is_not_painted_stays_as_decoded_from_its_latents():
+    pipe = tiny_pipeline()
+    call = {"num_inference_steps": 4, "seed": 1, "output_type": "latent"}
+    black = Image.new("L", (SIZE, SIZE), 0)
+    kept = pipe("a cat", image=photo(1), mask_image=black, **call).images
+    painted = pipe("a red heart", image=photo(1), mask_image=left_half(), **call).images
+    assert torch.equal(kept[..., 4:], painted[..., 4:])
+    assert not torch.equal(kept[..., :4], painted[..., :4])
+
+
+def test_less_strength_keeps_more_of_the_picture():
+    pipe = tiny_pipeline()
+    call = {"num_inference_steps": 10, "seed": 1, "output_type": "latent", "image": photo(1)}
+    start = pipe("a cat", strength=0.1, **call).images
+    weak, strong = (pipe("a cat", strength=s, **call).images for s in (0.3, 0.9))
+    assert (weak - start).abs().mean() < (strong - start).abs().mean()
+
+
+def test_size_is_the_picture_s_own_unless_said():
+    pipe = tiny_pipeline()
+    call = {"num_inference_steps": 2, "seed": 1}
+    assert pipe("a cat", image=photo(1, (46, 21)), **call).images[0].size == (44, 20)
+    assert pipe("a cat", image=photo(1), height=16, width=24, **call).images[0].size == (24, 16)
+
+
+def test_every_kind_of_picture_is_the_same_picture():
+    pipe = tiny_pipeline()
+    call = {"strength": 0.7, "num_inference_steps": 4, "seed": 1, "output_type": "np"}
+    picture, mask = photo(1), left_half()
+    array = np.asarray(picture)
+    unit = array.astype(np.float32) / 255
+    tensor = torch.from_numpy(unit).permute(2, 0, 1)
+    mask_array = np.asarray(mask).astype(np.float32) / 255
+    expected = pipe("a cat", image=picture, mask_image=mask, **call).images
+    for image in (array, unit, unit[None], tensor, tensor[None], [tensor], [picture]):
+        for one in (mask, mask_array, torch.from_numpy(mask_array)[None], [mask]):
+            got = pipe("a cat", image=image, mask_image=one, **call).images
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_photograph_is_turned_upright_and_put_on_white():
+    pipe = tiny_pipeline()
+    call = {"strength": 0.7, "num_inference_steps": 4, "seed": 1, "output_type": "np"}
+    upright = photo(1)
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    clear = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
+    white = Image.new("RGB", (SIZE, SIZE), "white")
+    for image, expected in ((turned, upright), (clear, white)):
+        got = pipe("a cat", image=image, **call).images
+        assert np.array_equal(got, pipe("a cat", image=expected, **call).images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask_image": left_half()}, "mask_image needs the image"),
+        ({"strength": 0.5}, "strength=0.5 needs an image"),
+        ({"image": photo(), "strength": 0}, "strength=0 of num_inference_steps=50 leaves no step"),
+        ({"image": photo(), "strength": 0.01}, "leaves no step"),
+        ({"image": photo(), "strength": 1.5}, "strength must lie in"),
+        ({"image": photo(), "strength": "all"}, "strength must be a number"),
+        ({"image": []}, "image is an empty list"),
+        ({"image": 3}, "image must be a PIL image"),
+        ({"image": [photo(), "x"]}, r"image\[1\] must be"),
+        ({"image": [photo(), np.zeros((8, 8, 3), np.uint8)]}, "image must hold pictures of one"),
+        ({"image": [photo()] * 3}, "image has 3 pictures for 1 prompts"),
+        ({"image": np.zeros((8, 8), np.uint8)}, "image must have shape"),
+        ({"image": np.zeros((8, 8, 3), np.int64)}, "image must be an array of uint8"),
+        ({"image": torch.zeros(3, 8)}, "image must be a floating tensor"),
+        ({"image": torch.zeros(4, 8, 8)}, "image must have 3 channels"),
+        ({"image": torch.full((3, 8, 8), 2.0)}, r"image must lie in \[0, 1\]"),
+        ({"image": torch.full((3, 8, 8), float("nan"))}, "image must lie in"),
+        ({"image": photo(), "mask_image": torch.zeros(3, 8, 8)}, "mask_image has 3 pictures"),
+        ({"image": photo(0, (3, 3))}, "height must be a positive multiple of 4"),
+    ],
+)
+def test_bad_picture_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline()("a cat", **arguments)
+
+
+def test_inpainting_model_asks_for_what_it_reads():
+    pipe = tiny_pipeline(unet=tiny_unet(in_channels=9))
+    with pytest.raises(ValueError, match="inpainting model: its U-Net also reads image and mask"):
+        pipe("a cat")
+    with pytest.raises(ValueError, match="also reads mask_image"):
+        pipe("a cat", image=photo())
+
+
+def test_inpainting_model_is_saved_as_stock_s_inpainting_pipeline(tmp_path):
+    tiny_pipeline(unet=tiny_unet(in_channels=9)).save_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is StableDiffusionInpaintPipeline
