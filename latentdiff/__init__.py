@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.config import Config, load_config
+    from latentdiff.config import Config
+    from latentdiff.config_file import load_config
     from latentdiff.pipeline import LatentDiffPipeline
     from latentdiff.pipeline.png import read_settings
 
@@ -16,7 +17,7 @@ __all__ = ["Config", "LatentDiffPipeline", "__version__", "load_config", "read_s
 
 _HOMES = {
     "Config": "latentdiff.config",
-    "load_config": "latentdiff.config",
+    "load_config": "latentdiff.config_file",
     "LatentDiffPipeline": "latentdiff.pipeline",
     "read_settings": "latentdiff.pipeline.png",
 }

@@ -1,20 +1,13 @@
-"""Every setting, as frozen dataclasses; a YAML file and the command line become a Config.
+"""Every setting, as frozen dataclasses; config_file.py reads and writes them.
 
-Answers for: names, types, ranges and defaults, and for messages that say what is allowed. Only
+Answers for: names, types, ranges and defaults. Only
 scripts and the top of a recipe see these objects; below them go plain values. Counts are of
 optimiser steps and of images per optimiser step, so no figure depends on the number of GPUs.
 """
 
 import dataclasses
-import difflib
-import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -29,6 +22,12 @@ class DataConfig:
     """pixels of a square picture; each is resized until it covers the square, then cropped"""
     caption_column: str = "text"
     """column of the metadata file that holds the caption, or a list of captions"""
+    file_column: str = "file_name"
+    """column of the metadata file that holds the picture's name"""
+    duplicate_rows: Literal["error", "captions"] = "error"
+    """a picture listed twice: an error, or one with several captions"""
+    sidecar_lines: Literal["one", "captions"] = "one"
+    """a text file beside a picture is one caption, or has one a line"""
     caption_template: str = ""
     """such as "a photo of a {label}" where the folders' names are the only captions"""
     missing_caption: Literal["skip", "empty"] = "skip"
@@ -36,7 +35,7 @@ class DataConfig:
     split_fraction: float = 0.02
     """share held out by a stable hash where no test/ or validation/ folder exists"""
     random_flip: bool = False
-    """mirror half of the pictures; leave off where captions say left or right"""
+    """mirror half of the pictures, but none whose caption says left or right"""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB under transparent pictures"""
     min_size: int = 32
@@ -262,99 +261,6 @@ class VaeConfig:
     """how the weights are stored"""
 
 
-Settings = TypeVar("Settings")
-
-
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, kind: type[Settings] | None = None
-) -> Settings:
-    """Read a YAML file and overrides such as "--train.seed=1" into a Config (or VaeConfig).
-
-    Raises ValueError or FileNotFoundError for a missing file, an unknown key (with the nearest
-    name), a wrong type or a value out of range.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"the config file {path} does not exist")
-    wanted: Any = kind or Config
-    return parse_arguments(wanted, ["--config", str(path), *overrides], exit_on_error=False)
-
-
-def parse_arguments(
-    kind: type[Settings],
-    arguments: Sequence[str] | None = None,
-    *,
-    description: str | None = None,
-    exit_on_error: bool = True,
-) -> Settings:
-    """Parse a command line with --config, --print_config, --help and an option per setting.
-
-    On bad usage: exit status 2 and one message on stderr, or ValueError without exit_on_error.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser, Namespace
-
-    parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with these settings")
-    parser.add_class_arguments(kind)
-    try:
-        parsed: Namespace = parser.parse_args(arguments)
-        values = parser.instantiate_classes(parsed).as_dict()
-        values.pop("config", None)
-        return kind(**values)
-    except (ArgumentError, ValueError, TypeError) as error:
-        message = _readable(str(error), kind)
-        if not exit_on_error:
-            raise ValueError(message) from error
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config as plain dicts, lists and values, as its YAML file holds them."""
-    return {
-        name: _plain(value)
-        for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-    }
-
-
-def to_yaml(config: Any) -> str:
-    """Return the YAML text that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {"train.seed": 0, ...}: every setting by its dotted name."""
-    settings: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            settings |= flat(value, f"{prefix}{f.name}.")
-        else:
-            settings[prefix + f.name] = value
-    return settings
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _readable(message: str, kind: Any) -> str:
-    """Shorten jsonargparse's message and add the nearest name to an unknown key."""
-    message = re.sub(r"\s+", " ", message).strip()
-    unknown = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", message) or re.search(
-        r"[Uu]nrecognized arguments: --([\w.]+)", message
-    )
-    inside = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if inside or unknown:
-        wrong = f"{inside[1]}.{inside[2]}" if inside else unknown[1]
-        names = list(flat(kind()))
-        near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-        return f"unknown setting {wrong}; {hint}"
-    return message
-
-
 AT_LEAST = {
     "data.resolution": 8,
     "data.min_size": 1,
@@ -422,3 +328,15 @@ def _check(config: Config) -> None:
             "model.pretrained brings its own VAE and text encoder; leave model.vae and "
             "model.text_encoder empty, or model.pretrained for training from scratch"
         )
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {"train.seed": 0, ...}: every setting by its dotted name."""
+    settings: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            settings |= flat(value, f"{prefix}{f.name}.")
+        else:
+            settings[prefix + f.name] = value
+    return settings

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from latentdiff.config import load_config
+from latentdiff.config_file import load_config
 
 FOLDER = Path("demo-run")
 

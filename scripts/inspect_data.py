@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 
-from latentdiff.config import Config, parse_arguments
+from latentdiff.config import Config
+from latentdiff.config_file import parse_arguments
 from latentdiff.data.folder import read_folder
 from latentdiff.data.inspection import chosen, inspect_folder, progress_bar
 from latentdiff.data.report_html import write_html

@@ -6,7 +6,8 @@ accelerate launch scripts/train_t2i.py --config configs/emoji.yaml --data.root=D
 import logging
 import sys
 
-from latentdiff.config import Config, parse_arguments
+from latentdiff.config import Config
+from latentdiff.config_file import parse_arguments
 
 
 def main() -> int:

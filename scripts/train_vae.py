@@ -5,7 +5,8 @@ python scripts/train_vae.py --config configs/vae_small.yaml --roots='[pictures]'
 
 import sys
 
-from latentdiff.config import VaeConfig, parse_arguments
+from latentdiff.config import VaeConfig
+from latentdiff.config_file import parse_arguments
 
 
 def main() -> int:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from fakes_models import make_vae
 
-from latentdiff.config import Config, load_config
+from latentdiff.config import Config
+from latentdiff.config_file import load_config
 from latentdiff.data.shapes import write_shapes
 
 SETTINGS = {

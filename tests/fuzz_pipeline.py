@@ -1,8 +1,8 @@
 """Random arguments of a call: a valid picture or an error that names an argument, nothing else.
 
-    python tests/fuzz_pipeline.py 10000
+    python tests/fuzz_pipeline.py 10000 [FIRST]
 
-The tests run a few hundred of them.
+The tests run a few hundred of them. FIRST goes on where another run stopped.
 """
 
 import functools
@@ -155,7 +155,10 @@ def fuzz(num_examples: int, *, key: int = 0) -> dict[str, int]:
 if __name__ == "__main__":
     started = time.monotonic()
     logging.disable(logging.WARNING)
-    wanted, total = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000, Counter[str]()
+    numbers = [int(argument) for argument in sys.argv[1:]]
+    wanted, first = (*numbers, 10_000, 0)[:2] if len(numbers) != 1 else (numbers[0], 0)
+    total = Counter[str]()
     while total.total() < wanted:
-        total += Counter(fuzz(min(ROUND, wanted - total.total()), key=total.total()))
+        left = min(ROUND, wanted - total.total())
+        total += Counter(fuzz(left, key=first + total.total()))
         print(f"{dict(total)} in {time.monotonic() - started:.0f} s", flush=True)

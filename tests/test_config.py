@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.config import Config, VaeConfig, flat, load_config, parse_arguments, to_yaml
+from latentdiff.config import Config, VaeConfig
+from latentdiff.config_file import flat, load_config, parse_arguments, to_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,12 +50,12 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_a_model_cannot_be_both_fine_tuned_and_new() -> None:
-    with pytest.raises(ValueError, match="model.pretrained brings its own"):
+    with pytest.raises(ValueError, match=r"model\.pretrained brings its own"):
         parse_arguments(Config, ["--model.pretrained=a", "--model.vae=b"], exit_on_error=False)
 
 
 def test_missing_file_is_said() -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         load_config("nowhere.yaml")
 
 

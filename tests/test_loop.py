@@ -17,7 +17,7 @@ from fakes_training import arguments, make_config, make_world, read_metrics
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline, load_config
-from latentdiff.training import loop
+from latentdiff.training import run as run_module
 from latentdiff.training.loop import train
 from latentdiff.training.samples import Samples
 
@@ -196,7 +196,7 @@ def test_too_many_bad_batches_stop_with_step_and_files(
 def test_a_folder_of_another_run_is_refused(world: Path, whole: Path) -> None:
     with pytest.raises(ValueError, match=r"train.learning_rate: 0.001 -> 0.5"):
         train(make_config(world, whole, train__learning_rate=0.5))
-    with pytest.raises(ValueError, match="--train.resume=auto continues it"):
+    with pytest.raises(ValueError, match=r"--train\.resume=auto continues it"):
         train(make_config(world, whole, train__resume="never"))
 
 
@@ -302,9 +302,9 @@ def test_processes_that_accelerate_does_not_see_are_refused(
     config = make_config(world, tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
-        loop,
+        run_module,
         "Accelerator",
         lambda **_: type("One", (), {"num_processes": 1, "distributed_type": "NO"})(),
     )
     with pytest.raises(ValueError, match="would train copies"):
-        loop.start_accelerator(config)
+        run_module.start_accelerator(config)

@@ -1,8 +1,8 @@
 """The built-in captioned world: flat coloured shapes on flat backgrounds.
 
-Every picture is described in full by its caption, so a model's obedience can be measured: a tenth of
-all (kind, colour, size, background) combinations is never shown in training, and a picture asked for
-by such a caption shows whether the parts of a caption were understood or only memorised.
+Every picture is described in full by its caption, so a model's obedience can be measured: a tenth
+of all (kind, colour, size, background) combinations is never shown in training, and a picture asked
+for by such a caption shows whether the parts of a caption were understood or only memorised.
 Drawing is deterministic in (seed, index). This module knows nothing of models or training.
 """
 
@@ -107,13 +107,13 @@ def write_shapes(
     two shapes and a relation. Raises FileExistsError when root holds something else already.
     """
     root = Path(root)
-    settings = dict(
-        num_train=num_train,
-        num_test=num_test,
-        size_px=size_px,
-        pair_fraction=pair_fraction,
-        seed=seed,
-    )
+    settings = {
+        "num_train": num_train,
+        "num_test": num_test,
+        "size_px": size_px,
+        "pair_fraction": pair_fraction,
+        "seed": seed,
+    }
     stamp = root / "shapes.json"
     if stamp.exists() and json.loads(stamp.read_text()) == settings:
         return root

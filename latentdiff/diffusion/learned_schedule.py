@@ -70,7 +70,7 @@ def learn_log_snr(
         jitter = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         loss = variance_surrogate(schedule, (place + jitter) / batch_size, error)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+        loss.backward()
         optimizer.step()
     return schedule
 

@@ -80,7 +80,8 @@ def triple_losses(
 def summarise(losses: Mapping[str, Tensor], t: Tensor, *, num_timesteps: int) -> dict[str, float]:
     """Return the figures of a log line: loss with standard error, by timestep bucket, caption use.
 
-    caption_use: (null - true) / null, paired by triple; caption_match: (shuffled - true) / shuffled.
+    Paired by triple: caption_use is (null - true) / null, caption_match (shuffled - true) /
+    shuffled.
     """
     true = losses["true"].double()
     figures = {"held_out_loss": true.mean().item(), "held_out_se": _standard_error(true)}

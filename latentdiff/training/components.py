@@ -84,9 +84,9 @@ def check_parts(config: Config) -> None:
     )
 
 
-def load_frozen_vae(config: Config) -> Autoencoder:
-    """Load the VAE of a run from scratch."""
-    return load_vae(_vae_path(config))
+def load_vae_of(config: Config) -> Autoencoder:
+    """Load the VAE that a run encodes with: model.vae, or that of the model to fine-tune."""
+    return load_vae(config.model.pretrained or _vae_path(config))
 
 
 def new_components(

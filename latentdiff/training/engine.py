@@ -1,4 +1,4 @@
-"""One optimiser step, and everything that must survive between two: weights, optimiser, EMA, scaler.
+"""One optimiser step, and what must survive between two: weights, optimiser, EMA, scaler.
 
 A step is (Ho et al. 2020, Alg. 1) on latents, with captions dropped for guidance. Where the loss or
 a gradient is no number, the update is skipped on the device: the host never waits within a step.

@@ -51,12 +51,14 @@ def write_sheet(
         for start in range(0, len(mine), 8):
             part = mine[start : start + 8]
             with accelerator.autocast():
-                images += pipeline(
+                drawn, _ = pipeline(
                     part,
                     seed=[prompt_seed(seed, prompt) for prompt in part],
                     num_inference_steps=num_steps,
                     guidance_scale=guidance_scale,
-                ).images
+                    return_dict=False,
+                )
+                images += drawn
     images = gather_object(images) if accelerator.num_processes > 1 else images
     if not accelerator.is_main_process:
         return None

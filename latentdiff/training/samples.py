@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from latentdiff.data.captions import may_flip
 from latentdiff.data.folder import Record
 from latentdiff.training.randomness import draws, epoch_order, normal
 
@@ -127,14 +128,17 @@ class Samples(Dataset[dict[str, Tensor]]):
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
 
     def __getitem__(self, slot: Slot) -> dict[str, Tensor]:
-        """Return z0, eps (C, h, w); offset (C, 1, 1); u in [0, 1) for the timestep; text; dropped; weight; place."""
+        """Return z0, eps (C, h, w); offset (C, 1, 1); text; and the scalars of the sample.
+
+        They are u in [0, 1) for the timestep, dropped, weight, place and index.
+        """
 
         def rng(purpose: str) -> Any:
             return draws(self.seed, slot.epoch, slot.index, slot.place, purpose)
 
-        flipped = self.random_flip and rng("flip").random() < 0.5
-        mean, std = self.moments(slot.index, flipped=flipped)
         captions = self.records[slot.index].captions
+        flipped = self.random_flip and may_flip(captions) and rng("flip").random() < 0.5
+        mean, std = self.moments(slot.index, flipped=flipped)
         caption = captions[int(rng("caption").integers(len(captions)))]
         return {
             "z0": mean + std * normal(rng("vae"), mean.shape),

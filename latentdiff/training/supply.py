@@ -40,13 +40,19 @@ class Supply:
     triples: Triples | None
 
 
-def read_data(data: DataConfig) -> tuple[Folder, Folder]:
-    """Read the folder; return its training and held-out records. ValueError says what is wrong."""
+def read_data(data: DataConfig, *, trust_index: bool = False) -> tuple[Folder, Folder]:
+    """Read the folder; return its training and held-out records. ValueError says what is wrong.
+
+    trust_index: take the scan that another process has just made.
+    """
     if not data.root:
         raise ValueError("data.root is empty, expected a captioned folder; give --data.root=DIR")
     folder = read_folder(
         Path(data.root).expanduser(),
         caption_column=data.caption_column,
+        file_column=data.file_column,
+        duplicate_rows=data.duplicate_rows,
+        sidecar_lines=data.sidecar_lines,
         caption_template=data.caption_template,
         missing_caption=data.missing_caption,
         follow_links=data.follow_links,
@@ -54,6 +60,7 @@ def read_data(data: DataConfig) -> tuple[Folder, Folder]:
         min_size=data.min_size,
         max_aspect=data.max_aspect,
         cache_dir=_cache_dir(data),
+        trust_index=trust_index,
     )
     folder.check(max_bad_fraction=data.max_bad_fraction)
     train = folder.split("train")
@@ -116,6 +123,7 @@ def make_supply(
     accelerator: Accelerator,
 ) -> Supply:
     """Put caches, draws and captions together."""
+    source: _TokenIds | _CachedStates
     if learns_text:
         source = _TokenIds(components)
     else:

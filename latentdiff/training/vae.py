@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from latentdiff.config import VaeConfig, to_yaml
+from latentdiff.config import VaeConfig
+from latentdiff.config_file import to_yaml
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.images import load_image, resize_and_crop, to_pixels
 from latentdiff.latents import LatentCodec, measure_latents, set_scalar_scaling
@@ -87,8 +89,9 @@ def held_out_psnr(
 ) -> float:
     """Return the mean PSNR in dB over centre crops of at most `max_images` pictures."""
     values = []
-    for record in folder[:max_images]:
-        crop = resize_and_crop(load_image(record.path), height=resolution, width=resolution)
+    for index in range(min(len(folder), max_images)):
+        image = load_image(BytesIO(folder.read_bytes(index)))
+        crop = resize_and_crop(image, height=resolution, width=resolution)
         pixels = to_pixels(crop.image)[None].to(codec.vae.device)
         values.append(psnr(codec.decode(codec.encode(pixels)), pixels).item())
     return float(np.mean(values))
@@ -106,8 +109,7 @@ class Crops(Dataset[Tensor]):
         """Return the k-th crop of the run, (3, H, W) in [-1, 1]; folders take turns evenly."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, k]))
         folder = self.folders[k % len(self.folders)]
-        record = folder[int(rng.integers(len(folder)))]
-        image = load_image(record.path)
+        image = load_image(BytesIO(folder.read_bytes(int(rng.integers(len(folder))))))
         room = min(image.size) / self.resolution  # how much smaller the picture may be made
         side = round(min(image.size) / max(1.0, rng.uniform(1.0, max(1.0, room))))
         whole = resize_and_crop(

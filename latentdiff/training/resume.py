@@ -1,0 +1,126 @@
+"""Keeping a run's state and taking it back: which checkpoint, whose run, what is saved.
+
+What a checkpoint is on disk is checkpoint.py's business.
+"""
+
+import logging
+from pathlib import Path
+
+import psutil
+
+from latentdiff.config import Config
+from latentdiff.config_file import flat, load_config
+from latentdiff.training.checkpoint import (
+    config_hash,
+    load_checkpoint,
+    newest_valid,
+    prune_checkpoints,
+    save_checkpoint,
+    snapshot,
+)
+from latentdiff.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+SPARE_MEMORY = 0.7  # share of the free memory that a copy of the state may take
+FREE_TO_CHANGE = (  # by a resumed run, without another result up to where it was
+    "output_dir",
+    "data.cache_dir",
+    "data.num_workers",
+    "train.max_steps",
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.channels_last",
+    "train.resume",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.max_bad_steps",
+    "preview.",
+)
+
+
+def first_checkpoint(config: Config, folder: Path) -> Path | None:
+    """Return the checkpoint to go on from, None to start; refuse a folder of another run."""
+    root = folder / "checkpoints"
+    if config.train.resume not in ("auto", "never"):
+        path = Path(config.train.resume).expanduser()
+        if not path.is_dir():
+            raise FileNotFoundError(f"train.resume={path} does not exist, expected a checkpoint")
+        return path
+    found, skipped = newest_valid(root)
+    for reason in skipped:
+        logger.warning("checkpoint skipped: %s", reason)
+    if found is None:
+        return None
+    if config.train.resume == "never":
+        raise ValueError(
+            f"{folder} already holds a run ({found.name}); --train.resume=auto continues it, "
+            "another --output_dir starts a new one"
+        )
+    _refuse_other_config(config, folder)
+    return found
+
+
+def _refuse_other_config(config: Config, folder: Path) -> None:
+    """Raise ValueError with what differs when the folder's run had other settings."""
+    if not (folder / "config.yaml").is_file():
+        return
+    before: Config = load_config(folder / "config.yaml")
+    old, new = identity(before), identity(config)
+    differing = [f"{k}: {old[k]} -> {new[k]}" for k in new if old.get(k) != new[k]]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(differing)}); set them back, or "
+            "choose another --output_dir"
+        )
+
+
+def resume(run: Run, start: Path | None) -> int:
+    """Load a checkpoint; return the first step that is still to be done."""
+    if start is None:
+        return 0
+    checkpoint = load_checkpoint(start)
+    run.engine.load(checkpoint.tensors, checkpoint.state)
+    logger.info("going on after step %d from %s", checkpoint.step, start)
+    return checkpoint.step
+
+
+def save_state(run: Run, done: int) -> None:
+    """Start a checkpoint, beside training where a copy fits into memory.
+
+    Says so when the one before it failed.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    run.saver.wait()
+    if failure := run.saver.check():
+        logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
+    tensors, state = run.engine.tensors(), run.engine.state()
+    size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    beside = size < SPARE_MEMORY * psutil.virtual_memory().available
+    if beside:
+        tensors = snapshot(tensors)
+    root, settings = run.folder / "checkpoints", run.config.train
+    state["scaling_factor"] = float(run.components.vae.config["scaling_factor"])
+    settings_of_run, world = identity(run.config), run.accelerator.num_processes
+
+    def save() -> None:
+        save_checkpoint(
+            root,
+            step=done,
+            tensors=tensors,
+            state=state,
+            config_hash=config_hash(settings_of_run),
+            world_size=world,
+        )
+        prune_checkpoints(root, keep_last=settings.keep_checkpoints)
+
+    run.saver.submit(save)
+    if not beside:
+        run.saver.wait()
+
+
+def identity(config: Config) -> dict[str, object]:
+    """Return the settings that make a run what it is."""
+    return {k: v for k, v in flat(config).items() if not k.startswith(FREE_TO_CHANGE)}
