@@ -114,13 +114,15 @@ def test_script_without_gradio_or_model_says_so(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def address(tmp_path):
-    """The address of a served playground."""
+    """The address of a served playground; LATENTDIFF_MODEL names a model for a nicer screenshot."""
     pytest.importorskip("gradio", reason="the playground needs the extra ui")
-    tiny_pipeline().save_pretrained(tmp_path / "model")
+    model = os.environ.get("LATENTDIFF_MODEL", str(tmp_path / "model"))
+    if model == str(tmp_path / "model"):
+        tiny_pipeline().save_pretrained(model)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "scripts" / "app.py"), str(tmp_path / "model")]
+    command = [sys.executable, str(ROOT / "scripts" / "app.py"), model]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(tmp_path / "cache")}
     server = subprocess.Popen([*command, "--port", str(port)], env=environment)
     url = f"http://127.0.0.1:{port}"

@@ -17,6 +17,8 @@ SCHEDULERS = [
     "UniPCMultistepScheduler",
     "LCMScheduler",
 ]
+CASES = [(name, 0.6) for name in SCHEDULERS]
+CASES += [("DDPMScheduler", 1.0), ("EulerDiscreteScheduler", 1.0)]
 
 
 def scheduler(name):
@@ -45,8 +47,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "strength"), CASES)
 def test_image_to_image_equals_stock(name, strength):
     call = {"image": [photo(1), photo(2)], "strength": strength, "num_inference_steps": 4}
     call |= {"guidance_scale": 4.0, "output_type": "np"}
@@ -59,8 +60,7 @@ def test_image_to_image_equals_stock(name, strength):
 
 
 @pytest.mark.parametrize("num_channels", [4, 9])
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "strength"), CASES)
 def test_inpainting_equals_stock(name, strength, num_channels):
     call = {"image": photo(1), "mask_image": left_half(), "strength": strength}
     call |= {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}

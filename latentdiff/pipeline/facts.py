@@ -7,12 +7,15 @@ model card is made of it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 FILE_NAME = "latentdiff.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
         raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
     known = {one.name for one in fields(Facts)}
     return Facts(**{name: value for name, value in entries.items() if name in known})
+
+
+def warn_of_guidance(facts: Facts, scale: float) -> None:
+    """Warn where guidance is asked of a model that never saw the empty caption."""
+    if scale > 1 and facts.caption_dropout == 0:
+        logger.warning(
+            "guidance_scale is %g, but this model was trained without caption dropout and has no "
+            "unconditional prediction to guide from; use guidance_scale=1",
+            scale,
+        )
 
 
 def write_facts(folder: str | os.PathLike[str], facts: Facts) -> Path:

@@ -6,7 +6,6 @@ checked in checks.py before any compute.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -34,7 +33,7 @@ from latentdiff.pipeline import checks, denoise, schedulers
 from latentdiff.pipeline.canvas import Canvas, prepare_canvas
 from latentdiff.pipeline.decode import decode
 from latentdiff.pipeline.denoise import Guidance, Prediction
-from latentdiff.pipeline.facts import Facts
+from latentdiff.pipeline.facts import Facts, warn_of_guidance
 from latentdiff.pipeline.loading import Loading
 from latentdiff.pipeline.noise import Generators, generators_for
 from latentdiff.pipeline.output import LatentDiffOutput
@@ -45,8 +44,6 @@ from latentdiff.pipeline.samplers import make_sampler
 from latentdiff.pipeline.settings import describe
 from latentdiff.pipeline.step_end import TENSORS, StepEnd, StepFunction
 from latentdiff.text import NULL_CAPTION
-
-logger = logging.getLogger(__name__)
 
 
 class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
@@ -300,12 +297,7 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
     def _set_guidance(self, scale: object, rescale: object, interval: object) -> None:
         guidance = checks.guidance(scale, rescale, interval)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
-        if guidance.scale > 1 and self.facts.caption_dropout == 0:
-            logger.warning(
-                "guidance_scale is %g, but this model was trained without caption dropout and has "
-                "no unconditional prediction to guide from; use guidance_scale=1",
-                guidance.scale,
-            )
+        warn_of_guidance(self.facts, guidance.scale)
 
     def _read_pictures(
         self, text: Text, image: object, mask_image: object, strength: object
