@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from latentdiff.pipeline.facts import Facts, write_facts
+from latentdiff.pipeline.facts import Facts
 from latentdiff.training.engine import Engine
 from latentdiff.training.preview import make_pipeline
 from latentdiff.training.run import Run
@@ -23,7 +23,6 @@ def export(run: Run) -> None:
             pipeline = make_pipeline(run.components)
             pipeline.facts = _facts(run)
             pipeline.save_pretrained(temporary)
-        write_facts(temporary, _facts(run))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     run.accelerator.wait_for_everyone()

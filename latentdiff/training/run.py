@@ -14,7 +14,7 @@ from latentdiff.config import Config
 from latentdiff.config_file import to_yaml
 from latentdiff.latents import LatentCodec
 from latentdiff.models import Components, schedule_of
-from latentdiff.training.checkpoint import BackgroundSaver
+from latentdiff.training.checkpoint import BackgroundSaver, validate_checkpoint
 from latentdiff.training.components import (
     TextToImage,
     learns_text,
@@ -104,7 +104,7 @@ def prepare(config: Config, folder: Path, accelerator: Accelerator, *, start: Pa
     )
     engine = make_engine(config, components, supply, accelerator)
     is_main = accelerator.is_main_process
-    first_step = int(start.name.removeprefix("step-")) if start else 0
+    first_step = validate_checkpoint(start)["step"] if start else 0
     log = MetricsLog(folder, is_main=is_main, first_step=first_step)
     return Run(
         config, folder, accelerator, components, supply, engine, layout, log, BackgroundSaver()
