@@ -19,7 +19,21 @@ class DataConfig:
     root: str = ""
     """the captioned folder; it may hold train/ and test/ or validation/ folders"""
     resolution: int = 512
-    """pixels of a square picture; each is resized until it covers the square, then cropped"""
+    """pixels of a square picture; each is resized until it covers its size, then cropped"""
+    buckets: bool = False
+    """cut each picture to the size nearest to its own aspect ratio, among sizes of at most
+    resolution x resolution pixels, instead of to the square"""
+    bucket_multiple: int = 64
+    """pixels that the sides of buckets are multiples of: the VAE's factor times the U-Net's"""
+    bucket_max_aspect: float = 2.0
+    """longer side over shorter side of the longest bucket"""
+    partial_batches: Literal["keep", "fill"] = "keep"
+    """the last batch of a bucket stays smaller, or shows some of its pictures again"""
+    num_crops: int = 1
+    """places that a picture is cut at, spread over the room there is, one by lot each time; all are
+    cached; 1: the centre; 0: anywhere, which needs data.cache=false"""
+    cache: bool = True
+    """encode pictures once, ahead of training; false: read and encode them at every step"""
     caption_column: str = "text"
     """column of the metadata file that holds the caption, or a list of captions"""
     file_column: str = "file_name"
@@ -32,10 +46,24 @@ class DataConfig:
     """such as "a photo of a {label}" where the folders' names are the only captions"""
     missing_caption: Literal["skip", "empty"] = "skip"
     """what becomes of a picture without a caption"""
+    caption_choice: Literal["random", "first"] = "random"
+    """which of several captions a picture has: one by lot each time, or the first"""
+    shuffle_tags: bool = False
+    """bring the comma-separated tags of a caption into another order each time"""
+    keep_tags: int = 0
+    """tags at the start that neither move nor drop out"""
+    tag_dropout: float = 0.0
+    """share of the other tags that is left out each time"""
+    trigger: str = ""
+    """a word that becomes the first tag of every caption that lacks it"""
+    caption_prefix: str = ""
+    """text before every caption, as it is"""
+    caption_suffix: str = ""
+    """text after every caption, as it is"""
     split_fraction: float = 0.02
     """share held out by a stable hash where no test/ or validation/ folder exists"""
     random_flip: bool = False
-    """mirror half of the pictures, but none whose caption says left or right"""
+    """mirror half of the pictures, but none whose caption speaks of sides or of writing"""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB under transparent pictures"""
     min_size: int = 32
@@ -120,8 +148,12 @@ class DiffusionConfig:
     """loss weight by timestep"""
     weighting_gamma: float = 5.0
     """gamma of the weighting"""
-    timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
-    """how timesteps are drawn; stratified spreads them evenly over each batch"""
+    timesteps: Literal["uniform", "stratified", "logit_normal", "loss_aware"] = "uniform"
+    """how timesteps are drawn; stratified spreads them evenly over each batch, loss_aware draws
+    those with large losses more often and weighs them less (Nichol & Dhariwal 2021)"""
+    learned_variance: bool = False
+    """learn the variance of the reverse steps too, by the hybrid loss (Nichol & Dhariwal 2021); the
+    export beside pipeline/ is then pipeline_learned_variance/, for ancestral sampling"""
     caption_dropout: float = 0.1
     """share of captions replaced by the empty one, which guidance needs (Ho & Salimans 2022)"""
     offset_noise: float = 0.0
@@ -164,6 +196,14 @@ class TrainConfig:
     """keep an exponential moving average of the weights and export it"""
     ema_decay: float = 0.9999
     """its decay, reached by a warm-up"""
+    power_ema: tuple[float, ...] = ()
+    """widths (sigma_rel) of power-function averages to track beside it, such as [0.05, 0.1], of
+    whose snapshots scripts/reconstruct_ema.py makes any width (Karras et al. 2024)"""
+    power_ema_every_steps: int = 1000
+    """a snapshot of each in power_ema/, apart from the one at the end; ten or more of a run rebuild
+    any width from 0.03 to 0.2"""
+    export: Literal["last", "best"] = "last"
+    """the state that pipeline/ is made of: the last, or that with the least held-out loss"""
     seed: int = 0
     """every draw of the run is a function of it"""
     resume: str = "auto"
@@ -174,6 +214,10 @@ class TrainConfig:
     """a checkpoint, apart from the one at the end"""
     keep_checkpoints: int = 2
     """newest checkpoints that are kept"""
+    keep_every_steps: int = 0
+    """checkpoints of steps that it divides are kept too; 0: none"""
+    keep_best: bool = False
+    """keep the one with the least held-out loss too; whenever a loss is the least, one is saved"""
     max_bad_steps: int = 20
     """stop after so many updates in a row were skipped because of NaN or Inf"""
 
@@ -263,6 +307,10 @@ class VaeConfig:
 
 AT_LEAST = {
     "data.resolution": 8,
+    "data.bucket_multiple": 1,
+    "data.bucket_max_aspect": 1,
+    "data.num_crops": 0,
+    "data.keep_tags": 0,
     "data.min_size": 1,
     "data.max_aspect": 1,
     "data.num_workers": 0,
@@ -287,7 +335,9 @@ AT_LEAST = {
     "train.seed": 0,
     "train.log_every_steps": 1,
     "train.checkpoint_every_steps": 1,
+    "train.power_ema_every_steps": 1,
     "train.keep_checkpoints": 1,
+    "train.keep_every_steps": 0,
     "train.max_bad_steps": 1,
     "preview.every_steps": 0,
     "preview.num_steps": 1,
@@ -297,6 +347,7 @@ AT_LEAST = {
 }
 SHARES = (
     "data.split_fraction",
+    "data.tag_dropout",
     "data.max_bad_fraction",
     "model.unet.dropout",
     "diffusion.caption_dropout",
@@ -314,9 +365,11 @@ def _check(config: Config) -> None:
     for name in SHARES:
         if not 0.0 <= settings[name] <= 1.0:
             raise ValueError(f"{name}={settings[name]}, expected a share in [0, 1]")
-    for name in ("train.ema_decay", "train.beta2"):
+    for name in ("train.ema_decay", "train.beta2", "data.tag_dropout"):
         if settings[name] >= 1:
             raise ValueError(f"{name}={settings[name]}, expected a number below 1")
+    _check_data(config.data)
+    _check_averages(config.train)
     unet = config.model.unet
     if len(unet.block_out_channels) != len(unet.attention_levels):
         raise ValueError(
@@ -328,6 +381,33 @@ def _check(config: Config) -> None:
             "model.pretrained brings its own VAE and text encoder; leave model.vae and "
             "model.text_encoder empty, or model.pretrained for training from scratch"
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.buckets and data.resolution % data.bucket_multiple:
+        raise ValueError(
+            f"data.resolution={data.resolution} is not a multiple of data.bucket_multiple="
+            f"{data.bucket_multiple}; the latter is the VAE's factor times the U-Net's, or a "
+            "multiple of it"
+        )
+    if data.cache and data.num_crops == 0:
+        raise ValueError(
+            "data.num_crops=0 cuts at a new place each time, which cannot be cached: add "
+            "--data.cache=false, or give a number of places"
+        )
+
+
+def _check_averages(train: TrainConfig) -> None:
+    widths = train.power_ema
+    if odd := [width for width in widths if not 0 < width <= 0.28]:
+        raise ValueError(
+            f"train.power_ema holds the width {odd[0]}, expected shares of the training in "
+            "(0, 0.28], such as [0.05, 0.1]"
+        )
+    if len({f"{width:g}" for width in widths}) < len(widths):
+        raise ValueError(f"train.power_ema={list(widths)} names a width twice")
+    if train.export == "best" and not train.keep_best:
+        raise ValueError("train.export=best needs the best checkpoint: set train.keep_best=true")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

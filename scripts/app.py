@@ -6,6 +6,7 @@ import sys
 
 from jsonargparse import ArgumentParser
 
+from latentdiff.console import quieten_libraries
 from latentdiff.pipeline.page import serve
 
 
@@ -14,6 +15,7 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_function_arguments(serve, as_positional=True)
     given = parser.parse_args().as_dict()
+    quieten_libraries()
     try:
         serve(given.pop("model"), **given)
     except ImportError as error:

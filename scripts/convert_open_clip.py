@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from latentdiff.console import quieten_libraries
 from latentdiff.text import load_open_clip
 
 
@@ -17,6 +18,7 @@ def main() -> int:
     parser.add_argument("weights", type=Path, help="its weights, a .safetensors file")
     parser.add_argument("out", type=Path, help="folder for text_encoder/ and tokenizer/")
     args = parser.parse_args()
+    quieten_libraries()
     try:
         text_encoder, tokenizer = load_open_clip(args.name, args.weights)
         text_encoder.save_pretrained(args.out / "text_encoder")

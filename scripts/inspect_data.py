@@ -6,6 +6,7 @@ import sys
 
 from latentdiff.config import Config
 from latentdiff.config_file import parse_arguments
+from latentdiff.console import quieten_libraries
 from latentdiff.data.folder import read_folder
 from latentdiff.data.inspection import chosen, inspect_folder, progress_bar
 from latentdiff.data.report_html import write_html
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", default="", help="folder of the tokenizer to count with")
     parser.add_argument("--vae", default="", help="folder of the VAE whose speed is measured")
     args, others = parser.parse_known_args()
+    quieten_libraries()
     try:
         config = parse_arguments(Config, others, exit_on_error=False)
         settings = {**vars(config.train), **vars(config.data), **vars(args)}

@@ -10,8 +10,8 @@ import json
 import sys
 
 from jsonargparse import ArgumentParser
-from transformers.utils import logging
 
+from latentdiff.console import quieten_libraries
 from latentdiff.pipeline.sampling import SampleOptions, sample
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON line for each file")
     parser.add_class_arguments(SampleOptions)
     given = parser.parse_args().as_dict()
-    logging.disable_progress_bar()
+    quieten_libraries()
     model, prompts, as_json = given.pop("model"), given.pop("prompts"), given.pop("json")
     try:
         for record in sample(model, prompts, SampleOptions(**given)):

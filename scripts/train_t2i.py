@@ -8,12 +8,14 @@ import sys
 
 from latentdiff.config import Config
 from latentdiff.config_file import parse_arguments
+from latentdiff.console import quieten_libraries
 
 
 def main() -> int:
     """Parse, train; exit 0 done, 1 failed numbers, 2 bad input, 143 / 130 stopped and saved."""
     config = parse_arguments(Config, description=(__doc__ or "").splitlines()[0])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    quieten_libraries()
     from latentdiff.training.loop import train
 
     try:

@@ -7,11 +7,13 @@ import sys
 
 from latentdiff.config import VaeConfig
 from latentdiff.config_file import parse_arguments
+from latentdiff.console import quieten_libraries
 
 
 def main() -> int:
     """Parse, train, say where the VAE is; exit 0 done, 2 bad usage or input."""
     config = parse_arguments(VaeConfig, description=(__doc__ or "").splitlines()[0])
+    quieten_libraries()
     from latentdiff.training.vae import train_vae
 
     try:

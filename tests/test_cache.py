@@ -21,6 +21,7 @@ from latentdiff.data.cache_shards import as_keys, key_of, read_shard, write_shar
 from latentdiff.data.cache_store import Store, Writer
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.images import load_image, resize_and_crop, to_pixels
+from latentdiff.data.uncached import LatentEncoder
 from latentdiff.latents import LatentCodec
 from latentdiff.models import load_vae
 from latentdiff.text import encode_text, tokenize, train_tokenizer
@@ -71,22 +72,23 @@ def repaint(path: Path, seed: int) -> None:
 def test_moments_are_those_of_the_pictures_encoded_alone(root, cache_dir, make):
     codec, folder = LatentCodec(make()), read_folder(root)
     sizes = np.array([[32, 32], [24, 40], [40, 24]] * 3, np.int32)
-    crops = np.linspace(0, 1, 18).reshape(9, 2)
-    plan = CropPlan(sizes, crops, background=(9, 9, 9))
+    plan = CropPlan(sizes, (0.0, 0.7), background=(9, 9, 9))
     cache = build(root, codec, cache_dir, plan=plan, flips=True, batch_size=2)
     assert len(cache) == 9
-    assert cache.encoded == 18
-    for i, record in enumerate(folder):
-        for flip in (False, True):
-            height, width = sizes[i].tolist()
-            cut = resize_and_crop(
-                load_image(record.path), height=height, width=width, crop=tuple(crops[i]), flip=flip
-            )
-            with torch.no_grad():
-                wanted = codec.moments(to_pixels(cut.image)[None])
-            for got, want in zip(cache.moments(i, flipped=flip), wanted, strict=True):
-                assert got.dtype == torch.float32
-                torch.testing.assert_close(got, want[0], atol=1e-5, rtol=1e-5)
+    assert cache.encoded == 36
+    views = [(i, flip, place) for i in range(9) for flip in (False, True) for place in plan.places]
+    for i, flip, place in views:
+        height, width = sizes[i].tolist()
+        cut = resize_and_crop(
+            load_image(folder[i].path), height=height, width=width, crop=(place, place), flip=flip
+        )
+        with torch.no_grad():
+            wanted = codec.moments(to_pixels(cut.image)[None])
+        crop = 0.2 if place == plan.places[0] else 0.8
+        for got, want in zip(cache.moments(i, flipped=flip, crop=crop), wanted, strict=True):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, want[0], atol=1e-5, rtol=1e-5)
+        assert got.shape == cache.shape(i)
     assert verify_cache(cache, folder, codec) < 1e-5
 
 
@@ -127,6 +129,50 @@ def test_latents_that_are_not_finite_are_refused_by_name(root, cache_dir, codec)
 # what is encoded again
 
 
+def test_pictures_without_room_are_cut_once(root, cache_dir, codec):
+    has_room = np.arange(9) < 2
+    plan = square(read_folder(root), places=(0.0, 0.5, 1.0), has_room=has_room)
+    cache = build(root, codec, cache_dir, plan=plan)
+    assert cache.encoded == 7 + 2 * 3
+    for i in range(9):
+        ends = [cache.raw_moments(i, crop=crop)[0] for crop in (0.0, 0.99)]
+        assert torch.equal(*ends) != has_room[i]
+
+
+def test_what_is_encoded_on_demand_is_what_is_kept(root, cache_dir, codec):
+    folder = read_folder(root)
+    plan = square(folder, places=(0.0, 1.0))
+    cache = build(root, codec, cache_dir, plan=plan, flips=True)
+    encoder = LatentEncoder(folder, codec, plan=plan)
+    assert len(encoder) == 9
+    noise = torch.randn(4, 8, 8)
+    for i, flipped, crop in [(0, False, 0.1), (4, True, 0.9), (8, True, 0.2)]:
+        kept = cache.inputs(i, noise, flipped=flipped, crop=crop)["z0"]
+        inputs = encoder.pictures.inputs(i, noise, flipped=flipped, crop=crop)
+        fresh = encoder.encode(inputs["pixels"][None], inputs["vae_noise"][None])[0]
+        torch.testing.assert_close(fresh, kept, atol=1e-5, rtol=1e-5)
+        for got, want in zip(
+            encoder.raw_moments(i, flipped=flipped, crop=crop),
+            cache.raw_moments(i, flipped=flipped, crop=crop),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    anywhere = LatentEncoder(folder, codec, plan=square(folder, places=()))
+    cuts = [anywhere.pictures.pixels(0, flipped=False, crop=crop) for crop in (0.0, 0.4, 0.99)]
+    assert not torch.equal(cuts[0], cuts[1])
+    assert not torch.equal(cuts[1], cuts[2])
+
+
+def test_opening_encodes_nothing(root, cache_dir, codec):
+    folder = read_folder(root)
+    settings = {"cache_dir": cache_dir, "plan": square(folder), "progress": False}
+    assert LatentCache.open(folder, codec, **settings).num_missing == 9
+    built = build(root, codec, cache_dir)
+    opened = LatentCache.open(folder, codec, **settings)
+    assert opened.num_missing == opened.encoded == 0
+    assert torch.equal(opened.moments(3)[0], built.moments(3)[0])
+
+
 def test_only_what_changed_is_encoded_again(root, cache_dir, codec):
     assert build(root, codec, cache_dir).encoded == 9
     assert build(root, codec, cache_dir).encoded == 0
@@ -165,7 +211,7 @@ def test_another_cut_is_encoded_and_the_first_stays(root, cache_dir, codec, chan
     build(root, codec, cache_dir)
     plans = {
         "size": square(folder, 24),
-        "crop": square(folder, crops=np.zeros((9, 2))),
+        "crop": square(folder, places=(0.0,)),
         "background": square(folder, background=(0, 0, 0)),
         "flips": square(folder),
     }
@@ -281,7 +327,7 @@ def test_a_damaged_shard_is_set_aside_said_and_encoded_again(
 
 
 def test_a_damaged_row_stops_the_reader_and_the_next_build_mends_it(root, cache_dir, codec):
-    build(root, codec, cache_dir)
+    before = build(root, codec, cache_dir).moments(2)
     (path,) = shards(cache_dir)
     shard, _ = read_shard(path)
     data = bytearray(path.read_bytes())
@@ -294,8 +340,8 @@ def test_a_damaged_row_stops_the_reader_and_the_next_build_mends_it(root, cache_
         cache.moments(2)
     mended = build(root, codec, cache_dir)
     assert mended.encoded == 9
-    torch.testing.assert_close(cache.moments(2), mended.moments(2))  # no stale map is read
-    assert verify_cache(cache, read_folder(root), codec) < 1e-5
+    torch.testing.assert_close(mended.moments(2), before)
+    assert verify_cache(mended, read_folder(root), codec) < 1e-5
 
 
 def test_check_rows_finds_and_mends_a_damaged_row_at_once(root, cache_dir, codec):
@@ -322,7 +368,8 @@ def test_settings_that_do_not_fit_are_refused(root, cache_dir, codec):
     bad = [
         ({"plan": square(folder, 30)}, "multiples of 4"),
         ({"plan": CropPlan(np.zeros((3, 2), np.int32))}, "a row for each record"),
-        ({"plan": square(folder, crops=np.full((9, 2), 1.5))}, r"in \[0, 1\]"),
+        ({"plan": square(folder, places=(1.5,))}, r"in \[0, 1\]"),
+        ({"plan": square(folder, places=())}, "cuts anywhere cannot be cached"),
         ({"shard": (2, 2)}, "rank < world"),
     ]
     for settings, message in bad:

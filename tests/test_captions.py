@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from latentdiff.data.captions import (
+    CaptionEdits,
     clean_caption,
     edit_tags,
     label_caption,
-    make_caption,
     may_flip,
     with_trigger,
 )
@@ -40,10 +40,10 @@ def test_cleaning_removes_what_no_person_typed(raw, clean, had_controls):
 
 def test_choice_among_captions_is_even_and_keyed():
     captions = ("a", "b", "c")
-    chosen = [make_caption(captions, rng(seed)) for seed in range(600)]
+    chosen = [CaptionEdits().draw(captions, rng(seed)) for seed in range(600)]
     assert {chosen.count(c) > 150 for c in captions} == {True}
-    assert [make_caption(captions, rng(seed)) for seed in range(600)] == chosen
-    assert {make_caption(captions, rng(seed), choice="first") for seed in range(9)} == {"a"}
+    assert [CaptionEdits().draw(captions, rng(seed)) for seed in range(600)] == chosen
+    assert {CaptionEdits(choice="first").draw(captions, rng(seed)) for seed in range(9)} == {"a"}
 
 
 def test_shuffled_tags_are_the_same_tags_with_the_first_kept():
@@ -69,7 +69,7 @@ def test_tags_drop_out_at_the_asked_rate_but_for_the_kept_ones():
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
 def test_tag_dropout_out_of_range_is_refused(dropout):
     with pytest.raises(ValueError, match="tag_dropout must be in"):
-        make_caption(["a, b"], rng(), tag_dropout=dropout)
+        CaptionEdits(tag_dropout=dropout).draw(["a, b"], rng())
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_the_trigger_word_comes_once(caption, expected):
 
 
 def test_prefix_and_suffix_go_around_everything():
-    text = make_caption(["dog"], rng(), trigger="sks", prefix="photo, ", suffix=", 4k")
-    assert text == "photo, sks, dog, 4k"
+    edits = CaptionEdits(trigger="sks", prefix="photo, ", suffix=", 4k")
+    assert edits.draw(["dog"], rng()) == edits.settle("dog") == "photo, sks, dog, 4k"
 
 
 def test_the_caption_is_left_alone_by_default():
     caption = "two cats,  one red ,, the other not"
-    assert make_caption([caption], rng()) == caption
+    assert CaptionEdits().draw([caption], rng()) == caption
 
 
 @pytest.mark.parametrize(

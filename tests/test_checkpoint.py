@@ -252,7 +252,8 @@ def test_sigkill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path, delay_m
 def test_prune_keeps_the_last_the_regular_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 11):
         save(tmp_path, step)
-    removed = prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=4, best=3)
+    losses = {2: 0.3, 3: 0.2, 5: 0.2, 7: 0.4, 99: 0.1}  # step 99 was never saved
+    removed = prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=4, losses=losses)
     assert [int(name[-9:]) for name in names(tmp_path)] == [3, 4, 8, 9, 10]
     assert len(removed) == 5
     with pytest.raises(ValueError, match="keep_last is 0"):

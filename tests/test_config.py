@@ -36,6 +36,12 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("--train.learning_rate=nan", "train.learning_rate"),
         ("--diffusion.prediction_type=noise", "prediction_type"),
         ("--train.ema_decay=1", "below 1"),
+        ("--train.power_ema=[0.1, 0.5]", r"train.power_ema holds the width 0.5, expected .*0.28"),
+        ("--train.power_ema=[0.0]", r"train.power_ema holds the width 0.0"),
+        ("--train.power_ema=[0.1, 0.1]", "names a width twice"),
+        ("--train.power_ema_every_steps=0", "train.power_ema_every_steps=0, expected .* 1"),
+        ("--train.keep_every_steps=-1", "train.keep_every_steps=-1"),
+        ("--train.export=best", "train.keep_best=true"),
     ],
 )
 def test_bad_settings_are_named(argument: str, message: str) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +16,8 @@ from latentdiff.training.power_ema import (
     PowerEma,
     Snapshot,
     gamma_of,
-    read_snapshot,
     reconstruct,
-    save_snapshot,
+    reconstruction_weights,
     sigma_rel_of,
 )
 
@@ -244,7 +242,8 @@ def train_with(gammas: list[float], *, num_steps: int, every: int) -> dict[float
         for ema in emas:
             ema.update()
             if step % every == 0:
-                kept[ema.gamma].append(ema.snapshot())
+                weight = ema.tensors["weight"].clone()
+                kept[ema.gamma].append(Snapshot(step, ema.gamma, {"weight": weight}))
     return kept
 
 
@@ -277,19 +276,33 @@ def test_rebuilding_refuses_what_it_cannot() -> None:
         reconstruct([], gamma=3.0)
     with pytest.raises(ValueError, match="step is 30, expected 1 to 20"):
         reconstruct(kept, gamma=3.0, step=30)
+    with pytest.raises(ValueError, match=r"width 0\.141 at step 20 .* There are widths 0\.11 at"):
+        reconstruct(kept, gamma=4.0)
     odd = Snapshot(20, 6.0, {"other": torch.ones(1)})
     with pytest.raises(ValueError, match="step 20 has other parameters"):
-        reconstruct([*kept, odd], gamma=3.0)
+        reconstruct([*kept, odd], gamma=6.0)
 
 
-def test_snapshot_round_trip(tmp_path: Path) -> None:
-    snapshot = train_with([6.94], num_steps=5, every=5)[6.94][0]
-    path = tmp_path / "snapshot.safetensors"
-    save_snapshot(snapshot, path)
-    again = read_snapshot(path)
-    assert (again.step, again.gamma) == (5, 6.94)
-    assert torch.equal(again.tensors["weight"], snapshot.tensors["weight"])
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+@pytest.mark.parametrize("sigma_rel", [0.04, 0.075, 0.15])
+def test_rebuilding_two_snapshots_keeps_the_scale_of_the_weights(sigma_rel: float) -> None:
+    """An average of weights that stood still is those weights, however few snapshots there are."""
+    stored = [Snapshot(1000, gamma_of(width), {}) for width in (0.05, 0.1)]
+    weights, error = reconstruction_weights(stored, gamma=gamma_of(sigma_rel))
+    assert weights.sum() == pytest.approx(1, abs=1e-9)
+    assert 0 < error < 0.3
+
+
+def test_profile_error_is_that_of_a_numerical_integral() -> None:
+    stored = [Snapshot(step, gamma_of(w), {}) for step in (500, 1000) for w in (0.05, 0.1)]
+    weights, error = reconstruction_weights(stored, gamma=gamma_of(0.12))
+    s = (np.arange(100_000) + 0.5) / 100
+
+    def profile(step: float, gamma: float) -> np.ndarray:
+        return np.where(s <= step, (gamma + 1) / step * (s / step) ** gamma, 0)
+
+    wanted = profile(1000, gamma_of(0.12))
+    mixed = sum(w * profile(x.step, x.gamma) for w, x in zip(weights, stored, strict=True))
+    assert error == pytest.approx(np.linalg.norm(mixed - wanted) / np.linalg.norm(wanted), rel=1e-3)
 
 
 def test_profiles_product_matches_a_numerical_integral() -> None:

@@ -335,3 +335,21 @@ def test_a_real_leak_is_found():
     some = folder.select(np.unique(near))
     groups = find_alike(some)
     assert [[some[i].id for i in group.places] for group in groups] == [pair]
+
+
+def test_the_script_reports_the_buckets_that_training_would_use(tmp_path, monkeypatch, capsys):
+    for i, (width, height) in enumerate([(64, 64), (96, 48), (48, 96)]):
+        save_picture(tmp_path / f"{i}.png", i, width=width, height=height)
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    args = [str(tmp_path), "--quick", "--json", "--data.resolution=64", "--data.bucket_multiple=16"]
+    sizes, latent_bytes = [], []
+    for more in ([], ["--data.buckets=true", "--data.num_crops=3", "--data.random_flip=true"]):
+        report = json.loads(run(monkeypatch, capsys, *args, *more)[1])
+        sizes.append([(row["width"], row["height"]) for row in report["buckets"]])
+        latent_bytes.append(report["plan"]["latent_bytes"])
+    assert sizes == [[(64, 64)], [(48, 80), (64, 64), (80, 48)]]
+    assert latent_bytes[1] > 5 * latent_bytes[0]
+    report = json.loads(run(monkeypatch, capsys, *args, "--data.cache=false")[1])
+    assert report["plan"]["latent_bytes"] == 0
+    _, out, _ = run(monkeypatch, capsys, *(arg for arg in args if arg != "--json"))
+    assert "--data.buckets=true keeps pictures nearer" in out

@@ -96,6 +96,27 @@ def test_gradient_estimate_is_unbiased() -> None:
     assert abs(gradient(t, torch.ones(len(t))) / every - 1) > 0.1  # what weights are for
 
 
+def test_a_masked_batch_changes_nothing_though_losses_be_nan() -> None:
+    sampler, _ = _trained()
+    before = sampler.state_dict()
+    bad = torch.tensor([0, 5, 5]), torch.tensor([float("nan"), 1.0, float("inf")])
+    sampler.update(*bad, torch.tensor(False))
+    assert all(torch.equal(sampler.state_dict()[name], before[name]) for name in before)
+    sampler.update(torch.tensor([0]), torch.tensor([7.0]), torch.tensor(True))
+    assert not torch.equal(sampler.state_dict()["losses"], before["losses"])
+
+
+def test_draws_follow_probabilities_thinner_than_float32_tells() -> None:
+    """With float32 edges the last of these steps would be drawn 40 times as often, or never."""
+    sampler = LossAwareTimesteps(1000, history=1, uniform_share=1e-6)
+    losses = torch.zeros(1000)
+    losses[0] = 1.0
+    sampler.update(torch.arange(1000), losses)
+    p = float(sampler.probabilities()[999])
+    u = 1 - torch.linspace(0, 2 * p, 2001, dtype=torch.float64)[1:]
+    assert float((sampler.draw(u)[0] == 999).double().mean()) == pytest.approx(0.5, abs=0.02)
+
+
 def _one_by_one(t: Tensor, losses: Tensor, num_timesteps: int, history: int) -> list[list[float]]:
     seen: list[list[float]] = [[] for _ in range(num_timesteps)]
     for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
@@ -126,6 +147,8 @@ def test_state_comes_back_and_wrong_state_is_refused() -> None:
     assert torch.equal(copy.probabilities(), sampler.probabilities())
     with pytest.raises(ValueError, match="num_timesteps or history"):
         LossAwareTimesteps(9, history=3).load_state_dict(sampler.state_dict())
+    with pytest.raises(ValueError, match="did not draw timesteps by their losses"):
+        LossAwareTimesteps(8).load_state_dict({})
     with pytest.raises(ValueError, match="uniform_share"):
         LossAwareTimesteps(9, uniform_share=0.0)
 

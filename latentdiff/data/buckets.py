@@ -99,17 +99,26 @@ class Epoch:
 
 
 def make_epoch(
-    bucket_of: np.ndarray, *, batch_size: int, seed: int, epoch: int, partial: Partial = "keep"
+    bucket_of: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    partial: Partial = "keep",
+    order: np.ndarray | None = None,
 ) -> Epoch:
     """Shuffle records within their buckets, cut batches, and shuffle the batches.
 
     bucket_of: (N,) integers. batch_size: records per optimiser step over all processes. partial:
     keep a bucket's last batch smaller, or fill it with records from the start of that bucket's
     shuffled list, each as often as any other give or take one. Every record occurs at least once.
+    order: (N,) the records' permutation, by default one of (seed, epoch). The batches of a single
+    bucket stay in its order.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    order = shuffled(len(bucket_of), seed=seed, epoch=epoch, stream=0)
+    if order is None:
+        order = shuffled(len(bucket_of), seed=seed, epoch=epoch, stream=0)
     order = order[np.argsort(bucket_of[order], kind="stable")]
     buckets, counts = np.unique(bucket_of, return_counts=True)
     parts, sizes, batch_buckets = [], [], []
@@ -151,7 +160,9 @@ def _shuffle_batches(
         return Epoch(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int16))
     size = np.concatenate(sizes)
     start = np.cumsum(size) - size
-    order = shuffled(len(size), seed=seed, epoch=epoch, stream=1)
+    order = np.arange(len(size))
+    if len(parts) > 1:
+        order = shuffled(len(size), seed=seed, epoch=epoch, stream=1)
     starts = np.concatenate([[0], np.cumsum(size[order])])
     within = np.arange(starts[-1]) - np.repeat(starts[:-1], size[order])
     indices = np.concatenate(parts)[np.repeat(start[order], size[order]) + within]

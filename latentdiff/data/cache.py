@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.cache_encode import check_finite, encode_moments, latent_keys
-from latentdiff.data.cache_load import CropPlan, decode_ahead
+from latentdiff.data.cache_encode import check_finite, encode_moments, latent_keys, mean_and_std
+from latentdiff.data.cache_load import CropPlan, Item, decode_ahead
 from latentdiff.data.cache_store import MISSING, Store, Writer, in_share
 from latentdiff.data.digests import picture_digests
 from latentdiff.data.folder import Folder
@@ -33,17 +33,46 @@ LEFTOVER_SECONDS = 3600.0  # a temporary file this old belongs to a process that
 class LatentCache:
     """The posterior of z for every record of a folder. Small: what is read is mapped from disk.
 
-    encoded: how many latents this process had to encode. keys: (V, N, 2) uint64, V = 2 with flips.
+    encoded: how many latents this process had to encode. keys: (V, N, 2) uint64, see latent_keys.
     scale, shift: those of the codec; `use_scaling_of` follows a codec whose scaling has changed.
+    Everywhere `crop` is a draw in [0, 1) that chooses among the plan's places.
     """
 
     def __init__(
-        self, store: Store, keys: np.ndarray, *, plan: CropPlan, codec: LatentCodec, encoded: int
+        self, store: Store, keys: np.ndarray, *, plan: CropPlan, flips: bool, codec: LatentCodec
     ) -> None:
-        self.keys, self.plan, self.encoded = keys, plan, encoded
+        self.keys, self.plan, self.flips, self.encoded = keys, plan, flips, 0
+        self.factor, self.channels = codec.factor, codec.channels
         self.use_scaling_of(codec)
         self._store = store
         self._rows = _find(store, keys)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Folder,
+        codec: LatentCodec,
+        *,
+        cache_dir: Path | str,
+        plan: CropPlan,
+        flips: bool = False,
+        dtype: torch.dtype = torch.float32,
+        check_rows: bool = False,
+        digests: np.ndarray | None = None,
+        progress: bool = True,
+    ) -> "LatentCache":
+        """Open what there is, and encode nothing; the settings are those of `build`.
+
+        digests: what `picture_digests` gives for the folder, asked of it unless given.
+        """
+        plan.check(folder, factor=codec.factor)
+        if not plan.places:
+            raise ValueError("a plan that cuts anywhere cannot be cached; give it places")
+        if digests is None:
+            digests = _digests(folder, cache_dir, progress=progress)
+        keys = latent_keys(digests, codec, plan=plan, flips=flips, dtype=dtype)
+        store = Store(Path(cache_dir) / "latents", check_all=check_rows)
+        return cls(store, keys, plan=plan, flips=flips, codec=codec)
 
     @classmethod
     def build(
@@ -56,7 +85,7 @@ class LatentCache:
         flips: bool = False,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 8,
-        num_threads: int = 4,
+        num_threads: int = 8,
         shard: tuple[int, int] = (0, 1),
         check_rows: bool = False,
         progress: bool = True,
@@ -70,65 +99,111 @@ class LatentCache:
         What was finished is kept when this is interrupted. Raises ValueError naming the file if a
         picture cannot be decoded or has changed since it was listed, or if a latent is not finite.
         """
-        plan.check(folder, factor=codec.factor)
-        index = ScanIndex(cache_dir, folder.root)
-        with tqdm(desc="hashing", unit="file", leave=False, disable=not progress) as bar:
-            digests = picture_digests(folder, index=index, progress=_show(bar))
-        keys = latent_keys(digests, codec, plan=plan, flips=flips, dtype=dtype)
-        store = Store(Path(cache_dir) / "latents", check_all=check_rows)
-        todo = _missing(store, keys, plan=plan, shard=shard)
-        writer = Writer(store.folder)
+        digests = _digests(folder, cache_dir, progress=progress)
+        cache = cls.open(
+            folder,
+            codec,
+            digests=digests,
+            cache_dir=cache_dir,
+            plan=plan,
+            flips=flips,
+            dtype=dtype,
+            check_rows=check_rows,
+        )
+        todo = cache._missing(shard)
+        writer = Writer(cache._store.folder)
         with tqdm(total=len(todo), desc="encoding", unit="img", disable=not progress) as bar:
             try:
-                cuts = (plan.item(*place) for place in todo)
-                for items, pixels in decode_ahead(
-                    folder, cuts, digests=digests, batch_size=batch_size, num_threads=num_threads
-                ):
-                    moments = encode_moments(codec, pixels, dtype=dtype)
+                batches = decode_ahead(
+                    folder,
+                    (cache._item(variant, index) for variant, index in todo.tolist()),
+                    digests=digests,
+                    batch_size=batch_size,
+                    num_threads=num_threads,
+                )
+                done = 0
+                for items, pixels in batches:
+                    moments = encode_moments(codec, pixels, dtype=dtype).cpu()
                     check_finite(moments, folder, items)
-                    flipped = [int(item.flip) for item in items]
-                    writer.add(keys[flipped, [item.index for item in items]], moments)
+                    places = todo[done : done + len(items)]
+                    writer.add(cache.keys[places[:, 0], places[:, 1]], moments)
+                    done += len(items)
                     bar.update(len(items))
             finally:
                 writer.flush()
-        store.refresh()
-        return cls(store, keys, plan=plan, codec=codec, encoded=len(todo))
+        cache.encoded = len(todo)
+        cache._refresh()
+        return cache
 
     def __len__(self) -> int:
         return int(self.keys.shape[1])
 
     @property
     def num_missing(self) -> int:
-        """Latents that other processes have yet to write."""
+        """Latents that no process has written yet."""
         self._refresh()
-        return int((self._rows == MISSING).sum())
+        return len(np.unique(self.keys[self._rows == MISSING], axis=0))
 
-    def moments(self, index: int, *, flipped: bool = False) -> tuple[Tensor, Tensor]:
+    def complete(self) -> np.ndarray:
+        """List the records of which everything is encoded, rising."""
+        self._refresh()
+        return np.flatnonzero((self._rows != MISSING).all(axis=0))
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of record `index`'s latents."""
+        height, width = self.plan.sizes[index].tolist()
+        return self.channels, height // self.factor, width // self.factor
+
+    def inputs(self, index: int, noise: Tensor, *, flipped: bool, crop: float) -> dict[str, Tensor]:
+        """Return {"z0": a sample of z} for standard normal noise (C, h, w)."""
+        mean, std = self.moments(index, flipped=flipped, crop=crop)
+        return {"z0": mean + std * noise}
+
+    def moments(
+        self, index: int, *, flipped: bool = False, crop: float = 0.5
+    ) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of z for record `index`, each (C, h, w) float32.
 
         Raises ValueError for flipped latents that were not built, for one that no process has
         encoded, and for a damaged file.
         """
-        mean, std = self.raw_moments(index, flipped=flipped)
+        mean, std = self.raw_moments(index, flipped=flipped, crop=crop)
         return (mean - self.shift) * self.scale, std * self.scale
 
-    def raw_moments(self, index: int, *, flipped: bool = False) -> tuple[Tensor, Tensor]:
+    def raw_moments(
+        self, index: int, *, flipped: bool = False, crop: float = 0.5
+    ) -> tuple[Tensor, Tensor]:
         """Return `moments` before scale and shift."""
-        if flipped and len(self.keys) == 1:
+        if flipped and not self.flips:
             raise ValueError("the cache holds no flipped latents; build it with flips=True")
-        if self._rows[int(flipped), index] == MISSING:
+        variant = self.plan.variant(crop) * (1 + self.flips) + flipped
+        if self._rows[variant, index] == MISSING:
             self._refresh()
-        row = int(self._rows[int(flipped), index])
+        row = int(self._rows[variant, index])
         if row == MISSING:
             raise ValueError(
                 f"record {index} is not in the cache; let all processes build before one reads"
             )
-        moments = self._store.read(row).float()  # (2, C, h, w), or (1, C, h, w) where std is 0
-        return moments[0], moments[1] if len(moments) == 2 else torch.zeros_like(moments[0])
+        return mean_and_std(self._store.read(row).float())
 
     def use_scaling_of(self, codec: LatentCodec) -> None:
         """Take the codec's scale and shift for what is read from now on."""
         self.scale, self.shift = codec.scale, codec.shift
+
+    def _item(self, variant: int, index: int) -> Item:
+        place, flip = divmod(variant, 1 + self.flips)
+        u = (place + 0.5) / len(self.plan.places)
+        return self.plan.item(index, u=u, flip=bool(flip))
+
+    def _missing(self, shard: tuple[int, int]) -> np.ndarray:
+        """Find this process's share of what the store lacks, each key once, sorted by size: (M, 2)
+        (variant, index)."""
+        flat = self.keys.reshape(-1, 2)
+        places = np.flatnonzero((self._rows.ravel() == MISSING) & in_share(flat, shard))
+        _, first = np.unique(flat[places], axis=0, return_index=True)
+        variants, indices = np.divmod(places[np.sort(first)], max(1, len(self)))
+        order = np.lexsort((indices, *self.plan.sizes[indices].T))
+        return np.stack([variants, indices], axis=1)[order]
 
     def _refresh(self) -> None:
         self._store.refresh()
@@ -140,17 +215,22 @@ def verify_cache(
 ) -> float:
     """Encode a spread of records again and return the largest absolute difference of raw moments.
 
-    Expect float32 rounding, or that of the dtype kept; more means another VAE or another folder.
+    Records of which something is not encoded yet are passed over. Expect float32 rounding, or that
+    of the dtype kept; more means another VAE or another folder.
     """
     if len(cache) != len(folder):
         raise ValueError(f"the cache has {len(cache):,} records and the folder {len(folder):,}")
-    places = np.unique(np.linspace(0, len(cache) - 1, min(num_samples, len(cache))).astype(int))
-    cuts = (cache.plan.item(i, flip) for i in places.tolist() for flip in range(len(cache.keys)))
+    there = cache.complete()
+    chosen = np.linspace(0, len(there) - 1, min(num_samples, len(there))).astype(int)
+    places = there[np.unique(chosen)]
+    flips = range(1 + cache.flips)
+    cuts = (cache.plan.item(i, u=0.5, flip=bool(flip)) for i in places.tolist() for flip in flips)
     worst = 0.0
     for (item,), pixels in decode_ahead(folder, cuts, digests=None, batch_size=1, num_threads=2):
-        fresh = encode_moments(codec, pixels, dtype=torch.float32)[0]  # (2 or 1, C, h, w)
-        kept = torch.stack(cache.raw_moments(item.index, flipped=item.flip))
-        difference = kept - torch.cat([fresh, torch.zeros_like(fresh)])[:2]
+        moments = encode_moments(codec, pixels, dtype=torch.float32)[0].cpu()
+        fresh = torch.stack(mean_and_std(moments))
+        kept = torch.stack(cache.raw_moments(item.index, flipped=item.flip, crop=0.5))
+        difference = kept - fresh
         worst = max(worst, float(difference.abs().nan_to_num(nan=torch.inf).max()))
     return worst
 
@@ -183,17 +263,10 @@ def _find(store: Store, keys: np.ndarray) -> np.ndarray:
     return store.find(keys.reshape(-1, 2)).reshape(keys.shape[:2])
 
 
-def _missing(
-    store: Store, keys: np.ndarray, *, plan: CropPlan, shard: tuple[int, int]
-) -> np.ndarray:
-    """Find this process's share of what the store lacks, each key once, sorted by size: (M, 2)
-    (index, flip)."""
-    flat = keys.reshape(-1, 2)
-    places = np.flatnonzero((store.find(flat) == MISSING) & in_share(flat, shard))
-    _, first = np.unique(flat[places], axis=0, return_index=True)
-    flips, indices = np.divmod(places[np.sort(first)], keys.shape[1])
-    order = np.lexsort((indices, *plan.sizes[indices].T))
-    return np.stack([indices, flips], axis=1)[order]
+def _digests(folder: Folder, cache_dir: Path | str, *, progress: bool) -> np.ndarray:
+    index = ScanIndex(cache_dir, folder.root)
+    with tqdm(desc="hashing", unit="file", leave=False, disable=not progress) as bar:
+        return picture_digests(folder, index=index, progress=_show(bar))
 
 
 def _show(bar: tqdm) -> Progress:

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from latentdiff.data.cache_load import CropPlan, Item
@@ -21,7 +22,8 @@ CUT = np.dtype([("digest", "u1", 32), ("size", "<i4", 2), ("crop", "<f8", 2), ("
 def latent_keys(
     digests: np.ndarray, codec: LatentCodec, *, plan: CropPlan, flips: bool, dtype: torch.dtype
 ) -> np.ndarray:
-    """Hash everything a latent depends on: (V, N, 2) uint64, V = 2 with flips.
+    """Hash everything a latent depends on: (V, N, 2) uint64, V the plan's places, each twice with
+    flips: the mirrored one second.
 
     digests: (N, 32) of the picture files. Scale and shift do not matter to what is kept.
     """
@@ -35,26 +37,35 @@ def latent_keys(
         "interpolation": INTERPOLATION,
     }
     start = hashlib.sha256(json.dumps(base, sort_keys=True).encode()).digest()
-    keys = np.zeros((1 + flips, len(digests), 2), np.uint64)
-    for flip in range(1 + flips):
+    variants = [(place, flip) for place in plan.places for flip in range(1 + flips)]
+    keys = np.zeros((len(variants), len(digests), 2), np.uint64)
+    for variant, (place, flip) in enumerate(variants):
         for low in range(0, len(digests), CHUNK):
             part = slice(low, low + CHUNK)
             cuts = np.zeros(len(digests[part]), CUT)
             cuts["digest"], cuts["size"], cuts["flip"] = digests[part], plan.sizes[part], flip
-            cuts["crop"] = 0.5 if plan.crops is None else plan.crops[part]
-            keys[flip, part] = as_keys(key_of(start, cut.tobytes()) for cut in cuts)
+            cuts["crop"] = place
+            if plan.has_room is not None:
+                cuts["crop"][~plan.has_room[part]] = 0.5
+            keys[variant, part] = as_keys(key_of(start, cut.tobytes()) for cut in cuts)
     return keys
 
 
 @torch.no_grad()
 def encode_moments(codec: LatentCodec, pixels: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Encode pixels (B, H, W, 3) uint8 to raw moments (B, 2, C, h, w), or (B, 1, C, h, w)
-    where every standard deviation is 0."""
+    """Encode pixels (B, H, W, 3) uint8 to raw moments (B, 2, C, h, w) where the VAE is, or to
+    (B, 1, C, h, w) where every standard deviation is 0."""
     device = codec.vae.device
     with torch.autocast(device.type, enabled=False):
-        mean, std = codec.raw_moments(to_floats(pixels.to(device)))
-    parts = [mean, std] if std.any() else [mean]
-    return torch.stack(parts, dim=1).to(dtype).cpu()
+        mean, std = codec.raw_moments(to_floats(pixels.to(device, non_blocking=True)))
+    parts = [mean] if isinstance(codec.vae, AutoencoderTiny) else [mean, std]
+    return torch.stack(parts, dim=1).to(dtype)
+
+
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the moments of one picture, (2, C, h, w) or (1, C, h, w), apart."""
+    mean = moments[0]
+    return mean, moments[1] if len(moments) == 2 else torch.zeros_like(mean)
 
 
 def to_floats(pixels: Tensor) -> Tensor:

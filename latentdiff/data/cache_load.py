@@ -33,32 +33,40 @@ class Item:
 class CropPlan:
     """How each picture is cut: resized until it covers its size, then cropped.
 
-    sizes: (N, 2) (height, width) in pixels, multiples of the VAE's factor. crops: (N, 2) (y, x) in
-    [0, 1], the cut's place in the room there is; None is the centre.
+    sizes: (N, 2) (height, width) in pixels, multiples of the VAE's factor. places: where cuts lie
+    in the room there is, each in [0, 1]; (0.5,) is the centre, () anywhere. has_room: (N,) which
+    pictures have room at all, so that the others are cut once only; None means that all may have.
     """
 
     sizes: np.ndarray
-    crops: np.ndarray | None = None
+    places: tuple[float, ...] = (0.5,)
+    has_room: np.ndarray | None = None
     background: tuple[int, int, int] = (255, 255, 255)
 
     def check(self, folder: Folder, *, factor: int) -> None:
         """Raise ValueError where the plan does not fit the folder or the VAE."""
-        for name, table in (("sizes", self.sizes), ("crops", self.crops)):
-            if table is not None and table.shape != (len(folder), 2):
+        for name, table in (("sizes", self.sizes), ("has_room", self.has_room)):
+            if table is not None and len(table) != len(folder):
                 raise ValueError(
-                    f"{name} has shape {table.shape}, expected {(len(folder), 2)}: a row for each "
+                    f"{name} has {len(table):,} rows, expected {len(folder):,}: a row for each "
                     "record of the folder"
                 )
         if len(folder) and (self.sizes.min() < factor or (self.sizes % factor).any()):
             raise ValueError(f"sizes must be multiples of {factor}, the VAE's factor")
-        if self.crops is not None and not ((self.crops >= 0) & (self.crops <= 1)).all():
-            raise ValueError("crops must be (y, x) in [0, 1]")
+        if not all(0 <= place <= 1 for place in self.places):
+            raise ValueError(f"places must be in [0, 1], got {self.places}")
 
-    def item(self, index: int, flip: int) -> Item:
-        """Give the cut of one record's picture."""
+    def variant(self, u: float) -> int:
+        """Choose one of `places` by a draw u in [0, 1)."""
+        return int(u * len(self.places))
+
+    def item(self, index: int, *, u: float, flip: bool) -> Item:
+        """Give the cut of one record's picture that a draw u in [0, 1) chooses."""
         height, width = self.sizes[index].tolist()
-        y, x = (0.5, 0.5) if self.crops is None else self.crops[index].tolist()
-        return Item(int(index), height, width, (y, x), bool(flip), self.background)
+        place = self.places[self.variant(u)] if self.places else u
+        if self.has_room is not None and not self.has_room[index]:
+            place = 0.5
+        return Item(int(index), height, width, (place, place), flip, self.background)
 
 
 Batch = tuple[list[Item], Tensor]

@@ -13,7 +13,6 @@ import logging
 import mmap
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
+
+from latentdiff.whole_file import write_bytes
 
 logger = logging.getLogger(__name__)
 FORMAT = "latentdiff-cache-1"
@@ -75,7 +76,8 @@ def write_shard(folder: Path, keys: np.ndarray, rows: Tensor) -> Path:
     content = save(tensors, metadata)
     header = content[: 8 + struct.unpack("<Q", content[:8])[0]]
     path = folder / f"{_name_of(header)}.safetensors"
-    _write_atomically(path, content)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content)
     return path
 
 
@@ -146,18 +148,3 @@ def check_rows(shard: Shard) -> None:
     with map_file(shard.path) as data:
         for row in range(len(shard.checks)):
             read_row(shard, row, data)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

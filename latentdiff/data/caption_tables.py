@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentdiff.data.columns import CAPTIONS, find, in_chunks
+from latentdiff.data.columns import CAPTIONS, Finder, find, in_chunks
 from latentdiff.data.metadata import read_metadata
 from latentdiff.data.problems import Problems
 
@@ -44,13 +44,18 @@ class CaptionTables:
 
 @dataclass
 class Rows:
-    """The rows of all tables, column by column. table: place in CaptionTables.names."""
+    """The rows of all tables, column by column.
 
-    paths: pa.Array
+    file: place among the listed paths, -1 for none; table: place in CaptionTables.names; missing:
+    the paths of the rows without a file, in order.
+    """
+
     captions: pa.ChunkedArray
+    file: np.ndarray
     numbers: np.ndarray
     table: np.ndarray
     names: list[str]
+    missing: list[str]
 
     def where(self, row: int) -> str:
         return f"{self.names[self.table[row]]}:{self.numbers[row]}"
@@ -74,10 +79,21 @@ def find_tables(paths: pa.Array, problems: Problems) -> CaptionTables:
     return tables
 
 
-def read_rows(root: Path, tables: CaptionTables, rules: CaptionRules, problems: Problems) -> Rows:
-    """Read all tables; one without a single good row joins `tables.failed`."""
-    paths, captions = [pa.array([], pa.large_string())], [pa.array([], CAPTIONS)]
-    numbers, table = [np.zeros(0, np.int64)], [np.zeros(0, np.int16)]
+def read_rows(
+    root: Path,
+    tables: CaptionTables,
+    paths: pa.Array,
+    *,
+    rules: CaptionRules,
+    problems: Problems,
+) -> Rows:
+    """Read all tables, and find the listed paths that their rows name.
+
+    A table without a single good row joins `tables.failed`.
+    """
+    finder, missing = Finder(paths), list[str]()
+    captions, file = [pa.array([], CAPTIONS)], [np.zeros(0, np.int32)]
+    numbers, table = [np.zeros(0, np.int32)], [np.zeros(0, np.int16)]
     for place, name in enumerate(list(tables.names)):
         rows = read_metadata(
             root,
@@ -86,23 +102,27 @@ def read_rows(root: Path, tables: CaptionTables, rules: CaptionRules, problems: 
             file_column=rules.file_column,
             problems=problems,
         )
-        before = len(paths)
+        before = len(captions)
         for chunk in in_chunks(rows):
-            paths.append(pa.array([row.path for row in chunk], pa.large_string()))
+            found = finder.find(pa.array([row.path for row in chunk], pa.large_string()))
+            missing += [row.path for row, at in zip(chunk, found, strict=True) if at < 0]
             captions.append(pa.array([row.captions for row in chunk], CAPTIONS))
-            numbers.append(np.array([row.number for row in chunk], np.int64))
+            file.append(found.astype(np.int32))
+            numbers.append(np.array([row.number for row in chunk], np.int32))
             table.append(np.full(len(chunk), place, np.int16))
-        if len(paths) == before:
+        if len(captions) == before:
             tables.failed.append(parent(name))
-    whole_paths = pa.concat_arrays(paths)
-    del paths
-    return Rows(
-        whole_paths,
+    del finder
+    read = Rows(
         pa.chunked_array(captions, CAPTIONS),
+        np.concatenate(file),
         np.concatenate(numbers),
         np.concatenate(table),
         list(tables.names),
+        missing,
     )
+    _find_composed(read, paths)
+    return read
 
 
 @dataclass(frozen=True)
@@ -115,11 +135,10 @@ class Match:
 
 def match_rows(rows: Rows, paths: pa.Array, rules: CaptionRules, problems: Problems) -> Match:
     """Join rows and listed files; a row without a file and a second row are problems."""
-    file_of_row = _find_file(rows.paths, paths)
-    _report_missing(rows, np.flatnonzero(file_of_row < 0), paths, problems)
-    order = np.argsort(file_of_row, kind="stable")
-    order = order[file_of_row[order] >= 0]
-    files, starts = np.unique(file_of_row[order], return_index=True)
+    _report_missing(rows, paths, problems)
+    order = np.argsort(rows.file, kind="stable")
+    order = order[len(rows.missing) :]
+    files, starts = np.unique(rows.file[order], return_index=True)
     of_file = np.full(len(paths), -1, np.int64)
     of_file[files] = order[starts]  # a file's first row
     merged: list[list[str]] = []
@@ -145,29 +164,29 @@ def _may_merge(
     return False
 
 
-def _find_file(wanted: pa.Array, paths: pa.Array) -> np.ndarray:
-    """Find listed files by name, in whatever Unicode composition (macOS has its own)."""
-    found = find(wanted, paths)
-    missing = np.flatnonzero(found < 0)
-    if len(missing):
-        composed = pc.utf8_normalize(wanted.take(pa.array(missing)), form="NFC")
-        found[missing] = find(composed, pc.utf8_normalize(paths, form="NFC"))
-    return found
+def _find_composed(rows: Rows, paths: pa.Array) -> None:
+    """Find what is missing in whatever Unicode composition; macOS has its own."""
+    if not rows.missing:
+        return
+    wanted = pc.utf8_normalize(pa.array(rows.missing, pa.large_string()), form="NFC")
+    found = find(wanted, pc.utf8_normalize(paths, form="NFC"))
+    rows.file[rows.file < 0] = found
+    rows.missing = [name for name, at in zip(rows.missing, found, strict=True) if at < 0]
 
 
-def _report_missing(rows: Rows, missing: np.ndarray, paths: pa.Array, problems: Problems) -> None:
+def _report_missing(rows: Rows, paths: pa.Array, problems: Problems) -> None:
     refused = {
         where
         for key in ("link_leaves", "link_broken", "not_a_file")
         if key in problems
         for where, _ in problems[key].examples
     }
-    if not len(missing):
+    if not rows.missing:
         return
-    names = rows.paths.take(pa.array(missing))
+    names = pa.array(rows.missing, pa.large_string())
     lower = pc.replace_substring(pc.utf8_lower(names), "\\", "/")
     close = find(lower, pc.utf8_lower(paths))
-    for name, row, place in zip(names.to_pylist(), missing, close, strict=True):
+    for name, row, place in zip(rows.missing, np.flatnonzero(rows.file < 0), close, strict=True):
         hint = f"; there is {paths[int(place)].as_py()}" if place >= 0 else ""
         if name not in refused:
             problems.add("missing_file", rows.where(int(row)), f"{name}{hint}")

@@ -20,7 +20,14 @@ from latentdiff.data.caption_tables import (
     read_rows,
 )
 from latentdiff.data.captions import label_caption
-from latentdiff.data.columns import CAPTIONS, has_extension, release_memory, values, whole
+from latentdiff.data.columns import (
+    CAPTIONS,
+    has_extension,
+    release_memory,
+    take_rows,
+    values,
+    whole,
+)
 from latentdiff.data.index import ScanIndex
 from latentdiff.data.listing import IMAGE_EXTENSIONS, METADATA_NAMES, TEXT_EXTENSIONS
 from latentdiff.data.problems import Problems
@@ -87,8 +94,7 @@ def caption_pictures(
     _add_folder_names(found, tables, rules=rules)
     _report_the_rest(found, paths, tables=tables, rules=rules, problems=problems)
     captioned = np.flatnonzero(found.at >= 0)
-    files = found.files.take(pa.array(captioned)).combine_chunks()
-    return Captioned(files, found.at[captioned], found.pool)
+    return Captioned(take_rows(found.files, captioned), found.at[captioned], found.pool)
 
 
 def _from_tables(
@@ -101,15 +107,14 @@ def _from_tables(
 ) -> Captioned:
     """Find all pictures, and the captions of those that have a row."""
     paths = whole(listing["path"])
-    rows = read_rows(root, tables, rules, problems)
+    rows = read_rows(root, tables, paths, rules=rules, problems=problems)
     release_memory()
     match = match_rows(rows, paths, rules, problems)
     is_picture = has_extension(paths, IMAGE_EXTENSIONS) | (match.of_file >= 0)
     places = np.flatnonzero(is_picture)
     at = np.where(match.of_file[places] >= 0, match.of_file[places], NONE)
-    files = listing.take(pa.array(places)).combine_chunks()
     release_memory()
-    return Captioned(files, at, Pool([*rows.captions.chunks, match.merged]))
+    return Captioned(take_rows(listing, places), at, Pool([*rows.captions.chunks, match.merged]))
 
 
 def _add_sidecars(

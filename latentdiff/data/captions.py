@@ -7,6 +7,7 @@ that a caption does not depend on workers or batches. Token counts live in `late
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -27,31 +28,50 @@ SIDE_WORDS = (
 )
 
 
-def make_caption(
-    captions: Sequence[str],
-    rng: np.random.Generator,
-    *,
-    choice: Literal["random", "first"] = "random",
-    shuffle_tags: bool = False,
-    keep_tags: int = 0,
-    tag_dropout: float = 0.0,
-    trigger: str = "",
-    prefix: str = "",
-    suffix: str = "",
-) -> str:
-    """Choose one of a picture's captions and edit it as a training run asks.
+@dataclass(frozen=True)
+class CaptionEdits:
+    """What becomes of a picture's captions in training.
 
-    Tags are the comma-separated parts; the first `keep_tags` neither move nor drop out. `trigger`
-    becomes the first tag unless the caption has it already. `prefix` and `suffix` are put around
-    the result as they are. The number of draws from `rng` depends on the captions and the settings
-    alone.
+    choice: one of several by lot, or always the first. Tags are the comma-separated parts; the
+    first `keep_tags` neither move nor drop out, each other one drops out with probability
+    `tag_dropout`. `trigger` becomes the first tag unless the caption has it already. `prefix` and
+    `suffix` are put around the result as they are.
     """
-    caption = captions[0]
-    if choice == "random" and len(captions) > 1:
-        caption = captions[int(rng.integers(len(captions)))]
-    if shuffle_tags or tag_dropout != 0:
-        caption = edit_tags(caption, rng, shuffle=shuffle_tags, keep=keep_tags, dropout=tag_dropout)
-    return f"{prefix}{with_trigger(caption, trigger)}{suffix}"
+
+    choice: Literal["random", "first"] = "random"
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_dropout: float = 0.0
+    trigger: str = ""
+    prefix: str = ""
+    suffix: str = ""
+
+    @property
+    def edits_tags(self) -> bool:
+        """Whether a caption reads otherwise each time, so that its states cannot be kept."""
+        return self.shuffle_tags or self.tag_dropout != 0
+
+    def draw(self, captions: Sequence[str], rng: np.random.Generator) -> str:
+        """Choose and edit one of a picture's captions.
+
+        The number of draws from `rng` depends on the captions and the settings alone.
+        """
+        caption = captions[0]
+        if self.choice == "random" and len(captions) > 1:
+            caption = captions[int(rng.integers(len(captions)))]
+        if self.edits_tags:
+            caption = edit_tags(
+                caption,
+                rng,
+                shuffle=self.shuffle_tags,
+                keep=self.keep_tags,
+                dropout=self.tag_dropout,
+            )
+        return self.settle(caption)
+
+    def settle(self, caption: str) -> str:
+        """Give a caption all edits but those of its tags: how held-out pictures are asked for."""
+        return f"{self.prefix}{with_trigger(caption, self.trigger)}{self.suffix}"
 
 
 def edit_tags(

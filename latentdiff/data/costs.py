@@ -39,7 +39,7 @@ class CacheShape:
     text_tokens: int = 77
     text_width: int = 768
     value_bytes: int = 4
-    copies: int = 1  # of each picture: 2 with its mirror image
+    copies: int = 1  # of each picture: one a crop, twice that with mirror images; 0 without cache
 
 
 def make_plan(

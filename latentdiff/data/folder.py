@@ -64,7 +64,7 @@ class Folder(Sequence[Record]):
         self.problems = found.problems
         self.num_found = found.num_found  # usable or not, but those left out on purpose
         self._found = found
-        self._columns = [whole(found.table[name]) for name in RECORDS.names]
+        self._columns = [found.table[name] for name in RECORDS.names]
         self._rows = np.arange(len(found.table), dtype=np.int32) if rows is None else rows
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -104,12 +104,12 @@ class Folder(Sequence[Record]):
     @property
     def ids(self) -> pa.Array:
         """The records' ids as an arrow array of (N,) texts."""
-        return self._columns[0].take(pa.array(self._rows))
+        return whole(self._columns[0].take(pa.array(self._rows)))
 
     @property
     def captions(self) -> pa.Array:
         """The records' captions as an arrow array of (N,) lists of texts."""
-        return self._columns[1].take(pa.array(self._rows))
+        return whole(self._columns[1].take(pa.array(self._rows)))
 
     @property
     def splits(self) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From files to a table of records: list, caption, scan, judge by size, split."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 
 from latentdiff.data.caption_tables import CaptionRules
 from latentdiff.data.captioning import Captioned, caption_pictures
-from latentdiff.data.columns import CAPTIONS, release_memory, values, whole
+from latentdiff.data.columns import CAPTIONS, CHUNK, release_memory, take_rows, values
 from latentdiff.data.index import ScanIndex, fingerprint, map_table, table_digest
 from latentdiff.data.listing import Progress, list_files
 from latentdiff.data.problems import Problems
@@ -78,15 +79,21 @@ def gather_records(
     release_memory()
     num_found = len(pictures) + problems.count("skipped")
     facts = scan_pictures(root, pictures.files, index=index, full=full, progress=progress)
-    table = _records(pictures, facts, rules, problems)
-    del pictures, facts
+    del pictures.files
     release_memory()
-    if not len(table) and not problems.count("error") and not problems.count("skipped"):
+    kept = _judge(facts, rules, problems)
+    if not len(kept) and not problems.count("error") and not problems.count("skipped"):
         problems.add("no_images", str(root))
-    gathered = Gathered(table, problems, num_found)
-    if index is None:
-        return gathered
-    return _stored(gathered, index, name)
+    parts = _records(pictures, facts, kept, split_fraction=rules.split_fraction)
+    if index is not None and not _may_get_better(problems):
+        told = {"problems": json.dumps(problems.to_json()), "num_found": str(num_found)}
+        index.save(name, RECORDS.with_metadata(told), parts)
+        index.prune("records-")
+        if stored := map_records(index.path(name)):
+            return stored
+        parts = _records(pictures, facts, kept, split_fraction=rules.split_fraction)
+    table = pa.concat_tables([RECORDS.empty_table(), *parts])
+    return Gathered(table, problems, num_found)
 
 
 def last_records(rules: ReadRules, index: ScanIndex) -> Gathered | None:
@@ -96,15 +103,18 @@ def last_records(rules: ReadRules, index: ScanIndex) -> Gathered | None:
 
 
 def _records(
-    pictures: Captioned, facts: pa.Table, rules: ReadRules, problems: Problems
-) -> pa.Table:
-    kept = _judge(facts, rules, problems)
-    good = facts.select(["path", "width", "height", "size", "offset"]).take(pa.array(kept))
-    path, width, height, size, offset = good.combine_chunks().columns
-    splits = assign_splits(values(whole(path)), rules.split_fraction, num=len(path))
-    captions = pictures.pool.take(pictures.at[kept])
-    columns = [path, captions, width, height, pa.array(splits), size, offset]
-    return pa.table(columns, schema=RECORDS).combine_chunks()
+    pictures: Captioned, facts: pa.Table, kept: np.ndarray, *, split_fraction: float
+) -> Iterator[pa.Table]:
+    """Yield the table of records in parts, so that it never is in memory whole."""
+    good = take_rows(facts.select(["path", "width", "height", "size", "offset"]), kept)
+    splits = assign_splits(values(good["path"]), split_fraction, num=len(good))
+    for start in range(0, len(good), CHUNK):
+        part = slice(start, start + CHUNK)
+        path, width, height, size, offset = good.slice(start, CHUNK).combine_chunks().columns
+        captions = pictures.pool.take(pictures.at[kept[part]])
+        columns = [path, captions, width, height, pa.array(splits[part]), size, offset]
+        yield pa.table(columns, schema=RECORDS).combine_chunks()
+        release_memory()
 
 
 def _judge(facts: pa.Table, rules: ReadRules, problems: Problems) -> np.ndarray:
@@ -130,15 +140,9 @@ def _judge(facts: pa.Table, rules: ReadRules, problems: Problems) -> np.ndarray:
     return np.flatnonzero(~(is_bad | is_small | is_thin))
 
 
-def _stored(gathered: Gathered, index: ScanIndex, name: str) -> Gathered:
-    """Save what was gathered and map it from there, unless a file could not be read this time."""
-    if "unreadable" in gathered.problems or "unreadable_folder" in gathered.problems:
-        return gathered
-    told = {"problems": json.dumps(gathered.problems.to_json()), "num_found": gathered.num_found}
-    meta = {key: str(value) for key, value in told.items()}
-    index.save(name, gathered.table.replace_schema_metadata(meta))
-    index.prune("records-")
-    return map_records(index.path(name)) or gathered
+def _may_get_better(problems: Problems) -> bool:
+    """Say whether a file could not be read this time: that is not to be remembered."""
+    return "unreadable" in problems or "unreadable_folder" in problems
 
 
 def map_records(path: Path) -> Gathered | None:

@@ -8,12 +8,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from latentdiff.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 VERSION = 1  # raise it when the meaning of a stored column changes
@@ -38,30 +39,25 @@ class ScanIndex:
         table = map_table(self.path(name))
         return table if table is not None and table.schema.equals(schema) else None
 
-    def save(self, name: str, table: pa.Table) -> None:
-        """Write a table; if it is in one chunk, a row of its map is found at once.
+    def save(self, name: str, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
+        """Write a table, part after part, so that it need not be in memory at once.
 
         Where it cannot be written, the log says so, and the next run reads again.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(self.path(name), table)
+            self._write(self.path(name), schema, parts)
         except OSError as error:
             logger.warning("the scan index is not kept: %s", error)
 
-    def _write(self, path: Path, table: pa.Table) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                with pa.ipc.new_file(file, table.schema) as writer:
-                    writer.write_table(table, max_chunksize=max(1, len(table)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    def _write(self, path: Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
+        with (
+            whole_file(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as file,
+            pa.ipc.new_file(file, schema) as writer,
+        ):
+            for part in parts:
+                writer.write_table(part, max_chunksize=max(1, len(part)))
 
     def newest(self, prefix: str) -> str | None:
         """Name the table written last among those whose names start with `prefix`."""

@@ -1,6 +1,5 @@
 """A whole inspection of a folder: what `scripts/inspect_data.py` does."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
@@ -11,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from latentdiff.data.buckets import Partial, make_buckets
+from latentdiff.data.buckets import Bucket, Partial, make_buckets
 from latentdiff.data.costs import CacheShape, Encode
 from latentdiff.data.folder import Folder
 from latentdiff.data.index import ScanIndex
@@ -26,39 +25,42 @@ def inspect_folder(
     folder: Folder,
     *,
     resolution: int = 512,
-    multiple: int = 0,
+    buckets: bool = False,
+    bucket_multiple: int = 64,
     bucket_max_aspect: float = 2.0,
     batch_size: int = 16,
-    partial: Partial = "keep",
+    partial_batches: Partial = "keep",
     max_bad_fraction: float = 0.0,
     tokenizer: str = "",
     vae: str = "",
     quick: bool = False,
     random_flip: bool = False,
+    num_crops: int = 1,
+    cache: bool = True,
     cache_dir: str = "",
     progress: Progress | None = None,
 ) -> Report:
     """Report on a folder as training with these settings would meet it.
 
     tokenizer: a folder with a CLIP tokenizer, or a Stable-Diffusion folder that holds one. vae: a
-    folder with a VAE, to measure its rate. multiple: of the buckets' sides; 0 is 64, or what of it
-    divides the resolution. random_flip: mirrored pictures are cached too. quick: do not look for
-    pictures that are alike, which decodes every picture once. cache_dir: where the scan index is,
-    so that it is done once ever.
+    folder with a VAE, to measure its rate. random_flip, num_crops, cache: what is cached of each
+    picture. quick: do not look for pictures that are alike, which decodes every picture once.
+    cache_dir: where the scan index is, so that it is done once ever. The rest: see DataConfig.
     """
-    multiple = multiple or math.gcd(resolution, 64)
-    buckets = make_buckets(resolution, multiple=multiple, max_aspect=bucket_max_aspect)
-    cache, encode = _vae_costs(vae) if vae else (CacheShape(), None)
+    sizes: tuple[Bucket, ...] = (Bucket(resolution, resolution),)
+    if buckets:
+        sizes = make_buckets(resolution, multiple=bucket_multiple, max_aspect=bucket_max_aspect)
+    shape, encode = _vae_costs(vae) if vae else (CacheShape(), None)
     index = ScanIndex(cache_dir, folder.root) if cache_dir else None
     return make_report(
         folder,
-        buckets=buckets,
+        buckets=sizes,
         batch_size=batch_size,
-        partial=partial,
+        partial=partial_batches,
         max_bad_fraction=max_bad_fraction,
         tokenizer=load_tokenizer(Path(tokenizer)) if tokenizer else None,
         alike=None if quick else find_alike(folder, index=index, progress=progress),
-        cache=replace(cache, copies=2) if random_flip else cache,
+        cache=replace(shape, copies=(1 + random_flip) * num_crops * cache),
         encode=encode,
     )
 

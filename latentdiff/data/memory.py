@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentdiff.data.columns import find, release_memory, take_from, whole
+from latentdiff.data.columns import CHUNK, find, release_memory, take_rows
 from latentdiff.data.files import Entry
 from latentdiff.data.index import ScanIndex
 from latentdiff.data.listing import LISTING, Progress
@@ -39,7 +39,7 @@ def remembered(
     num_known = len(known)
     at = np.full(len(files), -1) if again else find_unchanged(files, known)
     unknown = np.flatnonzero(at < 0)
-    fresh = files.take(pa.array(unknown)).combine_chunks()
+    fresh = take_rows(files, unknown)
     learnt: list[pa.Table] = []
     saved = time.monotonic()
     for start in range(0, len(fresh), FILES_AT_ONCE):
@@ -50,19 +50,22 @@ def remembered(
             _save(pa.concat_tables([known, *learnt]), name, index)
             saved = time.monotonic()
     at[unknown] = num_known + np.arange(len(unknown))
-    table = take_from([known, *learnt], at)
-    del known, learnt
-    release_memory()
+    table = take_rows(pa.concat_tables([known, *learnt]), at)
+    del known, learnt, fresh
     if index is None or not (len(unknown) or num_known != len(table)):
         return table
     _save(table, name, index)
     mapped = index.load(name, schema)
-    return mapped if mapped is not None and len(mapped) == len(table) else table
+    if mapped is None or len(mapped) != len(table):
+        return table
+    del table
+    release_memory()
+    return mapped
 
 
 def find_unchanged(files: pa.Table, known: pa.Table) -> np.ndarray:
     """Find each file's row in `known` by path, size and time; -1 if it is new or changed."""
-    at = find(whole(files["path"]), whole(known["path"]))
+    at = find(files["path"], known["path"])
     there = np.flatnonzero(at >= 0)
     is_same = np.ones(len(there), bool)
     for column in ("size", "mtime_ns", "offset"):
@@ -82,5 +85,10 @@ def _read_chunk(files: pa.Table, read: Read, schema: pa.Schema) -> pa.Table:
 def _save(table: pa.Table, name: str, index: ScanIndex) -> None:
     """Keep a table, but for files that could not be read: their permissions may change."""
     if "problem" in table.schema.names:
-        table = table.filter(pc.fill_null(pc.not_equal(table["problem"], "unreadable"), True))
-    index.save(name, table)
+        is_unreadable = pc.fill_null(pc.equal(table["problem"], "unreadable"), False)
+        if pc.any(is_unreadable).as_py():
+            table = table.filter(pc.invert(is_unreadable))
+    # In large parts: a map of small ones has all its pages touched when it is opened.
+    starts = range(0, len(table), CHUNK)
+    parts = (table.slice(start, CHUNK).combine_chunks() for start in starts)
+    index.save(name, table.schema, parts)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +20,7 @@ from latentdiff.data.report_text import (
     size_text,
     time_text,
 )
+from latentdiff.whole_file import write_text
 
 NUM_SAMPLES, NUM_GROUPS, NUM_ALIKE, NUM_NAMES, NUM_PICTURES = 24, 12, 4, 200, 6
 SIDE = 128  # of a thumbnail in pixels
@@ -50,10 +50,7 @@ del { color: var(--bad) } details ul { margin: .3rem 0; padding-left: 1.2rem; fo
 
 def write_html(report: Report, folder: Folder, *, path: Path | str) -> None:
     """Write the report to `path`, replacing what is there at once."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(to_html(report, folder), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, to_html(report, folder))
 
 
 def to_html(report: Report, folder: Folder) -> str:

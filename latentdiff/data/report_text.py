@@ -7,6 +7,7 @@ from latentdiff.data.measures import BucketRow, CaptionStats, SizeStats, Spread
 from latentdiff.data.problems import printable
 from latentdiff.data.report import AlikeGroup, Report
 
+MUCH_CUT = 0.05  # of a picture's area
 NUM_NAMES = 5  # shown of each kind; --json has the rest
 SEVERITY_TITLES = {"error": "must be mended", "skipped": "left out", "note": "worth knowing"}
 
@@ -121,6 +122,8 @@ def _buckets(rows: Sequence[BucketRow]) -> Iterator[str]:
             f"  {row.worst_cut:>8.1%}" + (f" {printable(row.worst_id)}" if row.worst_cut else "")
         )
     yield "  no picture is dropped; cut off: the share of a picture outside its bucket's shape"
+    if len(rows) == 1 and rows[0].mean_cut > MUCH_CUT:
+        yield "  --data.buckets=true keeps pictures nearer to their own shape"
 
 
 def _alike(groups: Sequence[AlikeGroup] | None) -> Iterator[str]:

@@ -103,6 +103,18 @@ class TextCache:
         return self._store.read(row)
 
 
+def text_keys(
+    captions: Iterable[str],
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
+    """Hash what the states of captions, and of the null caption, depend on: (M, 2) uint64."""
+    start = text_hash(tokenizer, text_encoder, dtype=dtype)
+    return as_keys(key_of(start, text.encode()) for text in chain([NULL_CAPTION], captions))
+
+
 def text_hash(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, *, dtype: torch.dtype
 ) -> bytes:

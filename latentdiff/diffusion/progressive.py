@@ -49,7 +49,7 @@ def interpolate(
     *,
     eps: Tensor,
     depth: int,
-    share: float,
+    share: float | Tensor,
     generator: Generators,
     prediction_type: str,
     variance_type: str = "fixed_small",
@@ -58,11 +58,13 @@ def interpolate(
     """Mix two images at noise level `depth` and decode what comes of it (Ho et al. 2020, Fig. 8).
 
     x0: two of (B, ...); depth: a timestep in [0, T), deeper is freer; share in [0, 1] of the second
-    image; eps: (B, ...) noise of both, one draw so that the mixture keeps its noise level.
+    image, one number or (B, 1, ...); eps: (B, ...) noise of both, one draw so that the mixture
+    keeps its noise level.
     """
     first, second = x0
     t = torch.full((len(first),), depth, device=first.device)
-    xt = torch.lerp(q_sample(schedule, first, t, eps), q_sample(schedule, second, t, eps), share)
+    noisy = [q_sample(schedule, image, t, eps) for image in (first, second)]
+    xt = noisy[0] + share * (noisy[1] - noisy[0])
     for step in p_sample_steps(
         schedule,
         model,

@@ -4,6 +4,8 @@ Every function turns uniform draws u, (B,) in [0, 1), into timesteps, so that th
 where randomness comes from. Nothing here waits for the device.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -69,28 +71,38 @@ class LossAwareTimesteps:
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return timesteps (B,) int64 and the weights (B,) of their losses. u: (B,) in [0, 1)."""
         p = self.probabilities()
-        edges = p.cumsum(0)
-        t = torch.searchsorted(edges, u.to(edges.dtype) * edges[-1], right=True)
+        edges = p.to(u.dtype).cumsum(0)  # float64 as a rule: rare steps are thinner than float32
+        t = torch.searchsorted(edges, u * edges[-1], right=True)
         t = t.clamp(max=len(p) - 1)
         return t, 1 / (len(p) * p.gather(0, t))
 
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the unweighted losses of a batch, the oldest forgotten first. Both (B,)."""
+    def update(self, t: Tensor, losses: Tensor, ok: Tensor | None = None) -> None:
+        """Remember the losses of a batch before weighting, the oldest forgotten first. Both (B,).
+
+        ok: 0-dim, bool or float; where it is 0 nothing changes, though losses be NaN.
+        """
+        flag = torch.ones((), device=t.device) if ok is None else ok.detach().to(t.device)
+        kept = flag.reshape(()) != 0
         num_timesteps, history = len(self._counts), self._losses.shape[1]
         same = t[:, None] == t[None, :]  # (B, B)
         before, after = same.tril(-1).sum(1), same.triu(1).sum(1)
         slot = (self._counts.gather(0, t) + before) % history
-        row = torch.where(after < history, t, num_timesteps)
+        row = torch.where((after < history) & kept, t, num_timesteps)
         self._losses[row, slot] = losses.detach().float()
-        self._counts.scatter_add_(0, t, torch.ones_like(t))
+        self._counts.scatter_add_(0, t, kept.long().expand_as(t))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as plain tensors: losses (T, history) float32, counts (T,) int64."""
         return {"losses": self._losses[:-1].clone(), "counts": self._counts.clone()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take a state back. Raises ValueError when it is of another number of steps or history."""
         for name, own in (("losses", self._losses[:-1]), ("counts", self._counts)):
+            if name not in state:
+                raise ValueError(
+                    f"there is no timestep sampler state {name!r}: the run did not draw timesteps"
+                    " by their losses"
+                )
             if state[name].shape != own.shape:
                 raise ValueError(
                     f"timestep sampler state {name!r} has shape {tuple(state[name].shape)},"

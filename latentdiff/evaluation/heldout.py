@@ -3,10 +3,12 @@
 A fixed set of (picture, timestep, noise) triples, timesteps stratified over the chain, is measured
 again and again, so two figures differ by the model alone. The same triples under shuffled and null
 captions show what a caption is worth: a model that ignores captions has a caption use of 0.
+Several processes share the work out in batches that do not depend on their number.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,15 +17,21 @@ from latentdiff.diffusion.ddpm import Schedule, q_sample
 from latentdiff.diffusion.objectives import per_sample_loss, target
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+Shard = tuple[int, int]  # (rank, number of processes)
+CAPTIONS = ("true", "shuffled", "null")
 NUM_BUCKETS = 4
+TRIPLES_AT_ONCE = 8  # under three captions each; a constant, so that no layout changes the figures
 
 
 @dataclass(frozen=True)
 class Triples:
-    """n fixed triples: z0, eps (n, C, h, w), t (n,) int64, text (n, ...) ids or states."""
+    """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, text (n, ...) ids or states.
 
-    z0: Tensor
-    eps: Tensor
+    Latents differ in size between aspect-ratio buckets; keep those of one size together.
+    """
+
+    z0: Tensor | Sequence[Tensor]
+    eps: Tensor | Sequence[Tensor]
     t: Tensor
     text: Tensor
     null_text: Tensor  # (1, ...)
@@ -50,56 +58,89 @@ def triple_losses(
     triples: Triples,
     *,
     prediction_type: str,
-    batch_size: int,
     device: torch.device,
+    shard: Shard = (0, 1),
 ) -> dict[str, Tensor]:
-    """Return the loss of each triple, (n,) float32 on the CPU, by caption: true, shuffled, null.
+    """Return the loss of each triple, (n,) float32 on the device, under each of CAPTIONS.
 
-    Shuffled: each triple gets the caption of the next one.
+    Shuffled: each triple gets the caption of the one before it. shard: of the processes that share
+    the work; a process leaves 0 where another one measures, so their sum is the result.
     """
-    losses: dict[str, list[Tensor]] = {"true": [], "shuffled": [], "null": []}
+    losses = torch.zeros(len(CAPTIONS), len(triples), device=device)
     shuffled = triples.text.roll(1, 0)
-    for start in range(0, len(triples), batch_size):
-        part = slice(start, start + batch_size)
-        z0, eps, t = (x[part].to(device) for x in (triples.z0, triples.eps, triples.t))
-        zt = q_sample(schedule, z0, t, eps)
+    parts = _parts(triples)
+    for batch, counts in turns(len(parts), shard):
+        part = parts[batch]
+        z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
+        t = triples.t[part].to(device)
+        null = triples.null_text.expand_as(triples.text[part])
+        text = torch.cat([triples.text[part], shuffled[part], null]).to(device)  # (3 b, ...)
         wanted = target(schedule, z0, eps, t, prediction_type=prediction_type)
-        texts = {
-            "true": triples.text[part],
-            "shuffled": shuffled[part],
-            "null": triples.null_text.expand_as(triples.text[part]),
-        }
-        for name, text in texts.items():
-            output = denoise(zt, t, text.to(device))
-            losses[name].append(per_sample_loss(output, wanted).cpu())
-    return {
-        name: torch.cat(values) if values else torch.empty(0) for name, values in losses.items()
-    }
+        zt, t, wanted = (_thrice(x) for x in (q_sample(schedule, z0, t, eps), t, wanted))
+        measured = per_sample_loss(denoise(zt, t, text), wanted)  # (3 b,)
+        if counts:
+            losses[:, part] = measured.view(len(CAPTIONS), -1)
+    return dict(zip(CAPTIONS, losses, strict=True))
+
+
+def _parts(triples: Triples) -> list[slice]:
+    """Cut triples into parts of one latent size, of TRIPLES_AT_ONCE at the most."""
+    parts, start = [], 0
+    for end in range(1, len(triples) + 1):
+        full = end == len(triples) or end - start == TRIPLES_AT_ONCE
+        if full or triples.z0[end].shape != triples.z0[start].shape:
+            parts.append(slice(start, end))
+            start = end
+    return parts
+
+
+def turns(num: int, shard: Shard) -> Iterator[tuple[int, bool]]:
+    """Deal out pieces of work 0 .. num - 1: yield each of this process's, and whether it counts.
+
+    Every process gets equally many, as passes through weights that are spread over processes need;
+    where there are too few, one is done again in vain.
+    """
+    rank, num_processes = shard
+    for first in range(0, num, num_processes):
+        yield min(first + rank, num - 1), first + rank < num
 
 
 def summarise(losses: Mapping[str, Tensor], t: Tensor, *, num_timesteps: int) -> dict[str, float]:
-    """Return the figures of a log line: loss with standard error, by timestep bucket, caption use.
+    """Return the figures of a log line: loss by timestep bucket, caption use, standard errors.
 
     Paired by triple: caption_use is (null - true) / null, caption_match (shuffled - true) /
-    shuffled.
+    shuffled. Standard errors are those of plain sampling, which stratified timesteps stay below.
     """
-    true = losses["true"].double()
-    figures = {"held_out_loss": true.mean().item(), "held_out_se": _standard_error(true)}
+    losses = {name: values.double().cpu() for name, values in losses.items()}
+    true = losses["true"]
+    figures = _estimate(true, "held_out_loss", "held_out_se")
     for name, label in (("null", "caption_use"), ("shuffled", "caption_match")):
-        other = losses[name].double()
-        figures[label] = ((other - true).mean() / other.mean()).item()
-        figures[f"{label}_se"] = _standard_error(other - true) / other.mean().item()
+        shares = (losses[name] - true) / losses[name].mean()
+        figures |= _estimate(shares, label, f"{label}_se")
     bucket = t.cpu() * NUM_BUCKETS // num_timesteps
-    for b in range(NUM_BUCKETS):
+    for b, label in enumerate(bucket_labels(num_timesteps)):
         if (here := bucket == b).any():
-            low, high = (num_timesteps * k // NUM_BUCKETS for k in (b, b + 1))
-            figures[f"held_out_loss/t{low}-{high - 1}"] = true[here].mean().item()
-    figures["num_held_out"] = float(len(true))
+            names = f"held_out_loss/{label}", f"held_out_se/{label}"
+            figures |= _estimate(true[here], *names)
+    return figures | {"num_held_out": float(len(true))}
+
+
+def bucket_labels(num_timesteps: int) -> list[str]:
+    """Name the buckets t NUM_BUCKETS // T by their timesteps: "t0-249", "t250-499", ..."""
+    edges = [-(-num_timesteps * b // NUM_BUCKETS) for b in range(NUM_BUCKETS + 1)]
+    return [f"t{low}-{high - 1}" for low, high in pairwise(edges)]
+
+
+def _estimate(values: Tensor, mean_name: str, error_name: str) -> dict[str, float]:
+    """Return the mean of independent values (n,) and, from two on, its standard error."""
+    figures = {mean_name: values.mean().item()}
+    if len(values) > 1:
+        figures[error_name] = (values.std() / len(values) ** 0.5).item()
     return figures
 
 
-def _standard_error(values: Tensor) -> float:
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+def _thrice(x: Tensor) -> Tensor:
+    return torch.cat([x] * len(CAPTIONS))
 
 
 def _coprime(a: int, b: int) -> bool:

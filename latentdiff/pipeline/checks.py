@@ -25,6 +25,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 4096 * 4096
 MAX_GUIDANCE = 1000.0
+MAX_GUIDE = 1e6
 MAX_IMAGES = 4096
 
 
@@ -121,12 +122,20 @@ def number(name: str, value: object, *, least: float, most: float) -> float:
     return float(value)
 
 
-def guidance(scale: object, rescale: object, part: object) -> Guidance:
+def guidance(
+    scale: object, rescale: object, part: object, *, guide: Any = None, guide_scale: object = 1.0
+) -> Guidance:
     """Return the guidance that a call asks for."""
+    if guide is not None and not callable(guide):
+        raise ValueError(
+            f"guide must be a function (z0, t) -> scores, one a picture, got {_kind(guide)}"
+        )
     return Guidance(
         number("guidance_scale", scale, least=0.0, most=MAX_GUIDANCE),
         number("guidance_rescale", rescale, least=0.0, most=1.0),
         interval("guidance_interval", part),
+        guide,
+        number("guide_scale", guide_scale, least=-MAX_GUIDE, most=MAX_GUIDE),
     )
 
 

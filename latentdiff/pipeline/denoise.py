@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,18 +13,23 @@ from torch import Tensor
 
 from latentdiff.diffusion.guidance import classifier_free, is_guided, rescale
 
+Guide: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # z0 (B, C, h, w) and t to scores (B,)
+
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance of one call: 1 is none.
+    """Guidance of one call. scale: of classifier-free guidance, 1 is none.
 
     rescale: in [0, 1], how far the guided prediction's spread is pulled back. interval: the part of
-    the chain that is guided, from 0 (pure noise) to 1 (clean).
+    the chain that is guided, from 0 (pure noise) to 1 (clean). guide: a score of the predicted
+    clean latents whose gradient is climbed, guide_scale times; see guide.py.
     """
 
     scale: float = 1.0
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    guide: Guide | None = None
+    guide_scale: float = 1.0
 
     def acts_at(self, t: Tensor, *, num_timesteps: int) -> bool:
         """Say whether a timestep is guided."""

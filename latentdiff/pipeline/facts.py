@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from latentdiff.whole_file import write_text
+
 FILE_NAME = "latentdiff.json"
 
 logger = logging.getLogger(__name__)
@@ -68,11 +70,5 @@ def write_facts(folder: str | os.PathLike[str], facts: Facts) -> Path:
     """Write what is known to the folder's `latentdiff.json`, atomically; return the path."""
     known = {name: value for name, value in asdict(facts).items() if value not in (None, {})}
     path = Path(folder) / FILE_NAME
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(known, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     return path

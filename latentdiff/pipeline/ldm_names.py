@@ -13,6 +13,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.whole_file import whole_file
+
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
@@ -74,11 +76,9 @@ def ldm_names(*, unet: Any, vae: Any) -> set[str]:
 def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
     """Write a pipeline's models into one .safetensors file, atomically; return its path."""
     weights = ldm_weights(unet=pipe.unet, vae=pipe.vae, text_encoder=pipe.text_encoder)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary)
-    temporary.replace(path)
-    return path
+    with whole_file(path) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary)
+    return Path(path)
 
 
 def unet_name(key: str, *, layers: int) -> str:

@@ -34,19 +34,20 @@ from latentdiff.pipeline.canvas import Canvas, prepare_canvas
 from latentdiff.pipeline.decode import decode
 from latentdiff.pipeline.denoise import Guidance, Prediction
 from latentdiff.pipeline.facts import Facts, warn_of_guidance
+from latentdiff.pipeline.guide import Guide, climb
 from latentdiff.pipeline.loading import Loading
 from latentdiff.pipeline.noise import Generators, generators_for
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.pictures import Given, read_pictures
 from latentdiff.pipeline.png import attach_settings
-from latentdiff.pipeline.prompts import Text, encode, has_new_words, lora_scaled, paired
+from latentdiff.pipeline.prompts import Text
+from latentdiff.pipeline.reading import Reading
 from latentdiff.pipeline.samplers import make_sampler
 from latentdiff.pipeline.settings import describe
 from latentdiff.pipeline.step_end import TENSORS, StepEnd, StepFunction
-from latentdiff.text import NULL_CAPTION
 
 
-class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
+class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMixin):
     """Text to image, image to image and inpainting with any Stable Diffusion 1.x / 2.x model.
 
     `LatentDiffPipeline.from_pretrained(path_or_id)("a cat").images[0]` is a PIL image. What
@@ -61,6 +62,8 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
     - num_inference_steps, eta (DDIM's randomness); the sampler is `scheduler`: `set_scheduler`.
     - guidance_scale, 1 is none; guidance_rescale in [0, 1]; guidance_interval: (start, end), the
       part of the chain that is guided, from 0, pure noise, to 1.
+    - guide: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); the
+      chain climbs its gradient, guide_scale times, beside the guidance above (see guide.py).
     - num_images_per_prompt; seed: one number s, counted up over the pictures, or a list of one a
       picture; generator: a torch.Generator, or a list, as in diffusers; latents: the noise.
     - lora_scale: how strongly loaded LoRAs act.
@@ -135,6 +138,8 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        guide: Guide | None = None,
+        guide_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         seed: int | list[int] | None = None,
         generator: Generators | None = None,
@@ -154,7 +159,13 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
         # 1. Refuse nonsense before any compute
         checks.output(output_type, return_dict)
         step_end = StepEnd.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._set_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        self._set_guidance(
+            guidance_scale,
+            guidance_rescale,
+            guidance_interval,
+            guide=guide,
+            guide_scale=guide_scale,
+        )
         text = Text(
             prompt,
             negative_prompt,
@@ -187,7 +198,7 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
                 if self._interrupt:
                     break
                 xt = self.scheduler.scale_model_input(latents, t)
-                prediction = self._predict(canvas.unet_input(xt), t, states, lora_scale)
+                prediction = self._predict(canvas, xt, t, states, lora_scale)
                 latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
                 latents = canvas.keep(self.scheduler, latents, timesteps[i + 1 :])
                 latents, states = step_end(
@@ -206,54 +217,6 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
         if not return_dict:
             return images, flagged
         return LatentDiffOutput(images, flagged, seeds, settings)
-
-    def encode_prompt(  # noqa: PLR0917  (Stable Diffusion's signature)
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-        long_prompts: str = "cut",
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the text states of prompts and, for guidance, of negative prompts, each (B, L, D).
-
-        The arguments are Stable Diffusion's, in its order, and long_prompts; B counts
-        num_images_per_prompt pictures a prompt. As there, clip_skip acts on the prompt alone.
-        """
-
-        def read(name: str, value: object, skipped: int | None) -> Tensor:
-            texts = checks.texts(name, value)
-            if self.text_encoder is None:
-                raise ValueError(f"this pipeline has no text encoder; pass {name}_embeds")
-            if has_new_words(self.tokenizer):
-                texts = self.maybe_convert_prompt(texts, self.tokenizer)
-            return encode(
-                texts,
-                tokenizer=self.tokenizer,
-                text_encoder=self.text_encoder,
-                device=device,
-                clip_skip=skipped,
-                long_prompts=long_prompts,
-            )
-
-        with lora_scaled(self.text_encoder, lora_scale):
-            states = read("prompt", prompt, clip_skip) if prompt_embeds is None else prompt_embeds
-            negative = negative_prompt_embeds
-            if do_classifier_free_guidance and negative is None:
-                negative = read("negative_prompt", negative_prompt or NULL_CAPTION, None)
-        owner = self.text_encoder or self.unet
-        dtype = states.dtype if owner is None else owner.dtype
-        if negative is None or not do_classifier_free_guidance:
-            return states.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0), None
-        negative = negative.to(device, dtype)
-        return paired(
-            states.to(device, dtype), negative, num_images_per_prompt=num_images_per_prompt
-        )
 
     def set_scheduler(self, name: str) -> None:
         """Change the sampler by a name people know, such as "dpm++2m-karras"; see samplers.py."""
@@ -294,8 +257,10 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
         """Channels of a latent."""
         return 4 if self.vae is None else int(self.vae.config.latent_channels)
 
-    def _set_guidance(self, scale: object, rescale: object, interval: object) -> None:
-        guidance = checks.guidance(scale, rescale, interval)
+    def _set_guidance(
+        self, scale: object, rescale: object, interval: object, *, guide: Any, guide_scale: object
+    ) -> None:
+        guidance = checks.guidance(scale, rescale, interval, guide=guide, guide_scale=guide_scale)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_of_guidance(self.facts, guidance.scale)
 
@@ -368,20 +333,27 @@ class LatentDiffPipeline(Loading, DiffusionPipeline, StableDiffusionMixin):
         )
 
     def _predict(
-        self, unet_input: Tensor, t: Tensor, states: Tensor, lora_scale: float | None
+        self, canvas: Canvas, xt: Tensor, t: Tensor, states: Tensor, lora_scale: float | None
     ) -> Prediction:
         guidance = replace(self._guidance, scale=self._guidance_scale)
         num_timesteps = self.scheduler.config.num_train_timesteps
-        if not guidance.acts_at(t, num_timesteps=num_timesteps):
-            states = states[-len(unet_input) :]
-        return denoise.predict(
-            self.unet,
-            unet_input,
-            t=t,
-            states=states,
-            guidance=guidance,
-            channels=self.num_channels,
-            lora_scale=lora_scale,
+        acts = guidance.acts_at(t, num_timesteps=num_timesteps)
+
+        def predict(xt: Tensor) -> Prediction:
+            return denoise.predict(
+                self.unet,
+                canvas.unet_input(xt),
+                t=t,
+                states=states if acts else states[-len(xt) :],
+                guidance=guidance,
+                channels=self.num_channels,
+                lora_scale=lora_scale,
+            )
+
+        if guidance.guide is None or not acts:
+            return predict(xt)
+        return climb(
+            guidance.guide, predict, xt, t, scale=guidance.guide_scale, scheduler=self.scheduler
         )
 
     def _decode(self, latents: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from latentdiff.whole_file import whole_file
+
 KEY = "latentdiff"
 
 
@@ -56,10 +58,6 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write a PNG file atomically, with the picture's settings if it has some; return its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        image.save(file, format="PNG")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")
     return path

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from latentdiff.pipeline.pictures import Given
 from latentdiff.pipeline.prompts import Text
@@ -30,8 +31,8 @@ def describe(
 ) -> list[dict[str, Any]]:
     """Return one JSON object a picture; `pipe(**settings["call"])` makes that picture alone.
 
-    shape: (B, C, h, w) of the latents. Where the caller gave text states, generators or pictures,
-    those are missing.
+    shape: (B, C, h, w) of the latents. Where the caller gave text states, generators, pictures or
+    a guide, those are missing.
     """
     guidance = pipe.guidance
     common = {
@@ -98,10 +99,11 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
-    """Return 16 hex digits that tell models apart, in milliseconds; None with weights offloaded.
+    """Return 16 hex digits that tell models apart, in milliseconds.
 
-    Of each tensor its name, dtype, shape and up to 64 evenly spaced values count, so training,
-    merging or loading an adapter all change it. No protection against a forger.
+    None with weights that are offloaded, or spread over processes. Of each tensor its name, dtype,
+    shape and up to 64 evenly spaced values count, so training, merging or loading an adapter all
+    change it. No protection against a forger.
     """
     digest = hashlib.sha256()
     values = []
@@ -109,7 +111,7 @@ def fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
         if module is None:
             continue
         for key, tensor in sorted(module.state_dict().items()):
-            if tensor.is_meta:
+            if tensor.is_meta or isinstance(tensor, DTensor):
                 return None
             digest.update(f"{name}.{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             flat = tensor.detach().reshape(-1)

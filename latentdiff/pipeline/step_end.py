@@ -81,12 +81,16 @@ def predicted_z0(scheduler: Any, output: Tensor, xt: Tensor, t: Tensor) -> Tenso
     xt is the noisy latents at unit-variance scale, as every scheduler feeds the U-Net.
     """
     channels = xt.shape[1]
-    schedule = schedule_of(scheduler).to(xt.device)
-    steps = t.round().long().clamp(0, schedule.num_timesteps - 1).expand(len(xt))
     return ddpm.predict_x0(
-        schedule,
+        schedule_of(scheduler).to(xt.device),
         output[:, :channels],
         xt,
-        steps.to(xt.device),
+        nearest_steps(scheduler, t, count=len(xt)).to(xt.device),
         prediction_type=scheduler.config.prediction_type,
     ).float()
+
+
+def nearest_steps(scheduler: Any, t: Tensor, *, count: int) -> Tensor:
+    """Return the training timestep nearest to t, which some samplers have in between, (count,)."""
+    last = scheduler.config.num_train_timesteps - 1
+    return t.round().long().clamp(0, last).expand(count)

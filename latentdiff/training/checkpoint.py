@@ -140,16 +140,22 @@ def validate_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def prune_checkpoints(
-    root: Path, *, keep_last: int, keep_every_steps: int | None = None, best: int | None = None
+    root: Path,
+    *,
+    keep_last: int,
+    keep_every_steps: int | None = None,
+    losses: Mapping[int, float] | None = None,
 ) -> list[Path]:
     """Delete checkpoints and return their former paths. Call it after a save, never before.
 
-    Kept: the last `keep_last`, every step that keep_every_steps divides, the step `best`. What is
-    broken is neither counted nor touched.
+    Kept: the last `keep_last`, every step that keep_every_steps divides, and of those that are
+    there the one with the least of `losses`, by step. What is broken is neither counted nor
+    touched.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}: keep at least 1 checkpoint")
     steps = {path: step for path in _checkpoints(root) if (step := _whole_step(path)) is not None}
+    best = best_step({step: losses[step] for step in steps.values() if losses and step in losses})
     removable = [
         path
         for path in list(steps)[:-keep_last]
@@ -158,6 +164,11 @@ def prune_checkpoints(
     for path in removable:
         remove_folder(path)
     return removable
+
+
+def best_step(losses: Mapping[int, float]) -> int | None:
+    """Return the step with the least loss, the first of equal ones; None where there is none."""
+    return min(losses, key=lambda step: (losses[step], step), default=None)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

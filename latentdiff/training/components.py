@@ -30,6 +30,7 @@ from latentdiff.models import (
     schedule_of,
 )
 from latentdiff.text import encode_text, train_tokenizer
+from latentdiff.training.learned_variance import fit_variance
 
 PLAIN_ATTENTION_CELLS = 256
 SHIPPED = {"latentdiff-vae": Path(__file__).parents[1] / "assets" / "vae"}
@@ -119,9 +120,11 @@ def new_components(
         cross_attention_dim=text_encoder.config.hidden_size,
     )
     scheduler = _scheduler(diffusion)
-    return Components(
+    components = Components(
         unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
     )
+    fit_variance(components, learned=diffusion.learned_variance)
+    return components
 
 
 def pretrained_components(config: Config) -> Components:
@@ -139,6 +142,7 @@ def pretrained_components(config: Config) -> Components:
     check_objective(
         schedule_of(components.scheduler), components.scheduler.config["prediction_type"]
     )
+    fit_variance(components, learned=config.diffusion.learned_variance)
     return components
 
 

@@ -2,7 +2,8 @@
 
 An update may be masked by a flag that lives on the device, so that a step with NaN or Inf leaves
 the average and its count as they are without the host waiting. Averages lie in flat chunks: a few
-kernels a chunk, whatever the number of parameters. power_ema.py has the other form.
+kernels a chunk, whatever the number of parameters. Of a parameter that FSDP2 spreads, each process
+averages its part. power_ema.py has the other form.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from latentdiff.training.sharded import from_local_part, local_part, reshard
 
 CHUNK_SIZE = 1 << 24  # elements; one chunk more is held for the update
 COUNT = "num_updates"  # beside the names of parameters and buffers in a state
@@ -24,11 +27,11 @@ class Averages:
     """
 
     def __init__(self, module: nn.Module, *, device: torch.device | str | None = None) -> None:
-        live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not live:
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self._parameters:
             raise ValueError("nothing to average: no parameter of the module is trainable")
-        self.device = torch.device(device or next(iter(live.values())).device)
-        self._chunks, self.tensors = _allocate(live, self.device)
+        self.device = torch.device(device or next(iter(self._parameters.values())).device)
+        self._chunks, self.tensors = _allocate(self._parameters, self.device)
         self._buffer_homes = _buffer_homes(module)
         self.buffers = {
             name: buffer.detach().to(self.device, copy=True)
@@ -37,7 +40,7 @@ class Averages:
         self.num_updates = torch.zeros((), dtype=torch.int64, device=self.device)
         with torch.no_grad():
             for chunk in self._chunks:
-                torch._foreach_copy_(chunk.staged, chunk.live)
+                torch._foreach_copy_(chunk.staged, chunk.live())
                 chunk.average.copy_(chunk.staging)
 
     @torch.no_grad()
@@ -49,7 +52,12 @@ class Averages:
         flag = torch.ones((), device=self.device) if ok is None else ok.detach().to(self.device)
         moved = flag.reshape(()) != 0
         for chunk in self._chunks:
-            torch._foreach_copy_(chunk.staged, chunk.live)
+            live = chunk.live()
+            if self.device.type == "cpu" and all(_is_float_on_cpu(part) for part in live):
+                if moved:  # looking is free here, and one pass over memory is a quarter of the cost
+                    torch._foreach_lerp_(chunk.views, live, float(weight))
+                continue
+            torch._foreach_copy_(chunk.staged, live)
             torch.lerp(chunk.average, chunk.staging, weight, out=chunk.staging)
             torch.where(moved, chunk.staging, chunk.average, out=chunk.average)
         for name, (home, key) in self._buffer_homes.items():
@@ -59,7 +67,11 @@ class Averages:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return averages, buffers and the count of updates by name; not copies."""
-        return {**self.tensors, **self.buffers, COUNT: self.num_updates}
+        averages = {
+            name: from_local_part(part, self._parameters[name])
+            for name, part in self.tensors.items()
+        }
+        return {**averages, **self.buffers, COUNT: self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take a state back. ValueError names what is missing, extra or of another shape."""
@@ -81,15 +93,20 @@ class Averages:
     @contextlib.contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
         """Give `module` the averages inside the block, and its own weights back after it."""
-        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        reshard(module)
+        own = {
+            name: local_part(tensor)
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
         averages = {**self.tensors, **self.buffers}
         if missing := [name for name in averages if name not in own]:
             raise ValueError(f"the module has no {missing[0]}: it is not the one averaged here")
-        kept = {name: own[name].detach().to(self.device, copy=True) for name in averages}
+        kept = {name: own[name].to(self.device, copy=True) for name in averages}
         try:
             _copy_into(own, averages)
             yield
         finally:
+            reshard(module)
             _copy_into(own, kept)
 
 
@@ -123,29 +140,37 @@ class Ema(Averages):
 
 
 class _Chunk(NamedTuple):
-    """Parameters whose averages lie side by side; staged: views of `staging` in their shapes."""
+    """Parameters whose averages lie side by side; views, staged: of average and staging, in their
+    shapes."""
 
-    live: list[Tensor]
+    parameters: list[Tensor]
     average: Tensor  # (n,) float32
+    views: list[Tensor]
     staging: Tensor  # (n,) float32, shared by all chunks
     staged: list[Tensor]
 
+    def live(self) -> list[Tensor]:
+        """Return what this process holds of the parameters, wherever they were moved to."""
+        return [local_part(parameter) for parameter in self.parameters]
+
 
 def _allocate(
-    live: Mapping[str, nn.Parameter], device: torch.device
+    parameters: Mapping[str, Tensor], device: torch.device
 ) -> tuple[list[_Chunk], dict[str, Tensor]]:
     """Return chunks and, by name, views of the averages in them."""
+    live = {name: local_part(parameter) for name, parameter in parameters.items()}
     groups = list(_grouped(live))
     sizes = [sum(live[name].numel() for name in group) for group in groups]
     staging = torch.zeros(max(sizes), device=device)
     chunks: list[_Chunk] = []
     averages: dict[str, Tensor] = {}
     for group, size in zip(groups, sizes, strict=True):
-        parameters: list[Tensor] = [live[name] for name in group]
+        parts = [live[name] for name in group]
         average = torch.zeros(size, device=device)
-        averages |= dict(zip(group, _views(average, parameters), strict=True))
-        staged = _views(staging, parameters)
-        chunks.append(_Chunk(parameters, average, staging[:size], staged))
+        views = _views(average, parts)
+        averages |= dict(zip(group, views, strict=True))
+        moved = [parameters[name] for name in group]
+        chunks.append(_Chunk(moved, average, views, staging[:size], _views(staging, parts)))
     return chunks, averages
 
 
@@ -156,6 +181,10 @@ def _buffer_homes(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         path, _, key = name.rpartition(".")
         homes[name] = (module.get_submodule(path), key)
     return homes
+
+
+def _is_float_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def _grouped(live: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -4,10 +4,10 @@ A step is (Ho et al. 2020, Alg. 1) on latents, with captions dropped for guidanc
 a gradient is no number, the update is skipped on the device: the host never waits within a step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,23 @@ from torch import Tensor
 
 from latentdiff.diffusion.ddpm import Schedule, q_sample
 from latentdiff.diffusion.guidance import drop_captions
-from latentdiff.diffusion.objectives import loss_weights, offset_noise, per_sample_loss, target
-from latentdiff.diffusion.timesteps import logit_normal_timesteps, stratify, uniform_timesteps
+from latentdiff.diffusion.objectives import (
+    loss_weights,
+    offset_noise,
+    per_sample_loss,
+    target,
+    variance_loss,
+)
+from latentdiff.diffusion.timesteps import (
+    LossAwareTimesteps,
+    logit_normal_timesteps,
+    stratify,
+    uniform_timesteps,
+)
+from latentdiff.evaluation.heldout import NUM_BUCKETS
 from latentdiff.training.components import TextToImage
 from latentdiff.training.ema import Ema
+from latentdiff.training.learned_variance import VLB_WEIGHT
 from latentdiff.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -27,8 +40,7 @@ from latentdiff.training.optim import (
     parameter_groups,
 )
 from latentdiff.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
-
-NUM_BUCKETS = 4  # of timesteps, in the log
+from latentdiff.training.power_ema import PowerEma, gamma_of
 
 
 @dataclass(frozen=True)
@@ -42,16 +54,23 @@ class Objective:
     weighting_gamma: float = 5.0
     timesteps: str = "uniform"
     offset_noise: float = 0.0
-    batch_size: int = 1  # of a whole step, for stratified timesteps
+    learned_variance: bool = False
+    loss_aware: LossAwareTimesteps | None = None  # its history is part of a run's state
 
-    def timesteps_of(self, u: Tensor, place: Tensor) -> Tensor:
-        """Turn uniform draws u (B,) into timesteps (B,) int64."""
+    def timesteps_of(self, u: Tensor, place: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+        """Turn uniform draws u (B,) into timesteps (B,) int64 and their importance (B,).
+
+        place, count: of the whole step's samples.
+        """
         num = self.schedule.num_timesteps
+        if self.loss_aware is not None:
+            return self.loss_aware.draw(u)
         if self.timesteps == "stratified":
-            u = stratify(u, place % self.batch_size, num_places=self.batch_size)
+            u = stratify(u, place, num_places=count)
+        even = torch.ones_like(u, dtype=torch.float32)
         if self.timesteps == "logit_normal":
-            return logit_normal_timesteps(u, num)
-        return uniform_timesteps(u, num)
+            return logit_normal_timesteps(u, num), even
+        return uniform_timesteps(u, num), even
 
     def text_of(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the captions' ids or states with dropped ones replaced by the null caption."""
@@ -60,10 +79,10 @@ class Objective:
             return drop_captions(text, self.null_text, dropped)
         return torch.where(dropped[:, None], self.null_text, text)
 
-    def losses(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss of each sample (B,) float32 and its timestep (B,)."""
+    def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> "Losses":
+        """Return the weighted loss of each sample, of `count` in the whole step."""
         z0, eps = batch["z0"], batch["eps"]
-        t = self.timesteps_of(batch["u"], batch["place"])
+        t, importance = self.timesteps_of(batch["u"], batch["place"], count=count)
         if self.offset_noise:
             eps = offset_noise(eps, batch["offset"], strength=self.offset_noise)
         zt = q_sample(self.schedule, z0, t, eps)
@@ -76,7 +95,20 @@ class Objective:
             weighting=self.weighting,
             gamma=self.weighting_gamma,
         )
-        return weights * per_sample_loss(output, wanted), t
+        loss = weights * per_sample_loss(output[:, : z0.shape[1]], wanted)
+        if self.learned_variance:
+            loss = loss + VLB_WEIGHT * variance_loss(
+                self.schedule, output, z0, zt, t, prediction_type=self.prediction_type
+            )
+        return Losses(loss, t, importance)
+
+
+class Losses(NamedTuple):
+    """What a forward pass gives, by sample: (B,) each."""
+
+    loss: Tensor  # float32, with the objective's weight of its timestep
+    t: Tensor
+    importance: Tensor  # what makes up for timesteps drawn unevenly
 
 
 @dataclass(frozen=True)
@@ -86,8 +118,8 @@ class StepResult:
     loss: Tensor  # 0-dim: this process's part of the mean over the whole batch
     grad_norm: Tensor  # 0-dim, before clipping
     ok: Tensor  # 0-dim bool: the update was done
-    bucket_losses: Tensor  # (NUM_BUCKETS,) sums
-    bucket_counts: Tensor  # (NUM_BUCKETS,)
+    bucket_losses: Tensor  # (NUM_BUCKETS,) sums, by importance
+    bucket_counts: Tensor  # (NUM_BUCKETS,) sums of importance
     indices: Tensor  # (n,) on the CPU: the samples that were used
 
 
@@ -126,6 +158,7 @@ class Engine:
         betas: tuple[float, float],
         max_grad_norm: float,
         ema_decay: float | None,
+        power_ema: Sequence[float],
         fp16: bool,
         seed: int,
     ) -> None:
@@ -137,6 +170,7 @@ class Engine:
         groups = self._groups(weight_decay)
         self.optimizer = build_optimizer(groups, name="adamw", lr=rates.base, betas=betas)
         self.ema = Ema(model, decay=ema_decay) if ema_decay is not None else None
+        self.power_emas = {width: PowerEma(model, gamma=gamma_of(width)) for width in power_ema}
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=fp16)
         self.skipped = 0  # updates skipped up to the last look, which hold the rate back
 
@@ -149,21 +183,25 @@ class Engine:
         world, device = self.accelerator.num_processes, self.accelerator.device
         total = torch.zeros((), device=device)
         sums, counts = (torch.zeros(NUM_BUCKETS, device=device) for _ in range(2))
-        indices = []
+        indices: list[Tensor] = []
+        seen: list[Losses] = []
         for accumulated in range(accumulation):
             batch = next(batches)
             indices.append(batch["index"])
             batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
             last = accumulated == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                losses, t = self.objective.losses(self.wrapped, batch)
-                loss = (losses * batch["weight"]).sum() / count
+                losses = self.objective.losses(self.wrapped, batch, count=count)
+                weight = losses.importance * batch["weight"]
+                loss = (losses.loss * weight).sum() / count
                 self.scaler.scale(loss * world).backward()  # DDP takes the mean over processes
             total += loss.detach()
-            bucket = t * NUM_BUCKETS // self.objective.schedule.num_timesteps
-            sums.index_add_(0, bucket, losses.detach() * batch["weight"])
-            counts.index_add_(0, bucket, batch["weight"])
+            seen.append(losses._replace(loss=losses.loss.detach()))
+            bucket = losses.t * NUM_BUCKETS // self.objective.schedule.num_timesteps
+            sums.index_add_(0, bucket, seen[-1].loss * weight)
+            counts.index_add_(0, bucket, weight)
         norm, ok = self._update()
+        self._remember(seen, ok, count=count)
         return StepResult(total, norm, ok, sums, counts, torch.cat(indices))
 
     def _update(self) -> tuple[Tensor, Tensor]:
@@ -174,9 +212,19 @@ class Engine:
         masked_step(self.optimizer, ok)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(ok)
+        for average in self._averages().values():
+            average.update(ok)
         return norm, ok
+
+    def _remember(self, seen: Sequence[Losses], ok: Tensor, *, count: int) -> None:
+        """Add a step's losses to the history that timesteps are drawn by, as one process would."""
+        if self.objective.loss_aware is None:
+            return
+        mine = torch.stack([torch.stack([losses.t.float(), losses.loss]) for losses in seen])
+        everyone = self.accelerator.gather(mine[None])  # (processes, accumulation, 2, micro-batch)
+        # The order of samples.StepSlots, in which the padding comes last.
+        t, losses = everyone.permute(2, 1, 0, 3).flatten(1)[:, :count]
+        self.objective.loss_aware.update(t.long(), losses, ok)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds as tensors, by part and name; not copies."""
@@ -185,8 +233,9 @@ class Engine:
             "model": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": optimizer,
         }
-        if self.ema is not None:
-            parts["ema"] = self.ema.state_dict()
+        parts |= {name: average.state_dict() for name, average in self._averages().items()}
+        if self.objective.loss_aware is not None:
+            parts["timesteps"] = self.objective.loss_aware.state_dict()
         return parts
 
     def state(self) -> dict[str, Any]:
@@ -215,8 +264,15 @@ class Engine:
         load_optimizer_tensors(
             self.optimizer, self._names(), tensors["optimizer"], state["optimizer"]
         )
-        if self.ema is not None:
-            self.ema.load_state_dict(dict(tensors["ema"]))
+        for name, average in self._averages().items():
+            if name not in tensors:
+                raise ValueError(
+                    f"the checkpoint holds no {name}: its run did not keep that average; leave "
+                    "train.ema and train.power_ema as they were"
+                )
+            average.load_state_dict(tensors[name])
+        if self.objective.loss_aware is not None:
+            self.objective.loss_aware.load_state_dict(tensors.get("timesteps", {}))
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
 
@@ -232,6 +288,14 @@ class Engine:
                 for group in parameter_groups(self.model.text_encoder, weight_decay=weight_decay)
             ]
         return groups
+
+    def _averages(self) -> dict[str, Ema | PowerEma]:
+        """Return the averages by the name of their part of a checkpoint."""
+        named: dict[str, Ema | PowerEma] = {} if self.ema is None else {"ema": self.ema}
+        return named | {
+            f"power_ema_{width:g}".replace(".", "p"): average
+            for width, average in self.power_emas.items()
+        }
 
     def _set_rates(self, step: int) -> None:
         for group in self.optimizer.param_groups:

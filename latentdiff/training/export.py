@@ -1,49 +1,139 @@
 """The export: pipeline/, with EMA weights, in Stable Diffusion's format."""
 
+import dataclasses
 import json
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from latentdiff.pipeline.facts import Facts
+from latentdiff.models import Components, load_components
+from latentdiff.pipeline.facts import Facts, read_facts
+from latentdiff.training.checkpoint import best_step, load_checkpoint
+from latentdiff.training.components import TextToImage
 from latentdiff.training.engine import Engine
+from latentdiff.training.learned_variance import (
+    for_ancestral_sampling,
+    learns_variance,
+    without_variance,
+)
+from latentdiff.training.power_ema import gamma_of, reconstruct
 from latentdiff.training.preview import make_pipeline
 from latentdiff.training.run import Run
+from latentdiff.training.snapshots import read_snapshots
+
+WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
 
 def export(run: Run) -> None:
-    """Write pipeline/: the model with EMA weights, in Stable Diffusion's format."""
+    """Write pipeline/ from the run's last state, or from its best one as train.export says."""
     if run.accelerator.is_main_process:
-        final, temporary = run.folder / "pipeline", run.folder / ".pipeline.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
+        wants_best = run.config.train.export == "best"
+        step = _take_best(run) if wants_best else run.config.train.max_steps
         with averaged(run.engine):
             run.components.unet.to(memory_format=torch.contiguous_format)
-            pipeline = make_pipeline(run.components)
-            pipeline.facts = _facts(run)
-            pipeline.save_pretrained(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+            _write_both(run.components, run.folder / "pipeline", facts=_facts(run, step))
     run.accelerator.wait_for_everyone()
 
 
-def _facts(run: Run) -> Facts:
+def export_reconstructed(
+    run_folder: Path, out: Path, *, width: float, step: int | None = None
+) -> None:
+    """Write to `out` the run's model with the average of any width (power_ema.reconstruct).
+
+    width: sigma_rel; step: one of the snapshots', by default the last. The run must have ended, as
+    everything but the weights comes from its pipeline/. ValueError or FileNotFoundError for what
+    cannot be rebuilt from the run's snapshots.
+    """
+    for folder in (out, out.with_name(out.name + WITH_VARIANCE)):
+        if folder.exists():
+            raise ValueError(f"{folder} already exists, expected the name of a new folder")
+    if not (run_folder / "pipeline").is_dir():
+        raise FileNotFoundError(
+            f"{run_folder / 'pipeline'} does not exist, expected a run that has come to its end"
+        )
+    snapshots = read_snapshots(run_folder)
+    weights = reconstruct(snapshots, gamma=gamma_of(width), step=step)
+    source = run_folder / f"pipeline{WITH_VARIANCE}"
+    components = load_components(source if source.is_dir() else run_folder / "pipeline")
+    _take_weights(components, weights)
+    step = step or max(snapshot.step for snapshot in snapshots)
+    facts = dataclasses.replace(read_facts(run_folder / "pipeline"), steps=step, metrics={})
+    _write_both(components, out, facts=facts)
+
+
+def averaged(engine: Engine) -> AbstractContextManager[None]:
+    """Give the model its EMA weights inside the block, if the run keeps any."""
+    return nullcontext() if engine.ema is None else engine.ema.swapped_in(engine.model)
+
+
+def _take_best(run: Run) -> int:
+    """Load the checkpoint with the least held-out loss of those that are kept; return its step."""
+    root = run.folder / "checkpoints"
+    kept = {step: root / f"step-{step:09d}" for step in run.held_out}
+    best = best_step({step: run.held_out[step] for step, path in kept.items() if path.is_dir()})
+    if best is None:
+        raise ValueError(
+            f"train.export=best, and {root} holds no checkpoint with a held-out loss; "
+            "--train.export=last exports the last state"
+        )
+    checkpoint = load_checkpoint(kept[best])
+    run.engine.load(checkpoint.tensors, checkpoint.state)
+    return best
+
+
+@torch.no_grad()
+def _take_weights(components: Components, weights: dict[str, Tensor]) -> None:
+    """Put weights, named as in training, in the place of a model's own."""
+    learns_text = any(name.startswith("text_encoder.") for name in weights)
+    own = dict(TextToImage(components, learns_text=learns_text).named_parameters())
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ValueError(
+                f"the snapshots hold {name} of shape {tuple(tensor.shape)}, and pipeline/ has no "
+                "such weight: they are of another model"
+            )
+        own[name].copy_(tensor)
+
+
+def _write_both(components: Components, final: Path, *, facts: Facts) -> None:
+    """Write a model; one that learned its variance whole to a second folder, and cut to this."""
+    if learns_variance(components):
+        whole = for_ancestral_sampling(components)
+        _write(whole, final.with_name(final.name + WITH_VARIANCE), facts=facts)
+        components = without_variance(components)
+    _write(components, final, facts=facts)
+
+
+def _write(components: Components, final: Path, *, facts: Facts) -> None:
+    """Write a folder as a whole, in place of an older one."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline = make_pipeline(components)
+    pipeline.facts = facts
+    pipeline.save_pretrained(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+def _facts(run: Run, step: int) -> Facts:
+    """Return what is known of the state of a step."""
     config = run.config
     last: dict[str, float] = {}
-    for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        last |= json.loads(line)
+    path = run.folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        figures = json.loads(line)
+        last |= figures if figures["step"] <= step else {}
     shown = ("held_out_loss", "held_out_se", "num_held_out", "caption_use")
     return Facts(
         caption_dropout=config.diffusion.caption_dropout,
         prediction_type=run.engine.objective.prediction_type,
         base_model=config.model.pretrained or None,
         dataset=Path(config.data.root).name,
-        steps=config.train.max_steps,
+        steps=step,
         resolution=config.data.resolution,
         metrics={name: last[name] for name in shown if name in last},
     )
-
-
-def averaged(engine: Engine) -> AbstractContextManager[None]:
-    return nullcontext() if engine.ema is None else engine.ema.swapped_in(engine.model)

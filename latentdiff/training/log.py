@@ -3,16 +3,25 @@
 The host looks at the device only here, once every few steps.
 """
 
+import errno
 import json
+import logging
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from latentdiff.training.engine import NUM_BUCKETS, StepResult
+from latentdiff.evaluation.heldout import bucket_labels
+from latentdiff.training.engine import StepResult
+from latentdiff.whole_file import write_text
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -20,7 +29,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, is_main: bool, first_step: int) -> None:
         self.path, self._is_main = folder / "metrics.jsonl", is_main
-        self._board = None
+        self._unwritten = ""
+        self._board: Any = None
         if is_main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -28,13 +38,29 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add a line for a step."""
-        if self._board is None:
+        """Add a line for a step, in which null stands for what is no number.
+
+        A full disk does not stop training: lines are kept and written once it takes them.
+        """
+        if not self._is_main:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+        known = {name: value for name, value in figures.items() if math.isfinite(value)}
+        row = {"step": step, **dict.fromkeys(figures), **known}
+        self._unwritten += json.dumps(row) + "\n"
+        try:
+            _append(self.path, self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            logger.error("no line for step %d in metrics.jsonl yet: %s", step, error)
+        self._draw(step, known)
+
+    def _draw(self, step: int, figures: Mapping[str, float]) -> None:
+        try:
+            for name, value in figures.items() if self._board is not None else ():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            logger.error("no more TensorBoard in this run: %s", error)
+            self._board = None
 
     def close(self) -> None:
         """Flush what TensorBoard still holds."""
@@ -45,8 +71,9 @@ class MetricsLog:
 class Window:
     """The steps since the last log line: their results on the device, and the time they took."""
 
-    def __init__(self, accelerator: Accelerator, *, max_bad_steps: int) -> None:
+    def __init__(self, accelerator: Accelerator, *, max_bad_steps: int, num_timesteps: int) -> None:
         self.accelerator, self.max_bad_steps = accelerator, max_bad_steps
+        self.labels = bucket_labels(num_timesteps)
         self.bad_in_a_row = 0
         self._reset()
 
@@ -60,6 +87,13 @@ class Window:
         self.num_samples += num_samples
         self.waited += waited
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the block out of the window: previews are no training."""
+        since = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - since
+
     def close(self, step: int, ids: Sequence[str], *, rate: float) -> tuple[dict[str, float], int]:
         """Return the figures of the window that ends after `step`, and its skipped updates.
 
@@ -70,11 +104,9 @@ class Window:
             [torch.stack([r.loss, r.grad_norm, r.ok.float()]) for r in self.results]
         )  # (steps, 3)
         buckets = torch.stack(
-            [
-                torch.stack([r.bucket_losses for r in self.results]).nansum(0),
-                torch.stack([r.bucket_counts for r in self.results]).sum(0),
-            ]
-        )
+            [torch.stack([r.bucket_losses, r.bucket_counts]) for r in self.results]
+        )  # (steps, 2, NUM_BUCKETS)
+        buckets = torch.where(torch.isfinite(buckets[:, :1]), buckets, 0.0).sum(0)
         losses = self.accelerator.reduce(table[:, 0].contiguous(), "sum").cpu()
         buckets = self.accelerator.reduce(buckets, "sum").cpu()
         norms, ok = table[:, 1].cpu(), table[:, 2].cpu() > 0
@@ -91,9 +123,9 @@ class Window:
             "skipped_updates": float(skipped),
             "memory_gb": _peak_memory_gb(self.accelerator.device),
         }
-        for b in range(NUM_BUCKETS):
-            if buckets[1, b] > 0:
-                figures[f"loss/t_quarter_{b}"] = (buckets[0, b] / buckets[1, b]).item()
+        for label, total, count in zip(self.labels, *buckets.tolist(), strict=True):
+            if count > 0:
+                figures[f"loss/{label}"] = total / count
         self._reset()
         return figures, skipped
 
@@ -120,6 +152,16 @@ def _peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def _append(path: Path, text: str) -> None:
+    """Add text to a file, all of it or none: what a full disk cuts short is taken back."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     """Leave out what a run wrote after the checkpoint that it now goes on from."""
     if not path.is_file():
@@ -131,6 +173,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short
-    temporary = path.with_name(".metrics.jsonl.partial")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(f"{line}\n" for line in kept))

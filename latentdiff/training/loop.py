@@ -6,9 +6,10 @@ stops after k steps and goes on is the run that never stopped. Does not answer f
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,14 +19,18 @@ from tqdm import tqdm
 
 from latentdiff.config import Config
 from latentdiff.evaluation.heldout import summarise, triple_losses
+from latentdiff.training.checkpoint import best_step
 from latentdiff.training.components import check_parts
 from latentdiff.training.export import averaged, export
+from latentdiff.training.learned_variance import prediction_only
 from latentdiff.training.log import Window
 from latentdiff.training.preview import write_sheet
-from latentdiff.training.resume import first_checkpoint, resume, save_state
+from latentdiff.training.resume import first_checkpoint, resume, save_averages, save_state
 from latentdiff.training.run import Run, prepare, start_accelerator
 from latentdiff.training.run_folder import RunLock, StopSignals, die_with_parent
+from latentdiff.training.sharded import is_spread
 from latentdiff.training.supply import Supply, step_batches
+from latentdiff.training.workers import naming_the_dead
 
 logger = logging.getLogger(__name__)
 
@@ -35,44 +40,52 @@ def train(config: Config) -> int:
 
     Writes config.yaml, metrics.jsonl, checkpoints/, samples/, tensorboard/ and, at the end,
     pipeline/ into config.output_dir. ValueError or FileNotFoundError says what is wrong with the
-    input, before heavy work; FloatingPointError when the numbers go wrong.
+    input, before heavy work; FloatingPointError when the numbers go wrong; DeadWorkerError names
+    what a dead data worker was reading. A signal before the first step ends the process at once:
+    nothing is lost by it.
     """
     die_with_parent()
     check_parts(config)
     accelerator = start_accelerator(config)
     folder = Path(config.output_dir).expanduser()
-    with StopSignals() as signals, _lock(folder, accelerator):
+    with _naming_the_rank(accelerator), _lock(folder, accelerator):
         start = first_checkpoint(config, folder)
         run = prepare(config, folder, accelerator, start=start)
-        first_step = resume(run, start)
-        _say_plan(run, first_step)
-        stopped = _train_steps(run, signals, first_step=first_step)
-        run.saver.wait()
-        if failure := run.saver.check():
-            raise OSError(f"the last checkpoint could not be saved: {failure}") from failure
-        if not stopped:
-            export(run)
-        run.log.close()
-        return signals.exit_code if stopped else 0
+        with StopSignals() as signals, naming_the_dead(run.supply.samples, run.supply.train.ids):
+            first_step = resume(run, start)
+            _say_plan(run, first_step)
+            try:
+                stopped = _train_steps(run, signals, first_step=first_step)
+            finally:
+                run.saver.wait()
+            if failure := run.saver.check():
+                raise OSError(f"the last checkpoint could not be saved: {failure}") from failure
+            if not stopped:
+                _export(run)
+            run.log.close()
+            return signals.exit_code if stopped else 0
 
 
 def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
     """Train from first_step to the end; return whether a signal stopped it, its state saved."""
     config, settings, accelerator = run.config, run.config.train, run.accelerator
-    num_samples, ids = len(run.supply.train), run.supply.train.ids
+    ids = run.supply.train.ids
     batches = step_batches(
         config, run.supply, run.layout, first_step=first_step, accelerator=accelerator
     )
     timed = _Timed(batches)
-    window = Window(accelerator, max_bad_steps=settings.max_bad_steps)
+    num_timesteps = run.engine.objective.schedule.num_timesteps
+    window = Window(accelerator, max_bad_steps=settings.max_bad_steps, num_timesteps=num_timesteps)
     bar = tqdm(
         initial=first_step,
         total=settings.max_steps,
         unit="step",
         disable=None if accelerator.is_main_process else True,
     )
+    _measure_start(run, first_step)
+    _draw_where_stopped(run, first_step)
     for step in range(first_step, settings.max_steps):
-        count = run.layout.count(step, num_samples)
+        count = run.supply.order.count(step)
         result = run.engine.step(
             timed, step=step, count=count, accumulation=run.layout.accumulation
         )
@@ -86,65 +99,105 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
             figures, skipped = window.close(done, ids, rate=rate)
             run.engine.skipped += skipped
             run.log.write(done, figures)
+            _say_failed_save(run)
             bar.set_postfix(
                 loss=f"{figures['loss']:.4f}", img_s=f"{figures['images_per_second']:.1f}"
             )
-        if stop or last or done % settings.checkpoint_every_steps == 0:
+        if _is_time(done, settings.power_ema_every_steps, last):
+            save_averages(run, done)
+        with window.paused():
+            is_best = not stop and _measure(run, done, last=last)
+        if stop or last or is_best or done % settings.checkpoint_every_steps == 0:
             save_state(run, done)
         if stop:
             bar.close()
             return True
-        _look(run, done, last=last)
+        with window.paused():
+            _draw(run, done, last=last)
     bar.close()
     return False
 
 
-def _look(run: Run, done: int, *, last: bool) -> None:
-    """Measure the held-out loss and draw a sheet when it is time, with the EMA weights."""
+def _measure_start(run: Run, first_step: int) -> None:
+    """Measure what the run starts from: an untrained or a given model, the figure to beat.
+
+    After a resume this makes up for the measurement that the stop left out, so that no figure
+    depends on stops.
+    """
+    is_new = first_step not in run.held_out
+    if is_new and _measure(run, first_step, last=False) and first_step:
+        save_state(run, first_step)
+
+
+def _draw_where_stopped(run: Run, first_step: int) -> None:
+    """Draw the sheet that a stop right after a save left out."""
+    missing = first_step > 0 and not _sheet_path(run, first_step).exists()
+    if _any_process(missing, run.accelerator):
+        _draw(run, first_step, last=first_step == run.config.train.max_steps)
+
+
+def _draw(run: Run, done: int, *, last: bool) -> None:
+    """Draw a sheet when it is time, with the EMA weights."""
     preview = run.config.preview
-    measure = run.supply.triples is not None and _is_time(done, preview.held_out_every_steps, last)
-    draw = _is_time(done, preview.every_steps, last)
-    if not measure and not draw:
+    if not _is_time(done, preview.every_steps, last):
         return
-    model = run.engine.model.eval()
-    with averaged(run.engine):
-        if measure:
-            _measure(run, done)
-        if draw:
-            prompts = preview.prompts or _default_prompts(run.supply)
+    with _evaluating(run):
+        try:
             write_sheet(
                 run.components,
-                prompts,
-                run.folder / "samples" / f"step-{done:09d}.png",
+                preview.prompts or _default_prompts(run.supply),
+                _sheet_path(run, done),
                 accelerator=run.accelerator,
                 seed=run.config.train.seed,
                 num_steps=preview.num_steps,
                 guidance_scale=preview.guidance_scale,
             )
-    model.train()
+        except OSError as error:  # a full disk, say, is no reason to stop training
+            logger.error("no sheet for step %d: %s", done, error)
 
 
-def _measure(run: Run, done: int) -> None:
-    """Log the held-out loss and what captions are worth."""
+def _measure(run: Run, done: int, *, last: bool) -> bool:
+    """Measure the held-out loss when it is time; return whether this state is the best to keep.
+
+    All processes share in it, with the EMA weights. The log also has what captions are worth.
+    """
     triples, objective = run.supply.triples, run.engine.objective
-    assert triples is not None
+    if triples is None or not _is_time(done, run.config.preview.held_out_every_steps, last):
+        return False
 
     def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         with run.accelerator.autocast():
             return run.engine.model(zt, t, text)
 
-    if run.accelerator.is_main_process:
-        losses = triple_losses(
+    with _evaluating(run):
+        shares = triple_losses(
             denoise,
             objective.schedule,
             triples,
             prediction_type=objective.prediction_type,
-            batch_size=run.layout.micro_batch_size,
             device=run.accelerator.device,
+            shard=(run.accelerator.process_index, run.accelerator.num_processes),
         )
-        num = objective.schedule.num_timesteps
-        run.log.write(done, summarise(losses, triples.t, num_timesteps=num))
-    run.accelerator.wait_for_everyone()
+    losses = run.accelerator.reduce(shares, "sum")
+    num = objective.schedule.num_timesteps
+    figures = summarise(losses, triples.t, num_timesteps=num)
+    run.log.write(done, figures)
+    if math.isfinite(loss := figures["held_out_loss"]):
+        run.held_out[done] = loss
+    trained = {step: loss for step, loss in run.held_out.items() if step}  # the start is not saved
+    return run.config.train.keep_best and best_step(trained) == done
+
+
+@contextmanager
+def _evaluating(run: Run) -> Iterator[None]:
+    """Give the model its EMA weights and evaluation mode inside the block.
+
+    A learned variance is left out: what is measured and drawn is the prediction.
+    """
+    model = run.engine.model.eval()
+    with averaged(run.engine), prediction_only(run.components):
+        yield
+    model.train()
 
 
 def _say_plan(run: Run, first_step: int) -> None:
@@ -153,7 +206,7 @@ def _say_plan(run: Run, first_step: int) -> None:
         return
     settings, layout, num = run.config.train, run.layout, len(run.supply.train)
     trained = sum(p.numel() for p in run.engine.parameters.values())
-    per_epoch = layout.steps_per_epoch(num)
+    per_epoch = run.supply.order.steps_per_epoch
     logger.info(
         "%s: %s training and %s held-out pictures of %d px; %.1f M parameters trained in %s on %s",
         run.folder,
@@ -179,8 +232,31 @@ def _say_plan(run: Run, first_step: int) -> None:
         settings.lr_schedule,
         settings.warmup_steps,
     )
+    if run.engine.power_emas:
+        num_snapshots = -(-settings.max_steps // settings.power_ema_every_steps)
+        num_snapshots *= len(run.engine.power_emas)
+        size_gb = num_snapshots * trained * 4 / 1e9
+        logger.info("power_ema/ will hold %d snapshots, %.2f GB in all", num_snapshots, size_gb)
     if not len(run.supply.held_out):
         logger.warning("no picture is held out, so no held-out loss; set data.split_fraction")
+
+
+def _export(run: Run) -> None:
+    """Write pipeline/, unless no process has the whole weights."""
+    if not is_spread(run.engine.parameters):
+        export(run)
+    elif run.accelerator.is_main_process:
+        logger.warning(
+            "the weights are spread over processes; the same command in one process, without FSDP, "
+            "writes %s from the last checkpoint",
+            run.folder / "pipeline",
+        )
+
+
+def _say_failed_save(run: Run) -> None:
+    """Say that a save beside training failed, as soon as it is known; training goes on."""
+    if not run.saver.busy and (failure := run.saver.check()):
+        logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
 
 
 def _default_prompts(supply: Supply) -> list[str]:
@@ -199,8 +275,24 @@ def _any_process(flag: bool, accelerator: Accelerator) -> bool:
     return bool(raised.item())
 
 
+def _sheet_path(run: Run, done: int) -> Path:
+    return run.folder / "samples" / f"step-{done:09d}.png"
+
+
 def _is_time(done: int, every_steps: int, last: bool) -> bool:
     return last or (every_steps > 0 and done % every_steps == 0)
+
+
+@contextmanager
+def _naming_the_rank(accelerator: Accelerator) -> Iterator[None]:
+    """Say which of several processes failed, since the others then fail for want of it."""
+    try:
+        yield
+    except Exception as error:
+        if accelerator.num_processes > 1:
+            rank, num = accelerator.process_index, accelerator.num_processes
+            logger.error("rank %d of %d processes failed: %s", rank, num, error)
+        raise
 
 
 def _lock(folder: Path, accelerator: Accelerator) -> AbstractContextManager[object]:

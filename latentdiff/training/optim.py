@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -114,7 +115,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     norm = nn.utils.get_total_norm(gradients)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2's parts
 
 
 def masked_step(optimizer: Optimizer, ok: Tensor) -> None:

@@ -4,22 +4,21 @@ Karras et al. 2024 (EDM2), section 3: the weight of step s in the average at ste
 s^gamma, so that the width is a fixed share sigma_rel of the training so far. Averages of two
 widths, stored now and then, are enough to rebuild one of nearly any width later: the stored ones
 are added up with the weights that bring their profiles closest to the wanted one (least squares).
+The files they are stored in are snapshots.py's business.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentdiff.training.ema import COUNT, Averages
+from latentdiff.training.ema import Averages
 
 MAX_SIGMA_REL = 12**-0.5  # gamma = 0, the plain mean
+MAX_PROFILE_ERROR = 0.1  # of a rebuilt average
 
 
 class PowerEma(Averages):
@@ -40,13 +39,6 @@ class PowerEma(Averages):
         """
         t = self.num_updates.float() + 1
         self.move(-torch.expm1((self.gamma + 1) * torch.log1p(-1 / t)), ok)
-
-    def snapshot(self) -> "Snapshot":
-        """Return copies on the CPU, for `reconstruct`; waits for the device."""
-        tensors = {
-            name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()
-        }
-        return Snapshot(step=int(self.num_updates), gamma=self.gamma, tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -79,17 +71,19 @@ def reconstruct(
 ) -> dict[str, Tensor]:
     """Return the float32 average of width `gamma` at `step`, by default that of the last snapshot.
 
-    Exact where a snapshot has that gamma and step, close to it where snapshots lie on both sides.
+    Exact where a snapshot has that gamma and step. ValueError where the closest profile is off by
+    more than MAX_PROFILE_ERROR: another width or step is needed, or more snapshots.
     """
-    weights = reconstruction_weights(snapshots, gamma=gamma, step=step)
+    weights, error = reconstruction_weights(snapshots, gamma=gamma, step=step)
+    if error > MAX_PROFILE_ERROR:
+        raise ValueError(_too_far(snapshots, gamma=gamma, step=step, error=error))
     names = set(snapshots[0].tensors)
     if odd := [s.step for s in snapshots if set(s.tensors) != names]:
         raise ValueError(f"the snapshot of step {odd[0]} has other parameters than the first one")
-    used = [(w, s) for w, s in zip(weights.tolist(), snapshots, strict=True) if w != 0]
     rebuilt = {}
     for name, first in snapshots[0].tensors.items():
         total = torch.zeros(first.shape, dtype=torch.float64)
-        for weight, snapshot in used:
+        for weight, snapshot in zip(weights.tolist(), snapshots, strict=True):
             total.add_(snapshot.tensors[name].double(), alpha=weight)
         rebuilt[name] = total.float()
     return rebuilt
@@ -97,8 +91,14 @@ def reconstruct(
 
 def reconstruction_weights(
     snapshots: Sequence[Snapshot], *, gamma: float, step: int | None = None
-) -> np.ndarray:
-    """Return the weight of each snapshot (Alg. 3), (N,) float64."""
+) -> tuple[np.ndarray, float]:
+    """Return the weight of each snapshot (Alg. 3), (N,) float64, and the error of their profile.
+
+    Unlike the paper's, the weights add up to 1: its networks do not feel a factor on their weights,
+    others do. The error is the L2 norm of the difference of the rebuilt and the wanted profile, as
+    a share of the wanted one's. Where weights jitter independently from step to step, that is how
+    far the rebuilt weights are from the wanted ones, in units of the jitter those have left.
+    """
     if not snapshots:
         raise ValueError("there is no snapshot to rebuild an average from")
     steps = np.array([float(snapshot.step) for snapshot in snapshots])
@@ -106,34 +106,31 @@ def reconstruction_weights(
     last = steps.max()
     wanted = last if step is None else float(step)
     if steps.min() < 1 or not 1 <= wanted <= last:
-        raise ValueError(f"step is {step}, expected 1 to {last:.0f}, the last snapshot's")
+        raise ValueError(
+            f"step is {step}, expected 1 to {last:.0f}, the last snapshot's (skipped updates do "
+            "not count)"
+        )
+    at, of = np.array(wanted), np.array(gamma)
     products = _product(steps[:, None], gammas[:, None], steps, gammas)  # (N, N)
-    target = _product(steps, gammas, np.array(wanted), np.array(gamma))  # (N,)
+    target = _product(steps, gammas, at, of)  # (N,)
+    weights = _constrained_least_squares(products, target)
+    square = float(_product(at, of, at, of))
+    distance = square - 2 * weights @ target + weights @ products @ weights
+    return weights, math.sqrt(max(0.0, distance) / square)
+
+
+def _constrained_least_squares(products: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the x (N,) of sum 1 with the least x' products x - 2 target' x."""
     # Unit norms first: products of early and late profiles differ by orders of magnitude.
     norms = np.sqrt(np.diag(products))
-    scaled = products / (norms[:, None] * norms)
-    solution: np.ndarray = np.linalg.lstsq(scaled, target / norms, rcond=1e-12)[0]
-    return solution / norms
-
-
-def save_snapshot(snapshot: Snapshot, path: Path) -> None:
-    """Write a snapshot as one safetensors file; a kill leaves none of that name."""
-    temporary = path.with_name(f".{path.name}.saving")
-    metadata = {"step": str(snapshot.step), "gamma": repr(snapshot.gamma)}
-    tensors = {name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}
-    save_file(tensors, temporary, metadata=metadata)
-    temporary.replace(path)
-
-
-def read_snapshot(path: Path) -> Snapshot:
-    """Read what `save_snapshot` wrote. ValueError when it is something else."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if not {"step", "gamma"} <= set(metadata):
-            raise ValueError(f"{path} is no snapshot of a power-function average")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    tensors.pop(COUNT, None)
-    return Snapshot(int(metadata["step"]), float(metadata["gamma"]), tensors)
+    least = norms.min()
+    ones = least / norms  # the constraint, in the same units
+    matrix = np.zeros((len(norms) + 1, len(norms) + 1))  # with a Lagrange multiplier
+    matrix[:-1, :-1] = products / (norms[:, None] * norms)
+    matrix[:-1, -1] = matrix[-1, :-1] = ones
+    right = np.append(target / norms, least)
+    solution: np.ndarray = np.linalg.lstsq(matrix, right, rcond=1e-12)[0]
+    return solution[:-1] / norms
 
 
 def _product(ta: np.ndarray, ga: np.ndarray, tb: np.ndarray, gb: np.ndarray) -> np.ndarray:
@@ -146,3 +143,15 @@ def _product(ta: np.ndarray, ga: np.ndarray, tb: np.ndarray, gb: np.ndarray) -> 
     ratio = (earlier / later) ** gamma_later
     product: np.ndarray = (ga + 1) * (gb + 1) * ratio / ((ga + gb + 1) * later)
     return product
+
+
+def _too_far(snapshots: Sequence[Snapshot], *, gamma: float, step: int | None, error: float) -> str:
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    widths = sorted({f"{sigma_rel_of(snapshot.gamma):.3g}" for snapshot in snapshots})
+    shown = [*steps[:4], "...", steps[-1]] if len(steps) > 6 else steps
+    return (
+        f"width {sigma_rel_of(gamma):.3g} at step {step or steps[-1]} cannot be rebuilt: the "
+        f"closest mixture of the snapshots is off by {error:.0%}, expected {MAX_PROFILE_ERROR:.0%} "
+        f"at the most. There are widths {', '.join(widths)} at steps {', '.join(map(str, shown))}; "
+        "choose a step among these and a width nearer to these, or train with snapshots more often"
+    )

@@ -1,7 +1,8 @@
 """Sample sheets during a run: fixed prompts, each with its own seed.
 
 A prompt's seed hangs on the run's seed and the prompt alone, so adding a prompt does not change the
-others' pictures. The prompts are shared out over the processes.
+others' pictures. The prompts are shared out over the processes in batches of one size, so that
+neither does the number of processes.
 """
 
 import hashlib
@@ -13,9 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
+from latentdiff.evaluation.heldout import turns
 from latentdiff.models import Components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.sheet import draw_sheet
+from latentdiff.whole_file import whole_file
+
+PICTURES_AT_ONCE = 4  # a constant: rounding depends on a batch's size
 
 
 def prompt_seed(seed: int, prompt: str) -> int:
@@ -32,7 +37,6 @@ def make_pipeline(components: Components) -> LatentDiffPipeline:
     )
 
 
-@torch.no_grad()
 def write_sheet(
     components: Components,
     prompts: Sequence[str],
@@ -44,27 +48,52 @@ def write_sheet(
     guidance_scale: float,
 ) -> Image.Image | None:
     """Draw one picture a prompt and write them as a labelled PNG; return it on the main process."""
-    pipeline = make_pipeline(components)
-    pipeline.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = []
-    with accelerator.split_between_processes(list(prompts)) as mine:
-        for start in range(0, len(mine), 8):
-            part = mine[start : start + 8]
-            with accelerator.autocast():
-                drawn, _ = pipeline(
-                    part,
-                    seed=[prompt_seed(seed, prompt) for prompt in part],
-                    num_inference_steps=num_steps,
-                    guidance_scale=guidance_scale,
-                    return_dict=False,
-                )
-                images += drawn
-    images = gather_object(images) if accelerator.num_processes > 1 else images
+    mine = draw_share(
+        components,
+        prompts,
+        accelerator=accelerator,
+        seed=seed,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+    )
+    drawn = dict(gather_object(list(mine.items())))
     if not accelerator.is_main_process:
         return None
+    images = [drawn[index] for index in range(len(prompts))]
     sheet = draw_sheet(images, list(prompts), columns=min(8, len(prompts)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
     return sheet
+
+
+@torch.no_grad()
+def draw_share(
+    components: Components,
+    prompts: Sequence[str],
+    *,
+    accelerator: Accelerator,
+    seed: int,
+    num_steps: int,
+    guidance_scale: float,
+) -> dict[int, Image.Image]:
+    """Return this process's share of the prompts' pictures, by the prompt's index."""
+    pipeline = make_pipeline(components)
+    pipeline.set_progress_bar_config(disable=True)
+    shard = accelerator.process_index, accelerator.num_processes
+    drawn: dict[int, Image.Image] = {}
+    for batch, counts in turns(-(-len(prompts) // PICTURES_AT_ONCE), shard):
+        first = batch * PICTURES_AT_ONCE
+        part = list(prompts[first : first + PICTURES_AT_ONCE])
+        padded = part + part[-1:] * (PICTURES_AT_ONCE - len(part))
+        with accelerator.autocast():
+            images, _ = pipeline(
+                padded,
+                seed=[prompt_seed(seed, prompt) for prompt in padded],
+                num_inference_steps=num_steps,
+                guidance_scale=guidance_scale,
+                return_dict=False,
+            )
+        if counts:
+            drawn |= {first + k: images[k] for k in range(len(part))}
+    return drawn

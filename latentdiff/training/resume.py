@@ -1,5 +1,8 @@
 """Keeping a run's state and taking it back: which checkpoint, whose run, what is saved.
 
+The held-out loss of a step is measured before its checkpoint is saved, and a step with the least
+loss so far is saved whatever the cadence. So a checkpoint knows all losses up to its own, and the
+best one is on the disk; where its save failed, the best of those that are there is kept.
 What a checkpoint is on disk is checkpoint.py's business.
 """
 
@@ -18,7 +21,11 @@ from latentdiff.training.checkpoint import (
     save_checkpoint,
     snapshot,
 )
+from latentdiff.training.ema import COUNT
+from latentdiff.training.power_ema import Snapshot
 from latentdiff.training.run import Run
+from latentdiff.training.sharded import gathered, spread
+from latentdiff.training.snapshots import drop_snapshots_after, save_snapshot, snapshot_path
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +41,9 @@ FREE_TO_CHANGE = (  # by a resumed run, without another result up to where it wa
     "train.resume",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
-    "train.keep_checkpoints",
+    "train.keep_",
+    "train.export",
+    "train.power_ema_every_steps",
     "train.max_bad_steps",
     "preview.",
 )
@@ -77,13 +86,21 @@ def _refuse_other_config(config: Config, folder: Path) -> None:
 
 
 def resume(run: Run, start: Path | None) -> int:
-    """Load a checkpoint; return the first step that is still to be done."""
-    if start is None:
-        return 0
-    checkpoint = load_checkpoint(start)
-    run.engine.load(checkpoint.tensors, checkpoint.state)
-    logger.info("going on after step %d from %s", checkpoint.step, start)
-    return checkpoint.step
+    """Load a checkpoint; return the first step that is still to be done.
+
+    Losses on another number of held-out triples are no measure for this run's and are forgotten.
+    """
+    step = 0
+    if start is not None:
+        checkpoint = load_checkpoint(start)
+        step, state = checkpoint.step, checkpoint.state
+        run.engine.load(spread(checkpoint.tensors, run.engine.parameters), state)
+        if state.get("num_held_out") == _num_held_out(run):
+            run.held_out = {int(at): loss for at, loss in state["held_out"].items()}
+        logger.info("going on after step %d from %s", step, start)
+    if run.accelerator.is_main_process:
+        drop_snapshots_after(run.folder, step)
+    return step
 
 
 def save_state(run: Run, done: int) -> None:
@@ -91,17 +108,22 @@ def save_state(run: Run, done: int) -> None:
 
     Says so when the one before it failed.
     """
-    if not run.accelerator.is_main_process:
+    is_main = run.accelerator.is_main_process
+    tensors = gathered(run.engine.tensors(), keep=is_main)
+    if not is_main:
         return
     run.saver.wait()
     if failure := run.saver.check():
         logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
-    tensors, state = run.engine.tensors(), run.engine.state()
+    state = run.engine.state()
     size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     beside = size < SPARE_MEMORY * psutil.virtual_memory().available
     if beside:
         tensors = snapshot(tensors)
     root, settings = run.folder / "checkpoints", run.config.train
+    losses = dict(run.held_out)
+    state["held_out"] = {str(at): loss for at, loss in losses.items()}
+    state["num_held_out"] = _num_held_out(run)
     state["scaling_factor"] = float(run.components.vae.config["scaling_factor"])
     settings_of_run, world = identity(run.config), run.accelerator.num_processes
 
@@ -114,11 +136,39 @@ def save_state(run: Run, done: int) -> None:
             config_hash=config_hash(settings_of_run),
             world_size=world,
         )
-        prune_checkpoints(root, keep_last=settings.keep_checkpoints)
+        prune_checkpoints(
+            root,
+            keep_last=settings.keep_checkpoints,
+            keep_every_steps=settings.keep_every_steps or None,
+            losses=losses if settings.keep_best else None,
+        )
 
     run.saver.submit(save)
     if not beside:
         run.saver.wait()
+
+
+def save_averages(run: Run, done: int) -> None:
+    """Write a snapshot of each power-function average, one at a time; training waits.
+
+    Call it before the step's checkpoint is saved: a run that goes on from there does not come by
+    here again. Says so when the disk does not take one, and goes on.
+    """
+    is_main = run.accelerator.is_main_process
+    for width, average in run.engine.power_emas.items():
+        whole = gathered({"average": average.state_dict()}, keep=is_main)["average"]
+        if not is_main:
+            continue
+        tensors = {name: whole[name].cpu() for name in average.tensors}
+        stored = Snapshot(int(whole[COUNT]), average.gamma, tensors)
+        try:
+            save_snapshot(stored, snapshot_path(run.folder, done, width))
+        except OSError as error:
+            logger.error("a snapshot for scripts/reconstruct_ema.py is missing: %s", error)
+
+
+def _num_held_out(run: Run) -> int:
+    return 0 if run.supply.triples is None else len(run.supply.triples)
 
 
 def identity(config: Config) -> dict[str, object]:

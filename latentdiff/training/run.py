@@ -4,14 +4,15 @@ Everything that can be wrong with the input is said here, before the first step.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
 from latentdiff.config import Config
 from latentdiff.config_file import to_yaml
+from latentdiff.diffusion.timesteps import LossAwareTimesteps
 from latentdiff.latents import LatentCodec
 from latentdiff.models import Components, schedule_of
 from latentdiff.training.checkpoint import BackgroundSaver, validate_checkpoint
@@ -33,8 +34,16 @@ from latentdiff.training.supply import (
     make_supply,
     read_data,
 )
+from latentdiff.whole_file import write_text
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+UNDER_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by accelerate launch
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
+ON_THE_CPU = "On the CPU use torchrun --nproc_per_node N scripts/train_t2i.py"
 
 
 @dataclass
@@ -50,24 +59,67 @@ class Run:
     layout: Layout
     log: MetricsLog
     saver: BackgroundSaver
+    held_out: dict[int, float] = field(default_factory=dict)  # losses so far, by step
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Start Accelerate; ValueError when it does not see the processes that were launched."""
+    """Start Accelerate; ValueError when it is not what was launched, or cannot be used."""
+    _refuse_unsupported()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said, so that several CPU processes are seen
         mixed_precision=MIXED[config.train.precision],
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)] if backend else None,
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
+    _refuse_copies(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.channels_last:
         raise ValueError(
-            f"{launched} processes were launched and Accelerate sees {accelerator.num_processes}, "
-            f"as {accelerator.distributed_type}: they would train copies. On the CPU use "
-            "torchrun --nproc_per_node N scripts/train_t2i.py"
+            "train.channels_last is true, and FSDP2 cannot spread weights in that layout: add "
+            "--train.channels_last=false"
         )
     return accelerator
+
+
+def _refuse_unsupported() -> None:
+    """Raise ValueError for a way of training by Accelerate that this project does not know."""
+    for name, what in UNSUPPORTED.items():
+        if _is_set(name):
+            raise ValueError(
+                f"accelerate launch asks for {what}, which LatentDiff cannot do: use DDP or FSDP2, "
+                "as in configs/accelerate/"
+            )
+    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError(
+            f"accelerate launch asks for FSDP version {os.environ.get('FSDP_VERSION', '1')}, "
+            "expected fsdp_version: 2, as in configs/accelerate/fsdp2_8_gpus.yaml"
+        )
+
+
+def _refuse_copies(accelerator: Accelerator) -> None:
+    """Raise ValueError when fewer processes, or another kind, came to be than was asked for."""
+    found, kind = accelerator.num_processes, accelerator.distributed_type
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != launched:
+        raise ValueError(
+            f"{launched} processes were launched and Accelerate sees {found}, as {kind}: they "
+            f"would train copies. {ON_THE_CPU}"
+        )
+    # Given by accelerate launch to what is to be several processes, also where it starts just one.
+    asked_for_several = UNDER_ACCELERATE in os.environ and "MASTER_ADDR" in os.environ
+    if asked_for_several and found == 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes (MASTER_ADDR is set) and started "
+            f"one. {ON_THE_CPU}"
+        )
+    if _is_set("ACCELERATE_USE_FSDP") and kind != DistributedType.FSDP:
+        raise ValueError(
+            f"accelerate launch asks for FSDP and Accelerate trains as {kind}: FSDP needs GPUs. "
+            f"{ON_THE_CPU}"
+        )
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def prepare(config: Config, folder: Path, accelerator: Accelerator, *, start: Path | None) -> Run:
@@ -76,7 +128,8 @@ def prepare(config: Config, folder: Path, accelerator: Accelerator, *, start: Pa
         train_data, held_out = read_data(config.data, trust_index=not accelerator.is_main_process)
     trains_text = learns_text(config)
     if accelerator.is_main_process:
-        _write(folder / "config.yaml", to_yaml(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", to_yaml(config))
     if config.model.pretrained:
         components = pretrained_components(config)
         latents = cache_latents(train_data, components.vae, config.data, accelerator=accelerator)
@@ -99,6 +152,10 @@ def prepare(config: Config, folder: Path, accelerator: Accelerator, *, start: Pa
         learns_text=trains_text,
         accelerator=accelerator,
     )
+    if config.train.keep_best and supply.triples is None:
+        raise ValueError(
+            "train.keep_best needs held-out pictures and there are none; set data.split_fraction"
+        )
     layout = Layout.of(
         config.train.batch_size, config.train.micro_batch_size, accelerator.num_processes
     )
@@ -139,7 +196,8 @@ def make_engine(
         weighting_gamma=diffusion.weighting_gamma,
         timesteps=diffusion.timesteps,
         offset_noise=diffusion.offset_noise,
-        batch_size=settings.batch_size,
+        learned_variance=diffusion.learned_variance,
+        loss_aware=_loss_aware(config, components, device),
     )
     rates = RatePlan(
         base=settings.learning_rate,
@@ -157,13 +215,15 @@ def make_engine(
         betas=(0.9, settings.beta2),
         max_grad_norm=settings.max_grad_norm,
         ema_decay=settings.ema_decay if settings.ema else None,
+        power_ema=settings.power_ema,
         fp16=settings.precision == "fp16",
         seed=settings.seed,
     )
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def _loss_aware(
+    config: Config, components: Components, device: torch.device
+) -> LossAwareTimesteps | None:
+    if config.diffusion.timesteps != "loss_aware":
+        return None
+    return LossAwareTimesteps(components.scheduler.config["num_train_timesteps"], device=device)

@@ -1,29 +1,87 @@
 """From caches to batches: what one training sample is, and which samples an optimiser step takes.
 
-The order of an epoch is a permutation by (seed, epoch). Optimiser step s of an epoch takes places
-[s B, (s + 1) B) of it; the last step takes what is left. Processes and micro-batches share out
-those places, so the draws of a step, which hang on the place, never depend on the layout.
+The order of an epoch is a function of (seed, epoch) and of the pictures' buckets. Optimiser step s
+takes batch s mod K of epoch s div K, whose pictures share a bucket, and so their size. Processes
+and micro-batches share out a batch's places in the epoch, so the draws of a step, which hang on the
+place, never depend on the layout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
-from latentdiff.data.captions import may_flip
+from latentdiff.data.buckets import Epoch, Partial, make_epoch, num_batches
+from latentdiff.data.captions import CaptionEdits, may_flip
 from latentdiff.data.folder import Record
 from latentdiff.training.randomness import draws, epoch_order, normal
 
 TextOf = Callable[[str], Tensor]
+SMALL_BYTES = 1 << 16  # of an array in a worker's message
 
 
-class Moments(Protocol):
-    """Where latents come from: the mean and standard deviation (C, h, w) of record `index`."""
+class Latents(Protocol):
+    """Where latents come from: a cache, or the pictures themselves."""
 
-    def __call__(self, index: int, *, flipped: bool) -> tuple[Tensor, Tensor]: ...
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of record `index`'s latents."""
+
+    def inputs(self, index: int, noise: Tensor, *, flipped: bool, crop: float) -> dict[str, Tensor]:
+        """Return z0 (C, h, w) for VAE noise (C, h, w), or what the device makes it of."""
+
+
+class StepBatch(NamedTuple):
+    """What an optimiser step takes: records, from place `start` of an epoch on."""
+
+    epoch: int
+    start: int
+    indices: np.ndarray
+
+
+class Order:
+    """Which samples each optimiser step takes: a function of (seed, step) and the buckets."""
+
+    def __init__(
+        self, bucket_of: np.ndarray, *, batch_size: int, seed: int, partial: Partial = "keep"
+    ) -> None:
+        """bucket_of: (N,) each sample's bucket. batch_size, partial: as in buckets.make_epoch."""
+        self.bucket_of, self.batch_size, self.seed, self.partial = (
+            bucket_of,
+            batch_size,
+            seed,
+            partial,
+        )
+        counts = np.unique(bucket_of, return_counts=True)[1]
+        self.steps_per_epoch = num_batches(counts, batch_size=batch_size)
+        self._epochs: dict[int, Epoch] = {}
+
+    def batch(self, step: int) -> StepBatch:
+        """Return what optimiser step `step` takes, counted from the start of the run."""
+        number, batch = divmod(step, self.steps_per_epoch)
+        epoch = self._epoch(number)
+        return StepBatch(number, int(epoch.starts[batch]), epoch[batch])
+
+    def count(self, step: int) -> int:
+        """Return how many samples optimiser step `step` takes."""
+        return len(self.batch(step).indices)
+
+    def _epoch(self, number: int) -> Epoch:
+        """Remember two epochs: data workers run ahead into the next."""
+        if number not in self._epochs:
+            self._epochs = {k: epoch for k, epoch in self._epochs.items() if abs(k - number) == 1}
+            self._epochs[number] = make_epoch(
+                self.bucket_of,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                epoch=number,
+                partial=self.partial,
+                order=epoch_order(self.seed, number, len(self.bucket_of)),
+            )
+        return self._epochs[number]
 
 
 @dataclass(frozen=True)
@@ -48,15 +106,6 @@ class Layout:
         """Forward passes of each process in one optimiser step."""
         return -(-self.batch_size // (self.micro_batch_size * self.num_processes))
 
-    def steps_per_epoch(self, num_samples: int) -> int:
-        """Optimiser steps of an epoch, the last partial one included."""
-        return -(-num_samples // self.batch_size)
-
-    def count(self, step: int, num_samples: int) -> int:
-        """Samples of optimiser step `step`, counted from the start of the run."""
-        start = step % self.steps_per_epoch(num_samples) * self.batch_size
-        return min(self.batch_size, num_samples - start)
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -65,6 +114,7 @@ class Slot:
     index: int
     epoch: int
     place: int
+    seat: int  # place within the step
     weight: float  # 0 for the padding of a partial batch
 
 
@@ -72,65 +122,53 @@ class StepSlots(Sampler[list[Slot]]):
     """The micro-batches of one process from `first_step` to `last_step`, in order."""
 
     def __init__(
-        self,
-        layout: Layout,
-        *,
-        num_samples: int,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        rank: int,
+        self, layout: Layout, order: Order, *, first_step: int, last_step: int, rank: int
     ) -> None:
-        self.layout, self.num_samples, self.seed = layout, num_samples, seed
+        self.layout, self.order = layout, order
         self.first_step, self.last_step, self.rank = first_step, last_step, rank
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.layout.accumulation
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        layout, epoch, order = self.layout, -1, epoch_order(self.seed, 0, self.num_samples)
-        per_epoch = layout.steps_per_epoch(self.num_samples)
+        layout = self.layout
         for step in range(self.first_step, self.last_step):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = epoch_order(self.seed, epoch, self.num_samples)
-            start = step % per_epoch * layout.batch_size
-            count = layout.count(step, self.num_samples)
+            batch = self.order.batch(step)
             for accumulated in range(layout.accumulation):
                 first = (accumulated * layout.num_processes + self.rank) * layout.micro_batch_size
-                yield [
-                    self._slot(order, epoch, start, k, count)
-                    for k in range(first, first + layout.micro_batch_size)
-                ]
+                yield [_slot(batch, k) for k in range(first, first + layout.micro_batch_size)]
 
-    def _slot(self, order: Any, epoch: int, start: int, k: int, count: int) -> Slot:
-        place = start + (k if k < count else 0)
-        return Slot(int(order[place]), epoch, place, float(k < count))
+
+def _slot(batch: StepBatch, k: int) -> Slot:
+    counts = k < len(batch.indices)
+    seat = k if counts else 0
+    return Slot(int(batch.indices[seat]), batch.epoch, batch.start + seat, seat, float(counts))
 
 
 class Samples(Dataset[dict[str, Tensor]]):
     """Training samples by slot, every draw of them keyed by the slot alone.
 
-    moments(i, flipped=...) -> mean, std (C, h, w); text(caption) -> ids (L,) or states (L, D).
+    text(caption) -> ids (L,) or states (L, D).
     """
 
     def __init__(
         self,
-        moments: Moments,
+        latents: Latents,
         records: Sequence[Record],
         text: TextOf,
         *,
         seed: int,
         caption_dropout: float,
         random_flip: bool,
+        edits: CaptionEdits,
     ) -> None:
-        self.moments, self.records, self.text = moments, records, text
+        self.latents, self.records, self.text, self.edits = latents, records, text, edits
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
 
     def __getitem__(self, slot: Slot) -> dict[str, Tensor]:
-        """Return z0, eps (C, h, w); offset (C, 1, 1); text; and the scalars of the sample.
+        """Return z0 or what it is made of; eps (C, h, w); offset (C, 1, 1); text; and the scalars.
 
-        They are u in [0, 1) for the timestep, dropped, weight, place and index.
+        These are u in [0, 1) for the timestep, dropped, weight, place (in the step) and index.
         """
 
         def rng(purpose: str) -> Any:
@@ -138,16 +176,26 @@ class Samples(Dataset[dict[str, Tensor]]):
 
         captions = self.records[slot.index].captions
         flipped = self.random_flip and may_flip(captions) and rng("flip").random() < 0.5
-        mean, std = self.moments(slot.index, flipped=flipped)
-        caption = captions[int(rng("caption").integers(len(captions)))]
-        return {
-            "z0": mean + std * normal(rng("vae"), mean.shape),
-            "eps": normal(rng("noise"), mean.shape),
-            "offset": normal(rng("offset"), (len(mean), 1, 1)),
+        shape = self.latents.shape(slot.index)
+        inputs = self.latents.inputs(
+            slot.index, normal(rng("vae"), shape), flipped=flipped, crop=rng("crop").random()
+        )
+        return inputs | {
+            "eps": normal(rng("noise"), shape),
+            "offset": normal(rng("offset"), (shape[0], 1, 1)),
             "u": torch.tensor(rng("timestep").random(), dtype=torch.float64),
-            "text": self.text(caption),
+            "text": self.text(self.edits.draw(captions, rng("caption"))),
             "dropped": torch.tensor(rng("dropout").random() < self.caption_dropout),
             "weight": torch.tensor(slot.weight, dtype=torch.float32),
-            "place": torch.tensor(slot.place, dtype=torch.int64),
+            "place": torch.tensor(slot.seat, dtype=torch.int64),
             "index": torch.tensor(slot.index, dtype=torch.int64),
         }
+
+
+def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | np.ndarray]:
+    """Stack samples to a batch (B, ...), what is small as NumPy arrays.
+
+    These travel in a data worker's message; each tensor costs the training process a shared file.
+    """
+    batch: dict[str, Tensor] = default_collate(list(samples))
+    return {name: x.numpy() if x.nbytes <= SMALL_BYTES else x for name, x in batch.items()}

@@ -1,9 +1,10 @@
 """What a run trains on, made ready: folder -> latents and text on disk -> batches and triples.
 
-The folder is read and judged before any weight is loaded; pictures and captions are encoded once.
-A text tower that learns gets token ids, a frozen one's states come from the cache.
+The folder is read and judged before any weight is loaded. How pictures and captions are encoded is
+encoding.py's business, what a sample is samples.py's.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +16,61 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentdiff.config import Config, DataConfig
-from latentdiff.data.cache import CropPlan, LatentCache, TextCache
+from latentdiff.data.captions import CaptionEdits
 from latentdiff.data.folder import Folder, read_folder
+from latentdiff.data.uncached import LatentEncoder
 from latentdiff.evaluation.heldout import Triples, stratified_timesteps
-from latentdiff.latents import Autoencoder, LatentCodec, LatentStats, set_scalar_scaling
 from latentdiff.models import Components
-from latentdiff.text import NULL_CAPTION, tokenize
+from latentdiff.training.encoding import (
+    CachedStates,
+    LatentSource,
+    StepStates,
+    TextSource,
+    TokenIds,
+    assigned,
+    buckets_of,
+    cache_dir,
+    cache_latents,
+    caption_edits,
+    fit_scaling,
+    null_text,
+    settled_captions,
+    still,
+)
 from latentdiff.training.randomness import draws, normal
-from latentdiff.training.samples import Layout, Samples, StepSlots
+from latentdiff.training.samples import Layout, Order, Samples, StepSlots, collate
+from latentdiff.training.workers import WatchedSamples, leave_signals_to_the_trainer
 
-MEASURED_PICTURES = 1000  # enough for the std of latents to three digits
-ENCODED_PIXELS = 1 << 20  # of one batch for the VAE
-REMEMBERED_CAPTIONS = 100_000  # whose token ids are kept
+__all__ = [
+    "Supply",
+    "cache_latents",
+    "fit_scaling",
+    "make_supply",
+    "read_data",
+    "step_batches",
+]
+
+logger = logging.getLogger(__name__)
+NUM_SHOWN = 6  # buckets named in the plan
 
 
 @dataclass(frozen=True)
 class Supply:
-    """The training samples and the fixed held-out triples of a run."""
+    """The training samples, their order, and the fixed held-out triples of a run.
+
+    encoder, states: what makes latents of pixels and states of token ids in the step, where a cache
+    does not hold them.
+    """
 
     train: Folder
     held_out: Folder
-    samples: Samples
+    samples: WatchedSamples
+    order: Order
+    edits: CaptionEdits
     null_text: Tensor  # (1, L) ids or (1, L, D) states
     triples: Triples | None
+    encoder: LatentEncoder | None = None
+    states: StepStates | None = None
 
 
 def read_data(data: DataConfig, *, trust_index: bool = False) -> tuple[Folder, Folder]:
@@ -59,7 +92,7 @@ def read_data(data: DataConfig, *, trust_index: bool = False) -> tuple[Folder, F
         split_fraction=data.split_fraction,
         min_size=data.min_size,
         max_aspect=data.max_aspect,
-        cache_dir=_cache_dir(data),
+        cache_dir=cache_dir(data),
         trust_index=trust_index,
     )
     folder.check(max_bad_fraction=data.max_bad_fraction)
@@ -69,81 +102,60 @@ def read_data(data: DataConfig, *, trust_index: bool = False) -> tuple[Folder, F
     return train, folder.held_out()
 
 
-def cache_latents(
-    folder: Folder, vae: Autoencoder, data: DataConfig, *, accelerator: Accelerator
-) -> LatentCache:
-    """Encode what the cache lacks, shared out over the processes, and open it."""
-    plan = CropPlan(
-        sizes=np.full((len(folder), 2), data.resolution, dtype=np.int32), background=data.background
-    )
-    cache = LatentCache.build(
-        folder,
-        LatentCodec(vae.to(accelerator.device)),
-        cache_dir=_cache_dir(data),
-        plan=plan,
-        flips=data.random_flip,
-        batch_size=max(1, min(32, ENCODED_PIXELS // data.resolution**2)),
-        shard=(accelerator.process_index, accelerator.num_processes),
-        progress=accelerator.is_local_main_process,
-    )
-    accelerator.wait_for_everyone()
-    return cache
-
-
-def fit_scaling(vae: Autoencoder, cache: LatentCache) -> LatentStats:
-    """Set the VAE's scaling_factor to 1 / std of the cached latents (Rombach et al. 2022, D.1)."""
-    chosen = np.linspace(0, len(cache) - 1, min(len(cache), MEASURED_PICTURES)).astype(int)
-    means, squares = [], []
-    for index in chosen.tolist():
-        mean, std = cache.raw_moments(index)
-        means.append(mean.double().mean((1, 2)))
-        squares.append((mean.double().square() + std.double().square()).mean((1, 2)))
-    mean, square = torch.stack(means).mean(0), torch.stack(squares).mean(0)  # (C,)
-    overall = mean.mean()
-    stats = LatentStats(
-        mean=tuple(mean.tolist()),
-        std=tuple((square - mean.square()).clamp_min(0).sqrt().tolist()),
-        overall_mean=overall.item(),
-        overall_std=(square.mean() - overall.square()).clamp_min(0).sqrt().item(),
-        num_images=len(chosen),
-    )
-    set_scalar_scaling(vae, stats)
-    cache.use_scaling_of(LatentCodec(vae))
-    return stats
-
-
 def make_supply(
     config: Config,
     train: Folder,
     held_out: Folder,
     *,
     components: Components,
-    latents: LatentCache,
+    latents: LatentSource,
     learns_text: bool,
     accelerator: Accelerator,
 ) -> Supply:
-    """Put caches, draws and captions together."""
-    source: _TokenIds | _CachedStates
+    """Put caches, draws and captions together, and say what comes of them."""
+    data, edits = config.data, caption_edits(config.data)
+    source: TextSource
     if learns_text:
-        source = _TokenIds(components)
+        source = TokenIds(components)
+    elif edits.edits_tags:
+        source = StepStates(components, accelerator.device)
     else:
-        captions = [c for folder in (train, held_out) for r in folder for c in r.captions]
-        source = _CachedStates(config, captions, components, accelerator)
+        captions = settled_captions((train, held_out), edits)
+        source = CachedStates(captions, components, data=data, accelerator=accelerator)
+    encoder = latents if isinstance(latents, LatentEncoder) else None
     samples = Samples(
-        latents.moments,
+        latents.pictures if isinstance(latents, LatentEncoder) else latents,
         train,
         source.text,
         seed=config.train.seed,
         caption_dropout=config.diffusion.caption_dropout,
-        random_flip=config.data.random_flip,
+        random_flip=data.random_flip,
+        edits=edits,
     )
-    null_text = source.text(NULL_CAPTION)[None]
+    order = Order(
+        assigned(train, data),
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        partial=data.partial_batches,
+    )
     triples = None
     if len(held_out):
-        cache = cache_latents(held_out, components.vae, config.data, accelerator=accelerator)
+        kept = cache_latents(held_out, components.vae, still(data), accelerator=accelerator)
         num = components.scheduler.config["num_train_timesteps"]
-        triples = _triples(config, held_out, cache, source, null_text, num_timesteps=num)
-    return Supply(train, held_out, samples, null_text, triples)
+        triples = _triples(config, held_out, kept, source, edits, num_timesteps=num)
+    if accelerator.is_main_process:
+        _say_plan(data, order, source, is_cached=encoder is None)
+    return Supply(
+        train,
+        held_out,
+        WatchedSamples(samples, num_workers=data.num_workers),
+        order,
+        edits,
+        null_text(source),
+        triples,
+        encoder,
+        source if isinstance(source, StepStates) else None,
+    )
 
 
 def step_batches(
@@ -152,8 +164,7 @@ def step_batches(
     """Yield this process's micro-batches from optimiser step `first_step` to the last."""
     slots = StepSlots(
         layout,
-        num_samples=len(supply.train),
-        seed=config.train.seed,
+        supply.order,
         first_step=first_step,
         last_step=config.train.max_steps,
         rank=accelerator.process_index,
@@ -162,77 +173,82 @@ def step_batches(
         supply.samples,
         batch_sampler=slots,
         num_workers=config.data.num_workers,
+        collate_fn=collate,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=False,
+        worker_init_fn=leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # the global one is what dropout draws from
     )
-    return iter(loader)
-
-
-class _TokenIds:
-    """Captions as token ids (L,) int64, for a text tower that learns."""
-
-    def __init__(self, components: Components) -> None:
-        self._tokenizer = components.tokenizer
-        self._known: dict[str, Tensor] = {}
-
-    def text(self, caption: str) -> Tensor:
-        if caption not in self._known:
-            if len(self._known) >= REMEMBERED_CAPTIONS:
-                self._known.clear()
-            self._known[caption] = tokenize(self._tokenizer, [caption])[0]
-        return self._known[caption]
-
-
-class _CachedStates:
-    """Captions as states (L, D) of a frozen text tower."""
-
-    def __init__(
-        self, config: Config, captions: list[str], components: Components, accelerator: Accelerator
-    ) -> None:
-        self._cache = TextCache.build(
-            captions,
-            components.tokenizer,
-            components.text_encoder.to(accelerator.device),
-            cache_dir=_cache_dir(config.data),
-            shard=(accelerator.process_index, accelerator.num_processes),
-            progress=accelerator.is_local_main_process,
-        )
-        accelerator.wait_for_everyone()
-
-    def text(self, caption: str) -> Tensor:
-        return self._cache.states(caption)
+    for packed in loader:
+        batch = {name: torch.as_tensor(x) for name, x in packed.items()}
+        if supply.encoder is not None:
+            batch["z0"] = supply.encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))
+        if supply.states is not None:
+            batch["text"] = supply.states.encode(batch["text"])
+        yield batch
 
 
 def _triples(
     config: Config,
     held_out: Folder,
-    cache: LatentCache,
-    source: "_TokenIds | _CachedStates",
-    null_text: Tensor,
+    latents: LatentSource,
+    source: TextSource,
+    edits: CaptionEdits,
     *,
     num_timesteps: int,
 ) -> Triples:
     """Fix n (picture, timestep, noise) triples; pictures are used in turn, more than once if few.
 
-    At least 64 triples, so that a handful of pictures still covers the chain.
+    At least 64 triples, so that a handful of pictures still covers the chain. Those of one bucket
+    stand together.
     """
+    seed = config.train.seed
     n = min(config.preview.num_held_out, max(len(held_out), 64))
-    z0, eps, text = [], [], []
-    for i in range(n):
-        index = i % len(held_out)
-        mean, std = cache.moments(index)
-        vae_noise = normal(draws(config.train.seed, 0, index, i, "held out vae"), mean.shape)
-        z0.append(mean + std * vae_noise)
-        eps.append(normal(draws(config.train.seed, 0, index, i, "held out"), mean.shape))
-        text.append(source.text(held_out[index].captions[0]))
+    in_turn = np.arange(n) % len(held_out)
+    places = np.argsort(assigned(held_out, config.data)[in_turn], kind="stable").tolist()
+    z0, eps = [], []
+    for i in places:
+        index = int(in_turn[i])
+        mean, std = latents.moments(index)
+        z0.append(mean + std * normal(draws(seed, 0, index, i, "held out vae"), mean.shape))
+        eps.append(normal(draws(seed, 0, index, i, "held out"), mean.shape))
+    captions = [edits.settle(held_out[int(in_turn[i])].captions[0]) for i in places]
     return Triples(
-        z0=torch.stack(z0),
-        eps=torch.stack(eps),
-        t=stratified_timesteps(n, num_timesteps),
-        text=torch.stack(text),
-        null_text=null_text,
+        z0=z0,
+        eps=eps,
+        t=stratified_timesteps(n, num_timesteps)[places],
+        text=source.settled(captions),
+        null_text=null_text(source),
     )
 
 
-def _cache_dir(data: DataConfig) -> Path:
-    return Path(data.cache_dir).expanduser()
+def _say_plan(data: DataConfig, order: Order, source: TextSource, *, is_cached: bool) -> None:
+    """Say how pictures and captions come to the model, before the first step."""
+    if data.buckets:
+        used, counts = np.unique(order.bucket_of, return_counts=True)
+        buckets = buckets_of(data)
+        shown = [f"{buckets[b]}: {n:,}" for b, n in zip(used, counts, strict=True)][:NUM_SHOWN]
+        rest = f" and {len(used) - NUM_SHOWN} more" if len(used) > NUM_SHOWN else ""
+        last = "kept smaller" if data.partial_batches == "keep" else "filled with pictures again"
+        logger.info(
+            "%d buckets (pictures each) %s%s; a bucket's last batch is %s",
+            len(used),
+            ", ".join(shown),
+            rest,
+            last,
+        )
+    views = {0: "cropped anywhere", 1: "cropped in the centre"}.get(
+        data.num_crops, f"cropped at {data.num_crops} places"
+    )
+    how = {
+        TokenIds: "text tower learns from token ids",
+        CachedStates: "text states come from the cache",
+        StepStates: "tags change, so the frozen text tower runs at every step",
+    }[type(source)]
+    logger.info(
+        "pictures %s%s, latents %s; %s",
+        views,
+        ", half of them mirrored" if data.random_flip else "",
+        "come from the cache" if is_cached else "are encoded at every step (data.cache=false)",
+        how,
+    )

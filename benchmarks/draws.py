@@ -1,0 +1,123 @@
+"""What keyed random numbers cost: per image in a data worker, and in the training process.
+
+    python benchmarks/draws.py [--cells 64] [--workers 2]
+
+Prints one JSON line. Draws are made beside the pictures, in data workers; what the training process
+pays is taking a finished batch from them, here told in its CPU time. At 1,000 images/s an image has
+1,000 us, and 2 % of that are 20 us: `share_of_step` is what draws add to the training process at
+that speed, over batches of latents and captions alone, to be below 0.02; `workers_needed` is how
+many workers keep up, on cores like this one's.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from latentdiff.data.captions import CaptionEdits
+from latentdiff.data.folder import Record
+from latentdiff.training.randomness import draws, normal
+from latentdiff.training.samples import Samples, Slot, collate
+
+CHANNELS, BATCH_SIZE, NUM_BATCHES = 4, 64, 20
+IMAGES_PER_SECOND = 1000
+
+
+class ZeroLatents:
+    """Latents that cost nothing, so that draws are all that is measured."""
+
+    def __init__(self, cells):
+        self.zero = torch.zeros(CHANNELS, cells, cells)
+
+    def shape(self, index):
+        return tuple(self.zero.shape)
+
+    def inputs(self, index, noise, *, flipped, crop):
+        return {"z0": self.zero + noise}
+
+
+class Undrawn(Dataset):
+    """Samples without what is drawn for them."""
+
+    def __init__(self, samples):
+        self.sample = samples[Slot(0, 0, 0, 0, 1.0)]
+
+    def __getitem__(self, slot):
+        return {name: self.sample[name] for name in ("z0", "text", "index")}
+
+
+def microseconds(work, *, repeats=200):
+    """Return the median time of a call."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", type=int, default=64, help="latent cells a side")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    record = Record("0.png", "0.png", ("a red star", "a star"), 512, 512, "train")
+    samples = Samples(
+        ZeroLatents(args.cells),
+        [record],
+        lambda caption: torch.zeros(77, dtype=torch.int64),
+        seed=0,
+        caption_dropout=0.1,
+        random_flip=True,
+        edits=CaptionEdits(),
+    )
+    slot = Slot(index=0, epoch=1, place=5, seat=5, weight=1.0)
+    shape = samples.latents.shape(0)
+    sample = microseconds(lambda: samples[slot])
+    process = _in_the_training_process(samples, num_workers=args.workers)
+    undrawn = _in_the_training_process(Undrawn(samples), num_workers=args.workers)
+    result = {
+        "benchmark": "draws",
+        "cells": args.cells,
+        "key_us": microseconds(lambda: draws(0, 1, 2, 3, "timestep").random()),
+        "noise_us": microseconds(lambda: normal(draws(0, 1, 2, 3, "noise"), shape)),
+        "sample_us": sample,
+        "images_per_second_a_worker": 1e6 / sample,
+        "workers_needed": -(-sample * IMAGES_PER_SECOND // 1e6),
+        "process_us_per_image": process,
+        "process_us_per_image_undrawn": undrawn,
+        "share_of_step": (process - undrawn) * IMAGES_PER_SECOND / 1e6,
+        "workers": args.workers,
+        "batch_size": BATCH_SIZE,
+        "cpu": platform.processor(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+def _in_the_training_process(samples, *, num_workers):
+    """Return the microseconds an image costs the process that takes batches from data workers.
+
+    CPU time, so that waiting for a worker does not count.
+    """
+    slots = [[Slot(0, 0, k, k, 1.0) for k in range(BATCH_SIZE)]] * NUM_BATCHES
+    loader = DataLoader(samples, batch_sampler=slots, num_workers=num_workers, collate_fn=collate)
+    batches = iter(loader)
+    next(batches)
+    times = []
+    for _ in range(NUM_BATCHES - 1):
+        time.sleep(0.01)  # the step
+        started = time.process_time()
+        next(batches)
+        times.append(time.process_time() - started)
+    return statistics.median(times) * 1e6 / BATCH_SIZE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What guidance buys and costs: fidelity to the caption against diversity, by scale.
+
+Ho & Salimans 2022, Sec. 4. Fidelity is how many bits a picture's caption is worth to the unguided
+model itself (its implicit classifier, in nats the log of p(z0 | caption) / p(z0)), and CLIP's
+cosine where one is given. Diversity is the distance between pictures of one caption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.bound import TimestepPlan, difference, estimate
+from latentdiff.evaluation import plots
+from latentdiff.evaluation.bound import Chain, caption_bound, plain
+from latentdiff.evaluation.bound_data import CaptionedLatents, Subject
+from latentdiff.evaluation.clip_guidance import Clip, load_clip
+from latentdiff.latents import LatentCodec
+from latentdiff.pipeline import LatentDiffPipeline
+
+DRAWS = 32  # timesteps a picture for its fidelity
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Which guidance scales are tried.
+
+    Args:
+        guidance_sweep: scales such as [1,2,4,8]; none by default.
+        sweep_captions: captions of the pictures.
+        sweep_pictures: pictures a caption, at least 2.
+        sweep_steps: sampling steps.
+        clip: folder of a transformers CLIP for a second fidelity.
+    """
+
+    guidance_sweep: list[float] = field(default_factory=list)
+    sweep_captions: int = 32
+    sweep_pictures: int = 4
+    sweep_steps: int = 25
+    clip: str | None = None
+
+
+def sweep_report(subject: Subject, out: Path, options: SweepOptions) -> dict[str, Any]:
+    """Sweep the scales, write guidance_sweep.png into `out`, return the figures as JSON values."""
+    for name, least in (("sweep_captions", 1), ("sweep_pictures", 2), ("sweep_steps", 1)):
+        if (value := getattr(options, name)) < least:
+            raise ValueError(f"{name}={value}, expected at least {least}")
+    plots.check_matplotlib()
+    clip = None if options.clip is None else load_clip(options.clip, device=subject.device)
+    points = guidance_sweep(
+        subject,
+        options.guidance_sweep,
+        num_captions=options.sweep_captions,
+        pictures_per_caption=options.sweep_pictures,
+        num_steps=options.sweep_steps,
+        clip=clip,
+    )
+    plots.plot_sweep(points, out / "guidance_sweep.png")
+    return {
+        "captions": min(options.sweep_captions, len(subject.latents)),
+        "pictures_per_caption": options.sweep_pictures,
+        "num_steps": options.sweep_steps,
+        "points": points,
+    }
+
+
+def guidance_sweep(
+    subject: Subject,
+    scales: Sequence[float],
+    *,
+    num_captions: int,
+    pictures_per_caption: int,
+    num_steps: int,
+    clip: Clip | None = None,
+) -> list[dict[str, Any]]:
+    """Draw the same captions from the same noise at each scale and measure the pictures.
+
+    Returns one JSON object a scale: guidance_scale, fidelity (bits per picture), diversity (root
+    mean square distance of latents), each with its interval over captions, and clip_score.
+    """
+    spread = torch.linspace(0, len(subject.latents) - 1, min(num_captions, len(subject.latents)))
+    asked = subject.latents.select(
+        spread.round().long().repeat_interleave(pictures_per_caption).tolist()
+    )
+    points = []
+    for scale in scales:
+        drawn = _draw(subject, asked, guidance_scale=scale, num_steps=num_steps)
+        by_caption = drawn.z0.unflatten(0, (-1, pictures_per_caption))
+        point = {
+            "guidance_scale": scale,
+            "fidelity": plain(estimate(_worth(subject, drawn).view(-1, pictures_per_caption))),
+            "diversity": plain(estimate(pair_distance(by_caption)[:, None])),
+        }
+        if clip is not None:
+            cosine = _clip_score(subject, drawn, clip).view(-1, pictures_per_caption)
+            point["clip_score"] = plain(estimate(cosine.double()))
+        points.append(point)
+    return points
+
+
+def pair_distance(z0: Tensor) -> Tensor:
+    """Return the root mean square distance between pictures of a caption, (M, P, ...) -> (M,)."""
+    flat = z0.double().flatten(2)  # (M, P, D)
+    squared = 2 * flat.var(1).mean(1)  # the mean over ordered pairs is twice the variance
+    return squared.sqrt()
+
+
+def _draw(
+    subject: Subject, asked: CaptionedLatents, *, guidance_scale: float, num_steps: int
+) -> CaptionedLatents:
+    pipe = LatentDiffPipeline(
+        **subject.components.as_dict(),
+        requires_safety_checker=subject.components.safety_checker is not None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    z0 = []
+    for start in range(0, len(asked), subject.batch_size):
+        captions = list(asked.captions[start : start + subject.batch_size])
+        drawn = pipe(
+            captions,
+            seed=subject.seed + start,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_steps,
+            output_type="latent",
+            return_dict=False,
+        )
+        z0.append(drawn[0].cpu())
+    return CaptionedLatents(asked.captions, torch.cat(z0), asked.text, asked.null_text)
+
+
+def _worth(subject: Subject, drawn: CaptionedLatents) -> Tensor:
+    """Return how many bits each picture's caption is worth, (N,)."""
+    chain = Chain.of(subject.components)
+    num_timesteps = chain.schedule.num_timesteps
+    plan = TimestepPlan.uniform(num_timesteps, num_draws=min(DRAWS, num_timesteps - 1))
+    bound = caption_bound(chain, subject, plan=plan, repeats=1, latents=drawn)
+    bits = difference(bound.unconditional, bound.conditional)[:, 0]
+    return bits * drawn.z0[0].numel()
+
+
+@torch.no_grad()
+def _clip_score(subject: Subject, drawn: CaptionedLatents, clip: Clip) -> Tensor:
+    codec, scores = LatentCodec(subject.components.vae), []
+    for start in range(0, len(drawn), subject.batch_size):
+        part = drawn.select(range(start, min(start + subject.batch_size, len(drawn))))
+        pixels = codec.decode(part.z0.to(subject.device))
+        scores.append(clip.score(pixels, part.captions).cpu())
+    return torch.cat(scores)

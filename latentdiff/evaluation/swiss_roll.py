@@ -1,0 +1,311 @@
+"""The thermodynamic view in the plane (Sohl-Dickstein et al. 2015, Fig. 1 and Sec. 2.5).
+
+Data is a noisy swiss roll, of which density and entropy are known, so that the bound of a small
+trained network can be held against the truth: no model can describe the roll in fewer bits.
+Multiplying the roll with a second distribution, "the first coordinate is about y", is sampled by
+the gradient of its logarithm along the chain: inpainting in two dimensions.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.bound import Estimate, estimate, evaluate_bound
+from latentdiff.diffusion.continuous import flow_bits
+from latentdiff.diffusion.ddpm import (
+    VARIANCE_TYPES,
+    Model,
+    Schedule,
+    p_sample_loop,
+    p_sample_steps,
+    q_sample,
+)
+from latentdiff.diffusion.guidance import guided_by
+from latentdiff.diffusion.objectives import hybrid_loss
+from latentdiff.diffusion.schedules import make_betas
+from latentdiff.diffusion.timesteps import stratify, uniform_timesteps
+
+PREDICTION, LEARNED = "v_prediction", "learned_range"
+SHOWN = (0.0, 0.1, 0.3, 1.0)  # moments of each chain
+
+
+@dataclass(frozen=True)
+class SwissRoll:
+    """x = curve(angle) + noise, the angle uniform over one and a half turns; variance about 1."""
+
+    noise: float = 0.07
+    first_angle: float = 1.5 * math.pi
+    last_angle: float = 4.5 * math.pi
+    num_points: int = 1000  # of the curve, where an integral over it is taken
+
+    def curve(self, angle: Tensor) -> Tensor:
+        """Return the points (N, 2) at angles (N,)."""
+        return torch.stack([angle.cos(), angle.sin()], 1) * angle[:, None] / 7
+
+    def sample(self, num: int, *, generator: torch.Generator) -> Tensor:
+        """Draw (num, 2), float32."""
+        u = torch.rand(num, generator=generator)
+        angle = self.first_angle + (self.last_angle - self.first_angle) * u
+        return self.curve(angle) + self.noise * torch.randn(num, 2, generator=generator)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return log p(x) in nats, (N, 2) -> (N,) float64: the mean of Gaussians on the curve."""
+        middles = (torch.arange(self.num_points, dtype=torch.float64) + 0.5) / self.num_points
+        centres = self.curve(self.first_angle + (self.last_angle - self.first_angle) * middles)
+        squared = torch.cdist(x.double(), centres).square()
+        log_gauss = -0.5 * squared / self.noise**2 - math.log(2 * math.pi * self.noise**2)
+        return log_gauss.logsumexp(1) - math.log(self.num_points)
+
+    def grid(self) -> tuple[Tensor, float]:
+        """Return points (N, 2) that cover the roll, half a noise apart, and the area of each."""
+        reach, step = self.last_angle / 7 + 6 * self.noise, self.noise / 2
+        line = torch.arange(-reach, reach, step, dtype=torch.float64)
+        return torch.cartesian_prod(line, line), step**2
+
+    def entropy_bits(self) -> float:
+        """Return the differential entropy in bits per dimension, by quadrature over the plane."""
+        points, area = self.grid()
+        log_p = torch.cat([self.log_prob(part) for part in points.split(4096)])
+        return float(-(log_p.exp() * log_p).sum() * area / 2 / math.log(2))
+
+
+class TinyDenoiser(nn.Module):
+    """Three hidden layers that predict v and the variance of a point (B, 2) at a timestep (B,)."""
+
+    def __init__(self, *, num_timesteps: int, width: int = 128) -> None:
+        super().__init__()
+        self.num_timesteps = num_timesteps
+        self.layers = nn.Sequential(
+            nn.Linear(2 + 16, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 4),
+        )
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        """Return (B, 4): v, then the place between the fixed log-variances."""
+        phase = t[:, None].float() / self.num_timesteps * 2.0 ** torch.arange(8) * math.pi / 2
+        output: Tensor = self.layers(torch.cat([xt.float(), phase.sin(), phase.cos()], 1))
+        return output
+
+
+def train_denoiser(
+    roll: SwissRoll,
+    schedule: Schedule,
+    *,
+    num_steps: int,
+    batch_size: int = 512,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> TinyDenoiser:
+    """Train on fresh samples by the hybrid loss (Nichol & Dhariwal 2021, Eq. 16)."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    num_timesteps = schedule.num_timesteps
+    model = TinyDenoiser(num_timesteps=num_timesteps)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    places = torch.arange(batch_size)
+    for _ in range(num_steps):
+        x0 = roll.sample(batch_size, generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        u = stratify(torch.rand(batch_size, generator=generator), places, num_places=batch_size)
+        t = uniform_timesteps(u, num_timesteps)
+        xt = q_sample(schedule, x0, t, eps)
+        losses = hybrid_loss(schedule, model(xt, t), x0, xt, t, eps=eps, prediction_type=PREDICTION)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        decay.step()
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Clouds:
+    """What the figure shows; clouds are (N, 2)."""
+
+    times: list[int]  # in [0, T]: how many steps from the data
+    forward: list[Tensor]
+    reverse: list[Tensor]  # at the same times
+    posterior: Tensor  # drawn by the guided chain
+    posterior_exact: Tensor  # the roll, resampled by the second distribution
+    known: float  # of the first coordinate
+
+
+@dataclass(frozen=True)
+class RollOptions:
+    """How large the example is.
+
+    Args:
+        steps: optimiser steps.
+        num_timesteps: length of the chain.
+        num_points: of each cloud, and of the bound.
+        known: what the first coordinate is known to be.
+        tolerance: its standard deviation.
+        seed: of every draw.
+    """
+
+    steps: int = 6000
+    num_timesteps: int = 100
+    num_points: int = 4000
+    known: float = 0.5
+    tolerance: float = 0.1
+    seed: int = 0
+
+
+def swiss_roll(options: RollOptions) -> tuple[dict[str, Any], Clouds]:
+    """Train, bound and sample; return the figures as JSON values, and the clouds.
+
+    ValueError for options out of range.
+    """
+    for name, least in (("steps", 1), ("num_timesteps", 8), ("num_points", 100)):
+        if (value := getattr(options, name)) < least:
+            raise ValueError(f"{name}={value}, expected at least {least}")
+    if not options.tolerance > 0:
+        raise ValueError(f"tolerance={options.tolerance}, expected a number above 0")
+    roll = SwissRoll()
+    schedule = Schedule.from_betas(make_betas("cosine", options.num_timesteps))
+    model = train_denoiser(roll, schedule, num_steps=options.steps, seed=options.seed)
+    clouds = draw_clouds(roll, schedule, model, options)
+    distance, chance = posterior_distance(clouds, roll, options)
+    figures = bounds(roll, schedule, model, options) | {
+        "posterior_distance": distance,
+        "distance_without_guidance": chance,
+        "options": vars(options),
+    }
+    return figures, clouds
+
+
+def bounds(
+    roll: SwissRoll, schedule: Schedule, model: Model, options: RollOptions
+) -> dict[str, Any]:
+    """Return the entropy and each bound on it, bits per dimension, with standard errors."""
+    x0 = roll.sample(options.num_points, generator=torch.Generator().manual_seed(options.seed + 1))
+    own = -roll.log_prob(x0) / 2 / math.log(2)  # of these very points: its noise is the bound's
+    figures: dict[str, Any] = {
+        "entropy": roll.entropy_bits(),
+        "gaussian": 0.5 * math.log2(2 * math.pi * math.e) + 0.25 * math.log2(x0.T.cov().det()),
+    }
+    for variance_type in VARIANCE_TYPES:
+        total = evaluate_bound(
+            schedule,
+            _reader(model, variance_type),
+            x0,
+            generator=torch.Generator().manual_seed(options.seed + 2),
+            prediction_type=PREDICTION,
+            variance_type=variance_type,
+        ).total()
+        figures[variance_type] = _figures(estimate(total), estimate(total - own[:, None]))
+    few = x0[: max(100, options.num_points // 8)]
+    flow = flow_bits(
+        schedule,
+        _reader(model, "fixed_small"),
+        few,
+        generator=torch.Generator().manual_seed(options.seed + 3),
+        prediction_type=PREDICTION,
+    ).double()
+    figures["flow"] = _figures(estimate(flow), estimate(flow - own[: len(few), None]))
+    return figures
+
+
+def _figures(total: Estimate, gap: Estimate) -> dict[str, float]:
+    return {
+        "bits_per_dim": total.mean,
+        "se": total.se_images,
+        "above_entropy": gap.mean,
+        "above_entropy_se": gap.se_images,
+    }
+
+
+def _reader(model: Model, variance_type: str) -> Model:
+    """Return the model with those outputs that a variance type reads."""
+    num_outputs = 4 if variance_type == LEARNED else 2
+    return lambda xt, t: model(xt, t)[:, :num_outputs]
+
+
+def draw_clouds(roll: SwissRoll, schedule: Schedule, model: Model, options: RollOptions) -> Clouds:
+    """Walk the chain forth and back, and back again towards the known coordinate."""
+    generator = torch.Generator().manual_seed(options.seed + 4)
+    num, last = options.num_points, schedule.num_timesteps
+    times = [round(part * last) for part in SHOWN]
+    x0 = roll.sample(num, generator=generator)
+    forward = [
+        q_sample(schedule, x0, torch.full((num,), k - 1), torch.randn(num, 2, generator=generator))
+        if k
+        else x0
+        for k in times
+    ]
+    reverse = {last: torch.randn(num, 2, generator=generator)}
+    for step in p_sample_steps(
+        schedule,
+        model,
+        reverse[last],
+        generator=generator,
+        prediction_type=PREDICTION,
+        variance_type=LEARNED,
+    ):
+        reverse[step.t] = step.sample.float()  # x_t is t steps from the data
+    posterior = sample_posterior(schedule, model, options, generator=generator)
+    many = roll.sample(100 * num, generator=generator)
+    weights = (-0.5 * ((many[:, 0] - options.known) / options.tolerance) ** 2).exp()
+    exact = many[torch.multinomial(weights, num, replacement=True, generator=generator)]
+    return Clouds(times, forward, [reverse[k] for k in times], posterior, exact, options.known)
+
+
+def sample_posterior(
+    schedule: Schedule, model: Model, options: RollOptions, *, generator: torch.Generator
+) -> Tensor:
+    """Sample p(x0) r(x0) / Z, r = N(first coordinate; known, tolerance^2), (N, 2).
+
+    The score at t is that of r widened by what xt leaves open of x0, 1 - alphas_cumprod for data of
+    unit variance (Song et al. 2023, Pseudoinverse-guided diffusion, Eq. 7).
+    """
+
+    def log_r(x0: Tensor, t: Tensor) -> Tensor:
+        variance = options.tolerance**2 + (1 - schedule.alphas_cumprod[t])
+        return -0.5 * (x0[:, 0] - options.known).square() / variance
+
+    guided = guided_by(
+        schedule, model, log_r, scale=1.0, prediction_type=PREDICTION, variance_type=LEARNED
+    )
+    return p_sample_loop(
+        schedule,
+        guided,
+        torch.randn(options.num_points, 2, generator=generator),
+        generator=generator,
+        prediction_type=PREDICTION,
+        variance_type=LEARNED,
+    ).float()
+
+
+def posterior_distance(
+    clouds: Clouds, roll: SwissRoll, options: RollOptions
+) -> tuple[float, float]:
+    """Return the total variation of the second coordinate to the exact posterior's.
+
+    Of the guided samples and, to compare, of unguided ones; in [0, 1], over bins of 3 noises.
+    """
+    points, area = roll.grid()
+    log_r = -0.5 * ((points[:, 0] - options.known) / options.tolerance) ** 2
+    log_p = torch.cat([roll.log_prob(part) for part in points.split(4096)])
+    mass = (log_p + log_r).exp() * area
+    reach = float(points.max())
+    edges = torch.arange(-reach, reach, 3 * roll.noise, dtype=torch.float64)
+    exact = _shares(points[:, 1].contiguous(), edges, weights=mass / mass.sum())
+    return tuple(  # type: ignore[return-value]  # two of them
+        float((_shares(cloud[:, 1].double(), edges) - exact).abs().sum() / 2)
+        for cloud in (clouds.posterior, clouds.reverse[0])
+    )
+
+
+def _shares(values: Tensor, edges: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Return the share of values by bin; what is outside counts at the ends."""
+    weights = torch.full_like(values, 1 / len(values)) if weights is None else weights
+    sums = torch.zeros(len(edges) + 1, dtype=torch.float64)
+    return sums.index_add_(0, torch.bucketize(values.contiguous(), edges), weights)

@@ -1,0 +1,96 @@
+"""Kill trainings at random moments, most of them while they save, and see that nothing is lost.
+
+    python tests/kill_runs.py 100 [SEED]
+
+After each kill the newest checkpoint must be valid and no older than one that was there before; the
+resumed run must end in the state of a run that nothing stopped, bit for bit. Prints one JSON line.
+"""
+
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from fakes_faults import Child, assert_same_state, sheet, start
+from fakes_training import make_world
+
+from latentdiff.training import loop  # noqa: F401 - imported once, for every fork
+from latentdiff.training.checkpoint import newest_valid
+
+SETTINGS = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 2}
+SHARE_IN_SAVES = 0.6  # of the kills that are aimed at a save
+
+
+def kill_runs(
+    num_kills: int, folder: Path, *, seed: int = 0, num_steps: int = 40
+) -> dict[str, float]:
+    """Kill trainings in `folder` num_kills times over as many runs as that takes; return figures.
+
+    AssertionError when a checkpoint is lost, or a run that went on ends in another state.
+    """
+    rng, started = random.Random(seed), time.monotonic()
+    world, settings = make_world(folder), SETTINGS | {"train__max_steps": num_steps}
+    whole = start(world, folder / "whole", **settings)
+    assert whole.wait(timeout_s=300) == 0, whole.said()
+    kills, in_saves, runs, starts = 0, 0, 0, 0
+    while kills < num_kills:
+        run = folder / f"run{runs}"
+        while True:
+            known = _newest_step(run)
+            child = start(world, run, **settings)
+            starts += 1
+            if kills == num_kills or not _kill(child, run, rng):
+                break
+            kills += 1
+            in_saves += any((run / "checkpoints").glob(".saving-*"))
+            assert _newest_step(run) >= known, f"lost step {known} of {run}"
+        assert child.wait(timeout_s=300) == 0, child.said()
+        assert_same_state(run, folder / "whole", step=num_steps)
+        assert sheet(run, num_steps) == sheet(folder / "whole", num_steps)
+        runs += 1
+    return {
+        "kills": kills,
+        "kills_in_a_save": in_saves,
+        "runs": runs,
+        "starts": starts,
+        "lost_checkpoints": 0,  # else an AssertionError
+        "other_final_states": 0,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _kill(child: Child, run: Path, rng: random.Random) -> bool:
+    """Kill a trainer at a moment of chance; False when it came to its end before."""
+    aimed, wait_s = rng.random() < SHARE_IN_SAVES, rng.uniform(0.2, 2.5)
+    for _ in range(rng.randint(1, 6) if aimed else 0):
+        if not _see_a_new_save(child, run):
+            return False
+    time.sleep(rng.uniform(0, 0.03) if aimed else wait_s)
+    return child.kill()
+
+
+def _see_a_new_save(child: Child, run: Path) -> bool:
+    """Return as soon as a save begins; False when the trainer ends instead."""
+    before = set((run / "checkpoints").glob(".saving-*"))
+    while set((run / "checkpoints").glob(".saving-*")) <= before:
+        if child.ended():
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def _newest_step(run: Path) -> int:
+    """Return the step of the newest valid checkpoint, 0 for none; none may be there but broken."""
+    found, skipped = newest_valid(run / "checkpoints")
+    assert not skipped, skipped
+    return 0 if found is None else int(found.name.removeprefix("step-").split(".")[0])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+        print(json.dumps(kill_runs(int(sys.argv[1]), Path(temporary), seed=seed)))
