@@ -12,18 +12,19 @@ from latentdiff.console import quieten_libraries
 
 
 def main() -> int:
-    """Parse, train; exit 0 done, 1 failed numbers, 2 bad input, 143 / 130 stopped and saved."""
+    """Parse, train; exit 0 done, 1 failed numbers or worker, 2 bad input, 143 / 130 stopped."""
     config = parse_arguments(Config, description=(__doc__ or "").splitlines()[0])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     quieten_libraries()
     from latentdiff.training.loop import train
+    from latentdiff.training.workers import DeadWorkerError
 
     try:
         return train(config)
     except (ValueError, OSError) as error:
         print(f"train_t2i.py: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, DeadWorkerError) as error:
         print(f"train_t2i.py: {error}", file=sys.stderr)
         return 1
 
