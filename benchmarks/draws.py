@@ -11,6 +11,7 @@ many workers keep up, on cores like this one's.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -95,7 +96,8 @@ def main():
         "share_of_step": (process - undrawn) * IMAGES_PER_SECOND / 1e6,
         "workers": args.workers,
         "batch_size": BATCH_SIZE,
-        "cpu": platform.processor(),
+        "machine": platform.platform(),
+        "load": os.getloadavg()[0],
         "torch": torch.__version__,
     }
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))

@@ -15,6 +15,8 @@ to the device, sums for the log, captions dropped) and the noise of the measurem
 import argparse
 import json
 import logging
+import os
+import platform
 import statistics
 import tempfile
 import time
@@ -212,6 +214,8 @@ def report(run, full, bare, clock, *, steps):
         "device": str(run.accelerator.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "machine": platform.platform(),
+        "load": os.getloadavg()[0],
     }
 
 

@@ -237,6 +237,8 @@ def _say_plan(run: Run, first_step: int) -> None:
         num_snapshots *= len(run.engine.power_emas)
         size_gb = num_snapshots * trained * 4 / 1e9
         logger.info("power_ema/ will hold %d snapshots, %.2f GB in all", num_snapshots, size_gb)
+    if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
+        logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
     if not len(run.supply.held_out):
         logger.warning("no picture is held out, so no held-out loss; set data.split_fraction")
 
