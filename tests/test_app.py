@@ -161,7 +161,7 @@ def test_browser_draws_sees_the_picture_change_and_is_told_of_bad_input(address,
         from latentdiff.pipeline.png import read_settings
 
         assert read_settings(path)["call"]["prompt"] == "a red heart"
-        page.fill("#prompt textarea, #prompt input", "blue sea, sky")
+        page.fill("#prompt textarea, #prompt input", "a green apple")
         page.click("#draw")
         page.wait_for_function(
             "old => { const image = document.querySelector('#pictures img');"
