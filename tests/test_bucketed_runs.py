@@ -110,8 +110,8 @@ def test_layout_does_not_change_the_losses(
 
 @pytest.mark.slow
 def test_two_processes_train_on_the_same_buckets(world: Path, whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_port=29571", str(ROOT / "scripts" / "train_t2i.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a free port
+    command += ["--nproc_per_node=2", str(ROOT / "scripts" / "train_t2i.py")]
     command += [f"--config={world / 'config.json'}"]
     command += arguments(world, tmp_path / "run", train__max_steps=20)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
