@@ -1,13 +1,15 @@
 """Every setting, as frozen dataclasses; config_file.py reads and writes them.
 
-Answers for: names, types, ranges and defaults. Only
-scripts and the top of a recipe see these objects; below them go plain values. Counts are of
-optimiser steps and of images per optimiser step, so no figure depends on the number of GPUs.
+Answers for: names, types and defaults (config_checks.py for ranges). Only scripts and the top of a
+recipe see these objects; below them go plain values. Counts are of optimiser steps and of images
+per optimiser step, so no figure depends on the number of GPUs.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from latentdiff.config_checks import check
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -253,161 +255,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, naming the setting and what is allowed."""
-        _check(self)
-
-
-@dataclass(frozen=True)
-class VaeConfig:
-    """A VAE trained on folders of pictures; captions are not needed."""
-
-    output_dir: str = "runs/vae"
-    roots: tuple[str, ...] = ()
-    """folders of pictures; their test/ folders are held out"""
-    pretrained: str = ""
-    """a VAE's folder to go on from; empty starts from noise"""
-    resolution: int = 64
-    """pixels of the square crops"""
-    block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
-    """width of each level; the factor is 2 ** (levels - 1)"""
-    layers_per_block: int = 1
-    """residual blocks a level"""
-    norm_num_groups: int = 8
-    """groups of the group norms"""
-    latent_channels: int = 4
-    """channels of a latent"""
-    kl_weight: float = 1e-6
-    """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
-    l2_weight: float = 1.0
-    """weight of the squared error beside the absolute error"""
-    max_steps: int = 10_000
-    """optimiser steps"""
-    max_minutes: float = 0.0
-    """stop, with the rate brought to its end, after so many minutes; 0: no limit"""
-    batch_size: int = 32
-    """crops a step"""
-    learning_rate: float = 1e-3
-    """peak rate, cosine to zero"""
-    warmup_steps: int = 100
-    """steps until the peak rate"""
-    ema_decay: float = 0.999
-    """decay of the weights' moving average, which is what is saved"""
-    precision: Precision = "bf16"
-    """mixed precision of the forward and backward pass"""
-    channels_last: bool = True
-    """memory layout of the convolutions; which is faster depends on the machine"""
-    seed: int = 0
-    """every draw is a function of it"""
-    num_workers: int = 1
-    """processes that prepare crops"""
-    log_every_steps: int = 50
-    """a line of metrics"""
-    save_dtype: Literal["fp32", "fp16"] = "fp32"
-    """how the weights are stored"""
-
-
-AT_LEAST = {
-    "data.resolution": 8,
-    "data.bucket_multiple": 1,
-    "data.bucket_max_aspect": 1,
-    "data.num_crops": 0,
-    "data.keep_tags": 0,
-    "data.min_size": 1,
-    "data.max_aspect": 1,
-    "data.num_workers": 0,
-    "model.unet.layers_per_block": 1,
-    "model.unet.head_dim": 1,
-    "model.text.width": 1,
-    "model.text.num_layers": 1,
-    "model.text.num_heads": 1,
-    "model.text.vocab_size": 514,
-    "model.text.max_tokens": 3,
-    "diffusion.num_timesteps": 2,
-    "diffusion.weighting_gamma": 0,
-    "diffusion.offset_noise": 0,
-    "train.max_steps": 1,
-    "train.batch_size": 1,
-    "train.micro_batch_size": 0,
-    "train.learning_rate": 0,
-    "train.text_learning_rate": 0,
-    "train.warmup_steps": 0,
-    "train.weight_decay": 0,
-    "train.max_grad_norm": 0,
-    "train.seed": 0,
-    "train.log_every_steps": 1,
-    "train.checkpoint_every_steps": 1,
-    "train.power_ema_every_steps": 1,
-    "train.keep_checkpoints": 1,
-    "train.keep_every_steps": 0,
-    "train.max_bad_steps": 1,
-    "preview.every_steps": 0,
-    "preview.num_steps": 1,
-    "preview.guidance_scale": 0,
-    "preview.held_out_every_steps": 0,
-    "preview.num_held_out": 1,
-}
-SHARES = (
-    "data.split_fraction",
-    "data.tag_dropout",
-    "data.max_bad_fraction",
-    "model.unet.dropout",
-    "diffusion.caption_dropout",
-    "train.ema_decay",
-    "train.beta2",
-)
-
-
-def _check(config: Config) -> None:
-    settings = flat(config)
-    for name, least in AT_LEAST.items():
-        value = settings[name]
-        if not least <= value < float("inf"):
-            raise ValueError(f"{name}={value}, expected a number of at least {least}")
-    for name in SHARES:
-        if not 0.0 <= settings[name] <= 1.0:
-            raise ValueError(f"{name}={settings[name]}, expected a share in [0, 1]")
-    for name in ("train.ema_decay", "train.beta2", "data.tag_dropout"):
-        if settings[name] >= 1:
-            raise ValueError(f"{name}={settings[name]}, expected a number below 1")
-    _check_data(config.data)
-    _check_averages(config.train)
-    unet = config.model.unet
-    if len(unet.block_out_channels) != len(unet.attention_levels):
-        raise ValueError(
-            f"model.unet.attention_levels has {len(unet.attention_levels)} entries, expected one "
-            f"for each of the {len(unet.block_out_channels)} model.unet.block_out_channels"
-        )
-    if config.model.pretrained and (config.model.vae or config.model.text_encoder):
-        raise ValueError(
-            "model.pretrained brings its own VAE and text encoder; leave model.vae and "
-            "model.text_encoder empty, or model.pretrained for training from scratch"
-        )
-
-
-def _check_data(data: DataConfig) -> None:
-    if data.buckets and data.resolution % data.bucket_multiple:
-        raise ValueError(
-            f"data.resolution={data.resolution} is not a multiple of data.bucket_multiple="
-            f"{data.bucket_multiple}; the latter is the VAE's factor times the U-Net's, or a "
-            "multiple of it"
-        )
-    if data.cache and data.num_crops == 0:
-        raise ValueError(
-            "data.num_crops=0 cuts at a new place each time, which cannot be cached: add "
-            "--data.cache=false, or give a number of places"
-        )
-
-
-def _check_averages(train: TrainConfig) -> None:
-    widths = train.power_ema
-    if odd := [width for width in widths if not 0 < width <= 0.28]:
-        raise ValueError(
-            f"train.power_ema holds the width {odd[0]}, expected shares of the training in "
-            "(0, 0.28], such as [0.05, 0.1]"
-        )
-    if len({f"{width:g}" for width in widths}) < len(widths):
-        raise ValueError(f"train.power_ema={list(widths)} names a width twice")
-    if train.export == "best" and not train.keep_best:
-        raise ValueError("train.export=best needs the best checkpoint: set train.keep_best=true")
+        check(self, flat(self))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,8 +5,8 @@ python scripts/train_vae.py --config configs/vae_small.yaml --roots='[pictures]'
 
 import sys
 
-from latentdiff.config import VaeConfig
 from latentdiff.config_file import parse_arguments
+from latentdiff.config_vae import VaeConfig
 from latentdiff.console import quieten_libraries
 
 

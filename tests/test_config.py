@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.config import Config, VaeConfig
+from latentdiff.config import Config
 from latentdiff.config_file import flat, load_config, parse_arguments, to_yaml
+from latentdiff.config_vae import VaeConfig
 
 ROOT = Path(__file__).parents[1]
 

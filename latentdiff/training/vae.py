@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from latentdiff.config import VaeConfig
 from latentdiff.config_file import to_yaml
+from latentdiff.config_vae import VaeConfig
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.images import load_image, resize_and_crop, to_pixels
 from latentdiff.latents import LatentCodec, measure_latents, set_scalar_scaling

@@ -1,0 +1,111 @@
+"""Ranges of the settings, and which of them exclude each other."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentdiff.config import Config, DataConfig, TrainConfig
+
+AT_LEAST = {
+    "data.resolution": 8,
+    "data.bucket_multiple": 1,
+    "data.bucket_max_aspect": 1,
+    "data.num_crops": 0,
+    "data.keep_tags": 0,
+    "data.min_size": 1,
+    "data.max_aspect": 1,
+    "data.num_workers": 0,
+    "model.unet.layers_per_block": 1,
+    "model.unet.head_dim": 1,
+    "model.text.width": 1,
+    "model.text.num_layers": 1,
+    "model.text.num_heads": 1,
+    "model.text.vocab_size": 514,
+    "model.text.max_tokens": 3,
+    "diffusion.num_timesteps": 2,
+    "diffusion.weighting_gamma": 0,
+    "diffusion.offset_noise": 0,
+    "train.max_steps": 1,
+    "train.batch_size": 1,
+    "train.micro_batch_size": 0,
+    "train.learning_rate": 0,
+    "train.text_learning_rate": 0,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.max_grad_norm": 0,
+    "train.seed": 0,
+    "train.log_every_steps": 1,
+    "train.checkpoint_every_steps": 1,
+    "train.power_ema_every_steps": 1,
+    "train.keep_checkpoints": 1,
+    "train.keep_every_steps": 0,
+    "train.max_bad_steps": 1,
+    "preview.every_steps": 0,
+    "preview.num_steps": 1,
+    "preview.guidance_scale": 0,
+    "preview.held_out_every_steps": 0,
+    "preview.num_held_out": 1,
+}
+SHARES = (
+    "data.split_fraction",
+    "data.tag_dropout",
+    "data.max_bad_fraction",
+    "model.unet.dropout",
+    "diffusion.caption_dropout",
+    "train.ema_decay",
+    "train.beta2",
+)
+
+
+def check(config: "Config", settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first setting out of range. settings: all, by dotted name."""
+    for name, least in AT_LEAST.items():
+        value = settings[name]
+        if not least <= value < float("inf"):
+            raise ValueError(f"{name}={value}, expected a number of at least {least}")
+    for name in SHARES:
+        if not 0.0 <= settings[name] <= 1.0:
+            raise ValueError(f"{name}={settings[name]}, expected a share in [0, 1]")
+    for name in ("train.ema_decay", "train.beta2", "data.tag_dropout"):
+        if settings[name] >= 1:
+            raise ValueError(f"{name}={settings[name]}, expected a number below 1")
+    _check_data(config.data)
+    _check_averages(config.train)
+    unet = config.model.unet
+    if len(unet.block_out_channels) != len(unet.attention_levels):
+        raise ValueError(
+            f"model.unet.attention_levels has {len(unet.attention_levels)} entries, expected one "
+            f"for each of the {len(unet.block_out_channels)} model.unet.block_out_channels"
+        )
+    if config.model.pretrained and (config.model.vae or config.model.text_encoder):
+        raise ValueError(
+            "model.pretrained brings its own VAE and text encoder; leave model.vae and "
+            "model.text_encoder empty, or model.pretrained for training from scratch"
+        )
+
+
+def _check_data(data: "DataConfig") -> None:
+    if data.buckets and data.resolution % data.bucket_multiple:
+        raise ValueError(
+            f"data.resolution={data.resolution} is not a multiple of data.bucket_multiple="
+            f"{data.bucket_multiple}; the latter is the VAE's factor times the U-Net's, or a "
+            "multiple of it"
+        )
+    if data.cache and data.num_crops == 0:
+        raise ValueError(
+            "data.num_crops=0 cuts at a new place each time, which cannot be cached: add "
+            "--data.cache=false, or give a number of places"
+        )
+
+
+def _check_averages(train: "TrainConfig") -> None:
+    widths = train.power_ema
+    if odd := [width for width in widths if not 0 < width <= 0.28]:
+        raise ValueError(
+            f"train.power_ema holds the width {odd[0]}, expected shares of the training in "
+            "(0, 0.28], such as [0.05, 0.1]"
+        )
+    if len({f"{width:g}" for width in widths}) < len(widths):
+        raise ValueError(f"train.power_ema={list(widths)} names a width twice")
+    if train.export == "best" and not train.keep_best:
+        raise ValueError("train.export=best needs the best checkpoint: set train.keep_best=true")

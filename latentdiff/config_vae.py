@@ -1,0 +1,55 @@
+"""Every setting of the VAE recipe, as a frozen dataclass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latentdiff.config import Precision
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """A VAE trained on folders of pictures; captions are not needed."""
+
+    output_dir: str = "runs/vae"
+    roots: tuple[str, ...] = ()
+    """folders of pictures; their test/ folders are held out"""
+    pretrained: str = ""
+    """a VAE's folder to go on from; empty starts from noise"""
+    resolution: int = 64
+    """pixels of the square crops"""
+    block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
+    """width of each level; the factor is 2 ** (levels - 1)"""
+    layers_per_block: int = 1
+    """residual blocks a level"""
+    norm_num_groups: int = 8
+    """groups of the group norms"""
+    latent_channels: int = 4
+    """channels of a latent"""
+    kl_weight: float = 1e-6
+    """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
+    l2_weight: float = 1.0
+    """weight of the squared error beside the absolute error"""
+    max_steps: int = 10_000
+    """optimiser steps"""
+    max_minutes: float = 0.0
+    """stop, with the rate brought to its end, after so many minutes; 0: no limit"""
+    batch_size: int = 32
+    """crops a step"""
+    learning_rate: float = 1e-3
+    """peak rate, cosine to zero"""
+    warmup_steps: int = 100
+    """steps until the peak rate"""
+    ema_decay: float = 0.999
+    """decay of the weights' moving average, which is what is saved"""
+    precision: Precision = "bf16"
+    """mixed precision of the forward and backward pass"""
+    channels_last: bool = True
+    """memory layout of the convolutions; which is faster depends on the machine"""
+    seed: int = 0
+    """every draw is a function of it"""
+    num_workers: int = 1
+    """processes that prepare crops"""
+    log_every_steps: int = 50
+    """a line of metrics"""
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    """how the weights are stored"""
