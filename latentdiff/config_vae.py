@@ -27,6 +27,23 @@ class VaeConfig:
     """channels of a latent"""
     kl_weight: float = 1e-6
     """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
+    trained: Literal["all", "decoder"] = "all"
+    """with pretrained: the decoder alone keeps the latents, and what was trained on them, as is"""
+    lpips: str = ""
+    """a local file of LPIPS weights (training/vae_losses.py says which); empty: no such loss"""
+    lpips_weight: float = 0.5
+    """weight of LPIPS"""
+    discriminator_weight: float = 0.0
+    """weight of the patch discriminator, times the adaptive weight; 0: none"""
+    discriminator_start: int = 2000
+    """step at which it begins to count"""
+    discriminator_width: int = 32
+    """channels of its first layer"""
+    features: str = ""
+    """a local feature network's folder for the FD of held-out reconstructions; empty: no FD"""
+    equivariance: float = 0.0
+    """share of steps whose latents are turned, mirrored and halved, and must decode to the picture
+    so changed: smoother latents, which diffusion learns faster (Kouzelis et al. 2025)"""
     l2_weight: float = 1.0
     """weight of the squared error beside the absolute error"""
     max_steps: int = 10_000

@@ -193,11 +193,12 @@ def _weights(tower: Any) -> dict[str, Tensor]:
     }
     for index, block in enumerate(tower.transformer.resblocks):
         prefix = f"encoder.layers.{index}."
-        weights |= {prefix + name: tensor for name, tensor in _block_weights(block).items()}
+        weights |= {prefix + name: tensor for name, tensor in block_weights(block).items()}
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def _block_weights(block: Any) -> dict[str, Tensor]:
+def block_weights(block: Any) -> dict[str, Tensor]:
+    """Return the weights of a transformer block, of either tower, under transformers' names."""
     parts = {
         "layer_norm1": block.ln_1,
         "layer_norm2": block.ln_2,

@@ -1,4 +1,4 @@
-"""Train an AutoencoderKL: L1 + L2 + KL on random crops (Rombach et al. 2022, Appendix G).
+"""Train an AutoencoderKL on random crops (Rombach et al. 2022, Appendix G).
 
 Crops are taken at a random scale between the picture's own and the one where its shorter side just
 fills the crop, so one VAE serves several resolutions. The EMA weights are what is saved, with the
@@ -6,7 +6,6 @@ scalar scaling measured on training crops. Held-out PSNR is reported over whole 
 """
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -26,16 +24,19 @@ from latentdiff.config_file import to_yaml
 from latentdiff.config_vae import VaeConfig
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.images import load_image, resize_and_crop, to_pixels
+from latentdiff.evaluation.features import load_features
 from latentdiff.latents import LatentCodec, measure_latents, set_scalar_scaling
 from latentdiff.models import build_vae, load_vae
-
-MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+from latentdiff.training.one_process import one_process
+from latentdiff.training.time_limit import TimedRate
+from latentdiff.training.vae_objective import VaeObjective
+from latentdiff.training.vae_report import held_out_report
 
 
 def train_vae(config: VaeConfig) -> dict[str, float]:
-    """Train, save `output_dir`/vae and `output_dir`/metrics.json, and return the figures.
+    """Train; save `output_dir`/vae, metrics.json and a sheet; return the figures.
 
-    ValueError when there is no picture to train on or the loss is no number any more.
+    ValueError when there is no picture to train on, or the loss is no number any more.
     """
     folders = [_read(root) for root in config.roots]
     if not folders or not any(len(folder.split("train")) for folder in folders):
@@ -44,57 +45,36 @@ def train_vae(config: VaeConfig) -> dict[str, float]:
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(to_yaml(config))
     torch.manual_seed(config.seed)
-    accelerator = Accelerator(mixed_precision=MIXED[config.precision])
-    vae = _start(config)
+    accelerator = one_process(config.precision)
+    vae = _start(config).to(accelerator.device)
     if config.channels_last:
         vae.to(memory_format=torch.channels_last)
     crops = Crops([f.split("train") for f in folders], config.resolution, seed=config.seed)
     average, steps = _optimise(vae, crops, config, accelerator)
     codec = LatentCodec(average)
-    batches = (batch for _, batch in zip(range(20), crops.loader(config, start=0), strict=False))
-    with torch.no_grad():
-        set_scalar_scaling(average, measure_latents(codec, (b.to(average.device) for b in batches)))
+    if config.trained == "all":
+        batches = (b for _, b in zip(range(20), crops.loader(config, start=0), strict=False))
+        with torch.no_grad():
+            pixels = (batch.to(average.device) for batch in batches)
+            set_scalar_scaling(average, measure_latents(codec, pixels))
     report = {"steps": float(steps), "scaling_factor": codec.scale}
-    for root, folder in zip(config.roots, folders, strict=True):
-        if len(held_out := folder.held_out()):
-            name = Path(root).name
-            report[f"psnr_db/{name}"] = held_out_psnr(codec, held_out, resolution=config.resolution)
+    network = load_features(config.features).to(average.device) if config.features else None
     if accelerator.is_main_process:
+        for root, folder in zip(config.roots, folders, strict=True):
+            if len(held_out := folder.held_out()):
+                name = Path(root).name
+                found = held_out_report(
+                    codec,
+                    held_out,
+                    resolution=config.resolution,
+                    network=network,
+                    sheet=output / f"reconstructions_{name}.png",
+                )
+                report |= {f"{key}/{name}": value for key, value in found.items()}
         saved = average.to(torch.float16 if config.save_dtype == "fp16" else torch.float32)
         saved.to(memory_format=torch.contiguous_format).save_pretrained(output / "vae")
         (output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
-
-
-def vae_loss(
-    reconstruction: Tensor, pixels: Tensor, kl: Tensor, *, l2_weight: float, kl_weight: float
-) -> Tensor:
-    """Return mean |error| + l2_weight * mean error^2 + kl_weight * mean over pictures of their KL.
-
-    reconstruction, pixels: (B, 3, H, W); kl: (B,), in nats, summed over each latent.
-    """
-    error = reconstruction.float() - pixels
-    return error.abs().mean() + l2_weight * error.square().mean() + kl_weight * kl.mean()
-
-
-def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB of each picture: (B, 3, H, W) in [-1, 1]."""
-    error = F.mse_loss(reconstruction.clamp(-1, 1), pixels, reduction="none").mean((1, 2, 3))
-    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))  # the peak-to-peak range is 2
-
-
-@torch.no_grad()
-def held_out_psnr(
-    codec: LatentCodec, folder: Folder, *, resolution: int, max_images: int = 256
-) -> float:
-    """Return the mean PSNR in dB over centre crops of at most `max_images` pictures."""
-    values = []
-    for index in range(min(len(folder), max_images)):
-        image = load_image(BytesIO(folder.read_bytes(index)))
-        crop = resize_and_crop(image, height=resolution, width=resolution)
-        pixels = to_pixels(crop.image)[None].to(codec.vae.device)
-        values.append(psnr(codec.decode(codec.encode(pixels)), pixels).item())
-    return float(np.mean(values))
 
 
 @dataclass(frozen=True)
@@ -149,91 +129,73 @@ class _Counting(Sampler[int]):
 
 
 def _start(config: VaeConfig) -> AutoencoderKL:
-    """Load the VAE to go on from, or build a new one."""
-    if config.pretrained:
-        vae = load_vae(config.pretrained)
-        if not isinstance(vae, AutoencoderKL):
-            raise ValueError(
-                f"pretrained={config.pretrained} is a {type(vae).__name__}, expected AutoencoderKL"
-            )
-        return vae.train()
-    return build_vae(
-        block_out_channels=config.block_out_channels,
-        latent_channels=config.latent_channels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_num_groups,
-        sample_size=config.resolution,
-    )
+    """Load the VAE to go on from, or build a new one; freeze what does not learn."""
+    if not config.pretrained:
+        if config.trained != "all":
+            raise ValueError(f"trained={config.trained} needs --pretrained, a VAE to go on from")
+        return build_vae(
+            block_out_channels=config.block_out_channels,
+            latent_channels=config.latent_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            sample_size=config.resolution,
+        )
+    vae = load_vae(config.pretrained)
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(
+            f"pretrained={config.pretrained} is a {type(vae).__name__}, expected AutoencoderKL"
+        )
+    if config.trained == "decoder":
+        vae.requires_grad_(False)
+        for part in (vae.decoder, vae.post_quant_conv):
+            if part is not None:
+                part.requires_grad_(True)
+    return vae.train()
 
 
 def _optimise(
     vae: AutoencoderKL, crops: Crops, config: VaeConfig, accelerator: Accelerator
 ) -> tuple[AutoencoderKL, int]:
     """Run the training loop; return the EMA model and the number of steps."""
+    trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3
+        trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3
     )
-    model, optimizer = accelerator.prepare(vae, optimizer)
+    objective = VaeObjective(vae, config, accelerator)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    started, losses, steps = time.monotonic(), [], 0
+    rates = TimedRate(
+        config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        max_steps=config.max_steps,
+        max_minutes=config.max_minutes,
+    )
+    steps = 0
+    sums: dict[str, list[Tensor]] = {}
     bar = tqdm(range(config.max_steps), disable=not accelerator.is_main_process, unit="step")
     with (Path(config.output_dir) / "metrics.jsonl").open("a") as log:
         for step, pixels in zip(bar, crops.loader(config, start=0), strict=False):
-            progress = _progress(step, config, minutes=(time.monotonic() - started) / 60)
-            if progress >= 1.0:
+            if (rate := rates.at(step)) is None:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _rate(step, progress, config.warmup_steps)
-            loss = _step(model, pixels.to(accelerator.device), config, accelerator)
-            accelerator.clip_grad_norm_(vae.parameters(), 1.0)
+                group["lr"] = rate
+            losses = objective.step(pixels.to(accelerator.device), step=step, rate=rate)
+            accelerator.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             average.update_parameters(vae)
-            losses.append(loss)
+            for name, value in losses.items():
+                sums.setdefault(name, []).append(value)
             steps = step + 1
             if steps % config.log_every_steps == 0:
-                mean = torch.stack(losses).mean().item()
-                if not np.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {steps}; lower --learning_rate")
-                log.write(json.dumps({"step": steps, "loss": mean}) + "\n")
+                means = {name: torch.stack(values).mean().item() for name, values in sums.items()}
+                if not all(np.isfinite(mean) for mean in means.values()):
+                    raise ValueError(f"the losses are {means} at step {steps}; lower the rate")
+                log.write(json.dumps({"step": steps} | means) + "\n")
                 log.flush()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                losses = []
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
+                sums = {}
     averaged: AutoencoderKL = average.module
     return averaged.eval(), steps
-
-
-def _step(
-    model: torch.nn.Module, pixels: Tensor, config: VaeConfig, accelerator: Accelerator
-) -> Tensor:
-    """Compute the loss of one batch and its gradients; return the loss, detached."""
-    if config.channels_last:
-        pixels = pixels.to(memory_format=torch.channels_last)
-    vae = accelerator.unwrap_model(model)
-    with accelerator.autocast():
-        posterior = vae.encode(pixels).latent_dist
-        reconstruction = vae.decode(posterior.sample()).sample
-    loss = vae_loss(
-        reconstruction,
-        pixels,
-        posterior.kl(),
-        l2_weight=config.l2_weight,
-        kl_weight=config.kl_weight,
-    )
-    accelerator.backward(loss)
-    return loss.detach()
-
-
-def _progress(step: int, config: VaeConfig, *, minutes: float) -> float:
-    """Return how much of the run is done, in [0, 1], by steps or by time, whichever is further."""
-    by_time = minutes / config.max_minutes if config.max_minutes else 0.0
-    return max(step / config.max_steps, by_time)
-
-
-def _rate(step: int, progress: float, warmup_steps: int) -> float:
-    """Return the learning rate's factor: a linear warm-up, then a cosine to zero."""
-    warm = min(1.0, (step + 1) / max(1, warmup_steps))
-    return warm * float(0.5 * (1.0 + np.cos(np.pi * min(1.0, progress))))
 
 
 def _read(root: str) -> Folder:

@@ -1,0 +1,99 @@
+"""One training step of a VAE: every loss that its config asks for, and their gradients."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latentdiff.config_vae import VaeConfig
+from latentdiff.training.vae_losses import (
+    Lpips,
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_loss,
+    vae_loss,
+)
+
+
+class VaeObjective:
+    """The losses of a VAE, with the discriminator and its optimiser, where there is one."""
+
+    def __init__(self, vae: AutoencoderKL, config: VaeConfig, accelerator: Accelerator) -> None:
+        self.vae, self.config, self.accelerator = vae, config, accelerator
+        self.lpips = Lpips(config.lpips).to(accelerator.device) if config.lpips else None
+        self.discriminator: torch.nn.Module | None = None
+        if config.discriminator_weight:
+            self.discriminator = PatchDiscriminator(config.discriminator_width).to(vae.device)
+            weights = self.discriminator.parameters()
+            self.rule = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.5, 0.9))
+
+    def step(self, pixels: Tensor, *, step: int, rate: float) -> dict[str, Tensor]:
+        """Compute the losses of one batch and the VAE's gradients; teach the discriminator.
+
+        pixels: (B, 3, H, W) in [-1, 1]; rate: of the discriminator. Returns the losses, detached.
+        """
+        if self.config.channels_last:
+            pixels = pixels.to(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            posterior = self.vae.encode(pixels).latent_dist
+            z, wanted = self._moved(posterior.sample(), pixels, step=step)
+            reconstruction = self.vae.decode(z).sample
+        loss = vae_loss(
+            reconstruction,
+            wanted,
+            posterior.kl(),
+            l2_weight=self.config.l2_weight,
+            kl_weight=self.config.kl_weight,
+        )
+        if self.lpips is not None:
+            distance = self.lpips(reconstruction.float(), wanted).mean()
+            loss = loss + self.config.lpips_weight * distance
+        losses = {"loss": loss.detach()}
+        if self.discriminator is not None and step >= self.config.discriminator_start:
+            loss, losses["generator_loss"] = self._with_generator_loss(loss, reconstruction)
+        self.accelerator.backward(loss)
+        if self.discriminator is not None and step >= self.config.discriminator_start:
+            losses["discriminator_loss"] = self._teach(wanted, reconstruction.detach(), rate=rate)
+        return losses
+
+    def _moved(self, z: Tensor, pixels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+        """Turn, mirror and halve latents and pictures alike, at the share of steps asked for."""
+        rng = np.random.default_rng([self.config.seed, step])
+        if rng.random() >= self.config.equivariance:
+            return z, pixels
+        turns, mirrored, shrink = int(rng.integers(4)), rng.random() < 0.5, int(rng.integers(1, 3))
+        return (
+            moved(z, turns=turns, mirrored=mirrored, shrink=shrink),
+            moved(pixels, turns=turns, mirrored=mirrored, shrink=shrink),
+        )
+
+    def _with_generator_loss(self, loss: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """Add what the discriminator says of a reconstruction; return the sum and it, detached."""
+        assert self.discriminator is not None
+        self.discriminator.requires_grad_(False)
+        with self.accelerator.autocast():
+            fooled = -self.discriminator(reconstruction).float().mean()
+        self.discriminator.requires_grad_(True)
+        weight = adaptive_weight(loss, fooled, self.vae.decoder.conv_out.weight)
+        return loss + self.config.discriminator_weight * weight * fooled, fooled.detach()
+
+    def _teach(self, real: Tensor, fake: Tensor, *, rate: float) -> Tensor:
+        """Do the discriminator's own update; return its loss, detached."""
+        assert self.discriminator is not None
+        for group in self.rule.param_groups:
+            group["lr"] = rate
+        with self.accelerator.autocast():
+            loss = hinge_loss(self.discriminator(real).float(), self.discriminator(fake).float())
+        self.accelerator.backward(loss)
+        self.rule.step()
+        self.rule.zero_grad()
+        return loss.detach()
+
+
+def moved(x: Tensor, *, turns: int, mirrored: bool, shrink: int) -> Tensor:
+    """Turn (B, C, H, W) by quarters, mirror it, and average squares of side `shrink`."""
+    x = torch.rot90(x, turns, (2, 3))
+    x = x.flip(3) if mirrored else x
+    return F.avg_pool2d(x, shrink) if shrink > 1 else x
