@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from latentdiff.config_checks import check
+from latentdiff.config_finetune import FinetuneConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -68,6 +69,9 @@ class DataConfig:
     """mirror half of the pictures, but none whose caption speaks of sides or of writing"""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB under transparent pictures"""
+    mask: Literal["none", "alpha", "file"] = "none"
+    """where the loss looks: everywhere, where a picture is opaque, or where NAME.mask.png beside
+    NAME.jpg is white; the mask is cut as the picture is and averaged over each latent cell"""
     min_size: int = 32
     """pixels of the shorter side below which a picture is skipped"""
     max_aspect: float = 4.0
@@ -148,11 +152,22 @@ class DiffusionConfig:
     """what the U-Net predicts: noise, velocity or clean latents; empty: epsilon, or the model's"""
     weighting: Literal["none", "min_snr", "soft_min_snr", "p2"] = "none"
     """loss weight by timestep"""
-    weighting_gamma: float = 5.0
-    """gamma of the weighting"""
+    weighting_gamma: float = 0.0
+    """gamma of the weighting; 0: 5 for min_snr and soft_min_snr, 1 for p2"""
+    loss: Literal["mse", "huber"] = "mse"
+    """squared errors, or the pseudo-Huber loss, which counts large errors by their size"""
+    huber_delta: float = 0.1
+    """error from which the Huber loss is no longer square"""
     timesteps: Literal["uniform", "stratified", "logit_normal", "loss_aware"] = "uniform"
     """how timesteps are drawn; stratified spreads them evenly over each batch, loss_aware draws
     those with large losses more often and weighs them less (Nichol & Dhariwal 2021)"""
+    logit_normal_mean: float = 0.0
+    """of timesteps=logit_normal: above 0 means more noise"""
+    logit_normal_std: float = 1.0
+    """of timesteps=logit_normal: small means more of the middle"""
+    logit_normal_unbiased: bool = False
+    """draw a tenth of these uniformly and weigh losses by 1 / (T p_t), so that what is minimised
+    is what uniform timesteps minimise"""
     learned_variance: bool = False
     """learn the variance of the reverse steps too, by the hybrid loss (Nichol & Dhariwal 2021); the
     export beside pipeline/ is then pipeline_learned_variance/, for ancestral sampling"""
@@ -160,6 +175,9 @@ class DiffusionConfig:
     """share of captions replaced by the empty one, which guidance needs (Ho & Salimans 2022)"""
     offset_noise: float = 0.0
     """strength of a noise that is constant over each channel"""
+    input_perturbation: float = 0.0
+    """strength of noise that the U-Net sees and need not predict, against exposure bias; 0.1 in
+    Ning et al. 2023"""
 
 
 @dataclass(frozen=True)
@@ -182,6 +200,9 @@ class TrainConfig:
     """optimiser steps until the peak rate is reached"""
     weight_decay: float = 0.01
     """AdamW's, not applied to norms and biases"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw, fused where the device has it; or with state of 8 bits, a quarter of the memory, which
+    needs bitsandbytes and a GPU"""
     beta2: float = 0.999
     """AdamW's second-moment decay"""
     max_grad_norm: float = 1.0
@@ -190,14 +211,20 @@ class TrainConfig:
     """mixed precision of the forward and backward pass; weights and optimiser stay float32"""
     channels_last: bool = True
     """memory layout of the U-Net's convolutions; which is faster depends on the machine"""
+    attention: Literal["auto", "plain", "sdpa", "xformers"] = "auto"
+    """kernel of the U-Net's attention: two products and a softmax, PyTorch's fused one, or that of
+    xformers, which needs a GPU; auto: sdpa, but plain for short sequences on the CPU"""
     gradient_checkpointing: bool = False
     """compute activations twice and keep fewer of them"""
     train_text_encoder: bool = False
-    """fine-tuning: train the text tower too"""
+    """fine-tuning: train the text tower too, at its own rate; with LoRA by adapters"""
     ema: bool = True
     """keep an exponential moving average of the weights and export it"""
     ema_decay: float = 0.9999
     """its decay, reached by a warm-up"""
+    ema_device: Literal["same", "cpu"] = "same"
+    """where averages live; cpu saves their memory on the GPU and costs a copy of the weights each
+    step"""
     power_ema: tuple[float, ...] = ()
     """widths (sigma_rel) of power-function averages to track beside it, such as [0.05, 0.1], of
     whose snapshots scripts/reconstruct_ema.py makes any width (Karras et al. 2024)"""
@@ -239,7 +266,13 @@ class PreviewConfig:
     held_out_every_steps: int = 500
     """held-out loss on fixed (picture, timestep, noise) triples; 0: only at the end"""
     num_held_out: int = 256
-    """triples at the most"""
+    """triples at the most, and as many of training pictures, whose loss tells overfitting"""
+    num_nearest: int = 2000
+    """training pictures, spread over the folder, among which the nearest to each picture of a sheet
+    is looked for and shown beside it; 0: none"""
+    features: str = ""
+    """folder of a network whose features say what is near: a transformers vision model, a CLIP, or
+    arch.json and model.safetensors of a MobileNet; empty: thumbnails of 16 x 16 pixels"""
 
 
 @dataclass(frozen=True)
@@ -249,6 +282,7 @@ class Config:
     output_dir: str = "runs/new"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

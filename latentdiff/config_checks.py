@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentdiff.config import Config, DataConfig, TrainConfig
+    from latentdiff.config_finetune import FinetuneConfig
 
 AT_LEAST = {
     "data.resolution": 8,
@@ -22,9 +23,17 @@ AT_LEAST = {
     "model.text.num_heads": 1,
     "model.text.vocab_size": 514,
     "model.text.max_tokens": 3,
+    "finetune.lora_rank": 1,
+    "finetune.lora_alpha": 0,
+    "finetune.num_vectors": 1,
+    "finetune.num_class_images": 1,
+    "finetune.class_num_steps": 1,
+    "finetune.class_guidance_scale": 0,
+    "finetune.prior_weight": 0,
     "diffusion.num_timesteps": 2,
     "diffusion.weighting_gamma": 0,
     "diffusion.offset_noise": 0,
+    "diffusion.input_perturbation": 0,
     "train.max_steps": 1,
     "train.batch_size": 1,
     "train.micro_batch_size": 0,
@@ -45,12 +54,14 @@ AT_LEAST = {
     "preview.guidance_scale": 0,
     "preview.held_out_every_steps": 0,
     "preview.num_held_out": 1,
+    "preview.num_nearest": 0,
 }
 SHARES = (
     "data.split_fraction",
     "data.tag_dropout",
     "data.max_bad_fraction",
     "model.unet.dropout",
+    "finetune.lora_dropout",
     "diffusion.caption_dropout",
     "train.ema_decay",
     "train.beta2",
@@ -66,11 +77,16 @@ def check(config: "Config", settings: Mapping[str, Any]) -> None:
     for name in SHARES:
         if not 0.0 <= settings[name] <= 1.0:
             raise ValueError(f"{name}={settings[name]}, expected a share in [0, 1]")
-    for name in ("train.ema_decay", "train.beta2", "data.tag_dropout"):
+    for name in ("train.ema_decay", "train.beta2", "data.tag_dropout", "finetune.lora_dropout"):
         if settings[name] >= 1:
             raise ValueError(f"{name}={settings[name]}, expected a number below 1")
+    for name in ("diffusion.huber_delta", "diffusion.logit_normal_std"):
+        if not 0 < settings[name] < float("inf"):
+            raise ValueError(f"{name}={settings[name]}, expected a number above 0")
     _check_data(config.data)
+    _check_objective(config)
     _check_averages(config.train)
+    _check_finetune(config, config.finetune)
     unet = config.model.unet
     if len(unet.block_out_channels) != len(unet.attention_levels):
         raise ValueError(
@@ -81,6 +97,58 @@ def check(config: "Config", settings: Mapping[str, Any]) -> None:
         raise ValueError(
             "model.pretrained brings its own VAE and text encoder; leave model.vae and "
             "model.text_encoder empty, or model.pretrained for training from scratch"
+        )
+
+
+def _check_finetune(config: "Config", finetune: "FinetuneConfig") -> None:
+    method = finetune.method
+    if method != "full" and not config.model.pretrained:
+        raise ValueError(
+            f"finetune.method={method} needs a model that is trained already; set "
+            "model.pretrained, or leave finetune.method=full for training from scratch"
+        )
+    if method in ("lora", "textual_inversion") and config.train.power_ema:
+        raise ValueError(
+            f"train.power_ema rebuilds whole weights, which finetune.method={method} does not "
+            "train; leave train.power_ema empty (train.ema averages these too)"
+        )
+    if method != "full" and config.diffusion.learned_variance:
+        raise ValueError("diffusion.learned_variance needs finetune.method=full")
+    if method == "lora" and not finetune.lora_targets:
+        raise ValueError('finetune.lora_targets is empty, expected names such as ["to_q", "to_v"]')
+    if method == "textual_inversion":
+        _check_word(config, finetune)
+    if finetune.class_prompt and not config.model.pretrained:
+        raise ValueError("finetune.class_prompt needs model.pretrained, which draws its pictures")
+    if finetune.class_prompt and config.data.buckets:
+        raise ValueError(
+            "finetune.class_prompt gives square pictures, which share their batches with the "
+            "subject's; set data.buckets=false"
+        )
+    if finetune.class_prompt and config.train.batch_size < 2:
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} holds no class picture beside one of the "
+            "subject, as finetune.class_prompt asks; set train.batch_size=2 or more"
+        )
+
+
+def _check_word(config: "Config", finetune: "FinetuneConfig") -> None:
+    token = finetune.token
+    inside = token[1:-1]
+    is_word = token[:1] == "<" and token[-1:] == ">" and inside.replace("-", "").isalnum()
+    if not is_word or token != token.lower():
+        raise ValueError(
+            f"finetune.token={token!r}, expected a new word in angle brackets of small letters, "
+            'digits and hyphens, such as "<my-dog>"'
+        )
+    if not finetune.token_from.strip():
+        raise ValueError(
+            'finetune.token_from is empty, expected a known word to start from, such as "dog"'
+        )
+    if config.train.train_text_encoder:
+        raise ValueError(
+            "finetune.method=textual_inversion trains new words alone; leave "
+            "train.train_text_encoder=false, or choose another method"
         )
 
 
@@ -96,6 +164,32 @@ def _check_data(data: "DataConfig") -> None:
             "data.num_crops=0 cuts at a new place each time, which cannot be cached: add "
             "--data.cache=false, or give a number of places"
         )
+
+
+def _check_objective(config: "Config") -> None:
+    diffusion = config.diffusion
+    if not abs(diffusion.logit_normal_mean) < float("inf"):
+        raise ValueError(
+            f"diffusion.logit_normal_mean={diffusion.logit_normal_mean}, expected a finite number"
+        )
+    if diffusion.logit_normal_unbiased and diffusion.timesteps != "logit_normal":
+        raise ValueError(
+            "diffusion.logit_normal_unbiased weighs the draws of diffusion.timesteps=logit_normal, "
+            f"got diffusion.timesteps={diffusion.timesteps}; leave it out, or set that"
+        )
+    if config.data.mask != "none" and config.finetune.class_prompt:
+        raise ValueError(
+            f"data.mask={config.data.mask} and finetune.class_prompt exclude each other: the "
+            "pictures drawn for the class have no masks"
+        )
+    others = {"data.mask": config.data.mask != "none"}
+    others["diffusion.input_perturbation"] = diffusion.input_perturbation > 0
+    for name, is_on in others.items() if diffusion.learned_variance else ():
+        if is_on:
+            raise ValueError(
+                f"diffusion.learned_variance trains on the bound, which has no {name}: leave out "
+                "one of them"
+            )
 
 
 def _check_averages(train: "TrainConfig") -> None:

@@ -27,6 +27,9 @@ class VaeConfig:
     """channels of a latent"""
     kl_weight: float = 1e-6
     """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
+    principal: int = 0
+    """with pretrained: go on with so many principal components of its latents as channels; 0: with
+    its own channels"""
     trained: Literal["all", "decoder"] = "all"
     """with pretrained: the decoder alone keeps the latents, and what was trained on them, as is"""
     lpips: str = ""
@@ -42,8 +45,9 @@ class VaeConfig:
     features: str = ""
     """a local feature network's folder for the FD of held-out reconstructions; empty: no FD"""
     equivariance: float = 0.0
-    """share of steps whose latents are turned, mirrored and halved, and must decode to the picture
-    so changed: smoother latents, which diffusion learns faster (Kouzelis et al. 2025)"""
+    """share of steps whose latents are turned, mirrored, and halved or slid by part of a cell, and
+    must decode to the picture so moved: smoother latents, which diffusion learns faster (after
+    Kouzelis et al. 2025)"""
     l2_weight: float = 1.0
     """weight of the squared error beside the absolute error"""
     max_steps: int = 10_000

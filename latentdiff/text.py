@@ -7,6 +7,7 @@ scratch. Towers of open_clip models are converted in text_open_clip.py, and offe
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -38,7 +39,7 @@ START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Return token ids (B, L) int64 on the CPU, L = tokenizer.model_max_length, padded and
-    truncated.
+    truncated. Words of several learnt vectors are spelled out.
     """
     if isinstance(captions, str):
         raise ValueError("captions is one string, expected a sequence of strings; pass [caption]")
@@ -49,7 +50,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     if not captions:
         return torch.empty(0, length, dtype=torch.int64)
     encoded = tokenizer(
-        list(captions),
+        spelled_out(tokenizer, captions),
         padding="max_length",
         max_length=length,
         truncation=True,
@@ -57,6 +58,21 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     )
     input_ids: Tensor = encoded.input_ids
     return input_ids
+
+
+def spelled_out(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
+    """Name all vectors of a word of textual inversion, "<cat> <cat>_1", where a caption names the
+    first, as diffusers' pipelines do with prompts (Gal et al. 2023).
+    """
+    added = tokenizer.get_added_vocab()
+    spelled = list(captions)
+    for word in added:
+        if f"{word}_1" in added:
+            more = [f"{word}_{k}" for k in range(1, len(added)) if f"{word}_{k}" in added]
+            rest = "".join(f" {name}" for name in more)
+            once = re.compile(rf"{re.escape(word)}({re.escape(rest)}|(?!_\d))")
+            spelled = [once.sub(word + rest, caption) for caption in spelled]
+    return spelled
 
 
 def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:

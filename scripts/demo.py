@@ -38,7 +38,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quieten_libraries()
     from latentdiff.data.shapes import split_scenes, write_shapes
-    from latentdiff.pipeline.sampling import SampleOptions, sample
+    from latentdiff.pipeline.sample_options import SampleOptions
+    from latentdiff.pipeline.sampling import sample
 
     root = write_shapes(FOLDER / "shapes", num_train=2000, num_test=100)
     config = load_config(CONFIG)

@@ -1,7 +1,8 @@
-"""Measure a model on held-out captioned pictures; writes metrics.json, plots and sheets.
+"""Measure a model on held-out captioned pictures; writes metrics.json and report.html.
 
-python scripts/evaluate.py MODEL --data DIR --out eval --bound
-python scripts/evaluate.py MODEL --data DIR --out eval --guidance_sweep [1,2,4,8]
+python scripts/evaluate.py MODEL --data DIR --out eval
+python scripts/evaluate.py MODEL --data DIR --out eval --features DIR --clip DIR --compare OTHER
+python scripts/evaluate.py MODEL --data DIR --out eval --bound --guidance_sweep [1,2,4,8]
 """
 
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from latentdiff.console import quieten_libraries
-from latentdiff.evaluation.bound_data import SubjectOptions, open_subject
-from latentdiff.evaluation.bound_report import BoundOptions, bound_report, write_metrics
-from latentdiff.evaluation.guidance_sweep import SweepOptions, sweep_report
+from latentdiff.evaluation.bound_data import SubjectOptions
+from latentdiff.evaluation.bound_report import BoundOptions
+from latentdiff.evaluation.evaluate import evaluate
+from latentdiff.evaluation.guidance_sweep import SweepOptions
+from latentdiff.evaluation.judges import EvaluationOptions
 
 
 def main() -> int:
@@ -23,32 +26,27 @@ def main() -> int:
     parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
     parser.add_argument("--out", type=str, required=True, help="the folder for the results")
     parser.add_argument("--bound", action="store_true", help="the variational bound in bits")
-    for options in (SubjectOptions, BoundOptions, SweepOptions):
+    for options in (SubjectOptions, EvaluationOptions, BoundOptions, SweepOptions):
         parser.add_class_arguments(options)
     given = parser.parse_args().as_dict()
     quieten_libraries()
     try:
-        print(f"wrote {measure(given, Path(given['out']))}", flush=True)
+        report = evaluate(
+            given["model"],
+            Path(given["out"]),
+            data=chosen(SubjectOptions, given),
+            options=chosen(EvaluationOptions, given),
+            bound=chosen(BoundOptions, given) if given["bound"] else None,
+            sweep=chosen(SweepOptions, given),
+        )
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
+    print(f"wrote {report.with_name('metrics.json')} and {report}", flush=True)
     return 0
-
-
-def measure(given: dict[str, Any], out: Path) -> Path:
-    """Measure each section that is asked for; return the path of the figures."""
-    if not given["bound"] and not given["guidance_sweep"]:
-        raise ValueError("nothing to measure; ask for --bound or --guidance_sweep [1,2,4]")
-    subject = open_subject(given["model"], chosen(SubjectOptions, given))
-    metrics: dict[str, Any] = {"model": given["model"], "data": given["data"]}
-    if given["bound"]:
-        metrics["bound"] = bound_report(subject, out, chosen(BoundOptions, given))
-    if given["guidance_sweep"]:
-        metrics["guidance"] = sweep_report(subject, out, chosen(SweepOptions, given))
-    return write_metrics(out, metrics)
 
 
 def chosen(kind: Any, given: dict[str, Any]) -> Any:

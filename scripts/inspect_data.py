@@ -7,10 +7,6 @@ import sys
 from latentdiff.config import Config
 from latentdiff.config_file import parse_arguments
 from latentdiff.console import quieten_libraries
-from latentdiff.data.folder import read_folder
-from latentdiff.data.inspection import chosen, inspect_folder, progress_bar
-from latentdiff.data.report_html import write_html
-from latentdiff.data.report_text import to_text
 
 
 def main() -> int:
@@ -25,6 +21,11 @@ def main() -> int:
     parser.add_argument("--vae", default="", help="folder of the VAE whose speed is measured")
     args, others = parser.parse_known_args()
     quieten_libraries()
+    from latentdiff.data.folder import read_folder
+    from latentdiff.data.inspection import chosen, inspect_folder, progress_bar
+    from latentdiff.data.report_html import write_html
+    from latentdiff.data.report_text import to_text
+
     try:
         config = parse_arguments(Config, others, exit_on_error=False)
         settings = {**vars(config.train), **vars(config.data), **vars(args)}

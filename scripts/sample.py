@@ -12,7 +12,7 @@ import sys
 from jsonargparse import ArgumentParser
 
 from latentdiff.console import quieten_libraries
-from latentdiff.pipeline.sampling import SampleOptions, sample
+from latentdiff.pipeline.sample_options import SampleOptions
 
 
 def main() -> int:
@@ -24,6 +24,8 @@ def main() -> int:
     parser.add_class_arguments(SampleOptions)
     given = parser.parse_args().as_dict()
     quieten_libraries()
+    from latentdiff.pipeline.sampling import sample
+
     model, prompts, as_json = given.pop("model"), given.pop("prompts"), given.pop("json")
     try:
         for record in sample(model, prompts, SampleOptions(**given)):

@@ -47,6 +47,14 @@ def changed_latents(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[
     return {"latents": tensors["latents"] * 0.5} if "latents" in tensors else {}
 
 
+def dark(z0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return -z0.mean((1, 2, 3))
+
+
+def shapeless(z0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return z0.mean()
+
+
 SENSE: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.one_of(
         st.text(max_size=40),
@@ -60,6 +68,8 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "guidance_scale": st.floats(0, 30),
     "guidance_rescale": st.floats(0, 1),
     "guidance_interval": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    "guide": st.sampled_from([dark, dark, shapeless]),
+    "guide_scale": st.floats(0, 100),
     "num_images_per_prompt": st.integers(1, 2),
     "seed": st.one_of(st.integers(0, 2**63 - 3), st.lists(st.integers(0, 9), max_size=3)),
     "generator": st.builds(torch.Generator),

@@ -17,6 +17,7 @@ from PIL import Image
 from test_pipeline_loading import lora_weights
 
 from latentdiff.pipeline.output import LatentDiffOutput
+from latentdiff.pipeline.page import MAX_UPLOAD, serve
 from latentdiff.pipeline.playground import (
     NO_LORA,
     OWN_SAMPLER,
@@ -110,6 +111,16 @@ def test_script_without_gradio_or_model_says_so(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "latentdiff[ui]" in error or "nowhere" in error
+
+
+def test_the_page_stays_on_this_machine_and_is_bounded(tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="the playground needs the extra ui")
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    seen = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **given: seen.update(given))
+    serve(str(tmp_path / "model"), device="cpu")
+    assert (seen["server_name"], seen["share"]) == ("127.0.0.1", False)
+    assert seen["max_file_size"] == MAX_UPLOAD
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 from latentdiff.config import Config
 from latentdiff.config_file import parse_arguments
 from latentdiff.data.uncached import LatentEncoder
-from latentdiff.training.encoding import buckets_of, crop_plan, still
-from latentdiff.training.loop import train
+from latentdiff.training.components import check_parts
+from latentdiff.training.encoding import buckets_of, caption_edits, crop_plan, still
+from latentdiff.training.loop import _default_prompts, train
 from latentdiff.training.supply import read_data
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +67,38 @@ def assert_same_losses(run: Path, other: Path, *, rel: float) -> None:
 
 def final_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:09d}" / "model.safetensors")
+
+
+def test_a_bucket_multiple_that_does_not_fit_is_refused_before_any_weight_is_loaded(
+    world: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text((world / "vae" / "config.json").read_text())
+    settings = {"data__bucket_multiple": 4, "model__vae": tmp_path / "vae"}
+    with pytest.raises(ValueError, match="bucket_multiple=4 must be a multiple of 8"):
+        train(make_config(world, tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+    check_parts(make_config(world, tmp_path / "run", **settings, data__buckets=False))
+
+
+def test_a_pretrained_model_refuses_buckets_that_it_cannot_take(
+    world: Path, sd_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"model__vae": "", "model__pretrained": sd_folder, "data__bucket_multiple": 4}
+    with pytest.raises(ValueError, match="bucket_multiple=4 must be a multiple of 8"):
+        check_parts(make_config(world, tmp_path / "run", **settings))
+    check_parts(make_config(world, tmp_path / "run", **settings | {"data__bucket_multiple": 8}))
+
+
+def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) -> None:
+    config = make_config(world, world / "none", data__trigger="sks", data__caption_suffix=", photo")
+    train_data, held_out = read_data(config.data)
+    supply: Any = SimpleNamespace(
+        train=train_data, held_out=held_out, edits=caption_edits(config.data)
+    )
+    prompts = _default_prompts(supply)
+    assert len(prompts) == len(held_out)
+    assert prompts[0] == f"sks, {held_out[0].captions[0]}, photo"
 
 
 def test_pictures_are_cut_to_the_bucket_of_their_own_shape(world: Path) -> None:

@@ -5,18 +5,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from latentdiff.config import Config
+from latentdiff.config_clip import ClipConfig
 from latentdiff.config_file import flat, load_config, parse_arguments, to_yaml
 from latentdiff.config_vae import VaeConfig
 
 ROOT = Path(__file__).parents[1]
+KINDS = {"vae": VaeConfig, "clip": ClipConfig}  # by the first word of a config's name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None:
-    kind = VaeConfig if path.stem.startswith("vae") else Config
-    config = load_config(path, kind=kind)
+    kind = KINDS.get(path.stem.split("_")[0], Config)
+    settings = yaml.safe_load(path.read_text())
+    overrides = ["--model.pretrained=BASE"] if "finetune" in settings else []
+    if settings.get("finetune", {}).get("method") == "textual_inversion":
+        overrides.append("--finetune.token_from=dog")
+    config = load_config(path, overrides, kind=kind)
     (tmp_path / "copy.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "copy.yaml", kind=kind) == config
 

@@ -12,6 +12,7 @@ import pytest
 from fakes_data import captioned_folder, picture, png_header, save_picture, write_jsonl
 from PIL import Image
 
+from latentdiff.data import folder as folder_module
 from latentdiff.data import scan
 from latentdiff.data.folder import Folder, Record, read_folder
 
@@ -182,6 +183,17 @@ def test_splits_by_hash_are_stable_when_the_folder_grows(tmp_path):
     assert len(after.held_out()) + len(after.split("train")) == 90
 
 
+def test_each_caption_streams_all_of_them_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "CHUNK", 2)
+    captions = [["a", "b"], ["c"], ["a"], ["d", "e"], ["f"]]
+    for i, texts in enumerate(captions):
+        save_picture(tmp_path / f"{i}.png", i)
+        (tmp_path / f"{i}.txt").write_text("\n".join(texts))
+    folder = read_folder(tmp_path, sidecar_lines="captions")
+    assert list(folder.each_caption()) == list("abcadef")
+    assert list(folder.select(np.array([4, 0, 2])).each_caption()) == list("faba")
+
+
 def test_selecting_keeps_ids_and_problems(tmp_path):
     folder = read_folder(captioned_folder(tmp_path, 5)).select(np.array([3, 1]))
     assert [record.id for record in folder] == ["3.png", "1.png"]
@@ -243,8 +255,9 @@ def test_sizes_are_taken_after_the_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(width=40, height=20).save(tmp_path / "0.png", exif=exif)
-    record = read_folder(tmp_path)[0]
-    assert (record.width, record.height) == (20, 40)
+    folder = read_folder(tmp_path)
+    assert (folder[0].width, folder[0].height) == (20, 40)
+    assert problem(folder, "turned") == (1, "0.png: ")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -422,7 +435,7 @@ def test_control_characters_are_stripped_and_reported(tmp_path):
     write_jsonl(tmp_path / "metadata.jsonl", [row])
     folder = read_folder(tmp_path)
     assert folder[0].captions == ("acat",)
-    assert problem(folder, "control_characters") == (1, "metadata.jsonl:1: ")
+    assert problem(folder, "control_characters") == (1, "metadata.jsonl:1: 0.png")
 
 
 @pytest.mark.parametrize("value", [None, 5, ["a", None], [], {"a": 1}, True])

@@ -1,5 +1,7 @@
 """Held-out figures: fixed stratified triples, the same however many processes measure them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from latentdiff.evaluation.heldout import (
     bucket_labels,
     stratified_timesteps,
     summarise,
+    summarise_gap,
     triple_losses,
     turns,
 )
@@ -116,3 +119,36 @@ def test_bucket_labels_name_the_timesteps_that_fall_into_them() -> None:
     for b, label in enumerate(bucket_labels(10)):
         low, high = (int(edge) for edge in label[1:].split("-"))
         assert (bucket == b).nonzero().flatten().tolist() == list(range(low, high + 1))
+
+
+def test_one_caption_alone_gives_what_it_gives_beside_the_others(
+    schedule: Schedule, triples: Triples
+) -> None:
+    alone = triple_losses(
+        denoise,
+        schedule,
+        triples,
+        prediction_type="epsilon",
+        device=torch.device("cpu"),
+        captions=["true"],
+    )
+    assert alone.keys() == {"true"}
+    torch.testing.assert_close(alone["true"], measure(schedule, triples, (0, 1))["true"])
+
+
+def test_the_gap_is_paired_by_timestep() -> None:
+    t = torch.tensor([900, 100, 500])
+    sorted_triples = Triples(torch.zeros(3), torch.zeros(3), t, torch.zeros(3), torch.zeros(1))
+    held_out = torch.tensor([9.0, 1.0, 5.0])[sorted_triples.order]
+    figures = summarise_gap(held_out, torch.tensor([0.5, 4.0, 9.0]))
+    assert figures["train_loss_fixed"] == pytest.approx(4.5)
+    assert figures["held_out_gap"] == pytest.approx(0.5)
+    assert figures["held_out_gap_se"] == pytest.approx((0.25 / 3) ** 0.5)
+
+
+def test_triples_are_measured_inside_their_masks(schedule: Schedule, triples: Triples) -> None:
+    mask = torch.zeros(N, 1, 8, 8)
+    mask[:, :, :, :3] = 1
+    masked = measure(schedule, replace(triples, mask=list(mask)), (0, 1))["true"]
+    part = replace(triples, z0=triples.z0[..., :3], eps=triples.eps[..., :3])
+    torch.testing.assert_close(masked, measure(schedule, part, (0, 1))["true"])

@@ -125,7 +125,7 @@ def test_run_learns_its_variance_and_measures_its_prediction(run: Path) -> None:
     unet = load_components(run / "pipeline_learned_variance").unet
     assert float(unet.conv_out.weight[4:].detach().abs().max()) > 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["held_out_loss"] < 3
+    assert [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1] < 3
     assert list((run / "samples").glob("*.png"))
 
 

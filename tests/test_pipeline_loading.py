@@ -238,7 +238,8 @@ def test_model_card_names_what_is_known_and_escapes_it(tmp_path):
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
-def test_push_to_hub_uploads_the_folder_with_its_card(monkeypatch):
+def test_push_to_hub_uploads_the_folder_with_its_card(monkeypatch, caplog, capfd):
+    caplog.set_level(0)
     uploaded = {}
 
     class Hub:
@@ -261,7 +262,18 @@ def test_push_to_hub_uploads_the_folder_with_its_card(monkeypatch):
     assert pipe.push_to_hub("cats", token="secret") == "https://hub/me/cats"
     assert {"README.md", "latentdiff.json", "model_index.json", "unet"} <= set(uploaded["files"])
     assert 'from_pretrained("me/cats")' in uploaded["card"]
-    assert "secret" not in uploaded["card"]
+    told = uploaded["card"] + caplog.text + "".join(capfd.readouterr())
+    assert uploaded["token"] == "secret"
+    assert "secret" not in told
+
+
+def test_a_token_is_in_no_message_of_a_failed_download(caplog, capfd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    caplog.set_level(0)
+    with pytest.raises((OSError, ValueError)) as failure:
+        LatentDiffPipeline.from_pretrained("nobody/nothing", token="hf_secret")
+    told = str(failure.value) + repr(failure.value.__cause__) + caplog.text
+    assert "hf_secret" not in told + "".join(capfd.readouterr())
 
 
 def lora_weights():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes_data import captioned_folder, picture, save_picture, write_jsonl
+from PIL import ExifTags, Image
 
 from latentdiff.data.buckets import make_buckets
 from latentdiff.data.costs import CacheShape
@@ -130,6 +131,10 @@ def test_alike_pictures_and_leaks_are_told(tmp_path):
     text = to_text(report)
     assert "equal files, both trained on and held out (1)\n    test/0.png = train/0.png" in text
     assert "nearly equal pictures (1)" in text
+    assert text.endswith(
+        "USABLE: training may start.\n"
+        "1 picture is both trained on and held out: held-out figures flatter\n"
+    )
 
 
 def planted(root: Path) -> dict[str, str]:
@@ -159,7 +164,11 @@ def planted(root: Path) -> dict[str, str]:
     picture().save(root / "10.png", "JPEG")
     save_picture(root / "extra.png", 77)
     (root / "link.png").symlink_to("/etc/hostname")
-    told |= {"wrong_extension": "10.png", "unlisted": "extra.png", "link_leaves": "link.png"}
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    picture(12, width=64, height=64).save(root / "12.png", exif=turned)
+    told |= {"wrong_extension": "10.png", "turned": "12.png", "unlisted": "extra.png"}
+    told["link_leaves"] = "link.png"
     lines += [lines[11], "{broken"]
     told |= {"listed_twice": "11.png", "broken_metadata": "metadata.jsonl:42"}
     (root / "metadata.jsonl").write_text("\n".join(lines))
@@ -174,7 +183,7 @@ def test_planted_faults_are_all_found_by_name(tmp_path, monkeypatch, capsys):
     assert not report["is_usable"]
     for reason, name in told.items():
         assert name in [e["where"] for e in report["problems"][reason]["examples"]], reason
-    assert len(told) == 15
+    assert len(told) == 16
     code, out, _ = run(monkeypatch, capsys, str(tmp_path), "--data.min_size=32")
     assert code == 1
     for name in told.values():

@@ -14,6 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from latentdiff.config_vae import VaeConfig
 from latentdiff.evaluation.reconstruction import channel_moments, psnr, reconstruction_sheet, ssim
+from latentdiff.models import build_vae
 from latentdiff.training.vae import train_vae
 from latentdiff.training.vae_losses import (
     VGG_WIDTHS,
@@ -23,7 +24,8 @@ from latentdiff.training.vae_losses import (
     hinge_loss,
     vae_loss,
 )
-from latentdiff.training.vae_objective import moved
+from latentdiff.training.vae_objective import slid, turned
+from latentdiff.training.vae_principal import keep_principal
 
 TINY = {
     "resolution": 32,
@@ -154,12 +156,19 @@ def test_moments_of_known_distributions() -> None:
     assert two_points.kurtosis == pytest.approx(-2, abs=0.01)
 
 
-def test_moving_commutes_with_looking_at_it() -> None:
+def test_turning_is_by_quarters() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    turned = moved(x, turns=1, mirrored=False, shrink=1)
-    assert turned[0, 0, 0].tolist() == x[0, 0, :, 3].tolist()
-    assert moved(x, turns=0, mirrored=True, shrink=1)[0, 0, 0].tolist() == [3, 2, 1, 0]
-    assert moved(x, turns=0, mirrored=False, shrink=2)[0, 0, 0].tolist() == [2.5, 4.5]
+    assert turned(x, turns=1, mirrored=False)[0, 0, 0].tolist() == x[0, 0, :, 3].tolist()
+    assert turned(x, turns=0, mirrored=True)[0, 0, 0].tolist() == [3, 2, 1, 0]
+
+
+def test_latents_that_are_means_slide_as_their_pictures_do() -> None:
+    ramp = torch.arange(32.0).view(1, 1, 1, 32).expand(1, 3, 32, 32)
+    pixels = ramp + 5 * ramp.transpose(2, 3)
+    z = F.avg_pool2d(pixels, 8)
+    moved, cut = slid(z, pixels, down=3, right=6)
+    assert cut.shape == (1, 3, 24, 24)
+    torch.testing.assert_close(moved, F.avg_pool2d(cut, 8))
 
 
 def test_a_sheet_has_each_picture_above_its_reconstruction() -> None:
@@ -223,8 +232,35 @@ def test_the_decoder_alone_keeps_the_latents(pictures: Path, tmp_path: Path) -> 
 
 
 def test_the_decoder_alone_wants_a_vae_to_go_on_from(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs --pretrained"):
+    with pytest.raises(ValueError, match="need --pretrained"):
         train_vae(config(pictures, tmp_path, trained="decoder"))
+
+
+def test_principal_components_encode_exactly_and_decode_when_none_is_lost() -> None:
+    torch.manual_seed(0)
+    vae = build_vae(
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+    with torch.no_grad():  # one channel says nothing that the others do not
+        vae.quant_conv.weight[3] = vae.quant_conv.weight[:2].sum(0)
+        vae.quant_conv.bias[3] = 0.5
+    pixels = torch.randn(6, 3, 16, 16)
+    made = keep_principal(vae, [pixels[:3], pixels[3:]], 3).eval()
+    with torch.no_grad():
+        old, new = vae.encode(pixels).latent_dist.mode(), made.encode(pixels).latent_dist.mode()
+        flat = new.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(torch.cov(flat), torch.eye(3), atol=1e-3, rtol=1e-3)
+        theirs, ours = vae.decode(old).sample, made.decode(new).sample
+    inner = slice(6, 10)  # away from the padding
+    torch.testing.assert_close(
+        ours[..., inner, inner], theirs[..., inner, inner], atol=0.05, rtol=0.05
+    )
+    with pytest.raises(ValueError, match="fewer latent channels"):
+        keep_principal(vae, [pixels], 4)
 
 
 def test_no_pictures_is_refused(tmp_path: Path) -> None:

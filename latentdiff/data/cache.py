@@ -241,13 +241,13 @@ def prune_cache(
     """List the cache files, with their bytes, that hold nothing of `keep_keys`; remove them only if
     `delete`.
 
-    keep_keys: the `keys` of every LatentCache and TextCache still in use. Damaged files and what
-    processes that died left half-written are listed too.
+    keep_keys: the `keys` of every LatentCache, MaskCache and TextCache still in use. Damaged files
+    and what processes that died left half-written are listed too.
     """
     wanted = [keys.reshape(-1, 2) for keys in keep_keys]
     keep = np.concatenate([np.zeros((0, 2), np.uint64), *wanted])
     unused: list[Path] = []
-    for name in ("latents", "text"):
+    for name in ("latents", "masks", "text"):
         folder = Path(cache_dir) / name
         unused += Store(folder).without(keep)
         unused += sorted(folder.glob("*.damaged"))

@@ -36,7 +36,15 @@ def latent_keys(
         "background": plan.background,
         "interpolation": INTERPOLATION,
     }
-    start = hashlib.sha256(json.dumps(base, sort_keys=True).encode()).digest()
+    return cut_keys(json.dumps(base, sort_keys=True), digests, plan=plan, flips=flips)
+
+
+def cut_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) -> np.ndarray:
+    """Hash what is made of each picture's cuts: (V, N, 2) uint64, V as in `latent_keys`.
+
+    base: what all of it depends on. digests: (N, 32) of the files.
+    """
+    start = hashlib.sha256(base.encode()).digest()
     variants = [(place, flip) for place in plan.places for flip in range(1 + flips)]
     keys = np.zeros((len(variants), len(digests), 2), np.uint64)
     for variant, (place, flip) in enumerate(variants):

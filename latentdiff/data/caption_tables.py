@@ -136,10 +136,11 @@ class Match:
 def match_rows(rows: Rows, paths: pa.Array, rules: CaptionRules, problems: Problems) -> Match:
     """Join rows and listed files; a row without a file and a second row are problems."""
     _report_missing(rows, paths, problems)
-    order = np.argsort(rows.file, kind="stable")
-    order = order[len(rows.missing) :]
-    files, starts = np.unique(rows.file[order], return_index=True)
-    of_file = np.full(len(paths), -1, np.int64)
+    order = np.argsort(rows.file, kind="stable")[len(rows.missing) :].astype(np.int32)
+    files = rows.file[order]
+    starts = np.flatnonzero(np.diff(files, prepend=-1))
+    files = files[starts]
+    of_file = np.full(len(paths), -1, np.int32)
     of_file[files] = order[starts]  # a file's first row
     merged: list[list[str]] = []
     ends = np.append(starts[1:], len(order))

@@ -41,7 +41,7 @@ TABLE_LIKE = re.compile(r"\.(jsonl?|jsonlines|csv|tsv|parquet)$", re.IGNORECASE)
 class Captioned:
     """Pictures (columns of LISTING) and the place of each one's captions in the pool.
 
-    at: (N,) int64; NONE where none is found yet, FAILED where it cannot be used.
+    at: (N,) int32; NONE where none is found yet, FAILED where it cannot be used.
     """
 
     files: pa.Table
@@ -61,17 +61,28 @@ class Pool:
 
     def __init__(self, chunks: Sequence[pa.Array]) -> None:
         self._chunks = list(chunks)
-        self._size = sum(map(len, chunks))
+        self._ends = np.cumsum([len(chunk) for chunk in chunks])
 
     def extend(self, captions: pa.Array) -> int:
         """Add captions and give the place of the first."""
+        start = int(self._ends[-1])
         self._chunks.append(captions)
-        self._size += len(captions)
-        return self._size - len(captions)
+        self._ends = np.append(self._ends, start + len(captions))
+        return start
 
-    def take(self, places: np.ndarray) -> pa.ChunkedArray:
-        """Give the captions at some places, (N,) lists of texts."""
-        return pa.chunked_array(self._chunks, CAPTIONS).take(pa.array(places))
+    def take(self, places: np.ndarray) -> pa.Array:
+        """Give the captions at some places, (N,) lists of texts.
+
+        Chunk by chunk: arrow's own take from many chunks makes one of them all first.
+        """
+        chunk_of = np.searchsorted(self._ends, places, side="right")
+        order = np.argsort(chunk_of, kind="stable")
+        parts = [pa.array([], CAPTIONS)]
+        for number in np.unique(chunk_of):
+            chunk = self._chunks[number]
+            within = places[chunk_of == number] - (self._ends[number] - len(chunk))
+            parts.append(chunk.take(pa.array(within)))
+        return pa.concat_arrays(parts).take(pa.array(np.argsort(order)))
 
 
 def caption_pictures(
@@ -93,7 +104,7 @@ def caption_pictures(
     _add_sidecars(found, listing, root=root, rules=rules, problems=problems, index=index)
     _add_folder_names(found, tables, rules=rules)
     _report_the_rest(found, paths, tables=tables, rules=rules, problems=problems)
-    captioned = np.flatnonzero(found.at >= 0)
+    captioned = np.flatnonzero(found.at >= 0).astype(np.int32)
     return Captioned(take_rows(found.files, captioned), found.at[captioned], found.pool)
 
 
@@ -112,7 +123,8 @@ def _from_tables(
     match = match_rows(rows, paths, rules, problems)
     is_picture = has_extension(paths, IMAGE_EXTENSIONS) | (match.of_file >= 0)
     places = np.flatnonzero(is_picture)
-    at = np.where(match.of_file[places] >= 0, match.of_file[places], NONE)
+    at = match.of_file[places]
+    at[at < 0] = NONE
     release_memory()
     return Captioned(take_rows(listing, places), at, Pool([*rows.captions.chunks, match.merged]))
 

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-CHUNK = 16_384  # rows handled as Python objects at one time
+CHUNK = 16_384  # rows of a stored part
+OBJECTS = 2048  # rows handled as Python objects at one time
 CAPTIONS = pa.large_list(pa.large_string())
 T = TypeVar("T")
 
@@ -24,12 +26,12 @@ class Finder:
     def __init__(self, among: pa.Array | pa.ChunkedArray) -> None:
         self._among = among
         hashes = _hashes(among)
-        self._order = np.argsort(hashes, kind="stable")
+        self._order = np.argsort(hashes, kind="stable").astype(np.int32)
         self._sorted = hashes[self._order]
 
     def find(self, wanted: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Find the first place of each text, (N,) int64; -1 for none."""
-        places = np.full(len(wanted), -1, np.int64)
+        """Find the first place of each text, (N,) int32; -1 for none."""
+        places = np.full(len(wanted), -1, np.int32)
         if not len(self._order):
             return places
         for start in range(0, len(wanted), CHUNK):
@@ -46,7 +48,7 @@ class Finder:
 
 
 def find(wanted: pa.Array | pa.ChunkedArray, among: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Find the first place of each text in `among`, (N,) int64; -1 for none."""
+    """Find the first place of each text in `among`, (N,) int32; -1 for none."""
     return Finder(among).find(wanted)
 
 
@@ -56,17 +58,17 @@ def _hashes(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:
     """Take rows of a table; where they follow one another, without a copy."""
-    if len(places) and np.array_equal(places, np.arange(places[0], places[0] + len(places))):
+    if len(places) and (np.diff(places) == 1).all():
         return table.slice(int(places[0]), len(places))
     return table.take(pa.array(places)).combine_chunks()
 
 
 def in_chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    """Gather items into lists of CHUNK; the last may be shorter, none is empty."""
+    """Gather items into lists of OBJECTS; the last may be shorter, none is empty."""
     chunk: list[T] = []
     for item in items:
         chunk.append(item)
-        if len(chunk) == CHUNK:
+        if len(chunk) == OBJECTS:
             yield chunk
             chunk = []
     if chunk:
@@ -76,11 +78,22 @@ def in_chunks(items: Iterable[T]) -> Iterator[list[T]]:
 def values(array: pa.Array | pa.ChunkedArray, places: np.ndarray | None = None) -> Iterator[Any]:
     """Yield an array's values as Python objects, a chunk at a time; those at `places` if given."""
     num = len(array) if places is None else len(places)
-    for start in range(0, num, CHUNK):
+    for start in range(0, num, OBJECTS):
         if places is None:
-            yield from array.slice(start, CHUNK).to_pylist()
+            yield from array.slice(start, OBJECTS).to_pylist()
         else:
-            yield from array.take(pa.array(places[start : start + CHUNK])).to_pylist()
+            yield from array.take(pa.array(places[start : start + OBJECTS])).to_pylist()
+
+
+@contextmanager
+def system_memory() -> Iterator[None]:
+    """Let arrow take memory from the system: its own pool holds back half as much as it gives."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
 
 
 def release_memory() -> None:

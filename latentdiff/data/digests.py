@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,35 +27,60 @@ def picture_digests(
 
     Files that `index` knows, unchanged, are not opened. Raises OSError for one that cannot be read.
     """
+    return _digests(folder, folder.entries, kind="digests", index=index, progress=progress)
+
+
+def mask_digests(
+    folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """Give the SHA-256 of each record's mask file, as `picture_digests` does of pictures."""
+    return _digests(
+        folder, folder.mask_entries, kind="mask-digests", index=index, progress=progress
+    )
+
+
+def _digests(
+    folder: Folder,
+    entries_of: Callable[[], Iterator[Entry]],
+    *,
+    kind: str,
+    index: ScanIndex | None,
+    progress: Progress | None,
+) -> np.ndarray:
     if not len(folder):
         return np.zeros((0, 32), np.uint8)
     selection = {"num": len(folder), "first": folder[0].id, "last": folder[-1].id}
-    name = f"digests-{fingerprint(selection)[:8]}"
+    name = f"{kind}-{fingerprint(selection)[:8]}"
 
     def read(entries: list[Entry]) -> list[tuple[Any, ...]]:
         return list(threads.map(lambda entry: (_digest(folder, entry),), entries))
 
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         table = remembered(
-            _listing(folder), read, name=name, schema=DIGESTS, index=index, progress=progress
+            _listing(folder, entries_of()),
+            read,
+            name=name,
+            schema=DIGESTS,
+            index=index,
+            progress=progress,
         )
     if index is not None:
-        index.prune("digests-")
+        index.prune(f"{kind}-")
     column = whole(table["digest"])
     data = np.frombuffer(column.buffers()[1], np.uint8)
     return data[column.offset * 32 :][: len(column) * 32].reshape(-1, 32)
 
 
-def _listing(folder: Folder) -> pa.Table:
+def _listing(folder: Folder, entries: Iterator[Entry]) -> pa.Table:
     columns = Columns()
-    for entry, time_ns in _dated(folder):
+    for entry, time_ns in _dated(folder, entries):
         columns.add(entry.path, size=entry.size, mtime_ns=time_ns, offset=entry.offset)
     return columns.table()
 
 
-def _dated(folder: Folder) -> Iterator[tuple[Entry, int]]:
+def _dated(folder: Folder, entries: Iterator[Entry]) -> Iterator[tuple[Entry, int]]:
     shard, shard_time = "", 0
-    for entry in folder.entries():
+    for entry in entries:
         if entry.offset == ALONE:
             yield entry, os.stat(folder.root / entry.path).st_mtime_ns
             continue

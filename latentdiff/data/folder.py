@@ -10,7 +10,7 @@ from train/, validation/ and test/ folders or from a stable hash of the record's
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentdiff.data.caption_tables import CaptionRules
-from latentdiff.data.columns import release_memory, whole
+from latentdiff.data.columns import CAPTIONS, CHUNK, release_memory, system_memory, values, whole
 from latentdiff.data.files import Entry, read_entry
 from latentdiff.data.gather import (
     RECORDS,
@@ -31,6 +31,8 @@ from latentdiff.data.gather import (
 from latentdiff.data.index import ScanIndex
 from latentdiff.data.listing import Progress
 from latentdiff.data.splits import SPLITS, Split
+
+MASK_COLUMNS = (7, 8, 9)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,14 @@ class Folder(Sequence[Record]):
             raise KeyError(record_id)
         return read_entry(self.root, self._entry(row))
 
+    def read_mask(self, index: int) -> bytes:
+        """Read the mask file beside the picture of record `index`, with mask="file" only."""
+        return read_entry(self.root, self._entry(int(self._rows[index]), MASK_COLUMNS))
+
+    def mask_entries(self) -> Iterator[Entry]:
+        """Yield where each record's mask file is, with mask="file" only."""
+        return (self._entry(int(row), MASK_COLUMNS) for row in self._rows)
+
     def entries(self) -> Iterator[Entry]:
         """Yield where each record's file is."""
         return (self._entry(int(row)) for row in self._rows)
@@ -110,6 +120,11 @@ class Folder(Sequence[Record]):
     def captions(self) -> pa.Array:
         """The records' captions as an arrow array of (N,) lists of texts."""
         return whole(self._columns[1].take(pa.array(self._rows)))
+
+    def each_caption(self) -> Iterator[str]:
+        """Yield every caption of every record in turn, with a part of them in memory at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield from values(self[start : start + CHUNK].captions.flatten())
 
     @property
     def splits(self) -> np.ndarray:
@@ -129,6 +144,13 @@ class Folder(Sequence[Record]):
     def select(self, indices: np.ndarray) -> "Folder":
         """The records at `indices`, in that order; the problems stay those of the whole folder."""
         return Folder(self.root, self._found, rows=self._rows[indices])
+
+    def captioned(self, captions: Sequence[str]) -> "Folder":
+        """The same records, each with these captions in place of its own."""
+        table = self._found.table
+        column = pa.array([list(captions)] * len(table), type=CAPTIONS)
+        table = table.set_column(RECORDS.names.index("captions"), "captions", column)
+        return Folder(self.root, replace(self._found, table=table, stored_at=None), rows=self._rows)
 
     def split(self, name: Split) -> "Folder":
         """The records of one split: "train", "validation" or "test"."""
@@ -170,8 +192,8 @@ class Folder(Sequence[Record]):
         lines.append(f"  python scripts/inspect_data.py {self.root} shows everything")
         raise ValueError("\n".join(lines))
 
-    def _entry(self, row: int) -> Entry:
-        name, size, offset = (self._columns[i][row].as_py() for i in (0, 5, 6))
+    def _entry(self, row: int, columns: tuple[int, int, int] = (0, 5, 6)) -> Entry:
+        name, size, offset = (self._columns[i][row].as_py() for i in columns)
         return Entry(name, size, offset)
 
     def _numbers(self, name: str) -> np.ndarray:
@@ -192,6 +214,7 @@ def read_folder(
     split_fraction: float = 0.0,
     min_size: int = 1,
     max_aspect: float = 4.0,
+    mask: Literal["none", "alpha", "file"] = "none",
     cache_dir: Path | str | None = None,
     full: bool = False,
     trust_index: bool = False,
@@ -204,7 +227,8 @@ def read_folder(
     what becomes of pictures with none. duplicate_rows: a picture listed twice is an error, or has
     several captions. sidecar_lines: a text file is one caption, or has one a line. split_fraction:
     share in [0, 1) of records held out by hash where no folder is named validation or test.
-    min_size: pixels of the shorter side. max_aspect: longer side over shorter side.
+    min_size: pixels of the shorter side. max_aspect: longer side over shorter side. mask: "file"
+    wants NAME.mask.png, as large, beside NAME.jpg; a picture without a good one is left out.
 
     cache_dir: where the scan index is kept, so that the next call opens only files that changed.
     full: open all files again. trust_index: take the last scan with these settings as it is,
@@ -225,12 +249,13 @@ def read_folder(
         duplicate_rows=duplicate_rows,
         sidecar_lines=sidecar_lines,
     )
-    rules = ReadRules(captions, follow_links, split_fraction, min_size, max_aspect)
+    rules = ReadRules(captions, follow_links, split_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
     if found is None:
-        found = gather_records(root, rules, index=index, full=full, progress=progress)
-        release_memory()
+        with system_memory():
+            found = gather_records(root, rules, index=index, full=full, progress=progress)
+            release_memory()
     return Folder(root, found)
 
 

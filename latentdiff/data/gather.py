@@ -13,6 +13,7 @@ from latentdiff.data.captioning import Captioned, caption_pictures
 from latentdiff.data.columns import CAPTIONS, CHUNK, release_memory, take_rows, values
 from latentdiff.data.index import ScanIndex, fingerprint, map_table, table_digest
 from latentdiff.data.listing import Progress, list_files
+from latentdiff.data.mask_files import FOUND, match_masks, no_masks, part_masks
 from latentdiff.data.problems import Problems
 from latentdiff.data.scan import scan_pictures
 from latentdiff.data.shards import expand_shards
@@ -27,6 +28,7 @@ RECORDS = pa.schema(
         ("split", pa.int8()),  # a place in splits.SPLITS
         ("size", pa.int64()),  # of the file, in bytes
         ("offset", pa.int64()),  # in its shard, or files.ALONE
+        *FOUND,  # the mask file beside it, null where masks are not used
     ]
 )
 
@@ -40,6 +42,7 @@ class ReadRules:
     split_fraction: float
     min_size: int
     max_aspect: float
+    mask: str = "none"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def gather_records(
     if index is not None and not full and (earlier := map_records(index.path(name))):
         return earlier
     listing = expand_shards(root, listing, problems=problems, index=index, progress=progress)
+    uses_masks = rules.mask == "file"
+    listing, masks = part_masks(listing, are_used=uses_masks, problems=problems)
     pictures = caption_pictures(root, listing, rules=rules.captions, problems=problems, index=index)
     del listing
     release_memory()
@@ -82,16 +87,28 @@ def gather_records(
     del pictures.files
     release_memory()
     kept = _judge(facts, rules, problems)
+    beside = None
+    if uses_masks:
+        kept, beside = match_masks(
+            root,
+            masks,
+            facts,
+            kept,
+            problems=problems,
+            index=index,
+            full=full,
+            progress=progress,
+        )
     if not len(kept) and not problems.count("error") and not problems.count("skipped"):
         problems.add("no_images", str(root))
-    parts = _records(pictures, facts, kept, split_fraction=rules.split_fraction)
+    parts = _records(pictures, facts, kept, beside, split_fraction=rules.split_fraction)
     if index is not None and not _may_get_better(problems):
         told = {"problems": json.dumps(problems.to_json()), "num_found": str(num_found)}
         index.save(name, RECORDS.with_metadata(told), parts)
         index.prune("records-")
         if stored := map_records(index.path(name)):
             return stored
-        parts = _records(pictures, facts, kept, split_fraction=rules.split_fraction)
+        parts = _records(pictures, facts, kept, beside, split_fraction=rules.split_fraction)
     table = pa.concat_tables([RECORDS.empty_table(), *parts])
     return Gathered(table, problems, num_found)
 
@@ -103,7 +120,12 @@ def last_records(rules: ReadRules, index: ScanIndex) -> Gathered | None:
 
 
 def _records(
-    pictures: Captioned, facts: pa.Table, kept: np.ndarray, *, split_fraction: float
+    pictures: Captioned,
+    facts: pa.Table,
+    kept: np.ndarray,
+    beside: pa.Table | None,
+    *,
+    split_fraction: float,
 ) -> Iterator[pa.Table]:
     """Yield the table of records in parts, so that it never is in memory whole."""
     good = take_rows(facts.select(["path", "width", "height", "size", "offset"]), kept)
@@ -112,7 +134,9 @@ def _records(
         part = slice(start, start + CHUNK)
         path, width, height, size, offset = good.slice(start, CHUNK).combine_chunks().columns
         captions = pictures.pool.take(pictures.at[kept[part]])
-        columns = [path, captions, width, height, pa.array(splits[part]), size, offset]
+        some = no_masks(len(path)) if beside is None else beside.slice(start, CHUNK)
+        masks = some.combine_chunks().columns
+        columns = [path, captions, width, height, pa.array(splits[part]), size, offset, *masks]
         yield pa.table(columns, schema=RECORDS).combine_chunks()
         release_memory()
 

@@ -66,6 +66,7 @@ class ImageFacts:
     format: str
     is_animated: bool
     looks_whole: bool  # the file ends as its format says that it should
+    is_turned: bool  # its EXIF orientation is not 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,22 @@ def load_image(
         return _to_rgb(_oriented(image), background)
 
 
+def load_alpha(source: ImageSource) -> Image.Image:
+    """Decode how opaque a picture is: mode "L", 255 all over where it knows no transparency.
+
+    Oriented as `load_image` orients it; raises ImageError as that does.
+    """
+    with _opened(source) as image:
+        try:
+            image.load()
+            seen = _oriented(image)
+            if seen.mode in ALPHA_MODES or "transparency" in seen.info:
+                return seen.convert("RGBA").getchannel("A")
+        except DAMAGED as error:
+            raise ImageError("truncated", _message(error)) from error
+        return Image.new("L", seen.size, 255)
+
+
 def load_thumbnail(
     source: ImageSource, *, side: int, background: tuple[int, int, int] = (255, 255, 255)
 ) -> Image.Image:
@@ -117,13 +134,15 @@ def read_header(source: ImageSource) -> ImageFacts:
     with _opened(source) as image:
         try:
             width, height = image.size
-            if _orientation(image) in (5, 6, 7, 8):
+            orientation = _orientation(image)
+            if orientation in (5, 6, 7, 8):
                 width, height = height, width
             animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
             whole = _ends_well(image)
         except DAMAGED as error:
             raise ImageError("truncated", _message(error)) from error
-        return ImageFacts(width, height, str(image.format), animated, whole)
+        turned = orientation != 1
+        return ImageFacts(width, height, str(image.format), animated, whole, turned)
 
 
 def resize_and_crop(

@@ -17,7 +17,7 @@ import pyarrow as pa
 from latentdiff.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
-VERSION = 1  # raise it when the meaning of a stored column changes
+VERSION = 2  # raise it when the meaning of a stored column changes
 KEPT_RECORDS = 4
 
 

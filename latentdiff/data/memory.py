@@ -37,8 +37,8 @@ def remembered(
     known = index.load(name, schema) if index is not None else None
     known = schema.empty_table() if known is None else known
     num_known = len(known)
-    at = np.full(len(files), -1) if again else find_unchanged(files, known)
-    unknown = np.flatnonzero(at < 0)
+    at = np.full(len(files), -1, np.int32) if again else find_unchanged(files, known)
+    unknown = np.flatnonzero(at < 0).astype(np.int32)
     fresh = take_rows(files, unknown)
     learnt: list[pa.Table] = []
     saved = time.monotonic()
@@ -49,7 +49,7 @@ def remembered(
         if index is not None and time.monotonic() - saved > SAVE_SECONDS:
             _save(pa.concat_tables([known, *learnt]), name, index)
             saved = time.monotonic()
-    at[unknown] = num_known + np.arange(len(unknown))
+    at[unknown] = np.arange(num_known, num_known + len(unknown), dtype=np.int32)
     table = take_rows(pa.concat_tables([known, *learnt]), at)
     del known, learnt, fresh
     if index is None or not (len(unknown) or num_known != len(table)):

@@ -45,7 +45,7 @@ def read_metadata(
     for number, file_name, caption in reader(root / name, name, columns, problems):
         where = f"{name}:{number}"
         path = _path(file_name, folder, where, problems)
-        captions = _captions(caption, where, caption_column, problems)
+        captions = _captions(caption, where, caption_column, str(file_name), problems=problems)
         if path is not None and captions is not None:
             yield Row(number, path, captions)
 
@@ -193,7 +193,9 @@ def _path(file_name: Any, folder: str, where: str, problems: Problems) -> str | 
     return path if "./" not in path and "//" not in path else posixpath.normpath(path)
 
 
-def _captions(value: Any, where: str, column: str, problems: Problems) -> list[str] | None:
+def _captions(
+    value: Any, where: str, column: str, file_name: str, *, problems: Problems
+) -> list[str] | None:
     texts = to_texts(value)
     if texts is None:
         problems.add("caption_type", where, f'"{column}" is {_shown(value)}')
@@ -202,9 +204,9 @@ def _captions(value: Any, where: str, column: str, problems: Problems) -> list[s
     for text in texts:
         caption, had_controls = clean_caption(text)
         if had_controls:
-            problems.add("control_characters", where)
+            problems.add("control_characters", where, file_name)
         if not caption:
-            problems.add("empty_caption", where)
+            problems.add("empty_caption", where, file_name)
         captions.append(caption)
     return captions
 

@@ -70,6 +70,19 @@ REASONS: dict[str, Reason] = {
     "aspect_ratio": Reason("skipped", "too long and thin", "crop it, or raise --data.max_aspect"),
     "animated": Reason("note", "animation, only the first frame is used"),
     "wrong_extension": Reason("note", "extension that is not the file's format, used all the same"),
+    "turned": Reason("note", "picture stored on its side or mirrored, used as its EXIF says"),
+    # masks
+    "no_mask": Reason(
+        "skipped",
+        "picture without a mask",
+        "put NAME.mask.png beside NAME.jpg, or train without --data.mask=file",
+    ),
+    "broken_mask": Reason("skipped", "mask that cannot be read", "write it anew as a PNG"),
+    "mask_size": Reason(
+        "skipped", "mask of another size than its picture", "make it as large as the picture"
+    ),
+    "stray_mask": Reason("note", "mask without a picture"),
+    "unused_mask": Reason("note", "mask beside a picture, not used", "--data.mask=file uses it"),
     # captions
     "no_caption": Reason(
         "skipped", "picture without a caption", "add one, or pass --data.missing_caption=empty"

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ from latentdiff.data.report import Report
 from latentdiff.data.report_text import (
     SEVERITY_TITLES,
     alike_sections,
+    leak_text,
     size_text,
     time_text,
 )
@@ -24,7 +26,11 @@ from latentdiff.whole_file import write_text
 
 NUM_SAMPLES, NUM_GROUPS, NUM_ALIKE, NUM_NAMES, NUM_PICTURES = 24, 12, 4, 200, 6
 SIDE = 128  # of a thumbnail in pixels
-SHOWABLE = ("too_small", "aspect_ratio", "no_caption", "unlisted", "animated", "wrong_extension")
+MAX_CAPTION = 90  # letters under a thumbnail
+SHOWABLE = (
+    *("too_small", "aspect_ratio", "no_caption", "unlisted"),
+    *("animated", "wrong_extension", "turned"),
+)
 GONE = '<span class="soft">cannot be shown</span>'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -96,7 +102,8 @@ def _headline(report: Report) -> str:
     kind, word = ("good", "usable") if report.is_usable else ("bad", "not usable")
     splits = " + ".join(f"{num:,} {name}" for name, num in report.splits.items() if num)
     counts = f"{report.num_usable:,} of {report.num_found:,} pictures are usable: {splits}"
-    why = "".join(f"<li>{_safe(reason)}</li>" for reason in report.why_not)
+    reasons = [*report.why_not, *filter(None, [leak_text(report)])]
+    why = "".join(f"<li>{_safe(reason)}</li>" for reason in reasons)
     badge = f'<span class="badge {kind}">{word}</span>'
     return f"<h1>{_safe(report.root)} {badge}</h1><p>{_safe(counts)}</p><ul>{why}</ul>"
 
@@ -105,9 +112,13 @@ def _samples(folder: Folder) -> str:
     places = np.unique(np.linspace(0, len(folder) - 1, NUM_SAMPLES).astype(int))
     records = [folder[int(place)] for place in places] if len(folder) else []
     return _grid(
-        _figure(_record_thumbnail(folder, record.id), record.id, record.captions[0])
+        _figure(_record_thumbnail(folder, record.id), record.id, _short(record.captions[0]))
         for record in records
     )
+
+
+def _short(caption: str) -> str:
+    return textwrap.shorten(caption, MAX_CAPTION, placeholder=" …")
 
 
 def _grid(figures: Iterable[str]) -> str:

@@ -169,7 +169,15 @@ def _plan(plan: Plan) -> Iterator[str]:
         yield f"  building it takes {time_text(plan.seconds)} (one process {rate})"
 
 
+def leak_text(report: Report) -> str:
+    """Say that pictures are both trained on and held out; "" where none is."""
+    if not (num := sum(group.is_leak for group in report.alike or [])):
+        return ""
+    are = "is" if num == 1 else "are"
+    return f"{counted(num, 'picture')} {are} both trained on and held out: held-out figures flatter"
+
+
 def _verdict(report: Report) -> str:
     if report.is_usable:
-        return "USABLE: training may start."
+        return "\n".join(["USABLE: training may start.", *filter(None, [leak_text(report)])])
     return "\n".join(["NOT USABLE:", *(f"  {reason}" for reason in report.why_not)])

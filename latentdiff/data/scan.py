@@ -30,6 +30,7 @@ def scan_pictures(
     root: Path,
     files: pa.Table,
     *,
+    name: str = "pictures",
     index: ScanIndex | None = None,
     full: bool = False,
     progress: Progress | None = None,
@@ -37,7 +38,7 @@ def scan_pictures(
     """Find the facts of the pictures in `files` (columns of LISTING), one row of FACTS each.
 
     Headers are read, and files whose end looks wrong are decoded; `full` decodes all, also those
-    that the index knows.
+    that the index knows. name: of the table that the index remembers them in.
     """
 
     def read_some(entries: list[Entry]) -> list[Facts]:
@@ -51,7 +52,7 @@ def scan_pictures(
         return remembered(
             files,
             read,
-            name="pictures",
+            name=name,
             schema=FACTS,
             index=index,
             again=full,
@@ -78,4 +79,4 @@ def _note(path: str, facts: ImageFacts) -> str | None:
         return "animated"
     if not path.lower().endswith(EXTENSIONS[facts.format]):
         return "wrong_extension"
-    return None
+    return "turned" if facts.is_turned else None

@@ -20,10 +20,38 @@ def logit_normal_timesteps(
 ) -> Tensor:
     """Return timesteps whose logit is normal: more of the middle (Esser et al. 2024, Sec. 3.1).
 
-    mean > 0 favours noise. This changes what is minimised: there are no weights that undo it.
+    mean > 0 favours noise. This changes what is minimised, and weights that undid it would grow
+    without bound at both ends; `logit_normal_probabilities` with a share of uniform draws has
+    bounded ones.
     """
     normal = torch.special.ndtri(u.double() if u.device.type != "mps" else u)
     return uniform_timesteps(torch.sigmoid(mean + std * normal), num_timesteps)
+
+
+def logit_normal_probabilities(
+    num_timesteps: int, *, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.1
+) -> Tensor:
+    """Return p_t of a logit-normal mixed with uniform draws, (T,) float64, for `draw_by`.
+
+    No p_t is below uniform_share / T, so no weight is above 1 / uniform_share.
+    """
+    if not 0 <= uniform_share <= 1:
+        raise ValueError(f"uniform_share is {uniform_share}: need 0 <= uniform_share <= 1")
+    edges = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    below = torch.special.ndtr((torch.logit(edges) - mean) / std)  # 0 and 1 at the ends
+    return (1 - uniform_share) * below.diff() + uniform_share / num_timesteps
+
+
+def draw_by(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw timesteps by their probabilities p (T,): (B,) int64, and the weights (B,) of their
+    losses, 1 / (T p_t), which keep the mean of the weighted loss that of uniform timesteps.
+
+    u: (B,) in [0, 1), float64 as a rule: rare steps are thinner than float32.
+    """
+    edges = p.to(u.dtype).cumsum(0)
+    t = torch.searchsorted(edges, u * edges[-1], right=True)
+    t = t.clamp(max=len(p) - 1)
+    return t, 1 / (len(p) * p.gather(0, t))
 
 
 def stratify(u: Tensor, place: Tensor, *, num_places: int) -> Tensor:
@@ -70,11 +98,7 @@ class LossAwareTimesteps:
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return timesteps (B,) int64 and the weights (B,) of their losses. u: (B,) in [0, 1)."""
-        p = self.probabilities()
-        edges = p.to(u.dtype).cumsum(0)  # float64 as a rule: rare steps are thinner than float32
-        t = torch.searchsorted(edges, u * edges[-1], right=True)
-        t = t.clamp(max=len(p) - 1)
-        return t, 1 / (len(p) * p.gather(0, t))
+        return draw_by(self.probabilities(), u)
 
     def update(self, t: Tensor, losses: Tensor, ok: Tensor | None = None) -> None:
         """Remember the losses of a batch before weighting, the oldest forgotten first. Both (B,).

@@ -17,6 +17,7 @@ from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.images import ImageError, load_image, resize_and_crop, to_pixels
 from latentdiff.latents import LatentCodec
 from latentdiff.models import Components, load_components
+from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.denoise import image_size
 from latentdiff.text import NULL_CAPTION, encode_text, tokenize
 
@@ -76,9 +77,24 @@ class Subject:
 
     components: Components
     latents: CaptionedLatents
+    folder: Folder  # of the pictures, in the latents' order
     device: torch.device
     batch_size: int
     seed: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels that the model was trained at."""
+        return image_size(self.components.unet, factor=LatentCodec(self.components.vae).factor)
+
+    def pipeline(self) -> LatentDiffPipeline:
+        """Return a pipeline of the components, without a progress bar."""
+        checker = self.components.safety_checker
+        pipe = LatentDiffPipeline(
+            **self.components.as_dict(), requires_safety_checker=checker is not None
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def generator(self) -> torch.Generator:
         """Return a generator on the CPU, the same at every call."""
@@ -90,15 +106,15 @@ def open_subject(model: str, options: SubjectOptions) -> Subject:
     for name in ("num_images", "batch_size"):
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name}={value}, expected at least 1")
-    folder = _chosen(options)
+    folder = choose_pictures(options)
     components = load_components(model)
-    device = _device(options.device)
+    device = choose_device(options.device)
     for part in (components.unet, components.vae, components.text_encoder):
         part.requires_grad_(False).to(device)
     latents = encode_folder(
         components, folder, batch_size=options.batch_size, device=device, seed=options.seed
     )
-    return Subject(components, latents, device, options.batch_size, options.seed)
+    return Subject(components, latents, folder, device, options.batch_size, options.seed)
 
 
 @torch.no_grad()
@@ -113,7 +129,7 @@ def encode_folder(
     z0, text = [], []
     for start in range(0, len(folder), batch_size):
         part = range(start, min(start + batch_size, len(folder)))
-        pixels = torch.stack([_pixels(folder, i, height=height, width=width) for i in part])
+        pixels = torch.stack([read_pixels(folder, i, height=height, width=width) for i in part])
         mean, std = codec.moments(pixels.to(device))
         eps = torch.randn(mean.shape, generator=generator)
         z0.append(mean.cpu() + std.cpu() * eps)
@@ -122,25 +138,38 @@ def encode_folder(
     return CaptionedLatents(captions, torch.cat(z0), torch.cat(text), null)
 
 
-def _chosen(options: SubjectOptions) -> Folder:
+def choose_pictures(options: SubjectOptions) -> Folder:
+    """Read the folder and take pictures of the split. ValueError where there is none."""
+    folder = read_split(options, options.split)
+    if not len(folder):
+        raise ValueError(
+            f"{options.data} has no picture in its {options.split} split; name a folder test/ or "
+            "validation/, raise --split_fraction, or take --split all"
+        )
+    return spread(folder, options.num_images)
+
+
+def read_split(options: SubjectOptions, split: Literal["held_out", "train", "all"]) -> Folder:
+    """Read the folder and take all pictures of a split, which may be none."""
     folder = read_folder(
         Path(options.data).expanduser(),
         caption_column=options.caption_column,
         split_fraction=options.split_fraction if options.split != "all" else 0.0,
     )
     folder.check(max_bad_fraction=1.0)
-    if options.split != "all":
-        folder = folder.held_out() if options.split == "held_out" else folder.split("train")
-    if not len(folder):
-        raise ValueError(
-            f"{options.data} has no picture in its {options.split} split; name a folder test/ or "
-            "validation/, raise --split_fraction, or take --split all"
-        )
-    kept = np.linspace(0, len(folder) - 1, min(options.num_images, len(folder)))
+    if split == "all":
+        return folder
+    return folder.held_out() if split == "held_out" else folder.split("train")
+
+
+def spread(folder: Folder, num: int) -> Folder:
+    """Take at most num records, evenly spread."""
+    kept = np.linspace(0, len(folder) - 1, min(num, len(folder)))
     return folder.select(kept.round().astype(np.int64))
 
 
-def _pixels(folder: Folder, index: int, *, height: int, width: int) -> Tensor:
+def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tensor:
+    """Read a picture as the model sees it, (3, height, width) in [-1, 1]."""
     try:
         picture = load_image(io.BytesIO(folder.read_bytes(index)))
     except ImageError as error:
@@ -153,7 +182,8 @@ def _states(components: Components, captions: Sequence[str]) -> Tensor:
     return encode_text(components.text_encoder, ids).float().cpu()
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the best there is. ValueError where it cannot be used."""
     if name is None:
         best = torch.accelerator.current_accelerator(check_available=True)
         return best if best is not None else torch.device("cpu")

@@ -117,7 +117,7 @@ def compare_variances(subject: Subject, options: BoundOptions) -> dict[str, Any]
 def write_metrics(out: Path, metrics: dict[str, Any]) -> Path:
     """Put sections of figures into out/metrics.json beside those that are there; return its path.
 
-    ValueError where the file is no JSON object.
+    Those of another model or other data are left out. ValueError where the file is no JSON object.
     """
     path = out / "metrics.json"
     known: Any = {}
@@ -128,6 +128,8 @@ def write_metrics(out: Path, metrics: dict[str, Any]) -> Path:
             raise ValueError(f"{path} is not valid JSON: {error}; delete it") from error
     if not isinstance(known, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(known).__name__}; delete it")
+    if any(known.get(name) != metrics.get(name) for name in ("model", "data")):
+        known = {}
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(known | metrics, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")

@@ -6,16 +6,18 @@ guide_scale of some hundreds is where guidance begins to show.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from latentdiff.latents import Autoencoder, LatentCodec
+from latentdiff.weights import weights_hash
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,6 +29,8 @@ class Clip:
 
     embed_pixels: Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D)
     embed_texts: Callable[[Sequence[str]], Tensor]  # B texts -> (B, D)
+    name: str = ""
+    hash: str = ""  # sha256 of the weights
 
     @torch.no_grad()
     def score(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
@@ -48,7 +52,32 @@ def load_clip(folder: str | Path, *, device: torch.device | str = "cpu") -> Clip
             f"the tokenizer in {folder} has {len(tokenizer)} tokens and its CLIP knows {known}: "
             "they are not of one model"
         )
-    return from_transformers(model.eval().requires_grad_(False).to(device), tokenizer)
+    clip = from_transformers(model.eval().requires_grad_(False).to(device), tokenizer)
+    return replace(clip, name=Path(folder).resolve().name, hash=weights_hash(model))
+
+
+def load_open_clip(name: str, weights: str | Path, *, device: torch.device | str = "cpu") -> Clip:
+    """Open a named open_clip model, such as "ViT-B-32", with weights from a safetensors file.
+
+    ValueError or FileNotFoundError says what does not fit; pickle files are not opened.
+    """
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise ValueError(f"{name!r} is no open_clip model, expected one of open_clip.list_models()")
+    path = Path(weights)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file; pickle files are not opened")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the weights of {name}")
+    model = open_clip.create_model(name)
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
+    model = model.eval().requires_grad_(False).to(device)
+    clip = from_open_clip(model, open_clip.get_tokenizer(name))
+    return replace(clip, name=f"open_clip {name}", hash=weights_hash(model))
 
 
 def from_transformers(model: CLIPModel, tokenizer: CLIPTokenizer) -> Clip:

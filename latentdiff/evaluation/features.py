@@ -1,10 +1,13 @@
-"""Pictures as feature vectors: a small classifier's pooled last layer, read from a folder.
+"""Pictures as feature vectors: a network's pooled last layer, read from a folder.
 
-The folder holds arch.json, a list of layers in their order, and model.safetensors: a MobileNet
-(Howard et al. 2017) with its batch norms folded into its convolutions. Nothing is unpickled.
+The folder holds either arch.json, a list of layers in their order, and model.safetensors: a
+MobileNet (Howard et al. 2017) with its batch norms folded into its convolutions; or a transformers
+vision model or CLIP. Nothing is unpickled. Any other torch module goes through `from_module`.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,44 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latentdiff.weights import weights_hash
+
 INPUT_SIZE = 224
 OPERATIONS = ("conv", "dw", "pool")
+
+
+@dataclass(frozen=True)
+class Features:
+    """A network as a function, and which one it is."""
+
+    embed: Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D) float32
+    name: str
+    hash: str  # sha256 of the weights
+
+
+def open_features(folder: str | Path, *, device: torch.device | str = "cpu") -> Features:
+    """Open a folder with a MobileNet, a transformers vision model, or a CLIP's image tower.
+
+    FileNotFoundError or ValueError says what the folder lacks.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file() and not (folder / "arch.json").is_file():
+        return _from_transformers(folder, torch.device(device))
+    return from_module(load_features(folder).to(device), folder.resolve().name)
+
+
+def from_module(module: nn.Module, name: str) -> Features:
+    """Wrap a module on its device that maps pixels (B, 3, H, W) in [-1, 1] to features (B, ...)."""
+    module.eval()
+    place = next((x.device for x in module.state_dict().values()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def embed(pixels: Tensor) -> Tensor:
+        with torch.autocast(place.type, enabled=False):
+            found: Tensor = module(pixels.to(place)).float()
+        return found.flatten(1)
+
+    return Features(embed, name, weights_hash(module))
 
 
 class MobileNet(nn.Module):
@@ -63,3 +102,43 @@ def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Return the padding before and after, as TensorFlow's "SAME" has it."""
     padding = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return padding // 2, padding - padding // 2
+
+
+def _from_transformers(folder: Path, device: torch.device) -> Features:
+    """Open a vision model, its mean last state as features; a CLIP gives its embedding."""
+    from transformers import AutoConfig, AutoModel
+
+    from latentdiff.evaluation.clip_guidance import load_clip, prepare
+
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "clip":
+        clip = load_clip(folder, device=device)
+        return Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
+    model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(f"the network in {folder} lacks weights: {missing[:8]}")
+    if info["missing_keys"]:
+        model.pooler = None  # not needed, and made of random numbers
+    model = model.eval().requires_grad_(False).to(device)
+    size = getattr(config, "image_size", INPUT_SIZE)
+    mean, std = _preparation(folder)
+
+    @torch.no_grad()
+    def embed(pixels: Tensor) -> Tensor:
+        seen = prepare(pixels.to(device), size=size, mean=mean, std=std)
+        output = model(pixel_values=seen)
+        hidden: Tensor = output.last_hidden_state
+        if hidden.ndim == 4:  # (B, D, h, w) of a convolutional network
+            return hidden.float().mean((2, 3))
+        return hidden.float().mean(1)  # (B, L, D) of a transformer
+
+    return Features(embed, folder.resolve().name, weights_hash(model))
+
+
+def _preparation(folder: Path) -> tuple[list[float], list[float]]:
+    """Read the mean and std, of pixels in [0, 1], that a network was trained with."""
+    path = folder / "preprocessor_config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    half = [0.5, 0.5, 0.5]
+    return known.get("image_mean", half), known.get("image_std", half)

@@ -17,9 +17,8 @@ from latentdiff.diffusion.bound import TimestepPlan, difference, estimate
 from latentdiff.evaluation import plots
 from latentdiff.evaluation.bound import Chain, caption_bound, plain
 from latentdiff.evaluation.bound_data import CaptionedLatents, Subject
-from latentdiff.evaluation.clip_guidance import Clip, load_clip
+from latentdiff.evaluation.clip_guidance import Clip
 from latentdiff.latents import LatentCodec
-from latentdiff.pipeline import LatentDiffPipeline
 
 DRAWS = 32  # timesteps a picture for its fidelity
 
@@ -32,24 +31,31 @@ class SweepOptions:
         guidance_sweep: scales such as [1,2,4,8]; none by default.
         sweep_captions: captions of the pictures.
         sweep_pictures: pictures a caption, at least 2.
-        sweep_steps: sampling steps.
-        clip: folder of a transformers CLIP for a second fidelity.
+        sweep_steps: sampling steps of the guidance sweep.
     """
 
     guidance_sweep: list[float] = field(default_factory=list)
     sweep_captions: int = 32
     sweep_pictures: int = 4
     sweep_steps: int = 25
-    clip: str | None = None
 
 
-def sweep_report(subject: Subject, out: Path, options: SweepOptions) -> dict[str, Any]:
-    """Sweep the scales, write guidance_sweep.png into `out`, return the figures as JSON values."""
+def check_sweep(options: SweepOptions) -> None:
+    """Raise ValueError for options out of range, or where nothing can draw the plots."""
     for name, least in (("sweep_captions", 1), ("sweep_pictures", 2), ("sweep_steps", 1)):
         if (value := getattr(options, name)) < least:
             raise ValueError(f"{name}={value}, expected at least {least}")
     plots.check_matplotlib()
-    clip = None if options.clip is None else load_clip(options.clip, device=subject.device)
+
+
+def sweep_report(
+    subject: Subject, out: Path, options: SweepOptions, *, clip: Clip | None = None
+) -> dict[str, Any]:
+    """Sweep the scales, write guidance_sweep.png into `out`, return the figures as JSON values.
+
+    clip: for a second fidelity.
+    """
+    check_sweep(options)
     points = guidance_sweep(
         subject,
         options.guidance_sweep,
@@ -81,24 +87,37 @@ def guidance_sweep(
     Returns one JSON object a scale: guidance_scale, fidelity (bits per picture), diversity (root
     mean square distance of latents), each with its interval over captions, and clip_score.
     """
-    spread = torch.linspace(0, len(subject.latents) - 1, min(num_captions, len(subject.latents)))
-    asked = subject.latents.select(
-        spread.round().long().repeat_interleave(pictures_per_caption).tolist()
-    )
+    asked = spread_captions(subject, num_captions, pictures_per_caption=pictures_per_caption)
     points = []
     for scale in scales:
-        drawn = _draw(subject, asked, guidance_scale=scale, num_steps=num_steps)
-        by_caption = drawn.z0.unflatten(0, (-1, pictures_per_caption))
-        point = {
-            "guidance_scale": scale,
-            "fidelity": plain(estimate(_worth(subject, drawn).view(-1, pictures_per_caption))),
-            "diversity": plain(estimate(pair_distance(by_caption)[:, None])),
-        }
-        if clip is not None:
-            cosine = _clip_score(subject, drawn, clip).view(-1, pictures_per_caption)
-            point["clip_score"] = plain(estimate(cosine.double()))
-        points.append(point)
+        drawn = draw_latents(subject, asked, guidance_scale=scale, num_steps=num_steps)
+        figures = measure(subject, drawn, per_caption=pictures_per_caption, clip=clip)
+        points.append({"guidance_scale": scale} | figures)
     return points
+
+
+def spread_captions(
+    subject: Subject, num_captions: int, *, pictures_per_caption: int
+) -> CaptionedLatents:
+    """Take captions evenly spread over the subject's, each `pictures_per_caption` times."""
+    spread = torch.linspace(0, len(subject.latents) - 1, min(num_captions, len(subject.latents)))
+    places = spread.round().long().repeat_interleave(pictures_per_caption)
+    return subject.latents.select(places.tolist())
+
+
+def measure(
+    subject: Subject, drawn: CaptionedLatents, *, per_caption: int, clip: Clip | None
+) -> dict[str, Any]:
+    """Return fidelity, diversity and clip_score of drawn latents as JSON values."""
+    by_caption = drawn.z0.unflatten(0, (-1, per_caption))
+    figures = {
+        "fidelity": plain(estimate(_worth(subject, drawn).view(-1, per_caption))),
+        "diversity": plain(estimate(pair_distance(by_caption)[:, None])),
+    }
+    if clip is not None:
+        cosine = _clip_score(subject, drawn, clip).view(-1, per_caption)
+        figures["clip_score"] = plain(estimate(cosine.double()))
+    return figures
 
 
 def pair_distance(z0: Tensor) -> Tensor:
@@ -108,15 +127,11 @@ def pair_distance(z0: Tensor) -> Tensor:
     return squared.sqrt()
 
 
-def _draw(
+def draw_latents(
     subject: Subject, asked: CaptionedLatents, *, guidance_scale: float, num_steps: int
 ) -> CaptionedLatents:
-    pipe = LatentDiffPipeline(
-        **subject.components.as_dict(),
-        requires_safety_checker=subject.components.safety_checker is not None,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    z0 = []
+    """Draw a picture for each caption from its own seed, the same at every call."""
+    pipe, z0 = subject.pipeline(), []
     for start in range(0, len(asked), subject.batch_size):
         captions = list(asked.captions[start : start + subject.batch_size])
         drawn = pipe(

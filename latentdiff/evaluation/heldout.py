@@ -2,7 +2,9 @@
 
 A fixed set of (picture, timestep, noise) triples, timesteps stratified over the chain, is measured
 again and again, so two figures differ by the model alone. The same triples under shuffled and null
-captions show what a caption is worth: a model that ignores captions has a caption use of 0.
+captions show what a caption is worth: a model that ignores captions has a caption use of 0. Triples
+of training pictures with the same timesteps show overfitting as a gap. All of it is squared errors,
+whatever loss is trained, so that runs compare.
 Several processes share the work out in batches that do not depend on their number.
 """
 
@@ -27,7 +29,8 @@ TRIPLES_AT_ONCE = 8  # under three captions each; a constant, so that no layout 
 class Triples:
     """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, text (n, ...) ids or states.
 
-    Latents differ in size between aspect-ratio buckets; keep those of one size together.
+    mask: n times (1, h, w) in [0, 1] where only a part of each picture is trained on. Latents
+    differ in size between aspect-ratio buckets; keep those of one size together.
     """
 
     z0: Tensor | Sequence[Tensor]
@@ -35,9 +38,15 @@ class Triples:
     t: Tensor
     text: Tensor
     null_text: Tensor  # (1, ...)
+    mask: Sequence[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.t)
+
+    @property
+    def order(self) -> Tensor:
+        """Places of the triples by their timesteps, rising: what pairs them with others."""
+        return self.t.argsort(stable=True)
 
 
 def stratified_timesteps(n: int, num_timesteps: int) -> Tensor:
@@ -60,27 +69,33 @@ def triple_losses(
     prediction_type: str,
     device: torch.device,
     shard: Shard = (0, 1),
+    captions: Sequence[str] = CAPTIONS,
 ) -> dict[str, Tensor]:
-    """Return the loss of each triple, (n,) float32 on the device, under each of CAPTIONS.
+    """Return the loss of each triple, (n,) float32 on the device, under each of `captions`.
 
     Shuffled: each triple gets the caption of the one before it. shard: of the processes that share
     the work; a process leaves 0 where another one measures, so their sum is the result.
     """
-    losses = torch.zeros(len(CAPTIONS), len(triples), device=device)
+    losses = torch.zeros(len(captions), len(triples), device=device)
     shuffled = triples.text.roll(1, 0)
+    n = len(captions)
     parts = _parts(triples)
     for batch, counts in turns(len(parts), shard):
         part = parts[batch]
         z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
         t = triples.t[part].to(device)
         null = triples.null_text.expand_as(triples.text[part])
-        text = torch.cat([triples.text[part], shuffled[part], null]).to(device)  # (3 b, ...)
+        texts = {"true": triples.text[part], "shuffled": shuffled[part], "null": null}
+        text = torch.cat([texts[name] for name in captions]).to(device)  # (n b, ...)
         wanted = target(schedule, z0, eps, t, prediction_type=prediction_type)
-        zt, t, wanted = (_thrice(x) for x in (q_sample(schedule, z0, t, eps), t, wanted))
-        measured = per_sample_loss(denoise(zt, t, text), wanted)  # (3 b,)
+        zt, t, wanted = (torch.cat([x] * n) for x in (q_sample(schedule, z0, t, eps), t, wanted))
+        mask = None
+        if triples.mask is not None:
+            mask = torch.cat([torch.stack(tuple(triples.mask[part])).to(device)] * n)
+        measured = per_sample_loss(denoise(zt, t, text), wanted, mask=mask)  # (n b,)
         if counts:
-            losses[:, part] = measured.view(len(CAPTIONS), -1)
-    return dict(zip(CAPTIONS, losses, strict=True))
+            losses[:, part] = measured.view(n, -1)
+    return dict(zip(captions, losses, strict=True))
 
 
 def _parts(triples: Triples) -> list[slice]:
@@ -125,6 +140,17 @@ def summarise(losses: Mapping[str, Tensor], t: Tensor, *, num_timesteps: int) ->
     return figures | {"num_held_out": float(len(true))}
 
 
+def summarise_gap(held_out: Tensor, trained: Tensor) -> dict[str, float]:
+    """Return the loss of training triples and how much larger the held-out one is, for the log.
+
+    held_out, trained: (n,) losses, in the order of one set of timesteps, which pairs them. Zero
+    for a model that does as well on pictures that it has never seen; it grows with overfitting.
+    """
+    held_out, trained = held_out.double().cpu(), trained.double().cpu()
+    figures = _estimate(trained, "train_loss_fixed", "train_se_fixed")
+    return figures | _estimate(held_out - trained, "held_out_gap", "held_out_gap_se")
+
+
 def bucket_labels(num_timesteps: int) -> list[str]:
     """Name the buckets t NUM_BUCKETS // T by their timesteps: "t0-249", "t250-499", ..."""
     edges = [-(-num_timesteps * b // NUM_BUCKETS) for b in range(NUM_BUCKETS + 1)]
@@ -137,10 +163,6 @@ def _estimate(values: Tensor, mean_name: str, error_name: str) -> dict[str, floa
     if len(values) > 1:
         figures[error_name] = (values.std() / len(values) ** 0.5).item()
     return figures
-
-
-def _thrice(x: Tensor) -> Tensor:
-    return torch.cat([x] * len(CAPTIONS))
 
 
 def _coprime(a: int, b: int) -> bool:

@@ -9,6 +9,7 @@ pictures, which cannot be copies.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latentdiff.evaluation.bootstrap import Interval, proportion
@@ -16,6 +17,7 @@ from latentdiff.evaluation.distances import nearest
 
 QUANTILE = 0.01  # of held-out pictures: some may have a twin in the training set
 MARGIN = 0.5
+THUMBNAIL = 16  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ def find_copies(
         proportion(int(is_copy.sum()), len(samples), level=level),
         proportion(int((unseen <= threshold).sum()), len(held_out), level=level),
     )
+
+
+def thumbnail_features(pixels: Tensor) -> Tensor:
+    """Return thumbnails of pixels (B, 3, H, W) in [-1, 1] as features (B, 768) on the CPU.
+
+    The distance of two is the root mean square difference of their values, in [0, 2]. They need no
+    network, and find copies and near copies, not pictures of the same thing.
+    """
+    small = F.adaptive_avg_pool2d(pixels.float(), THUMBNAIL).flatten(1).cpu()
+    return small / small.shape[1] ** 0.5
 
 
 def relative_distances(

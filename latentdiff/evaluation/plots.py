@@ -113,6 +113,24 @@ def plot_sweep(points: Sequence[dict[str, Any]], path: Path) -> Path:
     return save(figure, path)
 
 
+def plot_steps(points: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw what more sampling steps change; points of `step_sweep`."""
+    figure, axes = new_figure(columns=2)
+    x = [p["num_steps"] for p in points]
+    panels = (
+        ("to_most_steps", "distance to the most steps (RMS of latents)", BLUE),
+        ("fidelity", "fidelity (bits per picture)", GREEN),
+    )
+    for axis, (name, label, colour) in zip(axes[0], panels, strict=True):
+        mean = [p[name]["mean"] for p in points]
+        error = [WIDTH * (p[name]["se"] or 0) for p in points]
+        axis.errorbar(x, mean, yerr=error, color=colour, marker="o")
+        axis.set(xscale="log", xlabel="sampling steps", ylabel=label, xticks=x)
+        axis.set_xticklabels([str(num) for num in x])
+        axis.minorticks_off()
+    return save(figure, path)
+
+
 def plot_clouds(clouds: Clouds, figures: dict[str, Any], path: Path) -> Path:
     """Draw the swiss roll's chains, its posterior and its bounds; figures of `swiss_roll`."""
     figure, axes = new_figure(rows=3, columns=len(clouds.times), cell=(3.0, 3.0))

@@ -64,7 +64,7 @@ def text(value: Text, *, unet: Any, text_encoder: Any) -> Text:
             "prompt needs a text encoder, and this pipeline has none; pass text states"
         )
     _negative(value, width=width)
-    if value.long_prompts not in LONG_PROMPTS:
+    if not _is_one_of(LONG_PROMPTS, value.long_prompts):
         raise ValueError(
             f"long_prompts must be one of {', '.join(LONG_PROMPTS)}, got {value.long_prompts!r}"
         )
@@ -190,7 +190,7 @@ def latents(value: object, *, shape: Sequence[int], dtypes: Sequence[torch.dtype
 
 def output(output_type: object, return_dict: object) -> None:
     """Check the kind of result that is asked for."""
-    if output_type not in OUTPUT_TYPES:
+    if not _is_one_of(OUTPUT_TYPES, output_type):
         raise ValueError(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}"
         )
@@ -210,7 +210,7 @@ def callback(
             f"callback_on_step_end_tensor_inputs must be a list of names, got {_kind(names)}"
         )
     for name in names:
-        if name not in known:
+        if not _is_one_of(known, name):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs knows {', '.join(known)}, got {name!r}"
             )
@@ -258,6 +258,11 @@ def _generators(generator: object, num_images: int) -> None:
     for index, one in enumerate(generator):
         if not isinstance(one, torch.Generator):
             raise ValueError(f"generator[{index}] must be a torch.Generator, got {_kind(one)}")
+
+
+def _is_one_of(names: Sequence[str], value: object) -> bool:
+    """Say whether a value is one of some names; an array answers == with another array."""
+    return isinstance(value, str) and value in names
 
 
 def _seed(name: str, value: object) -> int:

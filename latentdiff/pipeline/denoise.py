@@ -12,6 +12,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from latentdiff.diffusion.guidance import classifier_free, is_guided, rescale
+from latentdiff.pipeline.prompts import lora_scaled
 
 Guide: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # z0 (B, C, h, w) and t to scores (B,)
 
@@ -68,14 +69,14 @@ def predict(
     """
     dtype = unet.dtype
     has_two = len(states) == 2 * len(unet_input)
-    output: Tensor = unet(
-        (torch.cat([unet_input] * 2) if has_two else unet_input).to(dtype),
-        t,
-        encoder_hidden_states=states.to(dtype),
-        timestep_cond=guidance_embedding(unet, guidance.scale, like=unet_input),
-        cross_attention_kwargs=None if lora_scale is None else {"scale": lora_scale},
-        return_dict=False,
-    )[0].float()
+    with lora_scaled(unet, lora_scale):
+        output: Tensor = unet(
+            (torch.cat([unet_input] * 2) if has_two else unet_input).to(dtype),
+            t,
+            encoder_hidden_states=states.to(dtype),
+            timestep_cond=guidance_embedding(unet, guidance.scale, like=unet_input),
+            return_dict=False,
+        )[0].float()
     if not has_two:
         return Prediction(output, None)
     uncond, cond = output.chunk(2)

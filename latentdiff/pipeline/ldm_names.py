@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from latentdiff.whole_file import whole_file
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"  # empty entries that mark the schedule
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -76,6 +78,12 @@ def ldm_names(*, unet: Any, vae: Any) -> set[str]:
 def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
     """Write a pipeline's models into one .safetensors file, atomically; return its path."""
     weights = ldm_weights(unet=pipe.unet, vae=pipe.vae, text_encoder=pipe.text_encoder)
+    schedule = pipe.scheduler.config
+    marks = {
+        V_PREDICTION: schedule.prediction_type == "v_prediction",
+        ZERO_TERMINAL_SNR: bool(schedule.get("rescale_betas_zero_snr")),
+    }
+    weights |= {mark: torch.tensor([]) for mark, holds in marks.items() if holds}
     with whole_file(path) as temporary:
         save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary)
     return Path(path)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +35,10 @@ from latentdiff.weights import PICKLES
 
 STOCK_PIPELINE = "StableDiffusionPipeline"
 STOCK_INPAINTING = "StableDiffusionInpaintPipeline"
+LORA_MATRIX = re.compile(r"\.(lora_A|lora_B|lora|lora_linear_layer)\.|_lora\.")
+
+logger = logging.getLogger(__name__)
+
 STORED: Any = object()  # a component as the folder has it, where None means: without it
 
 
@@ -151,25 +158,27 @@ class Loading(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin, FromS
         source = pretrained_model_name_or_path_or_dict
         _refuse_pickle(source, weight_name)
         before = self._adapters()
+        where = {
+            "weight_name": weight_name,
+            "subfolder": subfolder,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "use_safetensors": True,
+        }
+        given = dict(source) if isinstance(source, dict) else os.fspath(source)
         try:
-            super().load_lora_weights(
-                source if isinstance(source, dict) else os.fspath(source),
-                adapter_name=adapter_name,
-                weight_name=weight_name,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                use_safetensors=True,
-            )
-        except (RuntimeError, KeyError) as error:
+            super().load_lora_weights(given, adapter_name=adapter_name, **where)
+        except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"the LoRA does not fit this model: {error}") from error
         if self._adapters() == before:
             raise ValueError(
                 "the LoRA has no weights for this model's U-Net or text encoder, so it would be "
                 "without effect; was it trained for another kind of model?"
             )
+        named, *_ = self.lora_state_dict(given, **where)
+        self._warn_of_unused(named, before)
         self._check_parts()
 
     def load_textual_inversion(
@@ -256,6 +265,22 @@ class Loading(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin, FromS
     def _adapters(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = self.get_list_adapters()
         return {part: sorted(names) for part, names in found.items()}
+
+    def _warn_of_unused(self, weights: Mapping[str, Tensor], before: dict[str, list[str]]) -> None:
+        """Say how many of a LoRA's layers found no layer of this model to act on."""
+        given = {LORA_MATRIX.split(name)[0] for name in weights if LORA_MATRIX.search(name)}
+        used = 0
+        for part, names in self._adapters().items():
+            new = set(names) - set(before.get(part, []))
+            layers = [m.lora_A for m in getattr(self, part).modules() if hasattr(m, "lora_A")]
+            used += sum(bool(new & set(matrices)) for matrices in layers)
+        if used < len(given):
+            logger.warning(
+                "%d of the LoRA's %d layers have no place in this model and are without effect; it "
+                "was trained for another one",
+                len(given) - used,
+                len(given),
+            )
 
     def _check_parts(self) -> None:
         """Raise ValueError where components do not fit each other, or a weight is missing."""

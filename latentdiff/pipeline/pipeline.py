@@ -160,11 +160,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         checks.output(output_type, return_dict)
         step_end = StepEnd.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._set_guidance(
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            guide=guide,
-            guide_scale=guide_scale,
+            guidance_scale, guidance_rescale, guidance_interval, guide=(guide, guide_scale)
         )
         text = Text(
             prompt,
@@ -190,33 +186,20 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
 
         # 3. Start from noise, or from a picture under noise, each with its own generator
         canvas = self._canvas(given, latents, shape, generator, device)
-        latents = canvas.start(self.scheduler, timesteps)
 
         # 4. Walk the chain from noise to clean latents
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                xt = self.scheduler.scale_model_input(latents, t)
-                prediction = self._predict(canvas, xt, t, states, lora_scale)
-                latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
-                latents = canvas.keep(self.scheduler, latents, timesteps[i + 1 :])
-                latents, states = step_end(
-                    self, i, t, latents=latents, states=states, xt=xt, prediction=prediction
-                )
-                bar.update()
+        latents = self._walk(
+            timesteps, canvas, states, step_end, step_options, lora_scale=text.lora_scale
+        )
 
         # 5. Decode, and write into each picture what made it
-        images, flagged = self._decode(latents, output_type)
         settings = describe(
             self, text, seeds, given=given, shape=shape, steps=num_inference_steps, eta=eta
         )
-        if output_type == "pil":
-            images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
+        images, flagged = self._decode(latents, output_type, settings)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, flagged
-        return LatentDiffOutput(images, flagged, seeds, settings)
+        output = LatentDiffOutput(images, flagged, seeds, settings)
+        return output if return_dict else (images, flagged)
 
     def set_scheduler(self, name: str) -> None:
         """Change the sampler by a name people know, such as "dpm++2m-karras"; see samplers.py."""
@@ -258,9 +241,10 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         return 4 if self.vae is None else int(self.vae.config.latent_channels)
 
     def _set_guidance(
-        self, scale: object, rescale: object, interval: object, *, guide: Any, guide_scale: object
+        self, scale: object, rescale: object, interval: object, *, guide: tuple[Any, object]
     ) -> None:
-        guidance = checks.guidance(scale, rescale, interval, guide=guide, guide_scale=guide_scale)
+        function, times = guide
+        guidance = checks.guidance(scale, rescale, interval, guide=function, guide_scale=times)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_of_guidance(self.facts, guidance.scale)
 
@@ -332,6 +316,32 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
             reads_mask=self._reads_mask,
         )
 
+    def _walk(
+        self,
+        timesteps: Tensor,
+        canvas: Canvas,
+        states: Tensor,
+        step_end: StepEnd,
+        step_options: dict[str, Any],
+        *,
+        lora_scale: float | None,
+    ) -> Tensor:
+        """Return the clean latents (B, C, h, w) at the chain's end, or where a callback stopped."""
+        latents = canvas.start(self.scheduler, timesteps)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                xt = self.scheduler.scale_model_input(latents, t)
+                prediction = self._predict(canvas, xt, t, states, lora_scale)
+                latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
+                latents = canvas.keep(self.scheduler, latents, timesteps[i + 1 :])
+                latents, states = step_end(
+                    self, i, t, latents=latents, states=states, xt=xt, prediction=prediction
+                )
+                bar.update()
+        return latents
+
     def _predict(
         self, canvas: Canvas, xt: Tensor, t: Tensor, states: Tensor, lora_scale: float | None
     ) -> Prediction:
@@ -356,11 +366,17 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
             guidance.guide, predict, xt, t, scale=guidance.guide_scale, scheduler=self.scheduler
         )
 
-    def _decode(self, latents: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
-        return decode(
+    def _decode(
+        self, latents: Tensor, output_type: str, settings: list[dict[str, Any]]
+    ) -> tuple[Any, list[bool] | None]:
+        """Return pictures, PIL images with their settings, and the safety checker's verdicts."""
+        images, flagged = decode(
             latents,
             vae=self.vae,
             safety_checker=self.safety_checker,
             feature_extractor=self.feature_extractor,
             output_type=output_type,
         )
+        if output_type == "pil":
+            images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
+        return images, flagged

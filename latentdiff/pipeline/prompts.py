@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_WEIGHT = 10.0
@@ -163,16 +162,48 @@ def paired(
 
 
 @contextlib.contextmanager
-def lora_scaled(text_encoder: CLIPTextModel | None, scale: float | None) -> Iterator[None]:
-    """Scale the text encoder's LoRA layers for a while."""
-    if scale is None or text_encoder is None:
+def lora_scaled(module: nn.Module | None, scale: float | None) -> Iterator[None]:
+    """Let all LoRAs of a module act `scale` times as strongly for a while.
+
+    At 0 the module is the one without them, bit for bit. Each LoRA keeps its own weight beside the
+    others.
+    """
+    if module is None or scale is None:
         yield
         return
-    scale_lora_layers(text_encoder, scale)
+    with _without_loras(module) if scale == 0 else _scaled(module, scale):
+        yield
+
+
+@contextlib.contextmanager
+def _without_loras(module: nn.Module) -> Iterator[None]:
+    """Put the layers that LoRAs stand beside in their places, so that fast paths see them plain."""
+    found: list[tuple[Any, str, Any]] = [
+        (parent, key, child)
+        for parent in module.modules()
+        for key, child in parent.named_children()
+        if hasattr(child, "lora_A")
+    ]
+    for parent, key, child in found:
+        parent._modules[key] = child.base_layer
     try:
         yield
     finally:
-        unscale_lora_layers(text_encoder, scale)
+        for parent, key, child in found:
+            parent._modules[key] = child
+
+
+@contextlib.contextmanager
+def _scaled(module: nn.Module, scale: float) -> Iterator[None]:
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+    own = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: s * scale for name, s in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, own, strict=True):
+            layer.scaling.update(scaling)
 
 
 def _windows(tokenizer: CLIPTokenizer, tokens: Tokens, window: int) -> tuple[Tensor, Tensor]:

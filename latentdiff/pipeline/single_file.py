@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from latentdiff.build import make_scheduler
 from latentdiff.diffusion.ddpm import check_prediction_type
 from latentdiff.fit import read_json
-from latentdiff.pipeline.ldm_names import ldm_names
+from latentdiff.pipeline.ldm_names import V_PREDICTION, ZERO_TERMINAL_SNR, ldm_names
 from latentdiff.text import clip_tokenizer_from_open_clip
 from latentdiff.weights import PICKLES, Shape, refuse_bad_weights, stored_shapes
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-V_PREDICTION = "v_pred"  # an entry that some files carry as a mark
 
 FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text states
 BASE_SIZE = 64
@@ -69,6 +69,8 @@ def config_folder(
         prediction_type = "v_prediction"
     if prediction_type is not None:
         _set_prediction_type(configs, prediction_type)
+    if ZERO_TERMINAL_SNR in shapes:
+        _set_zero_terminal_snr(configs)
     folder = _write(scratch, configs)
     _check_complete(path, shapes, folder)
     return folder, {"tokenizer": _tokenizer(configs)}
@@ -94,6 +96,14 @@ def _set_prediction_type(configs: dict[str, dict[str, Any]], prediction_type: st
     configs["scheduler"]["prediction_type"] = prediction_type
     if prediction_type == "epsilon":  # Stable Diffusion 2's base models are of 512 pixels
         configs["unet"]["sample_size"] = BASE_SIZE
+
+
+def _set_zero_terminal_snr(configs: dict[str, dict[str, Any]]) -> None:
+    own = configs["scheduler"]
+    scheduler = make_scheduler(
+        prediction_type=own.get("prediction_type", "epsilon"), zero_terminal_snr=True
+    )
+    configs["scheduler"] = {"_class_name": type(scheduler).__name__} | dict(scheduler.config)
 
 
 def _tokenizer(configs: dict[str, dict[str, Any]]) -> Any:

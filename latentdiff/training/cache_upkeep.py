@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentdiff.config import Config, DataConfig
 from latentdiff.data.cache import LatentCache, TextCache, prune_cache, verify_cache
 from latentdiff.data.folder import Folder
+from latentdiff.data.mask_cache import MaskCache
 from latentdiff.data.report_text import size_text
 from latentdiff.data.text_cache import text_keys
 from latentdiff.latents import LatentCodec
@@ -23,8 +24,10 @@ from latentdiff.training.components import check_parts, learns_text, load_vae_of
 from latentdiff.training.encoding import (
     cache_dir,
     cache_latents,
+    cache_masks,
     caption_edits,
     crop_plan,
+    masks_of,
     settled_captions,
     still,
 )
@@ -84,6 +87,10 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
         cache = cache_latents(folder, vae, data, accelerator=accelerator)
         assert isinstance(cache, LatentCache)
         yield Built(f"{name} pictures", len(cache), cache.encoded)
+        factor = cache.factor
+        masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
+        if isinstance(masks, MaskCache):
+            yield Built(f"{name} masks", len(masks), masks.made)
     if (tower := _text_tower(config)) is not None:
         text_encoder, tokenizer = tower
         texts = TextCache.build(
@@ -136,11 +143,13 @@ def say_pruned(found: Sequence[tuple[Path, int]], *, deleted: bool) -> Iterator[
 def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
     """Yield the keys of all that a run with this config reads."""
     check_parts(config)
-    folders = read_data(config.data)
+    folders = read_data(config.data, prompts=config.finetune.instance_prompts)
     if config.data.cache:
         codec = LatentCodec(load_vae_of(config))
         for _, folder, data in _parts(config, *folders):
             yield _opened(folder, codec, data).keys
+            if (masks := masks_of(folder, data, factor=codec.factor)) is not None:
+                yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
     if (tower := _text_tower(config)) is not None:
         captions = settled_captions(folders, caption_edits(config.data))
         yield text_keys(captions, tower[1], tower[0])
@@ -151,7 +160,7 @@ def _checked(config: Config) -> tuple[Folder, Folder]:
     check_parts(config)
     if not config.data.cache:
         raise ValueError("data.cache=false keeps no latents; leave it out to build or verify them")
-    return read_data(config.data)
+    return read_data(config.data, prompts=config.finetune.instance_prompts)
 
 
 def _parts(config: Config, train: Folder, held_out: Folder) -> list[tuple[str, Folder, DataConfig]]:

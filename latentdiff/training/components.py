@@ -4,7 +4,7 @@ Everything that does not fit is said before any weight is loaded. New weights co
 seed. Does not answer for: wrapping by Accelerate or the training itself (loop.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.config import Config, DiffusionConfig
+from latentdiff.config import Config, DataConfig, DiffusionConfig
 from latentdiff.diffusion.ddpm import check_objective
-from latentdiff.fit import read_configs, read_json
+from latentdiff.fit import read_configs, read_json, unet_factor
+from latentdiff.fused import fuse_transformers
 from latentdiff.latents import Autoencoder, latent_factor
 from latentdiff.models import (
     Components,
@@ -56,7 +57,9 @@ def check_parts(config: Config) -> None:
     if config.model.pretrained:
         folder = Path(config.model.pretrained)
         if folder.is_dir():
-            check_fit(read_configs(folder), image_size=config.data.resolution)
+            configs = read_configs(folder)
+            check_fit(configs, image_size=config.data.resolution)
+            _check_buckets(configs, config.data)
         return
     if not config.model.vae:
         raise ValueError(
@@ -70,19 +73,30 @@ def check_parts(config: Config) -> None:
     else:
         text_config = {"hidden_size": text.width, "max_position_embeddings": text.max_tokens}
     channels = vae["latent_channels"]
-    check_fit(
-        {
-            "vae": vae,
-            "text_encoder": text_config,
-            "unet": {
-                "in_channels": channels,
-                "out_channels": channels,
-                "block_out_channels": unet.block_out_channels,
-                "cross_attention_dim": text_config.get("hidden_size"),
-            },
+    configs = {
+        "vae": vae,
+        "text_encoder": text_config,
+        "unet": {
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": unet.block_out_channels,
+            "cross_attention_dim": text_config.get("hidden_size"),
         },
-        image_size=config.data.resolution,
-    )
+    }
+    check_fit(configs, image_size=config.data.resolution)
+    _check_buckets(configs, config.data)
+
+
+def _check_buckets(configs: Mapping[str, Mapping[str, Any]], data: DataConfig) -> None:
+    """Raise ValueError where the sides of buckets do not fit; what is absent is not checked."""
+    if not data.buckets or "vae" not in configs or "unet" not in configs:
+        return
+    vae, unet = latent_factor(configs["vae"]), unet_factor(configs["unet"])
+    if data.bucket_multiple % (vae * unet):
+        raise ValueError(
+            f"data.bucket_multiple={data.bucket_multiple} must be a multiple of {vae * unet} (VAE "
+            f"factor {vae} x U-Net factor {unet}), so that this model can take every bucket's size"
+        )
 
 
 def load_vae_of(config: Config) -> Autoencoder:
@@ -147,9 +161,13 @@ def pretrained_components(config: Config) -> Components:
 
 
 def learns_text(config: Config) -> bool:
-    """Return whether the text tower is trained: a new one always is, others when asked."""
+    """Return whether the text tower is trained: a new one always is, others when asked.
+
+    New words for it count as training it.
+    """
     is_new = not config.model.pretrained and not config.model.text_encoder
-    return is_new or config.train.train_text_encoder
+    has_new_words = config.finetune.method == "textual_inversion"
+    return is_new or has_new_words or config.train.train_text_encoder
 
 
 def use_plain_attention(unet: UNet2DConditionModel, *, num_cells: int) -> None:
@@ -159,6 +177,14 @@ def use_plain_attention(unet: UNet2DConditionModel, *, num_cells: int) -> None:
     """
     if num_cells <= PLAIN_ATTENTION_CELLS:
         unet.set_attn_processor(AttnProcessor())
+
+
+def take_large_steps(model: TextToImage) -> None:
+    """Train through fewer and larger kernels, the same up to rounding; faster on CPUs."""
+    fuse_transformers(model.unet)
+    text_encoder = model.text_encoder
+    if text_encoder and text_encoder.config.max_position_embeddings <= PLAIN_ATTENTION_CELLS:
+        text_encoder.set_attn_implementation("eager")  # as use_plain_attention
 
 
 def _scheduler(diffusion: DiffusionConfig) -> Any:

@@ -65,6 +65,13 @@ class Averages:
             self.buffers[name].copy_(torch.where(moved, now, self.buffers[name]))
         self.num_updates += moved
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that averages, buffers and the room for an update take on this process."""
+        flat = [chunk.average for chunk in self._chunks]
+        room = max(chunk.staging.nbytes for chunk in self._chunks)
+        return room + sum(tensor.nbytes for tensor in (*flat, *self.buffers.values()))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return averages, buffers and the count of updates by name; not copies."""
         averages = {

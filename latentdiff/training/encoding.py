@@ -24,6 +24,8 @@ from latentdiff.data.columns import values
 from latentdiff.data.digests import picture_digests
 from latentdiff.data.folder import Folder
 from latentdiff.data.index import ScanIndex
+from latentdiff.data.mask_cache import MaskCache
+from latentdiff.data.masks import Masks
 from latentdiff.data.text_cache import encode_captions
 from latentdiff.data.uncached import LatentEncoder
 from latentdiff.latents import Autoencoder, LatentCodec, LatentStats, set_scalar_scaling
@@ -34,6 +36,7 @@ MEASURED_PICTURES = 1000  # enough for the std of latents to three digits
 ENCODED_PIXELS = 1 << 20  # of one batch for the VAE
 REMEMBERED_CAPTIONS = 100_000  # whose token ids are kept
 LatentSource: TypeAlias = LatentCache | LatentEncoder
+MaskSource: TypeAlias = MaskCache | Masks
 
 
 def buckets_of(data: DataConfig) -> tuple[Bucket, ...]:
@@ -90,6 +93,39 @@ def cache_latents(
         plan=plan,
         flips=data.random_flip,
         batch_size=max(1, min(32, ENCODED_PIXELS // data.resolution**2)),
+        shard=(accelerator.process_index, accelerator.num_processes),
+        progress=accelerator.is_local_main_process,
+    )
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def masks_of(folder: Folder, data: DataConfig, *, factor: int) -> Masks | None:
+    """Return the masks of a folder's pictures, cut as these; None where the settings ask for none.
+
+    factor: pixels of a latent's cell a side.
+    """
+    if data.mask == "none":
+        return None
+    return Masks(folder, crop_plan(folder, data), factor, data.mask)
+
+
+def cache_masks(
+    folder: Folder, data: DataConfig, *, factor: int, accelerator: Accelerator
+) -> MaskSource | None:
+    """Read what the cache of masks lacks, shared out over the processes, and open it.
+
+    Without data.cache none is read before it is asked for.
+    """
+    masks = masks_of(folder, data, factor=factor)
+    if masks is None or not data.cache:
+        return masks
+    if accelerator.num_processes > 1:
+        with accelerator.main_process_first():  # the others find its hashes on disk
+            MaskCache.open(masks, cache_dir=cache_dir(data))
+    cache = MaskCache.build(
+        masks,
+        cache_dir=cache_dir(data),
         shard=(accelerator.process_index, accelerator.num_processes),
         progress=accelerator.is_local_main_process,
     )

@@ -19,11 +19,13 @@ from latentdiff.diffusion.objectives import (
     loss_weights,
     offset_noise,
     per_sample_loss,
+    perturb_input,
     target,
     variance_loss,
 )
 from latentdiff.diffusion.timesteps import (
     LossAwareTimesteps,
+    draw_by,
     logit_normal_timesteps,
     stratify,
     uniform_timesteps,
@@ -33,6 +35,7 @@ from latentdiff.training.components import TextToImage
 from latentdiff.training.ema import Ema
 from latentdiff.training.learned_variance import VLB_WEIGHT
 from latentdiff.training.optim import (
+    OptimizerName,
     build_optimizer,
     clip_gradients,
     learning_rate,
@@ -51,9 +54,13 @@ class Objective:
     prediction_type: str
     null_text: Tensor  # (1, L) ids or (1, L, D) states
     weighting: str = "none"
-    weighting_gamma: float = 5.0
+    weighting_gamma: float | None = None  # None: the weighting's own
+    huber_delta: float | None = None  # None: squared errors
     timesteps: str = "uniform"
+    logit_normal: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
+    probabilities: Tensor | None = None  # (T,), drawn by these and made up for by weights
     offset_noise: float = 0.0
+    input_perturbation: float = 0.0
     learned_variance: bool = False
     loss_aware: LossAwareTimesteps | None = None  # its history is part of a run's state
 
@@ -65,11 +72,15 @@ class Objective:
         num = self.schedule.num_timesteps
         if self.loss_aware is not None:
             return self.loss_aware.draw(u)
+        if self.probabilities is not None:
+            t, weights = draw_by(self.probabilities, u)
+            return t, weights.float()
         if self.timesteps == "stratified":
             u = stratify(u, place, num_places=count)
         even = torch.ones_like(u, dtype=torch.float32)
         if self.timesteps == "logit_normal":
-            return logit_normal_timesteps(u, num), even
+            mean, std = self.logit_normal
+            return logit_normal_timesteps(u, num, mean=mean, std=std), even
         return uniform_timesteps(u, num), even
 
     def text_of(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -80,12 +91,18 @@ class Objective:
         return torch.where(dropped[:, None], self.null_text, text)
 
     def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> "Losses":
-        """Return the weighted loss of each sample, of `count` in the whole step."""
+        """Return the weighted loss of each sample, of `count` in the whole step.
+
+        Where the batch has a mask (B, 1, h, w), a sample's loss is the mean over what it keeps.
+        """
         z0, eps = batch["z0"], batch["eps"]
         t, importance = self.timesteps_of(batch["u"], batch["place"], count=count)
         if self.offset_noise:
             eps = offset_noise(eps, batch["offset"], strength=self.offset_noise)
         zt = q_sample(self.schedule, z0, t, eps)
+        if self.input_perturbation:
+            strength = self.input_perturbation
+            zt = perturb_input(self.schedule, zt, t, batch["perturbation"], strength=strength)
         output = model(zt, t, self.text_of(batch))
         wanted = target(self.schedule, z0, eps, t, prediction_type=self.prediction_type)
         weights = loss_weights(
@@ -95,7 +112,12 @@ class Objective:
             weighting=self.weighting,
             gamma=self.weighting_gamma,
         )
-        loss = weights * per_sample_loss(output[:, : z0.shape[1]], wanted)
+        loss = weights * per_sample_loss(
+            output[:, : z0.shape[1]],
+            wanted,
+            huber_delta=self.huber_delta,
+            mask=batch.get("mask"),
+        )
         if self.learned_variance:
             loss = loss + VLB_WEIGHT * variance_loss(
                 self.schedule, output, z0, zt, t, prediction_type=self.prediction_type
@@ -154,11 +176,13 @@ class Engine:
         objective: Objective,
         accelerator: Accelerator,
         rates: RatePlan,
+        optimizer: OptimizerName = "adamw",
         weight_decay: float,
         betas: tuple[float, float],
         max_grad_norm: float,
         ema_decay: float | None,
         power_ema: Sequence[float],
+        ema_device: torch.device | str | None = None,
         fp16: bool,
         seed: int,
     ) -> None:
@@ -168,9 +192,13 @@ class Engine:
         self.model = model
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups = self._groups(weight_decay)
-        self.optimizer = build_optimizer(groups, name="adamw", lr=rates.base, betas=betas)
-        self.ema = Ema(model, decay=ema_decay) if ema_decay is not None else None
-        self.power_emas = {width: PowerEma(model, gamma=gamma_of(width)) for width in power_ema}
+        self.optimizer = build_optimizer(groups, name=optimizer, lr=rates.base, betas=betas)
+        self.ema = None
+        if ema_decay is not None:
+            self.ema = Ema(model, decay=ema_decay, device=ema_device)
+        self.power_emas = {
+            width: PowerEma(model, gamma=gamma_of(width), device=ema_device) for width in power_ema
+        }
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=fp16)
         self.skipped = 0  # updates skipped up to the last look, which hold the rate back
 

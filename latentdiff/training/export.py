@@ -1,4 +1,4 @@
-"""The export: pipeline/, with EMA weights, in Stable Diffusion's format."""
+"""The export: pipeline/, with EMA weights, in Stable Diffusion's format, and what learned alone."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from latentdiff.pipeline.facts import Facts, read_facts
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.components import TextToImage
 from latentdiff.training.engine import Engine
+from latentdiff.training.finetune import plain_components, write_parts
 from latentdiff.training.learned_variance import (
     for_ancestral_sampling,
     learns_variance,
@@ -34,7 +35,9 @@ def export(run: Run) -> None:
         step = _take_best(run) if wants_best else run.config.train.max_steps
         with averaged(run.engine):
             run.components.unet.to(memory_format=torch.contiguous_format)
-            _write_both(run.components, run.folder / "pipeline", facts=_facts(run, step))
+            write_parts(run.components, run.config.finetune, run.folder)
+            plain = plain_components(run.components, run.config.finetune.method)
+            _write_both(plain, run.folder / "pipeline", facts=_facts(run, step))
     run.accelerator.wait_for_everyone()
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from latentdiff.config import Config
-from latentdiff.evaluation.heldout import summarise, triple_losses
+from latentdiff.evaluation.heldout import summarise, summarise_gap, triple_losses
 from latentdiff.training.checkpoint import best_step
 from latentdiff.training.components import check_parts
 from latentdiff.training.export import averaged, export
 from latentdiff.training.learned_variance import prediction_only
 from latentdiff.training.log import Window
+from latentdiff.training.plan import say_plan, say_rate
 from latentdiff.training.preview import write_sheet
 from latentdiff.training.resume import first_checkpoint, resume, save_averages, save_state
 from latentdiff.training.run import Run, prepare, start_accelerator
@@ -51,9 +53,9 @@ def train(config: Config) -> int:
     with _naming_the_rank(accelerator), _lock(folder, accelerator):
         start = first_checkpoint(config, folder)
         run = prepare(config, folder, accelerator, start=start)
-        with StopSignals() as signals, naming_the_dead(run.supply.samples, run.supply.train.ids):
+        with StopSignals() as signals, naming_the_dead(run.supply.samples, run.supply.ids):
             first_step = resume(run, start)
-            _say_plan(run, first_step)
+            say_plan(run, first_step)
             try:
                 stopped = _train_steps(run, signals, first_step=first_step)
             finally:
@@ -69,11 +71,12 @@ def train(config: Config) -> int:
 def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
     """Train from first_step to the end; return whether a signal stopped it, its state saved."""
     config, settings, accelerator = run.config, run.config.train, run.accelerator
-    ids = run.supply.train.ids
+    ids = run.supply.ids
     batches = step_batches(
         config, run.supply, run.layout, first_step=first_step, accelerator=accelerator
     )
     timed = _Timed(batches)
+    rate_is_known = False
     num_timesteps = run.engine.objective.schedule.num_timesteps
     window = Window(accelerator, max_bad_steps=settings.max_bad_steps, num_timesteps=num_timesteps)
     bar = tqdm(
@@ -100,6 +103,12 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
             run.engine.skipped += skipped
             run.log.write(done, figures)
             _say_failed_save(run)
+            if not rate_is_known and accelerator.is_main_process:
+                say_rate(
+                    figures["images_per_second"],
+                    num_images=(settings.max_steps - done) * settings.batch_size,
+                )
+                rate_is_known = True
             bar.set_postfix(
                 loss=f"{figures['loss']:.4f}", img_s=f"{figures['images_per_second']:.1f}"
             )
@@ -143,7 +152,7 @@ def _draw(run: Run, done: int, *, last: bool) -> None:
         return
     with _evaluating(run):
         try:
-            write_sheet(
+            figures = write_sheet(
                 run.components,
                 preview.prompts or _default_prompts(run.supply),
                 _sheet_path(run, done),
@@ -151,7 +160,10 @@ def _draw(run: Run, done: int, *, last: bool) -> None:
                 seed=run.config.train.seed,
                 num_steps=preview.num_steps,
                 guidance_scale=preview.guidance_scale,
+                neighbours=run.neighbours,
             )
+            if figures:
+                run.log.write(done, figures)
         except OSError as error:  # a full disk, say, is no reason to stop training
             logger.error("no sheet for step %d: %s", done, error)
 
@@ -159,10 +171,16 @@ def _draw(run: Run, done: int, *, last: bool) -> None:
 def _measure(run: Run, done: int, *, last: bool) -> bool:
     """Measure the held-out loss when it is time; return whether this state is the best to keep.
 
-    All processes share in it, with the EMA weights. The log also has what captions are worth.
+    Beside it goes the loss of training pictures, whose gap to it tells overfitting. All processes
+    share in it, with the EMA weights. The log also has what captions are worth.
     """
-    triples, objective = run.supply.triples, run.engine.objective
-    if triples is None or not _is_time(done, run.config.preview.held_out_every_steps, last):
+    triples, trained = run.supply.triples, run.supply.train_triples
+    objective = run.engine.objective
+    if (
+        triples is None
+        or trained is None
+        or not _is_time(done, run.config.preview.held_out_every_steps, last)
+    ):
         return False
 
     def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -170,22 +188,25 @@ def _measure(run: Run, done: int, *, last: bool) -> bool:
             return run.engine.model(zt, t, text)
 
     with _evaluating(run):
-        shares = triple_losses(
+        measure = partial(
+            triple_losses,
             denoise,
             objective.schedule,
-            triples,
             prediction_type=objective.prediction_type,
             device=run.accelerator.device,
             shard=(run.accelerator.process_index, run.accelerator.num_processes),
         )
+        shares = measure(triples)
+        trained_share = measure(trained, captions=["true"])
     losses = run.accelerator.reduce(shares, "sum")
-    num = objective.schedule.num_timesteps
-    figures = summarise(losses, triples.t, num_timesteps=num)
+    trained_losses = run.accelerator.reduce(trained_share, "sum")["true"]
+    figures = summarise(losses, triples.t, num_timesteps=objective.schedule.num_timesteps)
+    figures |= summarise_gap(losses["true"][triples.order], trained_losses[trained.order])
     run.log.write(done, figures)
     if math.isfinite(loss := figures["held_out_loss"]):
         run.held_out[done] = loss
-    trained = {step: loss for step, loss in run.held_out.items() if step}  # the start is not saved
-    return run.config.train.keep_best and best_step(trained) == done
+    saved = {step: loss for step, loss in run.held_out.items() if step}  # the start is not
+    return run.config.train.keep_best and best_step(saved) == done
 
 
 @contextmanager
@@ -198,49 +219,6 @@ def _evaluating(run: Run) -> Iterator[None]:
     with averaged(run.engine), prediction_only(run.components):
         yield
     model.train()
-
-
-def _say_plan(run: Run, first_step: int) -> None:
-    """Print what is about to happen, before the first step."""
-    if not run.accelerator.is_main_process:
-        return
-    settings, layout, num = run.config.train, run.layout, len(run.supply.train)
-    trained = sum(p.numel() for p in run.engine.parameters.values())
-    per_epoch = run.supply.order.steps_per_epoch
-    logger.info(
-        "%s: %s training and %s held-out pictures of %d px; %.1f M parameters trained in %s on %s",
-        run.folder,
-        f"{num:,}",
-        f"{len(run.supply.held_out):,}",
-        run.config.data.resolution,
-        trained / 1e6,
-        settings.precision,
-        run.accelerator.device,
-    )
-    logger.info(
-        "steps %d to %d, %d pictures each (%d processes x %d x %d accumulated), %d steps an epoch, "
-        "%.1f epochs; rate %.2g %s after %d warm-up steps",
-        first_step,
-        settings.max_steps,
-        settings.batch_size,
-        layout.num_processes,
-        layout.micro_batch_size,
-        layout.accumulation,
-        per_epoch,
-        settings.max_steps / per_epoch,
-        settings.learning_rate,
-        settings.lr_schedule,
-        settings.warmup_steps,
-    )
-    if run.engine.power_emas:
-        num_snapshots = -(-settings.max_steps // settings.power_ema_every_steps)
-        num_snapshots *= len(run.engine.power_emas)
-        size_gb = num_snapshots * trained * 4 / 1e9
-        logger.info("power_ema/ will hold %d snapshots, %.2f GB in all", num_snapshots, size_gb)
-    if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
-        logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
-    if not len(run.supply.held_out):
-        logger.warning("no picture is held out, so no held-out loss; set data.split_fraction")
 
 
 def _export(run: Run) -> None:
@@ -265,7 +243,7 @@ def _default_prompts(supply: Supply) -> list[str]:
     """Return eight captions, held out where there are any, spread over the folder."""
     folder = supply.held_out if len(supply.held_out) else supply.train
     chosen = [len(folder) * k // 8 for k in range(min(8, len(folder)))]
-    return [folder[index].captions[0] for index in chosen]
+    return [supply.edits.settle(folder[index].captions[0]) for index in chosen]
 
 
 def _any_process(flag: bool, accelerator: Accelerator) -> bool:

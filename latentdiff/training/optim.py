@@ -62,6 +62,17 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
+def check_optimizer(name: OptimizerName, device: torch.device) -> None:
+    """Raise ValueError for an optimiser that cannot run on `device`, before anything is loaded."""
+    if name != "adamw8bit":
+        return
+    _adamw8bit_class()
+    if device.type == "cpu":
+        raise ValueError(
+            "train.optimizer=adamw8bit needs a GPU and this run is on the CPU: take adamw"
+        )
+
+
 def build_optimizer(
     parameter_groups: Sequence[Mapping[str, Any]],
     *,
@@ -151,6 +162,13 @@ def _adamw_8bit(
     weight_decay: float,
 ) -> Optimizer:
     """Return AdamW with block-wise 8-bit state (Dettmers et al. 2022)."""
+    optimizer: Optimizer = _adamw8bit_class()(
+        groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+    )
+    return optimizer
+
+
+def _adamw8bit_class() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -158,5 +176,4 @@ def _adamw_8bit(
             "optimizer adamw8bit needs bitsandbytes, which is not installed: "
             "pip install 'latentdiff[8bit]', or take adamw"
         ) from error
-    optimizer: Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    return optimizer
+    return AdamW8bit

@@ -1,4 +1,4 @@
-"""Sample sheets during a run: fixed prompts, each with its own seed.
+"""Sample sheets during a run: fixed prompts, each with its own seed, and what they are nearest to.
 
 A prompt's seed hangs on the run's seed and the prompt alone, so adding a prompt does not change the
 others' pictures. The prompts are shared out over the processes in batches of one size, so that
@@ -6,20 +6,23 @@ neither does the number of processes.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import Image, ImageOps
 
 from latentdiff.evaluation.heldout import turns
 from latentdiff.models import Components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.sheet import draw_sheet
+from latentdiff.training.neighbours import Neighbour, Neighbours, figures_of
 from latentdiff.whole_file import whole_file
 
+logger = logging.getLogger(__name__)
 PICTURES_AT_ONCE = 4  # a constant: rounding depends on a batch's size
 
 
@@ -46,8 +49,13 @@ def write_sheet(
     seed: int,
     num_steps: int,
     guidance_scale: float,
-) -> Image.Image | None:
-    """Draw one picture a prompt and write them as a labelled PNG; return it on the main process."""
+    neighbours: Neighbours | None = None,
+) -> dict[str, float]:
+    """Draw one picture a prompt and write them as a labelled PNG.
+
+    neighbours: shows beside each the nearest training picture. Returns the figures of these, on
+    the main process.
+    """
     mine = draw_share(
         components,
         prompts,
@@ -58,13 +66,36 @@ def write_sheet(
     )
     drawn = dict(gather_object(list(mine.items())))
     if not accelerator.is_main_process:
-        return None
+        return {}
     images = [drawn[index] for index in range(len(prompts))]
-    sheet = draw_sheet(images, list(prompts), columns=min(8, len(prompts)))
+    found = _found(images, neighbours)
+    sheet = _sheet(images, prompts, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         sheet.save(temporary, format="PNG")
-    return sheet
+    return figures_of(found) if found else {}
+
+
+def _found(images: Sequence[Image.Image], neighbours: Neighbours | None) -> list[Neighbour]:
+    """Find what pictures are nearest to; a training picture that is gone is no reason to stop."""
+    try:
+        return neighbours.of(images) if neighbours is not None else []
+    except (OSError, ValueError) as error:
+        logger.error("the nearest training pictures are not shown: %s", error)
+        return []
+
+
+def _sheet(
+    images: Sequence[Image.Image], prompts: Sequence[str], found: Sequence[Neighbour]
+) -> Image.Image:
+    """Lay out pictures, each followed by what it is nearest to."""
+    if not found:
+        return draw_sheet(images, list(prompts), columns=min(8, len(prompts)))
+    cells, labels = [], []
+    for image, prompt, one in zip(images, prompts, found, strict=True):
+        cells += [image, ImageOps.contain(one.image, image.size)]
+        labels += [prompt, one.label]
+    return draw_sheet(cells, labels, columns=2 * min(4, len(prompts)))
 
 
 @torch.no_grad()

@@ -94,6 +94,12 @@ def resume(run: Run, start: Path | None) -> int:
     if start is not None:
         checkpoint = load_checkpoint(start)
         step, state = checkpoint.step, checkpoint.state
+        if state.get("base") != run.base_hash:
+            raise ValueError(
+                f"{start} was trained on other weights than model.pretrained="
+                f"{run.config.model.pretrained} holds now, which its own are added to; give the "
+                "base model of that run"
+            )
         run.engine.load(spread(checkpoint.tensors, run.engine.parameters), state)
         if state.get("num_held_out") == _num_held_out(run):
             run.held_out = {int(at): loss for at, loss in state["held_out"].items()}
@@ -125,6 +131,7 @@ def save_state(run: Run, done: int) -> None:
     state["held_out"] = {str(at): loss for at, loss in losses.items()}
     state["num_held_out"] = _num_held_out(run)
     state["scaling_factor"] = float(run.components.vae.config["scaling_factor"])
+    state["base"] = run.base_hash
     settings_of_run, world = identity(run.config), run.accelerator.num_processes
 
     def save() -> None:

@@ -6,15 +6,18 @@ Everything that can be wrong with the input is said here, before the first step.
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
 from latentdiff.config import Config
 from latentdiff.config_file import to_yaml
-from latentdiff.diffusion.timesteps import LossAwareTimesteps
+from latentdiff.data.folder import Folder
+from latentdiff.diffusion.timesteps import LossAwareTimesteps, logit_normal_probabilities
 from latentdiff.latents import LatentCodec
 from latentdiff.models import Components, schedule_of
+from latentdiff.training.attention import check_attention, set_attention
 from latentdiff.training.checkpoint import BackgroundSaver, validate_checkpoint
 from latentdiff.training.components import (
     TextToImage,
@@ -22,10 +25,15 @@ from latentdiff.training.components import (
     load_vae_of,
     new_components,
     pretrained_components,
-    use_plain_attention,
+    take_large_steps,
 )
+from latentdiff.training.encoding import caption_edits, crop_plan, settled_captions, still
 from latentdiff.training.engine import Engine, Objective, RatePlan
+from latentdiff.training.finetune import add_what_learns, choose_what_learns, hash_of
 from latentdiff.training.log import MetricsLog
+from latentdiff.training.neighbours import Neighbours
+from latentdiff.training.optim import check_optimizer
+from latentdiff.training.prior import class_pictures
 from latentdiff.training.samples import Layout
 from latentdiff.training.supply import (
     Supply,
@@ -34,6 +42,7 @@ from latentdiff.training.supply import (
     make_supply,
     read_data,
 )
+from latentdiff.training.words import check_captions
 from latentdiff.whole_file import write_text
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -59,7 +68,9 @@ class Run:
     layout: Layout
     log: MetricsLog
     saver: BackgroundSaver
+    neighbours: Neighbours | None = None
     held_out: dict[int, float] = field(default_factory=dict)  # losses so far, by step
+    base_hash: str | None = None  # of a pretrained model that checkpoints hold a part of
 
 
 def start_accelerator(config: Config) -> Accelerator:
@@ -77,6 +88,13 @@ def start_accelerator(config: Config) -> Accelerator:
             "train.channels_last is true, and FSDP2 cannot spread weights in that layout: add "
             "--train.channels_last=false"
         )
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.optimizer != "adamw":
+        raise ValueError(
+            f"train.optimizer={config.train.optimizer} has no form that FSDP2 can spread: take "
+            "adamw, whose state FSDP2 spreads, or train without FSDP"
+        )
+    check_optimizer(config.train.optimizer, accelerator.device)
+    check_attention(config.train.attention, accelerator.device)
     return accelerator
 
 
@@ -125,20 +143,26 @@ def _is_set(name: str) -> bool:
 def prepare(config: Config, folder: Path, accelerator: Accelerator, *, start: Path | None) -> Run:
     """Read the data, load or build the model, encode what the caches lack, wrap for training."""
     with accelerator.main_process_first():
-        train_data, held_out = read_data(config.data, trust_index=not accelerator.is_main_process)
+        train_data, held_out = read_data(
+            config.data,
+            prompts=config.finetune.instance_prompts,
+            trust_index=not accelerator.is_main_process,
+        )
     trains_text = learns_text(config)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", to_yaml(config))
+    base = None
     if config.model.pretrained:
-        components = pretrained_components(config)
+        base = _adapted_base(config, folder, train_data, accelerator)
+        components = base.components
         latents = cache_latents(train_data, components.vae, config.data, accelerator=accelerator)
     else:
         vae = load_vae_of(config)
         latents = cache_latents(train_data, vae, config.data, accelerator=accelerator)
         if config.model.measure_latents:
             fit_scaling(vae, latents)
-        captions = [caption for record in train_data for caption in record.captions]
+        captions = train_data.each_caption()
         with accelerator.main_process_first():
             components = new_components(
                 config, vae, captions=captions, tokenizer_dir=folder / "tokenizer"
@@ -151,6 +175,7 @@ def prepare(config: Config, folder: Path, accelerator: Accelerator, *, start: Pa
         latents=latents,
         learns_text=trains_text,
         accelerator=accelerator,
+        prior=base.prior if base else None,
     )
     if config.train.keep_best and supply.triples is None:
         raise ValueError(
@@ -164,8 +189,45 @@ def prepare(config: Config, folder: Path, accelerator: Accelerator, *, start: Pa
     first_step = validate_checkpoint(start)["step"] if start else 0
     log = MetricsLog(folder, is_main=is_main, first_step=first_step)
     return Run(
-        config, folder, accelerator, components, supply, engine, layout, log, BackgroundSaver()
+        config,
+        folder,
+        accelerator,
+        components,
+        supply,
+        engine,
+        layout,
+        log,
+        BackgroundSaver(),
+        make_neighbours(config, supply, device=accelerator.device),
+        base_hash=base.weights_hash if base else None,
     )
+
+
+class _Base(NamedTuple):
+    """A pretrained model, ready for what learns: its class pictures, and the weights it had."""
+
+    components: Components
+    prior: Folder | None
+    weights_hash: str | None  # None where nothing of a run hangs on it
+
+
+def _adapted_base(
+    config: Config, folder: Path, train_data: Folder, accelerator: Accelerator
+) -> _Base:
+    """Load the model to fine-tune, let it draw class pictures, then add adapters or words to it."""
+    finetune, learns = config.finetune, learns_text(config)
+    components = pretrained_components(config)
+    found = hash_of(components) if finetune.is_partial or finetune.class_prompt else None
+    prior = None
+    if found and finetune.class_prompt:
+        prior = class_pictures(
+            config, components, base_hash=found, run_folder=folder, accelerator=accelerator
+        )
+    if finetune.method == "textual_inversion":
+        captions = settled_captions((train_data,), caption_edits(config.data))
+        check_captions(captions, finetune.token)
+    add_what_learns(components, finetune, learns_text=learns, seed=config.train.seed)
+    return _Base(components, prior, found)
 
 
 def make_engine(
@@ -177,25 +239,34 @@ def make_engine(
         part.requires_grad_(False).eval()
     components.text_encoder.to(accelerator.device)
     model = TextToImage(components, learns_text=learns_text(config))
-    model.requires_grad_(True).train()
+    choose_what_learns(model.unet, model.text_encoder, config.finetune.method)
+    model.train()
     if settings.channels_last:
         components.unet.to(memory_format=torch.channels_last)
-    if accelerator.device.type == "cpu":
-        cells = config.data.resolution // LatentCodec(components.vae).factor
-        use_plain_attention(components.unet, num_cells=cells**2)
+    cells = config.data.resolution // LatentCodec(components.vae).factor
+    set_attention(
+        components.unet, settings.attention, num_cells=cells**2, device=accelerator.device
+    )
+    if settings.attention == "auto" and accelerator.device.type == "cpu":
+        take_large_steps(model)
     if settings.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
         if model.text_encoder is not None:
-            model.text_encoder.gradient_checkpointing_enable()
+            # the reentrant form passes no gradient to words or adapters behind frozen inputs
+            model.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     device = accelerator.device
     objective = Objective(
         schedule_of(components.scheduler).to(device, dtype=torch.float32),
         prediction_type=components.scheduler.config["prediction_type"],
         null_text=supply.null_text.to(device),
         weighting=diffusion.weighting,
-        weighting_gamma=diffusion.weighting_gamma,
+        weighting_gamma=diffusion.weighting_gamma or None,
+        huber_delta=diffusion.huber_delta if diffusion.loss == "huber" else None,
         timesteps=diffusion.timesteps,
+        logit_normal=(diffusion.logit_normal_mean, diffusion.logit_normal_std),
+        probabilities=_probabilities(config, components, device),
         offset_noise=diffusion.offset_noise,
+        input_perturbation=diffusion.input_perturbation,
         learned_variance=diffusion.learned_variance,
         loss_aware=_loss_aware(config, components, device),
     )
@@ -211,14 +282,46 @@ def make_engine(
         objective=objective,
         accelerator=accelerator,
         rates=rates,
+        optimizer=settings.optimizer,
         weight_decay=settings.weight_decay,
         betas=(0.9, settings.beta2),
         max_grad_norm=settings.max_grad_norm,
         ema_decay=settings.ema_decay if settings.ema else None,
         power_ema=settings.power_ema,
+        ema_device="cpu" if settings.ema_device == "cpu" else None,
         fp16=settings.precision == "fp16",
         seed=settings.seed,
     )
+
+
+def make_neighbours(
+    config: Config, supply: Supply, *, device: torch.device | str
+) -> Neighbours | None:
+    """Return what finds the training pictures nearest to a sheet's; None where none is wanted."""
+    if not config.preview.num_nearest:
+        return None
+    return Neighbours(
+        supply.train,
+        supply.held_out,
+        plan_of=lambda folder: crop_plan(folder, still(config.data)),
+        num=config.preview.num_nearest,
+        features=config.preview.features,
+        device=device,
+    )
+
+
+def _probabilities(
+    config: Config, components: Components, device: torch.device
+) -> torch.Tensor | None:
+    """Return the p_t that timesteps are drawn by and weighed against; None where neither is so."""
+    diffusion = config.diffusion
+    if not diffusion.logit_normal_unbiased:
+        return None
+    return logit_normal_probabilities(
+        components.scheduler.config["num_train_timesteps"],
+        mean=diffusion.logit_normal_mean,
+        std=diffusion.logit_normal_std,
+    ).to(device)
 
 
 def _loss_aware(

@@ -34,12 +34,26 @@ class Latents(Protocol):
         """Return z0 (C, h, w) for VAE noise (C, h, w), or what the device makes it of."""
 
 
+class CellMasks(Protocol):
+    """Where masks come from: a cache, or the files themselves."""
+
+    def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
+        """Return how much of each latent of record `index` counts: (1, h, w) in [0, 1]."""
+
+
 class StepBatch(NamedTuple):
     """What an optimiser step takes: records, from place `start` of an epoch on."""
 
     epoch: int
     start: int
     indices: np.ndarray
+
+
+class Steps(Protocol):
+    """Which samples each optimiser step takes."""
+
+    def batch(self, step: int) -> StepBatch:
+        """Return what optimiser step `step` takes, counted from the start of the run."""
 
 
 class Order:
@@ -122,7 +136,7 @@ class StepSlots(Sampler[list[Slot]]):
     """The micro-batches of one process from `first_step` to `last_step`, in order."""
 
     def __init__(
-        self, layout: Layout, order: Order, *, first_step: int, last_step: int, rank: int
+        self, layout: Layout, order: Steps, *, first_step: int, last_step: int, rank: int
     ) -> None:
         self.layout, self.order = layout, order
         self.first_step, self.last_step, self.rank = first_step, last_step, rank
@@ -161,14 +175,19 @@ class Samples(Dataset[dict[str, Tensor]]):
         caption_dropout: float,
         random_flip: bool,
         edits: CaptionEdits,
+        masks: CellMasks | None = None,
+        perturbs: bool = False,
     ) -> None:
+        """perturbs: draw a second noise for the U-Net's input."""
         self.latents, self.records, self.text, self.edits = latents, records, text, edits
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
+        self.masks, self.perturbs = masks, perturbs
 
     def __getitem__(self, slot: Slot) -> dict[str, Tensor]:
         """Return z0 or what it is made of; eps (C, h, w); offset (C, 1, 1); text; and the scalars.
 
         These are u in [0, 1) for the timestep, dropped, weight, place (in the step) and index.
+        With masks, mask (1, h, w); with a second noise, perturbation (C, h, w).
         """
 
         def rng(purpose: str) -> Any:
@@ -177,9 +196,14 @@ class Samples(Dataset[dict[str, Tensor]]):
         captions = self.records[slot.index].captions
         flipped = self.random_flip and may_flip(captions) and rng("flip").random() < 0.5
         shape = self.latents.shape(slot.index)
+        crop = rng("crop").random()
         inputs = self.latents.inputs(
-            slot.index, normal(rng("vae"), shape), flipped=flipped, crop=rng("crop").random()
+            slot.index, normal(rng("vae"), shape), flipped=flipped, crop=crop
         )
+        if self.masks is not None:
+            inputs["mask"] = self.masks.mask(slot.index, flipped=flipped, crop=crop)
+        if self.perturbs:
+            inputs["perturbation"] = normal(rng("perturbation"), shape)
         return inputs | {
             "eps": normal(rng("noise"), shape),
             "offset": normal(rng("offset"), (shape[0], 1, 1)),

@@ -5,8 +5,9 @@ encoding.py's business, what a sample is samples.py's.
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from latentdiff.data.captions import CaptionEdits
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.uncached import LatentEncoder
 from latentdiff.evaluation.heldout import Triples, stratified_timesteps
+from latentdiff.latents import LatentCodec
 from latentdiff.models import Components
 from latentdiff.training.encoding import (
     CachedStates,
     LatentSource,
+    MaskSource,
     StepStates,
     TextSource,
     TokenIds,
@@ -31,12 +34,14 @@ from latentdiff.training.encoding import (
     buckets_of,
     cache_dir,
     cache_latents,
+    cache_masks,
     caption_edits,
     fit_scaling,
     null_text,
     settled_captions,
     still,
 )
+from latentdiff.training.prior import MixedSamples, PairedOrder, WholeMasks, prior_seed
 from latentdiff.training.randomness import draws, normal
 from latentdiff.training.samples import Layout, Order, Samples, StepSlots, collate
 from latentdiff.training.workers import WatchedSamples, leave_signals_to_the_trainer
@@ -52,6 +57,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 NUM_SHOWN = 6  # buckets named in the plan
+MIN_TRIPLES = 64  # so that a handful of held-out pictures still covers the chain
+JUDGED_MASKS = 500
 
 
 @dataclass(frozen=True)
@@ -65,19 +72,34 @@ class Supply:
     train: Folder
     held_out: Folder
     samples: WatchedSamples
-    order: Order
+    order: Order | PairedOrder
     edits: CaptionEdits
     null_text: Tensor  # (1, L) ids or (1, L, D) states
     triples: Triples | None
+    prior: Folder | None = None  # class pictures beside the subject's
+    train_triples: Triples | None = None  # of training pictures, with the timesteps of `triples`
     encoder: LatentEncoder | None = None
     states: StepStates | None = None
 
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of the samples by index."""
+        if self.prior is None:
+            return self.train.ids
+        own, others = self.train.ids.to_pylist(), self.prior.ids.to_pylist()
+        return own + [f"{self.prior.root}/{name}" for name in others]
 
-def read_data(data: DataConfig, *, trust_index: bool = False) -> tuple[Folder, Folder]:
+
+def read_data(
+    data: DataConfig, *, prompts: Sequence[str] = (), trust_index: bool = False
+) -> tuple[Folder, Folder]:
     """Read the folder; return its training and held-out records. ValueError says what is wrong.
 
-    trust_index: take the scan that another process has just made.
+    prompts: captions of all pictures, which then need none of their own. trust_index: take the
+    scan that another process has just made.
     """
+    if prompts:
+        data = replace(data, missing_caption="empty")
     if not data.root:
         raise ValueError("data.root is empty, expected a captioned folder; give --data.root=DIR")
     folder = read_folder(
@@ -92,10 +114,12 @@ def read_data(data: DataConfig, *, trust_index: bool = False) -> tuple[Folder, F
         split_fraction=data.split_fraction,
         min_size=data.min_size,
         max_aspect=data.max_aspect,
+        mask=data.mask,
         cache_dir=cache_dir(data),
         trust_index=trust_index,
     )
     folder.check(max_bad_fraction=data.max_bad_fraction)
+    folder = folder.captioned(prompts) if prompts else folder
     train = folder.split("train")
     if not len(train):
         raise ValueError(f"the data folder {data.root} has no picture in its training split")
@@ -111,8 +135,12 @@ def make_supply(
     latents: LatentSource,
     learns_text: bool,
     accelerator: Accelerator,
+    prior: Folder | None = None,
 ) -> Supply:
-    """Put caches, draws and captions together, and say what comes of them."""
+    """Put caches, draws and captions together, and say what comes of them.
+
+    prior: class pictures, of which each step takes as many as of the subject's.
+    """
     data, edits = config.data, caption_edits(config.data)
     source: TextSource
     if learns_text:
@@ -120,9 +148,16 @@ def make_supply(
     elif edits.edits_tags:
         source = StepStates(components, accelerator.device)
     else:
-        captions = settled_captions((train, held_out), edits)
+        captions = [
+            *settled_captions((train, held_out), edits),
+            *((config.finetune.class_prompt,) if prior is not None else ()),
+        ]
         source = CachedStates(captions, components, data=data, accelerator=accelerator)
     encoder = latents if isinstance(latents, LatentEncoder) else None
+    factor = LatentCodec(components.vae).factor
+    masks = cache_masks(train, data, factor=factor, accelerator=accelerator)
+    if masks is not None:
+        _judge_masks(masks, data)
     samples = Samples(
         latents.pictures if isinstance(latents, LatentEncoder) else latents,
         train,
@@ -131,6 +166,8 @@ def make_supply(
         caption_dropout=config.diffusion.caption_dropout,
         random_flip=data.random_flip,
         edits=edits,
+        masks=masks,
+        perturbs=config.diffusion.input_perturbation > 0,
     )
     order = Order(
         assigned(train, data),
@@ -138,24 +175,72 @@ def make_supply(
         seed=config.train.seed,
         partial=data.partial_batches,
     )
-    triples = None
+    mixed: Samples | MixedSamples = samples
+    paired: Order | PairedOrder = order
+    if prior is not None:
+        shown = cache_latents(prior, components.vae, data, accelerator=accelerator)
+        mixed, paired = _with_prior(config, prior, samples, order, latents=shown)
+    triples = train_triples = None
     if len(held_out):
         kept = cache_latents(held_out, components.vae, still(data), accelerator=accelerator)
-        num = components.scheduler.config["num_train_timesteps"]
-        triples = _triples(config, held_out, kept, source, edits, num_timesteps=num)
+        kept_masks = cache_masks(held_out, still(data), factor=factor, accelerator=accelerator)
+        n = min(config.preview.num_held_out, max(len(held_out), MIN_TRIPLES))
+        t = stratified_timesteps(n, components.scheduler.config["num_train_timesteps"])
+        fix = partial(_triples, config, source=source, edits=edits, t=t)
+        in_turn = np.arange(n) % len(held_out)
+        triples = fix(held_out, in_turn, latents=kept, masks=kept_masks, purpose="held out")
+        spread = np.arange(n) * max(len(train), n) // n % len(train)
+        train_triples = fix(train, spread, latents=latents, masks=masks, purpose="trained")
     if accelerator.is_main_process:
-        _say_plan(data, order, source, is_cached=encoder is None)
+        _say_plan(data, paired, source, is_cached=encoder is None)
     return Supply(
         train,
         held_out,
-        WatchedSamples(samples, num_workers=data.num_workers),
-        order,
+        WatchedSamples(mixed, num_workers=data.num_workers),
+        paired,
         edits,
         null_text(source),
         triples,
+        prior,
+        train_triples,
         encoder,
         source if isinstance(source, StepStates) else None,
     )
+
+
+def _with_prior(
+    config: Config,
+    prior: Folder,
+    samples: Samples,
+    order: Order,
+    *,
+    latents: LatentSource,
+) -> tuple[MixedSamples, PairedOrder]:
+    """Add class pictures, half of each step, to the subject's samples and their order."""
+    data, num_subject = config.data, len(samples.records)
+    pictures = latents.pictures if isinstance(latents, LatentEncoder) else latents
+    seed, half = prior_seed(config.train.seed), config.train.batch_size // 2
+    others = Samples(
+        pictures,
+        prior,
+        samples.text,
+        seed=seed,
+        caption_dropout=samples.caption_dropout,
+        random_flip=samples.random_flip,
+        edits=CaptionEdits(),
+        masks=None if samples.masks is None else WholeMasks(pictures.shape(0)),
+        perturbs=samples.perturbs,
+    )
+    own = Order(
+        order.bucket_of,
+        batch_size=config.train.batch_size - half,
+        seed=config.train.seed,
+        partial=order.partial,
+    )
+    weight = config.finetune.prior_weight
+    mixed = MixedSamples(samples, others, num_subject=num_subject, prior_weight=weight)
+    classes = Order(assigned(prior, data), batch_size=half, seed=seed, partial="fill")
+    return mixed, PairedOrder(own, classes)
 
 
 def step_batches(
@@ -190,39 +275,64 @@ def step_batches(
 
 def _triples(
     config: Config,
-    held_out: Folder,
+    folder: Folder,
+    indices: np.ndarray,
+    *,
     latents: LatentSource,
+    masks: MaskSource | None,
     source: TextSource,
     edits: CaptionEdits,
-    *,
-    num_timesteps: int,
+    t: Tensor,
+    purpose: str,
 ) -> Triples:
-    """Fix n (picture, timestep, noise) triples; pictures are used in turn, more than once if few.
+    """Fix n (picture, timestep, noise) triples of the records at `indices` (n,) and t (n,).
 
-    At least 64 triples, so that a handful of pictures still covers the chain. Those of one bucket
-    stand together.
+    Those of one bucket stand together. purpose: what keys their draws.
     """
     seed = config.train.seed
-    n = min(config.preview.num_held_out, max(len(held_out), 64))
-    in_turn = np.arange(n) % len(held_out)
-    places = np.argsort(assigned(held_out, config.data)[in_turn], kind="stable").tolist()
-    z0, eps = [], []
+    places = np.argsort(assigned(folder, config.data)[indices], kind="stable").tolist()
+    z0, eps, kept = [], [], []
     for i in places:
-        index = int(in_turn[i])
+        index = int(indices[i])
         mean, std = latents.moments(index)
-        z0.append(mean + std * normal(draws(seed, 0, index, i, "held out vae"), mean.shape))
-        eps.append(normal(draws(seed, 0, index, i, "held out"), mean.shape))
-    captions = [edits.settle(held_out[int(in_turn[i])].captions[0]) for i in places]
+        z0.append(mean + std * normal(draws(seed, 0, index, i, f"{purpose} vae"), mean.shape))
+        eps.append(normal(draws(seed, 0, index, i, purpose), mean.shape))
+        if masks is not None:
+            kept.append(masks.mask(index, flipped=False, crop=0.5))
+    captions = [edits.settle(folder[int(indices[i])].captions[0]) for i in places]
     return Triples(
         z0=z0,
         eps=eps,
-        t=stratified_timesteps(n, num_timesteps)[places],
+        t=t[places],
         text=source.settled(captions),
         null_text=null_text(source),
+        mask=kept or None,
     )
 
 
-def _say_plan(data: DataConfig, order: Order, source: TextSource, *, is_cached: bool) -> None:
+def _judge_masks(masks: MaskSource, data: DataConfig) -> None:
+    """Say what masks keep, on pictures spread over the folder; ValueError where that is all, or
+    nothing."""
+    chosen = np.linspace(0, len(masks) - 1, min(len(masks), JUDGED_MASKS)).astype(int)
+    kept = [float(masks.mask(i, flipped=False, crop=0.5).mean()) for i in chosen.tolist()]
+    share = float(np.mean(kept))
+    if share in (0.0, 1.0):
+        told = "no picture has transparency" if share else "the masks are black all over"
+        raise ValueError(
+            f"data.mask={data.mask} and {told}, where {len(kept):,} of them are cut; leave it out, "
+            "or make masks in which what is to be learned is opaque, or white"
+        )
+    logger.info(
+        "masks keep %.0f %% of the latents; %d of %d keep nothing, and teach nothing",
+        100 * share,
+        kept.count(0.0),
+        len(kept),
+    )
+
+
+def _say_plan(
+    data: DataConfig, order: Order | PairedOrder, source: TextSource, *, is_cached: bool
+) -> None:
     """Say how pictures and captions come to the model, before the first step."""
     if data.buckets:
         used, counts = np.unique(order.bucket_of, return_counts=True)

@@ -30,6 +30,7 @@ from latentdiff.models import build_vae, load_vae
 from latentdiff.training.one_process import one_process
 from latentdiff.training.time_limit import TimedRate
 from latentdiff.training.vae_objective import VaeObjective
+from latentdiff.training.vae_principal import keep_principal
 from latentdiff.training.vae_report import held_out_report
 
 
@@ -46,16 +47,15 @@ def train_vae(config: VaeConfig) -> dict[str, float]:
     (output / "config.yaml").write_text(to_yaml(config))
     torch.manual_seed(config.seed)
     accelerator = one_process(config.precision)
-    vae = _start(config).to(accelerator.device)
+    crops = Crops([f.split("train") for f in folders], config.resolution, seed=config.seed)
+    vae = _start(config, crops).to(accelerator.device)
     if config.channels_last:
         vae.to(memory_format=torch.channels_last)
-    crops = Crops([f.split("train") for f in folders], config.resolution, seed=config.seed)
     average, steps = _optimise(vae, crops, config, accelerator)
     codec = LatentCodec(average)
     if config.trained == "all":
-        batches = (b for _, b in zip(range(20), crops.loader(config, start=0), strict=False))
         with torch.no_grad():
-            pixels = (batch.to(average.device) for batch in batches)
+            pixels = (batch.to(average.device) for batch in crops.some(config))
             set_scalar_scaling(average, measure_latents(codec, pixels))
     report = {"steps": float(steps), "scaling_factor": codec.scale}
     network = load_features(config.features).to(average.device) if config.features else None
@@ -114,6 +114,10 @@ class Crops(Dataset[Tensor]):
         )
         return iter(loader)
 
+    def some(self, config: VaeConfig) -> Iterator[Tensor]:
+        """Yield the first twenty batches, to measure latents on."""
+        return (batch for _, batch in zip(range(20), self.loader(config, start=0), strict=False))
+
 
 class _Counting(Sampler[int]):
     """0, 1, 2, ... from `start`."""
@@ -128,11 +132,11 @@ class _Counting(Sampler[int]):
             k += 1
 
 
-def _start(config: VaeConfig) -> AutoencoderKL:
+def _start(config: VaeConfig, crops: Crops) -> AutoencoderKL:
     """Load the VAE to go on from, or build a new one; freeze what does not learn."""
     if not config.pretrained:
-        if config.trained != "all":
-            raise ValueError(f"trained={config.trained} needs --pretrained, a VAE to go on from")
+        if config.trained != "all" or config.principal:
+            raise ValueError("trained=decoder and principal need --pretrained, a VAE to go on from")
         return build_vae(
             block_out_channels=config.block_out_channels,
             latent_channels=config.latent_channels,
@@ -145,6 +149,8 @@ def _start(config: VaeConfig) -> AutoencoderKL:
         raise ValueError(
             f"pretrained={config.pretrained} is a {type(vae).__name__}, expected AutoencoderKL"
         )
+    if config.principal:
+        vae = keep_principal(vae, crops.some(config), config.principal)
     if config.trained == "decoder":
         vae.requires_grad_(False)
         for part in (vae.decoder, vae.post_quant_conv):

@@ -59,15 +59,17 @@ class VaeObjective:
         return losses
 
     def _moved(self, z: Tensor, pixels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Turn, mirror and halve latents and pictures alike, at the share of steps asked for."""
+        """Move latents and pictures alike, at the share of steps asked for."""
         rng = np.random.default_rng([self.config.seed, step])
         if rng.random() >= self.config.equivariance:
             return z, pixels
-        turns, mirrored, shrink = int(rng.integers(4)), rng.random() < 0.5, int(rng.integers(1, 3))
-        return (
-            moved(z, turns=turns, mirrored=mirrored, shrink=shrink),
-            moved(pixels, turns=turns, mirrored=mirrored, shrink=shrink),
-        )
+        turns, mirrored = int(rng.integers(4)), bool(rng.random() < 0.5)
+        z, pixels = (turned(x, turns=turns, mirrored=mirrored) for x in (z, pixels))
+        if rng.random() < 0.5:
+            return F.avg_pool2d(z, 2), F.avg_pool2d(pixels, 2)
+        factor = pixels.shape[2] // z.shape[2]
+        down, right = (int(offset) for offset in rng.integers(factor, size=2))
+        return slid(z, pixels, down=down, right=right)
 
     def _with_generator_loss(self, loss: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         """Add what the discriminator says of a reconstruction; return the sum and it, detached."""
@@ -92,8 +94,21 @@ class VaeObjective:
         return loss.detach()
 
 
-def moved(x: Tensor, *, turns: int, mirrored: bool, shrink: int) -> Tensor:
-    """Turn (B, C, H, W) by quarters, mirror it, and average squares of side `shrink`."""
+def turned(x: Tensor, *, turns: int, mirrored: bool) -> Tensor:
+    """Turn (B, C, H, W) by quarters, and mirror it."""
     x = torch.rot90(x, turns, (2, 3))
-    x = x.flip(3) if mirrored else x
-    return F.avg_pool2d(x, shrink) if shrink > 1 else x
+    return x.flip(3) if mirrored else x
+
+
+def slid(z: Tensor, pixels: Tensor, *, down: int, right: int) -> tuple[Tensor, Tensor]:
+    """Move the window by less than a latent cell: latents are interpolated, pixels are cut.
+
+    z: (B, C, h, w); pixels: (B, 3, f h, f w); down, right: pixels in [0, f). One cell is lost.
+    """
+    height, width = z.shape[2:]
+    factor = pixels.shape[2] // height
+    z = torch.lerp(z[:, :, :-1], z[:, :, 1:], down / factor)
+    z = torch.lerp(z[..., :-1], z[..., 1:], right / factor)
+    rows = slice(down, down + factor * (height - 1))
+    columns = slice(right, right + factor * (width - 1))
+    return z, pixels[:, :, rows, columns]

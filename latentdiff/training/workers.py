@@ -14,7 +14,7 @@ from types import FrameType
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from latentdiff.training.samples import Samples, Slot
+from latentdiff.training.samples import Slot
 
 NOTHING = -1  # index of the sample that a worker between two samples reads
 
@@ -26,7 +26,7 @@ class DeadWorkerError(RuntimeError):
 class WatchedSamples(Dataset[dict[str, Tensor]]):
     """Samples, with a note in shared memory of which one each data worker is reading."""
 
-    def __init__(self, samples: Samples, *, num_workers: int) -> None:
+    def __init__(self, samples: Dataset[dict[str, Tensor]], *, num_workers: int) -> None:
         self.samples = samples
         self._reading = RawArray("q", [NOTHING] * num_workers)
         self._pids = RawArray("q", num_workers)

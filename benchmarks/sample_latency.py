@@ -1,0 +1,132 @@
+"""Seconds of a 20-step call against StableDiffusionPipeline on the same folder, seed and sampler.
+
+    OMP_NUM_THREADS=1 python benchmarks/sample_latency.py [MODEL] [--batch_sizes 1,16] [--rounds 3]
+
+Calls take turns: the stock pipeline as it comes (float32) and in bf16, contiguous and
+channels_last, ours in float32 and bf16. Without MODEL a model of the demo's size with random
+weights is made. Prints one JSON line a batch size. `error_255`: the largest difference of ours to
+the stock picture in float32; `bf16_error_ratio`: mean error of our bf16 picture to the float32 one
+over that of the stock bf16 picture, to be below 1.1.
+"""
+
+import argparse
+import json
+import tempfile
+
+import numpy as np
+import torch
+from common import machine, medians, ratio, take_turns
+from diffusers import StableDiffusionPipeline
+
+from latentdiff import LatentDiffPipeline
+from latentdiff.build import build_text_encoder, build_unet, make_scheduler
+from latentdiff.console import quieten_libraries
+from latentdiff.models import load_vae
+from latentdiff.text import train_tokenizer
+from latentdiff.training.components import SHIPPED
+
+PROMPT = "a large red star on a pink background"
+
+
+def save_demo_size(folder):
+    """Write a model of the demo's size; its pictures are noise."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([PROMPT], vocab_size=640, max_length=20)
+    unet = build_unet(
+        sample_size=8,
+        in_channels=8,
+        block_out_channels=(64, 128),
+        attention_levels=(True, True),
+        layers_per_block=1,
+        head_dim=32,
+        cross_attention_dim=128,
+    )
+    StableDiffusionPipeline(
+        unet=unet.eval(),
+        vae=load_vae(SHIPPED["latentdiff-vae"]),
+        text_encoder=build_text_encoder(tokenizer, width=128, num_layers=2, num_heads=4).eval(),
+        tokenizer=tokenizer,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def open_all(folder):
+    """Return the pipelines by name."""
+    pipelines = {
+        "stock": StableDiffusionPipeline.from_pretrained(folder),
+        "stock_bf16": StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16),
+        "stock_bf16_cl": StableDiffusionPipeline.from_pretrained(
+            folder, torch_dtype=torch.bfloat16
+        ),
+        "ours": LatentDiffPipeline.from_pretrained(folder),
+        "ours_bf16": LatentDiffPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16),
+    }
+    for part in (pipelines["stock_bf16_cl"].unet, pipelines["stock_bf16_cl"].vae):
+        part.to(memory_format=torch.channels_last)
+    for pipeline in pipelines.values():
+        pipeline.set_progress_bar_config(disable=True)
+    return pipelines
+
+
+def draw(pipeline, size, *, steps):
+    """Return pictures (B, H, W, 3) in [0, 1]."""
+    generators = [torch.Generator().manual_seed(k) for k in range(size)]
+    return pipeline(
+        [PROMPT] * size,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=generators,
+        output_type="np",
+    ).images
+
+
+def main():
+    """Take turns and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--batch_sizes", default="1,16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    quieten_libraries()
+    scratch = tempfile.TemporaryDirectory(prefix="sample-latency-")
+    pipelines = open_all(args.model or save_demo_size(scratch.name))
+    for size in map(int, args.batch_sizes.split(",")):
+        pictures = {}
+
+        def work(name, size=size, pictures=pictures):
+            pictures[name] = draw(pipelines[name], size, steps=args.steps)
+
+        works = {name: lambda name=name: work(name) for name in pipelines}
+        times = take_turns(works, rounds=args.rounds)
+        seconds = medians(times)
+        names = [name for name in pipelines if name.startswith("stock")]
+        best_stock = min(names, key=seconds.get)
+        best_ours = min(("ours", "ours_bf16"), key=seconds.get)
+        gap = {
+            name: float(np.abs(picture - pictures["stock"]).mean())
+            for name, picture in pictures.items()
+        }
+        figures = {
+            "benchmark": "sample_latency",
+            "batch_size": size,
+            "ratio_float32": ratio(times, "stock", "ours"),
+            "ratio_bf16": ratio(times, "stock_bf16", "ours_bf16"),
+            "ratio_to_default": ratio(times, "stock", best_ours),
+            "ratio_to_best": ratio(times, best_stock, best_ours),
+            "best": [best_stock, best_ours],
+            "seconds": seconds,
+            "error_255": round(float(np.abs(pictures["ours"] - pictures["stock"]).max()) * 255, 4),
+            "bf16_error_ratio": round(gap["ours_bf16"] / max(gap["stock_bf16"], 1e-9), 3),
+            "model": "given" if args.model else "demo size, random weights",
+            "steps": args.steps,
+        }
+        print(json.dumps(figures | machine()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

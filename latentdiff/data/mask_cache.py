@@ -1,0 +1,140 @@
+"""Masks averaged over latents' cells, kept on disk beside the latents and addressed by content.
+
+A key is the hash of the mask's file, the cut and the cell: a mask that changes is read again, and
+nothing else is; no latent depends on it.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.data.cache_encode import cut_keys
+from latentdiff.data.cache_load import CropPlan, Item
+from latentdiff.data.cache_store import MISSING, Store, Writer, in_share
+from latentdiff.data.digests import mask_digests, picture_digests
+from latentdiff.data.index import ScanIndex
+from latentdiff.data.masks import Masks
+
+MASKS_AT_ONCE = 256
+
+
+class MaskCache:
+    """The mask of every record of a folder; what is read is mapped from disk.
+
+    made: how many this process had to read. keys: (V, N, 2) uint64, V the plan's places.
+    """
+
+    def __init__(self, store: Store, keys: np.ndarray, *, plan: CropPlan) -> None:
+        self.keys, self.plan, self.made = keys, plan, 0
+        self._store = store
+        self._refresh()
+
+    @classmethod
+    def open(cls, masks: Masks, *, cache_dir: Path | str) -> "MaskCache":
+        """Open what there is, and read no mask."""
+        keys = mask_keys(masks, _digests(masks, cache_dir))
+        return cls(Store(Path(cache_dir) / "masks"), keys, plan=masks.plan)
+
+    @classmethod
+    def build(
+        cls,
+        masks: Masks,
+        *,
+        cache_dir: Path | str,
+        num_threads: int = 8,
+        shard: tuple[int, int] = (0, 1),
+        progress: bool = True,
+    ) -> "MaskCache":
+        """Read what the cache lacks, and open the result; shard as in LatentCache.build.
+
+        What was finished is kept when this is interrupted. ValueError names a mask that cannot be
+        read, or has changed since it was listed.
+        """
+        digests = _digests(masks, cache_dir)
+        cache = cls.open(masks, cache_dir=cache_dir)
+        todo = cache._missing(shard)
+        writer = Writer(cache._store.folder)
+
+        def read(place: tuple[int, int]) -> Tensor:
+            return masks.cells(cache._item(*place), digest=digests[place[1]].tobytes())
+
+        with (
+            tqdm(total=len(todo), desc="masks", unit="img", disable=not progress) as bar,
+            ThreadPoolExecutor(num_threads) as threads,
+        ):
+            try:
+                for places in _of_one_size(todo, masks.plan.sizes):
+                    cells = torch.stack(list(threads.map(read, places.tolist())))
+                    writer.add(cache.keys[places[:, 0], places[:, 1]], cells)
+                    bar.update(len(places))
+            finally:
+                writer.flush()
+        cache.made = len(todo)
+        cache._refresh()
+        return cache
+
+    def __len__(self) -> int:
+        return int(self.keys.shape[1])
+
+    def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
+        """Return how much of each latent of record `index` counts: (1, h, w) float32 in [0, 1].
+
+        crop: a draw in [0, 1) that chooses among the plan's places, as for the latents.
+        """
+        variant = self.plan.variant(crop)
+        if self._rows[variant, index] == MISSING:
+            self._refresh()
+        row = int(self._rows[variant, index])
+        if row == MISSING:
+            raise ValueError(
+                f"the mask of record {index} is not in the cache; let all processes build before "
+                "one reads"
+            )
+        cells = self._store.read(row)
+        return cells.flip(-1) if flipped else cells
+
+    def _item(self, variant: int, index: int) -> Item:
+        u = (variant + 0.5) / len(self.plan.places)
+        return self.plan.item(index, u=u, flip=False)
+
+    def _missing(self, shard: tuple[int, int]) -> np.ndarray:
+        """Find this process's share of what the store lacks, each key once: (M, 2) (variant,
+        index), those of one size together."""
+        flat = self.keys.reshape(-1, 2)
+        places = np.flatnonzero((self._rows.ravel() == MISSING) & in_share(flat, shard))
+        _, first = np.unique(flat[places], axis=0, return_index=True)
+        variants, indices = np.divmod(places[np.sort(first)], max(1, len(self)))
+        order = np.lexsort((indices, *self.plan.sizes[indices].T))
+        return np.stack([variants, indices], axis=1)[order]
+
+    def _refresh(self) -> None:
+        self._store.refresh()
+        self._rows = self._store.find(self.keys.reshape(-1, 2)).reshape(self.keys.shape[:2])
+
+
+def mask_keys(masks: Masks, digests: np.ndarray) -> np.ndarray:
+    """Hash everything a kept mask depends on: (V, N, 2) uint64. digests: (N, 32) of the files."""
+    base = {"mask": masks.kind, "cell": masks.factor, "interpolation": "bilinear"}
+    return cut_keys(json.dumps(base, sort_keys=True), digests, plan=masks.plan, flips=False)
+
+
+def _digests(masks: Masks, cache_dir: Path | str) -> np.ndarray:
+    index = ScanIndex(cache_dir, masks.folder.root)
+    read = mask_digests if masks.kind == "file" else picture_digests
+    return read(masks.folder, index=index)
+
+
+def _of_one_size(places: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Cut (M, 2) places, sorted by size, into parts of one size and at most MASKS_AT_ONCE."""
+    changes = np.flatnonzero((np.diff(sizes[places[:, 1]], axis=0) != 0).any(axis=1)) + 1
+    parts = np.split(places, changes)
+    return [
+        part[start : start + MASKS_AT_ONCE]
+        for part in parts
+        for start in range(0, len(part), MASKS_AT_ONCE)
+    ]

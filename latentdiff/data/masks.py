@@ -1,0 +1,88 @@
+"""Masks that say which part of a picture counts: its own alpha channel, or a file beside it.
+
+NAME.mask.png beside NAME.jpg is as large as the picture as it is seen; white counts, black does
+not, grey in part. A mask goes the way of its picture, resized, cropped and mirrored, and is then
+averaged over each latent's cell. Answers for what can be wrong with mask files; mask_cache.py keeps
+the averages.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.data.cache_load import CropPlan, Item
+from latentdiff.data.folder import Folder
+from latentdiff.data.images import ImageError, load_alpha, load_image, resize_and_crop
+
+MaskKind = Literal["alpha", "file"]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of a folder's pictures, decoded and cut as a plan says when they are asked for.
+
+    factor: pixels of a latent's cell a side.
+    """
+
+    folder: Folder
+    plan: CropPlan
+    factor: int
+    kind: MaskKind
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
+        """Return how much of each latent of record `index` counts: (1, h, w) float32 in [0, 1].
+
+        Raises ValueError naming a mask that cannot be read or is not as large as its picture.
+        """
+        cells = self.cells(self.plan.item(index, u=crop, flip=False), digest=None)
+        return cells.flip(-1) if flipped else cells
+
+    def cells(self, item: Item, *, digest: bytes | None) -> Tensor:
+        """Decode one cut, not mirrored: (1, h, w). digest: of the file, to notice a change."""
+        record = self.folder[item.index]
+        try:
+            data = self._read(item.index)
+            if digest is not None and hashlib.sha256(data).digest() != digest:
+                raise ValueError(f"the mask of {record.id} changes while it is read; start again")
+            mask = _decoded(data, self.kind)
+        except (ImageError, OSError) as error:
+            raise ValueError(f"the mask of {record.path} cannot be read: {error}") from error
+        if mask.size != (record.width, record.height):
+            raise ValueError(
+                f"the mask of {record.path} has {mask.width} x {mask.height} pixels, expected "
+                f"{record.width} x {record.height} as the picture has"
+            )
+        return to_cells(mask, item, factor=self.factor)
+
+    def _read(self, index: int) -> bytes:
+        return (
+            self.folder.read_mask(index) if self.kind == "file" else self.folder.read_bytes(index)
+        )
+
+
+def to_cells(mask: Image.Image, item: Item, *, factor: int) -> Tensor:
+    """Cut a mask ("L") as its picture is and average it over cells: (1, h, w) float32 in [0, 1]."""
+    cut = resize_and_crop(
+        mask,
+        height=item.height,
+        width=item.width,
+        crop=item.crop,
+        resample=Image.Resampling.BILINEAR,  # bicubic would ring at the edges
+    )
+    pixels = torch.from_numpy(np.array(cut.image, dtype=np.float32)) / 255
+    return pixels.unfold(0, factor, factor).unfold(1, factor, factor).mean((-2, -1))[None]
+
+
+def _decoded(data: bytes, kind: MaskKind) -> Image.Image:
+    if kind == "alpha":
+        return load_alpha(io.BytesIO(data))
+    return load_image(io.BytesIO(data), background=(0, 0, 0)).convert("L")

@@ -1,0 +1,223 @@
+"""Draw a model's pictures once and let every judge that is there look at them.
+
+What cannot be measured is named with the reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from latentdiff.evaluation.bound_data import Subject, SubjectOptions, read_split, spread
+from latentdiff.evaluation.caption_use import loss_section
+from latentdiff.evaluation.clip_score import clip_section
+from latentdiff.evaluation.copies import (
+    as_thumbnails,
+    copies_section,
+    diversity_section,
+    unit_length,
+)
+from latentdiff.evaluation.drawing import Drawn, Pictures, draw, read_pictures, to_image
+from latentdiff.evaluation.fidelity import FEWEST, Embedded, embed_pictures, fidelity_section
+from latentdiff.evaluation.following import following_section, is_scene
+from latentdiff.evaluation.judges import FEWEST_TRAIN, EvaluationOptions, Judges
+from latentdiff.evaluation.sections import Score, Section, Shown
+
+NUM_SHOWN = 16
+OF_PICTURES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """A model, who judges it and how, and the folder for its pictures."""
+
+    subject: Subject
+    judges: Judges
+    folder: Path
+    data: SubjectOptions
+    options: EvaluationOptions
+
+    @property
+    def num_captions(self) -> int:
+        """How many captions are asked for at the most."""
+        return self.options.num_pictures // self.options.pictures_per_caption
+
+    @property
+    def num_steps(self) -> int:
+        """Sampling steps, no more than the chain has."""
+        num_timesteps = int(self.subject.components.scheduler.config["num_train_timesteps"])
+        return min(self.options.steps, num_timesteps)
+
+    def draw(self, captions: Sequence[str], *, kind: str = "", skip_seeds: int = 0) -> Drawn:
+        """Draw captions; kind goes to the folder's name."""
+        return draw(
+            self.subject,
+            captions,
+            per_caption=max(
+                self.options.pictures_per_caption, self.options.num_pictures // len(captions)
+            ),
+            num_steps=self.num_steps,
+            guidance_scale=self.options.guidance_scale,
+            first_seed=self.data.seed + skip_seeds,
+            folder=self.folder.with_name(self.folder.name + kind),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What was found of one model; sections and scores are added one by one."""
+
+    sections: list[Section]
+    scores: dict[str, Score]
+    left_out: dict[str, str]
+    drawn: Drawn | None
+
+
+def measure(exam: Exam) -> Measured:
+    """Draw, and let every judge look; the held-out loss needs no pictures."""
+    subject, options = exam.subject, exam.options
+    loss, score = loss_section(subject)
+    held_out = read_pictures(subject.folder, size=subject.size, class_column=options.class_column)
+    captions = len(set(held_out.captions))
+    if not options.num_pictures or captions < 2:
+        why = "nothing was drawn (--num_pictures 0)"
+        if options.num_pictures:
+            why = f"the data has {captions} different caption, two or more are needed"
+        return Measured([loss], {"held_out": score}, dict.fromkeys(OF_PICTURES, why), None)
+    asked = held_out.spread(exam.num_captions)
+    drawn = exam.draw(asked.captions)
+    measured = Measured([_sheet(drawn, asked)], {}, {}, drawn)
+    _follow(measured, exam, drawn)
+    _score(measured, exam, drawn, asked)
+    measured.sections.append(loss)
+    measured.scores["held_out"] = score
+    _liken(measured, exam, drawn, asked, held_out)
+    return measured
+
+
+def _follow(measured: Measured, exam: Exam, drawn: Drawn) -> None:
+    """Judge the pictures by geometry, where the captions are of the shapes world."""
+    if not all(is_scene(caption) for caption in drawn.captions):
+        measured.left_out["following"] = "the captions are not of the built-in shapes world"
+        return
+    sets = _by_familiarity(exam, drawn)
+    if not sets:
+        measured.left_out["following"] = "it needs two captions or more"
+        return
+    section, scores = following_section(sets, seed=exam.data.seed)
+    measured.sections.append(section)
+    measured.scores.update({f"following_{name}": score for name, score in scores.items()})
+
+
+def _score(measured: Measured, exam: Exam, drawn: Drawn, asked: Pictures) -> None:
+    """Judge the pictures by a CLIP, where one is given."""
+    if exam.judges.clip is None:
+        measured.left_out["clip_score"] = "no CLIP was given (--clip)"
+        return
+    section, score = clip_section(
+        exam.judges.clip,
+        drawn,
+        asked,
+        batch_size=exam.data.batch_size,
+        device=exam.subject.device,
+        seed=exam.data.seed,
+    )
+    measured.sections.append(section)
+    measured.scores["clip_score"] = score
+
+
+def _liken(
+    measured: Measured, exam: Exam, drawn: Drawn, asked: Pictures, held_out: Pictures
+) -> None:
+    """Compare the drawn pictures with real ones and with each other."""
+    train, num_in_all = _train_pictures(exam)
+    embedded = _embedded(exam, drawn, held_out, train)
+    if exam.judges.features is None:
+        measured.left_out["fidelity"] = "no feature network was given (--features)"
+    elif len(held_out) < FEWEST:
+        measured.left_out["fidelity"] = f"there are only {len(held_out)} real pictures"
+    else:
+        classes = [name for name in asked.classes for _ in range(drawn.per_caption)]
+        section = fidelity_section(embedded, classes=classes, real_classes=held_out.classes)
+        measured.sections.append(section)
+    if exam.judges.features is not None:
+        embedded = unit_length(embedded)
+    if train is None:
+        measured.left_out["memorisation"] = (
+            "it needs a training split beside the held-out one, with three pictures or more"
+        )
+    else:
+        section = copies_section(embedded, drawn, train, num_train_in_all=num_in_all)
+        measured.sections.append(section)
+    if drawn.per_caption > 1:
+        measured.sections.append(diversity_section(embedded, drawn))
+    else:
+        measured.left_out["diversity"] = "it needs two pictures a caption (--pictures_per_caption)"
+
+
+def _embedded(exam: Exam, drawn: Drawn, held_out: Pictures, train: Pictures | None) -> Embedded:
+    """Turn all pictures into features, or into thumbnails where no network is given."""
+    if exam.judges.features is None:
+        return as_thumbnails(drawn, held_out, train)
+    return embed_pictures(
+        exam.judges.features,
+        drawn,
+        held_out,
+        train,
+        batch_size=exam.data.batch_size,
+        device=exam.subject.device,
+    )
+
+
+def _train_pictures(exam: Exam) -> tuple[Pictures | None, int]:
+    """Return some of the training pictures, and how many there are."""
+    if exam.data.split != "held_out":
+        return None, 0
+    folder = read_split(exam.data, "train")
+    if len(folder) < FEWEST_TRAIN:
+        return None, len(folder)
+    chosen = spread(folder, exam.options.num_train)
+    return read_pictures(chosen, size=exam.subject.size), len(folder)
+
+
+def _by_familiarity(exam: Exam, drawn: Drawn) -> dict[str, Drawn]:
+    """Keep pictures of captions that no training picture has; draw others that some have.
+
+    A set of fewer than two captions is left out.
+    """
+    if exam.data.split == "train":
+        return {"seen": drawn}
+    known = _train_captions(exam)
+    trained = sorted(known)
+    new = [m for m, caption in enumerate(drawn.captions) if caption not in known]
+    sets = {}
+    if len(new) > 1:
+        captions = tuple(drawn.captions[m] for m in new)
+        sets["held_out"] = replace(drawn, captions=captions, bytes=drawn.bytes[new])
+    if len(trained) > 1:
+        count = min(exam.num_captions, len(trained))
+        seen = [trained[i * len(trained) // count] for i in range(count)]
+        sets["seen"] = exam.draw(seen, kind="-seen", skip_seeds=len(drawn.flat))
+    return sets
+
+
+def _train_captions(exam: Exam) -> set[str]:
+    """Return the captions of the shapes world that training pictures have."""
+    if exam.data.split != "held_out":
+        return set()
+    return set(filter(is_scene, read_split(exam.data, "train").each_caption()))
+
+
+def _sheet(drawn: Drawn, asked: Pictures) -> Section:
+    """Show real pictures beside what was drawn for their captions."""
+    count = min(NUM_SHOWN, len(drawn.captions))
+    groups = []
+    for i in range(count):
+        m = i * len(drawn.captions) // count
+        real = Shown(to_image(asked.bytes[m]), drawn.captions[m], "real")
+        made = [
+            Shown(to_image(one), "", f"seed {drawn.first_seed + m * drawn.per_caption + k}")
+            for k, one in enumerate(drawn.bytes[m, :2])
+        ]
+        groups.append([real, *made])
+    notes = ["Held-out captions, spread evenly, not chosen. All pictures drawn are in pictures/."]
+    return Section("pictures", "Pictures", {}, (), notes, groups)

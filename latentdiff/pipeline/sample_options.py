@@ -1,0 +1,60 @@
+"""What scripts/sample.py may be told; imports nothing heavy, so that --help is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What to draw besides the prompts.
+
+    Args:
+        out: a .png file for one labelled sheet, or a folder for a file a picture; a folder that
+            holds some of the pictures already is completed.
+        prompt_file: a text file with one prompt a line, or .jsonl with prompt, negative_prompt and
+            seed.
+        steps: number of steps, or a list such as [10,20] for a grid.
+        guidance_scale: scale of guidance, or a list for a grid.
+        seed: of the first picture; the next prompts count up from it.
+        negative_prompt: what not to draw.
+        num_images: pictures a prompt.
+        batch_size: pictures made at once; lower it when memory runs out.
+        sampler: by name, such as dpm++2m-karras; the model's own by default.
+        height: in pixels.
+        width: in pixels.
+        image: a picture to start from.
+        mask: a picture that is white where to paint.
+        strength: in (0, 1], how much of the picture is made anew.
+        guidance_rescale: in [0, 1].
+        guidance_interval: part of the chain that is guided, such as [0.1,0.8].
+        long_prompts: "cut" or "chunks".
+        lora: a LoRA file or folder.
+        lora_scale: how strongly it acts.
+        dtype: float32, bfloat16 or float16.
+        device: cpu, cuda, mps; the best there is by default.
+        trace: also write each picture's chain and each word's heat map beside it.
+    """
+
+    out: str
+    prompt_file: str | None = None
+    steps: int | list[int] = 50
+    guidance_scale: float | list[float] = 7.5
+    seed: int = 0
+    negative_prompt: str | None = None
+    num_images: int = 1
+    batch_size: int = 4
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: list[float] | None = None
+    long_prompts: str = "cut"
+    lora: str | None = None
+    lora_scale: float | None = None
+    dtype: str = "float32"
+    device: str | None = None
+    trace: bool = False

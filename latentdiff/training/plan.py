@@ -1,0 +1,287 @@
+"""What a run is about to take, said before its first step: parameters, memory, steps, time.
+
+Memory is an estimate. Weights, gradients, optimiser and averages follow from the parameters;
+activations come from a forward and backward pass of one micro-batch with tensors that have sizes
+and no contents. What kernels need for themselves and what the allocator leaves unused come on top.
+"""
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from latentdiff.data.report_text import size_text
+from latentdiff.latents import LatentCodec
+from latentdiff.models import Components
+from latentdiff.training.encoding import buckets_of
+from latentdiff.training.run import Run
+from latentdiff.training.sharded import is_spread, local_part
+
+logger = logging.getLogger(__name__)
+SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
+PARTS = {"unet": "U-Net", "text_encoder": "text tower", "vae": "VAE"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process while it trains.
+
+    averages: on the accelerator; host_averages: with train.ema_device=cpu. activations: at their
+    peak; None where they cannot be estimated.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+    host_averages: int
+    activations: int | None
+
+    @property
+    def on_device(self) -> int:
+        """All of it but what lives on the host."""
+        known = self.weights + self.gradients + self.optimizer + self.averages
+        return known + (self.activations or 0)
+
+
+def say_plan(run: Run, first_step: int) -> None:
+    """Log what is about to happen, on the main process."""
+    memory = estimate_memory(run)
+    if not run.accelerator.is_main_process:
+        return
+    _say_steps(run, first_step)
+    logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
+    _say_memory(memory, run)
+    if run.engine.power_emas:
+        num_snapshots = -(-run.config.train.max_steps // run.config.train.power_ema_every_steps)
+        num_snapshots *= len(run.engine.power_emas)
+        size = size_text(num_snapshots * _size(run.engine.parameters.values()))
+        logger.info("power_ema/ will hold %d snapshots, %s in all", num_snapshots, size)
+    if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
+        logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
+    if not len(run.supply.held_out):
+        logger.warning("no picture is held out, so no held-out loss; set data.split_fraction")
+
+
+def say_rate(images_per_second: float, *, num_images: int) -> None:
+    """Log how fast training is, and how long the num_images that are left will take."""
+    if not images_per_second > 0:
+        return
+    seconds = num_images / images_per_second
+    logger.info(
+        "%.3g images/s: the rest takes about %d:%02d h, until %s, previews not counted",
+        images_per_second,
+        seconds // 3600,
+        seconds % 3600 // 60,
+        time.strftime("%d %B %H:%M", time.localtime(time.time() + seconds)),
+    )
+
+
+def count_parameters(components: Components) -> list[str]:
+    """Say of each part how many of its parameters are trained, and how many are frozen."""
+    lines = []
+    for name, label in PARTS.items():
+        counts = {"trained": 0, "frozen": 0}
+        for parameter in getattr(components, name).parameters():
+            counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
+        told = [f"{_millions(num)} {state}" for state, num in counts.items() if num]
+        lines.append(f"{label} {', '.join(told)}")
+    return lines
+
+
+def estimate_memory(run: Run) -> Memory:
+    """Estimate what this process will hold; see the module for what is left out."""
+    components, engine = run.components, run.engine
+    modules: Sequence[nn.Module] = [getattr(components, name) for name in PARTS]
+    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    trained = [local_part(parameter) for parameter in engine.parameters.values()]
+    copies = 2 if run.layout.num_processes > 1 and not is_spread(engine.parameters) else 1
+    averages = [average for average in (engine.ema, *engine.power_emas.values()) if average]
+    is_host = run.config.train.ema_device == "cpu" and run.accelerator.device.type != "cpu"
+    total = sum(average.num_bytes for average in averages)
+    return Memory(
+        weights=_size(local_part(x) for x in tensors),
+        gradients=copies * _size(trained),  # several processes send them from buckets
+        optimizer=optimizer_bytes(trained, name=run.config.train.optimizer),
+        averages=0 if is_host else total,
+        host_averages=total if is_host else 0,
+        activations=_activations_of(run),
+    )
+
+
+def optimizer_bytes(parameters: Sequence[Tensor], *, name: str) -> int:
+    """Return the bytes of the two moments of AdamW, in 32 bits or, block-wise, in 8."""
+    if name == "adamw":
+        return 2 * 4 * sum(parameter.numel() for parameter in parameters)
+    return sum(2 * n * (1 if n >= SMALL_PARAMETER else 4) for n in (p.numel() for p in parameters))
+
+
+def estimate_activations(
+    model: nn.Module,
+    inputs: Callable[[], tuple[Tensor, ...]],
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> int:
+    """Return the most bytes that a training pass holds at once beside weights and gradients.
+
+    inputs: makes the model's arguments; it is called where tensors have no contents. Nothing is
+    computed, and the model stays as it is. Raises RuntimeError for operations that cannot tell the
+    size of what they return.
+    """
+    # An engine whose first pass is a fake one starts threads, after which a fork cannot train.
+    torch.ones((), requires_grad=True).backward()
+    mode = FakeTensorMode()
+    sizes = _Live()
+    with mode:
+        named = (*model.named_parameters(), *model.named_buffers())
+        fakes: dict[str, Tensor] = {f"model.{name}": mode.from_tensor(x) for name, x in named}
+        for fake in fakes.values():
+            if fake.requires_grad:
+                fake.grad = torch.zeros_like(fake)  # counted apart
+        arguments = inputs()
+        with sizes:
+            functional_call(_Pass(model, autocast), fakes, arguments)
+    return sizes.peak
+
+
+class _Pass(nn.Module):
+    """A forward and backward pass, within which the model's parameters may be exchanged."""
+
+    def __init__(
+        self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, *arguments: Tensor) -> None:
+        with self.autocast():
+            output = self.model(*arguments)
+        output.float().square().mean().backward()
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, as long as these live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        inputs = [x.untyped_storage() for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage(), inputs)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, inputs: Sequence[torch.UntypedStorage]) -> None:
+        if storage in self._known or any(storage is one for one in inputs):
+            return  # a view, or what was changed in place
+        self._known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, storage.nbytes()).atexit = False
+
+    def _remove(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+def _activations_of(run: Run) -> int | None:
+    """Estimate the activations of one micro-batch; None, with the reason logged, where it fails."""
+    if is_spread(run.engine.parameters) or run.config.train.attention == "xformers":
+        return None
+    model, device = run.engine.model, run.accelerator.device
+    null = run.supply.null_text
+    codec, n = LatentCodec(run.components.vae), run.layout.micro_batch_size
+    largest = max(buckets_of(run.config.data), key=lambda bucket: bucket.height * bucket.width)
+    height, width = largest.height // codec.factor, largest.width // codec.factor
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        zt = torch.empty(n, codec.channels, height, width, device=device)
+        t = torch.empty(n, dtype=torch.int64, device=device)
+        return zt, t, torch.empty(n, *null.shape[1:], dtype=null.dtype, device=device)
+
+    try:
+        return estimate_activations(model, inputs, autocast=run.accelerator.autocast)
+    except RuntimeError as error:
+        logger.warning("the memory of activations is not known before training: %s", error)
+        return None
+
+
+def _say_steps(run: Run, first_step: int) -> None:
+    settings, layout = run.config.train, run.layout
+    per_epoch = run.supply.order.steps_per_epoch
+    logger.info(
+        "%s: %s training and %s held-out pictures of %d px, in %s on %s",
+        run.folder,
+        f"{len(run.supply.train):,}",
+        f"{len(run.supply.held_out):,}",
+        run.config.data.resolution,
+        settings.precision,
+        run.accelerator.device,
+    )
+    logger.info(
+        "steps %d to %d, %d pictures each (%d processes x %d x %d accumulated), %d steps an epoch, "
+        "%.1f epochs; rate %.2g %s after %d warm-up steps",
+        first_step,
+        settings.max_steps,
+        settings.batch_size,
+        layout.num_processes,
+        layout.micro_batch_size,
+        layout.accumulation,
+        per_epoch,
+        settings.max_steps / per_epoch,
+        settings.learning_rate,
+        settings.lr_schedule,
+        settings.warmup_steps,
+    )
+
+
+def _say_memory(memory: Memory, run: Run) -> None:
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimiser": memory.optimizer,
+        "averages": memory.averages,
+        "averages on the host": memory.host_averages,
+        f"activations of {run.layout.micro_batch_size} at once": memory.activations,
+    }
+    told = [f"{name} {size_text(num)}" for name, num in parts.items() if num]
+    unknown = "" if memory.activations is not None else "; activations not known"
+    logger.info(
+        "memory of a process, estimated: %s%s; on %s together %s, and what kernels need",
+        ", ".join(told),
+        unknown,
+        run.accelerator.device,
+        size_text(memory.on_device),
+    )
+    if run.accelerator.device.type != "cuda":
+        return
+    there = torch.cuda.get_device_properties(run.accelerator.device).total_memory
+    if memory.on_device > there:
+        logger.warning(
+            "that is more than the %s of this GPU: lower train.micro_batch_size, or set "
+            "train.gradient_checkpointing=true, train.ema_device=cpu or train.optimizer=adamw8bit",
+            size_text(there),
+        )
+
+
+def _size(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _millions(num: int) -> str:
+    return f"{num / 1e6:.1f} M" if num >= 1e5 else f"{num:,}"
