@@ -1,10 +1,11 @@
 """Fine-tune a folder of Stable Diffusion 1.5's shape and random weights for a few steps.
 
-Makes the folder (860 M U-Net, CLIP ViT-L text tower, AutoencoderKL), trains three steps at 256 px
+Makes the folder (860 M U-Net, CLIP ViT-L text tower, AutoencoderKL), trains three steps of batch 1
 in bf16 with gradient checkpointing and no EMA, exports, draws a picture, and prints one JSON line
-with the peak memory. Needs about 20 GB of memory and 12 GB of disk; on two CPU cores some minutes.
+with the peak memory. The whole U-Net at 256 px needs about 20 GB of memory, a LoRA at 512 px far
+less; 12 GB of disk; on two CPU cores some minutes.
 
-python benchmarks/sd15_size.py [--folder DIR]
+python benchmarks/sd15_size.py [--method full|lora] [--folder DIR]
 """
 
 import argparse
@@ -24,7 +25,8 @@ from latentdiff.data.shapes import write_shapes
 from latentdiff.text import clip_tokenizer_from_open_clip
 from latentdiff.training.loop import train
 
-CONFIG = Path(__file__).parents[1] / "configs" / "finetune_sd15.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = {"full": ("finetune_sd15.yaml", 256), "lora": ("finetune_lora.yaml", 512)}
 
 
 def make_folder(path: Path) -> None:
@@ -63,17 +65,20 @@ def main() -> int:
     """Make, train, export, draw, report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
-    folder = parser.parse_args().folder or Path(tempfile.mkdtemp(prefix="sd15-size-"))
+    parser.add_argument("--method", choices=METHODS, default="full", help="what is trained")
+    given = parser.parse_args()
+    name, size_px = METHODS[given.method]
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="sd15-size-"))
     make_folder(folder / "model")
-    write_shapes(folder / "data", num_train=4, num_test=2, size_px=256)
+    write_shapes(folder / "data", num_train=4, num_test=2, size_px=size_px)
     config = load_config(
-        CONFIG,
+        CONFIGS / name,
         [
             f"--model.pretrained={folder / 'model'}",
             f"--data.root={folder / 'data'}",
             f"--data.cache_dir={folder / 'cache'}",
             f"--output_dir={folder / 'run'}",
-            "--data.resolution=256",
+            f"--data.resolution={size_px}",
             "--data.num_workers=0",
             "--train.max_steps=3",
             "--train.batch_size=1",
@@ -89,10 +94,12 @@ def main() -> int:
     started = time.perf_counter()
     assert train(config) == 0
     seconds = time.perf_counter() - started
+    trained_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     pipeline = LatentDiffPipeline.from_pretrained(
         folder / "run" / "pipeline", torch_dtype=torch.bfloat16
     )
-    image = pipeline("a red circle", num_inference_steps=2, height=256, width=256, seed=0).images[0]
+    size = {"height": size_px, "width": size_px}
+    image = pipeline("a red circle", num_inference_steps=2, seed=0, **size).images[0]
     image.save(folder / "picture.png")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     unet_millions = sum(p.numel() for p in pipeline.unet.parameters()) / 1e6
@@ -100,8 +107,11 @@ def main() -> int:
         json.dumps(
             {
                 "benchmark": "sd15_size",
+                "method": given.method,
+                "resolution": size_px,
                 "unet_millions": round(unet_millions, 1),
                 "train_and_export_seconds": round(seconds, 1),
+                "training_peak_memory_gb": round(trained_peak, 2),
                 "peak_memory_gb": round(peak, 2),
                 "picture": str(folder / "picture.png"),
                 "torch": torch.__version__,

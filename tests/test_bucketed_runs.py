@@ -25,6 +25,8 @@ from latentdiff.training.encoding import buckets_of, caption_edits, crop_plan, s
 from latentdiff.training.loop import _default_prompts, train
 from latentdiff.training.supply import read_data
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parents[1]
 DATA = {
     "resolution": 32,
@@ -33,11 +35,6 @@ DATA = {
     "random_flip": True,
     "num_crops": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fakes_models import make_vae
 from fakes_shapes import write_three_shapes
 from fakes_training import SETTINGS, arguments
@@ -19,13 +18,10 @@ from latentdiff.training.encoding import cache_latents
 from latentdiff.training.run import start_accelerator
 from latentdiff.training.supply import read_data
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "cache_latents.py"
 DATA = {"resolution": 32, "buckets": True, "bucket_multiple": 8, "num_crops": 2}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

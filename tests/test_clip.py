@@ -1,7 +1,6 @@
 """The CLIP recipe: batches, conversion, and that it learns to tell pictures apart."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from latentdiff.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.clip import build_clip, train_clip
 from latentdiff.training.clip_data import DistinctCaptions, Pairs
 from latentdiff.vision_open_clip import clip_from_open_clip
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -117,7 +118,6 @@ def test_a_resnet_picture_tower_is_refused() -> None:
 def test_learns_to_tell_pictures_apart_and_exports_judge_and_tower(
     squares: Path, tmp_path: Path
 ) -> None:
-    logging.disable(logging.WARNING)
     config = ClipConfig(
         output_dir=str(tmp_path),
         roots=(str(squares),),

@@ -25,14 +25,11 @@ from latentdiff.training.loop import train
 from latentdiff.training.samples import Samples
 from latentdiff.training.supply import read_data
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 STEPS = 12
 OFTEN = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 100}
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,14 @@ from latentdiff.training import loop
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 QUICK = {
     "train__max_steps": 4,
     "train__ema": "false",
     "train__channels_last": "false",
     "preview__num_nearest": 0,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate keeps one precision a process; a user's script has one run a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +136,7 @@ WORD = {
     "finetune__instance_prompts": json.dumps(["a photo of <pet>", "the <pet>, small"]),
     "train__ema": "true",
     "train__weight_decay": 0,
+    "diffusion__caption_dropout": 0,
 }
 
 
@@ -279,6 +276,12 @@ def test_learned_embeds_open_in_stock_diffusers(world, word_run):
     exported = load_components(word_run / "pipeline")
     spelled = states(exported, ["the <pet> <pet>_1 on a"])
     assert torch.equal(states(exported, ["the <pet> on a"]), spelled)
+
+
+def test_what_the_base_learned_of_the_empty_caption_is_known_after_tuning(world, word_run):
+    base = json.loads((world / "base" / "pipeline" / "latentdiff.json").read_text())
+    tuned = json.loads((word_run / "pipeline" / "latentdiff.json").read_text())
+    assert tuned["caption_dropout"] == base["caption_dropout"] > 0
 
 
 def test_word_that_no_caption_has_is_refused(world, tmp_path):

@@ -2,11 +2,9 @@
 
 import sys
 import types
-from collections.abc import Iterator
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fakes_models import make_unet
 from torch import nn
 
@@ -19,14 +17,9 @@ from latentdiff.training.optim import build_optimizer, check_optimizer
 from latentdiff.training.power_ema import PowerEma
 from latentdiff.training.run import start_accelerator
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_attention_kernels_give_the_same() -> None:

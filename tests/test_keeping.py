@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fakes_training import make_config, make_world, read_metrics
 from safetensors.torch import load_file
 
@@ -27,6 +26,8 @@ from latentdiff.training.loop import train
 from latentdiff.training.power_ema import gamma_of, reconstruct
 from latentdiff.training.snapshots import read_snapshot, read_snapshots
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reconstruct_ema.py"
 AVERAGES = {
     "train__power_ema": [0.1, 0.2, 0.15],
@@ -36,11 +37,6 @@ AVERAGES = {
     "train__keep_every_steps": 12,
     "train__max_steps": 24,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from fakes_models import make_components
 from fakes_training import make_config, make_world
@@ -29,12 +28,9 @@ from latentdiff.training.learned_variance import (
 )
 from latentdiff.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 INPUTS = {"zt": (2, 4, 8, 8), "text": (2, 16, 16)}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

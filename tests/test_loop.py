@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fakes_training import arguments, make_config, make_world, read_metrics
 from safetensors.torch import load_file
 
@@ -21,6 +20,8 @@ from latentdiff.training import run as run_module
 from latentdiff.training.loop import train
 from latentdiff.training.samples import Samples
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_t2i.py"
 ENVIRONMENT = os.environ | {
@@ -28,12 +29,6 @@ ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate keeps one precision a process; a user's script has one run a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

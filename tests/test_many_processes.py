@@ -30,6 +30,8 @@ from latentdiff.training.loop import train
 from latentdiff.training.resume import save_state
 from latentdiff.training.run import Run, start_accelerator
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 OFTEN = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 100}
 PLAIN = {
     "train__max_steps": 20,
@@ -37,11 +39,6 @@ PLAIN = {
     "train__learning_rate": 1e-4,
     "model__unet__dropout": 0.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

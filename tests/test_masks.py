@@ -3,13 +3,11 @@ the loss."""
 
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fakes_data import captioned_folder, picture
 from fakes_models import make_vae
 from fakes_training import make_config, make_world, read_metrics
@@ -26,14 +24,9 @@ from latentdiff.latents import LatentCodec
 from latentdiff.training.engine import Objective
 from latentdiff.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 FACTOR = 4
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def masked_folder(root: Path, num: int = 5) -> Path:

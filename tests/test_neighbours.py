@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,8 @@ from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.evaluation.memorisation import thumbnail_features
 from latentdiff.training.loop import train
 from latentdiff.training.neighbours import Neighbours, figures_of
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SHARED = Path(os.environ.get("LATENTDIFF_SHARED", Path(__file__).parents[2] / "shared"))
 NETWORK = SHARED / "weights" / "mobilenet-v1-025-imagenet"
@@ -81,13 +82,6 @@ def test_distance_of_thumbnails_is_a_root_mean_square() -> None:
     assert float((a - b).norm()) == pytest.approx(0.5)
     pixels = to_pixels(picture(1))[None]
     assert torch.equal(thumbnail_features(pixels), thumbnail_features(pixels))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_run_logs_the_gap_and_what_its_samples_are_nearest_to(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from fakes_models import make_components
 from fakes_training import read_metrics
-from test_finetune import _fresh_accelerate, finetuning, world  # noqa: F401 - fixtures
+from test_finetune import finetuning, world  # noqa: F401 - a fixture
 
 from latentdiff.training.loop import train
 from latentdiff.training.prior import PairedOrder, class_pictures
@@ -17,6 +17,8 @@ from latentdiff.training.resume import first_checkpoint
 from latentdiff.training.run import prepare
 from latentdiff.training.samples import Order
 from latentdiff.training.supply import step_batches
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 DREAM = {
     "finetune__instance_prompts": '["a photo of sks shape"]',

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fakes_data import captioned_folder, picture
 from fakes_models import make_vae
 from PIL import Image
@@ -22,10 +21,7 @@ from latentdiff.training.encoding import assigned, buckets_of, crop_plan
 from latentdiff.training.loop import train
 from latentdiff.training.supply import read_data
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def settings(root: Path, **others: object) -> DataConfig:

@@ -27,6 +27,8 @@ from latentdiff.training.vae_losses import (
 from latentdiff.training.vae_objective import slid, turned
 from latentdiff.training.vae_principal import keep_principal
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 TINY = {
     "resolution": 32,
     "block_out_channels": (8, 16, 16),

@@ -131,8 +131,11 @@ def _facts(run: Run, step: int) -> Facts:
         figures = json.loads(line)
         last |= figures if figures["step"] <= step else {}
     shown = ("held_out_loss", "held_out_se", "num_held_out", "caption_use")
+    dropout: float | None = config.diffusion.caption_dropout
+    if config.model.pretrained and not dropout:  # what the base learned of the empty caption stays
+        dropout = read_facts(config.model.pretrained).caption_dropout
     return Facts(
-        caption_dropout=config.diffusion.caption_dropout,
+        caption_dropout=dropout,
         prediction_type=run.engine.objective.prediction_type,
         base_model=config.model.pretrained or None,
         dataset=Path(config.data.root).name,
