@@ -240,7 +240,9 @@ def test_what_was_asked_for_and_is_not_there_is_refused(
 def test_fsdp_refuses_the_layout_that_it_cannot_spread(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engaged = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP)
+    engaged = SimpleNamespace(
+        num_processes=1, distributed_type=DistributedType.FSDP, device=torch.device("cpu")
+    )
     monkeypatch.setattr(run_module, "Accelerator", lambda **_: engaged)
     for name in CUT_OUT:
         monkeypatch.delenv(name, raising=False)
