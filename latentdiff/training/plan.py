@@ -203,7 +203,8 @@ def _activations_of(run: Run) -> int | None:
     """Estimate the activations of one micro-batch; None, with the reason logged, where it fails."""
     if is_spread(run.engine.parameters) or run.config.train.attention == "xformers":
         return None
-    model, device = run.engine.model, run.accelerator.device
+    model = run.engine.model
+    device = next(model.parameters()).device  # the accelerator's may be called cpu:0
     null = run.supply.null_text
     codec, n = LatentCodec(run.components.vae), run.layout.micro_batch_size
     largest = max(buckets_of(run.config.data), key=lambda bucket: bucket.height * bucket.width)
