@@ -31,6 +31,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_plan() -> Iterator[None]:
+    """Runs here last seconds, of which the estimate of a pass' memory would be half.
+
+    test_plan.py tests the estimate, test_processes.py has it in whole runs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentdiff.training.plan._activations_of", lambda run: 1_000_000)
+        yield
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one precision a process; a user's script has one run a process."""

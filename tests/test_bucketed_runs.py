@@ -94,6 +94,7 @@ def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) ->
         train=train_data, held_out=held_out, edits=caption_edits(config.data)
     )
     prompts = _default_prompts(supply)
+    assert len(set(prompts)) == len(prompts)
     assert len(prompts) == len(held_out)
     assert prompts[0] == f"sks, {held_out[0].captions[0]}, photo"
 

@@ -81,7 +81,6 @@ def test_losses_of_twenty_steps_are_equal_on_every_layout(
         child = start_ranks(world, tmp_path / "run", num=processes, **settings)
         assert child.wait(timeout_s=180) == 0, child.said()
         assert f"(2 processes x {micro} x {accumulation} accumulated)" in child.said()
-        assert "not known" not in child.said(), "the plan knows the memory of every part"
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(plain)
     assert ours == pytest.approx(theirs, rel=0, abs=1e-6)
 

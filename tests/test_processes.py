@@ -137,6 +137,10 @@ def test_the_sheet_has_the_same_pixels(runs: tuple[Path, Path, str]) -> None:
 
 
 @pytest.mark.slow
+def test_the_plan_knows_the_memory_of_every_part(runs: tuple[Path, Path, str]) -> None:
+    assert "not known" not in runs[2]
+
+
 def test_the_libraries_say_nothing(runs: tuple[Path, Path, str]) -> None:
     assert "Loading weights" not in runs[2]
     assert "Writing model shards" not in runs[2]

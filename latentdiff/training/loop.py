@@ -34,6 +34,8 @@ from latentdiff.training.sharded import is_spread
 from latentdiff.training.supply import Supply, step_batches
 from latentdiff.training.workers import naming_the_dead
 
+NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
+
 logger = logging.getLogger(__name__)
 
 
@@ -240,10 +242,14 @@ def _say_failed_save(run: Run) -> None:
 
 
 def _default_prompts(supply: Supply) -> list[str]:
-    """Return eight captions, held out where there are any, spread over the folder."""
+    """Return up to eight captions that differ, held out where there are any, spread over them."""
     folder = supply.held_out if len(supply.held_out) else supply.train
-    chosen = [len(folder) * k // 8 for k in range(min(8, len(folder)))]
-    return [supply.edits.settle(folder[index].captions[0]) for index in chosen]
+    looked_at = min(NUM_LOOKED_AT, len(folder))
+    places = [len(folder) * k // looked_at for k in range(looked_at)]
+    settled = (supply.edits.settle(folder[place].captions[0]) for place in places)
+    distinct = list(dict.fromkeys(settled))
+    num = min(8, len(distinct))
+    return [distinct[len(distinct) * k // num] for k in range(num)]
 
 
 def _any_process(flag: bool, accelerator: Accelerator) -> bool:
