@@ -125,7 +125,8 @@ class ModelConfig:
     pretrained: str = ""
     """a Stable-Diffusion-format folder or hub id to fine-tune; empty trains from scratch"""
     vae: str = ""
-    """a VAE's folder; "latentdiff-vae" is the small one that ships with the package"""
+    """a VAE's folder; "latentdiff-vae" is the small one that ships with the package, and
+    "latentdiff-vae-shapes" the demo's"""
     text_encoder: str = ""
     """a folder with text_encoder/ and tokenizer/, kept frozen; empty trains a new tower"""
     unet: UNetConfig = field(default_factory=UNetConfig)

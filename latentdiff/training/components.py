@@ -34,7 +34,8 @@ from latentdiff.text import encode_text, train_tokenizer
 from latentdiff.training.learned_variance import fit_variance
 
 PLAIN_ATTENTION_CELLS = 256
-SHIPPED = {"latentdiff-vae": Path(__file__).parents[1] / "assets" / "vae"}
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = {"latentdiff-vae": ASSETS / "vae", "latentdiff-vae-shapes": ASSETS / "vae_shapes"}
 
 
 class TextToImage(nn.Module):
