@@ -26,7 +26,8 @@ def keep_principal(vae: AutoencoderKL, batches: Iterable[Tensor], channels: int)
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise ValueError("the VAE has no quant_conv and post_quant_conv, expected both")
     mean, basis, spread, variance = _components(vae, batches, channels)
-    made = AutoencoderKL.from_config(dict(vae.config) | {"latent_channels": channels})
+    shape = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    made = AutoencoderKL.from_config(shape | {"latent_channels": channels})
     _copy_the_rest(vae, made)
     to_new = basis.T / spread[:, None]  # (k, C)
     quant, after = vae.quant_conv, vae.encoder.conv_out
