@@ -1,14 +1,17 @@
-# make demo · make test · make check: each makes its own .venv and may be run again at once.
+# make demo · make demo-scratch · make test · make check: each makes its own .venv, may run again at once.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format
+.PHONY: demo demo-scratch test check format
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+demo-scratch: .venv/installed
+	$(BIN)/python scripts/demo_scratch.py
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile

@@ -31,7 +31,7 @@ from latentdiff.data.digests import picture_digests
 from latentdiff.data.folder import read_folder
 from latentdiff.latents import LatentCodec
 from latentdiff.models import load_vae
-from latentdiff.training.components import SHIPPED
+from latentdiff.shipped import SHIPPED
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -1,27 +1,73 @@
 """What benchmarks share: taking turns, the machine's name, and its measured limit."""
 
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections import defaultdict
+from functools import partial
 
 import diffusers
 import torch
 
 
 def take_turns(works, *, rounds, warm_up=1):
-    """Return the seconds of each call of each work (by name), one call of each a round."""
+    """Return the seconds of each call of each work (by name), one call of each a round.
+
+    A work that measures itself returns its seconds.
+    """
     times = defaultdict(list)
     for number in range(warm_up + rounds):
         for name, work in works.items():
             started = time.perf_counter()
-            work()
+            seconds = work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= warm_up:
-                times[name].append(time.perf_counter() - started)
+                is_told = isinstance(seconds, float)
+                times[name].append(seconds if is_told else time.perf_counter() - started)
     return times
+
+
+class Apart:
+    """An object in a process of its own: what it sets for its process holds for it alone."""
+
+    def __init__(self, make, *arguments, **named):
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(
+            target=_serve, args=(theirs, partial(make, *arguments, **named)), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def call(self, method, *arguments):
+        """Return what the object's method returns."""
+        self._pipe.send((method, arguments))
+        return self._pipe.recv()
+
+    def close(self):
+        """End the process."""
+        self._pipe.close()
+        self.process.join()
+
+
+def _serve(pipe, make):
+    made = make()
+    while True:
+        try:
+            method, given = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(getattr(made, method)(*given))
+
+
+def own_seconds():
+    """Return a clock: a process's own time where it has one thread, so that others do not count."""
+    if torch.get_num_threads() == 1 and not torch.cuda.is_available():
+        return time.process_time()
+    return time.perf_counter()
 
 
 def ratio(times, slow, fast):

@@ -2,24 +2,28 @@
 
     OMP_NUM_THREADS=1 python benchmarks/train_throughput.py [--rounds 5] [--batch_size 16]
 
-Four loops take turns on equal pictures: `baseline` encodes pictures and captions at every step and
-takes torch.optim.AdamW as it comes; `baseline_best` is that with channels_last and fused AdamW;
+Loops, each in a process of its own, take turns on equal pictures: `baseline` encodes pictures and
+captions at every step and takes torch.optim.AdamW as it comes; `baseline_best` is that with
+channels_last and fused AdamW, `baseline_best_kept` that with our setting of malloc too;
 `inner_plain` is the U-Net's part of the baseline alone, on latents and text states that lie ready;
-`latentdiff` is the training engine (clip, masked update, EMA) on the same. Prints one JSON line:
-ratios are medians over rounds. The cache that the engine reads from is measured in cache_build.py,
-its supply of data in engine_overhead.py. torch.compile is left out of the baseline: on one core it
-takes five minutes.
+`latentdiff` is the training engine (clip, masked update, EMA) on the same, in the layout that is
+faster on this CPU (contiguous). With one thread, seconds are of processor time. Prints one JSON
+line: ratios are medians over rounds. The cache that the engine reads from is measured in
+cache_build.py, its supply of data in engine_overhead.py. torch.compile is left out of the baseline:
+on one core it takes five minutes.
 """
 
 import argparse
 import json
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from common import machine, medians, peak_tflops, ratio, take_turns
+from common import Apart, machine, medians, own_seconds, peak_tflops, ratio, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
+from latentdiff.allocator import keep_freed_memory
 from latentdiff.build import (
     build_text_encoder,
     build_unet,
@@ -34,24 +38,26 @@ from latentdiff.training.components import TextToImage, take_large_steps, use_pl
 from latentdiff.training.engine import Engine, Objective, RatePlan
 
 CAPTIONS = ["a red circle on a blue background", "two small green stars"] * 8
-RESOLUTION, TOKENS, TEXT_WIDTH = 128, 32, 256
+RESOLUTION, TOKENS, TEXT_WIDTH, TEXT_LAYERS = 128, 32, 256, 4
+WIDTHS, HEAD_DIM = (128, 192, 192), 32
+VAE_WIDTHS = (32, 64, 128, 128)
 
 
 def make_model():
     """Return a 17 M U-Net, a 3.7 M VAE of factor 8, a text tower of 4 layers."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=640, max_length=TOKENS)
-    text = build_text_encoder(tokenizer, width=TEXT_WIDTH, num_layers=4, num_heads=4)
+    text = build_text_encoder(tokenizer, width=TEXT_WIDTH, num_layers=TEXT_LAYERS, num_heads=4)
     unet = build_unet(
         sample_size=RESOLUTION // 8,
         in_channels=4,
-        block_out_channels=(128, 192, 192),
-        attention_levels=(True, True, True),
+        block_out_channels=WIDTHS,
+        attention_levels=(True,) * len(WIDTHS),
         layers_per_block=1,
-        head_dim=32,
+        head_dim=HEAD_DIM,
         cross_attention_dim=TEXT_WIDTH,
     ).train()
-    vae = build_vae(block_out_channels=(32, 64, 128, 128), layers_per_block=1)
+    vae = build_vae(block_out_channels=VAE_WIDTHS, layers_per_block=1)
     for part in (vae, text):
         part.requires_grad_(False).eval()
     return Components(
@@ -59,27 +65,52 @@ def make_model():
     )
 
 
-class PlainLoop:
-    """The example's step in our own words. ready: latents and text states, or encode each time."""
+class Loop:
+    """Equal pictures and captions, and a step that is timed."""
 
-    def __init__(self, pixels, ids, *, best, ready=None):
+    def __init__(self, batch_size):
         self.parts = make_model()
+        torch.manual_seed(1)
+        self.pixels = torch.rand(batch_size, 3, RESOLUTION, RESOLUTION) * 2 - 1
+        self.ids = torch.randint(0, 500, (batch_size, TOKENS))
+
+    def encode(self):
+        """Return latents and text states."""
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            z0 = self.parts.vae.encode(self.pixels).latent_dist.sample()
+            return z0.float(), encode_text(self.parts.text_encoder, self.ids)
+
+    def timed_step(self):
+        """Return the seconds of a step."""
+        started = own_seconds()
+        self.step()
+        return own_seconds() - started
+
+    def tflop(self):
+        """Return the TFLOP of a step, by torch's count."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops() / 1e12
+
+
+class PlainLoop(Loop):
+    """The example's step in our own words. encodes: at every step, or once."""
+
+    def __init__(self, batch_size, *, best=False, encodes=True, keeps=False):
+        super().__init__(batch_size)
+        if keeps:
+            keep_freed_memory()
         if best:
             for part in (self.parts.unet, self.parts.vae):
                 part.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
             self.parts.unet.parameters(), lr=1e-4, fused=True if best else None
         )
-        self.pixels, self.ids, self.ready = pixels, ids, ready
+        self.ready = None if encodes else self.encode()
         self.schedule = schedule_of(self.parts.scheduler).to("cpu", dtype=torch.float32)
 
-    def inputs(self):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            z0 = self.parts.vae.encode(self.pixels).latent_dist.sample()
-            return z0.float(), encode_text(self.parts.text_encoder, self.ids)
-
     def step(self):
-        z0, states = self.ready or self.inputs()
+        z0, states = self.ready or self.encode()
         t = torch.randint(0, 1000, (len(z0),))
         eps = torch.randn_like(z0)
         zt = q_sample(self.schedule, z0, t, eps)
@@ -91,16 +122,17 @@ class PlainLoop:
         self.optimizer.zero_grad()
 
 
-class OurLoop:
+class OurLoop(Loop):
     """The training engine on latents and text states that lie ready."""
 
-    def __init__(self, ready):
-        parts = make_model()
+    def __init__(self, batch_size):
+        super().__init__(batch_size)
+        parts, (z0, states) = self.parts, self.encode()
+        keep_freed_memory()
         model = TextToImage(parts, learns_text=False)
         cells = RESOLUTION // 8
         use_plain_attention(parts.unet, num_cells=cells**2)
         take_large_steps(model)
-        z0, states = ready
         self.size = size = len(z0)
         self.batch = {
             "z0": z0,
@@ -139,26 +171,25 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=16)
     args = parser.parse_args()
-    pixels = torch.rand(args.batch_size, 3, RESOLUTION, RESOLUTION) * 2 - 1
-    ids = torch.randint(0, 500, (args.batch_size, TOKENS))
-    baseline = PlainLoop(pixels, ids, best=False)
-    ready = baseline.inputs()
-    inner = PlainLoop(pixels, ids, best=False, ready=ready)
+    size = args.batch_size
     loops = {
-        "baseline": baseline,
-        "baseline_best": PlainLoop(pixels, ids, best=True),
-        "inner_plain": inner,
-        "latentdiff": OurLoop(ready),
+        "baseline": Apart(PlainLoop, size),
+        "baseline_best": Apart(PlainLoop, size, best=True),
+        "baseline_best_kept": Apart(PlainLoop, size, best=True, keeps=True),
+        "inner_plain": Apart(PlainLoop, size, encodes=False),
+        "latentdiff": Apart(OurLoop, size),
     }
-    times = take_turns({name: loop.step for name, loop in loops.items()}, rounds=args.rounds)
+    works = {name: partial(loop.call, "timed_step") for name, loop in loops.items()}
+    times = take_turns(works, rounds=args.rounds)
     seconds = medians(times)
-    with FlopCounterMode(display=False) as counter:
-        inner.step()
-    peak, flops = peak_tflops(), counter.get_total_flops() / 1e12
+    peak, flops = peak_tflops(), loops["inner_plain"].call("tflop")
+    for loop in loops.values():
+        loop.close()
     figures = {
         "benchmark": "train_throughput",
         "ratio_to_baseline": ratio(times, "baseline", "latentdiff"),
         "ratio_to_baseline_best": ratio(times, "baseline_best", "latentdiff"),
+        "ratio_to_baseline_best_kept": ratio(times, "baseline_best_kept", "latentdiff"),
         "ratio_inner": ratio(times, "inner_plain", "latentdiff"),
         "images_per_second": {k: round(args.batch_size / s, 2) for k, s in seconds.items()},
         "step_s": seconds,

@@ -14,7 +14,7 @@ from common import machine, medians, ratio, take_turns
 
 from latentdiff.latents import LatentCodec
 from latentdiff.models import load_vae
-from latentdiff.training.components import SHIPPED
+from latentdiff.shipped import SHIPPED
 
 KINDS = {
     "float32": (torch.float32, torch.contiguous_format),

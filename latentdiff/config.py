@@ -123,10 +123,11 @@ class ModelConfig:
     """Where the parts come from. `pretrained` fine-tunes; without it the U-Net is new."""
 
     pretrained: str = ""
-    """a Stable-Diffusion-format folder or hub id to fine-tune; empty trains from scratch"""
+    """a Stable-Diffusion-format folder or hub id to fine-tune, or "latentdiff-mini", the small
+    model that ships; empty trains from scratch"""
     vae: str = ""
-    """a VAE's folder; "latentdiff-vae" is the small one that ships with the package, and
-    "latentdiff-vae-shapes" the demo's"""
+    """a VAE's folder; "latentdiff-mini" is that of the small model that ships with the package,
+    with 4 latent channels, "latentdiff-vae" one with 8"""
     text_encoder: str = ""
     """a folder with text_encoder/ and tokenizer/, kept frozen; empty trains a new tower"""
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -201,17 +202,19 @@ class TrainConfig:
     """optimiser steps until the peak rate is reached"""
     weight_decay: float = 0.01
     """AdamW's, not applied to norms and biases"""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw, fused where the device has it; or with state of 8 bits, a quarter of the memory, which
-    needs bitsandbytes and a GPU"""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw, fused where the device has it; adamw8bit, whose state is a quarter, which needs
+    bitsandbytes and a GPU; muon, which learns more from each picture when training from scratch, at
+    the price of some matrix products a step (Jordan et al. 2024)"""
     beta2: float = 0.999
     """AdamW's second-moment decay"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     precision: Precision = "bf16"
     """mixed precision of the forward and backward pass; weights and optimiser stay float32"""
-    channels_last: bool = True
-    """memory layout of the U-Net's convolutions; which is faster depends on the machine"""
+    channels_last: bool | Literal["auto"] = "auto"
+    """memory layout of the U-Net's convolutions; auto: true on a GPU and on CPUs with AMX, false on
+    other CPUs and with FSDP, where it is slower or cannot be"""
     attention: Literal["auto", "plain", "sdpa", "xformers"] = "auto"
     """kernel of the U-Net's attention: two products and a softmax, PyTorch's fused one, or that of
     xformers, which needs a GPU; auto: sdpa, but plain for short sequences on the CPU"""

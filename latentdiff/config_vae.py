@@ -48,6 +48,10 @@ class VaeConfig:
     """share of steps whose latents are turned, mirrored, and halved or slid by part of a cell, and
     must decode to the picture so moved: smoother latents, which diffusion learns faster (after
     Kouzelis et al. 2025)"""
+    latent_noise: float = 0.0
+    """largest noise that latents get before they are decoded, in units of their std, drawn anew for
+    each picture from zero up: the decoder then forgives what diffusion gets a little wrong, and
+    latents that mean different pictures move apart (after Zheng et al. 2025, Sec. 4)"""
     l2_weight: float = 1.0
     """weight of the squared error beside the absolute error"""
     max_steps: int = 10_000

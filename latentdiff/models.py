@@ -33,6 +33,7 @@ from latentdiff.build import (
 )
 from latentdiff.fit import check_fit, read_configs, read_json
 from latentdiff.latents import Autoencoder
+from latentdiff.shipped import resolve
 from latentdiff.weights import (
     check_weights,
     mismatched_shapes,
@@ -112,7 +113,7 @@ def load_components(
     torch_dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> Components:
-    """Open a Stable Diffusion 1.x / 2.x folder, or fetch it from the hub by its id.
+    """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
 
     Models come in eval mode on the CPU in `torch_dtype`; safety checker and image encoder keep
     their stored dtype. `variant` picks weight files such as "fp16". FileNotFoundError or
@@ -149,9 +150,9 @@ def load_vae(
     variant: str | None = None,
 ) -> Autoencoder:
     """Open an AutoencoderKL or AutoencoderTiny: its own folder, a pipeline's, or a hub id."""
-    folder = Path(path_or_id)
+    folder = resolve(path_or_id)
     if not folder.exists():
-        patterns = ["config.json", "diffusion_pytorch_model*.safetensors"]
+        patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
         folder = _fetch(
             lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
         )
@@ -166,7 +167,7 @@ def load_vae(
 
 def _folder(path_or_id: str | Path, *, variant: str | None) -> Path:
     """Return the local folder of a pipeline, fetched from the hub when it is not a path here."""
-    folder = Path(path_or_id)
+    folder = resolve(path_or_id)
     if not folder.exists():
         download = diffusers.DiffusionPipeline.download
         folder = _fetch(

@@ -6,6 +6,7 @@ is unpickled here: only safetensors files are read.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -81,9 +82,10 @@ def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
     """Return a component's safetensors files (several when sharded) of one variant, None being
     the plain one.
 
-    FileNotFoundError when there are none, ValueError when there are pickles only: those are never
-    opened.
+    FileNotFoundError when there are none, ValueError when a shard is missing or when there are
+    pickles only: those are never opened.
     """
+    _check_shards(folder, variant)
     found: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if match := WEIGHT_FILE.fullmatch(path.name):
@@ -105,6 +107,31 @@ def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
         f"{folder} holds no weights, expected diffusion_pytorch_model.safetensors or "
         "model.safetensors"
     )
+
+
+def _check_shards(folder: Path, variant: str | None) -> None:
+    """Raise ValueError naming the shard that an index names and the folder lacks, or the index."""
+    ending = f".safetensors.index.{variant}.json" if variant else ".safetensors.index.json"
+    for index in sorted(folder.glob(f"*{ending}")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index} is no readable index of shards ({error!r}); copy or download it again"
+            ) from error
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            raise ValueError(
+                f"{folder} lacks {_listed(missing)}, which {index.name} names; copy or download "
+                "them again"
+            )
+        return
+    for path in sorted(folder.glob("*-of-*.safetensors")):
+        match = WEIGHT_FILE.fullmatch(path.name)
+        if match and match["variant"] == variant:
+            raise ValueError(
+                f"{path} is a shard, and {folder} has no {match[1]}{ending} to tell of the others; "
+                "copy or download the folder again"
+            )
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, Shape]:

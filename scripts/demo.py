@@ -1,65 +1,130 @@
-"""The demo: write coloured shapes, train on them from scratch, draw prompts never seen together.
+"""The demo: what the small model that ships draws, and how it learns shapes with a face.
 
 python scripts/demo.py        (or: make demo, which installs first)
+
+Options of training, such as --train.max_steps=100, are handed on.
 """
 
+import argparse
 import logging
-import os
-import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from latentdiff.config_file import load_config
 from latentdiff.console import quieten_libraries
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
-FOLDER = Path("demo-run")
-
-
-def train() -> int:
-    """Train in a process for each half of a CPU's cores, or in one on a GPU; return its status.
-
-    So small a model gains more from two processes than from two threads.
-    """
-    import torch
-
-    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    num_processes = 1 if torch.accelerator.is_available() else min(2, num_cores)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = ["--nproc_per_node", str(num_processes), str(ROOT / "scripts" / "train_t2i.py")]
-    threads = {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}
-    command = [*launcher, *script, "--config", str(CONFIG)]
-    return subprocess.run(command, env=os.environ | threads, check=False).returncode
+STYLE = "smiling"
+KNOWN = (  # emoji, flowers and shapes, as its training captions call them
+    *("a red apple", "a cat face", "a slice of pizza", "a smiling face with sunglasses"),
+    *("a green heart", "a sunflower", "a snow-capped mountain", "a full moon"),
+    *("a photo of a sunflower", "a close-up photo of a rose", "a photograph of daisies"),
+    *("a picture of tulips outdoors", "a large red star on a pink background"),
+    *("a large blue circle on a white background", "a small yellow square on a black background"),
+    "a large green triangle on a gray background",
+)
+UNRELATED = ("a red apple", "a cat face", "a photo of a sunflower", KNOWN[13])
+NUM_NEW, NUM_STEPS, GUIDANCE = 8, 25, 3.0
 
 
 def main() -> int:
-    """Write the data, train with configs/demo.yaml, write the sheet, say what to do next."""
+    """Draw, write the pictures, fine-tune, draw again, say what was done; exit 0, or why not."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="latentdiff-mini", help="the model to start from")
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="the folder to write")
+    parser.add_argument("--num_train", type=int, default=1000, help="pictures to learn from")
+    args, settings = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quieten_libraries()
-    from latentdiff.data.shapes import split_scenes, write_shapes
-    from latentdiff.pipeline.sample_options import SampleOptions
-    from latentdiff.pipeline.sampling import sample
+    try:
+        return demo(args.model, args.out, num_train=args.num_train, settings=settings)
+    except (ValueError, OSError) as error:
+        print(f"demo.py: {error}", file=sys.stderr)
+        return 2
 
-    root = write_shapes(FOLDER / "shapes", num_train=2000, num_test=100)
-    config = load_config(CONFIG)
-    if status := train():
+
+def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ()) -> int:
+    """Fine-tune `model` on shapes with a face in out/model, with sheets of before and after.
+
+    settings: of training, beside those of configs/demo.yaml. Returns training's exit status.
+    """
+    from latentdiff.data.shapes import in_style, split_scenes, write_shapes
+    from latentdiff.training.launch import launch
+
+    clock = _Clock()
+    unseen = in_style(split_scenes()[1], STYLE)
+    prompts = [scene.caption for scene in unseen[:: len(unseen) // NUM_NEW][:NUM_NEW]]
+    prompts += UNRELATED
+    known, before = draw(model, KNOWN), draw(model, prompts)
+    save_sheet(known, KNOWN, out / "before.png")
+    clock.say(f"{out / 'before.png'}: {len(KNOWN)} pictures of {model}, and {len(prompts)} more")
+    root = write_shapes(out / STYLE, num_train=num_train, num_test=64, style=STYLE)
+    paths = {"output_dir": out / "model", "data.root": root, "data.cache_dir": out / "cache"}
+    options = ["--config", str(CONFIG), f"--model.pretrained={model}"]
+    options += [*(f"--{name}={path}" for name, path in paths.items()), *settings]
+    if status := launch(ROOT / "scripts" / "train_t2i.py", options):
         return status
-    prompts = [scene.caption for scene in split_scenes()[1]][::3][:16]
-    sheet = FOLDER / "sheet.png"
-    options = SampleOptions(out=str(sheet), steps=25, guidance_scale=3.0, seed=0)
-    model = Path(config.output_dir) / "pipeline"
-    for record in sample(str(model), prompts, options):
-        print(f"wrote {record['kind']} {record['path']}")
-    print(
-        f"\n{sheet} shows {len(prompts)} captions whose combination was never in {root}/train.\n"
-        f'Another picture:   .venv/bin/python scripts/sample.py {model} "a large red star on a '
-        'pink background" --out star.png\n'
-        "Your own folder:   .venv/bin/python scripts/inspect_data.py DIR\n"
-        "                   .venv/bin/accelerate launch scripts/train_t2i.py "
-        "--config configs/emoji.yaml --data.root=DIR --model.vae=latentdiff-vae"
-    )
+    clock.say(f"fine-tuned on {num_train} pictures of {root / 'train'}")
+    tuned = out / "model" / "pipeline"
+    after = draw(str(tuned), prompts)
+    pairs = [picture for pair in zip(before, after, strict=True) for picture in pair]
+    labels = [label for prompt in prompts for label in (f"before: {prompt}", "after")]
+    save_sheet(pairs, labels, out / "sheet.png")
+    clock.say(f"{out / 'sheet.png'}: {len(prompts)} prompts, before and after, from the same seeds")
+    say_what_next(tuned, out, num_new=NUM_NEW)
     return 0
+
+
+def draw(model: str, prompts: Sequence[str]) -> list[Any]:
+    """Draw each prompt once, from the seed that is its place."""
+    from latentdiff.pipeline.sampling import open_pipeline
+
+    pipe = open_pipeline(model)
+    pipe.set_progress_bar_config(leave=False)
+    seeds = list(range(len(prompts)))
+    made = pipe(list(prompts), seed=seeds, num_inference_steps=NUM_STEPS, guidance_scale=GUIDANCE)
+    pictures: list[Any] = made.images
+    return pictures
+
+
+def save_sheet(pictures: Sequence[Any], labels: Sequence[str], path: Path) -> None:
+    """Write a sheet of eight pictures a row."""
+    from latentdiff.pipeline.sheet import draw_sheet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(pictures, labels, columns=8).save(path)
+
+
+def say_what_next(tuned: Path, out: Path, *, num_new: int) -> None:
+    """Say what the sheets show and what to try."""
+    print(
+        f"\nThe first {num_new} prompts of {out / 'sheet.png'} ask for shapes with a face whose "
+        "combination of kind, colour and background was in no training picture;\n"
+        f"the last {len(UNRELATED)} for what the model knew before.\n"
+        f'Another picture:    .venv/bin/python scripts/sample.py {tuned} "a smiling large red '
+        'circle on a pink background" --guidance_scale 3 --out circle.png\n'
+        f'The model as it is: .venv/bin/python scripts/sample.py latentdiff-mini "a cat" '
+        "--guidance_scale 3 --out cat.png\n"
+        "Your own pictures:  .venv/bin/python scripts/inspect_data.py DIR\n"
+        "                    .venv/bin/python scripts/train_t2i.py --config configs/demo.yaml "
+        "--data.root=DIR --output_dir=runs/mine\n"
+        "All from scratch:   make demo-scratch"
+    )
+
+
+class _Clock:
+    """Says how long each part took."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+
+    def say(self, what: str) -> None:
+        now = time.monotonic()
+        print(f"[{now - self.last:4.0f} s, {now - self.start:4.0f} s in all] {what}", flush=True)
+        self.last = now
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from fakes_faults import start_ranks
 from fakes_models import make_vae
 from fakes_shapes import write_three_shapes
-from fakes_training import SETTINGS, arguments, make_config, read_metrics
+from fakes_training import SETTINGS, make_config, read_metrics
 from safetensors.torch import load_file
 
 from latentdiff.config import Config
@@ -27,7 +25,6 @@ from latentdiff.training.supply import read_data
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-ROOT = Path(__file__).parents[1]
 DATA = {
     "resolution": 32,
     "buckets": True,
@@ -140,18 +137,10 @@ def test_layout_does_not_change_the_losses(
     assert_same_losses(tmp_path / "run", whole, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_two_processes_train_on_the_same_buckets(world: Path, whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a free port
-    command += ["--nproc_per_node=2", str(ROOT / "scripts" / "train_t2i.py")]
-    command += [f"--config={world / 'config.json'}"]
-    command += arguments(world, tmp_path / "run", train__max_steps=20)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "(2 processes x 2 x 1 accumulated), 4 steps an epoch" in done.stderr
+    child = start_ranks(world, tmp_path / "run", train__max_steps=20)
+    assert child.wait(timeout_s=180) == 0, child.said()
+    assert "(2 processes x 2 x 1 accumulated), 4 steps an epoch" in child.said()
     assert_same_losses(tmp_path / "run", whole, rel=1e-5)
 
 

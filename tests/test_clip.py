@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -113,6 +114,28 @@ def test_a_resnet_picture_tower_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="ModifiedResNet"):
         clip_from_open_clip(model)
+
+
+def test_scaled_gradients_of_fp16_teach_what_fp32_does(squares: Path, tmp_path: Path) -> None:
+    """On the CPU, where both compute in fp32: what differs is the scaling."""
+    losses = {}
+    for precision in ("fp32", "fp16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        settings = TINY | {"precision": precision, "output_dir": str(tmp_path / precision)}
+        train_clip(
+            ClipConfig(
+                roots=(str(squares),),
+                max_steps=6,
+                batch_size=12,
+                learning_rate=3e-3,
+                log_every_steps=1,
+                **settings,
+            )
+        )
+        lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        losses[precision] = [json.loads(line)["loss"] for line in lines]
+    assert len(losses["fp32"]) == 6
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-4)
 
 
 def test_learns_to_tell_pictures_apart_and_exports_judge_and_tower(

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fakes_training import arguments, make_config, make_world, read_metrics
+from fakes_faults import start, start_ranks
+from fakes_training import make_config, make_world, read_metrics
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline, load_config
@@ -22,8 +22,6 @@ from latentdiff.training.samples import Samples
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "train_t2i.py"
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -105,44 +103,29 @@ def test_losses_do_not_depend_on_how_a_batch_is_accumulated(world: Path, tmp_pat
     assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_two_processes_train_to_the_losses_of_one_in_bf16(world: Path, tmp_path: Path) -> None:
-    """By torchrun as users start it; in fp32 see test_many_processes.py."""
+    """In fp32 see test_many_processes.py; by torchrun, as users start it, test_processes.py."""
     settings = {
         "train__max_steps": 20,
         "model__unet__dropout": 0.0,
         "train__precision": "bf16",
     }
     assert train(make_config(world, tmp_path / "one", **settings)) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", str(SCRIPT), f"--config={world / 'config.json'}"]
-    command += arguments(world, tmp_path / "two", **settings)
-    done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "(2 processes x 2 x 1 accumulated)" in done.stderr
+    child = start_ranks(world, tmp_path / "two", **settings)
+    assert child.wait(timeout_s=180) == 0, child.said()
+    assert "(2 processes x 2 x 1 accumulated)" in child.said()
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-2)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_the_resumed_run_is_the_whole_one(
     world: Path, whole: Path, tmp_path: Path
 ) -> None:
-    run, slow = tmp_path / "run", {"train__max_steps": 4000}
-    command = [sys.executable, str(SCRIPT), f"--config={world / 'config.json'}"]
-    process = subprocess.Popen(
-        command + arguments(world, run, **slow), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or not read_metrics(run):
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        assert time.monotonic() < deadline, "the run never started"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+    run = tmp_path / "run"
+    child = start(world, run, train__max_steps=4000)
+    child.when(lambda: (run / "metrics.jsonl").exists() and read_metrics(run))
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 143
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     stopped = int(checkpoint.name.removeprefix("step-"))
     assert 0 < stopped < 4000
@@ -239,24 +222,22 @@ STOCK = """
 import sys, torch
 sys.modules["latentdiff"] = None  # importing it is an error
 import diffusers
-pipe = getattr(diffusers, sys.argv[2]).from_pretrained(sys.argv[1])
-latents = torch.load(sys.argv[3], weights_only=True)
-pipe.set_progress_bar_config(disable=True)
-image = pipe("a red star", latents=latents, num_inference_steps=4, guidance_scale=3.0,
-             output_type="pt").images
-torch.save(image, sys.argv[4])
-print(type(pipe).__name__)
+for name in ("StableDiffusionPipeline", "DiffusionPipeline"):
+    pipe = getattr(diffusers, name).from_pretrained(sys.argv[1])
+    latents = torch.load(sys.argv[2], weights_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red star", latents=latents, num_inference_steps=4, guidance_scale=3.0,
+                 output_type="pt").images
+    torch.save(image, sys.argv[3] + name)
+    print(type(pipe).__name__)
 """
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DiffusionPipeline"])
-def test_stock_diffusers_opens_the_export_and_draws_the_same(
-    whole: Path, tmp_path: Path, name: str
-) -> None:
+def test_stock_diffusers_opens_the_export_and_draws_the_same(whole: Path, tmp_path: Path) -> None:
     pipeline = LatentDiffPipeline.from_pretrained(whole / "pipeline")
     latents = torch.randn(1, 4, 8, 8)
     torch.save(latents, tmp_path / "latents")
-    files = [str(whole / "pipeline"), name, str(tmp_path / "latents"), str(tmp_path / "image")]
+    files = [str(whole / "pipeline"), str(tmp_path / "latents"), f"{tmp_path}/image of "]
     done = subprocess.run(
         [sys.executable, "-c", STOCK, *files],
         env=ENVIRONMENT,
@@ -266,7 +247,7 @@ def test_stock_diffusers_opens_the_export_and_draws_the_same(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "StableDiffusionPipeline"
+    assert done.stdout.split() == ["StableDiffusionPipeline"] * 2
     ours = pipeline(
         "a red star",
         latents=latents,
@@ -274,8 +255,9 @@ def test_stock_diffusers_opens_the_export_and_draws_the_same(
         guidance_scale=3.0,
         output_type="pt",
     ).images
-    theirs = torch.load(tmp_path / "image", weights_only=True)
-    assert (ours - theirs).abs().max() <= 1 / 255
+    for name in ("StableDiffusionPipeline", "DiffusionPipeline"):
+        theirs = torch.load(tmp_path / f"image of {name}", weights_only=True)
+        assert (ours - theirs).abs().max() <= 1 / 255
 
 
 def test_export_tells_how_the_model_came_to_be(whole: Path) -> None:

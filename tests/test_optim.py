@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from latentdiff.training.optim import (
+    ScaledUpdate,
     build_optimizer,
     clip_gradients,
     learning_rate,
@@ -303,3 +304,38 @@ def test_optimizer_state_comes_back_in_the_memory_layout_of_channels_last_weight
     for pair in (whole, resumed):
         step(*pair, seed=2)
     assert torch.equal(whole[0].weight, resumed[0].weight)
+
+
+# fp16
+
+
+def quadratic(start: Tensor, *, fp16: bool, max_norm: float | None) -> tuple[Tensor, ScaledUpdate]:
+    weight = start.clone().requires_grad_()
+    rule = SGD([weight], lr=1.0)
+    update = ScaledUpdate(rule, fp16=fp16, max_norm=max_norm)
+    for _ in range(5):
+        update.step((weight**2).sum(), rate=0.1)
+    return weight.detach(), update
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_scaled_updates_are_those_without_a_scale(max_norm: float | None) -> None:
+    start = torch.randn(8)
+    plain, _ = quadratic(start, fp16=False, max_norm=max_norm)
+    scaled, update = quadratic(start, fp16=True, max_norm=max_norm)
+    assert update.scaler.get_scale() > 1
+    assert not torch.equal(plain, start)
+    torch.testing.assert_close(scaled, plain)
+
+
+def test_an_overflow_skips_its_own_update_alone_and_lowers_the_scale() -> None:
+    weight, other = (torch.ones(3, requires_grad=True) for _ in range(2))
+    updates = [ScaledUpdate(SGD([one], lr=1.0), fp16=True, max_norm=1.0) for one in (weight, other)]
+    before = updates[0].scaler.get_scale()
+    updates[0].step(weight.sum() * torch.finfo(torch.float32).max, rate=0.1)
+    updates[1].step(other.sum(), rate=0.1)
+    assert weight.tolist() == [1.0, 1.0, 1.0]
+    assert updates[0].scaler.get_scale() < before == updates[1].scaler.get_scale()
+    assert (other < 1).all()
+    updates[0].step(weight.sum(), rate=0.1)
+    assert (weight < 1).all()

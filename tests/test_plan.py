@@ -91,9 +91,14 @@ def test_estimate_draws_nothing_and_leaves_the_model_as_it_is() -> None:
 
 
 def test_eight_bits_take_a_quarter_of_the_state_of_large_parameters() -> None:
-    parameters = [torch.zeros(100, 100), torch.zeros(10)]
-    assert optimizer_bytes(parameters, name="adamw") == 2 * 4 * 10_010
-    assert optimizer_bytes(parameters, name="adamw8bit") == 2 * 10_000 + 2 * 4 * 10
+    groups = [
+        {"params": [torch.zeros(100, 100)], "orthogonal": True},
+        {"params": [torch.zeros(10)]},
+    ]
+    plain = [{"params": group["params"]} for group in groups]
+    assert optimizer_bytes(plain, name="adamw") == 2 * 4 * 10_010
+    assert optimizer_bytes(plain, name="adamw8bit") == 2 * 10_000 + 2 * 4 * 10
+    assert optimizer_bytes(groups, name="muon") == 4 * 10_000 + 2 * 4 * 10
 
 
 def test_rate_says_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from latentdiff.training.vae_losses import (
     hinge_loss,
     vae_loss,
 )
-from latentdiff.training.vae_objective import slid, turned
+from latentdiff.training.vae_objective import noised, slid, turned
 from latentdiff.training.vae_principal import keep_principal
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -164,6 +165,18 @@ def test_turning_is_by_quarters() -> None:
     assert turned(x, turns=0, mirrored=True)[0, 0, 0].tolist() == [3, 2, 1, 0]
 
 
+def test_noise_before_decoding_is_of_a_strength_of_its_own_for_each_picture() -> None:
+    z = 1 + 3 * torch.randn(200, 4, 16, 16)
+    assert torch.equal(noised(z, 0.0), z)
+    added = noised(z, 0.5) - z
+    strengths = added.std((1, 2, 3)) / z.std()
+    assert strengths.max() < 0.5 * 1.1  # of 1,024 values, so known to 2 %
+    assert strengths.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx(
+        [0.05, 0.25, 0.45], abs=0.1
+    )
+    assert added.mean().abs() < 0.01 * z.std()
+
+
 def test_latents_that_are_means_slide_as_their_pictures_do() -> None:
     ramp = torch.arange(32.0).view(1, 1, 1, 32).expand(1, 3, 32, 32)
     pixels = ramp + 5 * ramp.transpose(2, 3)
@@ -213,6 +226,29 @@ def test_learns_and_reports(pictures: Path, tmp_path: Path, factor: int) -> None
     assert vae.config["scaling_factor"] == pytest.approx(report["scaling_factor"])
     with Image.open(tmp_path / f"reconstructions_{name}.png") as sheet:
         assert sheet.size == (8 * 32, 4 * 32)
+
+
+def test_scaled_gradients_of_fp16_teach_what_fp32_does(pictures: Path, tmp_path: Path) -> None:
+    """On the CPU, where both compute in fp32: what differs is the scaling."""
+    losses = {}
+    for precision in ("fp32", "fp16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_vae(
+            config(
+                pictures,
+                tmp_path / precision,
+                precision=precision,
+                max_steps=6,
+                log_every_steps=1,
+                latent_noise=0.1,
+                discriminator_weight=0.1,
+                discriminator_start=2,
+                discriminator_width=8,
+            )
+        )
+        lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        losses[precision] = [value for line in lines for value in json.loads(line).values()]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-3, abs=1e-3)
 
 
 def test_the_decoder_alone_keeps_the_latents(pictures: Path, tmp_path: Path) -> None:

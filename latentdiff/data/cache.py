@@ -16,11 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.data.cache_encode import check_finite, encode_moments, latent_keys, mean_and_std
-from latentdiff.data.cache_load import CropPlan, Item, decode_ahead
-from latentdiff.data.cache_store import MISSING, Store, Writer, in_share
+from latentdiff.data.cache_load import CropPlan, decode_ahead
+from latentdiff.data.cache_store import MISSING, Store, Writer
 from latentdiff.data.digests import picture_digests
 from latentdiff.data.folder import Folder
 from latentdiff.data.index import ScanIndex
+from latentdiff.data.kept_rows import KeptRows
 from latentdiff.data.listing import Progress
 from latentdiff.data.text_cache import TextCache
 from latentdiff.latents import LatentCodec
@@ -30,22 +31,19 @@ __all__ = ["CropPlan", "LatentCache", "TextCache", "prune_cache", "verify_cache"
 LEFTOVER_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
 
 
-class LatentCache:
+class LatentCache(KeptRows):
     """The posterior of z for every record of a folder. Small: what is read is mapped from disk.
 
-    encoded: how many latents this process had to encode. keys: (V, N, 2) uint64, see latent_keys.
-    scale, shift: those of the codec; `use_scaling_of` follows a codec whose scaling has changed.
-    Everywhere `crop` is a draw in [0, 1) that chooses among the plan's places.
+    encoded: how many latents this process had to encode. keys: see latent_keys. scale, shift: those
+    of the codec; `use_scaling_of` follows a codec whose scaling has changed.
     """
 
     def __init__(
         self, store: Store, keys: np.ndarray, *, plan: CropPlan, flips: bool, codec: LatentCodec
     ) -> None:
-        self.keys, self.plan, self.flips, self.encoded = keys, plan, flips, 0
-        self.factor, self.channels = codec.factor, codec.channels
+        super().__init__(store, keys, plan=plan, flips=flips)
+        self.encoded, self.factor, self.channels = 0, codec.factor, codec.channels
         self.use_scaling_of(codec)
-        self._store = store
-        self._rows = _find(store, keys)
 
     @classmethod
     def open(
@@ -135,9 +133,6 @@ class LatentCache:
         cache._refresh()
         return cache
 
-    def __len__(self) -> int:
-        return int(self.keys.shape[1])
-
     @property
     def num_missing(self) -> int:
         """Latents that no process has written yet."""
@@ -176,38 +171,12 @@ class LatentCache:
         """Return `moments` before scale and shift."""
         if flipped and not self.flips:
             raise ValueError("the cache holds no flipped latents; build it with flips=True")
-        variant = self.plan.variant(crop) * (1 + self.flips) + flipped
-        if self._rows[variant, index] == MISSING:
-            self._refresh()
-        row = int(self._rows[variant, index])
-        if row == MISSING:
-            raise ValueError(
-                f"record {index} is not in the cache; let all processes build before one reads"
-            )
-        return mean_and_std(self._store.read(row).float())
+        row = self._row(index, flipped=flipped, crop=crop, name="record")
+        return mean_and_std(row.float())
 
     def use_scaling_of(self, codec: LatentCodec) -> None:
         """Take the codec's scale and shift for what is read from now on."""
         self.scale, self.shift = codec.scale, codec.shift
-
-    def _item(self, variant: int, index: int) -> Item:
-        place, flip = divmod(variant, 1 + self.flips)
-        u = (place + 0.5) / len(self.plan.places)
-        return self.plan.item(index, u=u, flip=bool(flip))
-
-    def _missing(self, shard: tuple[int, int]) -> np.ndarray:
-        """Find this process's share of what the store lacks, each key once, sorted by size: (M, 2)
-        (variant, index)."""
-        flat = self.keys.reshape(-1, 2)
-        places = np.flatnonzero((self._rows.ravel() == MISSING) & in_share(flat, shard))
-        _, first = np.unique(flat[places], axis=0, return_index=True)
-        variants, indices = np.divmod(places[np.sort(first)], max(1, len(self)))
-        order = np.lexsort((indices, *self.plan.sizes[indices].T))
-        return np.stack([variants, indices], axis=1)[order]
-
-    def _refresh(self) -> None:
-        self._store.refresh()
-        self._rows = _find(self._store, self.keys)
 
 
 def verify_cache(
@@ -257,10 +226,6 @@ def prune_cache(
     for path in unused if delete else []:
         path.unlink(missing_ok=True)
     return listed
-
-
-def _find(store: Store, keys: np.ndarray) -> np.ndarray:
-    return store.find(keys.reshape(-1, 2)).reshape(keys.shape[:2])
 
 
 def _digests(folder: Folder, cache_dir: Path | str, *, progress: bool) -> np.ndarray:

@@ -14,25 +14,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.data.cache_encode import cut_keys
-from latentdiff.data.cache_load import CropPlan, Item
-from latentdiff.data.cache_store import MISSING, Store, Writer, in_share
+from latentdiff.data.cache_load import CropPlan
+from latentdiff.data.cache_store import Store, Writer
 from latentdiff.data.digests import mask_digests, picture_digests
 from latentdiff.data.index import ScanIndex
+from latentdiff.data.kept_rows import KeptRows
 from latentdiff.data.masks import Masks
 
 MASKS_AT_ONCE = 256
 
 
-class MaskCache:
+class MaskCache(KeptRows):
     """The mask of every record of a folder; what is read is mapped from disk.
 
-    made: how many this process had to read. keys: (V, N, 2) uint64, V the plan's places.
+    made: how many this process had to read. No mask is kept mirrored: it is turned when it is read.
     """
 
     def __init__(self, store: Store, keys: np.ndarray, *, plan: CropPlan) -> None:
-        self.keys, self.plan, self.made = keys, plan, 0
-        self._store = store
-        self._refresh()
+        super().__init__(store, keys, plan=plan, flips=False)
+        self.made = 0
 
     @classmethod
     def open(cls, masks: Masks, *, cache_dir: Path | str) -> "MaskCache":
@@ -78,43 +78,13 @@ class MaskCache:
         cache._refresh()
         return cache
 
-    def __len__(self) -> int:
-        return int(self.keys.shape[1])
-
     def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
         """Return how much of each latent of record `index` counts: (1, h, w) float32 in [0, 1].
 
-        crop: a draw in [0, 1) that chooses among the plan's places, as for the latents.
+        ValueError names one that no process has read.
         """
-        variant = self.plan.variant(crop)
-        if self._rows[variant, index] == MISSING:
-            self._refresh()
-        row = int(self._rows[variant, index])
-        if row == MISSING:
-            raise ValueError(
-                f"the mask of record {index} is not in the cache; let all processes build before "
-                "one reads"
-            )
-        cells = self._store.read(row)
+        cells = self._row(index, flipped=False, crop=crop, name="the mask of record")
         return cells.flip(-1) if flipped else cells
-
-    def _item(self, variant: int, index: int) -> Item:
-        u = (variant + 0.5) / len(self.plan.places)
-        return self.plan.item(index, u=u, flip=False)
-
-    def _missing(self, shard: tuple[int, int]) -> np.ndarray:
-        """Find this process's share of what the store lacks, each key once: (M, 2) (variant,
-        index), those of one size together."""
-        flat = self.keys.reshape(-1, 2)
-        places = np.flatnonzero((self._rows.ravel() == MISSING) & in_share(flat, shard))
-        _, first = np.unique(flat[places], axis=0, return_index=True)
-        variants, indices = np.divmod(places[np.sort(first)], max(1, len(self)))
-        order = np.lexsort((indices, *self.plan.sizes[indices].T))
-        return np.stack([variants, indices], axis=1)[order]
-
-    def _refresh(self) -> None:
-        self._store.refresh()
-        self._rows = self._store.find(self.keys.reshape(-1, 2)).reshape(self.keys.shape[:2])
 
 
 def mask_keys(masks: Masks, digests: np.ndarray) -> np.ndarray:

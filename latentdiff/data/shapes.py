@@ -2,14 +2,15 @@
 
 Every picture is described in full by its caption, so a model's obedience can be measured: a tenth
 of all (kind, colour, size, background) combinations is never shown in training, and a picture asked
-for by such a caption shows whether the parts of a caption were understood or only memorised.
+for by such a caption shows whether the parts of a caption were understood or only memorised. In the
+style "smiling" each shape has a face: something new to teach a model that knows the plain ones.
 Drawing is deterministic in (seed, index). This module knows nothing of models or training.
 """
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -37,6 +38,10 @@ BACKGROUNDS = {
 SIZES = {"small": 15 / 64, "large": 25 / 64}  # radius as a fraction of the picture's side
 RELATIONS = ("left of", "right of", "above", "below")
 PAIR_RADIUS = 12 / 64
+STYLES = ("smiling",)
+FACE_KINDS = ("circle", "square", "triangle", "cross")  # with room for a face
+INK, SHINE = (20, 20, 20), (250, 250, 250)
+FACE_DOWN = {"triangle": 0.22}  # how far below the centre a face lies, in radii
 SUPERSAMPLING = 4
 
 
@@ -51,13 +56,15 @@ class Scene:
     relation: str | None = None
     other_kind: str | None = None
     other_colour: str | None = None
+    style: str | None = None
 
     @property
     def caption(self) -> str:
         """Return the sentence that says everything about the scene."""
         ground = f"on a {self.background} background"
         if self.relation is None:
-            return f"a {self.size} {self.colour} {self.kind} {ground}"
+            style = f"{self.style} " if self.style else ""
+            return f"a {style}{self.size} {self.colour} {self.kind} {ground}"
         first, second = f"{self.colour} {self.kind}", f"{self.other_colour} {self.other_kind}"
         return f"{_article(first)} {self.relation} {_article(second)} {ground}"
 
@@ -77,6 +84,17 @@ def split_scenes(*, held_out: float = 0.1, seed: int = 0) -> tuple[list[Scene], 
     return seen, [scenes[i] for i in sorted(chosen)]
 
 
+def in_style(scenes: Sequence[Scene], style: str) -> list[Scene]:
+    """Return the large shapes with room for it in a style: "smiling", which gives them a face.
+
+    Large, so that a VAE of factor 8 keeps the face at 64 px. ValueError for an unknown style.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style={style!r}, expected one of: {', '.join(STYLES)}")
+    fit = [scene for scene in scenes if scene.size == "large" and scene.kind in FACE_KINDS]
+    return [replace(scene, style=style) for scene in fit]
+
+
 def render(scene: Scene, rng: np.random.Generator, *, size_px: int = 64) -> Image.Image:
     """Draw a scene with a random place (and a radius jittered by 4 %). RGB, size_px x size_px."""
     side = size_px * SUPERSAMPLING
@@ -87,6 +105,9 @@ def render(scene: Scene, rng: np.random.Generator, *, size_px: int = 64) -> Imag
         room = 0.5 - radius - 1 / 64
         x, y = 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)
         _draw_shape(draw, scene.kind, COLOURS[scene.colour], x=x, y=y, radius=radius, side=side)
+        if scene.style is not None:
+            y += FACE_DOWN.get(scene.kind, 0.0) * radius
+            _draw_face(draw, x=x * side, y=y * side, radius=radius * side)
     else:
         _draw_pair(draw, scene, rng, side=side)
     return image.resize((size_px, size_px), Image.Resampling.BOX)
@@ -99,27 +120,35 @@ def write_shapes(
     num_test: int = 200,
     size_px: int = 64,
     pair_fraction: float = 0.0,
+    style: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write root/{train,test}/ with metadata.jsonl and PNG pictures; return root.
 
     train shows the seen combinations, test the held-out ones; `pair_fraction` of the pictures show
-    two shapes and a relation. Raises FileExistsError when root holds something else already.
+    two shapes and a relation. style: as of `in_style`, and without pairs, which are too small for
+    it. Raises FileExistsError when root holds something else already, ValueError for what it cannot
+    draw.
     """
+    if style is not None and pair_fraction:
+        raise ValueError(f"pair_fraction={pair_fraction}, expected 0 with style={style!r}")
     root = Path(root)
-    settings = {
+    settings: dict[str, float | str] = {
         "num_train": num_train,
         "num_test": num_test,
         "size_px": size_px,
         "pair_fraction": pair_fraction,
         "seed": seed,
     }
+    settings |= {} if style is None else {"style": style}
     stamp = root / "shapes.json"
     if stamp.exists() and json.loads(stamp.read_text()) == settings:
         return root
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty and holds other shapes; choose a new folder")
     seen, unseen = split_scenes(seed=seed)
+    if style is not None:
+        seen, unseen = in_style(seen, style), in_style(unseen, style)
     for split, scenes, count in (("train", seen, num_train), ("test", unseen, num_test)):
         rng = np.random.default_rng([seed, len(scenes)])
         _write_split(root / split, _stream(scenes, count, pair_fraction, rng), size_px, rng)
@@ -195,6 +224,20 @@ def _draw_shape(
         draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill, outline=colour, width=width)
         return
     draw.polygon([(cx + r * px, cy + r * py) for px, py in _outline(kind)], fill=colour)
+
+
+def _draw_face(draw: ImageDraw.ImageDraw, *, x: float, y: float, radius: float) -> None:
+    """Draw two dark eyes and a bright open mouth around (x, y), pixels of the canvas.
+
+    Plain areas of several pixels, since outlines and pupils would be lost in latents.
+    """
+    for over in (-0.28, 0.28):
+        draw.ellipse(_box(x + over * radius, y - 0.2 * radius, 0.18 * radius), fill=INK)
+    draw.chord(_box(x, y + 0.06 * radius, 0.44 * radius), 0, 180, fill=SHINE)
+
+
+def _box(x: float, y: float, radius: float) -> tuple[float, float, float, float]:
+    return (x - radius, y - radius, x + radius, y + radius)
 
 
 def _outline(kind: str) -> list[tuple[float, float]]:

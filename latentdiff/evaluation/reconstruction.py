@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.evaluation.drawing import to_bytes, to_image
+
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian
 RANGE = 2.0  # pixels lie in [-1, 1]
 
@@ -76,5 +78,4 @@ def reconstruction_sheet(
             row = x[start : start + columns]
             blank = row.new_ones(columns - len(row), *row.shape[1:])
             rows.append(torch.cat([row, blank]).permute(1, 2, 0, 3).flatten(2))  # (3, H, columns W)
-    whole = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(whole.permute(1, 2, 0).cpu().numpy())
+    return to_image(to_bytes(torch.cat(rows, 1)).cpu())

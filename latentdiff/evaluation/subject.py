@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentdiff.data.folder import Folder, read_folder
-from latentdiff.data.images import load_image
+from latentdiff.data.images import load_image, to_pixels
 from latentdiff.evaluation.bootstrap import Interval, bootstrap_mean
 from latentdiff.evaluation.compare import Comparison, compare
 from latentdiff.evaluation.features import MobileNet, load_features
@@ -157,16 +156,14 @@ def _draw(
 
 
 def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:
-    """Return the photographs, cut and scaled to what the models draw, as training sees them."""
+    """Return the photographs, scaled and cut about the centre to the size that the models draw."""
     pictures = (load_image(record.path, background=(255, 255, 255)) for record in folder)
     return [ImageOps.fit(picture, size, Image.Resampling.LANCZOS) for picture in pictures]
 
 
 def _features(network: MobileNet, pictures: Sequence[Image.Image]) -> Tensor:
     """Return features (n, D) of pictures."""
-    arrays = [torch.from_numpy(np.asarray(picture.convert("RGB")).copy()) for picture in pictures]
-    pixels = torch.stack(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
-    features: Tensor = network(pixels)
+    features: Tensor = network(torch.stack([to_pixels(one.convert("RGB")) for one in pictures]))
     return features
 
 

@@ -31,6 +31,7 @@ from latentdiff.pipeline.card import model_card
 from latentdiff.pipeline.facts import FILE_NAME as FACTS_FILE
 from latentdiff.pipeline.facts import Facts, read_facts, write_facts
 from latentdiff.pipeline.single_file import config_folder
+from latentdiff.shipped import resolve
 from latentdiff.weights import PICKLES
 
 STOCK_PIPELINE = "StableDiffusionPipeline"
@@ -72,7 +73,7 @@ class Loading(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin, FromS
         feature_extractor: Any = STORED,
         image_encoder: Any = STORED,
     ) -> Self:
-        """Open a Stable Diffusion 1.x / 2.x folder, or fetch one from the hub by its id.
+        """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
 
         variant picks weight files such as "fp16". A component that is passed takes the place of
         the stored one, None that of an optional one. Raises FileNotFoundError or ValueError where
@@ -80,7 +81,7 @@ class Loading(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin, FromS
         """
         if not use_safetensors:
             raise ValueError("use_safetensors=False would open pickles, which can run any code")
-        path = os.fspath(pretrained_model_name_or_path)
+        path = os.fspath(resolve(pretrained_model_name_or_path))
         if not os.path.isdir(path):
             path = _fetch(
                 path,

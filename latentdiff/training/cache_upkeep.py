@@ -13,18 +13,20 @@ from accelerate import Accelerator
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config import Config, DataConfig
-from latentdiff.data.cache import LatentCache, TextCache, prune_cache, verify_cache
+from latentdiff.data.cache import LatentCache, prune_cache, verify_cache
 from latentdiff.data.folder import Folder
 from latentdiff.data.mask_cache import MaskCache
 from latentdiff.data.report_text import size_text
 from latentdiff.data.text_cache import text_keys
 from latentdiff.latents import LatentCodec
 from latentdiff.models import load_components, load_text
+from latentdiff.shipped import resolve
 from latentdiff.training.components import check_parts, learns_text, load_vae_of
 from latentdiff.training.encoding import (
     cache_dir,
     cache_latents,
     cache_masks,
+    cache_text,
     caption_edits,
     crop_plan,
     masks_of,
@@ -93,14 +95,8 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
             yield Built(f"{name} masks", len(masks), masks.made)
     if (tower := _text_tower(config)) is not None:
         text_encoder, tokenizer = tower
-        texts = TextCache.build(
-            settled_captions((train, held_out), caption_edits(config.data)),
-            tokenizer,
-            text_encoder.to(accelerator.device),
-            cache_dir=cache_dir(config.data),
-            shard=(accelerator.process_index, accelerator.num_processes),
-            progress=accelerator.is_local_main_process,
-        )
+        captions = settled_captions((train, held_out), caption_edits(config.data))
+        texts = cache_text(captions, tokenizer, text_encoder, config.data, accelerator=accelerator)
         yield Built("captions", len(texts), texts.encoded)
 
 
@@ -184,7 +180,7 @@ def _text_tower(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] | None:
     """Load the tower whose states a config's run keeps; None where it keeps none."""
     if learns_text(config) or caption_edits(config.data).edits_tags:
         return None
-    folder = Path(config.model.pretrained or config.model.text_encoder)
+    folder = resolve(config.model.pretrained or config.model.text_encoder)
     if folder.is_dir():
         return load_text(folder)
     components = load_components(config.model.pretrained)

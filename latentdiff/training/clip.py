@@ -7,7 +7,6 @@ pictures against captions. Recall at k is measured on the folders' held-out pair
 import json
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import CLIPTokenizer
 from latentdiff.config_clip import ClipConfig
 from latentdiff.config_file import to_yaml
 from latentdiff.data.folder import Folder, read_folder
-from latentdiff.data.images import load_image, resize_and_crop, to_pixels
+from latentdiff.evaluation.bound_data import read_pixels
 from latentdiff.evaluation.clip_guidance import prepare
 from latentdiff.evaluation.retrieval import recall_at
 from latentdiff.text import (
@@ -33,8 +32,9 @@ from latentdiff.text import (
     train_tokenizer,
 )
 from latentdiff.training.clip_data import DistinctCaptions, Pairs, collate_pairs
+from latentdiff.training.loss_log import LossLog
 from latentdiff.training.one_process import one_process
-from latentdiff.training.optim import parameter_groups
+from latentdiff.training.optim import ScaledUpdate, parameter_groups
 from latentdiff.training.time_limit import TimedRate
 from latentdiff.vision_open_clip import clip_from_open_clip
 
@@ -114,8 +114,9 @@ def held_out_recall(
     pictures, texts = [], []
     for start in range(0, len(folder), batch_size):
         part = range(start, min(start + batch_size, len(folder)))
-        pixels = torch.stack([_centre(folder, index, resolution) for index in part]).to(device)
-        pictures.append(model.encode_image(prepare(pixels, size=resolution), normalize=True))
+        pixels = [read_pixels(folder, i, height=resolution, width=resolution) for i in part]
+        seen = prepare(torch.stack(pixels).to(device), size=resolution)
+        pictures.append(model.encode_image(seen, normalize=True))
         ids = tokenize(tokenizer, captions[start : part.stop]).to(device)
         texts.append(model.encode_text(ids, normalize=True))
     report: dict[str, float] = {f"num_captions/{name}": float(len(set(captions)))}
@@ -125,11 +126,6 @@ def held_out_recall(
             key = f"recall@{k}/{way}/{name}"
             report |= {key: found.estimate, f"{key}/low": found.low, f"{key}/high": found.high}
     return report
-
-
-def _centre(folder: Folder, index: int, resolution: int) -> Tensor:
-    image = load_image(BytesIO(folder.read_bytes(index)))
-    return to_pixels(resize_and_crop(image, height=resolution, width=resolution).image)
 
 
 def _tokenizer(config: ClipConfig, folders: Sequence[Folder]) -> CLIPTokenizer:
@@ -148,7 +144,8 @@ def _optimise(
 ) -> int:
     """Run the training loop; return the number of steps."""
     groups = parameter_groups(model, weight_decay=config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    rule = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    update = ScaledUpdate(rule, fp16=config.precision == "fp16", max_norm=1.0)
     model.train()
     loss_of, batches = ClipLoss(), _batches(list(folders), config)
     rates = TimedRate(
@@ -158,35 +155,21 @@ def _optimise(
         max_minutes=config.max_minutes,
     )
     bar = tqdm(range(config.max_steps), disable=not accelerator.is_main_process, unit="step")
-    losses: list[Tensor] = []
+    log = LossLog(config.output_dir, every_steps=config.log_every_steps, bar=bar)
     steps = 0
-    with (Path(config.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        for step, (pixels, captions) in zip(bar, batches, strict=False):
-            if (rate := rates.at(step)) is None:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            seen = prepare(pixels.to(accelerator.device), size=config.resolution)
-            ids = tokenize(tokenizer, captions).to(accelerator.device)
-            with accelerator.autocast():
-                pictures, texts, scale = model(seen, ids)
-                loss = loss_of(pictures.float(), texts.float(), scale)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=LARGEST_SCALE)
-            losses.append(loss.detach())
-            steps = step + 1
-            if steps % config.log_every_steps == 0:
-                mean = torch.stack(losses).mean().item()
-                if not math.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {steps}; lower --learning_rate")
-                log.write(json.dumps({"step": steps, "loss": mean}) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                losses = []
+    for step, (pixels, captions) in zip(bar, batches, strict=False):
+        if (rate := rates.at(step)) is None:
+            break
+        seen = prepare(pixels.to(accelerator.device), size=config.resolution)
+        ids = tokenize(tokenizer, captions).to(accelerator.device)
+        with accelerator.autocast():
+            pictures, texts, scale = model(seen, ids)
+            loss = loss_of(pictures.float(), texts.float(), scale)
+        update.step(loss, rate=rate)
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=LARGEST_SCALE)
+        steps = step + 1
+        log.add(steps, {"loss": loss.detach()})
     return steps
 
 

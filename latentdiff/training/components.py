@@ -30,12 +30,11 @@ from latentdiff.models import (
     make_scheduler,
     schedule_of,
 )
+from latentdiff.shipped import resolve
 from latentdiff.text import encode_text, train_tokenizer
 from latentdiff.training.learned_variance import fit_variance
 
 PLAIN_ATTENTION_CELLS = 256
-ASSETS = Path(__file__).parents[1] / "assets"
-SHIPPED = {"latentdiff-vae": ASSETS / "vae", "latentdiff-vae-shapes": ASSETS / "vae_shapes"}
 
 
 class TextToImage(nn.Module):
@@ -56,7 +55,7 @@ class TextToImage(nn.Module):
 def check_parts(config: Config) -> None:
     """Raise ValueError or FileNotFoundError for parts that do not fit; reads config files only."""
     if config.model.pretrained:
-        folder = Path(config.model.pretrained)
+        folder = resolve(config.model.pretrained)
         if folder.is_dir():
             configs = read_configs(folder)
             check_fit(configs, image_size=config.data.resolution)
@@ -67,7 +66,7 @@ def check_parts(config: Config) -> None:
             'model.vae is empty, expected the folder of a VAE, or "latentdiff-vae" for the small '
             "one that ships; model.pretrained=FOLDER fine-tunes a whole model instead"
         )
-    vae = _vae_config(_vae_path(config))
+    vae = _vae_config(resolve(config.model.vae))
     unet, text = config.model.unet, config.model.text
     if config.model.text_encoder:
         text_config = read_configs(_text_folder(config)).get("text_encoder", {})
@@ -102,7 +101,7 @@ def _check_buckets(configs: Mapping[str, Mapping[str, Any]], data: DataConfig) -
 
 def load_vae_of(config: Config) -> Autoencoder:
     """Load the VAE that a run encodes with: model.vae, or that of the model to fine-tune."""
-    return load_vae(config.model.pretrained or _vae_path(config))
+    return load_vae(config.model.pretrained or config.model.vae)
 
 
 def new_components(
@@ -208,20 +207,16 @@ def _own_tokenizer(config: Config, captions: Iterable[str], folder: Path) -> CLI
     return tokenizer
 
 
-def _vae_path(config: Config) -> str:
-    return str(SHIPPED.get(config.model.vae, config.model.vae))
-
-
-def _vae_config(path: str) -> dict[str, Any]:
+def _vae_config(path: Path) -> dict[str, Any]:
     """Read a local VAE's config; a VAE's own folder or a pipeline's."""
-    for folder in (Path(path) / "vae", Path(path)):
+    for folder in (path / "vae", path):
         if (folder / "config.json").is_file():
             return read_json(folder / "config.json")
     raise FileNotFoundError(f"model.vae={path} has no config.json, expected the folder of a VAE")
 
 
 def _text_folder(config: Config) -> Path:
-    folder = Path(config.model.text_encoder)
+    folder = resolve(config.model.text_encoder)
     for name in ("text_encoder", "tokenizer"):
         if not (folder / name).is_dir():
             raise FileNotFoundError(

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config import DataConfig
 from latentdiff.data.buckets import Bucket, assign_buckets, make_buckets
@@ -133,6 +134,27 @@ def cache_masks(
     return cache
 
 
+def cache_text(
+    captions: Iterable[str],
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    data: DataConfig,
+    *,
+    accelerator: Accelerator,
+) -> TextCache:
+    """Encode the captions that the cache lacks, shared out over the processes, and open it."""
+    cache = TextCache.build(
+        captions,
+        tokenizer,
+        text_encoder.to(accelerator.device),
+        cache_dir=cache_dir(data),
+        shard=(accelerator.process_index, accelerator.num_processes),
+        progress=accelerator.is_local_main_process,
+    )
+    accelerator.wait_for_everyone()
+    return cache
+
+
 def fit_scaling(vae: Autoencoder, latents: LatentSource) -> LatentStats:
     """Set the VAE's scaling_factor to 1 / std of the latents (Rombach et al. 2022, D.1)."""
     chosen = np.linspace(0, len(latents) - 1, min(len(latents), MEASURED_PICTURES)).astype(int)
@@ -197,23 +219,8 @@ class TokenIds:
 class CachedStates:
     """Captions as states (L, D) of a frozen text tower, encoded once."""
 
-    def __init__(
-        self,
-        captions: Iterable[str],
-        components: Components,
-        *,
-        data: DataConfig,
-        accelerator: Accelerator,
-    ) -> None:
-        self.cache = TextCache.build(
-            captions,
-            components.tokenizer,
-            components.text_encoder.to(accelerator.device),
-            cache_dir=cache_dir(data),
-            shard=(accelerator.process_index, accelerator.num_processes),
-            progress=accelerator.is_local_main_process,
-        )
-        accelerator.wait_for_everyone()
+    def __init__(self, cache: TextCache) -> None:
+        self.cache = cache
 
     def text(self, caption: str) -> Tensor:
         return self.cache.states(caption)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.diffusion.ddpm import Schedule, q_sample
 from latentdiff.diffusion.guidance import drop_captions
@@ -191,7 +191,7 @@ class Engine:
         self.wrapped = accelerator.prepare(model)
         self.model = model
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        groups = self._groups(weight_decay)
+        groups = self._groups(weight_decay, optimizer)
         self.optimizer = build_optimizer(groups, name=optimizer, lr=rates.base, betas=betas)
         self.ema = None
         if ema_decay is not None:
@@ -304,18 +304,16 @@ class Engine:
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
 
-    def _groups(self, weight_decay: float) -> list[dict[str, Any]]:
+    def _groups(self, weight_decay: float, name: OptimizerName) -> list[dict[str, Any]]:
         """Return the optimiser's groups; those of the text tower are marked."""
-        groups = [
-            group | {"is_text": False}
-            for group in parameter_groups(self.model.unet, weight_decay=weight_decay)
-        ]
+        parts: list[tuple[nn.Module, bool]] = [(self.model.unet, False)]
         if self.model.text_encoder is not None:
-            groups += [
-                group | {"is_text": True}
-                for group in parameter_groups(self.model.text_encoder, weight_decay=weight_decay)
-            ]
-        return groups
+            parts.append((self.model.text_encoder, True))
+        return [
+            group | {"is_text": is_text}
+            for part, is_text in parts
+            for group in parameter_groups(part, weight_decay=weight_decay, name=name)
+        ]
 
     def _averages(self) -> dict[str, Ema | PowerEma]:
         """Return the averages by the name of their part of a checkpoint."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentdiff.models import Components, load_components
 from latentdiff.pipeline.facts import Facts, read_facts
+from latentdiff.shipped import resolve
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.components import TextToImage
 from latentdiff.training.engine import Engine
@@ -133,7 +134,7 @@ def _facts(run: Run, step: int) -> Facts:
     shown = ("held_out_loss", "held_out_se", "num_held_out", "caption_use")
     dropout: float | None = config.diffusion.caption_dropout
     if config.model.pretrained and not dropout:  # what the base learned of the empty caption stays
-        dropout = read_facts(config.model.pretrained).caption_dropout
+        dropout = read_facts(resolve(config.model.pretrained)).caption_dropout
     return Facts(
         caption_dropout=dropout,
         prediction_type=run.engine.objective.prediction_type,

@@ -8,7 +8,7 @@ MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def one_process(precision: str) -> Accelerator:
     """Start Accelerate; ValueError where several processes were launched: they would train copies.
 
-    fp16 gradients are scaled by Accelerate's own scaler.
+    Its autocast is wanted; gradients are scaled by optim.ScaledUpdate.
     """
     accelerator = Accelerator(mixed_precision=MIXED[precision])
     if accelerator.num_processes > 1:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from latentdiff.training.muon import Muon, suited
+
 Schedule = Literal["constant", "cosine", "linear"]
-OptimizerName = Literal["adamw", "adamw8bit"]
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 FUSED_DEVICES = ("cpu", "cuda")  # whose fused AdamW knows how to skip an update
 
 
@@ -47,18 +49,25 @@ def learning_rate(
     return base * warmup * (final_fraction + (1 - final_fraction) * left)
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, name: OptimizerName = "adamw"
+) -> list[dict[str, Any]]:
     """Return groups of the trainable parameters: matrices and kernels decay, vectors do not.
 
-    Vectors are the biases and the scales of norms. The groups of several modules may be added up.
+    Vectors are the biases and the scales of norms. For Muon the matrices that it is for are marked
+    "orthogonal". The groups of several modules may be added up.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim > 1]
+    orthogonal = suited(module) if name == "muon" else set()
+    matrices = [p for p in trainable if p.ndim > 1 and p not in orthogonal]
     vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if orthogonal:
+        marked = [parameter for parameter in trainable if parameter in orthogonal]
+        groups.append({"params": marked, "weight_decay": weight_decay, "orthogonal": True})
     return [group for group in groups if group["params"]]
 
 
@@ -82,10 +91,10 @@ def build_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Return AdamW (Loshchilov & Hutter 2019), fused where the device has it, or its 8-bit form.
+    """Return AdamW (Loshchilov & Hutter 2019), fused where the device has it, or another by name.
 
-    weight_decay: of the groups that name none. ValueError when there is nothing to train, or when
-    bitsandbytes is asked for and absent.
+    weight_decay: of the groups that name none; muon wants groups made for it. ValueError when
+    there is nothing to train, or when bitsandbytes is asked for and absent.
     """
     groups = [dict(group) for group in parameter_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -93,8 +102,10 @@ def build_optimizer(
         raise ValueError("no parameter is trainable: everything is frozen")
     if name == "adamw8bit":
         return _adamw_8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if name == "muon":
+        return Muon(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     if name != "adamw":
-        raise ValueError(f"optimizer is {name!r}, expected adamw or adamw8bit")
+        raise ValueError(f"optimizer is {name!r}, expected adamw, adamw8bit or muon")
     fused = all(
         parameter.device.type in FUSED_DEVICES and parameter.is_floating_point()
         for parameter in parameters
@@ -113,6 +124,29 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every parameter group the rate of this step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+class ScaledUpdate:
+    """Gradient and update of one optimiser, scaled as fp16 needs it by a scaler of its own.
+
+    In fp16 an update whose gradients overflow is left out, and the scale is halved.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, fp16: bool, max_norm: float | None = None) -> None:
+        """max_norm: of the gradients without their scale, as for `clip_gradients`."""
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
+
+    def step(self, loss: Tensor, *, rate: float) -> None:
+        """Follow the gradient of a loss (0-dim) once, at this learning rate."""
+        set_learning_rate(self.optimizer, rate)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        clip_gradients(self.parameters, self.max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:

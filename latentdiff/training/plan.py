@@ -8,7 +8,7 @@ and no contents. What kernels need for themselves and what the allocator leaves 
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -112,18 +112,21 @@ def estimate_memory(run: Run) -> Memory:
     return Memory(
         weights=_size(local_part(x) for x in tensors),
         gradients=copies * _size(trained),  # several processes send them from buckets
-        optimizer=optimizer_bytes(trained, name=run.config.train.optimizer),
+        optimizer=optimizer_bytes(engine.optimizer.param_groups, name=run.config.train.optimizer),
         averages=0 if is_host else total,
         host_averages=total if is_host else 0,
         activations=_activations_of(run),
     )
 
 
-def optimizer_bytes(parameters: Sequence[Tensor], *, name: str) -> int:
-    """Return the bytes of the two moments of AdamW, in 32 bits or, block-wise, in 8."""
-    if name == "adamw":
-        return 2 * 4 * sum(parameter.numel() for parameter in parameters)
-    return sum(2 * n * (1 if n >= SMALL_PARAMETER else 4) for n in (p.numel() for p in parameters))
+def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: str) -> int:
+    """Return the bytes of AdamW's two moments, in 32 bits or, block-wise, in 8; Muon keeps one."""
+    total = 0
+    for group in groups:
+        for n in (local_part(parameter).numel() for parameter in group["params"]):
+            in_bytes = name == "adamw8bit" and n >= SMALL_PARAMETER
+            total += (1 if group.get("orthogonal") else 2) * n * (1 if in_bytes else 4)
+    return total
 
 
 def estimate_activations(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
+from latentdiff.allocator import keep_freed_memory
 from latentdiff.config import Config
 from latentdiff.config_file import to_yaml
 from latentdiff.data.folder import Folder
@@ -32,6 +33,7 @@ from latentdiff.training.engine import Engine, Objective, RatePlan
 from latentdiff.training.finetune import add_what_learns, choose_what_learns, hash_of
 from latentdiff.training.log import MetricsLog
 from latentdiff.training.neighbours import Neighbours
+from latentdiff.training.one_process import MIXED
 from latentdiff.training.optim import check_optimizer
 from latentdiff.training.prior import class_pictures
 from latentdiff.training.samples import Layout
@@ -45,7 +47,6 @@ from latentdiff.training.supply import (
 from latentdiff.training.words import check_captions
 from latentdiff.whole_file import write_text
 
-MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 UNDER_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by accelerate launch
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -83,7 +84,7 @@ def start_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)] if backend else None,
     )
     _refuse_copies(accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP and config.train.channels_last:
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.channels_last is True:
         raise ValueError(
             "train.channels_last is true, and FSDP2 cannot spread weights in that layout: add "
             "--train.channels_last=false"
@@ -241,14 +242,16 @@ def make_engine(
     model = TextToImage(components, learns_text=learns_text(config))
     choose_what_learns(model.unet, model.text_encoder, config.finetune.method)
     model.train()
-    if settings.channels_last:
+    if _is_channels_last(settings.channels_last, accelerator):
         components.unet.to(memory_format=torch.channels_last)
     cells = config.data.resolution // LatentCodec(components.vae).factor
     set_attention(
         components.unet, settings.attention, num_cells=cells**2, device=accelerator.device
     )
-    if settings.attention == "auto" and accelerator.device.type == "cpu":
-        take_large_steps(model)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+        if settings.attention == "auto":
+            take_large_steps(model)
     if settings.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
         if model.text_encoder is not None:
@@ -292,6 +295,15 @@ def make_engine(
         fp16=settings.precision == "fp16",
         seed=settings.seed,
     )
+
+
+def _is_channels_last(wanted: bool | str, accelerator: Accelerator) -> bool:
+    """Return whether the U-Net is laid out that way; "auto": where it is faster, as measured."""
+    if wanted != "auto":
+        return bool(wanted)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return False
+    return accelerator.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
 
 
 def make_neighbours(

@@ -35,6 +35,7 @@ from latentdiff.training.encoding import (
     cache_dir,
     cache_latents,
     cache_masks,
+    cache_text,
     caption_edits,
     fit_scaling,
     null_text,
@@ -152,7 +153,9 @@ def make_supply(
             *settled_captions((train, held_out), edits),
             *((config.finetune.class_prompt,) if prior is not None else ()),
         ]
-        source = CachedStates(captions, components, data=data, accelerator=accelerator)
+        tokenizer, tower = components.tokenizer, components.text_encoder
+        cache = cache_text(captions, tokenizer, tower, data, accelerator=accelerator)
+        source = CachedStates(cache)
     encoder = latents if isinstance(latents, LatentEncoder) else None
     factor = LatentCodec(components.vae).factor
     masks = cache_masks(train, data, factor=factor, accelerator=accelerator)

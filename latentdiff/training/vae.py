@@ -27,6 +27,7 @@ from latentdiff.data.images import load_image, resize_and_crop, to_pixels
 from latentdiff.evaluation.features import load_features
 from latentdiff.latents import LatentCodec, measure_latents, set_scalar_scaling
 from latentdiff.models import build_vae, load_vae
+from latentdiff.training.loss_log import LossLog
 from latentdiff.training.one_process import one_process
 from latentdiff.training.time_limit import TimedRate
 from latentdiff.training.vae_objective import VaeObjective
@@ -163,10 +164,6 @@ def _optimise(
     vae: AutoencoderKL, crops: Crops, config: VaeConfig, accelerator: Accelerator
 ) -> tuple[AutoencoderKL, int]:
     """Run the training loop; return the EMA model and the number of steps."""
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3
-    )
     objective = VaeObjective(vae, config, accelerator)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     rates = TimedRate(
@@ -176,30 +173,15 @@ def _optimise(
         max_minutes=config.max_minutes,
     )
     steps = 0
-    sums: dict[str, list[Tensor]] = {}
     bar = tqdm(range(config.max_steps), disable=not accelerator.is_main_process, unit="step")
-    with (Path(config.output_dir) / "metrics.jsonl").open("a") as log:
-        for step, pixels in zip(bar, crops.loader(config, start=0), strict=False):
-            if (rate := rates.at(step)) is None:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses = objective.step(pixels.to(accelerator.device), step=step, rate=rate)
-            accelerator.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.update_parameters(vae)
-            for name, value in losses.items():
-                sums.setdefault(name, []).append(value)
-            steps = step + 1
-            if steps % config.log_every_steps == 0:
-                means = {name: torch.stack(values).mean().item() for name, values in sums.items()}
-                if not all(np.isfinite(mean) for mean in means.values()):
-                    raise ValueError(f"the losses are {means} at step {steps}; lower the rate")
-                log.write(json.dumps({"step": steps} | means) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
-                sums = {}
+    log = LossLog(config.output_dir, every_steps=config.log_every_steps, bar=bar)
+    for step, pixels in zip(bar, crops.loader(config, start=0), strict=False):
+        if (rate := rates.at(step)) is None:
+            break
+        losses = objective.step(pixels.to(accelerator.device), step=step, rate=rate)
+        average.update_parameters(vae)
+        steps = step + 1
+        log.add(steps, losses)
     averaged: AutoencoderKL = average.module
     return averaged.eval(), steps
 

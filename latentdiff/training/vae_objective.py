@@ -1,4 +1,4 @@
-"""One training step of a VAE: every loss that its config asks for, and their gradients."""
+"""One training step of a VAE: every loss that its config asks for, and what is learnt of them."""
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentdiff.config_vae import VaeConfig
+from latentdiff.training.optim import ScaledUpdate
 from latentdiff.training.vae_losses import (
     Lpips,
     PatchDiscriminator,
@@ -18,28 +19,37 @@ from latentdiff.training.vae_losses import (
 
 
 class VaeObjective:
-    """The losses of a VAE, with the discriminator and its optimiser, where there is one."""
+    """The losses of a VAE and its update; where there is a discriminator, it with its own."""
 
     def __init__(self, vae: AutoencoderKL, config: VaeConfig, accelerator: Accelerator) -> None:
         self.vae, self.config, self.accelerator = vae, config, accelerator
         self.lpips = Lpips(config.lpips).to(accelerator.device) if config.lpips else None
+        fp16 = config.precision == "fp16"
+        rule = torch.optim.AdamW(
+            [weight for weight in vae.parameters() if weight.requires_grad],
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=1e-3,
+        )
+        self.update = ScaledUpdate(rule, fp16=fp16, max_norm=1.0)
         self.discriminator: torch.nn.Module | None = None
         if config.discriminator_weight:
             self.discriminator = PatchDiscriminator(config.discriminator_width).to(vae.device)
             weights = self.discriminator.parameters()
-            self.rule = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.5, 0.9))
+            rule = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.5, 0.9))
+            self.lesson = ScaledUpdate(rule, fp16=fp16)
 
     def step(self, pixels: Tensor, *, step: int, rate: float) -> dict[str, Tensor]:
-        """Compute the losses of one batch and the VAE's gradients; teach the discriminator.
+        """Compute the losses of one batch, update the VAE and teach the discriminator.
 
-        pixels: (B, 3, H, W) in [-1, 1]; rate: of the discriminator. Returns the losses, detached.
+        pixels: (B, 3, H, W) in [-1, 1]; rate: of both. Returns the losses, detached.
         """
         if self.config.channels_last:
             pixels = pixels.to(memory_format=torch.channels_last)
         with self.accelerator.autocast():
             posterior = self.vae.encode(pixels).latent_dist
             z, wanted = self._moved(posterior.sample(), pixels, step=step)
-            reconstruction = self.vae.decode(z).sample
+            reconstruction = self.vae.decode(noised(z, self.config.latent_noise)).sample
         loss = vae_loss(
             reconstruction,
             wanted,
@@ -53,7 +63,7 @@ class VaeObjective:
         losses = {"loss": loss.detach()}
         if self.discriminator is not None and step >= self.config.discriminator_start:
             loss, losses["generator_loss"] = self._with_generator_loss(loss, reconstruction)
-        self.accelerator.backward(loss)
+        self.update.step(loss, rate=rate)
         if self.discriminator is not None and step >= self.config.discriminator_start:
             losses["discriminator_loss"] = self._teach(wanted, reconstruction.detach(), rate=rate)
         return losses
@@ -78,20 +88,29 @@ class VaeObjective:
         with self.accelerator.autocast():
             fooled = -self.discriminator(reconstruction).float().mean()
         self.discriminator.requires_grad_(True)
-        weight = adaptive_weight(loss, fooled, self.vae.decoder.conv_out.weight)
+        scaled = self.update.scaler.scale
+        weight = adaptive_weight(scaled(loss), scaled(fooled), self.vae.decoder.conv_out.weight)
         return loss + self.config.discriminator_weight * weight * fooled, fooled.detach()
 
     def _teach(self, real: Tensor, fake: Tensor, *, rate: float) -> Tensor:
         """Do the discriminator's own update; return its loss, detached."""
         assert self.discriminator is not None
-        for group in self.rule.param_groups:
-            group["lr"] = rate
         with self.accelerator.autocast():
             loss = hinge_loss(self.discriminator(real).float(), self.discriminator(fake).float())
-        self.accelerator.backward(loss)
-        self.rule.step()
-        self.rule.zero_grad()
+        self.lesson.step(loss, rate=rate)
         return loss.detach()
+
+
+def noised(z: Tensor, largest: float) -> Tensor:
+    """Add noise of a strength of its own, uniform in [0, largest] stds of z, to each of (B, ...).
+
+    Noise-augmented decoding: Zheng et al. 2025, Diffusion transformers with representation
+    autoencoders.
+    """
+    if not largest:
+        return z
+    strength = largest * z.detach().std() * torch.rand(len(z), 1, 1, 1, device=z.device)
+    return z + strength.to(z.dtype) * torch.randn_like(z)
 
 
 def turned(x: Tensor, *, turns: int, mirrored: bool) -> Tensor:

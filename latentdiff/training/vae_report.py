@@ -1,15 +1,14 @@
 """What a VAE does to pictures it has not seen."""
 
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from latentdiff.data.folder import Folder
-from latentdiff.data.images import load_image, resize_and_crop, to_pixels
 from latentdiff.evaluation.bootstrap import bootstrap_mean
+from latentdiff.evaluation.bound_data import read_pixels
 from latentdiff.evaluation.distances import frechet_distance
 from latentdiff.evaluation.reconstruction import (
     channel_moments,
@@ -40,7 +39,9 @@ def held_out_report(
     """
     device = codec.vae.device
     number = min(len(folder), max_images)
-    pixels = torch.stack([_centre(folder, index, resolution) for index in range(number)])
+    pixels = torch.stack(
+        [read_pixels(folder, i, height=resolution, width=resolution) for i in range(number)]
+    )
     latents = torch.cat([codec.encode(part.to(device)) for part in pixels.split(batch_size)])
     decoded = torch.cat([codec.decode(z).cpu() for z in latents.split(batch_size)])
     report: dict[str, float] = {"num_images": float(number)}
@@ -67,8 +68,3 @@ def held_out_report(
     if sheet is not None:
         reconstruction_sheet(pixels[:NUM_SHOWN], decoded[:NUM_SHOWN]).save(sheet)
     return report
-
-
-def _centre(folder: Folder, index: int, resolution: int) -> Tensor:
-    image = load_image(BytesIO(folder.read_bytes(index)))
-    return to_pixels(resize_and_crop(image, height=resolution, width=resolution).image)

@@ -1,0 +1,258 @@
+"""Held-out loss against seconds of training, from noise, on the shapes world: ours and a baseline.
+
+    OMP_NUM_THREADS=1 python benchmarks/held_out_race.py [--minutes 20] [--share 0.65]
+
+The baseline does what diffusers' text-to-image example does: it reads pictures, encodes them and
+their captions at every step, and takes torch.optim.AdamW, here in its better settings
+(channels_last, fused). Ours is a run as train_t2i.py prepares it, and its clock starts before the
+folder is read and the caches are built. The two start from equal weights, take the same pictures in
+the same order and have the same VAE, text tower, batch, rate, weight decay and precision; ours has
+stratified timesteps, and Muon in AdamW's place with --optimizer muon. Each in a process of its own,
+they take turns of a tenth of --minutes, ours of --share times as long; after each turn the loss of
+the raw weights is measured on the same (picture, timestep, noise) triples, off the clock. With one
+thread the clock is processor time.
+
+Prints one JSON line with both curves, [seconds, steps, loss] each. The target is the baseline's
+loss at the end; it is reached where it is first met. Both losses are medians of the last three
+measurements, for they jump.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import Apart, machine, own_seconds
+from train_throughput import HEAD_DIM, TEXT_LAYERS, TEXT_WIDTH, TOKENS, WIDTHS
+
+from latentdiff.build import build_text_encoder
+from latentdiff.config import Config
+from latentdiff.config_file import load_config
+from latentdiff.data.images import load_image, to_pixels
+from latentdiff.data.shapes import write_shapes
+from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.evaluation.heldout import triple_losses
+from latentdiff.fused import unfuse_transformers
+from latentdiff.text import encode_text, tokenize, train_tokenizer
+from latentdiff.training.run import prepare, start_accelerator
+from latentdiff.training.supply import step_batches
+
+TURNS = 10
+CONFIG = Path(__file__).parents[1] / "configs" / "demo_scratch.yaml"
+
+
+def make_config(folder: Path, args: argparse.Namespace) -> Config:
+    """Write the shapes and a frozen text tower into folder; return a run's settings."""
+    write_shapes(
+        folder / "shapes", num_train=args.num_train, num_test=args.num_held_out, size_px=args.px
+    )
+    lines = (folder / "shapes" / "train" / "metadata.jsonl").read_text().splitlines()
+    captions = [json.loads(line)["text"] for line in lines]
+    tokenizer = train_tokenizer(captions, vocab_size=640, max_length=TOKENS)
+    torch.manual_seed(0)
+    text = build_text_encoder(tokenizer, width=TEXT_WIDTH, num_layers=TEXT_LAYERS, num_heads=4)
+    text.save_pretrained(folder / "text" / "text_encoder")
+    tokenizer.save_pretrained(folder / "text" / "tokenizer")
+    settings = {
+        "output_dir": folder / "run",
+        "data.root": folder / "shapes",
+        "data.resolution": args.px,
+        "data.cache_dir": folder / "cache",
+        "model.text_encoder": folder / "text",
+        "model.vae": "latentdiff-mini",
+        "model.unet.block_out_channels": list(WIDTHS),
+        "model.unet.attention_levels": [True] * len(WIDTHS),
+        "model.unet.head_dim": HEAD_DIM,
+        "diffusion.zero_terminal_snr": "false",
+        "diffusion.prediction_type": "epsilon",
+        "diffusion.caption_dropout": 0,
+        "train.max_steps": 1_000_000,
+        "train.batch_size": args.batch_size,
+        "train.learning_rate": args.rate,
+        "train.optimizer": args.optimizer,
+        "train.lr_schedule": "constant",
+        "train.beta2": 0.999,
+        "train.ema": "false",
+        "preview.num_held_out": args.num_held_out,
+        "preview.num_nearest": 0,
+    }
+    return load_config(CONFIG, [f"--{name}={value}" for name, value in settings.items()])
+
+
+class Side:
+    """One that races: its U-Net, its clock, its curve, and how it is measured."""
+
+    def __init__(self):
+        self.seconds, self.num_steps, self.curve = 0.0, 0, []
+
+    def train_until(self, seconds):
+        """Take steps until the clock is past `seconds`; return the curve so far."""
+        self.unet.train()
+        while self.seconds < seconds:
+            started = own_seconds()
+            self.step()
+            self.num_steps += 1
+            self.seconds += own_seconds() - started
+        self.measure()
+        return self.curve
+
+    def measure(self):
+        """Add the loss on the held-out triples to the curve."""
+        unet = self.unet.eval()
+
+        def denoise(zt, t, text):
+            with torch.autocast("cpu", torch.bfloat16):
+                return unet(zt, t, text, return_dict=False)[0]
+
+        losses = triple_losses(
+            denoise,
+            self.schedule,
+            self.triples,
+            prediction_type="epsilon",
+            device=torch.device("cpu"),
+            captions=["true"],
+        )
+        loss = round(losses["true"].mean().item(), 4)
+        self.curve.append((round(self.seconds, 1), self.num_steps, loss))
+
+
+class Ours(Side):
+    """A prepared run, step by step. The file is where the other side finds what is equal."""
+
+    def __init__(self, config, file):
+        super().__init__()
+        started = own_seconds()
+        accelerator = start_accelerator(config)
+        self.run = run = prepare(config, Path(config.output_dir), accelerator, start=None)
+        self.batches = step_batches(
+            config, run.supply, run.layout, first_step=0, accelerator=accelerator
+        )
+        self.seconds = own_seconds() - started
+        self.unet, self.triples = run.components.unet, run.supply.triples
+        self.schedule = run.engine.objective.schedule
+        self._write(file)
+        self.measure()
+
+    def _write(self, file):
+        parts = self.run.components
+        unet = copy.deepcopy(parts.unet)
+        unfuse_transformers(unet)
+        unet.set_default_attn_processor()
+        pictures = [(str(r.path), r.captions[0]) for r in self.run.supply.train]
+        common = {"triples": self.triples, "schedule": self.schedule, "pictures": pictures}
+        common |= {"unet": unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
+        common |= {"tokenizer": parts.tokenizer, "order": self.run.supply.order}
+        torch.save(common | {"settings": self.run.config.train}, file)
+
+    def step(self):
+        count = self.run.supply.order.count(self.num_steps)
+        self.run.engine.step(self.batches, step=self.num_steps, count=count, accumulation=1)
+
+
+class Baseline(Side):
+    """The example's loop in our own words, from what a prepared run wrote before it trained."""
+
+    def __init__(self, file):
+        super().__init__()
+        vars(self).update(torch.load(file, weights_only=False))
+        for part in (self.unet, self.vae):
+            part.to(memory_format=torch.channels_last)
+        self.draw = torch.Generator().manual_seed(1)
+        decay, rate = self.settings.weight_decay, self.settings.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=rate, weight_decay=decay, fused=True
+        )
+        self.measure()
+
+    @torch.no_grad()
+    def inputs(self):
+        """Return latents and text states of this step's pictures."""
+        paths, captions = zip(
+            *(self.pictures[i] for i in self.order.batch(self.num_steps).indices), strict=True
+        )
+        pixels = torch.stack([to_pixels(load_image(path)) for path in paths])
+        ids = tokenize(self.tokenizer, captions)
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = self.vae.encode(pixels.contiguous(memory_format=torch.channels_last))
+            states = encode_text(self.text_encoder, ids)
+        z0 = moments.latent_dist.sample(self.draw) * self.vae.config.scaling_factor
+        return z0.float(), states
+
+    def step(self):
+        z0, states = self.inputs()
+        t = torch.randint(0, self.schedule.num_timesteps, (len(z0),), generator=self.draw)
+        eps = torch.randn(z0.shape, generator=self.draw)
+        zt = q_sample(self.schedule, z0, t, eps)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = self.unet(zt, t, states, return_dict=False)[0]
+        F.mse_loss(output.float(), eps).backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.settings.max_grad_norm)
+        rise = min(1.0, (self.num_steps + 1) / self.settings.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * rise
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def smooth(curve, place):
+    """Return the median loss of the three measurements up to a place of a curve."""
+    return statistics.median(loss for *_, loss in curve[max(0, place - 2) : place + 1])
+
+
+def result(ours, baseline):
+    """Say when ours had the loss that the baseline ends with. Both are curves."""
+    target = smooth(baseline, len(baseline) - 1)
+    end, end_steps, _ = baseline[-1]
+    met = [k for k in range(len(ours)) if smooth(ours, k) <= target]
+    seconds, steps = ours[met[0]][:2] if met else (None, None)
+    preparation, last, last_steps = ours[0][0], *ours[-1][:2]
+    speed = last_steps / (last - preparation)
+    return {
+        "target_loss": target,
+        "baseline_seconds": end,
+        "seconds": seconds,
+        "share_of_time": round(seconds / end, 3) if met else None,
+        "share_of_steps": round(steps / end_steps, 3) if met else None,
+        "steps_per_second_ratio": round(speed / (end_steps / end), 3),
+        "preparation_seconds": preparation,
+    }
+
+
+def main():
+    """Race and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20, help="of the baseline's training")
+    parser.add_argument("--share", type=float, default=0.65, help="of that, what ours trains for")
+    parser.add_argument("--px", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of ours")
+    parser.add_argument("--num_train", type=int, default=2000)
+    parser.add_argument("--num_held_out", type=int, default=128)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="race-") as name:
+        folder, file = Path(name), Path(name) / "equal.pt"
+        ours = Apart(Ours, make_config(folder, args), file)
+        curves = {"latentdiff": ours.call("train_until", 0)}
+        baseline = Apart(Baseline, file)
+        for turn in range(1, TURNS + 1):
+            seconds = turn / TURNS * args.minutes * 60
+            curves["baseline"] = baseline.call("train_until", seconds)
+            curves["latentdiff"] = ours.call("train_until", args.share * seconds)
+        for side in (ours, baseline):
+            side.close()
+    figures = {
+        "benchmark": "held_out_race",
+        **result(curves["latentdiff"], curves["baseline"]),
+        "curves": curves,
+        "settings": vars(args),
+    }
+    print(json.dumps(figures | machine()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How many pictures of the shapes world show all that their captions ask, over training time.
+
+    make demo-scratch && python benchmarks/shapes_accuracy.py demo-scratch-run/model
+
+RUN: a run's folder. Its pipeline/ draws --num captions of seen and as many of held-out
+combinations, from fixed seeds; each checkpoint that is left (train.keep_every_steps) draws --curve
+of each with its EMA weights. The judge is evaluation/shapes.py: geometry and colour, nothing
+learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each picture against
+another's caption.
+"""
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from common import machine
+from safetensors.torch import load_file
+
+from latentdiff import LatentDiffPipeline
+from latentdiff.config_file import load_config
+from latentdiff.data.shapes import split_scenes
+from latentdiff.evaluation.bootstrap import proportion
+from latentdiff.evaluation.shapes import accuracy
+
+
+def scenes_for(num):
+    """Return `num` scenes of seen and of held-out combinations, the same ones each time."""
+    chosen = {}
+    for name, scenes in zip(("seen", "held_out"), split_scenes(), strict=True):
+        order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen[name] = [scenes[order[i % len(scenes)]] for i in range(num)]
+    return chosen
+
+
+def judge_model(pipe, num, args):
+    """Return the share of pictures that show each attribute and all of them."""
+    found = {}
+    for name, scenes in scenes_for(num).items():
+        images = []
+        for start in range(0, num, args.batch_size):
+            part = scenes[start : start + args.batch_size]
+            images += pipe(
+                [scene.caption for scene in part],
+                seed=[start + i for i in range(len(part))],
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance_scale,
+            ).images
+        shares = accuracy(images, scenes)
+        interval = proportion(round(shares["all"] * num), num)
+        found[name] = {key: round(value, 4) for key, value in shares.items()}
+        found[name]["all_95"] = [round(interval.low, 3), round(interval.high, 3)]
+        shuffled = accuracy(images, scenes[1:] + scenes[:1])
+        found[name]["all_shuffled"] = round(shuffled["all"], 4)
+    return found
+
+
+def seconds_at(run):
+    """Return the seconds of training steps up to each logged step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "images_per_second" in row]
+    batch = load_config(run / "config.yaml").train.batch_size
+    passed, total = {}, 0.0
+    for before, row in pairwise([{"step": 0}, *rows]):
+        total += (row["step"] - before["step"]) * batch / row["images_per_second"]
+        passed[row["step"]] = total
+    return passed
+
+
+@torch.no_grad()
+def take(pipe, checkpoint):
+    """Put a checkpoint's EMA weights into the pipeline's U-Net and text tower."""
+    for key, tensor in load_file(checkpoint / "ema.safetensors").items():
+        part, _, name = key.partition(".")
+        if name and name in (own := dict(getattr(pipe, part).named_parameters())):
+            own[name].copy_(tensor)
+
+
+def main():
+    """Judge the run and its checkpoints; print the line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--num", type=int, default=256, help="captions of each set")
+    parser.add_argument("--curve", type=int, default=64, help="the same, for a checkpoint")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--batch_size", type=int, default=32)
+    args = parser.parse_args()
+    pipe = LatentDiffPipeline.from_pretrained(str(args.run / "pipeline"))
+    pipe.set_progress_bar_config(disable=True)
+    final, passed = judge_model(pipe, args.num, args), seconds_at(args.run)
+    curve = []
+    for checkpoint in sorted((args.run / "checkpoints").glob("step-*"))[:-1]:
+        step = int(checkpoint.name.removeprefix("step-"))
+        take(pipe, checkpoint)
+        point = {"step": step, "training_s": round(passed[step])}
+        shares = judge_model(pipe, args.curve, args)
+        curve.append(point | {name: shares[name]["all"] for name in shares})
+    print(
+        json.dumps(
+            {
+                "benchmark": "shapes_accuracy",
+                "num": args.num,
+                "steps": args.steps,
+                "guidance_scale": args.guidance_scale,
+                "training_s": round(max(passed.values())),
+                "optimiser_steps": max(passed),
+            }
+            | final
+            | {"curve": curve, "curve_num": args.curve}
+            | machine()
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

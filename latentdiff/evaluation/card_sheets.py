@@ -1,0 +1,190 @@
+"""Sheets for a model's card, and a test by readers who see its pictures alone.
+
+Nothing is chosen by hand: prompts are drawn by lot from the captions of captioned folders, a lot
+for each folder and purpose, and each has one picture a seed. A reader's question shows three
+pictures of one training caption and names eight captions of the same folder, one of them the right
+one; the answers lie apart from the questions.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from latentdiff.data.folder import Folder, read_folder
+from latentdiff.evaluation.bootstrap import Interval, proportion
+from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.sampling import open_pipeline
+from latentdiff.pipeline.sheet import draw_sheet
+from latentdiff.whole_file import whole_file, write_text
+
+COLUMNS, AT_ONCE = 8, 8
+NUM_CHOICES, PICTURES_A_QUESTION = 8, 3
+MAX_BYTES = 1_000_000  # of the two sheets together
+QUALITIES = (92, 85, 75, 65, 50)
+
+
+@dataclass(frozen=True)
+class Lots:
+    """How many captions of a folder stand on each sheet and in the readers' test."""
+
+    folder: str
+    num_seen: int
+    num_unseen: int
+    num_questions: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """Three pictures of one caption, and the captions to choose from."""
+
+    name: str
+    choices: tuple[str, ...]
+    right: int  # place in choices
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every picture is drawn; seed: of the lots too."""
+
+    num_steps: int = 50
+    guidance_scale: float = 3.0
+    seed: int = 0
+
+
+def write_card_sheets(
+    model: str, lots: Sequence[Lots], out: Path, *, sampling: Sampling, caption_column: str = "text"
+) -> None:
+    """Write out/seen.jpg, out/unseen.jpg, out/prompts.json, out/reader/ and out/key.json.
+
+    seen: captions of training pictures; unseen: of held-out ones, and of no training picture.
+    Raises ValueError for a folder with too few captions, before anything is drawn.
+    """
+    seen: list[str] = []
+    unseen: list[str] = []
+    asked: list[Question] = []
+    for lot in lots:
+        folder = read_folder(lot.folder, caption_column=caption_column)
+        folder.check()
+        known, new = _captions(folder)
+        seen += _draw_lots(known, lot.num_seen, f"{sampling.seed}|{folder.root.name}|seen")
+        unseen += _draw_lots(new, lot.num_unseen, f"{sampling.seed}|{folder.root.name}|unseen")
+        asked += _questions(known, lot.num_questions, f"{sampling.seed}|{folder.root.name}|reader")
+    questions = _in_order(asked, seed=sampling.seed)
+    pipe = open_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    out.mkdir(parents=True, exist_ok=True)
+    sheets = {}
+    for name, prompts in (("seen", seen), ("unseen", unseen)):
+        seeds = [sampling.seed + place for place in range(len(prompts))]
+        pictures = _draw(pipe, prompts, seeds, sampling)
+        if pictures:
+            sheets[name] = draw_sheet(pictures, prompts, columns=COLUMNS)
+    _save_small(sheets, out)
+    drawn = {"model": Path(model).name, "seen": seen, "unseen": unseen}
+    write_text(out / "prompts.json", _json(drawn | asdict(sampling)))
+    _write_questions(pipe, questions, out, sampling)
+
+
+def score_answers(key: Path, answers: Path) -> Interval:
+    """Return the share of questions answered right; an answer is a place in the choices, from 1.
+
+    key: the key.json of a test. answers: a JSON object of places by question. Raises ValueError
+    where a question has no answer.
+    """
+    right, given = (json.loads(path.read_text(encoding="utf-8")) for path in (key, answers))
+    if missing := sorted(right.keys() - given.keys()):
+        raise ValueError(f"{answers} has no answer to {', '.join(missing)}, expected one to each")
+    return proportion(sum(given[name] == place for name, place in right.items()), len(right))
+
+
+def _captions(folder: Folder) -> tuple[list[str], list[str]]:
+    """Return the captions of the training pictures, and those of held-out pictures alone."""
+    known, held_out = (
+        set(part.each_caption()) for part in (folder.split("train"), folder.held_out())
+    )
+    return sorted(known), sorted(held_out - known)
+
+
+def _draw_lots(captions: Sequence[str], num: int, lot: str) -> list[str]:
+    if num > len(captions):
+        what = lot.split("|", 1)[1].replace("|", ", ")
+        raise ValueError(f"{num} captions wanted ({what}) and there are {len(captions)}")
+    return random.Random(lot).sample(list(captions), num)
+
+
+def _questions(captions: Sequence[str], num: int, lot: str) -> list[Question]:
+    """Draw captions to ask for, and others of the folder to choose from."""
+    asked = []
+    for caption in _draw_lots(captions, num, lot):
+        others = [one for one in captions if one != caption]
+        choices = [caption, *_draw_lots(others, NUM_CHOICES - 1, f"{lot}|{caption}")]
+        random.Random(f"{lot}|{caption}|order").shuffle(choices)
+        asked.append(Question("", tuple(choices), choices.index(caption)))
+    return asked
+
+
+def _in_order(asked: Sequence[Question], *, seed: int) -> list[Question]:
+    """Mix the folders' questions and give them names that say nothing."""
+    mixed = list(asked)
+    random.Random(f"{seed}|order").shuffle(mixed)
+    return [Question(f"q{n:02d}", one.choices, one.right) for n, one in enumerate(mixed, start=1)]
+
+
+def _draw(
+    pipe: LatentDiffPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+) -> list[Image.Image]:
+    pictures: list[Image.Image] = []
+    for start in tqdm(range(0, len(prompts), AT_ONCE), desc="drawing", leave=False):
+        drawn, _ = pipe(
+            list(prompts[start : start + AT_ONCE]),
+            seed=list(seeds[start : start + AT_ONCE]),
+            num_inference_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            return_dict=False,
+        )
+        pictures += drawn
+    return pictures
+
+
+def _save_small(sheets: Mapping[str, Image.Image], out: Path) -> None:
+    """Write the sheets as JPG, as good as the bytes allow."""
+    for quality in QUALITIES:
+        for name, sheet in sheets.items():
+            with whole_file(out / f"{name}.jpg") as temporary:
+                sheet.save(temporary, format="JPEG", quality=quality, optimize=True)
+        if sum((out / f"{name}.jpg").stat().st_size for name in sheets) <= MAX_BYTES:
+            return
+
+
+def _write_questions(
+    pipe: LatentDiffPipeline, questions: Sequence[Question], out: Path, sampling: Sampling
+) -> None:
+    """Write reader/qNN.png and reader/questions.md, and key.json beside reader/."""
+    if not questions:
+        return
+    prompts = [q.choices[q.right] for q in questions for _ in range(PICTURES_A_QUESTION)]
+    first = sampling.seed + 1000
+    pictures = _draw(pipe, prompts, list(range(first, first + len(prompts))), sampling)
+    (out / "reader").mkdir(exist_ok=True)
+    lines = [
+        "Each picture file shows three pictures of one text. Which of the eight texts is it?",
+        'Answer with a JSON object such as {"q01": 3, ...}: the number of the text.',
+    ]
+    for number, question in enumerate(questions):
+        three = pictures[PICTURES_A_QUESTION * number :][:PICTURES_A_QUESTION]
+        sheet = draw_sheet(three, [question.name] * len(three), columns=len(three))
+        with whole_file(out / "reader" / f"{question.name}.png") as temporary:
+            sheet.save(temporary, format="PNG")
+        lines += ["", f"## {question.name}.png", ""]
+        lines += [f"{place}. {text}" for place, text in enumerate(question.choices, start=1)]
+    write_text(out / "reader" / "questions.md", "\n".join(lines) + "\n")
+    write_text(out / "key.json", _json({q.name: q.right + 1 for q in questions}))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
