@@ -29,8 +29,10 @@ PROMPT = "a large red circle on a white background"
 def run(*arguments):
     """Run Python with arguments; return what it prints."""
     done = subprocess.run(
-        [sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT, text=True
+        [sys.executable, *arguments], check=False, capture_output=True, cwd=ROOT, text=True
     )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}\n{done.stderr}")
     return done.stdout
 
 
@@ -42,10 +44,8 @@ def options_of(folder, num_train):
     return [
         f"--data.root={folder / 'shapes'}",
         f"--data.cache_dir={folder / 'cache'}",
-        f"--output_dir={folder / 'run'}",
         "--model.vae=latentdiff-mini",
         "--train.max_steps=2",
-        "--train.resume=never",
         "--preview.prompts=[a red circle]",
         "--preview.num_held_out=32",
     ]
@@ -91,14 +91,15 @@ def main():
         sheet = ["--out", f"{name}/sheet.png", "--steps", "25"]
 
         def train():
-            told = run(__file__, "--probe", str(time.time()), *(f" {x}" for x in options))
+            given = [*options, f"--output_dir={name}/run{len(seen)}"]
+            told = run(__file__, "--probe", str(time.time()), *(f" {x}" for x in given))
             seen.append(json.loads(told.splitlines()[-1]))
 
         works = {"import": lambda: run("-c", "import latentdiff"), "python": lambda: run("-c", "")}
         for script in SCRIPTS:
             works[f"{script} --help"] = lambda script=script: run(f"scripts/{script}.py", "--help")
         works["train"] = train
-        works["picture"] = lambda: run("scripts/sample.py", f"{name}/run/pipeline", PROMPT, *sheet)
+        works["picture"] = lambda: run("scripts/sample.py", f"{name}/run0/pipeline", PROMPT, *sheet)
         seconds = medians(take_turns(works, rounds=args.rounds))
     parts = {name: statistics.median(row[name] for row in seen[1:]) for name in seen[0]}
     figures = {

@@ -7,17 +7,20 @@ import sys
 from jsonargparse import ArgumentParser
 
 from latentdiff.console import quieten_libraries
-from latentdiff.pipeline.page import serve
+from latentdiff.pipeline.page_options import PageOptions
 
 
 def main() -> int:
     """Parse and serve; exit 0 when interrupted, 2 for bad usage or input."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_function_arguments(serve, as_positional=True)
+    parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
+    parser.add_class_arguments(PageOptions)
     given = parser.parse_args().as_dict()
     quieten_libraries()
+    from latentdiff.pipeline.page import serve
+
     try:
-        serve(given.pop("model"), **given)
+        serve(given.pop("model"), PageOptions(**given))
     except ImportError as error:
         print(f'app.py: {error}; pip install "latentdiff[ui]"', file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from latentdiff.console import quieten_libraries
-from latentdiff.evaluation.subject import SubjectOptions, compare_subject
+from latentdiff.evaluation.subject_options import SubjectOptions
 
 
 def main() -> int:
@@ -26,6 +26,8 @@ def main() -> int:
         given.pop(name) for name in ("base", "tuned", "photos", "features", "out")
     )
     quieten_libraries()
+    from latentdiff.evaluation.subject import compare_subject
+
     options = SubjectOptions(**given)
     try:
         report = compare_subject(base, tuned, photos, Path(out), features=features, options=options)

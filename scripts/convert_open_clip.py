@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from latentdiff.console import quieten_libraries
-from latentdiff.text import load_open_clip
 
 
 def main() -> int:
@@ -19,6 +18,8 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder for text_encoder/ and tokenizer/")
     args = parser.parse_args()
     quieten_libraries()
+    from latentdiff.text import load_open_clip
+
     try:
         text_encoder, tokenizer = load_open_clip(args.name, args.weights)
         text_encoder.save_pretrained(args.out / "text_encoder")

@@ -13,11 +13,12 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from latentdiff.console import quieten_libraries
-from latentdiff.evaluation.bound_data import SubjectOptions
-from latentdiff.evaluation.bound_report import BoundOptions
-from latentdiff.evaluation.evaluate import evaluate
-from latentdiff.evaluation.guidance_sweep import SweepOptions
-from latentdiff.evaluation.judges import EvaluationOptions
+from latentdiff.evaluation.options import (
+    BoundOptions,
+    EvaluationOptions,
+    SubjectOptions,
+    SweepOptions,
+)
 
 
 def main() -> int:
@@ -30,6 +31,8 @@ def main() -> int:
         parser.add_class_arguments(options)
     given = parser.parse_args().as_dict()
     quieten_libraries()
+    from latentdiff.evaluation.evaluate import evaluate
+
     try:
         report = evaluate(
             given["model"],

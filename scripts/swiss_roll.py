@@ -10,8 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.evaluation.plots import check_matplotlib, plot_clouds
-from latentdiff.evaluation.swiss_roll import RollOptions, swiss_roll
+from latentdiff.evaluation.swiss_roll_options import RollOptions
 from latentdiff.whole_file import write_text
 
 
@@ -23,6 +22,9 @@ def main() -> int:
     given = parser.parse_args().as_dict()
     options = RollOptions(**{field.name: given[field.name] for field in fields(RollOptions)})
     out = Path(given["out"])
+    from latentdiff.evaluation.plots import check_matplotlib, plot_clouds
+    from latentdiff.evaluation.swiss_roll import swiss_roll
+
     try:
         check_matplotlib()
         figures, clouds = swiss_roll(options)

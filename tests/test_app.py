@@ -18,6 +18,7 @@ from test_pipeline_loading import lora_weights
 
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.page import MAX_UPLOAD, serve
+from latentdiff.pipeline.page_options import PageOptions
 from latentdiff.pipeline.playground import (
     NO_LORA,
     OWN_SAMPLER,
@@ -118,7 +119,7 @@ def test_the_page_stays_on_this_machine_and_is_bounded(tmp_path, monkeypatch):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     seen = {}
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **given: seen.update(given))
-    serve(str(tmp_path / "model"), device="cpu")
+    serve(str(tmp_path / "model"), PageOptions(device="cpu"))
     assert (seen["server_name"], seen["share"]) == ("127.0.0.1", False)
     assert seen["max_file_size"] == MAX_UPLOAD
 

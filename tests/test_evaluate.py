@@ -21,8 +21,9 @@ from transformers import CLIPTokenizer
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.against import against_section
-from latentdiff.evaluation.bound_data import Subject, SubjectOptions, open_subject
+from latentdiff.evaluation.bound_data import Subject, open_subject
 from latentdiff.evaluation.caption_use import comparable, loss_section
+from latentdiff.evaluation.options import SubjectOptions
 from latentdiff.evaluation.sections import Score
 from latentdiff.models import schedule_of
 

@@ -26,8 +26,9 @@ from latentdiff.evaluation.bound import (
     pilot_plan,
     stretches,
 )
-from latentdiff.evaluation.bound_data import Subject, SubjectOptions, open_subject
+from latentdiff.evaluation.bound_data import Subject, open_subject
 from latentdiff.evaluation.bound_report import write_metrics
+from latentdiff.evaluation.options import SubjectOptions
 from latentdiff.models import build_unet, make_scheduler
 
 pytest.importorskip("matplotlib")

@@ -16,7 +16,8 @@ from test_pipeline_loading import sd1_shaped
 from test_sample_script import run as run_sample
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.evaluation.bound_data import SubjectOptions, open_subject
+from latentdiff.evaluation.bound_data import open_subject
+from latentdiff.evaluation.options import SubjectOptions
 from latentdiff.models import load_components, load_vae, weights_hash
 from latentdiff.pipeline import conversion, packing
 from latentdiff.pipeline.conversion import export_single_file

@@ -9,7 +9,8 @@ import torch
 from fakes_training import make_world
 
 from latentdiff.evaluation.features import load_features
-from latentdiff.evaluation.subject import SubjectOptions, compare_subject, measure
+from latentdiff.evaluation.subject import compare_subject, measure
+from latentdiff.evaluation.subject_options import SubjectOptions
 
 
 def features(seed: int, num: int) -> torch.Tensor:

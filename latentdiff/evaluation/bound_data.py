@@ -15,37 +15,12 @@ from torch import Tensor
 
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.images import ImageError, load_image, resize_and_crop, to_pixels
+from latentdiff.evaluation.options import SubjectOptions
 from latentdiff.latents import LatentCodec
 from latentdiff.models import Components, load_components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.denoise import image_size
 from latentdiff.text import NULL_CAPTION, encode_text, tokenize
-
-
-@dataclass(frozen=True)
-class SubjectOptions:
-    """What is evaluated, and on which pictures.
-
-    Args:
-        data: a captioned folder.
-        split: "held_out" takes test/ or validation/, or what training held out by hash; "all" is
-            for a folder that the model has never seen.
-        num_images: pictures at the most, spread evenly over the split.
-        caption_column: column of the metadata file that holds the caption.
-        split_fraction: the training's, where no folder is named test or validation.
-        batch_size: pictures at once; lower it when memory runs out.
-        seed: of every draw.
-        device: cpu, cuda, mps; the best there is by default.
-    """
-
-    data: str
-    split: Literal["held_out", "train", "all"] = "held_out"
-    num_images: int = 1000
-    caption_column: str = "text"
-    split_fraction: float = 0.02
-    batch_size: int = 32
-    seed: int = 0
-    device: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

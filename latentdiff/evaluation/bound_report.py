@@ -5,7 +5,6 @@ Ho et al. 2020, Sec. 4.3 and 4.4; Nichol & Dhariwal 2021, Sec. 3.1 for the learn
 
 import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,8 @@ from latentdiff.evaluation.bound import (
 )
 from latentdiff.evaluation.bound_data import Subject
 from latentdiff.evaluation.bound_pictures import interpolation_sheet, progressive_sheet
+from latentdiff.evaluation.options import BoundOptions
 from latentdiff.whole_file import whole_file, write_text
-
-
-@dataclass(frozen=True)
-class BoundOptions:
-    """How the bound is estimated and what is drawn.
-
-    Args:
-        chain: bound a shorter chain, such as "25" or "ddim50"; the model's own by default.
-        variance_type: fixed_small, fixed_large or learned_range; the model's own by default.
-        draws: timesteps drawn for each estimate of a picture, by importance and in strata.
-        repeats: estimates of each picture; two or more tell noise from the spread of pictures.
-        pilot: pictures whose every step is evaluated first, to choose the timesteps.
-        compare_variance: chains, such as ["25","100"], on which a learned variance is compared
-            with the two fixed ones.
-        picture_steps: steps of the chains that are shown; 0 draws none.
-    """
-
-    chain: str = ""
-    variance_type: str | None = None
-    draws: int = 16
-    repeats: int = 2
-    pilot: int = 8
-    compare_variance: list[str] = field(default_factory=list)
-    picture_steps: int = 50
 
 
 def bound_report(subject: Subject, out: Path, options: BoundOptions) -> dict[str, Any]:

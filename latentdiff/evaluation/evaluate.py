@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.evaluation.against import against_section
-from latentdiff.evaluation.bound_data import SubjectOptions, open_subject
-from latentdiff.evaluation.bound_report import BoundOptions, bound_report, write_metrics
+from latentdiff.evaluation.bound_data import open_subject
+from latentdiff.evaluation.bound_report import bound_report, write_metrics
 from latentdiff.evaluation.caption_use import comparable
-from latentdiff.evaluation.guidance_sweep import SweepOptions, sweep_report
-from latentdiff.evaluation.judges import EvaluationOptions, check, open_judges
+from latentdiff.evaluation.guidance_sweep import sweep_report
+from latentdiff.evaluation.judges import check, open_judges
 from latentdiff.evaluation.measure import Exam, Measured, measure
+from latentdiff.evaluation.options import (
+    BoundOptions,
+    EvaluationOptions,
+    SubjectOptions,
+    SweepOptions,
+)
 from latentdiff.evaluation.report import write_report
 from latentdiff.evaluation.sections import Section
 from latentdiff.evaluation.shown_figures import bound_section, guidance_section, steps_section

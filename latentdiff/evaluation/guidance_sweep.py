@@ -6,7 +6,6 @@ cosine where one is given. Diversity is the distance between pictures of one cap
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,10 @@ from latentdiff.evaluation import plots
 from latentdiff.evaluation.bound import Chain, caption_bound, plain
 from latentdiff.evaluation.bound_data import CaptionedLatents, Subject
 from latentdiff.evaluation.clip_guidance import Clip
+from latentdiff.evaluation.options import SweepOptions
 from latentdiff.latents import LatentCodec
 
 DRAWS = 32  # timesteps a picture for its fidelity
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """Which guidance scales are tried.
-
-    Args:
-        guidance_sweep: scales such as [1,2,4,8]; none by default.
-        sweep_captions: captions of the pictures.
-        sweep_pictures: pictures a caption, at least 2.
-        sweep_steps: sampling steps of the guidance sweep.
-    """
-
-    guidance_sweep: list[float] = field(default_factory=list)
-    sweep_captions: int = 32
-    sweep_pictures: int = 4
-    sweep_steps: int = 25
 
 
 def check_sweep(options: SweepOptions) -> None:

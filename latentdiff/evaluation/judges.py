@@ -1,46 +1,15 @@
 """What an evaluation draws and by whom it is judged, as a person asks for it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from latentdiff.evaluation.bound_data import SubjectOptions, choose_device
+from latentdiff.evaluation.bound_data import choose_device
 from latentdiff.evaluation.clip_guidance import Clip, load_clip, load_open_clip
 from latentdiff.evaluation.features import Features, open_features
-from latentdiff.evaluation.guidance_sweep import SweepOptions, check_sweep
+from latentdiff.evaluation.guidance_sweep import check_sweep
+from latentdiff.evaluation.options import EvaluationOptions, SubjectOptions, SweepOptions
 
 FEWEST_PICTURES = 8
 FEWEST_TRAIN = 3
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What is drawn, and who judges it.
-
-    Args:
-        num_pictures: pictures drawn for held-out captions; 0 draws none.
-        pictures_per_caption: of these, for one caption; more where captions are few.
-        steps: sampling steps.
-        guidance_scale: scale of classifier-free guidance.
-        features: folder of a feature network (a MobileNet's arch.json, a transformers vision model
-            or a CLIP): fidelity, and better features for copies and diversity.
-        clip: folder of a transformers CLIP, or the name of an open_clip model: CLIP score.
-        clip_weights: safetensors file of that open_clip model.
-        num_train: training pictures at the most among which copies are looked for.
-        class_column: column of the metadata file that names a picture's class; by default, folders.
-        compare: another model, which draws the same captions from the same seeds.
-        step_sweep: numbers of sampling steps such as [5,10,25,50]; none by default.
-    """
-
-    num_pictures: int = 128
-    pictures_per_caption: int = 2
-    steps: int = 25
-    guidance_scale: float = 7.5
-    features: str | None = None
-    clip: str | None = None
-    clip_weights: str | None = None
-    num_train: int = 5000
-    class_column: str = ""
-    compare: str | None = None
-    step_sweep: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

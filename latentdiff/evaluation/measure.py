@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from latentdiff.evaluation.bound_data import Subject, SubjectOptions, read_split, spread
+from latentdiff.evaluation.bound_data import Subject, read_split, spread
 from latentdiff.evaluation.caption_use import loss_section
 from latentdiff.evaluation.clip_score import clip_section
 from latentdiff.evaluation.copies import (
@@ -19,7 +19,8 @@ from latentdiff.evaluation.copies import (
 from latentdiff.evaluation.drawing import Drawn, Pictures, draw, read_pictures, to_image
 from latentdiff.evaluation.fidelity import FEWEST, Embedded, embed_pictures, fidelity_section
 from latentdiff.evaluation.following import following_section, is_scene
-from latentdiff.evaluation.judges import FEWEST_TRAIN, EvaluationOptions, Judges
+from latentdiff.evaluation.judges import FEWEST_TRAIN, Judges
+from latentdiff.evaluation.options import EvaluationOptions, SubjectOptions
 from latentdiff.evaluation.sections import Score, Section, Shown
 
 NUM_SHOWN = 16

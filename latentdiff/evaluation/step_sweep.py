@@ -10,12 +10,12 @@ from latentdiff.evaluation.bound import plain
 from latentdiff.evaluation.bound_data import Subject
 from latentdiff.evaluation.clip_guidance import Clip
 from latentdiff.evaluation.guidance_sweep import (
-    SweepOptions,
     check_sweep,
     draw_latents,
     measure,
     spread_captions,
 )
+from latentdiff.evaluation.options import SweepOptions
 
 
 def step_report(

@@ -22,51 +22,13 @@ from latentdiff.data.images import load_image, to_pixels
 from latentdiff.evaluation.bootstrap import Interval, bootstrap_mean
 from latentdiff.evaluation.compare import Comparison, compare
 from latentdiff.evaluation.features import MobileNet, load_features
+from latentdiff.evaluation.subject_options import SubjectOptions
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.whole_file import whole_file, write_text
 
-UNRELATED = (
-    "a red car",
-    "a green apple",
-    "a yellow face",
-    "a blue house",
-    "a tree",
-    "a slice of pizza",
-    "a bicycle",
-    "an open book",
-    "a city at night",
-    "a mountain with snow",
-    "a cup of coffee",
-    "a person with a hat",
-    "a rocket",
-    "a bird",
-    "a guitar",
-    "a bunch of flowers",
-)
 COLUMNS = 8
 AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class SubjectOptions:
-    """What is drawn, and how.
-
-    Args:
-        prompt: what the tuned model calls the subject, such as "a photo of sks dog".
-        base_prompt: what the base model is asked for; empty: the same.
-        unrelated: prompts that should not have changed; ten or more.
-        num_seeds: pictures of the subject by each model.
-        num_steps: sampling steps.
-        guidance_scale: classifier-free guidance.
-    """
-
-    prompt: str
-    base_prompt: str = ""
-    unrelated: tuple[str, ...] = UNRELATED
-    num_seeds: int = 16
-    num_steps: int = 30
-    guidance_scale: float = 5.0
 
 
 @dataclass(frozen=True)

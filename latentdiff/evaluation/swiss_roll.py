@@ -27,6 +27,7 @@ from latentdiff.diffusion.guidance import guided_by
 from latentdiff.diffusion.objectives import hybrid_loss
 from latentdiff.diffusion.schedules import make_betas
 from latentdiff.diffusion.timesteps import stratify, uniform_timesteps
+from latentdiff.evaluation.swiss_roll_options import RollOptions
 
 PREDICTION, LEARNED = "v_prediction", "learned_range"
 SHOWN = (0.0, 0.1, 0.3, 1.0)  # moments of each chain
@@ -136,27 +137,6 @@ class Clouds:
     posterior: Tensor  # drawn by the guided chain
     posterior_exact: Tensor  # the roll, resampled by the second distribution
     known: float  # of the first coordinate
-
-
-@dataclass(frozen=True)
-class RollOptions:
-    """How large the example is.
-
-    Args:
-        steps: optimiser steps.
-        num_timesteps: length of the chain.
-        num_points: of each cloud, and of the bound.
-        known: what the first coordinate is known to be.
-        tolerance: its standard deviation.
-        seed: of every draw.
-    """
-
-    steps: int = 6000
-    num_timesteps: int = 100
-    num_points: int = 4000
-    known: float = 0.5
-    tolerance: float = 0.1
-    seed: int = 0
 
 
 def swiss_roll(options: RollOptions) -> tuple[dict[str, Any], Clouds]:

@@ -12,6 +12,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from latentdiff.diffusion.guidance import classifier_free, is_guided, rescale
+from latentdiff.pipeline.fast_cpu import FastCPU
 from latentdiff.pipeline.prompts import lora_scaled
 
 Guide: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # z0 (B, C, h, w) and t to scores (B,)
@@ -60,23 +61,24 @@ def predict(
     guidance: Guidance,
     channels: int,
     lora_scale: float | None = None,
+    forward: FastCPU,
+    dtype: torch.dtype,
 ) -> Prediction:
-    """Run the U-Net once, both captions in one batch, and guide its prediction.
+    """Run the U-Net once by `forward`, both captions in one batch, and guide its prediction.
 
     unet_input: (B, C_in, h, w). states: (B, L, D), or (2B, L, D) with the negative prompts first,
     then guidance acts. Of a learned variance (outputs after the first `channels`) the conditional
-    one is kept: guidance extrapolates predictions only.
+    one is kept: guidance extrapolates predictions only. dtype: the U-Net's, which is slow to ask.
     """
-    dtype = unet.dtype
     has_two = len(states) == 2 * len(unet_input)
     with lora_scaled(unet, lora_scale):
-        output: Tensor = unet(
+        output = forward(
+            unet,
             (torch.cat([unet_input] * 2) if has_two else unet_input).to(dtype),
             t,
-            encoder_hidden_states=states.to(dtype),
-            timestep_cond=guidance_embedding(unet, guidance.scale, like=unet_input),
-            return_dict=False,
-        )[0].float()
+            states.to(dtype),
+            scale=guidance_embedding(unet, guidance.scale, like=unet_input),
+        ).float()
     if not has_two:
         return Prediction(output, None)
     uncond, cond = output.chunk(2)

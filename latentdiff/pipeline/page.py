@@ -14,6 +14,7 @@ from typing import Any
 from latentdiff.models import load_vae
 from latentdiff.pipeline import denoise
 from latentdiff.pipeline.output import LatentDiffOutput
+from latentdiff.pipeline.page_options import PageOptions
 from latentdiff.pipeline.playground import (
     MAX_CHARACTERS,
     MAX_IMAGES,
@@ -33,43 +34,23 @@ MAX_QUEUE = 8
 MAX_UPLOAD = "10mb"
 
 
-def serve(
-    model: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    loras: str | None = None,
-    preview_vae: str | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    max_side_px: int = 1024,
-) -> None:
-    """Open a model and serve its page until interrupted.
-
-    Args:
-        model: a Stable-Diffusion-format folder or a hub id.
-        host: address to listen on; 0.0.0.0 lets others in.
-        port: to listen on.
-        loras: a folder of LoRA files to choose from.
-        preview_vae: a small VAE of the same latent space, such as TAESD, for previews.
-        dtype: float32, bfloat16 or float16.
-        device: cpu, cuda, mps; the best there is by default.
-        max_side_px: largest height and width.
-    """
+def serve(model: str, options: PageOptions) -> None:
+    """Open a model, a folder or a hub id, and serve its page until interrupted."""
     import gradio as gr
 
-    pipe = open_pipeline(model, dtype=dtype, device=device)
+    small = options.preview_vae
+    pipe = open_pipeline(model, dtype=options.dtype, device=options.device)
     playground = Playground(
         pipe,
-        loras=find_loras(loras),
-        preview_vae=None if preview_vae is None else load_vae(preview_vae).to(pipe.device),
-        max_side_px=max_side_px,
+        loras=find_loras(options.loras),
+        preview_vae=None if small is None else load_vae(small).to(pipe.device),
+        max_side_px=options.max_side_px,
     )
     page = build(playground)
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
     page.launch(
-        server_name=host,
-        server_port=port,
+        server_name=options.host,
+        server_port=options.port,
         share=False,
         max_file_size=MAX_UPLOAD,
         footer_links=[],

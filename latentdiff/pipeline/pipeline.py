@@ -34,6 +34,7 @@ from latentdiff.pipeline.canvas import Canvas, prepare_canvas
 from latentdiff.pipeline.decode import decode
 from latentdiff.pipeline.denoise import Guidance, Prediction
 from latentdiff.pipeline.facts import Facts, warn_of_guidance
+from latentdiff.pipeline.fast_cpu import FastCPU
 from latentdiff.pipeline.guide import Guide, climb
 from latentdiff.pipeline.loading import Loading
 from latentdiff.pipeline.noise import Generators, generators_for
@@ -122,6 +123,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         self._guidance, self._guidance_scale = Guidance(), 1.0
         self._num_timesteps = 0
         self._interrupt = False
+        self.fast_cpu = FastCPU()
 
     @torch.no_grad()
     def __call__(
@@ -328,22 +330,34 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
     ) -> Tensor:
         """Return the clean latents (B, C, h, w) at the chain's end, or where a callback stopped."""
         latents = canvas.start(self.scheduler, timesteps)
+        may_change = step_end.function is not None or lora_scale is not None
+        self.fast_cpu.look_again()
+        dtype = self.unet.dtype
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
                 xt = self.scheduler.scale_model_input(latents, t)
-                prediction = self._predict(canvas, xt, t, states, lora_scale)
+                prediction = self._predict(canvas, xt, t, states, lora_scale, dtype=dtype)
                 latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
                 latents = canvas.keep(self.scheduler, latents, timesteps[i + 1 :])
                 latents, states = step_end(
                     self, i, t, latents=latents, states=states, xt=xt, prediction=prediction
                 )
+                if may_change:
+                    self.fast_cpu.look_again()
                 bar.update()
         return latents
 
     def _predict(
-        self, canvas: Canvas, xt: Tensor, t: Tensor, states: Tensor, lora_scale: float | None
+        self,
+        canvas: Canvas,
+        xt: Tensor,
+        t: Tensor,
+        states: Tensor,
+        lora_scale: float | None,
+        *,
+        dtype: torch.dtype,
     ) -> Prediction:
         guidance = replace(self._guidance, scale=self._guidance_scale)
         num_timesteps = self.scheduler.config.num_train_timesteps
@@ -358,6 +372,8 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
                 guidance=guidance,
                 channels=self.num_channels,
                 lora_scale=lora_scale,
+                forward=self.fast_cpu,
+                dtype=dtype,
             )
 
         if guidance.guide is None or not acts:
