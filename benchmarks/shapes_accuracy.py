@@ -94,7 +94,8 @@ def main():
     for checkpoint in sorted((args.run / "checkpoints").glob("step-*"))[:-1]:
         step = int(checkpoint.name.removeprefix("step-"))
         take(pipe, checkpoint)
-        point = {"step": step, "training_s": round(passed[step])}
+        logged = max((one for one in passed if one <= step), default=0)
+        point = {"step": step, "training_s": round(passed.get(logged, 0.0))}
         shares = judge_model(pipe, args.curve, args)
         curve.append(point | {name: shares[name]["all"] for name in shares})
     print(
