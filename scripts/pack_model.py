@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float16", help="float16, bfloat16 or float32")
     parser.add_argument("--max_file_mb", type=float, default=14.0, help="of any one file")
     parser.add_argument("--max_total_mb", type=float, default=45.0, help="of all files together")
+    parser.add_argument("--guidance_scale", type=float, help="what calls take by default")
     parser.add_argument("--card", type=Path, help="its README.md; made of its facts by default")
     args = vars(parser.parse_args())
     quieten_libraries()

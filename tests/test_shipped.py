@@ -23,6 +23,8 @@ from latentdiff.pipeline import conversion, packing
 from latentdiff.pipeline.conversion import export_single_file
 from latentdiff.pipeline.facts import Facts, read_facts
 from latentdiff.pipeline.packing import pack_model
+from latentdiff.pipeline.sample_options import SampleOptions
+from latentdiff.pipeline.sampling import sample
 from latentdiff.shipped import ASSETS, SHIPPED, resolve
 from latentdiff.training.loop import train
 
@@ -65,6 +67,21 @@ def mini(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The packed tiny model under the shipped one's name."""
     monkeypatch.setitem(SHIPPED, MINI, packed)
     return packed
+
+
+def test_model_says_what_guidance_calls_take_by_default(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "plain")
+    pack_model(tmp_path / "plain", tmp_path / "packed", guidance_scale=3.0)
+    for name, expected in (("plain", 7.5), ("packed", 3.0)):
+        opened = LatentDiffPipeline.from_pretrained(tmp_path / name)
+        opened("a cat", num_inference_steps=1, output_type="latent")
+        assert opened.guidance_scale == expected
+        options = SampleOptions(out=str(tmp_path / f"{name}-drawn"), steps=1)
+        drawn = next(sample(str(tmp_path / name), ["a cat"], options))
+        assert (drawn["kind"], drawn["guidance_scale"]) == ("picture", expected)
+        opened("a cat", num_inference_steps=1, output_type="latent", guidance_scale=2.0)
+        assert opened.guidance_scale == 2.0
 
 
 def test_packed_model_is_half_as_large_in_shards_and_float32_in_memory(

@@ -16,6 +16,7 @@ from pathlib import Path
 from latentdiff.whole_file import write_text
 
 FILE_NAME = "latentdiff.json"
+GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Facts:
 
     caption_dropout: part of the captions replaced by the empty one in training, 0 for none at all.
     steps: optimiser steps. metrics: name to value, with sample counts where they are estimates.
+    guidance_scale: what pictures are drawn with where a call does not say.
     """
 
     caption_dropout: float | None = None
@@ -35,6 +37,7 @@ class Facts:
     licence: str | None = None
     steps: int | None = None
     resolution: int | None = None
+    guidance_scale: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -54,6 +57,11 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
         raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
     known = {one.name for one in fields(Facts)}
     return Facts(**{name: value for name, value in entries.items() if name in known})
+
+
+def default_guidance(facts: Facts) -> float:
+    """Return the scale of guidance where a call does not say: the model's own, else 7.5."""
+    return GUIDANCE_SCALE if facts.guidance_scale is None else facts.guidance_scale
 
 
 def warn_of_guidance(facts: Facts, scale: float) -> None:

@@ -38,12 +38,14 @@ def pack_model(
     dtype: str = "float16",
     max_file_mb: float = 14.0,
     max_total_mb: float = 45.0,
+    guidance_scale: float | None = None,
     card: Path | None = None,
 ) -> dict[str, int]:
     """Write a model in `dtype`, what is larger than a file may be in shards; return files' bytes.
 
-    card: the README.md to put in; by default one is made of the model's facts. `out` appears whole
-    or not at all. Raises ValueError for an `out` that exists, weights that `dtype` cannot hold, a
+    guidance_scale: what calls take by default, where it is not what the model says. card: the
+    README.md to put in; by default one is made of the model's facts. `out` appears whole or not at
+    all. Raises ValueError for an `out` that exists, weights that `dtype` cannot hold, a
     path of this machine in a config, and a file or folder that comes out too large.
     """
     if dtype not in DTYPES:
@@ -51,7 +53,9 @@ def pack_model(
     if out.exists():
         raise ValueError(f"{out} already exists, expected the name of a new folder")
     pipe = LatentDiffPipeline.from_pretrained(model)
-    pipe.facts = dataclasses.replace(pipe.facts, base_model=_last_part(pipe.facts.base_model))
+    base = _last_part(pipe.facts.base_model)
+    scale = pipe.facts.guidance_scale if guidance_scale is None else guidance_scale
+    pipe.facts = dataclasses.replace(pipe.facts, base_model=base, guidance_scale=scale)
     text = card.read_text(encoding="utf-8") if card else model_card(pipe.facts, name=out.name)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):

@@ -33,7 +33,7 @@ from latentdiff.pipeline import checks, denoise, schedulers
 from latentdiff.pipeline.canvas import Canvas, prepare_canvas
 from latentdiff.pipeline.decode import decode
 from latentdiff.pipeline.denoise import Guidance, Prediction
-from latentdiff.pipeline.facts import Facts, warn_of_guidance
+from latentdiff.pipeline.facts import Facts, default_guidance, warn_of_guidance
 from latentdiff.pipeline.fast_cpu import FastCPU
 from latentdiff.pipeline.guide import Guide, climb
 from latentdiff.pipeline.loading import Loading
@@ -61,8 +61,8 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
     - image, strength in (0, 1]: start from a picture; mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.
     - num_inference_steps, eta (DDIM's randomness); the sampler is `scheduler`: `set_scheduler`.
-    - guidance_scale, 1 is none; guidance_rescale in [0, 1]; guidance_interval: (start, end), the
-      part of the chain that is guided, from 0, pure noise, to 1.
+    - guidance_scale, 1 is none, by default the model's own or 7.5; guidance_rescale in [0, 1];
+      guidance_interval: (start, end), the part of the chain that is guided, from 0, noise, to 1.
     - guide: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); the
       chain climbs its gradient, guide_scale times, beside the guidance above (see guide.py).
     - num_images_per_prompt; seed: one number s, counted up over the pictures, or a list of one a
@@ -137,7 +137,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         guide: Guide | None = None,
@@ -246,6 +246,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         self, scale: object, rescale: object, interval: object, *, guide: tuple[Any, object]
     ) -> None:
         function, times = guide
+        scale = default_guidance(self.facts) if scale is None else scale
         guidance = checks.guidance(scale, rescale, interval, guide=function, guide_scale=times)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_of_guidance(self.facts, guidance.scale)

@@ -15,7 +15,7 @@ class SampleOptions:
         prompt_file: a text file with one prompt a line, or .jsonl with prompt, negative_prompt and
             seed.
         steps: number of steps, or a list such as [10,20] for a grid.
-        guidance_scale: scale of guidance, or a list for a grid.
+        guidance_scale: scale of guidance, or a list for a grid; by default the model's own, or 7.5.
         seed: of the first picture; the next prompts count up from it.
         negative_prompt: what not to draw.
         num_images: pictures a prompt.
@@ -39,7 +39,7 @@ class SampleOptions:
     out: str
     prompt_file: str | None = None
     steps: int | list[int] = 50
-    guidance_scale: float | list[float] = 7.5
+    guidance_scale: float | list[float] | None = None
     seed: int = 0
     negative_prompt: str | None = None
     num_images: int = 1

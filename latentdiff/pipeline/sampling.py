@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.attention import draw_attention, record_attention
+from latentdiff.pipeline.facts import default_guidance, read_facts
 from latentdiff.pipeline.jobs import Job, Line, batches, plan, read_lines
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png import attach_settings, read_settings, save_png
@@ -20,6 +21,7 @@ from latentdiff.pipeline.sample_options import SampleOptions
 from latentdiff.pipeline.settings import model_settings
 from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.pipeline.trace import Trace
+from latentdiff.shipped import resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = 4
@@ -83,6 +85,8 @@ def sample(model: str, prompts: Sequence[str], options: SampleOptions) -> Iterat
     out = Path(options.out)
     if out.suffix and out.suffix.lower() != ".png":
         raise ValueError(f"out={options.out} must be a .png file, or a folder")
+    if options.guidance_scale is None:
+        options = replace(options, guidance_scale=default_guidance(read_facts(resolve(model))))
     jobs = _jobs(prompts, options)
     painter = Painter(
         _load(model, options),
