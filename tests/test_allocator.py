@@ -29,4 +29,4 @@ def test_freed_memory_is_not_fetched_from_the_system_again() -> None:
     kept, before, after = map(int, done.stdout.split())
     if not kept:
         pytest.skip("this C library's malloc takes no options")
-    assert after < 0.01 * before
+    assert after < 0.2 * before  # one of the eight may still be fetched

@@ -270,7 +270,8 @@ def step_batches(
     for packed in loader:
         batch = {name: torch.as_tensor(x) for name, x in packed.items()}
         if supply.encoder is not None:
-            batch["z0"] = supply.encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))
+            z0 = supply.encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))
+            batch["z0"] = z0.contiguous()  # as from the cache: dropout draws in memory's order
         if supply.states is not None:
             batch["text"] = supply.states.encode(batch["text"])
         yield batch
