@@ -129,7 +129,8 @@ class ModelConfig:
     """a VAE's folder; "latentdiff-mini" is that of the small model that ships with the package,
     with 4 latent channels, "latentdiff-vae" one with 8"""
     text_encoder: str = ""
-    """a folder with text_encoder/ and tokenizer/, kept frozen; empty trains a new tower"""
+    """a folder with text_encoder/ and tokenizer/, kept frozen but for train.train_text_encoder;
+    empty trains a new tower"""
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)
     measure_latents: bool = True
@@ -221,7 +222,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """compute activations twice and keep fewer of them"""
     train_text_encoder: bool = False
-    """fine-tuning: train the text tower too, at its own rate; with LoRA by adapters"""
+    """train a text tower that is there already, of model.pretrained or model.text_encoder, too, at
+    its own rate; with LoRA by adapters"""
     ema: bool = True
     """keep an exponential moving average of the weights and export it"""
     ema_decay: float = 0.9999

@@ -41,7 +41,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as a run leaves it, with a local path in a config and in its facts."""
     folder = tmp_path_factory.mktemp("run") / "pipeline"
     pipe = tiny_pipeline()
-    pipe.facts = Facts(base_model="/home/me/runs/base", dataset="shapes", caption_dropout=0.1)
+    pipe.facts = Facts(
+        base_model="/home/me/runs/base", dataset="shapes", caption_dropout=0.1, guidance_scale=4.0
+    )
     pipe.save_pretrained(folder)
     path = folder / "vae" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": "/home/me/vae"}))
@@ -211,7 +213,7 @@ def test_shipped_model_is_fine_tuned_and_its_parts_are_built_upon(
     tuned = {"model__pretrained": MINI, "model__vae": ""} | steps
     assert train(make_config(world, tmp_path / "tuned", **tuned)) == 0
     facts = read_facts(tmp_path / "tuned" / "pipeline")
-    assert (facts.base_model, facts.caption_dropout) == (MINI, 0.1)
+    assert (facts.base_model, facts.caption_dropout, facts.guidance_scale) == (MINI, 0.1, 4.0)
     built = {"model__vae": MINI, "model__text_encoder": MINI} | steps
     assert train(make_config(world, tmp_path / "built", **built)) == 0
     after = load_components(tmp_path / "built" / "pipeline")

@@ -132,9 +132,10 @@ def _facts(run: Run, step: int) -> Facts:
         figures = json.loads(line)
         last |= figures if figures["step"] <= step else {}
     shown = ("held_out_loss", "held_out_se", "num_held_out", "caption_use")
+    base = read_facts(resolve(config.model.pretrained)) if config.model.pretrained else Facts()
     dropout: float | None = config.diffusion.caption_dropout
     if config.model.pretrained and not dropout:  # what the base learned of the empty caption stays
-        dropout = read_facts(resolve(config.model.pretrained)).caption_dropout
+        dropout = base.caption_dropout
     return Facts(
         caption_dropout=dropout,
         prediction_type=run.engine.objective.prediction_type,
@@ -142,5 +143,6 @@ def _facts(run: Run, step: int) -> Facts:
         dataset=Path(config.data.root).name,
         steps=step,
         resolution=config.data.resolution,
+        guidance_scale=base.guidance_scale,
         metrics={name: last[name] for name in shown if name in last},
     )
