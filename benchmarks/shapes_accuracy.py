@@ -23,6 +23,7 @@ from latentdiff.config_file import load_config
 from latentdiff.data.shapes import split_scenes
 from latentdiff.evaluation.bootstrap import proportion
 from latentdiff.evaluation.shapes import accuracy
+from latentdiff.pipeline.sampling import draw_each
 
 
 def scenes_for(num):
@@ -38,15 +39,14 @@ def judge_model(pipe, num, args):
     """Return the share of pictures that show each attribute and all of them."""
     found = {}
     for name, scenes in scenes_for(num).items():
-        images = []
-        for start in range(0, num, args.batch_size):
-            part = scenes[start : start + args.batch_size]
-            images += pipe(
-                [scene.caption for scene in part],
-                seed=[start + i for i in range(len(part))],
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance_scale,
-            ).images
+        images = draw_each(
+            pipe,
+            [scene.caption for scene in scenes],
+            range(num),
+            num_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            at_once=args.batch_size,
+        )
         shares = accuracy(images, scenes)
         interval = proportion(round(shares["all"] * num), num)
         found[name] = {key: round(value, 4) for key, value in shares.items()}

@@ -51,7 +51,7 @@ class VaeConfig:
     latent_noise: float = 0.0
     """largest noise that latents get before they are decoded, in units of their std, drawn anew for
     each picture from zero up: the decoder then forgives what diffusion gets a little wrong, and
-    latents that mean different pictures move apart (after Zheng et al. 2025, Sec. 4)"""
+    latents that mean different pictures move apart (after Zheng et al. 2025)"""
     l2_weight: float = 1.0
     """weight of the squared error beside the absolute error"""
     max_steps: int = 10_000

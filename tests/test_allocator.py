@@ -18,7 +18,8 @@ def faults():
 torch.ones(1)
 before = faults()
 kept = keep_freed_memory()
-faults()
+for _ in range(3):  # the heap grows until every block fits
+    faults()
 print(int(kept), before, faults())
 """
 
@@ -29,4 +30,4 @@ def test_freed_memory_is_not_fetched_from_the_system_again() -> None:
     kept, before, after = map(int, done.stdout.split())
     if not kept:
         pytest.skip("this C library's malloc takes no options")
-    assert after < 0.2 * before  # one of the eight may still be fetched
+    assert after < 0.01 * before

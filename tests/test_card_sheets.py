@@ -1,17 +1,14 @@
 """The sheets of a model's card: prompts by lot, small files, and a test that gives nothing away."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes_data import save_picture, write_jsonl
 from fakes_pipeline import tiny_pipeline
+from fakes_scripts import run_script
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "card_sheets.py"
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +34,7 @@ def make_folder(root: Path, word: str) -> Path:
 
 
 def run(*arguments: object) -> Any:
-    argv, sys.argv = sys.argv, ["card_sheets.py", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = argv
-    return stop.value.code
+    return run_script("card_sheets.py", *arguments)
 
 
 def test_sheets_and_questions_follow_from_the_seed(

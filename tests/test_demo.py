@@ -1,9 +1,7 @@
 """The two demos, with models of a few thousand parameters and a handful of steps."""
 
 import os
-import runpy
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fakes_pipeline import tiny_pipeline
+from fakes_scripts import run_script
 from PIL import Image
 
 from latentdiff.config import Config
@@ -42,13 +41,7 @@ SMALL = (
 
 def run(script: str, arguments: Sequence[str]) -> Any:
     """Run a script in this process; return its exit status."""
-    argv, sys.argv = sys.argv, [script, *arguments]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    finally:
-        sys.argv = argv
-    return stop.value.code
+    return run_script(script, *arguments)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

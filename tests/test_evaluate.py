@@ -3,8 +3,6 @@
 import copy
 import json
 import re
-import runpy
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 from fakes_models import make_components, save_folder
 from fakes_pipeline import tiny_tokenizer
+from fakes_scripts import run_script
 from PIL import Image
 from test_guide import random_clip
 from transformers import CLIPTokenizer
@@ -28,7 +27,6 @@ from latentdiff.evaluation.sections import Score
 from latentdiff.models import schedule_of
 
 pytest.importorskip("matplotlib")
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 ATTACK = '<script>alert("1")</script>'
 QUICK = ["--device", "cpu", "--steps", 2, "--guidance_scale", 2, "--num_pictures", 12]
 
@@ -47,13 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) 
 
 def run(*arguments: object) -> int:
     """Run the script in this process; return its exit status."""
-    argv, sys.argv = sys.argv, ["evaluate.py", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = argv
-    return int(stop.value.code or 0)
+    return int(run_script("evaluate.py", *arguments) or 0)
 
 
 def intervals(figures: Any) -> Iterator[dict[str, Any]]:

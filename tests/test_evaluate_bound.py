@@ -2,14 +2,13 @@
 
 import json
 import math
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fakes_models import make_components, save_folder
+from fakes_scripts import run_script
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -32,7 +31,6 @@ from latentdiff.evaluation.options import SubjectOptions
 from latentdiff.models import build_unet, make_scheduler
 
 pytest.importorskip("matplotlib")
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +74,7 @@ def bound(subject: Subject) -> CaptionBound:
 
 def run(*arguments: object) -> int:
     """Run the script in this process, drawing no pictures; return its exit status."""
-    argv, sys.argv = sys.argv, ["evaluate.py", *map(str, arguments), "--num_pictures", "0"]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = argv
-    return int(stop.value.code or 0)
+    return int(run_script("evaluate.py", *arguments, "--num_pictures", "0") or 0)
 
 
 def test_bound_report_holds_figures_plots_and_pictures(

@@ -1,19 +1,16 @@
 """scripts/sample.py draws sheets and folders, goes on where it stopped, and says what is wrong."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from fakes_pipeline import tiny_pipeline
+from fakes_scripts import run_script
 from PIL import Image
 
 from latentdiff.pipeline.jobs import Line, plan, read_lines
 from latentdiff.pipeline.png import read_settings
 from latentdiff.pipeline.sheet import draw_sheet
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "sample.py"
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +22,7 @@ def model(tmp_path_factory):
 
 def run(*arguments):
     """Run the script in this process; return its exit status."""
-    argv, sys.argv = sys.argv, ["sample.py", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = argv
-    return stop.value.code
+    return run_script("sample.py", *arguments)
 
 
 def test_sheet_is_written_and_said(model, tmp_path, capsys):

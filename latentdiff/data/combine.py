@@ -15,6 +15,7 @@ from typing import Any
 
 from latentdiff.data.metadata import decoded_lines, to_texts
 from latentdiff.data.splits import SPLITS
+from latentdiff.whole_file import new_folder
 
 TABLE = "metadata.jsonl"
 
@@ -32,10 +33,8 @@ def combine_folders(out: str | Path, folders: Sequence[str | Path]) -> dict[str,
     names = [root.name for root in roots]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected folders of different names, got {', '.join(names) or 'none'}")
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     counts: dict[str, dict[str, int]] = {}
-    try:
+    with new_folder(out) as temporary:
         for root in roots:
             splits = [split for split in SPLITS if (root / split / TABLE).is_file()]
             if not splits:
@@ -44,9 +43,6 @@ def combine_folders(out: str | Path, folders: Sequence[str | Path]) -> dict[str,
                     f"or test/) that each hold a {TABLE}"
                 )
             counts[root.name] = {split: _add(root, split, temporary / split) for split in splits}
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return counts
 
 

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.evaluation.bootstrap import Interval, proportion
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.sampling import open_pipeline
+from latentdiff.pipeline.sampling import draw_each, open_pipeline
 from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.whole_file import whole_file, write_text
 
@@ -138,17 +137,15 @@ def _in_order(asked: Sequence[Question], *, seed: int) -> list[Question]:
 def _draw(
     pipe: LatentDiffPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
 ) -> list[Image.Image]:
-    pictures: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), AT_ONCE), desc="drawing", leave=False):
-        drawn, _ = pipe(
-            list(prompts[start : start + AT_ONCE]),
-            seed=list(seeds[start : start + AT_ONCE]),
-            num_inference_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            return_dict=False,
-        )
-        pictures += drawn
-    return pictures
+    return draw_each(
+        pipe,
+        prompts,
+        seeds,
+        num_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        at_once=AT_ONCE,
+        desc="drawing",
+    )
 
 
 def _save_small(sheets: Mapping[str, Image.Image], out: Path) -> None:

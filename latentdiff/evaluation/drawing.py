@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.data.splits import FOLDER_NAMES
 from latentdiff.evaluation.bound_data import Subject, read_pixels
 from latentdiff.pipeline.png import save_png
+from latentdiff.pipeline.sampling import draw_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,17 +92,15 @@ def draw(
     pipe = subject.pipeline()
     prompts = [caption for caption in captions for _ in range(per_caption)]
     seeds = list(range(first_seed, first_seed + len(prompts)))
-    images: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), subject.batch_size), desc="drawing", leave=False):
-        part = slice(start, start + subject.batch_size)
-        made = pipe(
-            prompts[part],
-            seed=seeds[part],
-            num_inference_steps=num_steps,
-            guidance_scale=guidance_scale,
-            return_dict=False,
-        )
-        images += made[0]
+    images = draw_each(
+        pipe,
+        prompts,
+        seeds,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        at_once=subject.batch_size,
+        desc="drawing",
+    )
     for number, image in enumerate(images):
         m, k = divmod(number, per_caption)
         save_png(image, folder / f"{m:04d}-{k}.png")

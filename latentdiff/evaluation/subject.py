@@ -24,6 +24,7 @@ from latentdiff.evaluation.compare import Comparison, compare
 from latentdiff.evaluation.features import MobileNet, load_features
 from latentdiff.evaluation.subject_options import SubjectOptions
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.sampling import draw_each
 from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.whole_file import whole_file, write_text
 
@@ -104,17 +105,14 @@ def _draw_all(
 def _draw(
     pipe: LatentDiffPipeline, prompts: list[str], seeds: range, options: SubjectOptions
 ) -> list[Image.Image]:
-    images: list[Image.Image] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        drawn, _ = pipe(
-            prompts[start : start + AT_ONCE],
-            seed=list(seeds[start : start + AT_ONCE]),
-            num_inference_steps=options.num_steps,
-            guidance_scale=options.guidance_scale,
-            return_dict=False,
-        )
-        images += drawn
-    return images
+    return draw_each(
+        pipe,
+        prompts,
+        seeds,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        at_once=AT_ONCE,
+    )
 
 
 def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from latentdiff.fit import read_json
 from latentdiff.pipeline.card import model_card
 from latentdiff.pipeline.conversion import DTYPES
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
-from latentdiff.whole_file import write_text
+from latentdiff.whole_file import new_folder, write_text
 
 MB = 1_000_000
 HEADER = 200_000  # bytes that a shard has on top of its tensors, at the most
@@ -60,18 +59,11 @@ def pack_model(
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _shrink(name, part, DTYPES[dtype])
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(out) as temporary:
         (temporary / "README.md").write_text(text, encoding="utf-8")
         pipe.save_pretrained(temporary, max_shard_size=int(max_file_mb * MB))
         _forget_origins(temporary)
-        sizes = _sizes(temporary, max_file_mb=max_file_mb, max_total_mb=max_total_mb)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return sizes
+        return _sizes(temporary, max_file_mb=max_file_mb, max_total_mb=max_total_mb)
 
 
 @torch.no_grad()

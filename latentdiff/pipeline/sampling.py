@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.attention import draw_attention, record_attention
@@ -187,6 +188,34 @@ def _jobs(prompts: Sequence[str], options: SampleOptions) -> list[Job]:
         guidance_scales=[float(scale) for scale in _list(options.guidance_scale)],
         num_images=checks.count("num_images", options.num_images, most=checks.MAX_IMAGES),
     )
+
+
+def draw_each(
+    pipe: LatentDiffPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    at_once: int,
+    desc: str = "",
+) -> list[Image.Image]:
+    """Draw each prompt from the seed at its place, `at_once` together.
+
+    desc: of a progress bar; empty: none.
+    """
+    images: list[Image.Image] = []
+    for start in tqdm(range(0, len(prompts), at_once), desc=desc, leave=False, disable=not desc):
+        part = slice(start, start + at_once)
+        made, _ = pipe(
+            list(prompts[part]),
+            seed=list(seeds[part]),
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            return_dict=False,
+        )
+        images += made
+    return images
 
 
 def open_pipeline(
