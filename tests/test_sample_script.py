@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from fakes_pipeline import tiny_pipeline
 from fakes_scripts import run_script
 from PIL import Image
 
 from latentdiff.pipeline.jobs import Line, plan, read_lines
+from latentdiff.pipeline.opening import open_pipeline
 from latentdiff.pipeline.png import read_settings
 from latentdiff.pipeline.sheet import draw_sheet
 
@@ -171,3 +175,69 @@ def test_any_label_is_drawn(label):
 def test_sheet_without_pictures_is_refused():
     with pytest.raises(ValueError, match="0 pictures"):
         draw_sheet([], [], columns=2)
+
+
+@pytest.fixture
+def compile_by(monkeypatch):
+    """Let UNets be compiled by another of torch's backends than the one that needs a compiler."""
+
+    def choose(backend):
+        def compile_(module, **settings):
+            torch.nn.Module.compile(module, backend=backend, **settings)
+
+        monkeypatch.setattr(UNet2DConditionModel, "compile", compile_)
+
+    torch.compiler.reset()
+    yield choose
+    torch.compiler.reset()
+
+
+def test_compiled_pictures_are_the_same_and_one_size_is_compiled(
+    model, tmp_path, capsys, compile_by
+):
+    compiled_for = []
+
+    def backend(graph, inputs):
+        compiled_for.extend(len(x) for x in inputs if x.ndim == 4 and x.shape[1:] == (4, 8, 8))
+        return graph
+
+    compile_by(backend)
+    prompts = ["a cat", "a dog", "a red heart"]
+    common = [*prompts, "--steps", 2, "--batch_size", 2, "--dtype", "float32"]
+    assert run(model, *common, "--out", tmp_path / "compiled", "--compile", "true") == 0
+    said = capsys.readouterr().err
+    assert "compiling the U-Net" in said
+    assert "compiled in" in said
+    assert compiled_for == [4]
+    assert run(model, *common, "--out", tmp_path / "plain") == 0
+    assert len(list((tmp_path / "compiled").iterdir())) == 3
+    for path in (tmp_path / "plain").iterdir():
+        one, other = (
+            np.asarray(Image.open(p), int) for p in (path, tmp_path / "compiled" / path.name)
+        )
+        assert np.abs(one - other).max() <= 1
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(model, tmp_path, capsys, compile_by):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    compile_by(backend)
+    assert run(model, "a cat", "--out", tmp_path / "a.png", "--steps", 1, "--compile", "true") == 2
+    error = capsys.readouterr().err
+    assert "compile=true is not possible here" in error
+    assert "Traceback" not in error
+    assert (
+        run(model, "a cat", "--out", tmp_path / "a.png", "--compile", "true", "--trace", "true")
+        == 2
+    )
+    assert "trace" in capsys.readouterr().err
+
+
+def test_auto_takes_bf16_where_the_processor_has_it(model, monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        pipe = open_pipeline(str(model), dtype="auto", device="cpu", fast=True)
+        assert pipe.unet.dtype == dtype
+        assert pipe.fast_cpu.is_on

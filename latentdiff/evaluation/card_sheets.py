@@ -17,7 +17,8 @@ from PIL import Image
 from latentdiff.data.folder import Folder, read_folder
 from latentdiff.evaluation.bootstrap import Interval, proportion
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.sampling import draw_each, open_pipeline
+from latentdiff.pipeline.opening import open_pipeline
+from latentdiff.pipeline.sampling import draw_each
 from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.whole_file import whole_file, write_text
 

@@ -1,20 +1,26 @@
-"""Layers for sampling on a CPU: weights are laid out once, and what follows is done in passing.
+"""Layers for sampling on a CPU: weights are laid out once, attention and norms suit the sizes.
 
 PyTorch's plain kernels bring a weight into oneDNN's blocked layout anew at every call; at small
 sizes that costs more than the product itself. These layers keep the blocked copy, as PyTorch's own
-compiler does when it freezes a model, and add, multiply or activate while a result is written.
-Without gradients; the originals stay as they are.
+compiler does when it freezes a model. Sums, products and gelu are left to PyTorch: done by oneDNN
+while a result is written, they take longer. Without gradients; the originals stay as they are.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONG_SEQUENCE = 256  # cells above which torch's own attention kernel is faster
+NARROW_GROUP = 16  # channels of a group, with which and
+FEW_CELLS = 1024  # with fewer cells than these PyTorch's norm is slow in channels_last
+FEW_SCORES = 1 << 15  # up to which torch's attention kernel is faster in bfloat16
+LONG_TEXT = 256  # keys above which scores no longer fit the cache as a whole
+BLOCK = 256  # queries whose scores do
+LARGEST_SCORE = 64.0  # of which 10^10 exponentials sum up within bfloat16
 
 
 class PackedConv:
@@ -61,37 +67,23 @@ class PackedLinear:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """Return the product plus `other` (..., D_out)."""
-        return self._with(x, other, "add")
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """Return the product times `other` (..., D_out)."""
-        return self._with(x, other, "mul")
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """Return gelu of the product, the exact one."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, "gelu", [], "none"
-        )
-        return y
-
-    def _with(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x, other, self.weight, self.bias, operation
-        )
-        return y
-
 
 class GroupNorm:
-    """Group norm (Wu and He 2018)."""
+    """Group norm (Wu and He 2018) of inputs in channels_last, which its output is in again.
+
+    PyTorch's kernel for that layout is slow where groups of few channels meet few cells.
+    """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.groups, self.eps = norm.num_groups, norm.eps
         self.weight, self.bias = norm.weight.detach(), norm.bias.detach()
+        self._is_narrow = norm.num_channels < NARROW_GROUP * norm.num_groups
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        is_slow = self._is_narrow and x.shape[2] * x.shape[3] < FEW_CELLS
+        y = x.contiguous() if is_slow else x
+        y = F.group_norm(y, self.groups, self.weight, self.bias, self.eps)
+        return y.contiguous(memory_format=torch.channels_last)
 
     def silu(self, x: Tensor) -> Tensor:
         """Return SiLU of the normed x."""
@@ -110,11 +102,45 @@ class LayerNorm:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Attend (Vaswani et al. 2017, Eq. 1); q (B, H, N, D), k and v (B, H, L, D) to (B, N, H D)."""
+    """Attend (Vaswani et al. 2017, Eq. 1); q (B, H, N, D), k and v (B, H, L, D) to (B, N, H D).
+
+    They are contiguous. In bfloat16 many scores are rounded once, which torch's kernel does not,
+    and which is faster.
+    """
+    if q.dtype != torch.bfloat16 or q.shape[:3].numel() * k.shape[2] <= FEW_SCORES:
+        return _join_heads(F.scaled_dot_product_attention(q, k, v, scale=scale))
+    if k.shape[2] <= LONG_TEXT:
+        rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), rows, keys.mT, beta=0, alpha=scale)
+        return _join_heads((torch.softmax(scores, -1) @ values).view(q.shape))
+    q, k = q * scale, k - k.mean(2, keepdim=True)  # what all scores of a query share cancels
+    if _largest_norm(q) * _largest_norm(k) > LARGEST_SCORE:
+        return _join_heads(F.scaled_dot_product_attention(q, k, v, scale=1.0))
+    return _attend_in_blocks(q, k, v)
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by bare exponentials, for scores q k^T that are small; shapes as for `attend`.
+
+    A block's scores stay in the cache, keys by queries, which is the order that the products are
+    fast in. A row of ones beside the values sums the exponentials up.
+    """
     batch, heads, num, width = q.shape
-    if num > LONG_SEQUENCE:
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    else:
-        scores = (q * scale) @ k.transpose(-1, -2)
-        mixed = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
-    return mixed.transpose(1, 2).reshape(batch, num, heads * width)
+    values = v.new_zeros(batch, heads, -(-(width + 1) // 16) * 16, k.shape[2])
+    values[:, :, :width], values[:, :, width] = v.mT, 1
+    mixed = q.new_empty(batch, num, heads, width)
+    for b, h in itertools.product(range(batch), range(heads)):
+        for start in range(0, num, BLOCK):
+            part = slice(start, start + BLOCK)
+            sums = values[b, h] @ (k[b, h] @ q[b, h, part].mT).exp_()
+            mixed[b, part, h] = (sums[:width] / sums[width]).mT
+    return mixed.flatten(2)
+
+
+def _largest_norm(x: Tensor) -> float:
+    return float(x.float().norm(dim=-1).max())
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    """Lay (B, H, N, D) out as (B, N, H D)."""
+    return x.transpose(1, 2).flatten(2)

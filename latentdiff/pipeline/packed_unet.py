@@ -139,7 +139,7 @@ class _Transformer:
         rows = self.into(_rows(self.norm(x)))
         for block in self.blocks:
             rows = block(rows, given)
-        rows = self.out.plus(rows, _rows(x))
+        rows = self.out(rows).add_(_rows(x))
         return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -165,11 +165,12 @@ class _TransformerBlock:
     def __call__(self, x: Tensor, given: Condition) -> Tensor:
         norm1, norm2, norm3 = self.norms
         q, k, v = _to_heads(self.to_qkv(norm1(x)), 3, heads=self.heads)
-        x = self.own_out.plus(attend(q, k, v, scale=self.scale), x)
+        x = self.own_out(attend(q, k, v, scale=self.scale)).add_(x)
         (q,) = _to_heads(self.to_q(norm2(x)), 1, heads=self.heads)
-        x = self.cross_out.plus(attend(q, *given.texts[self.index], scale=self.scale), x)
+        x = self.cross_out(attend(q, *given.texts[self.index], scale=self.scale)).add_(x)
         rows = norm3(x)
-        return self.out.plus(self.value.times(rows, self.gate.gelu(rows)), x)
+        gated = F.gelu(self.gate(rows)).mul_(self.value(rows))
+        return self.out(gated).add_(x)
 
 
 class _Time:
@@ -228,7 +229,7 @@ class _Text:
             parts = F.linear(states, self._weight).split(self._widths, -1)
             for part, heads in zip(parts, self._heads, strict=True):
                 keys, values = _to_heads(part, 2, heads=heads)
-                self._found.append((keys.contiguous(), values.contiguous()))
+                self._found.append((keys, values))
             self._seen = None if states.is_inference() else states
             self._version = 0 if self._seen is None else states._version
         return self._found
@@ -251,5 +252,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _to_heads(rows: Tensor, parts: int, *, heads: int) -> tuple[Tensor, ...]:
-    """Cut (B, N, parts H D) into `parts` of (B, H, N, D)."""
-    return rows.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    """Cut (B, N, parts H D) into `parts` of (B, H, N, D), contiguous."""
+    return rows.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)

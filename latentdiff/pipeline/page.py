@@ -13,6 +13,7 @@ from typing import Any
 
 from latentdiff.models import load_vae
 from latentdiff.pipeline import denoise
+from latentdiff.pipeline.opening import open_pipeline
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.page_options import PageOptions
 from latentdiff.pipeline.playground import (
@@ -26,7 +27,6 @@ from latentdiff.pipeline.playground import (
     painted_mask,
 )
 from latentdiff.pipeline.samplers import sampler_names
-from latentdiff.pipeline.sampling import open_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def serve(model: str, options: PageOptions) -> None:
     import gradio as gr
 
     small = options.preview_vae
-    pipe = open_pipeline(model, dtype=options.dtype, device=options.device)
+    pipe = open_pipeline(model, dtype=options.dtype, device=options.device, fast=True)
     playground = Playground(
         pipe,
         loras=find_loras(options.loras),

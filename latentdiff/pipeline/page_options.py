@@ -12,7 +12,7 @@ class PageOptions:
         port: to listen on.
         loras: a folder of LoRA files to choose from.
         preview_vae: a small VAE of the same latent space, such as TAESD, for previews.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
         device: cpu, cuda, mps; the best there is by default.
         max_side_px: largest height and width.
     """
@@ -21,6 +21,6 @@ class PageOptions:
     port: int = 7860
     loras: str | None = None
     preview_vae: str | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str | None = None
     max_side_px: int = 1024

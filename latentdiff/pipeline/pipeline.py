@@ -388,7 +388,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
     ) -> tuple[Any, list[bool] | None]:
         """Return pictures, PIL images with their settings, and the safety checker's verdicts."""
         images, flagged = decode(
-            latents,
+            self.fast_cpu.lay_out(latents),
             vae=self.vae,
             safety_checker=self.safety_checker,
             feature_extractor=self.feature_extractor,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,8 +16,10 @@ from tqdm import tqdm
 
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.attention import draw_attention, record_attention
+from latentdiff.pipeline.compiled import compile_unet
 from latentdiff.pipeline.facts import default_guidance, read_facts
 from latentdiff.pipeline.jobs import Job, Line, batches, plan, read_lines
+from latentdiff.pipeline.opening import open_pipeline
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png import attach_settings, read_settings, save_png
 from latentdiff.pipeline.sample_options import SampleOptions
@@ -24,7 +28,6 @@ from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.pipeline.trace import Trace
 from latentdiff.shipped import resolve
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = 4
 
 Extras: TypeAlias = dict[str, Image.Image]
@@ -38,11 +41,21 @@ class Painter:
     arguments: dict[str, Any]
     batch_size: int
     is_traced: bool
+    is_compiled: bool = False
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, Extras]]:
         """Yield every job with its picture and, when traced, its chain and heat maps."""
-        for batch in batches(jobs, batch_size=self.batch_size):
-            yield from self._draw_batch(batch)
+        work = list(batches(jobs, batch_size=self.batch_size))
+        size = max(map(len, work), default=0)
+        for place, batch in enumerate(work):
+            if not self.is_compiled:
+                yield from self._draw_batch(batch)
+                continue
+            filled = [*batch, *[batch[-1]] * (size - len(batch))]  # one size is compiled for
+            if place == 0:
+                steps = 1 if self.arguments["strength"] is None else None
+                compile_unet(self.pipe, partial(self._call, filled, None, steps=steps))
+            yield from islice(self._draw_batch(filled), len(batch))
 
     def _draw_batch(self, batch: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, Extras]]:
         trace = Trace() if self.is_traced else None
@@ -59,13 +72,13 @@ class Painter:
                 )
             yield job, picture, extras
 
-    def _call(self, batch: Sequence[Job], trace: Trace | None) -> Any:
+    def _call(self, batch: Sequence[Job], trace: Trace | None, *, steps: int | None = None) -> Any:
         try:
             return self.pipe(
                 [job.prompt for job in batch],
                 negative_prompt=[job.negative_prompt or "" for job in batch],
                 seed=[job.seed for job in batch],
-                num_inference_steps=batch[0].num_inference_steps,
+                num_inference_steps=steps or batch[0].num_inference_steps,
                 guidance_scale=batch[0].guidance_scale,
                 callback_on_step_end=trace,
                 **self.arguments,
@@ -88,12 +101,15 @@ def sample(model: str, prompts: Sequence[str], options: SampleOptions) -> Iterat
         raise ValueError(f"out={options.out} must be a .png file, or a folder")
     if options.guidance_scale is None:
         options = replace(options, guidance_scale=default_guidance(read_facts(resolve(model))))
+    if options.compile and options.trace:
+        raise ValueError("trace reads each attention, which compiled code hides: leave one out")
     jobs = _jobs(prompts, options)
     painter = Painter(
         _load(model, options),
         _arguments(options),
         checks.count("batch_size", options.batch_size, most=checks.MAX_IMAGES),
         options.trace,
+        options.compile,
     )
     if out.suffix:
         is_grid = len(jobs) > len({(job.row, job.seed) for job in jobs})
@@ -218,23 +234,13 @@ def draw_each(
     return images
 
 
-def open_pipeline(
-    model: str, *, dtype: str = "float32", device: str | None = None
-) -> LatentDiffPipeline:
-    """Open a model on a device, the best there is by default; ValueError for a wrong name."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    pipe = LatentDiffPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype])
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        pipe.to(device or accelerator or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
-    return pipe
-
-
 def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
-    pipe = open_pipeline(model, dtype=options.dtype, device=options.device)
+    pipe = open_pipeline(
+        model,
+        dtype=options.dtype,
+        device=options.device,
+        fast=options.fast,
+    )
     if options.sampler is not None:
         pipe.set_scheduler(options.sampler)
     if options.lora is not None:

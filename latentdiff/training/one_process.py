@@ -2,6 +2,8 @@
 
 from accelerate import Accelerator
 
+from latentdiff.allocator import keep_freed_memory
+
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -16,4 +18,6 @@ def one_process(precision: str) -> Accelerator:
             f"{accelerator.num_processes} processes were launched, and this recipe trains in one: "
             "start it with python"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator

@@ -96,6 +96,8 @@ def start_accelerator(config: Config) -> Accelerator:
         )
     check_optimizer(config.train.optimizer, accelerator.device)
     check_attention(config.train.attention, accelerator.device)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
@@ -248,10 +250,8 @@ def make_engine(
     set_attention(
         components.unet, settings.attention, num_cells=cells**2, device=accelerator.device
     )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-        if settings.attention == "auto":
-            take_large_steps(model)
+    if accelerator.device.type == "cpu" and settings.attention == "auto":
+        take_large_steps(model)
     if settings.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
         if model.text_encoder is not None:
