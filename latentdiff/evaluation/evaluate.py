@@ -21,6 +21,8 @@ from latentdiff.evaluation.report import write_report
 from latentdiff.evaluation.sections import Section
 from latentdiff.evaluation.shown_figures import bound_section, guidance_section, steps_section
 from latentdiff.evaluation.step_sweep import step_report
+from latentdiff.pipeline.facts import default_guidance, read_facts
+from latentdiff.shipped import resolve
 from latentdiff.weights import weights_hash
 
 
@@ -40,11 +42,14 @@ def evaluate(
     """
     check(options, sweep)
     judges = open_judges(options, data)
-    exam = Exam(open_subject(model, data), judges, out / "pictures", data, options)
+    subject, scale = open_subject(model, data), options.guidance_scale
+    if scale is None:
+        scale = default_guidance(read_facts(resolve(model)))
+    exam = Exam(subject, judges, out / "pictures", data, options, scale)
     other = None
     if options.compare is not None:
-        subject = open_subject(options.compare, data)
-        other = replace(exam, subject=subject, folder=out / "pictures-other")
+        against = open_subject(options.compare, data)
+        other = replace(exam, subject=against, folder=out / "pictures-other")
     of_chain = _chain_sections(exam, out, bound=bound, sweep=sweep)
     measured = measure(exam)
     sections = measured.sections + of_chain
@@ -75,7 +80,7 @@ def _chain_sections(
     if sweep.guidance_sweep:
         sections.append(guidance_section(sweep_report(subject, out, sweep, clip=clip), out))
     if exam.options.step_sweep:
-        scale, steps = exam.options.guidance_scale, exam.options.step_sweep
+        scale, steps = exam.guidance_scale, exam.options.step_sweep
         figures = step_report(subject, out, steps, options=sweep, guidance_scale=scale, clip=clip)
         sections.append(steps_section(figures, out))
     return sections
@@ -122,7 +127,7 @@ def _facts(exam: Exam, measured: Measured) -> dict[str, Any]:
         "num_captions": 0 if drawn is None else len(drawn.captions),
         "num_pictures": 0 if drawn is None else len(drawn.flat),
         "steps": exam.num_steps,
-        "guidance_scale": exam.options.guidance_scale,
+        "guidance_scale": exam.guidance_scale,
     }
 
 

@@ -36,6 +36,7 @@ class Exam:
     folder: Path
     data: SubjectOptions
     options: EvaluationOptions
+    guidance_scale: float
 
     @property
     def num_captions(self) -> int:
@@ -57,7 +58,7 @@ class Exam:
                 self.options.pictures_per_caption, self.options.num_pictures // len(captions)
             ),
             num_steps=self.num_steps,
-            guidance_scale=self.options.guidance_scale,
+            guidance_scale=self.guidance_scale,
             first_seed=self.data.seed + skip_seeds,
             folder=self.folder.with_name(self.folder.name + kind),
         )

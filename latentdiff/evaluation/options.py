@@ -38,7 +38,7 @@ class EvaluationOptions:
         num_pictures: pictures drawn for held-out captions; 0 draws none.
         pictures_per_caption: of these, for one caption; more where captions are few.
         steps: sampling steps.
-        guidance_scale: scale of classifier-free guidance.
+        guidance_scale: scale of classifier-free guidance; by default the model's own, or 7.5.
         features: folder of a feature network (a MobileNet's arch.json, a transformers vision model
             or a CLIP): fidelity, and better features for copies and diversity.
         clip: folder of a transformers CLIP, or the name of an open_clip model: CLIP score.
@@ -52,7 +52,7 @@ class EvaluationOptions:
     num_pictures: int = 128
     pictures_per_caption: int = 2
     steps: int = 25
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     features: str | None = None
     clip: str | None = None
     clip_weights: str | None = None

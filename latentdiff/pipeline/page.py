@@ -13,6 +13,7 @@ from typing import Any
 
 from latentdiff.models import load_vae
 from latentdiff.pipeline import denoise
+from latentdiff.pipeline.facts import default_guidance
 from latentdiff.pipeline.opening import open_pipeline
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.page_options import PageOptions
@@ -97,6 +98,7 @@ def _controls(gr: Any, playground: Playground) -> dict[str, Any]:
     """Lay out the input side; return its components by name."""
     factor, most = playground.pipe.vae_scale_factor, playground.max_side_px
     height, width = denoise.image_size(playground.pipe.unet, factor=factor)
+    own = default_guidance(playground.pipe.facts)
     found: dict[str, Any] = {}
 
     def text(name: str, label: str) -> None:
@@ -115,7 +117,7 @@ def _controls(gr: Any, playground: Playground) -> dict[str, Any]:
         slider("num_images_per_prompt", "Pictures", ends=(1, MAX_IMAGES), at=1, by=1)
     with gr.Row():
         slider("num_inference_steps", "Steps", ends=(1, MAX_STEPS), at=30, by=1)
-        slider("guidance_scale", "Guidance", ends=(1, 20), at=5, by=0.1)
+        slider("guidance_scale", "Guidance", ends=(1, 20), at=own, by=0.1)
     with gr.Row():
         slider("width", "Width", ends=(factor, most), at=width, by=factor)
         slider("height", "Height", ends=(factor, most), at=height, by=factor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.attention import draw_attention, record_attention
 from latentdiff.pipeline.compiled import compile_unet
-from latentdiff.pipeline.facts import default_guidance, read_facts
+from latentdiff.pipeline.facts import default_guidance
 from latentdiff.pipeline.jobs import Job, Line, batches, plan, read_lines
 from latentdiff.pipeline.opening import open_pipeline
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
@@ -26,7 +26,6 @@ from latentdiff.pipeline.sample_options import SampleOptions
 from latentdiff.pipeline.settings import model_settings
 from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.pipeline.trace import Trace
-from latentdiff.shipped import resolve
 
 COLUMNS = 4
 
@@ -99,18 +98,13 @@ def sample(model: str, prompts: Sequence[str], options: SampleOptions) -> Iterat
     out = Path(options.out)
     if out.suffix and out.suffix.lower() != ".png":
         raise ValueError(f"out={options.out} must be a .png file, or a folder")
-    if options.guidance_scale is None:
-        options = replace(options, guidance_scale=default_guidance(read_facts(resolve(model))))
     if options.compile and options.trace:
         raise ValueError("trace reads each attention, which compiled code hides: leave one out")
-    jobs = _jobs(prompts, options)
-    painter = Painter(
-        _load(model, options),
-        _arguments(options),
-        checks.count("batch_size", options.batch_size, most=checks.MAX_IMAGES),
-        options.trace,
-        options.compile,
-    )
+    _jobs(prompts, options, guidance_scale=1.0)  # refuses bad input before the model is opened
+    batch_size = checks.count("batch_size", options.batch_size, most=checks.MAX_IMAGES)
+    arguments, pipe = _arguments(options), _load(model, options)
+    jobs = _jobs(prompts, options, guidance_scale=default_guidance(pipe.facts))
+    painter = Painter(pipe, arguments, batch_size, options.trace, options.compile)
     if out.suffix:
         is_grid = len(jobs) > len({(job.row, job.seed) for job in jobs})
         columns = len(_list(options.guidance_scale)) * options.num_images if is_grid else COLUMNS
@@ -190,18 +184,20 @@ def _label(job: Job, jobs: Sequence[Job]) -> str:
     return " | ".join(parts)
 
 
-def _jobs(prompts: Sequence[str], options: SampleOptions) -> list[Job]:
+def _jobs(prompts: Sequence[str], options: SampleOptions, *, guidance_scale: float) -> list[Job]:
+    """Plan the pictures; guidance_scale: where the options name none."""
     lines = [Line(prompt) for prompt in prompts]
     if options.prompt_file is not None:
         lines += read_lines(Path(options.prompt_file))
     if not lines:
         raise ValueError("no prompts; give some, or prompt_file")
+    scales = options.guidance_scale
     return plan(
         lines,
         seed=options.seed,
         negative_prompt=options.negative_prompt,
         steps=_list(options.steps),
-        guidance_scales=[float(scale) for scale in _list(options.guidance_scale)],
+        guidance_scales=[guidance_scale] if scales is None else [float(s) for s in _list(scales)],
         num_images=checks.count("num_images", options.num_images, most=checks.MAX_IMAGES),
     )
 
