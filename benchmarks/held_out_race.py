@@ -102,7 +102,8 @@ class Side:
             self.step()
             self.num_steps += 1
             self.seconds += own_seconds() - started
-        self.measure()
+        if self.num_steps > self.curve[-1][1]:
+            self.measure()
         return self.curve
 
     def measure(self):

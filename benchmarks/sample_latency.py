@@ -9,8 +9,9 @@ on one thread is what the clock shows on an idle machine, and stays that beside 
 `error_255`: the largest difference of ours to the stock picture in float32; `bf16_error_ratio`:
 mean error of our bf16 pictures to the float32 ones over that of the stock bf16 pictures, to be
 below 1.1, over 16 seeds of each of four prompts, with `bf16_error_interval` its 95 % bootstrap
-interval over the pictures. Several pipelines in one process fill oneDNN's cache of kernels: set
-ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192.
+interval over the pictures, drawn 16 at once. `two_passes`: what a pass for each caption takes of
+the time of one pass for both, in our bf16. Several pipelines in one process fill oneDNN's cache of
+kernels: set ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.build import build_text_encoder, build_unet, make_scheduler
 from latentdiff.console import quieten_libraries
 from latentdiff.models import load_vae
+from latentdiff.pipeline.packed_unet import PackedUNet
 from latentdiff.shipped import SHIPPED
 from latentdiff.text import train_tokenizer
 
@@ -117,6 +119,23 @@ def error_ratio(pipelines, *, steps):
     return round(float(ours.sum() / stock.sum()), 3), [round(float(low), 3), round(float(high), 3)]
 
 
+@torch.no_grad()
+def two_passes(pipeline, size, *, rounds=9):
+    """Return the seconds of a pass for each caption over those of one pass for both."""
+    unet = pipeline.unet
+    cells, width = unet.config.sample_size, unet.config.cross_attention_dim
+    x = torch.randn(size, unet.config.in_channels, cells, cells, dtype=unet.dtype)
+    tokens = pipeline.tokenizer.model_max_length
+    states, t = torch.randn(2 * size, tokens, width, dtype=unet.dtype), torch.tensor(500)
+    whole = PackedUNet(unet, torch.Size([2 * size, *x.shape[1:]]))
+    halves = [(PackedUNet(unet, x.shape), own) for own in states.chunk(2)]
+    works = {
+        "one": lambda: whole(x, t, states),
+        "two": lambda: [packed(x, t, own) for packed, own in halves],
+    }
+    return ratio(take_cpu_turns(works, rounds=rounds), "two", "one")
+
+
 def main():
     """Take turns and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -155,6 +174,7 @@ def main():
             "bf16_error_interval": interval,
             "bf16_error_pictures": ERROR_SEEDS * len(ERROR_PROMPTS),
             "model": "given" if args.model else "demo size, random weights",
+            "two_passes": two_passes(pipelines["ours_bf16"], size),
             "steps": args.steps,
         }
         print(json.dumps(figures | machine()), flush=True)

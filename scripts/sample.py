@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 from jsonargparse import ArgumentParser
 
@@ -26,9 +27,11 @@ def main() -> int:
     quieten_libraries()
     from latentdiff.pipeline.sampling import sample
 
+    say = partial(print, file=sys.stderr, flush=True)
+
     model, prompts, as_json = given.pop("model"), given.pop("prompts"), given.pop("json")
     try:
-        for record in sample(model, prompts, SampleOptions(**given)):
+        for record in sample(model, prompts, SampleOptions(**given), say=say):
             line = json.dumps(record) if as_json else f"wrote {record['kind']} {record['path']}"
             print(line, flush=True)
     except (ValueError, OSError) as error:

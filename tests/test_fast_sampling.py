@@ -75,6 +75,22 @@ def test_one_pass_has_the_plain_pass_outputs_at_other_shapes_too(dtype):
     assert fast._packed is not None
 
 
+@pytest.mark.parametrize("kind", ["CrossAttnDownBlock2D", "DownBlock2D"])
+def test_latents_under_two_captions_are_those_twice(kind):
+    torch.manual_seed(0)
+    unet, fast = tiny_unet(down_block_types=(kind, "CrossAttnDownBlock2D")), FastCPU()
+    x, states, t = torch.randn(3, 4, 8, 8), torch.randn(6, 16, 16), torch.tensor(500)
+    with torch.no_grad():
+        want = unet(torch.cat([x, x]), t, states, return_dict=False)[0]
+        assert torch.equal(fast(unet, x, t, states, scale=None), want)
+        fast.is_on = True
+        fast.look_again()
+        got = fast(unet, x, t, states, scale=None)
+    assert fast._packed is not None
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert (got[:3] - got[3:]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("how", ["in place", "through data", "loaded", "replaced"])
 def test_changed_weights_are_packed_anew(how):
     pipe = tiny_pipeline()
@@ -177,6 +193,14 @@ def test_what_is_not_stock_goes_the_plain_way(change):
     assert not is_stock(unet)
 
 
+def test_latents_come_back_in_the_usual_layout():
+    pipe = tiny_pipeline()
+    latents = draw(pipe, output_type="latent")
+    assert is_packed(pipe)
+    assert latents.is_contiguous()
+    latents.mul_(2)  # a tensor like any other
+
+
 def test_guide_and_switch_go_the_plain_way():
     pipe = tiny_pipeline(**{"unet": tiny_components()["unet"]})
 
@@ -210,7 +234,7 @@ def test_attention_of_any_scores_and_lengths(size, num_keys, offset):
     got, exact = attend(q, k, v, scale=24**-0.5), attention_exactly(q, k, v, 24**-0.5)
     assert got.shape == (2, 600, 72)
     error = (got.double() - exact).abs().mean() / exact.abs().mean()
-    assert error < (0.03 if offset == 0 else 0.3)
+    assert error < 0.015
 
 
 def test_attention_by_bare_exponentials_is_taken_where_it_is_safe(monkeypatch):
@@ -222,8 +246,11 @@ def test_attention_by_bare_exponentials_is_taken_where_it_is_safe(monkeypatch):
     q = torch.randn(1, 1, 300, 8).bfloat16()
     attend(q, q, q, scale=1.0)
     attend(10 * q, q, q, scale=1.0)
-    attend(q[:, :, :256], q[:, :, :256], q[:, :, :256], scale=1.0)
     assert len(taken) == 1
+    attend(q, q + 30, q, scale=1.0)
+    assert len(taken) == 2
+    attend(q[:, :, :256], q[:, :, :256], q[:, :, :256], scale=1.0)
+    assert len(taken) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

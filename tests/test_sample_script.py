@@ -1,6 +1,8 @@
 """scripts/sample.py draws sheets and folders, goes on where it stopped, and says what is wrong."""
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +220,31 @@ def test_compiled_pictures_are_the_same_and_one_size_is_compiled(
         assert np.abs(one - other).max() <= 1
 
 
+def test_a_picture_to_start_from_is_compiled_for_as_well(model, tmp_path, compile_by):
+    compile_by("eager")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "start.png")
+    common = ["a cat", "--image", tmp_path / "start.png", "--steps", 2, "--compile", "true"]
+    assert run(model, *common, "--out", tmp_path / "sheet.png") == 0
+
+
+def test_prompts_are_read_once(model, tmp_path):
+    fifo = tmp_path / "prompts.txt"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_text, args=["a cat\n"])
+    writer.start()
+    assert run(model, "--prompt_file", fifo, "--out", tmp_path / "sheet.png", "--steps", 1) == 0
+    writer.join()
+
+
+def test_a_folder_of_another_dtype_is_named(model, tmp_path, capsys):
+    common = [model, "a cat", "--out", tmp_path / "pictures", "--steps", 1, "--dtype"]
+    assert run(*common, "float32") == 0
+    capsys.readouterr()
+    assert run(*common, "bfloat16") == 2
+    assert "--dtype float32" in capsys.readouterr().err
+    assert run(*common, "float32") == 0
+
+
 def test_what_cannot_be_compiled_is_said_in_one_line(model, tmp_path, capsys, compile_by):
     def backend(graph, inputs):
         raise RuntimeError("no compiler here")
@@ -225,7 +252,7 @@ def test_what_cannot_be_compiled_is_said_in_one_line(model, tmp_path, capsys, co
     compile_by(backend)
     assert run(model, "a cat", "--out", tmp_path / "a.png", "--steps", 1, "--compile", "true") == 2
     error = capsys.readouterr().err
-    assert "compile=true is not possible here" in error
+    assert "compile=true is not possible here: no compiler here" in error
     assert "Traceback" not in error
     assert (
         run(model, "a cat", "--out", tmp_path / "a.png", "--compile", "true", "--trace", "true")

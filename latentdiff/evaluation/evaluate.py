@@ -41,15 +41,15 @@ def evaluate(
     cannot be done; FloatingPointError is a model whose numbers are none.
     """
     check(options, sweep)
-    judges = open_judges(options, data)
-    subject, scale = open_subject(model, data), options.guidance_scale
+    scale = options.guidance_scale
     if scale is None:
         scale = default_guidance(read_facts(resolve(model)))
-    exam = Exam(subject, judges, out / "pictures", data, options, scale)
+    judges = open_judges(options, data)
+    exam = Exam(open_subject(model, data), judges, out / "pictures", data, options, scale)
     other = None
     if options.compare is not None:
-        against = open_subject(options.compare, data)
-        other = replace(exam, subject=against, folder=out / "pictures-other")
+        subject = open_subject(options.compare, data)
+        other = replace(exam, subject=subject, folder=out / "pictures-other")
     of_chain = _chain_sections(exam, out, bound=bound, sweep=sweep)
     measured = measure(exam)
     sections = measured.sections + of_chain

@@ -38,7 +38,8 @@ class EvaluationOptions:
         num_pictures: pictures drawn for held-out captions; 0 draws none.
         pictures_per_caption: of these, for one caption; more where captions are few.
         steps: sampling steps.
-        guidance_scale: scale of classifier-free guidance; by default the model's own, or 7.5.
+        guidance_scale: scale of classifier-free guidance, of both models alike; by default what the
+            folder of the first names, or 7.5.
         features: folder of a feature network (a MobileNet's arch.json, a transformers vision model
             or a CLIP): fidelity, and better features for copies and diversity.
         clip: folder of a transformers CLIP, or the name of an open_clip model: CLIP score.

@@ -64,7 +64,7 @@ def predict(
     forward: FastCPU,
     dtype: torch.dtype,
 ) -> Prediction:
-    """Run the U-Net once by `forward`, both captions in one batch, and guide its prediction.
+    """Run the U-Net once by `forward`, for both captions at once, and guide its prediction.
 
     unet_input: (B, C_in, h, w). states: (B, L, D), or (2B, L, D) with the negative prompts first,
     then guidance acts. Of a learned variance (outputs after the first `channels`) the conditional
@@ -74,7 +74,7 @@ def predict(
     with lora_scaled(unet, lora_scale):
         output = forward(
             unet,
-            (torch.cat([unet_input] * 2) if has_two else unet_input).to(dtype),
+            unet_input.to(dtype),
             t,
             states.to(dtype),
             scale=guidance_embedding(unet, guidance.scale, like=unet_input),

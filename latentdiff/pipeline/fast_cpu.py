@@ -104,8 +104,8 @@ WORDS: Final = {2: torch.int16, 4: torch.int32}
 class FastCPU:
     """Runs a U-Net's forward pass, packed where it may be and `is_on` is set; else diffusers' way.
 
-    A packed copy takes as much memory as the U-Net's weights. Its pictures are within 1/255 of the
-    plain path's, but the same bits are promised only by the plain one.
+    A packed copy takes as much memory as the U-Net's weights. In float32 its pictures are within
+    1/255 of the plain path's, but the same bits are promised only by the plain one.
     """
 
     def __init__(self) -> None:
@@ -132,28 +132,31 @@ class FastCPU:
     ) -> Tensor:
         """Return the U-Net's output of x (B, C, h, w) at t () and text states (B, L, D).
 
-        scale: the guidance scale as a distilled U-Net reads it (B, D), else None.
+        With two captions an x, states is (2B, L, D), those of all x by the first caption first, and
+        so is the output. scale: the guidance scale as a distilled U-Net reads it (B, D), else None.
         """
         if scale is None and _is_plain_pass():
             if not self._is_current:
-                self._prepare(unet, x)
+                self._prepare(unet, torch.Size([len(states), *x.shape[1:]]))
             if self._packed is not None and _halves_evenly(unet, x):
-                return self._packed(x, t, states)
+                return self._packed(x, t, states).clone()  # outside of inference mode
+        if len(states) == 2 * len(x):
+            x = torch.cat([x, x])
         output: Tensor = unet(
             x, t, encoder_hidden_states=states, timestep_cond=scale, return_dict=False
         )[0]
         return output
 
-    def _prepare(self, unet: Any, x: Tensor) -> None:
-        """Pack the U-Net, unless that is done or must not be."""
+    def _prepare(self, unet: Any, shape: torch.Size) -> None:
+        """Pack the U-Net for a shape (B, C, h, w), unless that is done or must not be."""
         self._is_current = True
         if not (self.is_on and is_stock(unet)):
             self._packed, self._made_of = None, None
             return
-        made_of = x.shape, _weights(unet)
+        made_of = shape, _weights(unet)
         if made_of != self._made_of:
             self._packed = None  # frees the old copy before there is a new one
-            self._packed, self._made_of = PackedUNet(unet, x.shape), made_of
+            self._packed, self._made_of = PackedUNet(unet, shape), made_of
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastCPU:
         """Return one that has packed nothing yet."""

@@ -2,8 +2,9 @@
 
 PyTorch's plain kernels bring a weight into oneDNN's blocked layout anew at every call; at small
 sizes that costs more than the product itself. These layers keep the blocked copy, as PyTorch's own
-compiler does when it freezes a model. Sums, products and gelu are left to PyTorch: done by oneDNN
-while a result is written, they take longer. Without gradients; the originals stay as they are.
+compiler does when it freezes a model. What follows a linear layer is left to PyTorch: done by
+oneDNN while a result is written, it takes longer. Without gradients; the originals stay as they
+are.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NARROW_GROUP = 16  # channels of a group, with which and
-FEW_CELLS = 1024  # with fewer cells than these PyTorch's norm is slow in channels_last
+NARROW_GROUP = 16  # groups of fewer channels are normed slowly in channels_last,
+FEW_CELLS = 1024  # where there are fewer cells than this
 FEW_SCORES = 1 << 15  # up to which torch's attention kernel is faster in bfloat16
-LONG_TEXT = 256  # keys above which scores no longer fit the cache as a whole
-BLOCK = 256  # queries whose scores do
+MANY_KEYS = 256  # keys above which scores no longer fit the cache as a whole
+QUERIES_AT_ONCE = 256  # whose scores do
 LARGEST_SCORE = 64.0  # of which 10^10 exponentials sum up within bfloat16
 
 
@@ -104,16 +105,17 @@ class LayerNorm:
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """Attend (Vaswani et al. 2017, Eq. 1); q (B, H, N, D), k and v (B, H, L, D) to (B, N, H D).
 
-    They are contiguous. In bfloat16 many scores are rounded once, which torch's kernel does not,
-    and which is faster.
+    They are contiguous. In bfloat16 many scores are rounded to it, which is faster: the output is
+    0.4 to 1.2 % from the exact one, where torch's kernel is 0.2 %.
     """
     if q.dtype != torch.bfloat16 or q.shape[:3].numel() * k.shape[2] <= FEW_SCORES:
         return _join_heads(F.scaled_dot_product_attention(q, k, v, scale=scale))
-    if k.shape[2] <= LONG_TEXT:
+    k = k - k.mean(2, keepdim=True)  # what all scores of a query share cancels
+    if k.shape[2] <= MANY_KEYS:
         rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
         scores = torch.baddbmm(q.new_empty(1, 1, 1), rows, keys.mT, beta=0, alpha=scale)
         return _join_heads((torch.softmax(scores, -1) @ values).view(q.shape))
-    q, k = q * scale, k - k.mean(2, keepdim=True)  # what all scores of a query share cancels
+    q = q * scale
     if _largest_norm(q) * _largest_norm(k) > LARGEST_SCORE:
         return _join_heads(F.scaled_dot_product_attention(q, k, v, scale=1.0))
     return _attend_in_blocks(q, k, v)
@@ -130,8 +132,8 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     values[:, :, :width], values[:, :, width] = v.mT, 1
     mixed = q.new_empty(batch, num, heads, width)
     for b, h in itertools.product(range(batch), range(heads)):
-        for start in range(0, num, BLOCK):
-            part = slice(start, start + BLOCK)
+        for start in range(0, num, QUERIES_AT_ONCE):
+            part = slice(start, start + QUERIES_AT_ONCE)
             sums = values[b, h] @ (k[b, h] @ q[b, h, part].mT).exp_()
             mixed[b, part, h] = (sums[:width] / sums[width]).mT
     return mixed.flatten(2)

@@ -1,8 +1,9 @@
 """A stock U-Net's forward pass in packed layers, for sampling on a CPU.
 
 The same function as UNet2DConditionModel's up to rounding, of a U-Net that fast_cpu.py has found
-stock. Beside packing, three things are done once that the plain pass does at every step: keys and
-values of the text, the time's projections of a timestep, and nothing is converted to and fro.
+stock. Beside packing, keys and values of the text and the time's projections of a timestep are
+computed once a call, nothing is converted to and fro, and under guidance all that lies before the
+first cross-attention is computed once for both captions, which differ only from there on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Condition(NamedTuple):
 
 
 class PackedUNet:
-    """A U-Net packed for inputs of one shape (B, C, h, w); other shapes work, perhaps slower.
+    """A U-Net packed for outputs of one shape (B, C, h, w); other shapes work, perhaps slower.
 
     Weights are copied: later changes of the U-Net's own do not show here.
     """
@@ -61,10 +62,11 @@ class PackedUNet:
         self._time.pack()
         self._text.pack()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """Return the U-Net's output (B, C_out, h, w) of x (B, C, h, w) and text states (B, L, D).
 
+        x may be shorter, (B / n, C, h, w): it stands for n copies of itself, one after the other.
         t: one timestep, (). h and w are multiples of what the U-Net halves.
         """
         given = Condition(self._time(t), self._text(states))
@@ -83,7 +85,7 @@ class PackedUNet:
             x = x if transformer is None else transformer(x, given)
         for block in self._up:
             for resnet, transformer in block.layers:
-                x = resnet(torch.cat([x, skips.pop()], 1), given)
+                x = resnet(torch.cat([x, _copies(skips.pop(), len(x))], 1), given)
                 x = x if transformer is None else transformer(x, given)
             if block.conv is not None:
                 x = block.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -139,7 +141,7 @@ class _Transformer:
         rows = self.into(_rows(self.norm(x)))
         for block in self.blocks:
             rows = block(rows, given)
-        rows = self.out(rows).add_(_rows(x))
+        rows = self.out(rows).add_(_copies(_rows(x), len(rows)))
         return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -166,8 +168,10 @@ class _TransformerBlock:
         norm1, norm2, norm3 = self.norms
         q, k, v = _to_heads(self.to_qkv(norm1(x)), 3, heads=self.heads)
         x = self.own_out(attend(q, k, v, scale=self.scale)).add_(x)
+        keys, values = given.texts[self.index]
+        x = _copies(x, len(keys))
         (q,) = _to_heads(self.to_q(norm2(x)), 1, heads=self.heads)
-        x = self.cross_out(attend(q, *given.texts[self.index], scale=self.scale)).add_(x)
+        x = self.cross_out(attend(q, keys, values, scale=self.scale)).add_(x)
         rows = norm3(x)
         gated = F.gelu(self.gate(rows)).mul_(self.value(rows))
         return self.out(gated).add_(x)
@@ -244,6 +248,11 @@ class _Text:
             and seen.shape == states.shape
             and seen.stride() == states.stride()
         )
+
+
+def _copies(x: Tensor, length: int) -> Tensor:
+    """Return as many copies of x (b, ...), one after the other, as make it (length, ...)."""
+    return x if len(x) == length else torch.cat([x] * (length // len(x)))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _controls(gr: Any, playground: Playground) -> dict[str, Any]:
         slider("num_images_per_prompt", "Pictures", ends=(1, MAX_IMAGES), at=1, by=1)
     with gr.Row():
         slider("num_inference_steps", "Steps", ends=(1, MAX_STEPS), at=30, by=1)
-        slider("guidance_scale", "Guidance", ends=(1, 20), at=own, by=0.1)
+        slider("guidance_scale", "Guidance", ends=(min(1, own), max(20, own)), at=own, by=0.1)
     with gr.Row():
         slider("width", "Width", ends=(factor, most), at=width, by=factor)
         slider("height", "Height", ends=(factor, most), at=height, by=factor)

@@ -387,8 +387,10 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         self, latents: Tensor, output_type: str, settings: list[dict[str, Any]]
     ) -> tuple[Any, list[bool] | None]:
         """Return pictures, PIL images with their settings, and the safety checker's verdicts."""
+        if output_type != "latent":
+            latents = self.fast_cpu.lay_out(latents)
         images, flagged = decode(
-            self.fast_cpu.lay_out(latents),
+            latents,
             vae=self.vae,
             safety_checker=self.safety_checker,
             feature_extractor=self.feature_extractor,

@@ -32,9 +32,11 @@ class SampleOptions:
         lora: a LoRA file or folder.
         lora_scale: how strongly it acts.
         dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
-        fast: on a CPU take packed layers, within 1/255 of diffusers' own; false: its own.
+        fast: on a CPU take packed layers, in float32 within 1/255 of diffusers' own; false: its
+            own.
         compile: compile the U-Net by torch.compile before the first picture, which takes minutes
-            and is kept for later runs; meant for GPUs, on a CPU `fast` alone is faster.
+            and is kept for later runs; a guidance_interval or scales of 1 and more compile twice.
+            Meant for GPUs: on a CPU `fast` alone is faster.
         device: cpu, cuda, mps; the best there is by default.
         trace: also write each picture's chain and each word's heat map beside it.
     """

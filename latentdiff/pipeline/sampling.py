@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from latentdiff.pipeline.settings import model_settings
 from latentdiff.pipeline.sheet import draw_sheet
 from latentdiff.pipeline.trace import Trace
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = 4
 
 Extras: TypeAlias = dict[str, Image.Image]
@@ -40,20 +43,17 @@ class Painter:
     arguments: dict[str, Any]
     batch_size: int
     is_traced: bool
-    is_compiled: bool = False
+    is_compiled: bool
+    say: Callable[[str], None]
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, Extras]]:
         """Yield every job with its picture and, when traced, its chain and heat maps."""
         work = list(batches(jobs, batch_size=self.batch_size))
-        size = max(map(len, work), default=0)
+        size = max(map(len, work), default=0) if self.is_compiled else 0
         for place, batch in enumerate(work):
-            if not self.is_compiled:
-                yield from self._draw_batch(batch)
-                continue
-            filled = [*batch, *[batch[-1]] * (size - len(batch))]  # one size is compiled for
-            if place == 0:
-                steps = 1 if self.arguments["strength"] is None else None
-                compile_unet(self.pipe, partial(self._call, filled, None, steps=steps))
+            filled = [*batch, *[batch[-1]] * (size - len(batch))]  # another size compiles anew
+            if self.is_compiled and place == 0:
+                compile_unet(self.pipe, partial(self._warm_up, filled), say=self.say)
             yield from islice(self._draw_batch(filled), len(batch))
 
     def _draw_batch(self, batch: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, Extras]]:
@@ -71,16 +71,23 @@ class Painter:
                 )
             yield job, picture, extras
 
-    def _call(self, batch: Sequence[Job], trace: Trace | None, *, steps: int | None = None) -> Any:
+    def _warm_up(self, batch: Sequence[Job]) -> None:
+        """Take one step; a picture to start from is made anew, so that there is one."""
+        strength = None if self.arguments["image"] is None else 1.0
+        self._call(batch, None, num_inference_steps=1, strength=strength)
+
+    def _call(self, batch: Sequence[Job], trace: Trace | None, **changes: Any) -> Any:
+        settings = self.arguments | {
+            "num_inference_steps": batch[0].num_inference_steps,
+            "guidance_scale": batch[0].guidance_scale,
+        }
         try:
             return self.pipe(
                 [job.prompt for job in batch],
                 negative_prompt=[job.negative_prompt or "" for job in batch],
                 seed=[job.seed for job in batch],
-                num_inference_steps=steps or batch[0].num_inference_steps,
-                guidance_scale=batch[0].guidance_scale,
                 callback_on_step_end=trace,
-                **self.arguments,
+                **settings | changes,
             )
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -89,8 +96,16 @@ class Painter:
             ) from error
 
 
-def sample(model: str, prompts: Sequence[str], options: SampleOptions) -> Iterator[dict[str, Any]]:
+def sample(
+    model: str,
+    prompts: Sequence[str],
+    options: SampleOptions,
+    *,
+    say: Callable[[str], None] = logger.info,
+) -> Iterator[dict[str, Any]]:
     """Make the pictures; yield a JSON object for each file when it is written.
+
+    say: gets a line before what takes minutes.
 
     Raises ValueError or OSError with one clear message for bad input, and never writes over a
     picture that has other settings.
@@ -100,11 +115,12 @@ def sample(model: str, prompts: Sequence[str], options: SampleOptions) -> Iterat
         raise ValueError(f"out={options.out} must be a .png file, or a folder")
     if options.compile and options.trace:
         raise ValueError("trace reads each attention, which compiled code hides: leave one out")
-    _jobs(prompts, options, guidance_scale=1.0)  # refuses bad input before the model is opened
+    lines = _lines(prompts, options)
+    _jobs(lines, options, guidance_scale=1.0)  # refuses bad input before the model is opened
     batch_size = checks.count("batch_size", options.batch_size, most=checks.MAX_IMAGES)
     arguments, pipe = _arguments(options), _load(model, options)
-    jobs = _jobs(prompts, options, guidance_scale=default_guidance(pipe.facts))
-    painter = Painter(pipe, arguments, batch_size, options.trace, options.compile)
+    jobs = _jobs(lines, options, guidance_scale=default_guidance(pipe.facts))
+    painter = Painter(pipe, arguments, batch_size, options.trace, options.compile, say)
     if out.suffix:
         is_grid = len(jobs) > len({(job.row, job.seed) for job in jobs})
         columns = len(_list(options.guidance_scale)) * options.num_images if is_grid else COLUMNS
@@ -127,7 +143,7 @@ def _draw_sheet(
 
 def _fill_folder(painter: Painter, jobs: Sequence[Job], folder: Path) -> Iterator[dict[str, Any]]:
     """Make the pictures that the folder lacks."""
-    mark = model_settings(painter.pipe)["fingerprint"]
+    mark = model_settings(painter.pipe)
     missing = [job for job in jobs if not _is_done(folder / _name(job), job, mark)]
     for job, picture, extras in painter.draw(missing):
         path = save_png(picture, folder / _name(job))
@@ -143,15 +159,16 @@ def _write_extras(extras: Extras, beside: Path) -> Iterator[dict[str, Any]]:
         yield {"path": str(path), "kind": kind}
 
 
-def _is_done(path: Path, job: Job, mark: str | None) -> bool:
+def _is_done(path: Path, job: Job, mark: dict[str, Any]) -> bool:
     """Say whether a job's picture is there; ValueError where another one has its name."""
     if not path.exists():
         return False
     settings = read_settings(path)
     found, wanted = settings["call"], _own(job)
     different = sorted(key for key, value in wanted.items() if found.get(key) != value)
-    if settings["model"]["fingerprint"] != mark:
-        different.append("model")
+    if settings["model"]["fingerprint"] != mark["fingerprint"]:
+        has, takes = (str(one["dtype"]).removeprefix("torch.") for one in (settings["model"], mark))
+        different.append("model" if has == takes else f"dtype, --dtype {has}")
     if different:
         raise ValueError(
             f"{path} is a picture of another {', '.join(different)}; it is not written over, "
@@ -184,13 +201,17 @@ def _label(job: Job, jobs: Sequence[Job]) -> str:
     return " | ".join(parts)
 
 
-def _jobs(prompts: Sequence[str], options: SampleOptions, *, guidance_scale: float) -> list[Job]:
-    """Plan the pictures; guidance_scale: where the options name none."""
+def _lines(prompts: Sequence[str], options: SampleOptions) -> list[Line]:
     lines = [Line(prompt) for prompt in prompts]
     if options.prompt_file is not None:
         lines += read_lines(Path(options.prompt_file))
     if not lines:
         raise ValueError("no prompts; give some, or prompt_file")
+    return lines
+
+
+def _jobs(lines: Sequence[Line], options: SampleOptions, *, guidance_scale: float) -> list[Job]:
+    """Plan the pictures; guidance_scale: where the options name none."""
     scales = options.guidance_scale
     return plan(
         lines,
