@@ -82,7 +82,7 @@ def test_the_race_measures_both_sides_on_equal_terms(
     benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrink(monkeypatch, "held_out_race")
-    sizes = {"minutes": 0.02, "share": 1, "px": 32, "batch_size": 4}
+    sizes = {"minutes": 0.02, "steps": 30, "decay": "both", "px": 32, "batch_size": 4}
     sizes |= {"num_train": 16, "num_held_out": 8}
     options = [f"--{name}={value}" for name, value in sizes.items()]
     figures = figures_of(benchmark("held_out_race", *options, TURNS=2, Apart=Here))
@@ -92,6 +92,7 @@ def test_the_race_measures_both_sides_on_equal_terms(
     assert figures["share_of_time"] is None or figures["share_of_time"] > 0
     assert curves["latentdiff"][0][0] > 0  # reading and caching are on its clock
     assert curves["baseline"][-1][1] > 0
+    assert curves["latentdiff"][-1][1] <= 30
 
 
 def test_growth_with_the_batch_is_measured(benchmark) -> None:
