@@ -1,20 +1,32 @@
-"""How the training step's cost grows with the batch and with the latents' size.
+"""How the training step's cost grows with the batch, the latents' size and the processes.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rounds 3] [--processes '[1,2]']
 
 The demo's U-Net, forward and backward in bf16, in large steps and in diffusers' own; prints one
-JSON line with images a second and the ratio for each. For the data set's size see folder_index.py.
+JSON line with images a second and the ratio for each. --processes measures whole runs of
+configs/demo_scratch.yaml instead, with AdamW and with Muon, by the clock and with nothing else
+running. For the data set's size see folder_index.py.
 """
 
 import argparse
 import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 from common import machine, medians, ratio, take_turns
 
 from latentdiff.build import build_unet
+from latentdiff.data.shapes import write_shapes
 from latentdiff.fused import fuse_transformers
 
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "demo_scratch.yaml"
+RUN_STEPS = 80
+OPTIMIZERS = ("adamw", "muon")
 PLACES = {"batch": [(4, 8), (16, 8), (32, 8), (64, 8)], "cells": [(16, 16), (4, 32)]}
 
 
@@ -44,12 +56,55 @@ def make_step(batch, cells, *, fused):
     return step
 
 
+def run_images_per_second(folder, *, processes, optimizer):
+    """Return the median rate of a run's second half, which each of its log lines tells."""
+    run = folder / f"{optimizer}-{processes}"
+    settings = {
+        "output_dir": run,
+        "data.root": folder / "shapes",
+        "data.cache_dir": folder / "cache",
+        "train.max_steps": RUN_STEPS,
+        "train.warmup_steps": 5,
+        "train.optimizer": optimizer,
+        "train.log_every_steps": 10,
+        "train.checkpoint_every_steps": RUN_STEPS,
+        "train.keep_every_steps": 0,
+        "preview.held_out_every_steps": 0,
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [*launch, str(ROOT / "scripts/train_t2i.py"), "--config", str(CONFIG)]
+    command += [f"--{name}={value}" for name, value in settings.items()]
+    subprocess.run(command, check=True, capture_output=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return statistics.median(rates[len(rates) // 2 :])
+
+
+def process_rows(counts):
+    """Return a row for each number of processes and optimiser."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="scaling-") as name:
+        folder = Path(name)
+        write_shapes(folder / "shapes", num_train=512, num_test=64, size_px=64)
+        for optimizer in OPTIMIZERS:
+            for processes in counts:
+                rate = run_images_per_second(folder, processes=processes, optimizer=optimizer)
+                rows.append(
+                    {"processes": processes, "optimizer": optimizer, "images_per_second": rate}
+                )
+    return rows
+
+
 def main():
     """Take turns and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=json.loads, help="numbers of processes, such as [1,2]")
     args = parser.parse_args()
-    rows = []
+    rows = [] if args.processes is None else process_rows(args.processes)
+    if rows:
+        print(json.dumps({"benchmark": "scaling_processes", "rows": rows} | machine()))
+        return
     for batch, cells in PLACES["batch"] + PLACES["cells"]:
         works = {
             "plain": make_step(batch, cells, fused=False),

@@ -101,6 +101,13 @@ def test_growth_with_the_batch_is_measured(benchmark) -> None:
     assert (row["batch"], row["cells"]) == (2, 4)
 
 
+def test_growth_with_the_processes_is_measured_in_whole_runs(benchmark) -> None:
+    printed = benchmark("scaling", "--processes", "[1]", RUN_STEPS=10, OPTIMIZERS=["adamw"])
+    (row,) = figures_of(printed)["rows"]
+    assert (row["processes"], row["optimizer"]) == (1, "adamw")
+    assert row["images_per_second"] > 0
+
+
 def test_a_vae_is_measured_by_dtype_and_layout(benchmark) -> None:
     sizes = ("--resolution", "32", "--batch_size", "1", "--rounds", "1")
     ratios = figures_of(benchmark("vae", *sizes))["ratios"]
