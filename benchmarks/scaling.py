@@ -95,22 +95,15 @@ def process_rows(counts):
     return rows
 
 
-def main():
-    """Take turns and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--processes", type=json.loads, help="numbers of processes, such as [1,2]")
-    args = parser.parse_args()
-    rows = [] if args.processes is None else process_rows(args.processes)
-    if rows:
-        print(json.dumps({"benchmark": "scaling_processes", "rows": rows} | machine()))
-        return
+def step_rows(rounds):
+    """Return a row for each batch and size of latents."""
+    rows = []
     for batch, cells in PLACES["batch"] + PLACES["cells"]:
         works = {
             "plain": make_step(batch, cells, fused=False),
             "large_steps": make_step(batch, cells, fused=True),
         }
-        times = take_turns(works, rounds=args.rounds)
+        times = take_turns(works, rounds=rounds)
         seconds = medians(times)
         rows.append(
             {
@@ -120,7 +113,20 @@ def main():
                 "images_per_second": {k: round(batch / s, 1) for k, s in seconds.items()},
             }
         )
-    print(json.dumps({"benchmark": "scaling", "rows": rows} | machine()))
+    return rows
+
+
+def main():
+    """Measure what is asked for and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=json.loads, help="numbers of processes, such as [1,2]")
+    args = parser.parse_args()
+    if args.processes:
+        name, rows = "scaling_processes", process_rows(args.processes)
+    else:
+        name, rows = "scaling", step_rows(args.rounds)
+    print(json.dumps({"benchmark": name, "rows": rows} | machine()))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def _unusable(device: str | None, error: Exception) -> ValueError:
 def best_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 on an x86 CPU or a CUDA device that multiplies it in hardware, else float32.
 
-    On such a CPU a call takes 1.1 to 1.9 times as long in float32 (docs/performance.md).
+    On such a CPU a call takes 1.3 to 1.8 times as long in float32 (benchmarks/results).
     """
     if device.type == "cpu":
         has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

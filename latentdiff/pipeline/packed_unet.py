@@ -31,7 +31,7 @@ class Condition(NamedTuple):
     """What a pass depends on beside the latents: by resnet and by cross-attention."""
 
     biases: tuple[Tensor, ...]  # (C,) each: the time's projection and the convolution's bias
-    texts: list[tuple[Tensor, Tensor]]  # keys and values (B, H, L, D) each
+    texts: list[tuple[Tensor, ...]]  # keys and values (B, H, L, D) each
 
 
 class PackedUNet:
@@ -215,7 +215,7 @@ class _Text:
         self._heads: list[int] = []
         self._seen: Tensor | None = None
         self._version = 0
-        self._found: list[tuple[Tensor, Tensor]] = []
+        self._found: list[tuple[Tensor, ...]] = []
 
     def add(self, attention: Any) -> int:
         self._weights.append(torch.cat([attention.to_k.weight, attention.to_v.weight]).detach())
@@ -227,13 +227,13 @@ class _Text:
         self._weight = torch.cat(self._weights)
         self._weights = []
 
-    def __call__(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def __call__(self, states: Tensor) -> list[tuple[Tensor, ...]]:
         if not self._knows(states):
-            self._found = []
             parts = F.linear(states, self._weight).split(self._widths, -1)
-            for part, heads in zip(parts, self._heads, strict=True):
-                keys, values = _to_heads(part, 2, heads=heads)
-                self._found.append((keys, values))
+            self._found = [
+                _to_heads(part, 2, heads=heads)
+                for part, heads in zip(parts, self._heads, strict=True)
+            ]
             self._seen = None if states.is_inference() else states
             self._version = 0 if self._seen is None else states._version
         return self._found
