@@ -22,16 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentdiff.data.cache import CropPlan, LatentCache
-from latentdiff.data.cache_encode import encode_moments
-from latentdiff.data.cache_load import decode_ahead
-from latentdiff.data.cache_shards import as_keys, key_of
-from latentdiff.data.cache_store import Writer
-from latentdiff.data.digests import picture_digests
-from latentdiff.data.folder import read_folder
-from latentdiff.latents import LatentCodec
-from latentdiff.models import load_vae
-from latentdiff.shipped import SHIPPED
+from latentdiff.data.arrow.content_hash import image_hashes
+from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead
+from latentdiff.data.cache.latent_cache import LatentCache
+from latentdiff.data.cache.latent_encoding import encode_moments
+from latentdiff.data.cache.shard_file import as_keys, key_of
+from latentdiff.data.cache.tensor_store import StoreWriter
+from latentdiff.data.folder.folder import read_folder
+from latentdiff.models.bundled import BUNDLED
+from latentdiff.models.components import load_vae
+from latentdiff.models.latents import LatentCodec
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -45,7 +45,7 @@ def timed(work: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    parser.add_argument("vae", nargs="?", default=str(SHIPPED["latentdiff-vae"]))
+    parser.add_argument("vae", nargs="?", default=str(BUNDLED["latentdiff-vae"]))
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--num", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -81,7 +81,7 @@ def main() -> None:
         )
 
     def write() -> None:
-        writer = Writer(scratch / "written")
+        writer = StoreWriter(scratch / "written")
         for number, rows in enumerate(moments):
             writer.add(as_keys(key_of(bytes([number]), bytes([k])) for k in range(len(rows))), rows)
         writer.flush()
@@ -93,7 +93,7 @@ def main() -> None:
             alone.append(timed(encode))
             whole.append(timed(lambda number=number: build(number)))
         parts = {
-            "hash": timed(lambda: picture_digests(folder)),
+            "hash": timed(lambda: image_hashes(folder)),
             "decode_and_cut": timed(decoded),
             "write": timed(write),
         }

@@ -19,10 +19,10 @@ import time
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from latentdiff.data.captions import CaptionEdits
-from latentdiff.data.folder import Record
-from latentdiff.training.randomness import draws, normal
-from latentdiff.training.samples import Samples, Slot, collate
+from latentdiff.data.captions import CaptionTransform
+from latentdiff.data.folder.folder import Record
+from latentdiff.training.inputs.dataset import LatentDataset, SampleKey, collate
+from latentdiff.training.inputs.randomness import draws, normal
 
 CHANNELS, BATCH_SIZE, NUM_BATCHES = 4, 64, 20
 IMAGES_PER_SECOND = 1000
@@ -45,7 +45,7 @@ class Undrawn(Dataset):
     """Samples without what is drawn for them."""
 
     def __init__(self, samples):
-        self.sample = samples[Slot(0, 0, 0, 0, 1.0)]
+        self.sample = samples[SampleKey(0, 0, 0, 0, 1.0)]
 
     def __getitem__(self, slot):
         return {name: self.sample[name] for name in ("z0", "text", "index")}
@@ -69,16 +69,16 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = Record("0.png", "0.png", ("a red star", "a star"), 512, 512, "train")
-    samples = Samples(
+    samples = LatentDataset(
         ZeroLatents(args.cells),
         [record],
         lambda caption: torch.zeros(77, dtype=torch.int64),
         seed=0,
         caption_dropout=0.1,
         random_flip=True,
-        edits=CaptionEdits(),
+        edits=CaptionTransform(),
     )
-    slot = Slot(index=0, epoch=1, place=5, seat=5, weight=1.0)
+    slot = SampleKey(index=0, epoch=1, place=5, seat=5, weight=1.0)
     shape = samples.latents.shape(0)
     sample = microseconds(lambda: samples[slot])
     process = _in_the_training_process(samples, num_workers=args.workers)
@@ -108,7 +108,7 @@ def _in_the_training_process(samples, *, num_workers):
 
     CPU time, so that waiting for a worker does not count.
     """
-    slots = [[Slot(0, 0, k, k, 1.0) for k in range(BATCH_SIZE)]] * NUM_BATCHES
+    slots = [[SampleKey(0, 0, k, k, 1.0) for k in range(BATCH_SIZE)]] * NUM_BATCHES
     loader = DataLoader(samples, batch_sampler=slots, num_workers=num_workers, collate_fn=collate)
     batches = iter(loader)
     next(batches)

@@ -26,17 +26,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from latentdiff.config_file import load_config
-from latentdiff.console import quieten_libraries
+from latentdiff.config.io import load_config
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.training import engine as engine_module
-from latentdiff.training import samples as samples_module
-from latentdiff.training.components import TextToImage
-from latentdiff.training.log import Window
+from latentdiff.terminal import quieten_libraries
+from latentdiff.training import train_step as engine_module
+from latentdiff.training.inputs import dataset as samples_module
+from latentdiff.training.inputs.train_data import train_batches
+from latentdiff.training.metrics_log import Window
+from latentdiff.training.model import TextToImage
 from latentdiff.training.resume import save_state
-from latentdiff.training.run import prepare, start_accelerator
-from latentdiff.training.supply import step_batches
+from latentdiff.training.setup import setup, start_accelerator
 
 WARM_UP = 3
 
@@ -95,7 +95,7 @@ class FullLoop:
 
     def __init__(self, run, clock):
         self.run, self.clock, self.done = run, clock, 0
-        self.batches = step_batches(
+        self.batches = train_batches(
             run.config, run.supply, run.layout, first_step=0, accelerator=run.accelerator
         )
         self.window = Window(run.accelerator, max_bad_steps=20, num_timesteps=1000)
@@ -236,7 +236,7 @@ def main():
         given = settings(folder, small=args.small, batch_size=args.batch_size, workers=args.workers)
         (folder / "config.json").write_text(json.dumps(given))
         config = load_config(folder / "config.json")
-        run = prepare(config, folder / "run", start_accelerator(config), start=None)
+        run = setup(config, folder / "run", start_accelerator(config), start=None)
         clock = Clock(run.accelerator.device, of_cpu=args.cpu_time)
         full = FullLoop(run, clock)
         bare = BareLoop(run, clock, full.next_batch())

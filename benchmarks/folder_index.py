@@ -52,7 +52,7 @@ def measure(root: str, cache_dir: str, *, trust_index: bool) -> dict[str, float]
     import pyarrow.parquet  # noqa: F401  # so that the imports are not counted
     from PIL import Image
 
-    from latentdiff.data.folder import read_folder
+    from latentdiff.data.folder.folder import read_folder
 
     Image.preinit()
     before = megabytes("VmRSS")

@@ -31,17 +31,17 @@ import torch.nn.functional as F
 from common import Apart, machine, own_seconds
 from train_throughput import HEAD_DIM, TEXT_LAYERS, TEXT_WIDTH, TOKENS, WIDTHS
 
-from latentdiff.build import build_text_encoder
-from latentdiff.config import Config
-from latentdiff.config_file import load_config
+from latentdiff.config.io import load_config
+from latentdiff.config.text_to_image import Config
+from latentdiff.cpu.fused_transformers import unfuse_transformers
 from latentdiff.data.images import load_image, to_pixels
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.evaluation.heldout import triple_losses
-from latentdiff.fused import unfuse_transformers
-from latentdiff.text import encode_text, tokenize, train_tokenizer
-from latentdiff.training.run import prepare, start_accelerator
-from latentdiff.training.supply import step_batches
+from latentdiff.evaluation.metrics.heldout_loss import triple_losses
+from latentdiff.models.build import build_text_encoder
+from latentdiff.models.text import encode_text, tokenize, train_tokenizer
+from latentdiff.training.inputs.train_data import train_batches
+from latentdiff.training.setup import setup, start_accelerator
 
 TURNS = 24
 WARMUP_STEPS = 20
@@ -134,8 +134,8 @@ class Ours(Side):
         self.max_steps = config.train.max_steps
         started = own_seconds()
         accelerator = start_accelerator(config)
-        self.run = run = prepare(config, Path(config.output_dir), accelerator, start=None)
-        self.batches = step_batches(
+        self.run = run = setup(config, Path(config.output_dir), accelerator, start=None)
+        self.batches = train_batches(
             config, run.supply, run.layout, first_step=0, accelerator=accelerator
         )
         self.seconds = own_seconds() - started

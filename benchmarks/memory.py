@@ -39,12 +39,13 @@ def probe(name):
     """Train two steps of a configuration; print its figures."""
     import gc
 
-    from latentdiff.config_file import load_config
+    from latentdiff.config.io import load_config
     from latentdiff.data.shapes import write_shapes
-    from latentdiff.training.components import load_vae_of
+    from latentdiff.training.inputs.encode import cache_latents
+    from latentdiff.training.inputs.train_data import read_data, train_batches
+    from latentdiff.training.model import load_vae_of
     from latentdiff.training.plan import estimate_memory
-    from latentdiff.training.run import prepare, start_accelerator
-    from latentdiff.training.supply import cache_latents, read_data, step_batches
+    from latentdiff.training.setup import setup, start_accelerator
 
     kind, changes = CASES[name]
     with tempfile.TemporaryDirectory(prefix="memory-") as path:
@@ -70,9 +71,9 @@ def probe(name):
         del vae
         gc.collect()
         before = rss_bytes("VmRSS")
-        run = prepare(config, folder / "run", accelerator, start=None)
+        run = setup(config, folder / "run", accelerator, start=None)
         estimate = estimate_memory(run)
-        batches = step_batches(
+        batches = train_batches(
             config, run.supply, run.layout, first_step=0, accelerator=accelerator
         )
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

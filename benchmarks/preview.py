@@ -16,8 +16,8 @@ from importlib import resources
 import torch
 from diffusers import UNet2DConditionModel
 
-from latentdiff.models import load_vae
-from latentdiff.pipeline.preview import preview
+from latentdiff.models.components import load_vae
+from latentdiff.pipeline.output import preview
 
 
 def seconds(work, *, repeats=5):

@@ -26,12 +26,12 @@ from common import machine, medians, ratio
 from diffusers import StableDiffusionPipeline
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.build import build_text_encoder, build_unet, make_scheduler
-from latentdiff.console import quieten_libraries
-from latentdiff.models import load_vae
-from latentdiff.pipeline.packed_unet import PackedUNet
-from latentdiff.shipped import SHIPPED
-from latentdiff.text import train_tokenizer
+from latentdiff.cpu.packed_unet import PackedUNet
+from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler
+from latentdiff.models.bundled import BUNDLED
+from latentdiff.models.components import load_vae
+from latentdiff.models.text import train_tokenizer
+from latentdiff.terminal import quieten_libraries
 
 PROMPT = "a large red star on a pink background"
 ERROR_PROMPTS = [PROMPT, "a red heart", "a cat", "a small blue circle on a white background"]
@@ -53,10 +53,10 @@ def save_demo_size(folder):
     )
     StableDiffusionPipeline(
         unet=unet.eval(),
-        vae=load_vae(SHIPPED["latentdiff-vae"]),
+        vae=load_vae(BUNDLED["latentdiff-vae"]),
         text_encoder=build_text_encoder(tokenizer, width=128, num_layers=2, num_heads=4).eval(),
         tokenizer=tokenizer,
-        scheduler=make_scheduler(),
+        scheduler=make_ddpm_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

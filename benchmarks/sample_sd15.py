@@ -23,8 +23,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from sample_latency import take_cpu_turns
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.latents import LatentCodec
-from latentdiff.pipeline.packed_unet import PackedUNet
+from latentdiff.cpu.packed_unet import PackedUNet
+from latentdiff.models.latents import LatentCodec
 
 try:
     import openvino

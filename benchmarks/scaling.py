@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from common import machine, medians, ratio, take_turns
 
-from latentdiff.build import build_unet
+from latentdiff.cpu.fused_transformers import fuse_transformers
 from latentdiff.data.shapes import write_shapes
-from latentdiff.fused import fuse_transformers
+from latentdiff.models.build import build_unet
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo_scratch.yaml"

@@ -20,9 +20,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
 from latentdiff import LatentDiffPipeline, load_config
-from latentdiff.build import build_text_encoder, make_scheduler
 from latentdiff.data.shapes import write_shapes
-from latentdiff.text import clip_tokenizer_from_open_clip
+from latentdiff.models.build import build_text_encoder, make_ddpm_scheduler
+from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.training.loop import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -54,7 +54,7 @@ def make_folder(path: Path) -> None:
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=make_scheduler(),
+        scheduler=make_ddpm_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -4,7 +4,7 @@
 
 RUN: a run's folder. Its pipeline/ draws --num captions of seen and as many of held-out
 combinations, from fixed seeds; each checkpoint that is left (train.keep_every_steps) draws --curve
-of each with its EMA weights. The judge is evaluation/shapes.py: geometry and colour, nothing
+of each with its EMA weights. The judge is metrics/shapes_judge.py: geometry and colour, nothing
 learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each picture against
 another's caption.
 """
@@ -19,11 +19,11 @@ from common import machine
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.config_file import load_config
+from latentdiff.config.io import load_config
 from latentdiff.data.shapes import split_scenes
-from latentdiff.evaluation.bootstrap import proportion
-from latentdiff.evaluation.shapes import accuracy
-from latentdiff.pipeline.sampling import draw_each
+from latentdiff.evaluation.metrics.bootstrap import proportion
+from latentdiff.evaluation.metrics.shapes_judge import accuracy
+from latentdiff.sampling.sample import sample_each
 
 
 def scenes_for(num):
@@ -39,7 +39,7 @@ def judge_model(pipe, num, args):
     """Return the share of pictures that show each attribute and all of them."""
     found = {}
     for name, scenes in scenes_for(num).items():
-        images = draw_each(
+        images = sample_each(
             pipe,
             [scene.caption for scene in scenes],
             range(num),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.pipeline.ldm_names import (
+from latentdiff.pipeline.files.single_file import (
     TEXT_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,

@@ -54,11 +54,11 @@ def options_of(folder, num_train):
 def probe(options, started):
     """Train as told; print when what happened, in seconds. started: the process's, of the clock."""
     moments = {"python": time.time()}
-    from latentdiff.config_file import load_config
+    from latentdiff.config.io import load_config
     from latentdiff.training import loop
-    from latentdiff.training.engine import Engine
+    from latentdiff.training.train_step import TrainStep
 
-    prepare, step = loop.prepare, Engine.step
+    prepare, step = loop.setup, TrainStep.step
 
     def prepared(*args, **kwargs):
         found = prepare(*args, **kwargs)
@@ -70,7 +70,7 @@ def probe(options, started):
         moments["second step" if "first step" in moments else "first step"] = time.time()
         return done
 
-    loop.prepare, Engine.step = prepared, stepped
+    loop.setup, TrainStep.step = prepared, stepped
     loop.train(load_config(ROOT / "configs" / "demo_scratch.yaml", options))
     times = [started, *moments.values()]
     print(json.dumps({name: b - a for name, a, b in zip(moments, times, times[1:], strict=False)}))

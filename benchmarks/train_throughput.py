@@ -23,19 +23,19 @@ from accelerate import Accelerator
 from common import Apart, machine, medians, own_seconds, peak_tflops, ratio, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.allocator import keep_freed_memory
-from latentdiff.build import (
+from latentdiff.device import tune_malloc
+from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.models.build import (
     build_text_encoder,
     build_unet,
     build_vae,
-    make_scheduler,
+    make_ddpm_scheduler,
     schedule_of,
 )
-from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.models import Components
-from latentdiff.text import encode_text, train_tokenizer
-from latentdiff.training.components import TextToImage, take_large_steps, use_plain_attention
-from latentdiff.training.engine import Engine, Objective, RatePlan
+from latentdiff.models.components import Components
+from latentdiff.models.text import encode_text, train_tokenizer
+from latentdiff.training.model import TextToImage, use_fused_transformers, use_plain_attention
+from latentdiff.training.train_step import LRSchedule, Objective, TrainStep
 
 CAPTIONS = ["a red circle on a blue background", "two small green stars"] * 8
 RESOLUTION, TOKENS, TEXT_WIDTH, TEXT_LAYERS = 128, 32, 256, 4
@@ -61,7 +61,7 @@ def make_model():
     for part in (vae, text):
         part.requires_grad_(False).eval()
     return Components(
-        unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer, scheduler=make_scheduler()
+        unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer, scheduler=make_ddpm_scheduler()
     )
 
 
@@ -99,7 +99,7 @@ class PlainLoop(Loop):
     def __init__(self, batch_size, *, best=False, encodes=True, keeps=False):
         super().__init__(batch_size)
         if keeps:
-            keep_freed_memory()
+            tune_malloc()
         if best:
             for part in (self.parts.unet, self.parts.vae):
                 part.to(memory_format=torch.channels_last)
@@ -128,11 +128,11 @@ class OurLoop(Loop):
     def __init__(self, batch_size):
         super().__init__(batch_size)
         parts, (z0, states) = self.parts, self.encode()
-        keep_freed_memory()
-        model = TextToImage(parts, learns_text=False)
+        tune_malloc()
+        model = TextToImage(parts, trains_text_encoder=False)
         cells = RESOLUTION // 8
         use_plain_attention(parts.unet, num_cells=cells**2)
-        take_large_steps(model)
+        use_fused_transformers(model)
         self.size = size = len(z0)
         self.batch = {
             "z0": z0,
@@ -142,7 +142,7 @@ class OurLoop(Loop):
             "weight": torch.ones(size),
             "index": torch.arange(size),
         }
-        self.engine = Engine(
+        self.engine = TrainStep(
             model,
             objective=Objective(
                 schedule_of(parts.scheduler).to("cpu", dtype=torch.float32),
@@ -150,7 +150,7 @@ class OurLoop(Loop):
                 null_text=states[:1].float(),
             ),
             accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
-            rates=RatePlan(1e-4, 1e-4, "constant", 0, 1000),
+            rates=LRSchedule(1e-4, 1e-4, "constant", 0, 1000),
             weight_decay=0.01,
             betas=(0.9, 0.999),
             max_grad_norm=1.0,

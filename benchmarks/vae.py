@@ -12,9 +12,9 @@ import json
 import torch
 from common import machine, medians, ratio, take_turns
 
-from latentdiff.latents import LatentCodec
-from latentdiff.models import load_vae
-from latentdiff.shipped import SHIPPED
+from latentdiff.models.bundled import BUNDLED
+from latentdiff.models.components import load_vae
+from latentdiff.models.latents import LatentCodec
 
 KINDS = {
     "float32": (torch.float32, torch.contiguous_format),
@@ -28,7 +28,7 @@ KINDS = {
 def main():
     """Take turns and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("vae", nargs="?", default=str(SHIPPED["latentdiff-vae"]))
+    parser.add_argument("vae", nargs="?", default=str(BUNDLED["latentdiff-vae"]))
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)

@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.config import Config
-    from latentdiff.config_file import load_config
+    from latentdiff.config.io import load_config
+    from latentdiff.config.text_to_image import Config
     from latentdiff.pipeline import LatentDiffPipeline
-    from latentdiff.pipeline.png import read_settings
+    from latentdiff.pipeline.provenance import read_settings
 
 __version__ = "0.1.0"
 __all__ = ["Config", "LatentDiffPipeline", "__version__", "load_config", "read_settings"]
 
 _HOMES = {
-    "Config": "latentdiff.config",
-    "load_config": "latentdiff.config_file",
+    "Config": "latentdiff.config.text_to_image",
+    "load_config": "latentdiff.config.io",
     "LatentDiffPipeline": "latentdiff.pipeline",
-    "read_settings": "latentdiff.pipeline.png",
+    "read_settings": "latentdiff.pipeline.provenance",
 }
 
 

@@ -6,8 +6,8 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.console import quieten_libraries
-from latentdiff.pipeline.page_options import PageOptions
+from latentdiff.config.sampling import PageOptions
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_class_arguments(PageOptions)
     given = parser.parse_args().as_dict()
     quieten_libraries()
-    from latentdiff.pipeline.page import serve
+    from latentdiff.app.web_ui import serve
 
     try:
         serve(given.pop("model"), PageOptions(**given))

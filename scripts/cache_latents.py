@@ -8,9 +8,9 @@ python scripts/cache_latents.py prune --config A.yaml [--also B.yaml C.yaml] [--
 import argparse
 import sys
 
-from latentdiff.config import Config
-from latentdiff.config_file import load_config, parse_arguments
-from latentdiff.console import quieten_libraries
+from latentdiff.config.io import load_config, parse_arguments
+from latentdiff.config.text_to_image import Config
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -23,12 +23,12 @@ def main() -> int:
     args, others = parser.parse_known_args(given)
     config = parse_arguments(Config, others, description=__doc__)
     quieten_libraries()
-    from latentdiff.training import cache_upkeep as upkeep
+    from latentdiff.training.inputs import cache_commands as upkeep
 
     is_sound = True
     try:
         if action == "build":
-            from latentdiff.training.run import start_accelerator
+            from latentdiff.training.setup import start_accelerator
 
             for built in upkeep.build_caches(config, accelerator=start_accelerator(config)):
                 print(built, flush=True)
@@ -39,7 +39,7 @@ def main() -> int:
         else:
             configs = [config, *(load_config(path) for path in args.also)]
             found = upkeep.prune_caches(configs, delete=args.delete)
-            print(*upkeep.say_pruned(found, deleted=args.delete), sep="\n")
+            print(*upkeep.describe_pruned(found, deleted=args.delete), sep="\n")
     except (ValueError, OSError) as error:
         print(f"cache_latents.py: {error}", file=sys.stderr)
         return 2

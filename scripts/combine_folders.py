@@ -8,7 +8,7 @@ python scripts/train_t2i.py --config configs/emoji.yaml --data.root=OUT \
 import argparse
 import sys
 
-from latentdiff.data.combine import combine_folders
+from latentdiff.data.merge_folders import merge_folders
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a folder with train/ and test/")
     args = parser.parse_args()
     try:
-        counts = combine_folders(args.out, args.folders)
+        counts = merge_folders(args.out, args.folders)
     except (ValueError, OSError) as error:
         print(f"combine_folders.py: {error}", file=sys.stderr)
         return 2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.console import quieten_libraries
-from latentdiff.evaluation.subject_options import SubjectOptions
+from latentdiff.config.evaluation import CompareSubjectOptions
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -20,15 +20,15 @@ def main() -> int:
     parser.add_argument("tuned", type=str, help="the model after: a folder")
     for name in ("photos", "features", "out"):
         parser.add_argument(f"--{name}", type=str, required=True)
-    parser.add_class_arguments(SubjectOptions)
+    parser.add_class_arguments(CompareSubjectOptions)
     given = parser.parse_args().as_dict()
     base, tuned, photos, features, out = (
         given.pop(name) for name in ("base", "tuned", "photos", "features", "out")
     )
     quieten_libraries()
-    from latentdiff.evaluation.subject import compare_subject
+    from latentdiff.evaluation.compare_subject import compare_subject
 
-    options = SubjectOptions(**given)
+    options = CompareSubjectOptions(**given)
     try:
         report = compare_subject(base, tuned, photos, Path(out), features=features, options=options)
     except (ValueError, OSError) as error:

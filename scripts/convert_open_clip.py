@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentdiff.console import quieten_libraries
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder for text_encoder/ and tokenizer/")
     args = parser.parse_args()
     quieten_libraries()
-    from latentdiff.text import load_open_clip
+    from latentdiff.models.open_clip import load_open_clip
 
     try:
         text_encoder, tokenizer = load_open_clip(args.name, args.weights)

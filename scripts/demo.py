@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentdiff.console import quieten_libraries
+from latentdiff.terminal import quieten_libraries
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
@@ -52,7 +52,7 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
     settings: of training, beside those of configs/demo.yaml. Returns training's exit status.
     """
     from latentdiff.data.shapes import in_style, split_scenes, write_shapes
-    from latentdiff.training.launch import launch
+    from latentdiff.training.distributed import launch
 
     clock = _Clock()
     unseen = in_style(split_scenes()[1], STYLE)
@@ -80,7 +80,7 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
 
 def draw(model: str, prompts: Sequence[str]) -> list[Any]:
     """Draw each prompt once, from the seed that is its place."""
-    from latentdiff.pipeline.opening import open_pipeline
+    from latentdiff.sampling.open_pipeline import open_pipeline
 
     pipe = open_pipeline(model)
     pipe.set_progress_bar_config(leave=False)
@@ -92,10 +92,10 @@ def draw(model: str, prompts: Sequence[str]) -> list[Any]:
 
 def save_sheet(pictures: Sequence[Any], labels: Sequence[str], path: Path) -> None:
     """Write a sheet of eight pictures a row."""
-    from latentdiff.pipeline.sheet import draw_sheet
+    from latentdiff.image_grid import draw_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(pictures, labels, columns=8).save(path)
+    draw_grid(pictures, labels, columns=8).save(path)
 
 
 def say_what_next(tuned: Path, out: Path, *, num_new: int) -> None:

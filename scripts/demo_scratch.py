@@ -8,8 +8,8 @@ import logging
 import sys
 from pathlib import Path
 
-from latentdiff.config_file import load_config
-from latentdiff.console import quieten_libraries
+from latentdiff.config.io import load_config
+from latentdiff.terminal import quieten_libraries
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo_scratch.yaml"
@@ -21,10 +21,10 @@ def main() -> int:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quieten_libraries()
+    from latentdiff.config.sampling import SampleOptions
     from latentdiff.data.shapes import split_scenes, write_shapes
-    from latentdiff.pipeline.sample_options import SampleOptions
-    from latentdiff.pipeline.sampling import sample
-    from latentdiff.training.launch import launch
+    from latentdiff.sampling.sample import sample
+    from latentdiff.training.distributed import launch
 
     root = write_shapes(FOLDER / "shapes", num_train=3000, num_test=100)
     config = load_config(CONFIG)

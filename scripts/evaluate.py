@@ -12,13 +12,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.console import quieten_libraries
-from latentdiff.evaluation.options import (
+from latentdiff.config.evaluation import (
     BoundOptions,
+    EvalModelOptions,
     EvaluationOptions,
-    SubjectOptions,
     SweepOptions,
 )
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
     parser.add_argument("--out", type=str, required=True, help="the folder for the results")
     parser.add_argument("--bound", action="store_true", help="the variational bound in bits")
-    for options in (SubjectOptions, EvaluationOptions, BoundOptions, SweepOptions):
+    for options in (EvalModelOptions, EvaluationOptions, BoundOptions, SweepOptions):
         parser.add_class_arguments(options)
     given = parser.parse_args().as_dict()
     quieten_libraries()
@@ -37,7 +37,7 @@ def main() -> int:
         report = evaluate(
             given["model"],
             Path(given["out"]),
-            data=chosen(SubjectOptions, given),
+            data=chosen(EvalModelOptions, given),
             options=chosen(EvaluationOptions, given),
             bound=chosen(BoundOptions, given) if given["bound"] else None,
             sweep=chosen(SweepOptions, given),

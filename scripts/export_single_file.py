@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentdiff.console import quieten_libraries
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
     args = parser.parse_args()
     quieten_libraries()
-    from latentdiff.pipeline.conversion import export_single_file
+    from latentdiff.sampling.conversion import export_single_file
 
     try:
         print(f"wrote {export_single_file(args.model, args.out, dtype=args.dtype)}")

@@ -4,9 +4,9 @@ import argparse
 import json
 import sys
 
-from latentdiff.config import Config
-from latentdiff.config_file import parse_arguments
-from latentdiff.console import quieten_libraries
+from latentdiff.config.io import parse_arguments
+from latentdiff.config.text_to_image import Config
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -21,10 +21,10 @@ def main() -> int:
     parser.add_argument("--vae", default="", help="folder of the VAE whose speed is measured")
     args, others = parser.parse_known_args()
     quieten_libraries()
-    from latentdiff.data.folder import read_folder
-    from latentdiff.data.inspection import chosen, inspect_folder, progress_bar
-    from latentdiff.data.report_html import write_html
-    from latentdiff.data.report_text import to_text
+    from latentdiff.data.folder.folder import read_folder
+    from latentdiff.data.inspection.html_report import write_report_html
+    from latentdiff.data.inspection.inspect import chosen, inspect_folder, progress_bar
+    from latentdiff.data.inspection.text_report import report_as_text
 
     try:
         config = parse_arguments(Config, others, exit_on_error=False)
@@ -32,11 +32,11 @@ def main() -> int:
         folder = read_folder(**chosen(settings, read_folder), progress=progress_bar())
         report = inspect_folder(folder, **chosen(settings, inspect_folder), progress=progress_bar())
         if args.html:
-            write_html(report, folder, path=args.html)
+            write_report_html(report, folder, path=args.html)
     except (ValueError, OSError) as error:
         print(f"inspect_data.py: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(report.to_json(), indent=2) if args.json else to_text(report))
+    print(json.dumps(report.to_json(), indent=2) if args.json else report_as_text(report))
     return 0 if report.is_usable else 1
 
 

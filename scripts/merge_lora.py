@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentdiff.console import quieten_libraries
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()
     quieten_libraries()
-    from latentdiff.pipeline.conversion import merge_loras
+    from latentdiff.sampling.conversion import merge_loras
 
     try:
         print(f"wrote {merge_loras(args.base, args.loras, args.out, weights=args.weights)}")

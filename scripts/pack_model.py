@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentdiff.console import quieten_libraries
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--card", type=Path, help="its README.md; made of its facts by default")
     args = vars(parser.parse_args())
     quieten_libraries()
-    from latentdiff.pipeline.packing import MB, pack_model
+    from latentdiff.sampling.release import MB, pack_model
 
     out = args["out"]
     try:

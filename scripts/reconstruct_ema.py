@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentdiff.console import quieten_libraries
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:

@@ -12,8 +12,8 @@ from functools import partial
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.console import quieten_libraries
-from latentdiff.pipeline.sample_options import SampleOptions
+from latentdiff.config.sampling import SampleOptions
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_class_arguments(SampleOptions)
     given = parser.parse_args().as_dict()
     quieten_libraries()
-    from latentdiff.pipeline.sampling import sample
+    from latentdiff.sampling.sample import sample
 
     say = partial(print, file=sys.stderr, flush=True)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.evaluation.swiss_roll_options import RollOptions
-from latentdiff.whole_file import write_text
+from latentdiff.atomic import write_text
+from latentdiff.config.evaluation import RollOptions
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     given = parser.parse_args().as_dict()
     options = RollOptions(**{field.name: given[field.name] for field in fields(RollOptions)})
     out = Path(given["out"])
-    from latentdiff.evaluation.plots import check_matplotlib, plot_clouds
+    from latentdiff.evaluation.report.plots import check_matplotlib, plot_clouds
     from latentdiff.evaluation.swiss_roll import swiss_roll
 
     try:

@@ -5,16 +5,16 @@ python scripts/train_clip.py --config configs/clip_small.yaml --roots='[DIR, DIR
 
 import sys
 
-from latentdiff.config_clip import ClipConfig
-from latentdiff.config_file import parse_arguments
-from latentdiff.console import quieten_libraries
+from latentdiff.config.clip import ClipConfig
+from latentdiff.config.io import parse_arguments
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
     """Parse, train, say where the CLIP is; exit 0 done, 2 bad usage or input."""
     config = parse_arguments(ClipConfig, description=(__doc__ or "").splitlines()[0])
     quieten_libraries()
-    from latentdiff.training.clip import train_clip
+    from latentdiff.training.clip.train_clip import train_clip
 
     try:
         report = train_clip(config)

@@ -6,9 +6,9 @@ accelerate launch scripts/train_t2i.py --config configs/emoji.yaml --data.root=D
 import logging
 import sys
 
-from latentdiff.config import Config
-from latentdiff.config_file import parse_arguments
-from latentdiff.console import quieten_libraries
+from latentdiff.config.io import parse_arguments
+from latentdiff.config.text_to_image import Config
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
@@ -16,8 +16,8 @@ def main() -> int:
     config = parse_arguments(Config, description=(__doc__ or "").splitlines()[0])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     quieten_libraries()
+    from latentdiff.training.inputs.workers import DeadWorkerError
     from latentdiff.training.loop import train
-    from latentdiff.training.workers import DeadWorkerError
 
     try:
         return train(config)

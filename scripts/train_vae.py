@@ -5,16 +5,16 @@ python scripts/train_vae.py --config configs/vae_small.yaml --roots='[pictures]'
 
 import sys
 
-from latentdiff.config_file import parse_arguments
-from latentdiff.config_vae import VaeConfig
-from latentdiff.console import quieten_libraries
+from latentdiff.config.io import parse_arguments
+from latentdiff.config.vae import VaeConfig
+from latentdiff.terminal import quieten_libraries
 
 
 def main() -> int:
     """Parse, train, say where the VAE is; exit 0 done, 2 bad usage or input."""
     config = parse_arguments(VaeConfig, description=(__doc__ or "").splitlines()[0])
     quieten_libraries()
-    from latentdiff.training.vae import train_vae
+    from latentdiff.training.vae.train_vae import train_vae
 
     try:
         report = train_vae(config)

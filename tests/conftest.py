@@ -22,8 +22,8 @@ from fakes_models import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.models import Components
-from latentdiff.text import train_tokenizer
+from latentdiff.models.components import Components
+from latentdiff.models.text import train_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ SIDE_WORDS = (
 
 
 @dataclass(frozen=True)
-class CaptionEdits:
+class CaptionTransform:
     """What becomes of a picture's captions in training.
 
     choice: one of several by lot, or always the first. Tags are the comma-separated parts; the

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.data.cache_load import CropPlan, Item
-from latentdiff.data.folder import Folder
+from latentdiff.data.cache.decode_ahead import CropPlan, Item
+from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import ImageError, load_alpha, load_image, resize_and_crop
 
 MaskKind = Literal["alpha", "file"]
@@ -61,7 +61,7 @@ class Masks:
                 f"the mask of {record.path} has {mask.width} x {mask.height} pixels, expected "
                 f"{record.width} x {record.height} as the picture has"
             )
-        return to_cells(mask, item, factor=self.factor)
+        return downsample_to_latents(mask, item, factor=self.factor)
 
     def _read(self, index: int) -> bytes:
         return (
@@ -69,7 +69,7 @@ class Masks:
         )
 
 
-def to_cells(mask: Image.Image, item: Item, *, factor: int) -> Tensor:
+def downsample_to_latents(mask: Image.Image, item: Item, *, factor: int) -> Tensor:
     """Cut a mask ("L") as its picture is and average it over cells: (1, h, w) float32 in [0, 1]."""
     cut = resize_and_crop(
         mask,

@@ -101,8 +101,8 @@ def respace(schedule: Schedule, kept: Tensor) -> Schedule:
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Diffuse x0 to step t in closed form (Eq. 4). x0, eps: (B, ...); t: (B,) in [0, T)."""
-    signal = at(schedule.sqrt_alphas_cumprod, t, like=x0)
-    noise = at(schedule.sqrt_one_minus_alphas_cumprod, t, like=x0)
+    signal = extract(schedule.sqrt_alphas_cumprod, t, like=x0)
+    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=x0)
     return signal * x0 + noise * eps
 
 
@@ -114,10 +114,10 @@ def q_posterior_mean_variance(
     x0, xt: (B, ...); t: (B,). Returns (B, ...) and (B, 1, ...).
     """
     mean = (
-        at(schedule.posterior_mean_x0, t, like=xt) * x0
-        + at(schedule.posterior_mean_xt, t, like=xt) * xt
+        extract(schedule.posterior_mean_x0, t, like=xt) * x0
+        + extract(schedule.posterior_mean_xt, t, like=xt) * xt
     )
-    return mean, at(schedule.posterior_variance, t, like=xt)
+    return mean, extract(schedule.posterior_variance, t, like=xt)
 
 
 # --- Section 3.2: what the network predicts, and what that says of x0 and eps ---
@@ -125,8 +125,8 @@ def q_posterior_mean_variance(
 
 def velocity(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return v = signal * eps - noise * x0 (Salimans & Ho 2022, App. D). x0, eps: (B, ...)."""
-    signal = at(schedule.sqrt_alphas_cumprod, t, like=x0)
-    noise = at(schedule.sqrt_one_minus_alphas_cumprod, t, like=x0)
+    signal = extract(schedule.sqrt_alphas_cumprod, t, like=x0)
+    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=x0)
     return signal * eps - noise * x0
 
 
@@ -140,8 +140,8 @@ def predict_x0(
     check_prediction_type(prediction_type)
     if prediction_type == "sample":
         return output.to(_wide(xt.dtype))
-    signal = at(schedule.sqrt_alphas_cumprod, t, like=xt)
-    noise = at(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt)
+    signal = extract(schedule.sqrt_alphas_cumprod, t, like=xt)
+    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt)
     if prediction_type == "v_prediction":
         return signal * xt - noise * output
     return (xt - noise * output) / signal
@@ -154,8 +154,8 @@ def predict_eps(
     check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
         return output.to(_wide(xt.dtype))
-    signal = at(schedule.sqrt_alphas_cumprod, t, like=xt)
-    noise = at(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt)
+    signal = extract(schedule.sqrt_alphas_cumprod, t, like=xt)
+    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt)
     if prediction_type == "v_prediction":
         return noise * xt + signal * output
     return (xt - signal * output) / noise
@@ -197,7 +197,7 @@ def simple_loss(schedule: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Te
 # --- Section 3.2 and Algorithm 2: the reverse chain ---
 
 
-class Reverse(NamedTuple):
+class PMeanVariance(NamedTuple):
     """A Gaussian p(x_{t-1} | xt) and the x0 it was built on."""
 
     mean: Tensor  # (B, ...)
@@ -214,7 +214,7 @@ def p_mean_variance(
     prediction_type: str,
     variance_type: str = "fixed_small",
     clip_x0: float | None = None,
-) -> Reverse:
+) -> PMeanVariance:
     """Turn a model's output at (xt, t) into the Gaussian p(x_{t-1} | xt) (Eq. 11).
 
     variance_type: "fixed_small" is beta-tilde_t, "fixed_large" beta_t (Sec. 3.2); "learned_range"
@@ -227,11 +227,13 @@ def p_mean_variance(
     if clip_x0 is not None:
         x0 = x0.clamp(-clip_x0, clip_x0)
     mean, _ = q_posterior_mean_variance(schedule, x0, xt, t)
-    small = at(schedule.log_variance_small, t, like=xt)
-    large = at(schedule.log_variance_large, t, like=xt)
+    small = extract(schedule.log_variance_small, t, like=xt)
+    large = extract(schedule.log_variance_large, t, like=xt)
     if range_output is not None:
-        return Reverse(mean, torch.lerp(small, large, (range_output.to(small.dtype) + 1) / 2), x0)
-    return Reverse(mean, large if variance_type == "fixed_large" else small, x0)
+        return PMeanVariance(
+            mean, torch.lerp(small, large, (range_output.to(small.dtype) + 1) / 2), x0
+        )
+    return PMeanVariance(mean, large if variance_type == "fixed_large" else small, x0)
 
 
 def split_variance(
@@ -259,7 +261,7 @@ def split_variance(
     return output[:, :num_channels], output[:, num_channels:]
 
 
-def p_sample(reverse: Reverse, t: Tensor, noise: Tensor) -> Tensor:
+def p_sample(reverse: PMeanVariance, t: Tensor, noise: Tensor) -> Tensor:
     """Draw x_{t-1} from p(x_{t-1} | xt) (Algorithm 2, line 4), its mean alone at t = 0.
 
     reverse: of `p_mean_variance`; t: (B,); noise: (B, ...), standard normal.
@@ -357,7 +359,7 @@ def standard_normal(like: Tensor, *, generator: Generators) -> Tensor:
 # --- Looking a coefficient up ---
 
 
-def at(table: Tensor, t: Tensor, *, like: Tensor) -> Tensor:
+def extract(table: Tensor, t: Tensor, *, like: Tensor) -> Tensor:
     """Return table[t] as (B, 1, ...), to multiply `like`, in its dtype but at least float32."""
     return _expand(table.gather(0, t).to(_wide(like.dtype)), like)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from latentdiff.diffusion.ddpm import (
     Model,
-    Reverse,
+    PMeanVariance,
     Schedule,
-    at,
     check_objective,
+    extract,
     predict_x0,
     split_variance,
 )
@@ -65,7 +65,7 @@ def is_guided(
 # --- Guidance by gradient ---
 
 
-def shift_output(
+def score_guidance(
     schedule: Schedule, output: Tensor, gradient: Tensor, t: Tensor, *, prediction_type: str
 ) -> Tensor:
     """Move a prediction by a gradient of log p(y | xt): eps' = eps - sigma_t gradient.
@@ -74,17 +74,17 @@ def shift_output(
     signal times the gradient. Pure noise, where signal is 0, says nothing of y: no move.
     output, gradient: (B, ...).
     """
-    sigma = at(schedule.sqrt_one_minus_alphas_cumprod, t, like=output)
+    sigma = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=output)
     if prediction_type == "epsilon":
         return output - sigma * gradient
-    signal = at(schedule.sqrt_alphas_cumprod, t, like=output)
+    signal = extract(schedule.sqrt_alphas_cumprod, t, like=output)
     inverse = torch.where(signal > 0, 1 / signal, 0.0)
     if prediction_type == "sample":
         return output + sigma.square() * inverse * gradient
     return output - sigma * inverse * gradient
 
 
-def shift_mean(reverse: Reverse, gradient: Tensor) -> Reverse:
+def shift_mean(reverse: PMeanVariance, gradient: Tensor) -> PMeanVariance:
     """Move the mean of p(x_{t-1} | xt) by its variance times a gradient.
 
     Dhariwal & Nichol 2021, Alg. 1, with the gradient of log p(y | xt). Also a product with a second
@@ -94,7 +94,7 @@ def shift_mean(reverse: Reverse, gradient: Tensor) -> Reverse:
     return reverse._replace(mean=reverse.mean + reverse.log_variance.exp() * gradient)
 
 
-def guided_by(
+def with_score_guidance(
     schedule: Schedule,
     model: Model,
     score: Score,
@@ -121,7 +121,7 @@ def guided_by(
             x0 = predict_x0(schedule, prediction, x, t, prediction_type=prediction_type)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(score(x0 if through_x0 else x, t).sum(), x)
-        moved = shift_output(
+        moved = score_guidance(
             schedule, prediction.detach(), scale * gradient, t, prediction_type=prediction_type
         )
         return torch.cat([moved, output[:, x.shape[1] :].detach().to(moved.dtype)], 1)

@@ -10,8 +10,8 @@ from torch import Tensor
 from latentdiff.diffusion.bound import bound_term
 from latentdiff.diffusion.ddpm import (
     Schedule,
-    at,
     check_prediction_type,
+    extract,
     split_variance,
     velocity,
 )
@@ -169,4 +169,4 @@ def perturb_input(
 
     xt, noise: (B, ...), noise a second standard normal draw. The paper uses strength 0.1.
     """
-    return xt + strength * at(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt) * noise
+    return xt + strength * extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt) * noise

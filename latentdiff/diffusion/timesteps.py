@@ -42,7 +42,7 @@ def logit_normal_probabilities(
     return (1 - uniform_share) * below.diff() + uniform_share / num_timesteps
 
 
-def draw_by(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def sample_from(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draw timesteps by their probabilities p (T,): (B,) int64, and the weights (B,) of their
     losses, 1 / (T p_t), which keep the mean of the weighted loss that of uniform timesteps.
 
@@ -63,7 +63,7 @@ def stratify(u: Tensor, place: Tensor, *, num_places: int) -> Tensor:
     return (place + u) / num_places
 
 
-class LossAwareTimesteps:
+class LossSecondMomentSampler:
     """Draw timesteps in proportion to the size of their loss (Nichol & Dhariwal 2021, Eq. 18).
 
     p_t is proportional to sqrt(mean of the last losses at t, squared), uniform until every step has
@@ -98,7 +98,7 @@ class LossAwareTimesteps:
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return timesteps (B,) int64 and the weights (B,) of their losses. u: (B,) in [0, 1)."""
-        return draw_by(self.probabilities(), u)
+        return sample_from(self.probabilities(), u)
 
     def update(self, t: Tensor, losses: Tensor, ok: Tensor | None = None) -> None:
         """Remember the losses of a batch before weighting, the oldest forgotten first. Both (B,).

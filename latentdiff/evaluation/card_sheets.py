@@ -14,13 +14,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from latentdiff.data.folder import Folder, read_folder
-from latentdiff.evaluation.bootstrap import Interval, proportion
+from latentdiff.atomic import atomic_file, write_text
+from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.evaluation.metrics.bootstrap import Interval, proportion
+from latentdiff.image_grid import draw_grid
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.opening import open_pipeline
-from latentdiff.pipeline.sampling import draw_each
-from latentdiff.pipeline.sheet import draw_sheet
-from latentdiff.whole_file import whole_file, write_text
+from latentdiff.sampling.open_pipeline import open_pipeline
+from latentdiff.sampling.sample import sample_each
 
 COLUMNS, AT_ONCE = 8, 8
 NUM_CHOICES, PICTURES_A_QUESTION = 8, 3
@@ -83,7 +83,7 @@ def write_card_sheets(
         seeds = [sampling.seed + place for place in range(len(prompts))]
         pictures = _draw(pipe, prompts, seeds, sampling)
         if pictures:
-            sheets[name] = draw_sheet(pictures, prompts, columns=COLUMNS)
+            sheets[name] = draw_grid(pictures, prompts, columns=COLUMNS)
     _save_small(sheets, out)
     drawn = {"model": Path(model).name, "seen": seen, "unseen": unseen}
     write_text(out / "prompts.json", _json(drawn | asdict(sampling)))
@@ -138,7 +138,7 @@ def _in_order(asked: Sequence[Question], *, seed: int) -> list[Question]:
 def _draw(
     pipe: LatentDiffPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
 ) -> list[Image.Image]:
-    return draw_each(
+    return sample_each(
         pipe,
         prompts,
         seeds,
@@ -153,7 +153,7 @@ def _save_small(sheets: Mapping[str, Image.Image], out: Path) -> None:
     """Write the sheets as JPG, as good as the bytes allow."""
     for quality in QUALITIES:
         for name, sheet in sheets.items():
-            with whole_file(out / f"{name}.jpg") as temporary:
+            with atomic_file(out / f"{name}.jpg") as temporary:
                 sheet.save(temporary, format="JPEG", quality=quality, optimize=True)
         if sum((out / f"{name}.jpg").stat().st_size for name in sheets) <= MAX_BYTES:
             return
@@ -175,8 +175,8 @@ def _write_questions(
     ]
     for number, question in enumerate(questions):
         three = pictures[PICTURES_A_QUESTION * number :][:PICTURES_A_QUESTION]
-        sheet = draw_sheet(three, [question.name] * len(three), columns=len(three))
-        with whole_file(out / "reader" / f"{question.name}.png") as temporary:
+        sheet = draw_grid(three, [question.name] * len(three), columns=len(three))
+        with atomic_file(out / "reader" / f"{question.name}.png") as temporary:
             sheet.save(temporary, format="PNG")
         lines += ["", f"## {question.name}.png", ""]
         lines += [f"{place}. {text}" for place, text in enumerate(question.choices, start=1)]

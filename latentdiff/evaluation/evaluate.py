@@ -4,33 +4,41 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from latentdiff.evaluation.against import against_section
-from latentdiff.evaluation.bound_data import open_subject
-from latentdiff.evaluation.bound_report import bound_report, write_metrics
-from latentdiff.evaluation.caption_use import comparable
-from latentdiff.evaluation.guidance_sweep import sweep_report
-from latentdiff.evaluation.judges import check, open_judges
-from latentdiff.evaluation.measure import Exam, Measured, measure
-from latentdiff.evaluation.options import (
+from latentdiff.config.evaluation import (
     BoundOptions,
+    EvalModelOptions,
     EvaluationOptions,
-    SubjectOptions,
     SweepOptions,
 )
-from latentdiff.evaluation.report import write_report
-from latentdiff.evaluation.sections import Section
-from latentdiff.evaluation.shown_figures import bound_section, guidance_section, steps_section
-from latentdiff.evaluation.step_sweep import step_report
-from latentdiff.pipeline.facts import default_guidance, read_facts
-from latentdiff.shipped import resolve
-from latentdiff.weights import weights_hash
+from latentdiff.evaluation.eval_set import open_eval_model
+from latentdiff.evaluation.report.comparison import against_section
+from latentdiff.evaluation.report.heldout_loss import comparable
+from latentdiff.evaluation.report.html_report import write_evaluation_report
+from latentdiff.evaluation.report.json_sections import (
+    bound_section,
+    guidance_section,
+    steps_section,
+)
+from latentdiff.evaluation.report.section import Section
+from latentdiff.evaluation.report.sweeps import step_report, sweep_report
+from latentdiff.evaluation.report.vlb import bound_report, write_metrics
+from latentdiff.evaluation.run import (
+    EvalResult,
+    EvalRun,
+    check_options,
+    load_metric_nets,
+    run_evaluation,
+)
+from latentdiff.models.bundled import resolve_model
+from latentdiff.models.weights import weights_hash
+from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
 
 
 def evaluate(
     model: str,
     out: Path,
     *,
-    data: SubjectOptions,
+    data: EvalModelOptions,
     options: EvaluationOptions,
     bound: BoundOptions | None,
     sweep: SweepOptions,
@@ -40,18 +48,18 @@ def evaluate(
     bound: None leaves the bound out. ValueError or OSError says before any picture is drawn what
     cannot be done; FloatingPointError is a model whose numbers are none.
     """
-    check(options, sweep)
+    check_options(options, sweep)
     scale = options.guidance_scale
     if scale is None:
-        scale = default_guidance(read_facts(resolve(model)))
-    judges = open_judges(options, data)
-    exam = Exam(open_subject(model, data), judges, out / "pictures", data, options, scale)
+        scale = default_guidance(read_model_info(resolve_model(model)))
+    judges = load_metric_nets(options, data)
+    exam = EvalRun(open_eval_model(model, data), judges, out / "pictures", data, options, scale)
     other = None
     if options.compare is not None:
-        subject = open_subject(options.compare, data)
+        subject = open_eval_model(options.compare, data)
         other = replace(exam, subject=subject, folder=out / "pictures-other")
     of_chain = _chain_sections(exam, out, bound=bound, sweep=sweep)
-    measured = measure(exam)
+    measured = run_evaluation(exam)
     sections = measured.sections + of_chain
     if other is not None:
         place = 0 if measured.drawn is None else 1
@@ -61,7 +69,7 @@ def evaluate(
     figures = {section.name: section.figures for section in sections if section.figures}
     metrics = {"model": model, "data": data.data, "settings": facts, "left_out": left_out}
     write_metrics(out, metrics | figures)
-    return write_report(
+    return write_evaluation_report(
         out / "report.html",
         title=f"Evaluation of {model}",
         facts=_told(facts),
@@ -71,7 +79,7 @@ def evaluate(
 
 
 def _chain_sections(
-    exam: Exam, out: Path, *, bound: BoundOptions | None, sweep: SweepOptions
+    exam: EvalRun, out: Path, *, bound: BoundOptions | None, sweep: SweepOptions
 ) -> list[Section]:
     """Measure what was asked for of the chain itself."""
     subject, clip, sections = exam.subject, exam.judges.clip, []
@@ -86,10 +94,10 @@ def _chain_sections(
     return sections
 
 
-def _against(name: str, first: tuple[Exam, Measured], other: Exam) -> Section:
+def _against(name: str, first: tuple[EvalRun, EvalResult], other: EvalRun) -> Section:
     """Measure the other model alike, and compare."""
     exam, measured = first
-    second = measure(other)
+    second = run_evaluation(other)
     why = comparable(exam.subject, other.subject)
     a, b = measured.drawn, second.drawn
     section = against_section(
@@ -116,7 +124,7 @@ def _not_asked_for(
     return {name: f"not asked for (--{name})" for name, is_asked in asked.items() if not is_asked}
 
 
-def _facts(exam: Exam, measured: Measured) -> dict[str, Any]:
+def _facts(exam: EvalRun, measured: EvalResult) -> dict[str, Any]:
     """Return what the figures rest on, as JSON values."""
     subject, drawn = exam.subject, measured.drawn
     return asdict(exam.data) | {

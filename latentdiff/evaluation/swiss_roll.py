@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.config.evaluation import RollOptions
 from latentdiff.diffusion.bound import Estimate, estimate, evaluate_bound
-from latentdiff.diffusion.continuous import flow_bits
 from latentdiff.diffusion.ddpm import (
     VARIANCE_TYPES,
     Model,
@@ -23,11 +23,11 @@ from latentdiff.diffusion.ddpm import (
     p_sample_steps,
     q_sample,
 )
-from latentdiff.diffusion.guidance import guided_by
+from latentdiff.diffusion.guidance import with_score_guidance
 from latentdiff.diffusion.objectives import hybrid_loss
 from latentdiff.diffusion.schedules import make_betas
+from latentdiff.diffusion.theory.continuous_time import flow_bits
 from latentdiff.diffusion.timesteps import stratify, uniform_timesteps
-from latentdiff.evaluation.swiss_roll_options import RollOptions
 
 PREDICTION, LEARNED = "v_prediction", "learned_range"
 SHOWN = (0.0, 0.1, 0.3, 1.0)  # moments of each chain
@@ -251,7 +251,7 @@ def sample_posterior(
         variance = options.tolerance**2 + (1 - schedule.alphas_cumprod[t])
         return -0.5 * (x0[:, 0] - options.known).square() / variance
 
-    guided = guided_by(
+    guided = with_score_guidance(
         schedule, model, log_r, scale=1.0, prediction_type=PREDICTION, variance_type=LEARNED
     )
     return p_sample_loop(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.pipeline.denoise import Guidance
+from latentdiff.pipeline.denoiser import Guidance
 from latentdiff.pipeline.prompts import Text, weighted_parts
 
 LONG_PROMPTS = ("cut", "chunks")

@@ -28,27 +28,32 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from latentdiff.latents import LatentCodec
-from latentdiff.pipeline import checks, denoise, schedulers
-from latentdiff.pipeline.canvas import Canvas, prepare_canvas
-from latentdiff.pipeline.decode import decode
-from latentdiff.pipeline.denoise import Guidance, Prediction
-from latentdiff.pipeline.facts import Facts, default_guidance, warn_of_guidance
-from latentdiff.pipeline.fast_cpu import FastCPU
-from latentdiff.pipeline.guide import Guide, climb
-from latentdiff.pipeline.loading import Loading
-from latentdiff.pipeline.noise import Generators, generators_for
-from latentdiff.pipeline.output import LatentDiffOutput
-from latentdiff.pipeline.pictures import Given, read_pictures
-from latentdiff.pipeline.png import attach_settings
-from latentdiff.pipeline.prompts import Text
-from latentdiff.pipeline.reading import Reading
-from latentdiff.pipeline.samplers import make_sampler
-from latentdiff.pipeline.settings import describe
-from latentdiff.pipeline.step_end import TENSORS, StepEnd, StepFunction
+from latentdiff.cpu.fast_sampling import FastCPU
+from latentdiff.models.latents import LatentCodec
+from latentdiff.pipeline import checks, denoiser, schedulers
+from latentdiff.pipeline.callbacks import TENSORS, StepEndCallback, StepFunction
+from latentdiff.pipeline.denoiser import Guidance, Guide, Prediction
+from latentdiff.pipeline.files.loading import LoadingMixin
+from latentdiff.pipeline.files.model_info import (
+    ModelInfo,
+    default_guidance,
+    warn_if_guidance_untrained,
+)
+from latentdiff.pipeline.gradient_guidance import score_step
+from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
+from latentdiff.pipeline.initial_latents import (
+    Generators,
+    InpaintState,
+    generators_for,
+    prepare_latents,
+)
+from latentdiff.pipeline.output import LatentDiffOutput, decode
+from latentdiff.pipeline.prompts import EncodePromptMixin, Text
+from latentdiff.pipeline.provenance import attach_settings, generation_metadata
+from latentdiff.pipeline.schedulers import make_scheduler
 
 
-class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMixin):
+class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, StableDiffusionMixin):
     """Text to image, image to image and inpainting with any Stable Diffusion 1.x / 2.x model.
 
     `LatentDiffPipeline.from_pretrained(path_or_id)("a cat").images[0]` is a PIL image. What
@@ -119,7 +124,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
             requires_safety_checker=requires_safety_checker and safety_checker is not None
         )
         self.vae_scale_factor = LatentCodec(vae).factor if vae is not None else 8
-        self.facts = Facts()
+        self.facts = ModelInfo()
         self._guidance, self._guidance_scale = Guidance(), 1.0
         self._num_timesteps = 0
         self._interrupt = False
@@ -160,7 +165,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         """Make pictures for a prompt, or for each prompt of a list; see the class."""
         # 1. Refuse nonsense before any compute
         checks.output(output_type, return_dict)
-        step_end = StepEnd.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        step_end = StepEndCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._set_guidance(
             guidance_scale, guidance_rescale, guidance_interval, guide=(guide, guide_scale)
         )
@@ -195,7 +200,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         )
 
         # 5. Decode, and write into each picture what made it
-        settings = describe(
+        settings = generation_metadata(
             self, text, seeds, given=given, shape=shape, steps=num_inference_steps, eta=eta
         )
         images, flagged = self._decode(latents, output_type, settings)
@@ -205,7 +210,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
 
     def set_scheduler(self, name: str) -> None:
         """Change the sampler by a name people know, such as "dpm++2m-karras"; see samplers.py."""
-        self.scheduler = make_sampler(name, trained=self.scheduler)
+        self.scheduler = make_scheduler(name, trained=self.scheduler)
 
     @property
     def guidance_scale(self) -> float:
@@ -249,12 +254,12 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         scale = default_guidance(self.facts) if scale is None else scale
         guidance = checks.guidance(scale, rescale, interval, guide=function, guide_scale=times)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
-        warn_of_guidance(self.facts, guidance.scale)
+        warn_if_guidance_untrained(self.facts, guidance.scale)
 
     def _read_pictures(
         self, text: Text, image: object, mask_image: object, strength: object
-    ) -> Given:
-        return read_pictures(
+    ) -> ImageInputs:
+        return read_image_inputs(
             image,
             mask_image,
             strength=strength,
@@ -264,11 +269,11 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         )
 
     def _latent_shape(
-        self, num_images: int, given: Given, height: object, width: object
+        self, num_images: int, given: ImageInputs, height: object, width: object
     ) -> tuple[int, int, int, int]:
         """Return (B, C, h, w) of a size in pixels, by default the picture's or the trained one."""
         factor = self.vae_scale_factor
-        default = given.size(multiple=factor) or denoise.image_size(self.unet, factor=factor)
+        default = given.size(multiple=factor) or denoiser.image_size(self.unet, factor=factor)
         rows, columns = checks.image_size(height, width, default=default, multiple=factor)
         return num_images, self.num_channels, rows // factor, columns // factor
 
@@ -303,13 +308,13 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
 
     def _canvas(
         self,
-        given: Given,
+        given: ImageInputs,
         noise: Tensor | None,
         shape: Sequence[int],
         generator: Generators,
         device: torch.device,
-    ) -> Canvas:
-        return prepare_canvas(
+    ) -> InpaintState:
+        return prepare_latents(
             given,
             noise,
             shape=shape,
@@ -322,9 +327,9 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
     def _walk(
         self,
         timesteps: Tensor,
-        canvas: Canvas,
+        canvas: InpaintState,
         states: Tensor,
-        step_end: StepEnd,
+        step_end: StepEndCallback,
         step_options: dict[str, Any],
         *,
         lora_scale: float | None,
@@ -352,7 +357,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
 
     def _predict(
         self,
-        canvas: Canvas,
+        canvas: InpaintState,
         xt: Tensor,
         t: Tensor,
         states: Tensor,
@@ -365,7 +370,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
         acts = guidance.acts_at(t, num_timesteps=num_timesteps)
 
         def predict(xt: Tensor) -> Prediction:
-            return denoise.predict(
+            return denoiser.predict(
                 self.unet,
                 canvas.unet_input(xt),
                 t=t,
@@ -379,7 +384,7 @@ class LatentDiffPipeline(Reading, Loading, DiffusionPipeline, StableDiffusionMix
 
         if guidance.guide is None or not acts:
             return predict(xt)
-        return climb(
+        return score_step(
             guidance.guide, predict, xt, t, scale=guidance.guide_scale, scheduler=self.scheduler
         )
 

@@ -1,13 +1,15 @@
-"""Prompts to text states (B, L, D): what was cut is said, weights and long prompts are possible.
+r"""Prompts to text states (B, L, D): what was cut is said, weights and long prompts are possible.
 
 "(red:1.3) apple" weighs the states of "red" by 1.3: state = null + 1.3 * (state - null), where null
 is the state of the empty prompt at the same place. Only "(text:number)" is read so; all other
-brackets are text, and "\\(" is always a bracket.
+brackets are text, and "\(" is always a bracket.
 
 A prompt longer than the text tower's window is cut with a warning, or read in chunks, each with
 its own start and end token, set side by side. Prompts of unequal length in one batch are repeated
 to a common length: a softmax over keys that are all repeated k times is the softmax over them
 once, so no picture depends on its neighbours.
+
+Prompts to text states, with the surface that Stable Diffusion's pipelines have.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.models.text import NULL_CAPTION
+from latentdiff.pipeline import checks
 
 MAX_WEIGHT = 10.0
 MAX_REPEATS = 64
@@ -86,7 +91,7 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
     return parts or [("", 1.0)]
 
 
-def read_tokens(tokenizer: CLIPTokenizer, prompt: str) -> Tokens:
+def tokenize_prompts(tokenizer: CLIPTokenizer, prompt: str) -> Tokens:
     """Return the prompt's token ids and weights, however long it is."""
     ids: list[int] = []
     weights: list[float] = []
@@ -112,7 +117,7 @@ def encode(
     range, or for lengths in one batch that have no common multiple below 64 windows.
     """
     window = tokenizer.model_max_length - 2
-    tokens = [read_tokens(tokenizer, prompt) for prompt in prompts]
+    tokens = [tokenize_prompts(tokenizer, prompt) for prompt in prompts]
     if long_prompts == "cut":
         _warn_of_cuts(tokenizer, tokens, window)
         tokens = [Tokens(t.ids[:window], t.weights[:window]) for t in tokens]
@@ -150,7 +155,7 @@ def common_length(states: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat([one] * (length // one.shape[-2]), dim=-2) for one in states]
 
 
-def paired(
+def repeat_to_common_length(
     states: Tensor, negative: Tensor, *, num_images_per_prompt: int
 ) -> tuple[Tensor, Tensor]:
     """Return states and negative states, one or one a prompt, of one length for each picture."""
@@ -162,7 +167,7 @@ def paired(
 
 
 @contextlib.contextmanager
-def lora_scaled(module: nn.Module | None, scale: float | None) -> Iterator[None]:
+def apply_lora_scale(module: nn.Module | None, scale: float | None) -> Iterator[None]:
     """Let all LoRAs of a module act `scale` times as strongly for a while.
 
     At 0 the module is the one without them, bit for bit. Each LoRA keeps its own weight beside the
@@ -249,3 +254,60 @@ def _readable(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:
 
 def _unescape(text: str) -> str:
     return text.replace("\\(", "(").replace("\\)", ")")
+
+
+class EncodePromptMixin:
+    """What a pipeline does with prompts; a mixin beside DiffusionPipeline."""
+
+    tokenizer: Any
+    text_encoder: Any
+    unet: Any
+    maybe_convert_prompt: Any
+
+    def encode_prompt(  # noqa: PLR0917  (Stable Diffusion's signature)
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        long_prompts: str = "cut",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the text states of prompts and, for guidance, of negative prompts, each (B, L, D).
+
+        The arguments are Stable Diffusion's, in its order, and long_prompts; B counts
+        num_images_per_prompt pictures a prompt. As there, clip_skip acts on the prompt alone.
+        """
+
+        def read(name: str, value: object, skipped: int | None) -> Tensor:
+            texts = checks.texts(name, value)
+            if self.text_encoder is None:
+                raise ValueError(f"this pipeline has no text encoder; pass {name}_embeds")
+            if has_new_words(self.tokenizer):
+                texts = self.maybe_convert_prompt(texts, self.tokenizer)
+            return encode(
+                texts,
+                tokenizer=self.tokenizer,
+                text_encoder=self.text_encoder,
+                device=device,
+                clip_skip=skipped,
+                long_prompts=long_prompts,
+            )
+
+        with apply_lora_scale(self.text_encoder, lora_scale):
+            states = read("prompt", prompt, clip_skip) if prompt_embeds is None else prompt_embeds
+            negative = negative_prompt_embeds
+            if do_classifier_free_guidance and negative is None:
+                negative = read("negative_prompt", negative_prompt or NULL_CAPTION, None)
+        owner = self.text_encoder or self.unet
+        dtype = states.dtype if owner is None else owner.dtype
+        if negative is None or not do_classifier_free_guidance:
+            return states.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0), None
+        negative = negative.to(device, dtype)
+        return repeat_to_common_length(
+            states.to(device, dtype), negative, num_images_per_prompt=num_images_per_prompt
+        )

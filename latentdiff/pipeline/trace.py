@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.latents import LatentCodec
-from latentdiff.pipeline.sheet import draw_sheet
+from latentdiff.image_grid import draw_grid
+from latentdiff.models.latents import LatentCodec
 
 MAX_COLUMNS = 8
 
@@ -51,7 +51,7 @@ class Trace:
             size = panels[0].size
             panels += [_norm(step["guidance_difference"][picture], size=size) for step in shown]
             labels += [f"guidance, t={step['t']:.0f}" for step in shown]
-        return draw_sheet(panels, labels, columns=len(shown))
+        return draw_grid(panels, labels, columns=len(shown))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.training.atomic import clean, fingerprint, remove_folder, whole_folder
+from latentdiff.atomic import atomic_folder, file_hash, remove_folder, remove_leftovers
 
 FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -65,8 +65,8 @@ def save_checkpoint(
     state_json = _to_json(state)
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:09d}"
-    clean(root)
-    with whole_folder(final) as folder:
+    remove_leftovers(root)
+    with atomic_folder(final) as folder:
         for part, named in tensors.items():
             _save_tensors(named, folder / f"{part}.safetensors")
         (folder / STATE).write_text(state_json, encoding="utf-8")
@@ -75,7 +75,7 @@ def save_checkpoint(
             "step": step,
             "config_hash": config_hash,
             "world_size": world_size,
-            "files": {path.name: fingerprint(path) for path in sorted(folder.iterdir())},
+            "files": {path.name: file_hash(path) for path in sorted(folder.iterdir())},
         }
         sealed = {**manifest, "seal": _hash(manifest)}
         (folder / MANIFEST).write_text(_to_json(sealed), encoding="utf-8")
@@ -128,7 +128,7 @@ def validate_checkpoint(path: Path) -> dict[str, Any]:
     for name, expected in manifest["files"].items():
         _check_size(path / name, expected["bytes"])
         try:
-            found = fingerprint(path / name)
+            found = file_hash(path / name)
         except OSError as error:
             raise CheckpointError(f"checkpoint {path}: cannot read {name}: {error}") from error
         if found["sha256"] != expected["sha256"]:

@@ -9,22 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.models import Components, load_components
-from latentdiff.pipeline.facts import Facts, read_facts
-from latentdiff.shipped import resolve
+from latentdiff.models.bundled import resolve_model
+from latentdiff.models.components import Components, load_components
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.training.checkpoint import best_step, load_checkpoint
-from latentdiff.training.components import TextToImage
-from latentdiff.training.engine import Engine
-from latentdiff.training.finetune import plain_components, write_parts
+from latentdiff.training.finetune.methods import merged_components, save_adapters
 from latentdiff.training.learned_variance import (
     for_ancestral_sampling,
-    learns_variance,
+    has_learned_variance,
     without_variance,
 )
-from latentdiff.training.power_ema import gamma_of, reconstruct
+from latentdiff.training.model import TextToImage
+from latentdiff.training.optim.posthoc_ema import gamma_of, read_snapshots, reconstruct
 from latentdiff.training.preview import make_pipeline
-from latentdiff.training.run import Run
-from latentdiff.training.snapshots import read_snapshots
+from latentdiff.training.setup import Run
+from latentdiff.training.train_step import TrainStep
 
 WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
@@ -36,8 +35,8 @@ def export(run: Run) -> None:
         step = _take_best(run) if wants_best else run.config.train.max_steps
         with averaged(run.engine):
             run.components.unet.to(memory_format=torch.contiguous_format)
-            write_parts(run.components, run.config.finetune, run.folder)
-            plain = plain_components(run.components, run.config.finetune.method)
+            save_adapters(run.components, run.config.finetune, run.folder)
+            plain = merged_components(run.components, run.config.finetune.method)
             _write_both(plain, run.folder / "pipeline", facts=_facts(run, step))
     run.accelerator.wait_for_everyone()
 
@@ -64,11 +63,11 @@ def export_reconstructed(
     components = load_components(source if source.is_dir() else run_folder / "pipeline")
     _take_weights(components, weights)
     step = step or max(snapshot.step for snapshot in snapshots)
-    facts = dataclasses.replace(read_facts(run_folder / "pipeline"), steps=step, metrics={})
+    facts = dataclasses.replace(read_model_info(run_folder / "pipeline"), steps=step, metrics={})
     _write_both(components, out, facts=facts)
 
 
-def averaged(engine: Engine) -> AbstractContextManager[None]:
+def averaged(engine: TrainStep) -> AbstractContextManager[None]:
     """Give the model its EMA weights inside the block, if the run keeps any."""
     return nullcontext() if engine.ema is None else engine.ema.swapped_in(engine.model)
 
@@ -91,8 +90,8 @@ def _take_best(run: Run) -> int:
 @torch.no_grad()
 def _take_weights(components: Components, weights: dict[str, Tensor]) -> None:
     """Put weights, named as in training, in the place of a model's own."""
-    learns_text = any(name.startswith("text_encoder.") for name in weights)
-    own = dict(TextToImage(components, learns_text=learns_text).named_parameters())
+    trains_text_encoder = any(name.startswith("text_encoder.") for name in weights)
+    own = dict(TextToImage(components, trains_text_encoder=trains_text_encoder).named_parameters())
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(
@@ -102,16 +101,16 @@ def _take_weights(components: Components, weights: dict[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def _write_both(components: Components, final: Path, *, facts: Facts) -> None:
+def _write_both(components: Components, final: Path, *, facts: ModelInfo) -> None:
     """Write a model; one that learned its variance whole to a second folder, and cut to this."""
-    if learns_variance(components):
+    if has_learned_variance(components):
         whole = for_ancestral_sampling(components)
         _write(whole, final.with_name(final.name + WITH_VARIANCE), facts=facts)
         components = without_variance(components)
     _write(components, final, facts=facts)
 
 
-def _write(components: Components, final: Path, *, facts: Facts) -> None:
+def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
     """Write a folder as a whole, in place of an older one."""
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.partial")
@@ -123,7 +122,7 @@ def _write(components: Components, final: Path, *, facts: Facts) -> None:
     temporary.rename(final)
 
 
-def _facts(run: Run, step: int) -> Facts:
+def _facts(run: Run, step: int) -> ModelInfo:
     """Return what is known of the state of a step."""
     config = run.config
     last: dict[str, float] = {}
@@ -132,11 +131,15 @@ def _facts(run: Run, step: int) -> Facts:
         figures = json.loads(line)
         last |= figures if figures["step"] <= step else {}
     shown = ("held_out_loss", "held_out_se", "num_held_out", "caption_use")
-    base = read_facts(resolve(config.model.pretrained)) if config.model.pretrained else Facts()
+    base = (
+        read_model_info(resolve_model(config.model.pretrained))
+        if config.model.pretrained
+        else ModelInfo()
+    )
     dropout: float | None = config.diffusion.caption_dropout
     if config.model.pretrained and not dropout:  # what the base learned of the empty caption stays
         dropout = base.caption_dropout
-    return Facts(
+    return ModelInfo(
         caption_dropout=dropout,
         prediction_type=run.engine.objective.prediction_type,
         base_model=config.model.pretrained or None,

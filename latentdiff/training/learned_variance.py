@@ -14,13 +14,13 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from latentdiff.models import Components
-from latentdiff.pipeline.samplers import make_sampler
+from latentdiff.models.components import Components
+from latentdiff.pipeline.schedulers import make_scheduler
 
 VLB_WEIGHT = 0.001  # lambda of L_hybrid (Eq. 16)
 
 
-def learns_variance(components: Components) -> bool:
+def has_learned_variance(components: Components) -> bool:
     """Return whether the U-Net has variance channels."""
     return int(components.unet.config["out_channels"]) == 2 * _channels(components)
 
@@ -31,7 +31,7 @@ def fit_variance(components: Components, *, learned: bool) -> None:
     They start in the middle between the two fixed variances; the prediction stays as it is.
     ValueError where the model has them and they are not to be trained.
     """
-    has = learns_variance(components)
+    has = has_learned_variance(components)
     if has and not learned:
         raise ValueError(
             "the model has a learned variance, which this run would leave behind; set "
@@ -56,13 +56,13 @@ def without_variance(components: Components) -> Components:
     cut.load_state_dict(weights, assign=True)
     scheduler = components.scheduler
     if str(scheduler.config.get("variance_type")).startswith("learned"):
-        scheduler = make_sampler("ddim", trained=scheduler)
+        scheduler = make_scheduler("ddim", trained=scheduler)
     return replace(components, unet=cut.train(unet.training), scheduler=scheduler)
 
 
 def for_ancestral_sampling(components: Components) -> Components:
     """Return the whole model with the DDPMScheduler that uses its variance."""
-    plain = make_sampler("ddpm", trained=components.scheduler)
+    plain = make_scheduler("ddpm", trained=components.scheduler)
     return replace(
         components,
         scheduler=DDPMScheduler.from_config(plain.config, variance_type="learned_range"),

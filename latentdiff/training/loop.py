@@ -18,21 +18,25 @@ import torch.distributed
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latentdiff.config import Config
-from latentdiff.evaluation.heldout import summarise, summarise_gap, triple_losses
+from latentdiff.config.text_to_image import Config
+from latentdiff.evaluation.metrics.heldout_loss import (
+    summarize_gap,
+    summarize_losses,
+    triple_losses,
+)
 from latentdiff.training.checkpoint import best_step
-from latentdiff.training.components import check_parts
 from latentdiff.training.export import averaged, export
+from latentdiff.training.fsdp import is_sharded
+from latentdiff.training.inputs.train_data import TrainData, train_batches
+from latentdiff.training.inputs.workers import report_worker_crash
 from latentdiff.training.learned_variance import prediction_only
-from latentdiff.training.log import Window
-from latentdiff.training.plan import say_plan, say_rate
+from latentdiff.training.metrics_log import Window
+from latentdiff.training.model import check_components
+from latentdiff.training.plan import log_plan, log_throughput
 from latentdiff.training.preview import write_sheet
-from latentdiff.training.resume import first_checkpoint, resume, save_averages, save_state
-from latentdiff.training.run import Run, prepare, start_accelerator
+from latentdiff.training.resume import first_checkpoint, resume, save_posthoc_snapshots, save_state
 from latentdiff.training.run_folder import RunLock, StopSignals, die_with_parent
-from latentdiff.training.sharded import is_spread
-from latentdiff.training.supply import Supply, step_batches
-from latentdiff.training.workers import naming_the_dead
+from latentdiff.training.setup import Run, setup, start_accelerator
 
 NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
 
@@ -49,15 +53,15 @@ def train(config: Config) -> int:
     nothing is lost by it.
     """
     die_with_parent()
-    check_parts(config)
+    check_components(config)
     accelerator = start_accelerator(config)
     folder = Path(config.output_dir).expanduser()
-    with _naming_the_rank(accelerator), _lock(folder, accelerator):
+    with _log_rank_on_error(accelerator), _lock(folder, accelerator):
         start = first_checkpoint(config, folder)
-        run = prepare(config, folder, accelerator, start=start)
-        with StopSignals() as signals, naming_the_dead(run.supply.samples, run.supply.ids):
+        run = setup(config, folder, accelerator, start=start)
+        with StopSignals() as signals, report_worker_crash(run.supply.samples, run.supply.ids):
             first_step = resume(run, start)
-            say_plan(run, first_step)
+            log_plan(run, first_step)
             try:
                 stopped = _train_steps(run, signals, first_step=first_step)
             finally:
@@ -74,7 +78,7 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
     """Train from first_step to the end; return whether a signal stopped it, its state saved."""
     config, settings, accelerator = run.config, run.config.train, run.accelerator
     ids = run.supply.ids
-    batches = step_batches(
+    batches = train_batches(
         config, run.supply, run.layout, first_step=first_step, accelerator=accelerator
     )
     timed = _Timed(batches)
@@ -104,9 +108,9 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
             figures, skipped = window.close(done, ids, rate=rate)
             run.engine.skipped += skipped
             run.log.write(done, figures)
-            _say_failed_save(run)
+            _log_save_error(run)
             if not rate_is_known and accelerator.is_main_process:
-                say_rate(
+                log_throughput(
                     figures["images_per_second"],
                     num_images=(settings.max_steps - done) * settings.batch_size,
                 )
@@ -115,16 +119,16 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
                 loss=f"{figures['loss']:.4f}", img_s=f"{figures['images_per_second']:.1f}"
             )
         if _is_time(done, settings.power_ema_every_steps, last):
-            save_averages(run, done)
+            save_posthoc_snapshots(run, done)
         with window.paused():
-            is_best = not stop and _measure(run, done, last=last)
+            is_best = not stop and _eval_heldout(run, done, last=last)
         if stop or last or is_best or done % settings.checkpoint_every_steps == 0:
             save_state(run, done)
         if stop:
             bar.close()
             return True
         with window.paused():
-            _draw(run, done, last=last)
+            _save_samples(run, done, last=last)
     bar.close()
     return False
 
@@ -136,7 +140,7 @@ def _measure_start(run: Run, first_step: int) -> None:
     depends on stops.
     """
     is_new = first_step not in run.held_out
-    if is_new and _measure(run, first_step, last=False) and first_step:
+    if is_new and _eval_heldout(run, first_step, last=False) and first_step:
         save_state(run, first_step)
 
 
@@ -144,10 +148,10 @@ def _draw_where_stopped(run: Run, first_step: int) -> None:
     """Draw the sheet that a stop right after a save left out."""
     missing = first_step > 0 and not _sheet_path(run, first_step).exists()
     if _any_process(missing, run.accelerator):
-        _draw(run, first_step, last=first_step == run.config.train.max_steps)
+        _save_samples(run, first_step, last=first_step == run.config.train.max_steps)
 
 
-def _draw(run: Run, done: int, *, last: bool) -> None:
+def _save_samples(run: Run, done: int, *, last: bool) -> None:
     """Draw a sheet when it is time, with the EMA weights."""
     preview = run.config.preview
     if not _is_time(done, preview.every_steps, last):
@@ -170,7 +174,7 @@ def _draw(run: Run, done: int, *, last: bool) -> None:
             logger.error("no sheet for step %d: %s", done, error)
 
 
-def _measure(run: Run, done: int, *, last: bool) -> bool:
+def _eval_heldout(run: Run, done: int, *, last: bool) -> bool:
     """Measure the held-out loss when it is time; return whether this state is the best to keep.
 
     Beside it goes the loss of training pictures, whose gap to it tells overfitting. All processes
@@ -202,8 +206,8 @@ def _measure(run: Run, done: int, *, last: bool) -> bool:
         trained_share = measure(trained, captions=["true"])
     losses = run.accelerator.reduce(shares, "sum")
     trained_losses = run.accelerator.reduce(trained_share, "sum")["true"]
-    figures = summarise(losses, triples.t, num_timesteps=objective.schedule.num_timesteps)
-    figures |= summarise_gap(losses["true"][triples.order], trained_losses[trained.order])
+    figures = summarize_losses(losses, triples.t, num_timesteps=objective.schedule.num_timesteps)
+    figures |= summarize_gap(losses["true"][triples.order], trained_losses[trained.order])
     run.log.write(done, figures)
     if math.isfinite(loss := figures["held_out_loss"]):
         run.held_out[done] = loss
@@ -225,7 +229,7 @@ def _evaluating(run: Run) -> Iterator[None]:
 
 def _export(run: Run) -> None:
     """Write pipeline/, unless no process has the whole weights."""
-    if not is_spread(run.engine.parameters):
+    if not is_sharded(run.engine.parameters):
         export(run)
     elif run.accelerator.is_main_process:
         logger.warning(
@@ -235,13 +239,13 @@ def _export(run: Run) -> None:
         )
 
 
-def _say_failed_save(run: Run) -> None:
+def _log_save_error(run: Run) -> None:
     """Say that a save beside training failed, as soon as it is known; training goes on."""
     if not run.saver.busy and (failure := run.saver.check()):
         logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
 
 
-def _default_prompts(supply: Supply) -> list[str]:
+def _default_prompts(supply: TrainData) -> list[str]:
     """Return up to eight captions that differ, held out where there are any, spread over them."""
     folder = supply.held_out if len(supply.held_out) else supply.train
     looked_at = min(NUM_LOOKED_AT, len(folder))
@@ -270,7 +274,7 @@ def _is_time(done: int, every_steps: int, last: bool) -> bool:
 
 
 @contextmanager
-def _naming_the_rank(accelerator: Accelerator) -> Iterator[None]:
+def _log_rank_on_error(accelerator: Accelerator) -> Iterator[None]:
     """Say which of several processes failed, since the others then fail for want of it."""
     try:
         yield

@@ -20,12 +20,12 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from latentdiff.data.report_text import size_text
-from latentdiff.latents import LatentCodec
-from latentdiff.models import Components
-from latentdiff.training.encoding import buckets_of
-from latentdiff.training.run import Run
-from latentdiff.training.sharded import is_spread, local_part
+from latentdiff.data.inspection.text_report import size_text
+from latentdiff.models.components import Components
+from latentdiff.models.latents import LatentCodec
+from latentdiff.training.fsdp import is_sharded, local_shard
+from latentdiff.training.inputs.encode import bucket_sizes
+from latentdiff.training.setup import Run
 
 logger = logging.getLogger(__name__)
 SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
@@ -54,14 +54,14 @@ class Memory:
         return known + (self.activations or 0)
 
 
-def say_plan(run: Run, first_step: int) -> None:
+def log_plan(run: Run, first_step: int) -> None:
     """Log what is about to happen, on the main process."""
     memory = estimate_memory(run)
     if not run.accelerator.is_main_process:
         return
-    _say_steps(run, first_step)
+    _log_steps(run, first_step)
     logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
-    _say_memory(memory, run)
+    _log_memory(memory, run)
     if run.engine.power_emas:
         num_snapshots = -(-run.config.train.max_steps // run.config.train.power_ema_every_steps)
         num_snapshots *= len(run.engine.power_emas)
@@ -73,7 +73,7 @@ def say_plan(run: Run, first_step: int) -> None:
         logger.warning("no picture is held out, so no held-out loss; set data.split_fraction")
 
 
-def say_rate(images_per_second: float, *, num_images: int) -> None:
+def log_throughput(images_per_second: float, *, num_images: int) -> None:
     """Log how fast training is, and how long the num_images that are left will take."""
     if not images_per_second > 0:
         return
@@ -104,13 +104,13 @@ def estimate_memory(run: Run) -> Memory:
     components, engine = run.components, run.engine
     modules: Sequence[nn.Module] = [getattr(components, name) for name in PARTS]
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    trained = [local_part(parameter) for parameter in engine.parameters.values()]
-    copies = 2 if run.layout.num_processes > 1 and not is_spread(engine.parameters) else 1
+    trained = [local_shard(parameter) for parameter in engine.parameters.values()]
+    copies = 2 if run.layout.num_processes > 1 and not is_sharded(engine.parameters) else 1
     averages = [average for average in (engine.ema, *engine.power_emas.values()) if average]
     is_host = run.config.train.ema_device == "cpu" and run.accelerator.device.type != "cpu"
     total = sum(average.num_bytes for average in averages)
     return Memory(
-        weights=_size(local_part(x) for x in tensors),
+        weights=_size(local_shard(x) for x in tensors),
         gradients=copies * _size(trained),  # several processes send them from buckets
         optimizer=optimizer_bytes(engine.optimizer.param_groups, name=run.config.train.optimizer),
         averages=0 if is_host else total,
@@ -123,7 +123,7 @@ def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: str) -> int:
     """Return the bytes of AdamW's two moments, in 32 bits or, block-wise, in 8; Muon keeps one."""
     total = 0
     for group in groups:
-        for n in (local_part(parameter).numel() for parameter in group["params"]):
+        for n in (local_shard(parameter).numel() for parameter in group["params"]):
             in_bytes = name == "adamw8bit" and n >= SMALL_PARAMETER
             total += (1 if group.get("orthogonal") else 2) * n * (1 if in_bytes else 4)
     return total
@@ -204,13 +204,13 @@ class _Live(TorchDispatchMode):
 
 def _activations_of(run: Run) -> int | None:
     """Estimate the activations of one micro-batch; None, with the reason logged, where it fails."""
-    if is_spread(run.engine.parameters) or run.config.train.attention == "xformers":
+    if is_sharded(run.engine.parameters) or run.config.train.attention == "xformers":
         return None
     model = run.engine.model
     device = next(model.parameters()).device  # the accelerator's may be called cpu:0
     null = run.supply.null_text
     codec, n = LatentCodec(run.components.vae), run.layout.micro_batch_size
-    largest = max(buckets_of(run.config.data), key=lambda bucket: bucket.height * bucket.width)
+    largest = max(bucket_sizes(run.config.data), key=lambda bucket: bucket.height * bucket.width)
     height, width = largest.height // codec.factor, largest.width // codec.factor
 
     def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +225,7 @@ def _activations_of(run: Run) -> int | None:
         return None
 
 
-def _say_steps(run: Run, first_step: int) -> None:
+def _log_steps(run: Run, first_step: int) -> None:
     settings, layout = run.config.train, run.layout
     per_epoch = run.supply.order.steps_per_epoch
     logger.info(
@@ -254,7 +254,7 @@ def _say_steps(run: Run, first_step: int) -> None:
     )
 
 
-def _say_memory(memory: Memory, run: Run) -> None:
+def _log_memory(memory: Memory, run: Run) -> None:
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,

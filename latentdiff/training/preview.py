@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageOps
 
-from latentdiff.evaluation.heldout import turns
-from latentdiff.models import Components
+from latentdiff.atomic import atomic_file
+from latentdiff.evaluation.metrics.heldout_loss import rank_batches
+from latentdiff.image_grid import draw_grid
+from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.sheet import draw_sheet
-from latentdiff.training.neighbours import Neighbour, Neighbours, figures_of
-from latentdiff.whole_file import whole_file
+from latentdiff.training.nearest_images import NearestImage, NearestImages, figures_of
 
 logger = logging.getLogger(__name__)
 PICTURES_AT_ONCE = 4  # a constant: rounding depends on a batch's size
@@ -49,14 +49,14 @@ def write_sheet(
     seed: int,
     num_steps: int,
     guidance_scale: float,
-    neighbours: Neighbours | None = None,
+    neighbours: NearestImages | None = None,
 ) -> dict[str, float]:
     """Draw one picture a prompt and write them as a labelled PNG.
 
     neighbours: shows beside each the nearest training picture. Returns the figures of these, on
     the main process.
     """
-    mine = draw_share(
+    mine = sample_share(
         components,
         prompts,
         accelerator=accelerator,
@@ -71,12 +71,12 @@ def write_sheet(
     found = _found(images, neighbours)
     sheet = _sheet(images, prompts, found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG")
     return figures_of(found) if found else {}
 
 
-def _found(images: Sequence[Image.Image], neighbours: Neighbours | None) -> list[Neighbour]:
+def _found(images: Sequence[Image.Image], neighbours: NearestImages | None) -> list[NearestImage]:
     """Find what pictures are nearest to; a training picture that is gone is no reason to stop."""
     try:
         return neighbours.of(images) if neighbours is not None else []
@@ -86,20 +86,20 @@ def _found(images: Sequence[Image.Image], neighbours: Neighbours | None) -> list
 
 
 def _sheet(
-    images: Sequence[Image.Image], prompts: Sequence[str], found: Sequence[Neighbour]
+    images: Sequence[Image.Image], prompts: Sequence[str], found: Sequence[NearestImage]
 ) -> Image.Image:
     """Lay out pictures, each followed by what it is nearest to."""
     if not found:
-        return draw_sheet(images, list(prompts), columns=min(8, len(prompts)))
+        return draw_grid(images, list(prompts), columns=min(8, len(prompts)))
     cells, labels = [], []
     for image, prompt, one in zip(images, prompts, found, strict=True):
         cells += [image, ImageOps.contain(one.image, image.size)]
         labels += [prompt, one.label]
-    return draw_sheet(cells, labels, columns=2 * min(4, len(prompts)))
+    return draw_grid(cells, labels, columns=2 * min(4, len(prompts)))
 
 
 @torch.no_grad()
-def draw_share(
+def sample_share(
     components: Components,
     prompts: Sequence[str],
     *,
@@ -113,7 +113,7 @@ def draw_share(
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
     drawn: dict[int, Image.Image] = {}
-    for batch, counts in turns(-(-len(prompts) // PICTURES_AT_ONCE), shard):
+    for batch, counts in rank_batches(-(-len(prompts) // PICTURES_AT_ONCE), shard):
         first = batch * PICTURES_AT_ONCE
         part = list(prompts[first : first + PICTURES_AT_ONCE])
         padded = part + part[-1:] * (PICTURES_AT_ONCE - len(part))

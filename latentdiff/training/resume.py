@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from latentdiff.config import Config
-from latentdiff.config_file import flat, load_config
+from latentdiff.config.io import load_config
+from latentdiff.config.text_to_image import Config, flat
 from latentdiff.training.checkpoint import (
     config_hash,
     load_checkpoint,
@@ -21,16 +21,20 @@ from latentdiff.training.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from latentdiff.training.ema import COUNT
-from latentdiff.training.power_ema import Snapshot
-from latentdiff.training.run import Run
-from latentdiff.training.sharded import gathered, spread
-from latentdiff.training.snapshots import drop_snapshots_after, save_snapshot, snapshot_path
+from latentdiff.training.fsdp import full_state, shard_state
+from latentdiff.training.optim.ema import COUNT
+from latentdiff.training.optim.posthoc_ema import (
+    Snapshot,
+    drop_snapshots_after,
+    save_snapshot,
+    snapshot_path,
+)
+from latentdiff.training.setup import Run
 
 logger = logging.getLogger(__name__)
 
 SPARE_MEMORY = 0.7  # share of the free memory that a copy of the state may take
-FREE_TO_CHANGE = (  # by a resumed run, without another result up to where it was
+MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "output_dir",
     "data.cache_dir",
     "data.num_workers",
@@ -76,7 +80,7 @@ def _refuse_other_config(config: Config, folder: Path) -> None:
     if not (folder / "config.yaml").is_file():
         return
     before: Config = load_config(folder / "config.yaml")
-    old, new = identity(before), identity(config)
+    old, new = run_key(before), run_key(config)
     differing = [f"{k}: {old[k]} -> {new[k]}" for k in new if old.get(k) != new[k]]
     if differing:
         raise ValueError(
@@ -100,7 +104,7 @@ def resume(run: Run, start: Path | None) -> int:
                 f"{run.config.model.pretrained} holds now, which its own are added to; give the "
                 "base model of that run"
             )
-        run.engine.load(spread(checkpoint.tensors, run.engine.parameters), state)
+        run.engine.load(shard_state(checkpoint.tensors, run.engine.parameters), state)
         if state.get("num_held_out") == _num_held_out(run):
             run.held_out = {int(at): loss for at, loss in state["held_out"].items()}
         logger.info("going on after step %d from %s", step, start)
@@ -115,7 +119,7 @@ def save_state(run: Run, done: int) -> None:
     Says so when the one before it failed.
     """
     is_main = run.accelerator.is_main_process
-    tensors = gathered(run.engine.tensors(), keep=is_main)
+    tensors = full_state(run.engine.tensors(), keep=is_main)
     if not is_main:
         return
     run.saver.wait()
@@ -132,7 +136,7 @@ def save_state(run: Run, done: int) -> None:
     state["num_held_out"] = _num_held_out(run)
     state["scaling_factor"] = float(run.components.vae.config["scaling_factor"])
     state["base"] = run.base_hash
-    settings_of_run, world = identity(run.config), run.accelerator.num_processes
+    settings_of_run, world = run_key(run.config), run.accelerator.num_processes
 
     def save() -> None:
         save_checkpoint(
@@ -155,7 +159,7 @@ def save_state(run: Run, done: int) -> None:
         run.saver.wait()
 
 
-def save_averages(run: Run, done: int) -> None:
+def save_posthoc_snapshots(run: Run, done: int) -> None:
     """Write a snapshot of each power-function average, one at a time; training waits.
 
     Call it before the step's checkpoint is saved: a run that goes on from there does not come by
@@ -163,7 +167,7 @@ def save_averages(run: Run, done: int) -> None:
     """
     is_main = run.accelerator.is_main_process
     for width, average in run.engine.power_emas.items():
-        whole = gathered({"average": average.state_dict()}, keep=is_main)["average"]
+        whole = full_state({"average": average.state_dict()}, keep=is_main)["average"]
         if not is_main:
             continue
         tensors = {name: whole[name].cpu() for name in average.tensors}
@@ -178,6 +182,6 @@ def _num_held_out(run: Run) -> int:
     return 0 if run.supply.triples is None else len(run.supply.triples)
 
 
-def identity(config: Config) -> dict[str, object]:
+def run_key(config: Config) -> dict[str, object]:
     """Return the settings that make a run what it is."""
-    return {k: v for k, v in flat(config).items() if not k.startswith(FREE_TO_CHANGE)}
+    return {k: v for k, v in flat(config).items() if not k.startswith(MUTABLE_KEYS)}

@@ -1,0 +1,131 @@
+"""Drawing while someone watches: one call at a time, seen as it forms, bounded and stoppable."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+
+from latentdiff.pipeline import checks
+from latentdiff.pipeline.output import LatentDiffOutput, preview
+from latentdiff.pipeline.pipeline import LatentDiffPipeline
+
+OWN_SAMPLER, NO_LORA = "the model's own", "none"
+MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
+
+
+@dataclass
+class WebSession:
+    """A pipeline that is drawn with from a page, one call at a time."""
+
+    pipe: LatentDiffPipeline
+    loras: Mapping[str, Path] = field(default_factory=dict)
+    preview_vae: AutoencoderKL | AutoencoderTiny | None = None
+    max_side_px: int = 1024
+    lora: str = NO_LORA
+
+    def __post_init__(self) -> None:
+        """Keep the model's own scheduler, to come back to."""
+        self.own_scheduler = self.pipe.scheduler
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def draw(
+        self, call: Mapping[str, Any], *, sampler: str, lora: str
+    ) -> Iterator[tuple[int, list[Image.Image]] | LatentDiffOutput]:
+        """Yield (step, small pictures) while the chain runs, and the result at the end.
+
+        Raises ValueError beyond the page's limits, and what the call raises. A caller that stops
+        listening stops the chain.
+        """
+        self._check(call)
+        self._choose(sampler=sampler, lora=lora)
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = threading.Event()
+        vae = self.preview_vae or self.pipe.vae
+
+        def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = stop.is_set()
+            events.put((i, preview(vae, tensors["predicted_z0"])))
+            return {}
+
+        def work() -> None:
+            try:
+                events.put(
+                    self.pipe(
+                        **call,
+                        callback_on_step_end=step_end,
+                        callback_on_step_end_tensor_inputs=["predicted_z0"],
+                    )
+                )
+            except BaseException as error:
+                events.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while not isinstance(event := events.get(), (LatentDiffOutput, BaseException)):
+                yield event
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+        finally:
+            stop.set()
+            thread.join()
+
+    def _check(self, call: Mapping[str, Any]) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if len(call[name] or "") > MAX_CHARACTERS:
+                raise ValueError(f"{name} has more than {MAX_CHARACTERS} characters; shorten it")
+        for name, most in (
+            ("num_inference_steps", MAX_STEPS),
+            ("num_images_per_prompt", MAX_IMAGES),
+            ("height", self.max_side_px),
+            ("width", self.max_side_px),
+        ):
+            checks.count(name, call[name], most=most)
+
+    def _choose(self, *, sampler: str, lora: str) -> None:
+        """Make a sampler and a LoRA current; ValueError for a name that is not on the page."""
+        if sampler == OWN_SAMPLER:
+            self.pipe.scheduler = self.own_scheduler
+        else:
+            self.pipe.set_scheduler(sampler)
+        if lora == self.lora:
+            return
+        if lora != NO_LORA and lora not in self.loras:
+            raise ValueError(f"no LoRA {lora!r}; known: {', '.join(self.loras) or NO_LORA}")
+        self.pipe.unload_lora_weights()
+        self.lora = NO_LORA
+        if lora != NO_LORA:
+            self.pipe.load_lora_weights(self.loras[lora])
+            self.lora = lora
+
+
+def find_loras(folder: str | None) -> dict[str, Path]:
+    """Return the .safetensors files of a folder by name; FileNotFoundError for no folder."""
+    if folder is None:
+        return {}
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"loras={folder} is no folder here")
+    return {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def painted_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return an image editor's picture, and what was painted over it as a mask; None without."""
+    if not value or value.get("background") is None:
+        return None, None
+    background: Image.Image = value["background"]
+    painted = np.zeros(background.size[::-1], dtype=np.uint8)
+    for layer in value.get("layers") or []:
+        opaque = np.asarray(layer.convert("RGBA").resize(background.size))[..., 3]
+        painted = np.maximum(painted, opaque)
+    if not painted.any():
+        return background, None
+    return background, Image.fromarray(np.where(painted > 0, 255, 0).astype(np.uint8))

@@ -1,0 +1,171 @@
+"""What scripts/evaluate.py may be told; imports nothing heavy, so that --help is quick.
+
+What scripts/compare_subject.py may be told; imports nothing heavy.
+
+What scripts/swiss_roll.py may be told; imports nothing heavy.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EvalModelOptions:
+    """What is evaluated, and on which pictures.
+
+    Args:
+        data: a captioned folder.
+        split: "held_out" takes test/ or validation/, or what training held out by hash; "all" is
+            for a folder that the model has never seen.
+        num_images: pictures at the most, spread evenly over the split.
+        caption_column: column of the metadata file that holds the caption.
+        split_fraction: the training's, where no folder is named test or validation.
+        batch_size: pictures at once; lower it when memory runs out.
+        seed: of every draw.
+        device: cpu, cuda, mps; the best there is by default.
+    """
+
+    data: str
+    split: Literal["held_out", "train", "all"] = "held_out"
+    num_images: int = 1000
+    caption_column: str = "text"
+    split_fraction: float = 0.02
+    batch_size: int = 32
+    seed: int = 0
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is drawn, and who judges it.
+
+    Args:
+        num_pictures: pictures drawn for held-out captions; 0 draws none.
+        pictures_per_caption: of these, for one caption; more where captions are few.
+        steps: sampling steps.
+        guidance_scale: scale of classifier-free guidance, of both models alike; by default what the
+            folder of the first names, or 7.5.
+        features: folder of a feature network (a MobileNet's arch.json, a transformers vision model
+            or a CLIP): fidelity, and better features for copies and diversity.
+        clip: folder of a transformers CLIP, or the name of an open_clip model: CLIP score.
+        clip_weights: safetensors file of that open_clip model.
+        num_train: training pictures at the most among which copies are looked for.
+        class_column: column of the metadata file that names a picture's class; by default, folders.
+        compare: another model, which draws the same captions from the same seeds.
+        step_sweep: numbers of sampling steps such as [5,10,25,50]; none by default.
+    """
+
+    num_pictures: int = 128
+    pictures_per_caption: int = 2
+    steps: int = 25
+    guidance_scale: float | None = None
+    features: str | None = None
+    clip: str | None = None
+    clip_weights: str | None = None
+    num_train: int = 5000
+    class_column: str = ""
+    compare: str | None = None
+    step_sweep: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BoundOptions:
+    """How the bound is estimated and what is drawn.
+
+    Args:
+        chain: bound a shorter chain, such as "25" or "ddim50"; the model's own by default.
+        variance_type: fixed_small, fixed_large or learned_range; the model's own by default.
+        draws: timesteps drawn for each estimate of a picture, by importance and in strata.
+        repeats: estimates of each picture; two or more tell noise from the spread of pictures.
+        pilot: pictures whose every step is evaluated first, to choose the timesteps.
+        compare_variance: chains, such as ["25","100"], on which a learned variance is compared
+            with the two fixed ones.
+        picture_steps: steps of the chains that are shown; 0 draws none.
+    """
+
+    chain: str = ""
+    variance_type: str | None = None
+    draws: int = 16
+    repeats: int = 2
+    pilot: int = 8
+    compare_variance: list[str] = field(default_factory=list)
+    picture_steps: int = 50
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Which guidance scales are tried.
+
+    Args:
+        guidance_sweep: scales such as [1,2,4,8]; none by default.
+        sweep_captions: captions of the pictures.
+        sweep_pictures: pictures a caption, at least 2.
+        sweep_steps: sampling steps of the guidance sweep.
+    """
+
+    guidance_sweep: list[float] = field(default_factory=list)
+    sweep_captions: int = 32
+    sweep_pictures: int = 4
+    sweep_steps: int = 25
+
+
+UNRELATED = (
+    "a red car",
+    "a green apple",
+    "a yellow face",
+    "a blue house",
+    "a tree",
+    "a slice of pizza",
+    "a bicycle",
+    "an open book",
+    "a city at night",
+    "a mountain with snow",
+    "a cup of coffee",
+    "a person with a hat",
+    "a rocket",
+    "a bird",
+    "a guitar",
+    "a bunch of flowers",
+)
+
+
+@dataclass(frozen=True)
+class CompareSubjectOptions:
+    """What is drawn, and how.
+
+    Args:
+        prompt: what the tuned model calls the subject, such as "a photo of sks dog".
+        base_prompt: what the base model is asked for; empty: the same.
+        unrelated: prompts that should not have changed; ten or more.
+        num_seeds: pictures of the subject by each model.
+        num_steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+    """
+
+    prompt: str
+    base_prompt: str = ""
+    unrelated: tuple[str, ...] = UNRELATED
+    num_seeds: int = 16
+    num_steps: int = 30
+    guidance_scale: float = 5.0
+
+
+@dataclass(frozen=True)
+class RollOptions:
+    """How large the example is.
+
+    Args:
+        steps: optimiser steps.
+        num_timesteps: length of the chain.
+        num_points: of each cloud, and of the bound.
+        known: what the first coordinate is known to be.
+        tolerance: its standard deviation.
+        seed: of every draw.
+    """
+
+    steps: int = 6000
+    num_timesteps: int = 100
+    num_points: int = 4000
+    known: float = 0.5
+    tolerance: float = 0.1
+    seed: int = 0

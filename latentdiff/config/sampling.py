@@ -1,0 +1,93 @@
+"""What scripts/sample.py may be told; imports nothing heavy, so that --help is quick.
+
+What scripts/app.py may be told; imports nothing heavy, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What to draw besides the prompts.
+
+    Args:
+        out: a .png file for one labelled sheet, or a folder for a file a picture; a folder that
+            holds some of the pictures already is completed.
+        prompt_file: a text file with one prompt a line, or .jsonl with prompt, negative_prompt and
+            seed.
+        steps: number of steps, or a list such as [10,20] for a grid.
+        guidance_scale: scale of guidance, or a list for a grid; by default the model's own, or 7.5.
+        seed: of the first picture; the next prompts count up from it.
+        negative_prompt: what not to draw.
+        num_images: pictures a prompt.
+        batch_size: pictures made at once; lower it when memory runs out.
+        sampler: by name, such as dpm++2m-karras; the model's own by default.
+        height: in pixels.
+        width: in pixels.
+        image: a picture to start from.
+        mask: a picture that is white where to paint.
+        strength: in (0, 1], how much of the picture is made anew.
+        guidance_rescale: in [0, 1].
+        guidance_interval: part of the chain that is guided, such as [0.1,0.8].
+        long_prompts: "cut" or "chunks".
+        lora: a LoRA file or folder.
+        lora_scale: how strongly it acts.
+        dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
+        fast: on a CPU take packed layers, in float32 within 1/255 of diffusers' own; false: its
+            own.
+        compile: compile the U-Net by torch.compile before the first picture, which takes minutes
+            and is kept for later runs; a guidance_interval or scales of 1 and more compile twice.
+            Meant for GPUs: on a CPU `fast` alone is faster.
+        device: cpu, cuda, mps; the best there is by default.
+        trace: also write each picture's chain and each word's heat map beside it.
+    """
+
+    out: str
+    prompt_file: str | None = None
+    steps: int | list[int] = 50
+    guidance_scale: float | list[float] | None = None
+    seed: int = 0
+    negative_prompt: str | None = None
+    num_images: int = 1
+    batch_size: int = 4
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: list[float] | None = None
+    long_prompts: str = "cut"
+    lora: str | None = None
+    lora_scale: float | None = None
+    dtype: str = "auto"
+    fast: bool = True
+    compile: bool = False
+    device: str | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """How the playground's page is served.
+
+    Args:
+        host: address to listen on; 0.0.0.0 lets others in.
+        port: to listen on.
+        loras: a folder of LoRA files to choose from.
+        preview_vae: a small VAE of the same latent space, such as TAESD, for previews.
+        dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
+        device: cpu, cuda, mps; the best there is by default.
+        max_side_px: largest height and width.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    loras: str | None = None
+    preview_vae: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    max_side_px: int = 1024

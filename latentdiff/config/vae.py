@@ -1,0 +1,80 @@
+"""Every setting of the VAE recipe, as a frozen dataclass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latentdiff.config.text_to_image import Precision
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """A VAE trained on folders of pictures; captions are not needed."""
+
+    output_dir: str = "runs/vae"
+    roots: tuple[str, ...] = ()
+    """folders of pictures; their test/ folders are held out"""
+    pretrained: str = ""
+    """a VAE's folder to go on from; empty starts from noise"""
+    resolution: int = 64
+    """pixels of the square crops"""
+    block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
+    """width of each level; the factor is 2 ** (levels - 1)"""
+    layers_per_block: int = 1
+    """residual blocks a level"""
+    norm_num_groups: int = 8
+    """groups of the group norms"""
+    latent_channels: int = 4
+    """channels of a latent"""
+    kl_weight: float = 1e-6
+    """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
+    principal: int = 0
+    """with pretrained: go on with so many principal components of its latents as channels; 0: with
+    its own channels"""
+    trained: Literal["all", "decoder"] = "all"
+    """with pretrained: the decoder alone keeps the latents, and what was trained on them, as is"""
+    lpips: str = ""
+    """a local file of LPIPS weights (training/vae/losses.py says which); empty: no such loss"""
+    lpips_weight: float = 0.5
+    """weight of LPIPS"""
+    discriminator_weight: float = 0.0
+    """weight of the patch discriminator, times the adaptive weight; 0: none"""
+    discriminator_start: int = 2000
+    """step at which it begins to count"""
+    discriminator_width: int = 32
+    """channels of its first layer"""
+    features: str = ""
+    """a local feature network's folder for the FD of held-out reconstructions; empty: no FD"""
+    equivariance: float = 0.0
+    """share of steps whose latents are turned, mirrored, and halved or slid by part of a cell, and
+    must decode to the picture so moved: smoother latents, which diffusion learns faster (after
+    Kouzelis et al. 2025)"""
+    latent_noise: float = 0.0
+    """largest noise that latents get before they are decoded, in units of their std, drawn anew for
+    each picture from zero up: the decoder then forgives what diffusion gets a little wrong, and
+    latents that mean different pictures move apart (after Zheng et al. 2025)"""
+    l2_weight: float = 1.0
+    """weight of the squared error beside the absolute error"""
+    max_steps: int = 10_000
+    """optimiser steps"""
+    max_minutes: float = 0.0
+    """stop, with the rate brought to its end, after so many minutes; 0: no limit"""
+    batch_size: int = 32
+    """crops a step"""
+    learning_rate: float = 1e-3
+    """peak rate, cosine to zero"""
+    warmup_steps: int = 100
+    """steps until the peak rate"""
+    ema_decay: float = 0.999
+    """decay of the weights' moving average, which is what is saved"""
+    precision: Precision = "bf16"
+    """mixed precision of the forward and backward pass"""
+    channels_last: bool = True
+    """memory layout of the convolutions; which is faster depends on the machine"""
+    seed: int = 0
+    """every draw is a function of it"""
+    num_workers: int = 1
+    """processes that prepare crops"""
+    log_every_steps: int = 50
+    """a line of metrics"""
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    """how the weights are stored"""

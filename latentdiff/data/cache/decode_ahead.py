@@ -1,0 +1,139 @@
+"""Pictures decoded and cut by threads, ahead of the encoder that wants them in batches."""
+
+import hashlib
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.images import ImageError, load_image, resize_and_crop
+
+BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture to decode: its record's index, its size in pixels, and the cut."""
+
+    index: int
+    height: int
+    width: int
+    crop: tuple[float, float]
+    flip: bool
+    background: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """How each picture is cut: resized until it covers its size, then cropped.
+
+    sizes: (N, 2) (height, width) in pixels, multiples of the VAE's factor. places: where cuts lie
+    in the room there is, each in [0, 1]; (0.5,) is the centre, () anywhere. has_room: (N,) which
+    pictures have room at all, so that the others are cut once only; None means that all may have.
+    """
+
+    sizes: np.ndarray
+    places: tuple[float, ...] = (0.5,)
+    has_room: np.ndarray | None = None
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def check(self, folder: Folder, *, factor: int) -> None:
+        """Raise ValueError where the plan does not fit the folder or the VAE."""
+        for name, table in (("sizes", self.sizes), ("has_room", self.has_room)):
+            if table is not None and len(table) != len(folder):
+                raise ValueError(
+                    f"{name} has {len(table):,} rows, expected {len(folder):,}: a row for each "
+                    "record of the folder"
+                )
+        if len(folder) and (self.sizes.min() < factor or (self.sizes % factor).any()):
+            raise ValueError(f"sizes must be multiples of {factor}, the VAE's factor")
+        if not all(0 <= place <= 1 for place in self.places):
+            raise ValueError(f"places must be in [0, 1], got {self.places}")
+
+    def variant(self, u: float) -> int:
+        """Choose one of `places` by a draw u in [0, 1)."""
+        return int(u * len(self.places))
+
+    def item(self, index: int, *, u: float, flip: bool) -> Item:
+        """Give the cut of one record's picture that a draw u in [0, 1) chooses."""
+        height, width = self.sizes[index].tolist()
+        place = self.places[self.variant(u)] if self.places else u
+        if self.has_room is not None and not self.has_room[index]:
+            place = 0.5
+        return Item(int(index), height, width, (place, place), flip, self.background)
+
+
+Batch = tuple[list[Item], Tensor]
+
+
+def decode_ahead(
+    folder: Folder,
+    items: Iterable[Item],
+    *,
+    digests: np.ndarray | None,
+    batch_size: int,
+    num_threads: int,
+) -> Iterator[Batch]:
+    """Yield batches of items that follow one another and share a size, with pixels (B, H, W, 3)
+    uint8.
+
+    digests: (N, 32) SHA-256 of the records' files, to notice one that has changed. Raises
+    ValueError naming a file that has, or that cannot be read.
+    """
+
+    def load(item: Item) -> np.ndarray:
+        digest = None if digests is None else digests[item.index].tobytes()
+        return load_item(folder, item, digest=digest)
+
+    def finish(batch: list[Item], waiting: list["Future[np.ndarray]"]) -> Batch:
+        return batch, torch.from_numpy(np.stack([future.result() for future in waiting]))
+
+    threads = ThreadPoolExecutor(num_threads)
+    ahead: deque[tuple[list[Item], list[Future[np.ndarray]]]] = deque()
+    try:
+        for batch in batches_of(items, batch_size):
+            ahead.append((batch, [threads.submit(load, item) for item in batch]))
+            if len(ahead) > BATCHES_AHEAD:
+                yield finish(*ahead.popleft())
+        while ahead:
+            yield finish(*ahead.popleft())
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def batches_of(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Cut items into batches of one size each; the last of a size may be smaller."""
+    batch: list[Item] = []
+    for item in items:
+        other = batch and (item.height, item.width) != (batch[0].height, batch[0].width)
+        if other or len(batch) == batch_size:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray:
+    """Decode and cut one picture: (H, W, 3) uint8."""
+    name = folder[item.index].id
+    try:
+        data = folder.read_bytes(item.index)
+        if digest is not None and hashlib.sha256(data).digest() != digest:
+            raise ValueError(f"{folder.root / name} changes while it is encoded; start again")
+        image = load_image(io.BytesIO(data), background=item.background)
+    except (ImageError, OSError) as error:
+        raise ValueError(
+            f"{folder.root / name} cannot be encoded: {error}. python scripts/inspect_data.py "
+            f"{folder.root} --full finds all such files; mend or remove them"
+        ) from error
+    cut = resize_and_crop(
+        image, height=item.height, width=item.width, crop=item.crop, flip=item.flip
+    )
+    return np.asarray(cut.image)

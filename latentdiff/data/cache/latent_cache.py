@@ -1,0 +1,249 @@
+"""Latents of a folder's pictures, encoded once and kept on disk, addressed by content.
+
+A latent's key is the hash of the picture's bytes, the cut (size, place, flip, background,
+interpolation), the VAE's weights and the dtype: whatever changes is encoded again, nothing else is.
+Kept are the raw moments, before scale and shift, so each epoch samples afresh and another
+scaling_factor costs nothing. Text states are in text_cache.py, and offered here too.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.data.arrow.content_hash import image_hashes
+from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead
+from latentdiff.data.cache.latent_encoding import (
+    check_finite,
+    encode_moments,
+    latent_keys,
+    mean_and_std,
+)
+from latentdiff.data.cache.tensor_store import MISSING, CachedVariants, StoreWriter, TensorStore
+from latentdiff.data.folder.files import Progress
+from latentdiff.data.folder.folder import Folder
+from latentdiff.models.latents import LatentCodec
+
+LEFTOVER_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
+
+
+class LatentCache(CachedVariants):
+    """The posterior of z for every record of a folder. Small: what is read is mapped from disk.
+
+    encoded: how many latents this process had to encode. keys: see latent_keys. scale, shift: those
+    of the codec; `use_scaling_of` follows a codec whose scaling has changed.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        keys: np.ndarray,
+        *,
+        plan: CropPlan,
+        flips: bool,
+        codec: LatentCodec,
+    ) -> None:
+        super().__init__(store, keys, plan=plan, flips=flips)
+        self.encoded, self.factor, self.channels = 0, codec.factor, codec.channels
+        self.use_scaling_of(codec)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Folder,
+        codec: LatentCodec,
+        *,
+        cache_dir: Path | str,
+        plan: CropPlan,
+        flips: bool = False,
+        dtype: torch.dtype = torch.float32,
+        check_rows: bool = False,
+        digests: np.ndarray | None = None,
+        progress: bool = True,
+    ) -> "LatentCache":
+        """Open what there is, and encode nothing; the settings are those of `build`.
+
+        digests: what `picture_digests` gives for the folder, asked of it unless given.
+        """
+        plan.check(folder, factor=codec.factor)
+        if not plan.places:
+            raise ValueError("a plan that cuts anywhere cannot be cached; give it places")
+        if digests is None:
+            digests = _digests(folder, cache_dir, progress=progress)
+        keys = latent_keys(digests, codec, plan=plan, flips=flips, dtype=dtype)
+        store = TensorStore(Path(cache_dir) / "latents", check_all=check_rows)
+        return cls(store, keys, plan=plan, flips=flips, codec=codec)
+
+    @classmethod
+    def build(
+        cls,
+        folder: Folder,
+        codec: LatentCodec,
+        *,
+        cache_dir: Path | str,
+        plan: CropPlan,
+        flips: bool = False,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
+        num_threads: int = 8,
+        shard: tuple[int, int] = (0, 1),
+        check_rows: bool = False,
+        progress: bool = True,
+    ) -> "LatentCache":
+        """Encode what the cache lacks, with the VAE where it is, and open the result.
+
+        flips: keep the mirrored pictures too. dtype: of what is kept, float32, float16 or bfloat16.
+        shard: (rank, world), where this process encodes its share only; what the others encode is
+        found when it is asked for, so let all processes finish first. check_rows: read the whole
+        cache and encode damaged parts again now, rather than stop when one is met in training.
+        What was finished is kept when this is interrupted. Raises ValueError naming the file if a
+        picture cannot be decoded or has changed since it was listed, or if a latent is not finite.
+        """
+        digests = _digests(folder, cache_dir, progress=progress)
+        cache = cls.open(
+            folder,
+            codec,
+            digests=digests,
+            cache_dir=cache_dir,
+            plan=plan,
+            flips=flips,
+            dtype=dtype,
+            check_rows=check_rows,
+        )
+        todo = cache._missing(shard)
+        writer = StoreWriter(cache._store.folder)
+        with tqdm(total=len(todo), desc="encoding", unit="img", disable=not progress) as bar:
+            try:
+                batches = decode_ahead(
+                    folder,
+                    (cache._item(variant, index) for variant, index in todo.tolist()),
+                    digests=digests,
+                    batch_size=batch_size,
+                    num_threads=num_threads,
+                )
+                done = 0
+                for items, pixels in batches:
+                    moments = encode_moments(codec, pixels, dtype=dtype).cpu()
+                    check_finite(moments, folder, items)
+                    places = todo[done : done + len(items)]
+                    writer.add(cache.keys[places[:, 0], places[:, 1]], moments)
+                    done += len(items)
+                    bar.update(len(items))
+            finally:
+                writer.flush()
+        cache.encoded = len(todo)
+        cache._refresh()
+        return cache
+
+    @property
+    def num_missing(self) -> int:
+        """Latents that no process has written yet."""
+        self._refresh()
+        return len(np.unique(self.keys[self._rows == MISSING], axis=0))
+
+    def complete(self) -> np.ndarray:
+        """List the records of which everything is encoded, rising."""
+        self._refresh()
+        return np.flatnonzero((self._rows != MISSING).all(axis=0))
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of record `index`'s latents."""
+        height, width = self.plan.sizes[index].tolist()
+        return self.channels, height // self.factor, width // self.factor
+
+    def inputs(self, index: int, noise: Tensor, *, flipped: bool, crop: float) -> dict[str, Tensor]:
+        """Return {"z0": a sample of z} for standard normal noise (C, h, w)."""
+        mean, std = self.moments(index, flipped=flipped, crop=crop)
+        return {"z0": mean + std * noise}
+
+    def moments(
+        self, index: int, *, flipped: bool = False, crop: float = 0.5
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of z for record `index`, each (C, h, w) float32.
+
+        Raises ValueError for flipped latents that were not built, for one that no process has
+        encoded, and for a damaged file.
+        """
+        mean, std = self.raw_moments(index, flipped=flipped, crop=crop)
+        return (mean - self.shift) * self.scale, std * self.scale
+
+    def raw_moments(
+        self, index: int, *, flipped: bool = False, crop: float = 0.5
+    ) -> tuple[Tensor, Tensor]:
+        """Return `moments` before scale and shift."""
+        if flipped and not self.flips:
+            raise ValueError("the cache holds no flipped latents; build it with flips=True")
+        row = self._row(index, flipped=flipped, crop=crop, name="record")
+        return mean_and_std(row.float())
+
+    def use_scaling_of(self, codec: LatentCodec) -> None:
+        """Take the codec's scale and shift for what is read from now on."""
+        self.scale, self.shift = codec.scale, codec.shift
+
+
+def verify_cache(
+    cache: LatentCache, folder: Folder, codec: LatentCodec, *, num_samples: int = 16
+) -> float:
+    """Encode a spread of records again and return the largest absolute difference of raw moments.
+
+    Records of which something is not encoded yet are passed over. Expect float32 rounding, or that
+    of the dtype kept; more means another VAE or another folder.
+    """
+    if len(cache) != len(folder):
+        raise ValueError(f"the cache has {len(cache):,} records and the folder {len(folder):,}")
+    there = cache.complete()
+    chosen = np.linspace(0, len(there) - 1, min(num_samples, len(there))).astype(int)
+    places = there[np.unique(chosen)]
+    flips = range(1 + cache.flips)
+    cuts = (cache.plan.item(i, u=0.5, flip=bool(flip)) for i in places.tolist() for flip in flips)
+    worst = 0.0
+    for (item,), pixels in decode_ahead(folder, cuts, digests=None, batch_size=1, num_threads=2):
+        moments = encode_moments(codec, pixels, dtype=torch.float32)[0].cpu()
+        fresh = torch.stack(mean_and_std(moments))
+        kept = torch.stack(cache.raw_moments(item.index, flipped=item.flip, crop=0.5))
+        difference = kept - fresh
+        worst = max(worst, float(difference.abs().nan_to_num(nan=torch.inf).max()))
+    return worst
+
+
+def prune_cache(
+    cache_dir: Path | str, keep_keys: Iterable[np.ndarray], *, delete: bool = False
+) -> list[tuple[Path, int]]:
+    """List the cache files, with their bytes, that hold nothing of `keep_keys`; remove them only if
+    `delete`.
+
+    keep_keys: the `keys` of every LatentCache, MaskCache and TextCache still in use. Damaged files
+    and what processes that died left half-written are listed too.
+    """
+    wanted = [keys.reshape(-1, 2) for keys in keep_keys]
+    keep = np.concatenate([np.zeros((0, 2), np.uint64), *wanted])
+    unused: list[Path] = []
+    for name in ("latents", "masks", "text"):
+        folder = Path(cache_dir) / name
+        unused += TensorStore(folder).without(keep)
+        unused += sorted(folder.glob("*.damaged"))
+        old = time.time() - LEFTOVER_SECONDS
+        unused += [path for path in sorted(folder.glob("*.tmp")) if path.stat().st_mtime < old]
+    listed = [(path, path.stat().st_size) for path in unused]
+    for path in unused if delete else []:
+        path.unlink(missing_ok=True)
+    return listed
+
+
+def _digests(folder: Folder, cache_dir: Path | str, *, progress: bool) -> np.ndarray:
+    index = ScanIndex(cache_dir, folder.root)
+    with tqdm(desc="hashing", unit="file", leave=False, disable=not progress) as bar:
+        return image_hashes(folder, index=index, progress=_show(bar))
+
+
+def _show(bar: tqdm) -> Progress:
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show

@@ -1,0 +1,92 @@
+"""Pixels to the raw moments that the cache keeps, and the keys they are kept under."""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor
+
+from latentdiff.data.arrow.columns import CHUNK
+from latentdiff.data.cache.decode_ahead import CropPlan, Item
+from latentdiff.data.cache.shard_file import as_keys, key_of
+from latentdiff.data.folder.folder import Folder
+from latentdiff.models.latents import LatentCodec
+from latentdiff.models.weights import weights_hash
+
+INTERPOLATION = "bicubic"  # what images.resize_and_crop does
+CUT = np.dtype([("digest", "u1", 32), ("size", "<i4", 2), ("crop", "<f8", 2), ("flip", "u1")])
+
+
+def latent_keys(
+    digests: np.ndarray, codec: LatentCodec, *, plan: CropPlan, flips: bool, dtype: torch.dtype
+) -> np.ndarray:
+    """Hash everything a latent depends on: (V, N, 2) uint64, V the plan's places, each twice with
+    flips: the mirrored one second.
+
+    digests: (N, 32) of the picture files. Scale and shift do not matter to what is kept.
+    """
+    config = codec.vae.config
+    base = {
+        "vae": weights_hash(codec.vae),
+        "class": type(codec.vae).__name__,
+        "settings": [str(config.get(name)) for name in ("act_fn", "norm_num_groups")],
+        "dtype": str(dtype),
+        "background": plan.background,
+        "interpolation": INTERPOLATION,
+    }
+    return cut_keys(json.dumps(base, sort_keys=True), digests, plan=plan, flips=flips)
+
+
+def cut_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) -> np.ndarray:
+    """Hash what is made of each picture's cuts: (V, N, 2) uint64, V as in `latent_keys`.
+
+    base: what all of it depends on. digests: (N, 32) of the files.
+    """
+    start = hashlib.sha256(base.encode()).digest()
+    variants = [(place, flip) for place in plan.places for flip in range(1 + flips)]
+    keys = np.zeros((len(variants), len(digests), 2), np.uint64)
+    for variant, (place, flip) in enumerate(variants):
+        for low in range(0, len(digests), CHUNK):
+            part = slice(low, low + CHUNK)
+            cuts = np.zeros(len(digests[part]), CUT)
+            cuts["digest"], cuts["size"], cuts["flip"] = digests[part], plan.sizes[part], flip
+            cuts["crop"] = place
+            if plan.has_room is not None:
+                cuts["crop"][~plan.has_room[part]] = 0.5
+            keys[variant, part] = as_keys(key_of(start, cut.tobytes()) for cut in cuts)
+    return keys
+
+
+@torch.no_grad()
+def encode_moments(codec: LatentCodec, pixels: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Encode pixels (B, H, W, 3) uint8 to raw moments (B, 2, C, h, w) where the VAE is, or to
+    (B, 1, C, h, w) where every standard deviation is 0."""
+    device = codec.vae.device
+    with torch.autocast(device.type, enabled=False):
+        mean, std = codec.raw_moments(to_floats(pixels.to(device, non_blocking=True)))
+    parts = [mean] if isinstance(codec.vae, AutoencoderTiny) else [mean, std]
+    return torch.stack(parts, dim=1).to(dtype)
+
+
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the moments of one picture, (2, C, h, w) or (1, C, h, w), apart."""
+    mean = moments[0]
+    return mean, moments[1] if len(moments) == 2 else torch.zeros_like(mean)
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """Turn (B, H, W, 3) uint8 into (B, 3, H, W) float32 in [-1, 1], as images.to_pixels does."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def check_finite(moments: Tensor, folder: Folder, items: list[Item]) -> None:
+    """Raise ValueError naming the pictures whose moments (B, ...) are not finite."""
+    bad = ~moments.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        names = [folder[items[i].index].id for i in bad.nonzero().flatten().tolist()]
+        raise ValueError(
+            f"the VAE gives latents that are not finite numbers for {', '.join(names[:3])}; use a "
+            "VAE in float32, and keep latents in float32"
+        )

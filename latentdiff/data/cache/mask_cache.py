@@ -1,0 +1,109 @@
+"""Masks averaged over latents' cells, kept on disk beside the latents and addressed by content.
+
+A key is the hash of the mask's file, the cut and the cell: a mask that changes is read again, and
+nothing else is; no latent depends on it.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.data.arrow.content_hash import image_hashes, mask_hashes
+from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.cache.decode_ahead import CropPlan
+from latentdiff.data.cache.latent_encoding import cut_keys
+from latentdiff.data.cache.tensor_store import CachedVariants, StoreWriter, TensorStore
+from latentdiff.data.masks import Masks
+
+MASKS_AT_ONCE = 256
+
+
+class MaskCache(CachedVariants):
+    """The mask of every record of a folder; what is read is mapped from disk.
+
+    made: how many this process had to read. No mask is kept mirrored: it is turned when it is read.
+    """
+
+    def __init__(self, store: TensorStore, keys: np.ndarray, *, plan: CropPlan) -> None:
+        super().__init__(store, keys, plan=plan, flips=False)
+        self.made = 0
+
+    @classmethod
+    def open(cls, masks: Masks, *, cache_dir: Path | str) -> "MaskCache":
+        """Open what there is, and read no mask."""
+        keys = mask_keys(masks, _digests(masks, cache_dir))
+        return cls(TensorStore(Path(cache_dir) / "masks"), keys, plan=masks.plan)
+
+    @classmethod
+    def build(
+        cls,
+        masks: Masks,
+        *,
+        cache_dir: Path | str,
+        num_threads: int = 8,
+        shard: tuple[int, int] = (0, 1),
+        progress: bool = True,
+    ) -> "MaskCache":
+        """Read what the cache lacks, and open the result; shard as in LatentCache.build.
+
+        What was finished is kept when this is interrupted. ValueError names a mask that cannot be
+        read, or has changed since it was listed.
+        """
+        digests = _digests(masks, cache_dir)
+        cache = cls.open(masks, cache_dir=cache_dir)
+        todo = cache._missing(shard)
+        writer = StoreWriter(cache._store.folder)
+
+        def read(place: tuple[int, int]) -> Tensor:
+            return masks.cells(cache._item(*place), digest=digests[place[1]].tobytes())
+
+        with (
+            tqdm(total=len(todo), desc="masks", unit="img", disable=not progress) as bar,
+            ThreadPoolExecutor(num_threads) as threads,
+        ):
+            try:
+                for places in _of_one_size(todo, masks.plan.sizes):
+                    cells = torch.stack(list(threads.map(read, places.tolist())))
+                    writer.add(cache.keys[places[:, 0], places[:, 1]], cells)
+                    bar.update(len(places))
+            finally:
+                writer.flush()
+        cache.made = len(todo)
+        cache._refresh()
+        return cache
+
+    def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
+        """Return how much of each latent of record `index` counts: (1, h, w) float32 in [0, 1].
+
+        ValueError names one that no process has read.
+        """
+        cells = self._row(index, flipped=False, crop=crop, name="the mask of record")
+        return cells.flip(-1) if flipped else cells
+
+
+def mask_keys(masks: Masks, digests: np.ndarray) -> np.ndarray:
+    """Hash everything a kept mask depends on: (V, N, 2) uint64. digests: (N, 32) of the files."""
+    base = {"mask": masks.kind, "cell": masks.factor, "interpolation": "bilinear"}
+    return cut_keys(json.dumps(base, sort_keys=True), digests, plan=masks.plan, flips=False)
+
+
+def _digests(masks: Masks, cache_dir: Path | str) -> np.ndarray:
+    index = ScanIndex(cache_dir, masks.folder.root)
+    read = mask_hashes if masks.kind == "file" else image_hashes
+    return read(masks.folder, index=index)
+
+
+def _of_one_size(places: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Cut (M, 2) places, sorted by size, into parts of one size and at most MASKS_AT_ONCE."""
+    changes = np.flatnonzero((np.diff(sizes[places[:, 1]], axis=0) != 0).any(axis=1)) + 1
+    parts = np.split(places, changes)
+    return [
+        part[start : start + MASKS_AT_ONCE]
+        for part in parts
+        for start in range(0, len(part), MASKS_AT_ONCE)
+    ]

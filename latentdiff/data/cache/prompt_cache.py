@@ -1,0 +1,162 @@
+"""Text states of captions, encoded once and kept on disk, addressed by content.
+
+A key is the hash of the caption, the text tower's weights, the tokenizer and the dtype. The null
+caption of classifier-free guidance is always there.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.data.cache.shard_file import as_keys, key_of
+from latentdiff.data.cache.tensor_store import MISSING, StoreWriter, TensorStore, owned_by_rank
+from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
+from latentdiff.models.weights import weights_hash
+
+T = TypeVar("T")
+CHUNK = 4096  # captions looked up at a time
+
+
+class TextCache:
+    """The text states of captions, by caption. encoded: how many this process had to encode; keys:
+    (M, 2) uint64, those of the captions it was built for."""
+
+    def __init__(self, store: TensorStore, start: bytes, *, keys: np.ndarray, encoded: int) -> None:
+        self.keys, self.encoded = keys, encoded
+        self._store = store
+        self._start = start
+
+    @classmethod
+    def build(
+        cls,
+        captions: Iterable[str],
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        *,
+        cache_dir: Path | str,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 64,
+        shard: tuple[int, int] = (0, 1),
+        check_rows: bool = False,
+        progress: bool = True,
+    ) -> "TextCache":
+        """Encode the captions, and the null caption, that the cache lacks, and open the result.
+
+        Captions may repeat. shard, check_rows and interruption: as in LatentCache.build.
+        """
+        start = text_hash(tokenizer, text_encoder, dtype=dtype)
+        store = TensorStore(Path(cache_dir) / "text", check_all=check_rows)
+        writer = StoreWriter(store.folder)
+        seen: list[np.ndarray] = []
+        encoded: set[bytes] = set()
+        with tqdm(desc="captions", unit="caption", disable=not progress) as bar:
+            try:
+                for chunk in _chunks(chain([NULL_CAPTION], captions), CHUNK):
+                    keys = [key_of(start, caption.encode()) for caption in chunk]
+                    seen.append(np.unique(as_keys(keys), axis=0))
+                    mine = _missing(store, keys, shard=shard)
+                    todo = {keys[i]: chunk[i] for i in mine if keys[i] not in encoded}
+                    for batch in _chunks(todo.items(), batch_size):
+                        texts = [caption for _, caption in batch]
+                        states = encode_captions(tokenizer, text_encoder, texts).to(dtype)
+                        writer.add(as_keys(key for key, _ in batch), states)
+                    encoded |= todo.keys()
+                    bar.update(len(chunk))
+            finally:
+                writer.flush()
+        store.refresh()
+        keys_seen = np.unique(np.concatenate(seen), axis=0)
+        return cls(store, start, keys=keys_seen, encoded=len(encoded))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def null(self) -> Tensor:
+        """The null caption's states (L, D)."""
+        return self.states(NULL_CAPTION)
+
+    def states(self, caption: str) -> Tensor:
+        """Return the text states (L, D) of a caption, in the dtype that is kept.
+
+        Raises ValueError for a caption that was not built, and for a damaged file.
+        """
+        key = as_keys([key_of(self._start, caption.encode())])
+        row = int(self._store.find(key)[0])
+        if row == MISSING:
+            self._store.refresh()
+            row = int(self._store.find(key)[0])
+        if row == MISSING:
+            raise ValueError(
+                f"the caption {caption!r} is not in the cache; build it with all captions, and let "
+                "all processes build before one reads"
+            )
+        return self._store.read(row)
+
+
+def text_keys(
+    captions: Iterable[str],
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
+    """Hash what the states of captions, and of the null caption, depend on: (M, 2) uint64."""
+    start = text_hash(tokenizer, text_encoder, dtype=dtype)
+    return as_keys(key_of(start, text.encode()) for text in chain([NULL_CAPTION], captions))
+
+
+def text_hash(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, *, dtype: torch.dtype
+) -> bytes:
+    """Hash everything but the caption that text states depend on."""
+    config = text_encoder.config
+    facts = {
+        "tower": weights_hash(text_encoder),
+        "heads": config.num_attention_heads,
+        "activation": config.hidden_act,
+        "eps": config.layer_norm_eps,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "dtype": str(dtype),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+
+
+def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:
+    """Hash what turns captions into padded token ids; how it was last called does not matter."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    del rules["truncation"], rules["padding"]  # set anew by each call
+    padding = [tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
+    text = json.dumps([rules, padding], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@torch.no_grad()
+def encode_captions(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: Sequence[str]
+) -> Tensor:
+    """Encode captions to text states (B, L, D) on the CPU, without autocast."""
+    with torch.autocast(text_encoder.device.type, enabled=False):
+        return encode_text(text_encoder, tokenize(tokenizer, captions)).cpu()
+
+
+def _missing(store: TensorStore, keys: list[bytes], *, shard: tuple[int, int]) -> list[int]:
+    """List the places of this process's share of the keys that the store lacks."""
+    table = as_keys(keys)
+    is_missing = (store.find(table) == MISSING) & owned_by_rank(table, shard)
+    return np.flatnonzero(is_missing).tolist()
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,207 @@
+"""All caption tables of a folder together: which rows belong to which listed files."""
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentdiff.data.arrow.columns import CAPTIONS, StringIndex, find_strings, in_chunks
+from latentdiff.data.folder.metadata import read_metadata
+from latentdiff.data.folder.problems import Problems
+
+METADATA_PATTERN = r"(^|/)metadata\.(jsonl|csv|parquet)$"
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """How captions are found; `folder.read_folder` documents each field."""
+
+    caption_column: str = "text"
+    file_column: str = "file_name"
+    caption_template: str = ""
+    missing_caption: Literal["skip", "empty"] = "skip"
+    duplicate_rows: Literal["error", "captions"] = "error"
+    sidecar_lines: Literal["one", "captions"] = "one"
+
+
+@dataclass
+class CaptionTables:
+    """The caption tables in use, and the folders (posix, relative) whose table cannot be used."""
+
+    names: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def govern(self, folder: str) -> bool:
+        """Say whether a table in use stands in `folder` or above it."""
+        return any(is_below(folder, parent(name)) for name in self.names)
+
+    def failed_above(self, folder: str) -> bool:
+        return any(is_below(folder, failed) for failed in self.failed)
+
+
+@dataclass
+class Rows:
+    """The rows of all tables, column by column.
+
+    file: place among the listed paths, -1 for none; table: place in CaptionTables.names; missing:
+    the paths of the rows without a file, in order.
+    """
+
+    captions: pa.ChunkedArray
+    file: np.ndarray
+    numbers: np.ndarray
+    table: np.ndarray
+    names: list[str]
+    missing: list[str]
+
+    def where(self, row: int) -> str:
+        return f"{self.names[self.table[row]]}:{self.numbers[row]}"
+
+
+def find_tables(paths: pa.Array, problems: Problems) -> CaptionTables:
+    """Find the caption tables among the listed paths; two in one folder are a problem."""
+    found = paths.filter(pc.match_substring_regex(paths, METADATA_PATTERN)).to_pylist()
+    by_folder: dict[str, list[str]] = {}
+    for name in found:
+        by_folder.setdefault(parent(name), []).append(name)
+    tables = CaptionTables()
+    for folder, names in by_folder.items():
+        if len(names) > 1:
+            problems.add(
+                "two_metadata", folder or ".", ", ".join(Path(name).name for name in names)
+            )
+            tables.failed.append(folder)
+        else:
+            tables.names += names
+    return tables
+
+
+def read_rows(
+    root: Path,
+    tables: CaptionTables,
+    paths: pa.Array,
+    *,
+    rules: CaptionRules,
+    problems: Problems,
+) -> Rows:
+    """Read all tables, and find the listed paths that their rows name.
+
+    A table without a single good row joins `tables.failed`.
+    """
+    finder, missing = StringIndex(paths), list[str]()
+    captions, file = [pa.array([], CAPTIONS)], [np.zeros(0, np.int32)]
+    numbers, table = [np.zeros(0, np.int32)], [np.zeros(0, np.int16)]
+    for place, name in enumerate(list(tables.names)):
+        rows = read_metadata(
+            root,
+            name,
+            caption_column=rules.caption_column,
+            file_column=rules.file_column,
+            problems=problems,
+        )
+        before = len(captions)
+        for chunk in in_chunks(rows):
+            found = finder.find(pa.array([row.path for row in chunk], pa.large_string()))
+            missing += [row.path for row, at in zip(chunk, found, strict=True) if at < 0]
+            captions.append(pa.array([row.captions for row in chunk], CAPTIONS))
+            file.append(found.astype(np.int32))
+            numbers.append(np.array([row.number for row in chunk], np.int32))
+            table.append(np.full(len(chunk), place, np.int16))
+        if len(captions) == before:
+            tables.failed.append(parent(name))
+    del finder
+    read = Rows(
+        pa.chunked_array(captions, CAPTIONS),
+        np.concatenate(file),
+        np.concatenate(numbers),
+        np.concatenate(table),
+        list(tables.names),
+        missing,
+    )
+    _find_composed(read, paths)
+    return read
+
+
+@dataclass(frozen=True)
+class Match:
+    """Each listed file's captions: (N,) places in Rows.captions followed by `merged`, or -1."""
+
+    of_file: np.ndarray
+    merged: pa.Array
+
+
+def match_rows(rows: Rows, paths: pa.Array, rules: CaptionRules, problems: Problems) -> Match:
+    """Join rows and listed files; a row without a file and a second row are problems."""
+    _report_missing(rows, paths, problems)
+    order = np.argsort(rows.file, kind="stable")[len(rows.missing) :].astype(np.int32)
+    files = rows.file[order]
+    starts = np.flatnonzero(np.diff(files, prepend=-1))
+    files = files[starts]
+    of_file = np.full(len(paths), -1, np.int32)
+    of_file[files] = order[starts]  # a file's first row
+    merged: list[list[str]] = []
+    ends = np.append(starts[1:], len(order))
+    for i in np.flatnonzero(ends - starts > 1):
+        same = order[starts[i] : ends[i]]
+        if _may_merge(rows, same, paths[int(files[i])].as_py(), rules, problems):
+            of_file[files[i]] = len(rows.captions) + len(merged)
+            merged.append([text for row in same for text in rows.captions[int(row)].as_py()])
+    return Match(of_file, pa.array(merged, CAPTIONS))
+
+
+def _may_merge(
+    rows: Rows, same: np.ndarray, name: str, rules: CaptionRules, problems: Problems
+) -> bool:
+    places = ", ".join(rows.where(int(row)) for row in same[:5])
+    if len(set(rows.table[same])) > 1:
+        problems.add("two_metadata", name, f"listed in {places}")
+    elif rules.duplicate_rows == "error":
+        problems.add("listed_twice", name, f"in {places}")
+    else:
+        return True
+    return False
+
+
+def _find_composed(rows: Rows, paths: pa.Array) -> None:
+    """Find what is missing in whatever Unicode composition; macOS has its own."""
+    if not rows.missing:
+        return
+    wanted = pc.utf8_normalize(pa.array(rows.missing, pa.large_string()), form="NFC")
+    found = find_strings(wanted, pc.utf8_normalize(paths, form="NFC"))
+    rows.file[rows.file < 0] = found
+    rows.missing = [name for name, at in zip(rows.missing, found, strict=True) if at < 0]
+
+
+def _report_missing(rows: Rows, paths: pa.Array, problems: Problems) -> None:
+    refused = {
+        where
+        for key in ("link_leaves", "link_broken", "not_a_file")
+        if key in problems
+        for where, _ in problems[key].examples
+    }
+    if not rows.missing:
+        return
+    names = pa.array(rows.missing, pa.large_string())
+    lower = pc.replace_substring(pc.utf8_lower(names), "\\", "/")
+    close = find_strings(lower, pc.utf8_lower(paths))
+    for name, row, place in zip(rows.missing, np.flatnonzero(rows.file < 0), close, strict=True):
+        hint = f"; there is {paths[int(place)].as_py()}" if place >= 0 else ""
+        if name not in refused:
+            problems.add("missing_file", rows.where(int(row)), f"{name}{hint}")
+
+
+def parent(path: str) -> str:
+    """Name a path's folder; "" for the root."""
+    return path.rpartition("/")[0]
+
+
+def is_below(folder: str, above: str) -> bool:
+    """Say whether `folder` is `above` or lies somewhere below it."""
+    return not above or folder == above or folder.startswith(above + "/")
+
+
+def name_of(path: str) -> str:
+    return PurePosixPath(path).name

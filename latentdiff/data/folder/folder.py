@@ -1,0 +1,288 @@
+"""A captioned folder as a sequence of records, with every problem named.
+
+Captions come from metadata.jsonl / .csv / .parquet (Hugging Face's imagefolder convention), from
+.txt / .caption / .json files beside the pictures, or from the folders' names and a template. Tar
+shards are read as folders of their members. Splits come
+from train/, validation/ and test/ folders or from a stable hash of the record's id. Nothing below
+`root` is ever written.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import pyarrow as pa
+
+from latentdiff.data.arrow.columns import (
+    CAPTIONS,
+    CHUNK,
+    combined,
+    iter_py,
+    release_memory,
+    system_memory,
+)
+from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.folder.caption_tables import CaptionRules
+from latentdiff.data.folder.files import Entry, Progress, read_entry
+from latentdiff.data.folder.record_table import (
+    RECORDS,
+    ReadRules,
+    RecordTable,
+    build_record_table,
+    last_records,
+    map_records,
+)
+from latentdiff.data.folder.splits import SPLITS, Split
+
+MASK_COLUMNS = (7, 8, 9)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One captioned picture.
+
+    id: posix path relative to the folder, for a shard's member shard.tar/name; path: the folder
+    and the id, which opens only where there are no shards (`Folder.read_bytes` always does);
+    captions: at least one; width, height: pixels as the picture is seen, that is, after its EXIF
+    orientation.
+    """
+
+    id: str
+    path: Path
+    captions: tuple[str, ...]
+    width: int
+    height: int
+    split: Split
+
+
+class Folder(Sequence[Record]):
+    """The usable records of a captioned folder, sorted by id, and what is wrong with the rest.
+
+    Records are made one at a time from a table, mapped from disk where there is a scan index; a
+    million of them take no more memory than the pages of the table that are in use.
+    """
+
+    def __init__(self, root: Path, found: RecordTable, *, rows: np.ndarray | None = None) -> None:
+        """rows: which records of the table, in which order; all by default."""
+        self.root = root
+        self.problems = found.problems
+        self.num_found = found.num_found  # usable or not, but those left out on purpose
+        self._found = found
+        self._columns = [found.table[name] for name in RECORDS.names]
+        self._rows = np.arange(len(found.table), dtype=np.int32) if rows is None else rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send a mapped table to another process by its file's name, not by its contents."""
+        stored_at = self._found.stored_at
+        return _reopen, (self.root, stored_at or self._found, self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Folder": ...
+    def __getitem__(self, index: int | slice) -> "Record | Folder":
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        row = int(self._rows[index])
+        name, captions, width, height, split = (c[row].as_py() for c in self._columns[:5])
+        return Record(name, self.root / name, tuple(captions), width, height, SPLITS[split])
+
+    def read_bytes(self, index: int) -> bytes:
+        """Read the picture file of record `index` as it is on disk or in its shard."""
+        return read_entry(self.root, self._entry(int(self._rows[index])))
+
+    def read_bytes_of(self, record_id: str) -> bytes:
+        """Read the picture file of the record of that id. Raises KeyError if there is none."""
+        row = bisect_left(self._columns[0], record_id.encode(), key=lambda x: x.as_py().encode())
+        if row == len(self._columns[0]) or self._columns[0][row].as_py() != record_id:
+            raise KeyError(record_id)
+        return read_entry(self.root, self._entry(row))
+
+    def read_mask(self, index: int) -> bytes:
+        """Read the mask file beside the picture of record `index`, with mask="file" only."""
+        return read_entry(self.root, self._entry(int(self._rows[index]), MASK_COLUMNS))
+
+    def mask_entries(self) -> Iterator[Entry]:
+        """Yield where each record's mask file is, with mask="file" only."""
+        return (self._entry(int(row), MASK_COLUMNS) for row in self._rows)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield where each record's file is."""
+        return (self._entry(int(row)) for row in self._rows)
+
+    @property
+    def ids(self) -> pa.Array:
+        """The records' ids as an arrow array of (N,) texts."""
+        return combined(self._columns[0].take(pa.array(self._rows)))
+
+    @property
+    def captions(self) -> pa.Array:
+        """The records' captions as an arrow array of (N,) lists of texts."""
+        return combined(self._columns[1].take(pa.array(self._rows)))
+
+    def each_caption(self) -> Iterator[str]:
+        """Yield every caption of every record in turn, with a part of them in memory at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield from iter_py(self[start : start + CHUNK].captions.flatten())
+
+    @property
+    def splits(self) -> np.ndarray:
+        """(N,) int8 places in splits.SPLITS."""
+        return self._numbers("split")
+
+    @property
+    def widths(self) -> np.ndarray:
+        """(N,) int32 pixels."""
+        return self._numbers("width")
+
+    @property
+    def heights(self) -> np.ndarray:
+        """(N,) int32 pixels."""
+        return self._numbers("height")
+
+    def select(self, indices: np.ndarray) -> "Folder":
+        """The records at `indices`, in that order; the problems stay those of the whole folder."""
+        return Folder(self.root, self._found, rows=self._rows[indices])
+
+    def captioned(self, captions: Sequence[str]) -> "Folder":
+        """The same records, each with these captions in place of its own."""
+        table = self._found.table
+        column = pa.array([list(captions)] * len(table), type=CAPTIONS)
+        table = table.set_column(RECORDS.names.index("captions"), "captions", column)
+        return Folder(self.root, replace(self._found, table=table, stored_at=None), rows=self._rows)
+
+    def split(self, name: Split) -> "Folder":
+        """The records of one split: "train", "validation" or "test"."""
+        return self.select(np.flatnonzero(self.splits == SPLITS.index(name)))
+
+    def held_out(self) -> "Folder":
+        """The validation records, or the test records where there are none; may be empty."""
+        validation = self.split("validation")
+        return validation if len(validation) else self.split("test")
+
+    @property
+    def bad_fraction(self) -> float:
+        """Skipped pictures over pictures found, in [0, 1]."""
+        return self.problems.count("skipped") / max(1, self.num_found)
+
+    def refusals(self, *, max_bad_fraction: float = 0.0) -> list[str]:
+        """Say in a line each why the folder may not be trained on; empty if it may.
+
+        max_bad_fraction: share of the pictures found that may be skipped, in [0, 1].
+        """
+        lines = [group.headline for group in self.problems.groups("error")]
+        if self.bad_fraction > max_bad_fraction:
+            lines.append(
+                f"{self.problems.count('skipped'):,} of {self.num_found:,} pictures "
+                f"({self.bad_fraction:.1%}) are left out, more than "
+                f"data.max_bad_fraction={max_bad_fraction:g} allows"
+            )
+        return lines
+
+    def check(self, *, max_bad_fraction: float = 0.0) -> None:
+        """Raise ValueError, with what is wrong and how to mend it, if there are `refusals`."""
+        if not self.refusals(max_bad_fraction=max_bad_fraction):
+            return
+        lines = [f"the data folder {self.root} cannot be used:"]
+        lines += [f"  {group.line()}" for group in self.problems.groups("error")]
+        if self.bad_fraction > max_bad_fraction:
+            lines.append(f"  {self.refusals(max_bad_fraction=max_bad_fraction)[-1]}:")
+            lines += [f"    {group.line()}" for group in self.problems.groups("skipped")]
+        lines.append(f"  python scripts/inspect_data.py {self.root} shows everything")
+        raise ValueError("\n".join(lines))
+
+    def _entry(self, row: int, columns: tuple[int, int, int] = (0, 5, 6)) -> Entry:
+        name, size, offset = (self._columns[i][row].as_py() for i in columns)
+        return Entry(name, size, offset)
+
+    def _numbers(self, name: str) -> np.ndarray:
+        column: np.ndarray = self._columns[RECORDS.names.index(name)].to_numpy()
+        return np.take(column, self._rows)
+
+
+def read_folder(
+    root: Path | str,
+    *,
+    caption_column: str = "text",
+    file_column: str = "file_name",
+    caption_template: str = "",
+    missing_caption: Literal["skip", "empty"] = "skip",
+    duplicate_rows: Literal["error", "captions"] = "error",
+    sidecar_lines: Literal["one", "captions"] = "one",
+    follow_links: bool = False,
+    split_fraction: float = 0.0,
+    min_size: int = 1,
+    max_aspect: float = 4.0,
+    mask: Literal["none", "alpha", "file"] = "none",
+    cache_dir: Path | str | None = None,
+    full: bool = False,
+    trust_index: bool = False,
+    progress: Progress | None = None,
+) -> Folder:
+    """Read a captioned folder; headers only, unless `full`, which decodes every picture.
+
+    caption_column: a column of texts, or of lists of texts. caption_template: such as "a photo of
+    a {label}", for pictures without a caption; the label is their folder's name. missing_caption:
+    what becomes of pictures with none. duplicate_rows: a picture listed twice is an error, or has
+    several captions. sidecar_lines: a text file is one caption, or has one a line. split_fraction:
+    share in [0, 1) of records held out by hash where no folder is named validation or test.
+    min_size: pixels of the shorter side. max_aspect: longer side over shorter side. mask: "file"
+    wants NAME.mask.png, as large, beside NAME.jpg; a picture without a good one is left out.
+
+    cache_dir: where the scan index is kept, so that the next call opens only files that changed.
+    full: open all files again. trust_index: take the last scan with these settings as it is,
+    without a look at the files, for processes that start after one that has looked.
+
+    The problems found are in the result; `Folder.check` raises on them. Raises ValueError for a
+    setting out of range, FileNotFoundError or NotADirectoryError for `root`.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]+:(//)?", str(root)) and not Path(root).exists():
+        raise ValueError(f"data.root={root}: only local folders are read; fetch the files first")
+    root = Path(root)
+    _check_settings(root, split_fraction, max_aspect=max_aspect, caption_template=caption_template)
+    captions = CaptionRules(
+        caption_column=caption_column,
+        file_column=file_column,
+        caption_template=caption_template,
+        missing_caption=missing_caption,
+        duplicate_rows=duplicate_rows,
+        sidecar_lines=sidecar_lines,
+    )
+    rules = ReadRules(captions, follow_links, split_fraction, min_size, max_aspect, mask)
+    index = ScanIndex(cache_dir, root) if cache_dir is not None else None
+    found = last_records(rules, index) if trust_index and index is not None else None
+    if found is None:
+        with system_memory():
+            found = build_record_table(root, rules, index=index, full=full, progress=progress)
+            release_memory()
+    return Folder(root, found)
+
+
+def _reopen(root: Path, found: RecordTable | Path, rows: np.ndarray) -> Folder:
+    opened = map_records(found) if isinstance(found, Path) else found
+    if opened is None:
+        raise FileNotFoundError(f"the scan index {found} is gone; start again to build it anew")
+    return Folder(root, opened, rows=rows)
+
+
+def _check_settings(
+    root: Path, split_fraction: float, *, max_aspect: float, caption_template: str
+) -> None:
+    if not root.exists():
+        raise FileNotFoundError(f"the data folder {root} does not exist; check --data.root")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file; --data.root must be a folder of pictures")
+    if not 0.0 <= split_fraction < 1.0:
+        raise ValueError(f"data.split_fraction must be in [0, 1), got {split_fraction}")
+    if not max_aspect >= 1.0:
+        raise ValueError(f"data.max_aspect must be at least 1, got {max_aspect}")
+    if caption_template and "{label}" not in caption_template:
+        got = f"got {caption_template!r}"
+        raise ValueError(f"data.caption_template must have {{label}} where the label goes, {got}")

@@ -1,0 +1,227 @@
+"""Which caption belongs to which picture: tables, sidecars and folder names joined."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentdiff.data.arrow.columns import (
+    CAPTIONS,
+    combined,
+    has_extension,
+    iter_py,
+    release_memory,
+    take_rows,
+)
+from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.captions import label_caption
+from latentdiff.data.folder.caption_tables import (
+    CaptionRules,
+    CaptionTables,
+    find_tables,
+    match_rows,
+    name_of,
+    parent,
+    read_rows,
+)
+from latentdiff.data.folder.files import IMAGE_EXTENSIONS, METADATA_NAMES, TEXT_EXTENSIONS
+from latentdiff.data.folder.problems import Problems
+from latentdiff.data.folder.sidecars import FAILED, NONE, read_beside
+from latentdiff.data.folder.splits import FOLDER_NAMES
+
+TABLE_LIKE = re.compile(r"\.(jsonl?|jsonlines|csv|tsv|parquet)$", re.IGNORECASE)
+
+
+@dataclass
+class CaptionedFiles:
+    """Pictures (columns of LISTING) and the place of each one's captions in the pool.
+
+    at: (N,) int32; NONE where none is found yet, FAILED where it cannot be used.
+    """
+
+    files: pa.Table
+    at: np.ndarray
+    pool: "CaptionPool"
+
+    @property
+    def paths(self) -> pa.Array:
+        return combined(self.files["path"])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class CaptionPool:
+    """Captions of pictures in arrow chunks, counted through."""
+
+    def __init__(self, chunks: Sequence[pa.Array]) -> None:
+        self._chunks = list(chunks)
+        self._ends = np.cumsum([len(chunk) for chunk in chunks])
+
+    def extend(self, captions: pa.Array) -> int:
+        """Add captions and give the place of the first."""
+        start = int(self._ends[-1])
+        self._chunks.append(captions)
+        self._ends = np.append(self._ends, start + len(captions))
+        return start
+
+    def take(self, places: np.ndarray) -> pa.Array:
+        """Give the captions at some places, (N,) lists of texts.
+
+        Chunk by chunk: arrow's own take from many chunks makes one of them all first.
+        """
+        chunk_of = np.searchsorted(self._ends, places, side="right")
+        order = np.argsort(chunk_of, kind="stable")
+        parts = [pa.array([], CAPTIONS)]
+        for number in np.unique(chunk_of):
+            chunk = self._chunks[number]
+            within = places[chunk_of == number] - (self._ends[number] - len(chunk))
+            parts.append(chunk.take(pa.array(within)))
+        return pa.concat_arrays(parts).take(pa.array(np.argsort(order)))
+
+
+def match_captions(
+    root: Path,
+    listing: pa.Table,
+    *,
+    rules: CaptionRules,
+    problems: Problems,
+    index: ScanIndex | None = None,
+) -> CaptionedFiles:
+    """Find the captions of all pictures in a listing; in the result every place is found.
+
+    A row of a caption table comes first, then a sidecar, then the folder's name, then the policy
+    for none at all. Pictures without a caption are left out, and every problem met is added.
+    """
+    paths = combined(listing["path"])
+    tables = find_tables(paths, problems)
+    found = _from_tables(root, listing, tables, rules=rules, problems=problems)
+    _add_sidecars(found, listing, root=root, rules=rules, problems=problems, index=index)
+    _add_folder_names(found, tables, rules=rules)
+    _report_the_rest(found, paths, tables=tables, rules=rules, problems=problems)
+    captioned = np.flatnonzero(found.at >= 0).astype(np.int32)
+    return CaptionedFiles(take_rows(found.files, captioned), found.at[captioned], found.pool)
+
+
+def _from_tables(
+    root: Path,
+    listing: pa.Table,
+    tables: CaptionTables,
+    *,
+    rules: CaptionRules,
+    problems: Problems,
+) -> CaptionedFiles:
+    """Find all pictures, and the captions of those that have a row."""
+    paths = combined(listing["path"])
+    rows = read_rows(root, tables, paths, rules=rules, problems=problems)
+    release_memory()
+    match = match_rows(rows, paths, rules, problems)
+    is_picture = has_extension(paths, IMAGE_EXTENSIONS) | (match.of_file >= 0)
+    places = np.flatnonzero(is_picture)
+    at = match.of_file[places]
+    at[at < 0] = NONE
+    release_memory()
+    return CaptionedFiles(
+        take_rows(listing, places), at, CaptionPool([*rows.captions.chunks, match.merged])
+    )
+
+
+def _add_sidecars(
+    found: CaptionedFiles,
+    listing: pa.Table,
+    *,
+    root: Path,
+    rules: CaptionRules,
+    problems: Problems,
+    index: ScanIndex | None,
+) -> None:
+    """Give pictures without a row the text beside them."""
+    is_text = has_extension(combined(listing["path"]), TEXT_EXTENSIONS)
+    if not is_text.any():
+        return
+    captions, at = read_beside(
+        root,
+        found.paths,
+        found.at == NONE,
+        files=listing.filter(pa.array(is_text)).combine_chunks(),
+        caption_column=rules.caption_column,
+        lines=rules.sidecar_lines,
+        problems=problems,
+        index=index,
+    )
+    start = found.pool.extend(captions)
+    found.at = np.where(at == NONE, found.at, np.where(at == FAILED, FAILED, start + at))
+
+
+def _add_folder_names(found: CaptionedFiles, tables: CaptionTables, *, rules: CaptionRules) -> None:
+    """Give pictures that no table speaks for their folder's name in the template."""
+    if not rules.caption_template:
+        return
+    places: dict[str, int] = {}
+    wanting = np.flatnonzero(found.at == NONE)
+    for i, name in zip(wanting, iter_py(found.paths, wanting), strict=True):
+        folder = parent(name)
+        if is_label(folder) and not tables.govern(folder):
+            if folder not in places:
+                caption = label_caption(rules.caption_template, name_of(folder))
+                places[folder] = found.pool.extend(pa.array([[caption]], CAPTIONS))
+            found.at[i] = places[folder]
+
+
+def is_label(folder: str) -> bool:
+    """Say whether a folder may be named for what it shows: not the root, a split or a shard."""
+    return bool(folder) and folder.lower() not in FOLDER_NAMES and not folder.endswith(".tar")
+
+
+def _report_the_rest(
+    found: CaptionedFiles,
+    paths: pa.Array,
+    *,
+    tables: CaptionTables,
+    rules: CaptionRules,
+    problems: Problems,
+) -> None:
+    """Say why pictures have no caption; under missing_caption="empty", give them an empty one."""
+    wanting = np.flatnonzero(found.at == NONE)
+    if not len(wanting):
+        return
+    if rules.missing_caption == "empty":
+        found.at[wanting] = found.pool.extend(pa.array([[""]], CAPTIONS))
+        for name in iter_py(found.paths, wanting):
+            problems.add("empty_caption", name)
+        return
+    misnamed = paths.filter(pc.match_substring_regex(paths, r"(^|/)metadata\.json$")).to_pylist()
+    misnamed = [name for name in misnamed if not tables.govern(parent(name))]
+    for name in misnamed:
+        problems.add("metadata_json", name)
+    if not (found.at != NONE).any() and not problems.count("error"):
+        problems.add("no_captions", f"{len(wanting):,} pictures", _near_misses(paths))
+        return
+    failed = CaptionTables(failed=tables.failed + [parent(name) for name in misnamed])
+
+    @cache
+    def reason(folder: str) -> str | None:
+        if failed.failed_above(folder):
+            return None  # that table's own problem says it all
+        return "unlisted" if tables.govern(folder) else "no_caption"
+
+    for name in iter_py(found.paths, wanting):
+        if key := reason(parent(name)):
+            problems.add(key, name)
+
+
+def _near_misses(paths: pa.Array) -> str:
+    """Say what there is that a person may have meant as captions."""
+    tables = [path for path in iter_py(paths) if TABLE_LIKE.search(path)][:3]
+    if tables:
+        expected = ", ".join(METADATA_NAMES)
+        return f"{', '.join(tables)}: not read, a caption table must be named one of {expected}"
+    texts = list(iter_py(paths, np.flatnonzero(has_extension(paths, TEXT_EXTENSIONS))[:3]))
+    if texts:
+        return f"{', '.join(texts)}: not read, a caption file must be named as its picture is"
+    return f"there is no {', '.join(METADATA_NAMES)}, and no {', '.join(TEXT_EXTENSIONS)} file"

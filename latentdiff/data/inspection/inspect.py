@@ -1,0 +1,212 @@
+"""What a captioned folder holds, what is wrong with it, and what training on it would mean.
+
+`make_report` measures; `report_text` and `report_html` show. A report is plain data: `to_json` of
+it is what `scripts/inspect_data.py --json` prints.
+
+A whole inspection of a folder: what `scripts/inspect_data.py` does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.buckets import Bucket, Partial, make_buckets
+from latentdiff.data.folder.files import Progress
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.folder.splits import SPLITS
+from latentdiff.data.inspection.cost_estimate import CacheShape, CostEstimate, Encode, estimate_cost
+from latentdiff.data.inspection.near_duplicates import DuplicateGroup, find_near_duplicates
+from latentdiff.data.inspection.statistics import (
+    BucketRow,
+    CaptionStats,
+    SizeStats,
+    bucket_rows,
+    caption_stats,
+    size_stats,
+)
+from latentdiff.models.components import load_vae
+from latentdiff.models.latents import LatentCodec
+
+
+@dataclass(frozen=True)
+class DuplicateNames:
+    """Records that are the same picture or nearly; `is_leak` if both trained on and held out."""
+
+    ids: list[str]
+    is_exact: bool
+    is_leak: bool
+
+
+@dataclass(frozen=True)
+class DataReport:
+    root: str
+    is_usable: bool
+    why_not: list[str]
+    num_found: int
+    num_usable: int
+    splits: dict[str, int]
+    problems: dict[str, dict[str, Any]]
+    sizes: SizeStats | None  # None of an empty folder, as are captions and plan
+    captions: CaptionStats | None
+    buckets: list[BucketRow]
+    alike: list[DuplicateNames] | None  # None where it was not asked for
+    plan: CostEstimate | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_data_report(
+    folder: Folder,
+    *,
+    buckets: Sequence[Bucket],
+    batch_size: int,
+    partial: Partial = "keep",
+    max_bad_fraction: float = 0.0,
+    tokenizer: CLIPTokenizer | None = None,
+    alike: Sequence[DuplicateGroup] | None = None,
+    cache: CacheShape | None = None,
+    encode: Encode | None = None,
+) -> DataReport:
+    """Measure a folder.
+
+    alike: what `similar.find_alike` found among the folder's records. encode: what the VAE does
+    with pixels (1, 3, H, W) in [-1, 1], to measure its rate. Buckets and steps are those of the
+    training split.
+    """
+    why_not = folder.refusals(max_bad_fraction=max_bad_fraction)
+    num_in_split = np.bincount(folder.splits, minlength=len(SPLITS)).tolist()
+    train = folder.split("train")
+    rows = bucket_rows(train, buckets, batch_size=batch_size, partial=partial)
+    return DataReport(
+        root=str(folder.root),
+        is_usable=not why_not,
+        why_not=why_not,
+        num_found=folder.num_found,
+        num_usable=len(folder),
+        splits=dict(zip(SPLITS, num_in_split, strict=True)),
+        problems=_problems(folder),
+        sizes=size_stats(folder) if len(folder) else None,
+        captions=caption_stats(folder, tokenizer) if len(folder) else None,
+        buckets=rows,
+        alike=None if alike is None else _duplicate_groups(folder, alike),
+        plan=estimate_cost(
+            folder, rows, batch_size=batch_size, cache=cache or CacheShape(), encode=encode
+        )
+        if len(folder)
+        else None,
+    )
+
+
+def _problems(folder: Folder) -> dict[str, dict[str, Any]]:
+    told = {}
+    for key, group in folder.problems.items():
+        examples = [{"where": where, "detail": detail} for where, detail in group.examples]
+        told[key] = {**asdict(group.reason), "count": group.count, "examples": examples}
+    return told
+
+
+def _duplicate_groups(folder: Folder, alike: Sequence[DuplicateGroup]) -> list[DuplicateNames]:
+    is_train = folder.splits == SPLITS.index("train")
+    groups = []
+    for group in alike:
+        places = list(group.places)
+        is_leak = bool(is_train[places].any() and not is_train[places].all())
+        groups.append(DuplicateNames([folder[i].id for i in places], group.is_exact, is_leak))
+    return sorted(groups, key=lambda group: (not group.is_leak, not group.is_exact, group.ids))
+
+
+def inspect_folder(
+    folder: Folder,
+    *,
+    resolution: int = 512,
+    buckets: bool = False,
+    bucket_multiple: int = 64,
+    bucket_max_aspect: float = 2.0,
+    batch_size: int = 16,
+    partial_batches: Partial = "keep",
+    max_bad_fraction: float = 0.0,
+    tokenizer: str = "",
+    vae: str = "",
+    quick: bool = False,
+    random_flip: bool = False,
+    num_crops: int = 1,
+    cache: bool = True,
+    cache_dir: str = "",
+    progress: Progress | None = None,
+) -> DataReport:
+    """Report on a folder as training with these settings would meet it.
+
+    tokenizer: a folder with a CLIP tokenizer, or a Stable-Diffusion folder that holds one. vae: a
+    folder with a VAE, to measure its rate. random_flip, num_crops, cache: what is cached of each
+    picture. quick: do not look for pictures that are alike, which decodes every picture once.
+    cache_dir: where the scan index is, so that it is done once ever. The rest: see DataConfig.
+    """
+    sizes: tuple[Bucket, ...] = (Bucket(resolution, resolution),)
+    if buckets:
+        sizes = make_buckets(resolution, multiple=bucket_multiple, max_aspect=bucket_max_aspect)
+    shape, encode = _vae_costs(vae) if vae else (CacheShape(), None)
+    index = ScanIndex(cache_dir, folder.root) if cache_dir else None
+    return make_data_report(
+        folder,
+        buckets=sizes,
+        batch_size=batch_size,
+        partial=partial_batches,
+        max_bad_fraction=max_bad_fraction,
+        tokenizer=load_tokenizer(Path(tokenizer)) if tokenizer else None,
+        alike=None if quick else find_near_duplicates(folder, index=index, progress=progress),
+        cache=replace(shape, copies=(1 + random_flip) * num_crops * cache),
+        encode=encode,
+    )
+
+
+def chosen(settings: Mapping[str, Any], function: Callable[..., object]) -> dict[str, Any]:
+    """Choose from many settings those that a function has parameters for."""
+    return {name: settings[name] for name in signature(function).parameters if name in settings}
+
+
+def progress_bar() -> Progress:
+    """Make a progress bar on stderr; nothing is shown where stderr is not a terminal."""
+    bar = tqdm(unit=" pictures", leave=False, disable=None, delay=1.0)
+
+    def show(num_done: int, num_all: int) -> None:
+        bar.total = num_all
+        bar.update(num_done - bar.n)
+        if num_done == num_all:
+            bar.close()
+
+    return show
+
+
+def load_tokenizer(path: Path) -> CLIPTokenizer:
+    """Load a CLIP tokenizer from its folder or from a Stable-Diffusion folder.
+
+    Raises FileNotFoundError where there is none.
+    """
+    for folder in (path, path / "tokenizer"):
+        if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
+            tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+            return tokenizer
+    raise FileNotFoundError(
+        f"no tokenizer in {path}: expected tokenizer.json or vocab.json there or in its folder "
+        "tokenizer/"
+    )
+
+
+def _vae_costs(path: str) -> tuple[CacheShape, Encode]:
+    """Load a VAE, to say how large its latents are and how long it takes."""
+    codec = LatentCodec(load_vae(path))
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> object:
+        return codec.moments(pixels)
+
+    return CacheShape(latent_factor=codec.factor, latent_channels=codec.channels), encode

@@ -1,0 +1,176 @@
+"""Pictures that are the same, or nearly: by their bytes, and by a perceptual hash.
+
+The hash is the sign pattern of the lowest cosine frequencies of the grey picture (Zauner 2010): it
+survives another size, format or JPEG quality. Because it is blind to colour and to fine detail,
+alike hashes count only if the pictures, shrunk to 8 x 8 in colour, are alike too. Crops of more
+than a few percent and mirrored pictures are not found.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from latentdiff.data.arrow.columns import combined
+from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.arrow.stat_cache import cached_rows
+from latentdiff.data.folder.files import (
+    ALONE,
+    LISTING,
+    Columns,
+    Entry,
+    Progress,
+    read_entry,
+    shard_of,
+)
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.images import ImageError, load_thumbnail
+
+MAX_BITS = 4  # of 63 may differ
+MAX_RMS = 8.0  # of 255, root mean square over the 8 x 8 x 3 small picture
+NUM_THREADS = 4
+HASHES_FILE = pa.schema(
+    [
+        *LISTING,
+        pa.field("digest", pa.binary(16)),
+        pa.field("hash", pa.uint64()),
+        pa.field("small", pa.binary(192)),  # null where the picture cannot be decoded
+    ]
+)
+COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)  # (8, 32), DCT-II
+
+
+@dataclass(frozen=True)
+class DuplicateGroup:
+    """Pictures that are alike, as places in the list asked about, rising."""
+
+    places: tuple[int, ...]
+    is_exact: bool  # the files are equal byte for byte
+
+
+def find_near_duplicates(
+    folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
+) -> list[DuplicateGroup]:
+    """Group the pictures of a folder that are the same or nearly so.
+
+    Every picture is decoded once, and `index` remembers it. A near group holds one picture of each
+    set of equal files, so the two kinds of groups can be read apart.
+    """
+    looks = perceptual_hashes(folder, index=index, progress=progress)
+    digests = _rows(looks["digest"], 16).view("V16").ravel()
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    exact = [DuplicateGroup(group, True) for group in _groups(which)]
+    can_decode = looks["small"].is_valid().to_numpy()
+    seen = np.sort(first[can_decode[first]])
+    pairs = _close_pairs(looks["hash"].to_numpy()[seen], _rows(looks["small"], 192)[seen])
+    labels = _connect(pairs, num=len(seen))
+    near = [DuplicateGroup(tuple(seen[list(group)].tolist()), False) for group in _groups(labels)]
+    return exact + near
+
+
+def perceptual_hashes(
+    folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
+) -> pa.Table:
+    """Read each picture's digest, perceptual hash and 8 x 8 colours: rows of LOOKS."""
+    columns = Columns()
+    for entry in folder.entries():
+        alone = entry.offset == ALONE
+        file = folder.root / (entry.path if alone else shard_of(entry.path))
+        time = os.stat(file).st_mtime_ns
+        columns.add(entry.path, size=entry.size, mtime_ns=time, offset=entry.offset)
+
+    def read_some(entries: list[Entry]) -> list[tuple[Any, ...]]:
+        return [_hash_image(read_entry(folder.root, entry)) for entry in entries]
+
+    def read(entries: list[Entry]) -> list[tuple[Any, ...]]:
+        parts = [entries[i : i + 16] for i in range(0, len(entries), 16)]
+        return [look for some in threads.map(read_some, parts) for look in some]
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        return cached_rows(
+            columns.table(), read, name="looks", schema=HASHES_FILE, index=index, progress=progress
+        )
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """Hash a picture's grey shape to 64 bits, the first of them 0."""
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BILINEAR), np.float64)
+    low = (COSINES @ grey @ COSINES.T).ravel()  # (64,), the mean grey first
+    bits = low > np.median(low[1:])
+    bits[0] = False
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+def _hash_image(data: bytes) -> tuple[bytes, int, bytes | None]:
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    try:
+        image = load_thumbnail(io.BytesIO(data), side=64)
+    except ImageError:
+        return digest, 0, None
+    small = image.resize((8, 8), Image.Resampling.BOX)
+    return digest, perceptual_hash(image), small.tobytes()
+
+
+def _rows(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """View a column of fixed-width bytes as (N, width) uint8; rows that are null hold anything."""
+    array = combined(column)
+    data = np.frombuffer(array.buffers()[1], np.uint8)
+    return data[array.offset * width :][: len(array) * width].reshape(-1, width)
+
+
+def _close_pairs(hashes: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """Find all pairs (P, 2) that differ by few bits and little colour.
+
+    Two hashes that differ in at most MAX_BITS bits agree in one of MAX_BITS + 1 bands, so only
+    hashes that share a band are compared.
+    """
+    found = [np.zeros((0, 2), np.int64)]
+    edges = np.linspace(0, 64, MAX_BITS + 2).astype(np.uint64)
+    for low, high in pairwise(edges):
+        band = (hashes >> low) & np.uint64((1 << int(high - low)) - 1)
+        for pairs in _equal_pairs(band):
+            bits = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]])
+            close = pairs[bits <= MAX_BITS]
+            difference = small[close[:, 0]].astype(np.float32) - small[close[:, 1]]
+            found.append(close[np.sqrt((difference**2).mean(axis=1)) <= MAX_RMS])
+    return np.concatenate(found)
+
+
+def _equal_pairs(keys: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield all pairs (P, 2) of places with equal keys, in parts of at most N pairs."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    left = np.arange(len(keys))
+    for step in range(1, len(keys)):
+        left = left[left + step < len(keys)]
+        left = left[ordered[left] == ordered[left + step]]
+        if not len(left):
+            return
+        yield np.stack([order[left], order[left + step]], axis=1)
+
+
+def _connect(pairs: np.ndarray, *, num: int) -> np.ndarray:
+    """Give the same label, (num,), to whatever pairs connect."""
+    labels = np.arange(num)
+    while True:
+        before = labels.copy()
+        np.minimum.at(labels, pairs[:, 0], before[pairs[:, 1]])
+        np.minimum.at(labels, pairs[:, 1], labels[pairs[:, 0]])
+        if (labels == before).all():
+            return labels
+
+
+def _groups(labels: np.ndarray) -> list[tuple[int, ...]]:
+    """List the places of each label that occurs more than once."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    parts = np.split(order, starts[1:])
+    return [tuple(part.tolist()) for part in parts if len(part) > 1]

@@ -1,0 +1,168 @@
+"""Figures of a folder: sizes, captions and their tokens, and what each bucket does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+from transformers import CLIPTokenizer
+
+from latentdiff.data.arrow.columns import in_chunks, iter_py
+from latentdiff.data.buckets import Bucket, Partial, assign_buckets, crop_loss, num_batches
+from latentdiff.data.folder.folder import Folder
+from latentdiff.models.text import truncated_part
+
+NUM_SHOWN = 20  # longest captions, most repeated captions
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Five numbers of a distribution."""
+
+    least: float
+    low: float  # 5 %
+    median: float
+    high: float  # 95 %
+    most: float
+
+
+@dataclass(frozen=True)
+class SizeStats:
+    """Pixels of the shorter side, width over height, and how many are wide, tall, square."""
+
+    shorter: Summary
+    aspect: Summary
+    num_wide: int
+    num_tall: int
+    num_square: int
+
+
+@dataclass(frozen=True)
+class LongCaption:
+    """A caption that does not fit: its record, how many tokens it has, and what is cut off."""
+
+    id: str
+    num_tokens: int
+    caption: str
+    cut: str
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Tokens per caption with the start and end token, and the captions over the limit."""
+
+    spread: Summary
+    limit: int
+    num_over: int
+    worst: list[LongCaption]
+
+
+@dataclass(frozen=True)
+class CaptionStats:
+    num_captions: int
+    num_different: int
+    num_empty: int
+    most_per_picture: int
+    repeated: list[tuple[str, int]]  # a caption and how often, most often first
+    tokens: TokenStats | None  # None without a tokenizer
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """One bucket of the training split. Shares are of a picture's area, in [0, 1]."""
+
+    width: int
+    height: int
+    num_pictures: int
+    num_batches: int
+    last_batch: int  # pictures in the last batch
+    num_repeats: int  # pictures shown twice in an epoch to fill it
+    num_enlarged: int
+    mean_cut: float
+    worst_cut: float
+    worst_id: str
+
+
+def size_stats(folder: Folder) -> SizeStats:
+    """Measure the pictures' sizes; the folder must not be empty."""
+    widths, heights = folder.widths, folder.heights
+    wide, tall = int((widths > heights).sum()), int((widths < heights).sum())
+    shorter = summarize(np.minimum(widths, heights))
+    return SizeStats(shorter, summarize(widths / heights), wide, tall, len(folder) - wide - tall)
+
+
+def caption_stats(folder: Folder, tokenizer: CLIPTokenizer | None) -> CaptionStats:
+    """Count captions and their tokens; the folder must not be empty."""
+    lists = folder.captions
+    counted = pc.value_counts(lists.flatten())
+    captions, counts = counted.field("values"), counted.field("counts").to_numpy()
+    often = np.argsort(-counts, kind="stable")[:NUM_SHOWN]
+    repeated = [(captions[int(i)].as_py(), int(counts[i])) for i in often if counts[i] > 1]
+    is_empty = pc.equal(captions, "").to_numpy(zero_copy_only=False)
+    return CaptionStats(
+        num_captions=int(counts.sum()),
+        num_different=len(counts),
+        num_empty=int(counts[is_empty].sum()),
+        most_per_picture=int(pc.max(pc.list_value_length(lists)).as_py()),
+        repeated=repeated,
+        tokens=None if tokenizer is None else token_stats(folder, tokenizer),
+    )
+
+
+def token_stats(folder: Folder, tokenizer: CLIPTokenizer) -> TokenStats:
+    """Count the tokens of every caption."""
+    lists = folder.captions
+    counts = []
+    for chunk in in_chunks(iter_py(lists.flatten())):
+        encoded = tokenizer(chunk, truncation=False, verbose=False).input_ids
+        counts.append(np.array([len(ids) for ids in encoded]))
+    lengths = np.concatenate(counts)
+    limit = int(tokenizer.model_max_length)
+    record_of = pc.list_parent_indices(lists).to_numpy()
+    worst = np.argsort(-lengths, kind="stable")[:NUM_SHOWN]
+    long = []
+    for place in worst[lengths[worst] > limit]:
+        caption = lists.flatten()[int(place)].as_py()
+        record = folder[int(record_of[place])]
+        cut = truncated_part(tokenizer, caption)
+        long.append(LongCaption(record.id, int(lengths[place]), caption, cut))
+    return TokenStats(summarize(lengths), limit, int((lengths > limit).sum()), long)
+
+
+def bucket_rows(
+    folder: Folder, buckets: Sequence[Bucket], *, batch_size: int, partial: Partial
+) -> list[BucketRow]:
+    """Say for each bucket in use what it holds, cuts off, enlarges and repeats."""
+    widths, heights = folder.widths, folder.heights
+    bucket_of = assign_buckets(widths, heights, buckets=buckets)
+    cuts = crop_loss(widths, heights, bucket_of=bucket_of, buckets=buckets)
+    rows = []
+    for place, bucket in enumerate(buckets):
+        members = np.flatnonzero(bucket_of == place)
+        if not len(members):
+            continue
+        batches = num_batches(np.array([len(members)]), batch_size=batch_size)
+        left = len(members) - (batches - 1) * batch_size
+        is_filled = partial == "fill"
+        small = (widths[members] < bucket.width) | (heights[members] < bucket.height)
+        worst = members[np.argmax(cuts[members])]
+        rows.append(
+            BucketRow(
+                width=bucket.width,
+                height=bucket.height,
+                num_pictures=len(members),
+                num_batches=batches,
+                last_batch=batch_size if is_filled else left,
+                num_repeats=batch_size - left if is_filled else 0,
+                num_enlarged=int(small.sum()),
+                mean_cut=float(cuts[members].mean()),
+                worst_cut=float(cuts[worst]),
+                worst_id=folder[int(worst)].id,
+            )
+        )
+    return rows
+
+
+def summarize(numbers: np.ndarray) -> Summary:
+    """Take the least, 5 %, 50 %, 95 % and most of some numbers."""
+    return Summary(*(float(x) for x in np.percentile(numbers, [0, 5, 50, 95, 100])))

@@ -1,0 +1,183 @@
+"""A report as plain text for a terminal; names and captions from files are made printable."""
+
+from collections.abc import Iterator, Sequence
+
+from latentdiff.data.folder.problems import printable
+from latentdiff.data.inspection.cost_estimate import CostEstimate
+from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
+from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, SizeStats, Summary
+
+MUCH_CUT = 0.05  # of a picture's area
+NUM_NAMES = 5  # shown of each kind; --json has the rest
+SEVERITY_TITLES = {"error": "must be mended", "skipped": "left out", "note": "worth knowing"}
+
+
+def report_as_text(report: DataReport) -> str:
+    """Show a report to a person."""
+    parts = [
+        [_headline(report)],
+        ["PROBLEMS", *_problems(report)],
+        ["SIZES", *_sizes(report.sizes)] if report.sizes else [],
+        ["CAPTIONS", *_captions(report.captions)] if report.captions else [],
+        ["BUCKETS of the training pictures", *_buckets(report.buckets)] if report.buckets else [],
+        ["ALIKE", *_alike(report.alike)],
+        ["COST", *_plan(report.plan)] if report.plan else [],
+        [_verdict(report)],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, as in 1 step, 2 steps."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size_text(num_bytes: float) -> str:
+    """Write a number of bytes as a person reads it, as in 34.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def time_text(seconds: float) -> str:
+    """Write a duration as a person reads it."""
+    if seconds < 1:
+        return "less than 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _headline(report: DataReport) -> str:
+    splits = " + ".join(f"{num:,} {name}" for name, num in report.splits.items() if num)
+    counts = f"{report.num_usable:,} of {report.num_found:,} pictures are usable"
+    return f"{printable(report.root)}\n{counts}{f': {splits}' if splits else ''}"
+
+
+def _problems(report: DataReport) -> Iterator[str]:
+    if not report.problems:
+        yield "  none"
+    for severity, title in SEVERITY_TITLES.items():
+        chosen = [p for p in report.problems.values() if p["severity"] == severity]
+        if chosen:
+            yield f"  {title}:"
+        for problem in chosen:
+            yield f"    {problem['title']} ({problem['count']:,})"
+            for example in problem["examples"][:NUM_NAMES]:
+                detail = f": {printable(example['detail'])}" if example["detail"] else ""
+                yield f"      {printable(example['where'])}{detail}"
+            if problem["count"] > NUM_NAMES:
+                yield f"      and {problem['count'] - NUM_NAMES:,} more"
+            if problem["fix"]:
+                yield f"      fix: {problem['fix']}"
+
+
+def _sizes(sizes: SizeStats) -> Iterator[str]:
+    yield f"  shorter side    {_range(sizes.shorter, '.0f')} px"
+    yield f"  width : height  {_range(sizes.aspect, '.2f')}"
+    yield f"  {sizes.num_wide:,} wide, {sizes.num_tall:,} tall, {sizes.num_square:,} square"
+
+
+def _range(spread: Summary, form: str) -> str:
+    if spread.least == spread.most:
+        return f"{spread.least:{form}}"
+    return f"{spread.least:{form}} to {spread.most:{form}}, median {spread.median:{form}}"
+
+
+def _captions(captions: CaptionStats) -> Iterator[str]:
+    per = captions.most_per_picture
+    several = f", up to {per} a picture" if per > 1 else ""
+    num = counted(captions.num_captions, "caption")
+    yield f"  {num}, {captions.num_different:,} different{several}"
+    if captions.num_empty:
+        yield f"  {captions.num_empty:,} empty"
+    tokens = captions.tokens
+    if tokens is None:
+        yield "  tokens: not counted; --tokenizer=FOLDER names the tokenizer to count with"
+    else:
+        over = f"{tokens.num_over:,} over" if tokens.num_over else "none over"
+        yield f"  tokens: {_range(tokens.spread, '.0f')}; {over} the limit of {tokens.limit}"
+        for long in tokens.worst[:NUM_NAMES]:
+            name = printable(long.id)
+            yield f"    {name}: {long.num_tokens} tokens, loses {_short(long.cut)}"
+    if captions.repeated:
+        caption, times = captions.repeated[0]
+        yield f"  most repeated, {times:,} times: {_short(caption)}"
+
+
+def _short(text: str, *, length: int = 70) -> str:
+    text = printable(text)
+    return f'"{text}"' if len(text) <= length else f'"{text[:length]}..."'
+
+
+def _buckets(rows: Sequence[BucketRow]) -> Iterator[str]:
+    yield ("  width x height  pictures  batches  last batch  repeated  enlarged  cut off  at worst")
+    for row in rows:
+        size = f"{row.width} x {row.height}"
+        yield (
+            f"  {size:>14}  {row.num_pictures:>8,}  {row.num_batches:>7,}  {row.last_batch:>10,}"
+            f"  {row.num_repeats:>8,}  {row.num_enlarged:>8,}  {row.mean_cut:>7.1%}"
+            f"  {row.worst_cut:>8.1%}" + (f" {printable(row.worst_id)}" if row.worst_cut else "")
+        )
+    yield "  no picture is dropped; cut off: the share of a picture outside its bucket's shape"
+    if len(rows) == 1 and rows[0].mean_cut > MUCH_CUT:
+        yield "  --data.buckets=true keeps pictures nearer to their own shape"
+
+
+def _alike(groups: Sequence[DuplicateNames] | None) -> Iterator[str]:
+    if groups is None:
+        yield "  not looked for (--quick)"
+    elif not groups:
+        yield "  no picture looks like another"
+    for title, chosen in alike_sections(groups or []):
+        yield f"  {title} ({len(chosen):,})"
+        for group in chosen[:NUM_NAMES]:
+            rest = f" and {len(group.ids) - 4:,} more" if len(group.ids) > 4 else ""
+            yield "    " + " = ".join(printable(name) for name in group.ids[:4]) + rest
+        if len(chosen) > NUM_NAMES:
+            yield f"    and {len(chosen) - NUM_NAMES:,} more"
+
+
+def alike_sections(groups: Sequence[DuplicateNames]) -> list[tuple[str, list[DuplicateNames]]]:
+    """Sort groups into titled sections, the gravest first; sections without groups are left out."""
+    titles = {
+        (True, True): "equal files, both trained on and held out",
+        (True, False): "nearly equal pictures, both trained on and held out",
+        (False, True): "equal files",
+        (False, False): "nearly equal pictures",
+    }
+    sections = [
+        (title, [g for g in groups if (g.is_leak, g.is_exact) == kind])
+        for kind, title in titles.items()
+    ]
+    return [(title, chosen) for title, chosen in sections if chosen]
+
+
+def _plan(plan: CostEstimate) -> Iterator[str]:
+    yield f"  {counted(plan.steps_per_epoch, 'step')} an epoch in batches of {plan.batch_size}"
+    total = size_text(plan.latent_bytes + plan.text_bytes)
+    parts = f"latents {size_text(plan.latent_bytes)}, text states {size_text(plan.text_bytes)}"
+    yield f"  the cache takes about {total}: {parts}"
+    rate = f"{plan.load_rate:,.0f} pictures/s"
+    if plan.encode_rate is None:
+        yield f"  loading all pictures once takes {time_text(plan.seconds)} ({rate});"
+        yield "  encoding them comes on top, --vae=FOLDER measures it"
+    else:
+        rate = f"loads {rate}, encodes {plan.encode_rate:,.1f} pictures/s"
+        yield f"  building it takes {time_text(plan.seconds)} (one process {rate})"
+
+
+def leak_text(report: DataReport) -> str:
+    """Say that pictures are both trained on and held out; "" where none is."""
+    if not (num := sum(group.is_leak for group in report.alike or [])):
+        return ""
+    are = "is" if num == 1 else "are"
+    return f"{counted(num, 'picture')} {are} both trained on and held out: held-out figures flatter"
+
+
+def _verdict(report: DataReport) -> str:
+    if report.is_usable:
+        return "\n".join(["USABLE: training may start.", *filter(None, [leak_text(report)])])
+    return "\n".join(["NOT USABLE:", *(f"  {reason}" for reason in report.why_not)])

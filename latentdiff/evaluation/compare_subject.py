@@ -1,0 +1,150 @@
+"""What fine-tuning on a subject has done: nearer to its photographs, and how far from all else.
+
+Similarity of a picture is the mean cosine of its features to those of the photographs (as CLIP-I
+in Ruiz et al. 2023), base and tuned model being given the same seeds. Drift of an unrelated prompt
+is 1 - cosine between the two models' pictures of it from one seed; the same between the base's
+pictures of two unlike prompts tells how large that is.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from latentdiff.atomic import atomic_file, write_text
+from latentdiff.config.evaluation import CompareSubjectOptions
+from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.data.images import load_image, to_pixels
+from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean
+from latentdiff.evaluation.metrics.features import MobileNet, load_features
+from latentdiff.evaluation.report.comparison import Comparison, compare
+from latentdiff.image_grid import draw_grid
+from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.sampling.sample import sample_each
+
+COLUMNS = 8
+AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class SubjectReport:
+    """Before and after: similarity to the photographs, and drift on unrelated prompts."""
+
+    similarity_before: float
+    similarity_after: float
+    gain: Comparison  # after less before, seed by seed
+    drift: Interval  # over the unrelated prompts
+    unlike: float  # the same between the base's pictures of two unlike prompts
+    num_photos: int
+
+
+def compare_subject(
+    base: str, tuned: str, photos: str, out: Path, *, features: str, options: CompareSubjectOptions
+) -> SubjectReport:
+    """Draw, measure, write out/subject.json and out/subject.png; return the figures.
+
+    base, tuned: model folders. photos: a folder of the subject's photographs. features: a folder
+    that features.load_features reads. Raises ValueError or FileNotFoundError for what is missing.
+    """
+    if options.num_seeds < 2 or len(options.unrelated) < 2:
+        raise ValueError(
+            f"{options.num_seeds} seeds and {len(options.unrelated)} unrelated prompts, expected "
+            "at least 2 of each (10 or more say something)"
+        )
+    network = load_features(features)
+    folder = read_folder(photos, missing_caption="empty")
+    folder.check()
+    prompts = [options.base_prompt or options.prompt, options.prompt]
+    drawn = [
+        _generate_all(path, p, options) for path, p in zip((base, tuned), prompts, strict=True)
+    ]
+    real = _photographs(folder, size=drawn[0][0][0].size)
+    report = measure_subject(
+        [_features(network, pictures) for pictures in (real, *drawn[0], *drawn[1])]
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    _write_sheet(out / "subject.png", real, drawn, options)
+    figures = asdict(report) | {"base": base, "tuned": tuned, "options": asdict(options)}
+    write_text(out / "subject.json", json.dumps(figures, indent=2) + "\n")
+    return report
+
+
+def measure_subject(features: Sequence[Tensor]) -> SubjectReport:
+    """Compare features (n, D) of: photographs; the base's subject (S, D) and unrelated pictures
+    (U, D); the tuned model's subject (S, D) and unrelated pictures (U, D).
+    """
+    real, before, before_other, after, after_other = (F.normalize(x.double()) for x in features)
+    similar = [(x @ real.T).mean(1) for x in (before, after)]  # (S,) each
+    drift = 1 - (before_other * after_other).sum(1)  # (U,)
+    unlike = 1 - (before_other * before_other.roll(1, 0)).sum(1)
+    return SubjectReport(
+        similarity_before=similar[0].mean().item(),
+        similarity_after=similar[1].mean().item(),
+        gain=compare(similar[1], similar[0], higher_is_better=True),
+        drift=bootstrap_mean(drift),
+        unlike=unlike.mean().item(),
+        num_photos=len(real),
+    )
+
+
+def _generate_all(
+    path: str, prompt: str, options: CompareSubjectOptions
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Let a model draw the subject by each seed, and each unrelated prompt by a seed of its own."""
+    pipe = LatentDiffPipeline.from_pretrained(path)
+    pipe.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    num = options.num_seeds
+    subject = _generate(pipe, [prompt] * num, range(num), options)
+    others = list(options.unrelated)
+    return subject, _generate(pipe, others, range(num, num + len(others)), options)
+
+
+def _generate(
+    pipe: LatentDiffPipeline, prompts: list[str], seeds: range, options: CompareSubjectOptions
+) -> list[Image.Image]:
+    return sample_each(
+        pipe,
+        prompts,
+        seeds,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        at_once=AT_ONCE,
+    )
+
+
+def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:
+    """Return the photographs, scaled and cut about the centre to the size that the models draw."""
+    pictures = (load_image(record.path, background=(255, 255, 255)) for record in folder)
+    return [ImageOps.fit(picture, size, Image.Resampling.LANCZOS) for picture in pictures]
+
+
+def _features(network: MobileNet, pictures: Sequence[Image.Image]) -> Tensor:
+    """Return features (n, D) of pictures."""
+    features: Tensor = network(torch.stack([to_pixels(one.convert("RGB")) for one in pictures]))
+    return features
+
+
+def _write_sheet(
+    path: Path, real: list[Image.Image], drawn: Any, options: CompareSubjectOptions
+) -> None:
+    """Draw photographs, the subject before and after, and unrelated pictures before and after."""
+    (before, before_other), (after, after_other) = drawn
+    rows: list[tuple[list[Image.Image], list[str]]] = [
+        ([real[k % len(real)] for k in range(COLUMNS)], ["photograph"] * COLUMNS),
+        (before[:COLUMNS], [f"before: {options.base_prompt or options.prompt}"] * COLUMNS),
+        (after[:COLUMNS], [f"after: {options.prompt}"] * COLUMNS),
+        (before_other[:COLUMNS], [f"before: {one}" for one in options.unrelated[:COLUMNS]]),
+        (after_other[:COLUMNS], [f"after: {one}" for one in options.unrelated[:COLUMNS]]),
+    ]
+    columns = min(len(images) for images, _ in rows)
+    images = [image for row, _ in rows for image in row[:columns]]
+    labels = [label for _, names in rows for label in names[:columns]]
+    with atomic_file(path) as temporary:
+        draw_grid(images, labels, columns=columns).save(temporary, format="PNG")

@@ -1,0 +1,170 @@
+"""A model and held-out captioned pictures as it sees them: latents and text states.
+
+Answers for: which pictures of a folder are taken, and that they are cut and encoded as in training.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.data.images import ImageError, load_image, resize_and_crop, to_pixels
+from latentdiff.models.components import Components, load_components
+from latentdiff.models.latents import LatentCodec
+from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
+from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.denoiser import image_size
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionedLatents:
+    """N pictures as latents with their text states, on the CPU."""
+
+    captions: tuple[str, ...]
+    z0: Tensor  # (N, C, h, w) normalised, one sample of the VAE's posterior each
+    text: Tensor  # (N, L, D)
+    null_text: Tensor  # (1, L, D)
+
+    def __len__(self) -> int:
+        return len(self.z0)
+
+    def select(self, indices: Sequence[int]) -> "CaptionedLatents":
+        """Return some of the pictures, in that order."""
+        chosen = list(indices)
+        return replace(
+            self,
+            captions=tuple(self.captions[i] for i in chosen),
+            z0=self.z0[chosen],
+            text=self.text[chosen],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EvalModel:
+    """A model on its device, and the pictures that it is evaluated on."""
+
+    components: Components
+    latents: CaptionedLatents
+    folder: Folder  # of the pictures, in the latents' order
+    device: torch.device
+    batch_size: int
+    seed: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels that the model was trained at."""
+        return image_size(self.components.unet, factor=LatentCodec(self.components.vae).factor)
+
+    def pipeline(self) -> LatentDiffPipeline:
+        """Return a pipeline of the components, without a progress bar."""
+        checker = self.components.safety_checker
+        pipe = LatentDiffPipeline(
+            **self.components.as_dict(), requires_safety_checker=checker is not None
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def generator(self) -> torch.Generator:
+        """Return a generator on the CPU, the same at every call."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
+    """Open a pipeline folder and encode the pictures. ValueError or OSError says what is wrong."""
+    for name in ("num_images", "batch_size"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"{name}={value}, expected at least 1")
+    folder = subsample_indices(options)
+    components = load_components(model)
+    device = choose_device(options.device)
+    for part in (components.unet, components.vae, components.text_encoder):
+        part.requires_grad_(False).to(device)
+    latents = encode_folder(
+        components, folder, batch_size=options.batch_size, device=device, seed=options.seed
+    )
+    return EvalModel(components, latents, folder, device, options.batch_size, options.seed)
+
+
+@torch.no_grad()
+def encode_folder(
+    components: Components, folder: Folder, *, batch_size: int, device: torch.device, seed: int
+) -> CaptionedLatents:
+    """Encode a folder's pictures, with their first captions, at the U-Net's own size."""
+    codec = LatentCodec(components.vae)
+    height, width = image_size(components.unet, factor=codec.factor)
+    captions = tuple(record.captions[0] for record in folder)
+    generator = torch.Generator().manual_seed(seed)
+    z0, text = [], []
+    for start in range(0, len(folder), batch_size):
+        part = range(start, min(start + batch_size, len(folder)))
+        pixels = torch.stack([read_pixels(folder, i, height=height, width=width) for i in part])
+        mean, std = codec.moments(pixels.to(device))
+        eps = torch.randn(mean.shape, generator=generator)
+        z0.append(mean.cpu() + std.cpu() * eps)
+        text.append(_states(components, captions[part.start : part.stop]))
+    null = _states(components, [NULL_CAPTION])
+    return CaptionedLatents(captions, torch.cat(z0), torch.cat(text), null)
+
+
+def subsample_indices(options: EvalModelOptions) -> Folder:
+    """Read the folder and take pictures of the split. ValueError where there is none."""
+    folder = read_split(options, options.split)
+    if not len(folder):
+        raise ValueError(
+            f"{options.data} has no picture in its {options.split} split; name a folder test/ or "
+            "validation/, raise --split_fraction, or take --split all"
+        )
+    return spread(folder, options.num_images)
+
+
+def read_split(options: EvalModelOptions, split: Literal["held_out", "train", "all"]) -> Folder:
+    """Read the folder and take all pictures of a split, which may be none."""
+    folder = read_folder(
+        Path(options.data).expanduser(),
+        caption_column=options.caption_column,
+        split_fraction=options.split_fraction if options.split != "all" else 0.0,
+    )
+    folder.check(max_bad_fraction=1.0)
+    if split == "all":
+        return folder
+    return folder.held_out() if split == "held_out" else folder.split("train")
+
+
+def spread(folder: Folder, num: int) -> Folder:
+    """Take at most num records, evenly spread."""
+    kept = np.linspace(0, len(folder) - 1, min(num, len(folder)))
+    return folder.select(kept.round().astype(np.int64))
+
+
+def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tensor:
+    """Read a picture as the model sees it, (3, height, width) in [-1, 1]."""
+    try:
+        picture = load_image(io.BytesIO(folder.read_bytes(index)))
+    except ImageError as error:
+        raise ValueError(f"{folder[index].id} cannot be read ({error.reason}): {error}") from error
+    return to_pixels(resize_and_crop(picture, height=height, width=width).image)
+
+
+def _states(components: Components, captions: Sequence[str]) -> Tensor:
+    ids = tokenize(components.tokenizer, captions)
+    return encode_text(components.text_encoder, ids).float().cpu()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the best there is. ValueError where it cannot be used."""
+    if name is None:
+        best = torch.accelerator.current_accelerator(check_available=True)
+        return best if best is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {error}") from error
+    return device

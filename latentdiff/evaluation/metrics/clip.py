@@ -1,0 +1,194 @@
+"""How well a picture fits its text by CLIP (Radford et al. 2021), as a score that can be climbed.
+
+`ClipGuide` is a guide of LatentDiffPipeline: it decodes the predicted clean latents, embeds the
+picture, and returns the cosine to its text. CLIP's own logit is about 100 times the cosine, so a
+guide_scale of some hundreds is where guidance begins to show.
+
+Does a CLIP find the caption of a picture, and the picture of a caption? Recall at k.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from latentdiff.evaluation.metrics.bootstrap import Interval, proportion
+from latentdiff.models.latents import Autoencoder, LatentCodec
+from latentdiff.models.weights import weights_hash
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP as two functions to unit vectors; gradients flow through `embed_pixels`."""
+
+    embed_pixels: Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D)
+    embed_texts: Callable[[Sequence[str]], Tensor]  # B texts -> (B, D)
+    name: str = ""
+    hash: str = ""  # sha256 of the weights
+
+    @torch.no_grad()
+    def score(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the cosine of each picture to its own caption, (B,)."""
+        return (self.embed_pixels(pixels) * self.embed_texts(captions)).sum(1)
+
+
+def load_clip(folder: str | Path, *, device: torch.device | str = "cpu") -> Clip:
+    """Open a folder that holds a transformers CLIPModel and its tokenizer; safetensors only."""
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a CLIP model")
+    model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"the CLIP in {folder} lacks weights: {sorted(info['missing_keys'])[:8]}")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    known = model.config.text_config.vocab_size
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens and its CLIP knows {known}: "
+            "they are not of one model"
+        )
+    clip = clip_score_from_transformers(model.eval().requires_grad_(False).to(device), tokenizer)
+    return replace(clip, name=Path(folder).resolve().name, hash=weights_hash(model))
+
+
+def load_open_clip(name: str, weights: str | Path, *, device: torch.device | str = "cpu") -> Clip:
+    """Open a named open_clip model, such as "ViT-B-32", with weights from a safetensors file.
+
+    ValueError or FileNotFoundError says what does not fit; pickle files are not opened.
+    """
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise ValueError(f"{name!r} is no open_clip model, expected one of open_clip.list_models()")
+    path = Path(weights)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file; pickle files are not opened")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the weights of {name}")
+    model = open_clip.create_model(name)
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
+    model = model.eval().requires_grad_(False).to(device)
+    clip = clip_score_from_open_clip(model, open_clip.get_tokenizer(name))
+    return replace(clip, name=f"open_clip {name}", hash=weights_hash(model))
+
+
+def clip_score_from_transformers(model: CLIPModel, tokenizer: CLIPTokenizer) -> Clip:
+    """Wrap a transformers CLIP."""
+    size = model.config.vision_config.image_size
+
+    def embed_pixels(pixels: Tensor) -> Tensor:
+        seen = preprocess(pixels, size=size).to(model.dtype)
+        pooled = model.vision_model(pixel_values=seen).pooler_output
+        return F.normalize(model.visual_projection(pooled).float(), dim=1)
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        ids = tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).to(model.device)
+        pooled = model.text_model(**ids).pooler_output
+        return F.normalize(model.text_projection(pooled).float(), dim=1)
+
+    return Clip(embed_pixels, embed_texts)
+
+
+def clip_score_from_open_clip(model: Any, tokenize: Callable[[Sequence[str]], Tensor]) -> Clip:
+    """Wrap an open_clip model and its tokenizer (`open_clip.get_tokenizer`)."""
+    size = model.visual.image_size
+    mean = getattr(model.visual, "image_mean", None) or MEAN
+    std = getattr(model.visual, "image_std", None) or STD
+
+    def embed_pixels(pixels: Tensor) -> Tensor:
+        seen = preprocess(pixels, size=size, mean=mean, std=std)
+        embedded: Tensor = model.encode_image(seen, normalize=True)
+        return embedded
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        device = next(model.parameters()).device
+        embedded: Tensor = model.encode_text(tokenize(list(texts)).to(device), normalize=True)
+        return embedded
+
+    return Clip(embed_pixels, embed_texts)
+
+
+def preprocess(
+    pixels: Tensor,
+    *,
+    size: int | tuple[int, int],
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
+    """Resize pixels (B, 3, H, W) in [-1, 1] to what a CLIP sees, and normalise them."""
+    target = (size, size) if isinstance(size, int) else tuple(size)
+    shown = (pixels.clamp(-1, 1) + 1) / 2
+    if tuple(shown.shape[-2:]) != target:
+        shown = F.interpolate(shown, size=target, mode="bicubic", antialias=True).clamp(0, 1)
+    centre, spread = (pixels.new_tensor(x).view(1, 3, 1, 1) for x in (mean, std))
+    return (shown - centre) / spread
+
+
+class ClipGuide:
+    """Scores predicted clean latents by CLIP: pass one as `guide` of a LatentDiffPipeline."""
+
+    def __init__(self, clip: Clip, vae: Autoencoder, captions: Sequence[str]) -> None:
+        """captions: one for all pictures of a call, or one a picture, in their order."""
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"captions is {captions!r}, expected a list of at least one text")
+        self._clip, self._codec = clip, LatentCodec(vae)
+        with torch.no_grad():
+            self._texts = clip.embed_texts(captions)
+
+    def __call__(self, z0: Tensor, t: Tensor) -> Tensor:
+        """Return the cosine of each picture to its caption. z0: (B, C, h, w) -> (B,)."""
+        if len(self._texts) not in (1, len(z0)):
+            raise ValueError(
+                f"the guide has {len(self._texts)} captions for {len(z0)} pictures, expected one "
+                "for all or one each"
+            )
+        pictures = self._clip.embed_pixels(self._codec.decode(z0))
+        return (pictures * self._texts.to(pictures)).sum(1)
+
+
+def recall_at(
+    pictures: Tensor, texts: Tensor, captions: Sequence[str], *, k: int, level: float = 0.95
+) -> tuple[Interval, Interval]:
+    """Return how often the right caption is among a picture's k nearest, and the reverse.
+
+    pictures, texts: (N, D) unit vectors of N pairs; captions: the N texts. A caption that several
+    pairs share is one candidate, and any of its pictures is a right answer. Chance is about k over
+    the number of captions. Raises ValueError for unequal counts or a k out of range.
+    """
+    if not len(pictures) == len(texts) == len(captions):
+        raise ValueError(
+            f"{len(pictures)} pictures, {len(texts)} texts and {len(captions)} captions, expected "
+            "pairs"
+        )
+    first = {caption: place for place, caption in reversed(list(enumerate(captions)))}
+    names = sorted(first)
+    if not 1 <= k <= len(names):
+        raise ValueError(f"k={k}, expected 1 to {len(names)}, the number of captions")
+    number = {name: place for place, name in enumerate(names)}
+    own = torch.tensor([number[caption] for caption in captions], device=pictures.device)
+    candidates = texts[torch.tensor([first[name] for name in names], device=texts.device)]
+    scores = pictures @ candidates.T  # (N, number of captions)
+    found_text = (scores.topk(k, dim=1).indices == own[:, None]).any(1)
+    nearest = scores.topk(min(k, len(pictures)), dim=0).indices  # (k, number of captions)
+    found_picture = (own[nearest] == torch.arange(len(names), device=own.device)).any(0)
+    return (
+        proportion(int(found_text.sum()), len(found_text), level=level),
+        proportion(int(found_picture.sum()), len(found_picture), level=level),
+    )

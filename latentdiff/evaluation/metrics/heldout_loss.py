@@ -1,0 +1,173 @@
+"""Held-out loss that means something, and how much the model uses its captions.
+
+A fixed set of (picture, timestep, noise) triples, timesteps stratified over the chain, is measured
+again and again, so two figures differ by the model alone. The same triples under shuffled and null
+captions show what a caption is worth: a model that ignores captions has a caption use of 0. Triples
+of training pictures with the same timesteps show overfitting as a gap. All of it is squared errors,
+whatever loss is trained, so that runs compare.
+Several processes share the work out in batches that do not depend on their number.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.ddpm import Schedule, q_sample
+from latentdiff.diffusion.objectives import per_sample_loss, target
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+Shard = tuple[int, int]  # (rank, number of processes)
+CAPTIONS = ("true", "shuffled", "null")
+NUM_BUCKETS = 4
+TRIPLES_AT_ONCE = 8  # under three captions each; a constant, so that no layout changes the figures
+
+
+@dataclass(frozen=True)
+class Triples:
+    """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, text (n, ...) ids or states.
+
+    mask: n times (1, h, w) in [0, 1] where only a part of each picture is trained on. Latents
+    differ in size between aspect-ratio buckets; keep those of one size together.
+    """
+
+    z0: Tensor | Sequence[Tensor]
+    eps: Tensor | Sequence[Tensor]
+    t: Tensor
+    text: Tensor
+    null_text: Tensor  # (1, ...)
+    mask: Sequence[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def order(self) -> Tensor:
+        """Places of the triples by their timesteps, rising: what pairs them with others."""
+        return self.t.argsort(stable=True)
+
+
+def stratified_timesteps(n: int, num_timesteps: int) -> Tensor:
+    """Return n timesteps, the middles of n equal strata, in an order without pattern. (n,) int64.
+
+    Triple i has stratum (i g) mod n for a g near n / golden ratio and coprime to n, so any first
+    part of the triples covers the chain evenly.
+    """
+    step = next(g for g in range(max(1, round(n * 0.618)), 2 * n + 2) if _coprime(g, n))
+    strata = torch.arange(n) * step % n
+    return ((strata + 0.5) * num_timesteps / n).long()
+
+
+@torch.no_grad()
+def triple_losses(
+    denoise: Denoiser,
+    schedule: Schedule,
+    triples: Triples,
+    *,
+    prediction_type: str,
+    device: torch.device,
+    shard: Shard = (0, 1),
+    captions: Sequence[str] = CAPTIONS,
+) -> dict[str, Tensor]:
+    """Return the loss of each triple, (n,) float32 on the device, under each of `captions`.
+
+    Shuffled: each triple gets the caption of the one before it. shard: of the processes that share
+    the work; a process leaves 0 where another one measures, so their sum is the result.
+    """
+    losses = torch.zeros(len(captions), len(triples), device=device)
+    shuffled = triples.text.roll(1, 0)
+    n = len(captions)
+    parts = _parts(triples)
+    for batch, counts in rank_batches(len(parts), shard):
+        part = parts[batch]
+        z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
+        t = triples.t[part].to(device)
+        null = triples.null_text.expand_as(triples.text[part])
+        texts = {"true": triples.text[part], "shuffled": shuffled[part], "null": null}
+        text = torch.cat([texts[name] for name in captions]).to(device)  # (n b, ...)
+        wanted = target(schedule, z0, eps, t, prediction_type=prediction_type)
+        zt, t, wanted = (torch.cat([x] * n) for x in (q_sample(schedule, z0, t, eps), t, wanted))
+        mask = None
+        if triples.mask is not None:
+            mask = torch.cat([torch.stack(tuple(triples.mask[part])).to(device)] * n)
+        measured = per_sample_loss(denoise(zt, t, text), wanted, mask=mask)  # (n b,)
+        if counts:
+            losses[:, part] = measured.view(n, -1)
+    return dict(zip(captions, losses, strict=True))
+
+
+def _parts(triples: Triples) -> list[slice]:
+    """Cut triples into parts of one latent size, of TRIPLES_AT_ONCE at the most."""
+    parts, start = [], 0
+    for end in range(1, len(triples) + 1):
+        full = end == len(triples) or end - start == TRIPLES_AT_ONCE
+        if full or triples.z0[end].shape != triples.z0[start].shape:
+            parts.append(slice(start, end))
+            start = end
+    return parts
+
+
+def rank_batches(num: int, shard: Shard) -> Iterator[tuple[int, bool]]:
+    """Deal out pieces of work 0 .. num - 1: yield each of this process's, and whether it counts.
+
+    Every process gets equally many, as passes through weights that are spread over processes need;
+    where there are too few, one is done again in vain.
+    """
+    rank, num_processes = shard
+    for first in range(0, num, num_processes):
+        yield min(first + rank, num - 1), first + rank < num
+
+
+def summarize_losses(
+    losses: Mapping[str, Tensor], t: Tensor, *, num_timesteps: int
+) -> dict[str, float]:
+    """Return the figures of a log line: loss by timestep bucket, caption use, standard errors.
+
+    Paired by triple: caption_use is (null - true) / null, caption_match (shuffled - true) /
+    shuffled. Standard errors are those of plain sampling, which stratified timesteps stay below.
+    """
+    losses = {name: values.double().cpu() for name, values in losses.items()}
+    true = losses["true"]
+    figures = _estimate(true, "held_out_loss", "held_out_se")
+    for name, label in (("null", "caption_use"), ("shuffled", "caption_match")):
+        shares = (losses[name] - true) / losses[name].mean()
+        figures |= _estimate(shares, label, f"{label}_se")
+    bucket = t.cpu() * NUM_BUCKETS // num_timesteps
+    for b, label in enumerate(bucket_labels(num_timesteps)):
+        if (here := bucket == b).any():
+            names = f"held_out_loss/{label}", f"held_out_se/{label}"
+            figures |= _estimate(true[here], *names)
+    return figures | {"num_held_out": float(len(true))}
+
+
+def summarize_gap(held_out: Tensor, trained: Tensor) -> dict[str, float]:
+    """Return the loss of training triples and how much larger the held-out one is, for the log.
+
+    held_out, trained: (n,) losses, in the order of one set of timesteps, which pairs them. Zero
+    for a model that does as well on pictures that it has never seen; it grows with overfitting.
+    """
+    held_out, trained = held_out.double().cpu(), trained.double().cpu()
+    figures = _estimate(trained, "train_loss_fixed", "train_se_fixed")
+    return figures | _estimate(held_out - trained, "held_out_gap", "held_out_gap_se")
+
+
+def bucket_labels(num_timesteps: int) -> list[str]:
+    """Name the buckets t NUM_BUCKETS // T by their timesteps: "t0-249", "t250-499", ..."""
+    edges = [-(-num_timesteps * b // NUM_BUCKETS) for b in range(NUM_BUCKETS + 1)]
+    return [f"t{low}-{high - 1}" for low, high in pairwise(edges)]
+
+
+def _estimate(values: Tensor, mean_name: str, error_name: str) -> dict[str, float]:
+    """Return the mean of independent values (n,) and, from two on, its standard error."""
+    figures = {mean_name: values.mean().item()}
+    if len(values) > 1:
+        figures[error_name] = (values.std() / len(values) ** 0.5).item()
+    return figures
+
+
+def _coprime(a: int, b: int) -> bool:
+    while b:
+        a, b = b, a % b
+    return a == 1

@@ -1,0 +1,99 @@
+"""Do drawn pictures show what their captions say? Read back by the judge of the shapes world."""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, RELATIONS, Scene, all_scenes
+from latentdiff.evaluation.generate import GeneratedImages, shuffled_places, to_image
+from latentdiff.evaluation.metrics.shapes_judge import SceneReading, follows, judge_image
+from latentdiff.evaluation.report.section import (
+    Row,
+    Score,
+    Section,
+    plain_interval,
+    share_by_caption,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """For each attribute, and "all", what the pictures of M captions show."""
+
+    shown: dict[str, Tensor]  # (M, K) bool
+    named: dict[str, Tensor]  # (M,) bool, which captions name the attribute
+
+
+def following_section(
+    sets: dict[str, GeneratedImages], *, seed: int
+) -> tuple[Section, dict[str, Score]]:
+    """Judge sets of pictures, such as those of seen and of held-out combinations, by name.
+
+    All captions must be scenes. Chance is judged with the captions shuffled within their set.
+    """
+    figures: dict[str, Any] = {}
+    rows, scores = [], {}
+    for name, drawn in sets.items():
+        readings = [[judge_image(to_image(one)) for one in some] for some in drawn.bytes]
+        scenes = [scene_of(caption) for caption in drawn.captions]
+        other = [scenes[i] for i in shuffled_places(len(scenes), seed=seed).tolist()]
+        true, chance = (_answers(readings, asked) for asked in (scenes, other))
+        figures[name] = _figures(true) | {"shuffled_captions": _figures(chance)}
+        figures[name] |= {"num_captions": len(scenes), "num_pictures": len(drawn.flat)}
+        title = name.replace("_", "-")
+        for attribute in sorted(true.shown, key=lambda one: one != "all"):
+            share = _share(true, attribute)
+            note = f"chance {_share(chance, attribute).estimate:.1%}"
+            label = "everything right" if attribute == "all" else attribute.replace("_", " ")
+            rows.append(Row(f"{title.capitalize()} captions: {label}", share, note, is_share=True))
+        label = f"{title.capitalize()} captions, shuffled: everything right"
+        rows.append(Row(label, _share(chance, "all"), f"{len(drawn.flat)} pictures", is_share=True))
+        values = true.shown["all"].double().mean(1)
+        scores[name] = Score(f"everything right, {title} captions", values, higher_is_better=True)
+    notes = [
+        "Read back by geometry and colour alone, nothing learned. Held-out "
+        "combinations of attributes are in no training picture. Intervals are over captions."
+    ]
+    section = Section("following", "What captions ask for (shapes)", figures, rows, notes)
+    return section, scores
+
+
+def scene_of(caption: str) -> Scene:
+    """Return the scene that a caption of the shapes world describes. KeyError for another text."""
+    return _scenes()[caption]
+
+
+def is_scene(caption: str) -> bool:
+    """Tell whether a caption is of the shapes world."""
+    return caption in _scenes()
+
+
+@cache
+def _scenes() -> dict[str, Scene]:
+    """Return all scenes of one and of two shapes by their captions."""
+    parts = product(KINDS, COLOURS, ("small",), BACKGROUNDS, RELATIONS, KINDS, COLOURS)
+    return {scene.caption: scene for scene in (*all_scenes(), *(Scene(*one) for one in parts))}
+
+
+def _answers(readings: list[list[SceneReading]], scenes: list[Scene]) -> Answers:
+    found = [
+        [follows(reading, scene) for reading in some]
+        for some, scene in zip(readings, scenes, strict=True)
+    ]
+    names = list(dict.fromkeys(name for some in found for name in some[0]))
+    shown = {
+        n: torch.tensor([[one.get(n, False) for one in some] for some in found]) for n in names
+    }
+    return Answers(shown, {n: torch.tensor([n in some[0] for some in found]) for n in names})
+
+
+def _share(answers: Answers, attribute: str) -> Any:
+    return share_by_caption(answers.shown[attribute][answers.named[attribute]])
+
+
+def _figures(answers: Answers) -> dict[str, Any]:
+    return {name: plain_interval(_share(answers, name)) for name in answers.shown}

@@ -1,0 +1,94 @@
+"""A labelled sheet of pictures: what a run or a call has made, at one look."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cache
+from math import ceil
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 8
+FONT_SIZE = 12
+MAX_LINES = 6
+MIN_CELL = 128
+BACKGROUND, INK = (255, 255, 255), (32, 32, 32)
+
+
+def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], *, columns: int) -> Image.Image:
+    """Draw pictures in rows of `columns`, each with its wrapped label underneath.
+
+    Pictures smaller than 128 pixels are enlarged by a whole factor without smoothing. Raises
+    ValueError for no pictures, or where there is not one label a picture.
+    """
+    if not images or len(images) != len(labels) or columns < 1:
+        raise ValueError(
+            f"a sheet needs one label a picture and at least one column, got {len(images)} "
+            f"pictures, {len(labels)} labels, {columns} columns"
+        )
+    shown = [_enlarged(image.convert("RGB")) for image in images]
+    width = max(image.width for image in shown)
+    lines = [_wrap(label, width=width) for label in labels]
+    height = max(image.height for image in shown) + MARGIN // 2
+    height += _line_height() * max(len(wrapped) for wrapped in lines)
+    columns = min(columns, len(shown))
+    rows = -(-len(shown) // columns)
+    size = (MARGIN + columns * (width + MARGIN), MARGIN + rows * (height + MARGIN))
+    sheet = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, wrapped) in enumerate(zip(shown, lines, strict=True)):
+        x = MARGIN + (index % columns) * (width + MARGIN)
+        y = MARGIN + (index // columns) * (height + MARGIN)
+        sheet.paste(image, (x, y))
+        for number, line in enumerate(wrapped):
+            top = y + image.height + MARGIN // 2 + number * _line_height()
+            draw.text((x, top), line, fill=INK, font=_font())
+    return sheet
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    factor = -(-MIN_CELL // max(image.size))
+    if factor <= 1:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _wrap(label: str, *, width: int) -> list[str]:
+    """Break a label into lines that fit; words too long are broken, at most six lines are kept."""
+    lines = [""]
+    for word in _printable(label).split():
+        line = f"{lines[-1]} {word}".strip()
+        if _font().getlength(line) <= width:
+            lines[-1] = line
+            continue
+        rest = word
+        while rest:
+            fitting = _fitting(rest, width=width)
+            lines.append(rest[:fitting])
+            rest = rest[fitting:]
+    lines = [line for line in lines if line] or [""]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1][:-1] + "…"]
+    return lines
+
+
+def _fitting(word: str, *, width: int) -> int:
+    """Return how many of a word's first characters fit, at least one."""
+    lengths = range(1, len(word) + 1)
+    return max(1, bisect_right(lengths, width, key=lambda n: ceil(_font().getlength(word[:n]))))
+
+
+def _printable(label: str) -> str:
+    """Replace half surrogate pairs and control characters, which no font can draw."""
+    text = label.encode("utf-8", "replace").decode("utf-8")
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _line_height() -> int:
+    return FONT_SIZE + 4

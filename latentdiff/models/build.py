@@ -1,0 +1,168 @@
+"""Fresh components from plain values: U-Net, text encoder, VAE, and the scheduler of an export.
+
+Stock diffusers / transformers classes in Stable Diffusion's layout; weights come from torch's
+global generator, so seed it first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from latentdiff.diffusion.ddpm import Schedule, check_objective
+from latentdiff.diffusion.schedules import make_betas
+from latentdiff.models.open_clip import clip_text_model
+
+DIFFUSERS_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def build_unet(
+    *,
+    sample_size: int,
+    in_channels: int,
+    block_out_channels: Sequence[int],
+    cross_attention_dim: int,
+    out_channels: int | None = None,
+    layers_per_block: int = 2,
+    attention_levels: Sequence[bool] | None = None,
+    head_dim: int = 64,
+    dropout: float = 0.0,
+    norm_num_groups: int = 32,
+) -> UNet2DConditionModel:
+    """Build a U-Net with fresh weights from torch's global generator.
+
+    sample_size: latent cells along a side; block_out_channels: width of each level, finest first;
+    attention_levels: which of them attend to the text, by default all but the last, as in Stable
+    Diffusion (the middle block always does); head_dim: channels of one attention head;
+    out_channels: in_channels unless said.
+    """
+    widths = tuple(block_out_channels)
+    if attention_levels is None:
+        attention_levels = [*[True] * (len(widths) - 1), len(widths) == 1]
+    if len(attention_levels) != len(widths):
+        raise ValueError(
+            f"attention_levels has {len(attention_levels)} entries and block_out_channels "
+            f"{len(widths)}, expected as many"
+        )
+    for divisor, name in ((head_dim, "head_dim"), (norm_num_groups, "norm_num_groups")):
+        if divisor < 1 or any(width % divisor for width in widths):
+            raise ValueError(
+                f"block_out_channels are {widths}, expected multiples of {name}, which is {divisor}"
+            )
+    attends = tuple(attention_levels)
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=in_channels,
+        out_channels=in_channels if out_channels is None else out_channels,
+        down_block_types=tuple(f"{'CrossAttn' * on}DownBlock2D" for on in attends),
+        up_block_types=tuple(f"{'CrossAttn' * on}UpBlock2D" for on in reversed(attends)),
+        block_out_channels=widths,
+        layers_per_block=layers_per_block,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=tuple(width // head_dim for width in widths),  # means number of heads
+        dropout=dropout,
+        norm_num_groups=norm_num_groups,
+    )
+
+
+def build_text_encoder(
+    tokenizer: CLIPTokenizer,
+    *,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    hidden_act: str = "gelu",
+) -> CLIPTextModel:
+    """Build CLIP's causal text transformer with fresh weights for a tokenizer's vocabulary.
+
+    width: of the text states; the number of positions is the tokenizer's model_max_length.
+    hidden_act: transformers' name; "quick_gelu" is OpenAI's CLIP.
+    """
+    if width % num_heads:
+        raise ValueError(
+            f"width is {width}, expected a multiple of num_heads, which is {num_heads}"
+        )
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act=hidden_act,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return clip_text_model(config, CLIPTextModel(config).state_dict()).train()
+
+
+def build_vae(
+    *,
+    block_out_channels: Sequence[int],
+    latent_channels: int = 4,
+    layers_per_block: int = 2,
+    norm_num_groups: int = 32,
+    sample_size: int = 256,
+) -> AutoencoderKL:
+    """Build an AutoencoderKL with fresh weights, of factor 2 ** (levels - 1) and not yet scaled."""
+    levels = len(block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(block_out_channels),
+        layers_per_block=layers_per_block,
+        latent_channels=latent_channels,
+        norm_num_groups=norm_num_groups,
+        sample_size=sample_size,
+        scaling_factor=1.0,
+    )
+
+
+def make_ddpm_scheduler(
+    *,
+    beta_schedule: str = "scaled_linear",
+    prediction_type: str = "epsilon",
+    num_timesteps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    zero_terminal_snr: bool = False,
+) -> DDIMScheduler:
+    """Make the scheduler of an exported model, in the settings that stock pipelines expect.
+
+    beta_schedule: as in make_betas. Zero terminal SNR (Lin et al. 2024) refuses "epsilon": at the
+    last step xt holds nothing of x0, so its noise tells nothing.
+    """
+    name = {"cosine": "squaredcos_cap_v2"}.get(beta_schedule, beta_schedule)
+    trained = None
+    if name not in DIFFUSERS_BETAS:
+        betas = make_betas(name, num_timesteps, beta_start=beta_start, beta_end=beta_end)
+        name, trained = "linear", betas.tolist()
+    scheduler = DDIMScheduler(
+        num_train_timesteps=num_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule=name,
+        trained_betas=trained,
+        clip_sample=False,  # latents are not bounded by 1
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        timestep_spacing="trailing" if zero_terminal_snr else "leading",
+    )
+    check_objective(schedule_of(scheduler), prediction_type)
+    return scheduler
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """Return the float64 tables of a diffusers scheduler, from the betas that it samples with."""
+    betas = getattr(scheduler, "betas", None)
+    if not isinstance(betas, torch.Tensor):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no betas, expected a scheduler of a DDPM chain such "
+            "as DDIMScheduler"
+        )
+    return Schedule.from_betas(betas.double())

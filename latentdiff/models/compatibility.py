@@ -1,0 +1,151 @@
+"""Whether the components of a model fit together, told from their JSON configs alone.
+
+So a mistake is found before any weight is loaded.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentdiff.models.latents import latent_factor
+
+Config = Mapping[str, Any]
+
+
+def check_compatible(
+    configs: Mapping[str, Config], *, image_size: int | tuple[int, int] | None = None
+) -> None:
+    """Raise ValueError that lists everything that does not fit.
+
+    configs: by component name ("unet", "vae", "text_encoder", "tokenizer"), each what its JSON
+    file holds; what is absent is not checked. image_size: pixels, one side or (height, width), of
+    the pictures to be trained.
+    """
+    _check_complete(configs)
+    problems = [
+        *_channels(configs),
+        *_text_width(configs),
+        *_text_length(configs),
+        *_shift(configs),
+        *_image_size(configs, image_size),
+    ]
+    if problems:
+        raise ValueError("the parts of this model do not fit: " + "; ".join(problems))
+
+
+def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the configs of a Stable-Diffusion-format folder's components; its JSON files only."""
+    files = {
+        "unet": "config.json",
+        "vae": "config.json",
+        "text_encoder": "config.json",
+        "tokenizer": "tokenizer_config.json",
+        "scheduler": "scheduler_config.json",
+    }
+    paths = {name: folder / name / file for name, file in files.items()}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; ValueError names the file and line when it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def unet_factor(config: Config) -> int:
+    """Return how many latent cells one cell of the U-Net's lowest level spans along a side."""
+    return 1 << (len(config["block_out_channels"]) - 1)
+
+
+REQUIRED = {
+    "unet": ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels"),
+    "vae": ("latent_channels",),
+    "text_encoder": ("hidden_size", "max_position_embeddings"),
+}
+
+
+def _check_complete(configs: Mapping[str, Config]) -> None:
+    for name, keys in REQUIRED.items():
+        missing = [key for key in keys if name in configs and key not in configs[name]]
+        if missing:
+            raise ValueError(
+                f"the config of the {name} has no {', '.join(missing)}; take the config.json that "
+                "the model was saved with"
+            )
+
+
+def _channels(configs: Mapping[str, Config]) -> list[str]:
+    if "unet" not in configs or "vae" not in configs:
+        return []
+    channels = configs["vae"]["latent_channels"]
+    unet_in, unet_out = configs["unet"]["in_channels"], configs["unet"]["out_channels"]
+    inpainting, learned_variance = 2 * channels + 1, 2 * channels
+    problems = []
+    if unet_in not in (channels, inpainting):
+        problems.append(
+            f"the U-Net takes {unet_in} channels (in_channels) and the VAE's latents have "
+            f"{channels}, expected {channels} ({inpainting} for inpainting)"
+        )
+    if unet_out not in (channels, learned_variance):
+        problems.append(
+            f"the U-Net gives {unet_out} channels (out_channels) and the VAE's latents have "
+            f"{channels}, expected {channels} ({learned_variance} with learned variance)"
+        )
+    return problems
+
+
+def _text_width(configs: Mapping[str, Config]) -> list[str]:
+    if "unet" not in configs or "text_encoder" not in configs:
+        return []
+    width = configs["text_encoder"]["hidden_size"]
+    expected = configs["unet"].get("encoder_hid_dim") or configs["unet"]["cross_attention_dim"]
+    expected = {*expected} if isinstance(expected, (list, tuple)) else {expected}
+    if expected == {width}:
+        return []
+    return [
+        f"the U-Net attends to text states of width {', '.join(map(str, expected))} "
+        f"(cross_attention_dim) and the text encoder's width (hidden_size) is {width}"
+    ]
+
+
+def _text_length(configs: Mapping[str, Config]) -> list[str]:
+    tokens = configs.get("tokenizer", {}).get("model_max_length")
+    positions = configs.get("text_encoder", {}).get("max_position_embeddings")
+    if tokens is None or positions is None or tokens <= positions:
+        return []
+    return [
+        f"the tokenizer's model_max_length is {tokens} and the text encoder has {positions} "
+        "positions (max_position_embeddings)"
+    ]
+
+
+def _shift(configs: Mapping[str, Config]) -> list[str]:
+    if not configs.get("vae", {}).get("shift_factor"):
+        return []
+    return [
+        f"the VAE's shift_factor is {configs['vae']['shift_factor']} and Stable Diffusion "
+        "pipelines ignore it, expected none: fold it into the weights with "
+        "latentdiff.models.latents.fold_normalisation"
+    ]
+
+
+def _image_size(
+    configs: Mapping[str, Config], image_size: int | tuple[int, int] | None
+) -> list[str]:
+    if image_size is None or "vae" not in configs:
+        return []
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    vae = latent_factor(configs["vae"])
+    unet = unet_factor(configs["unet"]) if "unet" in configs else 1
+    if all(side > 0 and side % (vae * unet) == 0 for side in sides):
+        return []
+    return [
+        f"the image size is {sides[0]} x {sides[1]} and its sides must be multiples of "
+        f"{vae * unet} (VAE factor {vae} x U-Net factor {unet})"
+    ]

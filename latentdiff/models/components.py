@@ -1,0 +1,267 @@
+"""The components of a text-to-image latent diffusion model, opened from a folder or a hub id.
+
+Answers for: Stable Diffusion's folder format, stock diffusers / transformers classes only,
+safetensors only, and no component with a missing, extra or misshapen weight. Building components
+from plain values is in build.py, and offered here too. Does not answer for what the components
+compute (latents.py, text.py, diffusion/).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from latentdiff.models.bundled import resolve_model
+from latentdiff.models.compatibility import check_compatible, read_configs, read_json
+from latentdiff.models.latents import Autoencoder
+from latentdiff.models.weights import (
+    check_weights,
+    mismatched_shapes,
+    refuse_bad_weights,
+    stored_shapes,
+    weight_files,
+)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of one model, named as in a Stable-Diffusion-format folder."""
+
+    unet: UNet2DConditionModel
+    vae: Autoencoder
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: Any
+    safety_checker: StableDiffusionSafetyChecker | None = None
+    feature_extractor: CLIPImageProcessor | None = None
+    image_encoder: CLIPVisionModelWithProjection | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit (ValueError)."""
+        check_compatible(self.configs())
+        known, used = self.text_encoder.config.vocab_size, len(self.tokenizer)
+        if used > known:
+            raise ValueError(
+                f"the tokenizer has {used} tokens and the text encoder's vocab_size is {known}, "
+                "expected at least as many; take both from one model"
+            )
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Return the components' configs as their JSON files hold them."""
+        return {
+            "unet": dict(self.unet.config),
+            "vae": dict(self.vae.config),
+            "text_encoder": self.text_encoder.config.to_dict(),
+            "tokenizer": {"model_max_length": self.tokenizer.model_max_length},
+            "scheduler": dict(self.scheduler.config),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the components by name, without copying them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+CLASSES: dict[str, tuple[type, ...]] = {
+    "unet": (UNet2DConditionModel,),
+    "vae": (AutoencoderKL, AutoencoderTiny),
+    "text_encoder": (CLIPTextModel,),
+    "safety_checker": (StableDiffusionSafetyChecker,),
+    "image_encoder": (CLIPVisionModelWithProjection,),
+}
+
+
+def load_components(
+    path_or_id: str | Path,
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> Components:
+    """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
+
+    Models come in eval mode on the CPU in `torch_dtype`; safety checker and image encoder keep
+    their stored dtype. `variant` picks weight files such as "fp16". FileNotFoundError or
+    ValueError says what is wrong, before any weight is read where the configs show it.
+    """
+    folder = _folder(path_or_id, variant=variant)
+    names = _component_classes(folder)
+    check_compatible(read_configs(folder))
+    models = {
+        name: _load_model(name, names[name], folder / name, torch_dtype=dtype, variant=variant)
+        for name, dtype in (
+            ("unet", torch_dtype),
+            ("vae", torch_dtype),
+            ("text_encoder", torch_dtype),
+            ("safety_checker", None),
+            ("image_encoder", None),
+        )
+        if name in names
+    }
+    if "feature_extractor" in names:
+        path = folder / "feature_extractor"
+        models["feature_extractor"] = CLIPImageProcessor.from_pretrained(path)
+    return Components(
+        **models,
+        tokenizer=_load_tokenizer(folder / "tokenizer"),
+        scheduler=_scheduler_class(names["scheduler"]).from_pretrained(folder / "scheduler"),
+    )
+
+
+def load_vae(
+    path_or_id: str | Path,
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> Autoencoder:
+    """Open an AutoencoderKL or AutoencoderTiny: its own folder, a pipeline's, or a hub id."""
+    folder = resolve_model(path_or_id)
+    if not folder.exists():
+        patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
+        folder = _fetch(
+            lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
+        )
+    if (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a VAE")
+    name = read_json(folder / "config.json").get("_class_name", "")
+    vae: Autoencoder = _load_model("vae", name, folder, torch_dtype=torch_dtype, variant=variant)
+    return vae
+
+
+def _folder(path_or_id: str | Path, *, variant: str | None) -> Path:
+    """Return the local folder of a pipeline, fetched from the hub when it is not a path here."""
+    folder = resolve_model(path_or_id)
+    if not folder.exists():
+        download = diffusers.DiffusionPipeline.download
+        folder = _fetch(
+            lambda: download(str(path_or_id), use_safetensors=True, variant=variant), path_or_id
+        )
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no model_index.json, expected a folder in Stable Diffusion's format"
+        )
+    return folder
+
+
+def _fetch(download: Callable[[], str], path_or_id: str | Path) -> Path:
+    try:
+        return Path(download())
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{path_or_id} is no folder here and could not be fetched from the hub ({error}); "
+            "check the spelling, or the network"
+        ) from error
+
+
+def _component_classes(folder: Path) -> dict[str, str]:
+    """Return class names by component from model_index.json; refuse those that are not ours."""
+    index = read_json(folder / "model_index.json")
+    names = {name: spec[1] for name, spec in index.items() if isinstance(spec, list) and all(spec)}
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if name not in names:
+            raise ValueError(f"{folder}/model_index.json names no {name}, expected one")
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"{folder} has no folder {name}, which its model_index.json names"
+            )
+    for name in CLASSES.keys() & names.keys():
+        _component_class(name, names[name])
+    _scheduler_class(names["scheduler"])
+    return names
+
+
+def _component_class(name: str, class_name: str) -> Any:
+    for known in CLASSES[name]:
+        if known.__name__ == class_name:
+            return known
+    expected = " or ".join(known.__name__ for known in CLASSES[name])
+    raise ValueError(f"the {name} is a {class_name}, expected {expected}")
+
+
+def _scheduler_class(class_name: str) -> Any:
+    known = getattr(diffusers, class_name, None)
+    if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
+        raise ValueError(f"the scheduler is a {class_name}, expected one of diffusers' schedulers")
+    return known
+
+
+def _load_model(
+    name: str,
+    class_name: str,
+    folder: Path,
+    *,
+    torch_dtype: torch.dtype | None,
+    variant: str | None,
+) -> Any:
+    """Load one model and refuse it when its weights are not exactly those of its config."""
+    cls = _component_class(name, class_name)
+    where = f"{name} ({folder})"
+    stored = stored_shapes(weight_files(folder, variant=variant))
+    if issubclass(cls, diffusers.ModelMixin):
+        with torch.device("meta"):
+            skeleton = cls.from_config(cls.load_config(folder))
+        refuse_bad_weights(where, mismatched=mismatched_shapes(skeleton, stored))
+        module, info = cls.from_pretrained(
+            folder,
+            torch_dtype=torch_dtype,
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    else:
+        module, info = cls.from_pretrained(
+            folder,
+            dtype=torch_dtype or "auto",
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, all of them
+        )
+    refuse_bad_weights(
+        where,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    check_weights(module, where)
+    return module.eval()
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Load a tokenizer; without its files transformers would make an empty one."""
+    names = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json, expected it, or vocab.json with merges.txt"
+        )
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises no narrower class
+        raise ValueError(f"{folder} is not a readable CLIP tokenizer: {error}") from error
+
+
+def load_text(
+    folder: Path, *, torch_dtype: torch.dtype = torch.float32
+) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """Open text_encoder/ and tokenizer/ of a Stable-Diffusion-format folder."""
+    text_encoder = _load_model(
+        "text_encoder",
+        "CLIPTextModel",
+        folder / "text_encoder",
+        torch_dtype=torch_dtype,
+        variant=None,
+    )
+    return text_encoder, _load_tokenizer(folder / "tokenizer")

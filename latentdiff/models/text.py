@@ -1,0 +1,146 @@
+"""Captions to text states, in Stable Diffusion's own convention.
+
+Answers for: token ids (padded to the tokenizer's length with its own pad token, truncated), what
+truncation cuts, the text states (final-layer-normed last hidden state of a CLIPTextModel), the
+null caption of classifier-free guidance (Ho & Salimans 2022), and small tokenizers trained from
+scratch. Towers of open_clip models are converted in text_open_clip.py, and offered here too.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+NULL_CAPTION = ""
+START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Return token ids (B, L) int64 on the CPU, L = tokenizer.model_max_length, padded and
+    truncated. Words of several learnt vectors are spelled out.
+    """
+    if isinstance(captions, str):
+        raise ValueError("captions is one string, expected a sequence of strings; pass [caption]")
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"captions[{index}] is {caption!r}, expected a string")
+    length = _max_length(tokenizer)
+    if not captions:
+        return torch.empty(0, length, dtype=torch.int64)
+    encoded = tokenizer(
+        expand_multivector_tokens(tokenizer, captions),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    input_ids: Tensor = encoded.input_ids
+    return input_ids
+
+
+def expand_multivector_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
+    """Name all vectors of a word of textual inversion, "<cat> <cat>_1", where a caption names the
+    first, as diffusers' pipelines do with prompts (Gal et al. 2023).
+    """
+    added = tokenizer.get_added_vocab()
+    spelled = list(captions)
+    for word in added:
+        if f"{word}_1" in added:
+            more = [f"{word}_{k}" for k in range(1, len(added)) if f"{word}_{k}" in added]
+            rest = "".join(f" {name}" for name in more)
+            once = re.compile(rf"{re.escape(word)}({re.escape(rest)}|(?!_\d))")
+            spelled = [once.sub(word + rest, caption) for caption in spelled]
+    return spelled
+
+
+def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
+    """Return text states (B, L, D) for token ids (B, L): the last hidden state after the final
+    layer norm.
+
+    No attention mask, as in Stable Diffusion: padding is attended to. dtype is the encoder's
+    (autocast applies).
+    """
+    limit = text_encoder.config.max_position_embeddings
+    if input_ids.ndim != 2 or input_ids.shape[1] > limit:
+        raise ValueError(
+            f"input_ids have shape {tuple(input_ids.shape)}, expected (B, L) with L at most "
+            f"{limit}; set the tokenizer's model_max_length to the text encoder's "
+            "max_position_embeddings"
+        )
+    states: Tensor = text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
+    return states  # (B, L, D)
+
+
+def count_tokens(tokenizer: CLIPTokenizer, caption: str) -> int:
+    """Return the number of tokens of a caption before truncation, start and end tokens included."""
+    return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
+
+
+def truncated_part(tokenizer: CLIPTokenizer, caption: str) -> str:
+    """Return the end of the caption that `tokenize` cuts off, as it was written; "" when all of
+    it fits.
+    """
+    length = _max_length(tokenizer)
+    encoded = tokenizer(caption, truncation=False, return_offsets_mapping=True, verbose=False)
+    if len(encoded.input_ids) <= length:
+        return ""
+    start, _ = encoded.offset_mapping[length - 1]  # the end token takes the last place
+    return caption[start:].strip()
+
+
+def train_tokenizer(
+    captions: Iterable[str], *, vocab_size: int, max_length: int = 77
+) -> CLIPTokenizer:
+    """Train a small CLIP-style byte-pair vocabulary (Sennrich et al. 2016) on captions.
+
+    Laid out as CLIP's: 256 bytes, the same bytes ending a word, merges, start and end token last;
+    so no caption has an unknown token and the end token has the highest id. vocab_size >= 514; a
+    small corpus gives fewer entries. The result does not depend on the captions' order.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = [*alphabet, *(byte + END_OF_WORD for byte in alphabet)]
+    smallest = len(base) + 2
+    if vocab_size < smallest or max_length < 3:
+        raise ValueError(
+            f"vocab_size={vocab_size} and max_length={max_length}, expected at least {smallest} "
+            "(every byte, every byte at a word's end, two special tokens) and 3"
+        )
+    trained = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
+    template = _clip_tokenizer(base, [], max_length=max_length).backend_tokenizer
+    trained.normalizer, trained.pre_tokenizer = template.normalizer, template.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        special_tokens=base,  # fixed ids, so ties are always broken alike
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    trained.train_from_iterator(captions, trainer)
+    ids = trained.get_vocab(with_added_tokens=True)
+    return _clip_tokenizer(
+        sorted(ids, key=ids.__getitem__), _merges(trained), max_length=max_length
+    )
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def _clip_tokenizer(
+    tokens: Sequence[str], merges: list[tuple[str, str]], *, max_length: int
+) -> CLIPTokenizer:
+    vocab = {token: index for index, token in enumerate([*tokens, START, END])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def _max_length(tokenizer: CLIPTokenizer) -> int:
+    length = tokenizer.model_max_length
+    if length > 100_000:  # transformers' stand-in for "not set"
+        raise ValueError(
+            "the tokenizer has no model_max_length, expected the text encoder's number of "
+            "positions (77 for CLIP); set tokenizer.model_max_length"
+        )
+    return int(length)

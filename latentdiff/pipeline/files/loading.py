@@ -1,0 +1,322 @@
+"""Every way into and out of files: diffusers' loaders, with safetensors only and nothing missing.
+
+Pickles are never opened. What was read is complete, or it is an error that names the weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import (
+    FromSingleFileMixin,
+    StableDiffusionLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+)
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from torch import Tensor, nn
+
+from latentdiff.models.bundled import resolve_model
+from latentdiff.models.compatibility import check_compatible
+from latentdiff.models.components import load_components
+from latentdiff.models.weights import PICKLES, check_weights
+from latentdiff.pipeline.files.model_card import model_card
+from latentdiff.pipeline.files.model_info import FILE_NAME as FACTS_FILE
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
+from latentdiff.pipeline.files.single_file import config_folder
+
+STOCK_PIPELINE = "StableDiffusionPipeline"
+STOCK_INPAINTING = "StableDiffusionInpaintPipeline"
+LORA_MATRIX = re.compile(r"\.(lora_A|lora_B|lora|lora_linear_layer)\.|_lora\.")
+
+logger = logging.getLogger(__name__)
+
+STORED: Any = object()  # a component as the folder has it, where None means: without it
+
+
+class LoadingMixin(
+    StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin, FromSingleFileMixin
+):
+    """The loading and saving surface of a pipeline; a mixin beside DiffusionPipeline."""
+
+    facts: ModelInfo
+    vae: Any
+    unet: Any
+    text_encoder: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        use_safetensors: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        vae: Any = STORED,
+        text_encoder: Any = STORED,
+        tokenizer: Any = STORED,
+        unet: Any = STORED,
+        scheduler: Any = STORED,
+        safety_checker: Any = STORED,
+        feature_extractor: Any = STORED,
+        image_encoder: Any = STORED,
+    ) -> Self:
+        """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
+
+        variant picks weight files such as "fp16". A component that is passed takes the place of
+        the stored one, None that of an optional one. Raises FileNotFoundError or ValueError where
+        a file or a weight is missing, damaged, a pickle, or does not fit.
+        """
+        if not use_safetensors:
+            raise ValueError("use_safetensors=False would open pickles, which can run any code")
+        path = os.fspath(resolve_model(pretrained_model_name_or_path))
+        if not os.path.isdir(path):
+            path = _fetch(
+                path,
+                variant=variant,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        given = {
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+            "unet": unet,
+            "scheduler": scheduler,
+            "safety_checker": safety_checker,
+            "feature_extractor": feature_extractor,
+            "image_encoder": image_encoder,
+        }
+        stored = load_components(path, torch_dtype=torch_dtype, variant=variant).as_dict()
+        chosen = {name: stored[name] if part is STORED else part for name, part in given.items()}
+        pipe: Any = cls(**chosen)
+        pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        pipe.facts = read_model_info(path)
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        prediction_type: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Open one local .safetensors file of a whole Stable Diffusion 1.x or 2.x model, offline.
+
+        config: a folder with the components' configs, by default those of the model family that
+        the weights' shapes tell. prediction_type: Stable Diffusion 2's cannot be told from its
+        weights; by default "v_prediction" (768 px), pass "epsilon" for the 512 px base models.
+        Raises FileNotFoundError or ValueError for another kind of file, or missing weights.
+        """
+        path = Path(pretrained_model_link_or_path)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, parts = config_folder(
+                path, config=config, prediction_type=prediction_type, scratch=Path(scratch)
+            )
+            pipe: Any = super().from_single_file(
+                str(path),
+                config=str(folder),
+                torch_dtype=torch_dtype,
+                local_files_only=True,
+                **parts,
+            )
+        pipe.register_to_config(_name_or_path=str(path))
+        return pipe
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load a LoRA in diffusers' or kohya's naming beside those that are there.
+
+        Raises ValueError where it is a pickle, does not fit, or would be without effect.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        _refuse_pickle(source, weight_name)
+        before = self._adapters()
+        where = {
+            "weight_name": weight_name,
+            "subfolder": subfolder,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "use_safetensors": True,
+        }
+        given = dict(source) if isinstance(source, dict) else os.fspath(source)
+        try:
+            super().load_lora_weights(given, adapter_name=adapter_name, **where)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(f"the LoRA does not fit this model: {error}") from error
+        if self._adapters() == before:
+            raise ValueError(
+                "the LoRA has no weights for this model's U-Net or text encoder, so it would be "
+                "without effect; was it trained for another kind of model?"
+            )
+        named, *_ = self.lora_state_dict(given, **where)
+        self._warn_of_unused(named, before)
+        self._check_parts()
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | list[str] | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load new words: a safetensors file or folder, a state dict, or a list of them."""
+        source = pretrained_model_name_or_path
+        for one in source if isinstance(source, list) else [source]:
+            _refuse_pickle(one, weight_name)
+        super().load_textual_inversion(
+            os.fspath(source) if isinstance(source, os.PathLike) else source,
+            token=token,
+            weight_name=weight_name,
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            use_safetensors=True,
+        )
+        self._check_parts()
+
+    def to_json_string(self) -> str:
+        """Return model_index.json, with the class name that stock diffusers opens the folder by."""
+        config = json.loads(super().to_json_string())
+        reads_mask = self.unet is not None and self.unet.config.in_channels > self.num_channels
+        config["_class_name"] = STOCK_INPAINTING if reads_mask else STOCK_PIPELINE
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write a folder that stock diffusers opens, with the model's facts and a model card.
+
+        A README.md that is there already stays as it is.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickles; leave it True")
+        folder = Path(save_directory)
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        if self.facts != ModelInfo():
+            write_model_info(folder, self.facts)
+        readme = folder / "README.md"
+        if not readme.exists():
+            readme.write_text(model_card(self.facts, name=folder.name), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload a LatentDiff pipeline",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+    ) -> str:
+        """Upload the pipeline with its model card to a hub repository; return the commit's URL."""
+        hub = HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as scratch:
+            card = model_card(self.facts, name=repo_id)
+            (Path(scratch) / "README.md").write_text(card, encoding="utf-8")
+            self.save_pretrained(scratch, variant=variant)
+            commit = hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=scratch,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return str(commit.commit_url)
+
+    def _adapters(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = self.get_list_adapters()
+        return {part: sorted(names) for part, names in found.items()}
+
+    def _warn_of_unused(self, weights: Mapping[str, Tensor], before: dict[str, list[str]]) -> None:
+        """Say how many of a LoRA's layers found no layer of this model to act on."""
+        given = {LORA_MATRIX.split(name)[0] for name in weights if LORA_MATRIX.search(name)}
+        used = 0
+        for part, names in self._adapters().items():
+            new = set(names) - set(before.get(part, []))
+            layers = [m.lora_A for m in getattr(self, part).modules() if hasattr(m, "lora_A")]
+            used += sum(bool(new & set(matrices)) for matrices in layers)
+        if used < len(given):
+            logger.warning(
+                "%d of the LoRA's %d layers have no place in this model and are without effect; it "
+                "was trained for another one",
+                len(given) - used,
+                len(given),
+            )
+
+    def _check_parts(self) -> None:
+        """Raise ValueError where components do not fit each other, or a weight is missing."""
+        configs = {
+            "vae": self.vae and dict(self.vae.config),
+            "unet": self.unet and dict(self.unet.config),
+            "text_encoder": self.text_encoder and self.text_encoder.config.to_dict(),
+        }
+        check_compatible({name: config for name, config in configs.items() if config is not None})
+        for name, module in self.components.items():
+            if isinstance(module, nn.Module) and not hasattr(module, "_hf_hook"):
+                check_weights(module, name)
+
+
+def _fetch(path_or_id: str, *, variant: str | None, **where: Any) -> str:
+    """Return the local folder of a hub repository, with its facts where it has some."""
+    try:
+        options = where | {"variant": variant, "use_safetensors": True}
+        folder = DiffusionPipeline.download(path_or_id, **options)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{path_or_id!r} is no folder here and could not be fetched from the hub: {error}"
+        ) from error
+    with contextlib.suppress(EntryNotFoundError):  # most models have no facts
+        hf_hub_download(path_or_id, FACTS_FILE, **where)
+    return os.fspath(folder)
+
+
+def _refuse_pickle(source: object, weight_name: str | None) -> None:
+    for name in (source, weight_name):
+        if isinstance(name, (str, os.PathLike)) and os.fspath(name).endswith(PICKLES):
+            raise ValueError(
+                f"{os.fspath(name)} is a pickle, which can run any code when it is opened; convert "
+                "it to .safetensors"
+            )

@@ -1,0 +1,178 @@
+"""The caller's pictures and masks, read before any compute.
+
+PIL images (turned upright by their EXIF tag, transparency on white), arrays (H, W, 3) or
+(B, H, W, 3) and tensors (3, H, W) or (B, 3, H, W), floating in [0, 1] as `output_type="np"` and
+`"pt"` give them, arrays of uint8 too; masks have one channel or none, and are white where to paint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from latentdiff.pipeline import checks
+
+Pictures: TypeAlias = list[Image.Image] | Tensor
+
+DEFAULT_STRENGTH = 0.8
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """The pictures and masks of a call, each a list of PIL images or a tensor (B, C, H, W).
+
+    strength: the part of the chain that is walked, None without a picture.
+    """
+
+    image: Pictures | None = None
+    mask: Pictures | None = None
+    strength: float | None = None
+
+    def size(self, *, multiple: int) -> tuple[int, int] | None:
+        """Return (height, width) of the first picture, cut to a multiple; None without one."""
+        if self.image is None:
+            return None
+        if isinstance(self.image, Tensor):
+            height, width = self.image.shape[-2:]
+        else:
+            width, height = self.image[0].size
+        return height // multiple * multiple, width // multiple * multiple
+
+    def pixels(self, height: int, width: int, *, num_images: int) -> Tensor:
+        """Return pictures as (num_images, 3, height, width) in [-1, 1], resized where needed."""
+        processor = VaeImageProcessor(vae_scale_factor=1, vae_latent_channels=0)
+        pixels: Tensor = processor.preprocess(self.image, height=height, width=width)
+        return _spread(pixels.float(), num_images)
+
+    def binary_mask(self, height: int, width: int, *, num_images: int) -> Tensor | None:
+        """Return masks as (num_images, 1, height, width) of 0 and 1."""
+        if self.mask is None:
+            return None
+        processor = VaeImageProcessor(
+            vae_scale_factor=1,
+            vae_latent_channels=0,
+            do_normalize=False,
+            do_binarize=True,
+            do_convert_grayscale=True,
+        )
+        mask = self.mask[:, 0] if isinstance(self.mask, Tensor) else self.mask
+        return _spread(processor.preprocess(mask, height=height, width=width).float(), num_images)
+
+
+def read_image_inputs(
+    image: object,
+    mask_image: object,
+    *,
+    strength: object,
+    num_prompts: int,
+    num_images: int,
+    needs_mask: bool,
+) -> ImageInputs:
+    """Read pictures and masks: one for all, one a prompt, or one for each picture to be made.
+
+    strength: in (0, 1]; None is 1 with a mask and 0.8 without. Raises ValueError naming what is
+    missing, of the wrong kind, shape or range.
+    """
+    if mask_image is not None and image is None:
+        raise ValueError("mask_image needs the image that it belongs to; pass image too")
+    if needs_mask and (image is None or mask_image is None):
+        missing = "image and mask_image" if image is None else "mask_image"
+        raise ValueError(f"this is an inpainting model: its U-Net also reads {missing}; pass both")
+    if image is None:
+        if strength is not None:
+            raise ValueError(f"strength={strength!r} needs an image to start from; pass image too")
+        return ImageInputs()
+    if strength is None:
+        strength = DEFAULT_STRENGTH if mask_image is None else 1.0
+    given = ImageInputs(
+        _read("image", image, 3),
+        _read("mask_image", mask_image, 1),
+        checks.number("strength", strength, least=0.0, most=1.0),
+    )
+    for name, pictures in (("image", given.image), ("mask_image", given.mask)):
+        if pictures is not None and len(pictures) not in (1, num_prompts, num_images):
+            raise ValueError(
+                f"{name} has {len(pictures)} pictures for {num_prompts} prompts and {num_images} "
+                "pictures to make; pass one for all, one a prompt, or one for each"
+            )
+    return given
+
+
+def _read(name: str, value: object, channels: int) -> Pictures | None:
+    if value is None:
+        return None
+    if isinstance(value, Image.Image):
+        return [_upright(name, value)]
+    if isinstance(value, (list, tuple)):
+        return _read_list(name, list(value), channels)
+    if isinstance(value, np.ndarray):
+        value = _from_array(name, value, channels)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a PIL image, an array, a tensor or a list of one of them, got "
+            f"{type(value).__name__}"
+        )
+    return _check_tensor(name, value, channels)
+
+
+def _read_list(name: str, values: list[Any], channels: int) -> Pictures:
+    if not values:
+        raise ValueError(f"{name} is an empty list; pass at least one picture")
+    parts = [_read(f"{name}[{index}]", value, channels) for index, value in enumerate(values)]
+    if all(isinstance(part, list) for part in parts):
+        return [picture for part in parts if part is not None for picture in part]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) < len(parts) or len({tensor.shape[-2:] for tensor in tensors}) > 1:
+        raise ValueError(f"{name} must hold pictures of one kind, and arrays of one size")
+    return torch.cat(tensors)
+
+
+def _upright(name: str, picture: Image.Image) -> Image.Image:
+    if 0 in picture.size:
+        raise ValueError(f"{name} is {picture.width} x {picture.height} pixels, expected some")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def _from_array(name: str, value: np.ndarray[Any, Any], channels: int) -> Tensor:
+    """Return (B, C, H, W) in [0, 1] for (H, W, C), (B, H, W, C), a mask's (H, W) or (B, H, W)."""
+    if value.dtype == np.uint8:
+        value = value.astype(np.float32) / 255
+    if value.dtype.kind != "f":
+        raise ValueError(f"{name} must be an array of uint8 or floating point, got {value.dtype}")
+    if channels == 1 and value.ndim in (2, 3) and (value.ndim == 2 or value.shape[-1] != 1):
+        value = value[..., None]
+    if value.ndim == 3:
+        value = value[None]
+    if value.ndim != 4:
+        raise ValueError(f"{name} must have shape (H, W, {channels}), got {value.shape}")
+    return torch.from_numpy(np.ascontiguousarray(value.transpose(0, 3, 1, 2)))
+
+
+def _check_tensor(name: str, value: Tensor, channels: int) -> Tensor:
+    """Return (B, C, H, W), floating, in [0, 1]."""
+    got = f"got {value.dtype} of shape {tuple(value.shape)}"
+    if channels == 1 and value.ndim == 2:
+        value = value[None]
+    if value.ndim == 3:
+        value = value[:, None] if channels == 1 else value[None]
+    if not value.is_floating_point() or value.ndim != 4 or 0 in value.shape:
+        raise ValueError(f"{name} must be a floating tensor (B, {channels}, H, W), {got}")
+    if value.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels, {got}")
+    if not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(f"{name} must lie in [0, 1], got values outside of it or NaN")
+    return value.detach().cpu()
+
+
+def _spread(batch: Tensor, num_images: int) -> Tensor:
+    return batch.repeat_interleave(num_images // len(batch), dim=0)

@@ -1,0 +1,187 @@
+"""What made a picture: enough to make it again, as plain JSON values.
+
+A picture's settings in its own PNG file: written with the picture, read back later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from latentdiff.atomic import atomic_file
+from latentdiff.pipeline.image_inputs import ImageInputs
+from latentdiff.pipeline.prompts import Text
+
+SAMPLED_VALUES = 64
+
+
+def generation_metadata(
+    pipe: Any,
+    text: Text,
+    seeds: Sequence[int] | None,
+    *,
+    given: ImageInputs,
+    shape: Sequence[int],
+    steps: int,
+    eta: float,
+) -> list[dict[str, Any]]:
+    """Return one JSON object a picture; `pipe(**settings["call"])` makes that picture alone.
+
+    shape: (B, C, h, w) of the latents. Where the caller gave text states, generators, pictures or
+    a guide, those are missing.
+    """
+    guidance = pipe.guidance
+    common = {
+        "height": shape[-2] * pipe.vae_scale_factor,
+        "width": shape[-1] * pipe.vae_scale_factor,
+        "num_inference_steps": int(steps),
+        "guidance_scale": guidance.scale,
+        "guidance_rescale": guidance.rescale,
+        "guidance_interval": list(guidance.interval),
+        "strength": given.strength,
+        "eta": float(eta),
+        "long_prompts": text.long_prompts,
+        "clip_skip": text.clip_skip,
+        "lora_scale": text.lora_scale,
+    }
+    made_by = {
+        "scheduler": scheduler_metadata(pipe.scheduler),
+        "model": model_metadata(pipe),
+        "versions": versions(),
+    }
+    made = []
+    for index in range(text.num_images):
+        own = {
+            "prompt": _entry(text.prompt, index // text.num_images_per_prompt),
+            "negative_prompt": _entry(text.negative_prompt, index // text.num_images_per_prompt),
+            "seed": None if seeds is None else seeds[index],
+        }
+        call = {key: value for key, value in (own | common).items() if value is not None}
+        made.append({"call": call, **made_by})
+    return made
+
+
+def model_metadata(pipe: Any) -> dict[str, Any]:
+    """Return where a pipeline's model came from, its fingerprint and dtype."""
+    parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    return {
+        "name": pipe.config.get("_name_or_path"),
+        "fingerprint": fingerprint(parts),
+        "dtype": str(pipe.unet.dtype),
+    }
+
+
+def scheduler_metadata(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's class name and those settings that differ from its defaults."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    changed = {
+        name: value
+        for name, value in scheduler.config.items()
+        if name in known and known[name].default != value
+    }
+    return {"class": type(scheduler).__name__} | changed
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    found = {}
+    for name in ("latentdiff", "diffusers", "transformers", "torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
+    """Return 16 hex digits that tell models apart, in milliseconds.
+
+    None with weights that are offloaded, or spread over processes. Of each tensor its name, dtype,
+    shape and up to 64 evenly spaced values count, so training, merging or loading an adapter all
+    change it. No protection against a forger.
+    """
+    digest = hashlib.sha256()
+    values = []
+    for name, module in sorted(modules.items()):
+        if module is None:
+            continue
+        for key, tensor in sorted(module.state_dict().items()):
+            if tensor.is_meta or isinstance(tensor, DTensor):
+                return None
+            digest.update(f"{name}.{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            flat = tensor.detach().reshape(-1)
+            values.append(flat[:: max(1, len(flat) // SAMPLED_VALUES)][:SAMPLED_VALUES].float())
+    if values:
+        digest.update(torch.cat([value.cpu() for value in values]).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _entry(texts: str | list[str] | None, index: int) -> str | None:
+    if texts is None or isinstance(texts, str):
+        return texts
+    return texts[index if len(texts) > 1 else 0]
+
+
+KEY = "latentdiff"
+
+
+def attach_settings(image: Image.Image, settings: Any) -> Image.Image:
+    """Make `image.save("x.png")` write the settings into the file's text chunks; return the image.
+
+    settings: JSON values. They stay in `image.info` too, so that copies keep them.
+    """
+    text = json.dumps(settings, ensure_ascii=True)
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt(KEY, text)
+    image.info[KEY] = text
+    image.encoderinfo = {"pnginfo": chunks}
+    return image
+
+
+def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
+    """Return the settings of a picture that LatentDiff made, from its PNG file or as it was made.
+
+    A dict for one picture, a list of them for a sheet. Raises FileNotFoundError, and ValueError
+    for a file that is no picture, or one without settings.
+    """
+    if isinstance(png, Image.Image):
+        name, info = "this picture", png.info
+    else:
+        name = os.fspath(png)
+        try:
+            with Image.open(png) as image:
+                image.load()
+                info = dict(image.info)
+        except (UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
+            raise ValueError(f"{name} is not a readable picture: {error}") from error
+    if KEY not in info:
+        raise ValueError(
+            f"{name} holds no settings of LatentDiff; only PNG files as it wrote them do, a copy "
+            "in another format or by another program may have lost them"
+        )
+    try:
+        return json.loads(info[KEY])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} holds damaged settings: {error}") from error
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write a PNG file atomically, with the picture's settings if it has some; return its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        image.save(temporary, format="PNG")
+    return path

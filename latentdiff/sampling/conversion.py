@@ -1,0 +1,73 @@
+"""One form of a model into another: LoRAs merged into a folder, a folder as one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from latentdiff.pipeline.files.single_file import save_single_file
+from latentdiff.pipeline.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.prompts import has_new_words
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CLIP_VOCABULARY = 49408
+
+PathLike = str | os.PathLike[str]
+
+
+def merge_loras(
+    base: PathLike, loras: Sequence[PathLike], out: Path, *, weights: Sequence[float] = ()
+) -> Path:
+    """Write the folder of a model with LoRAs added to its weights; return its path.
+
+    weights: how strongly each acts, by default 1. Raises ValueError for another number of weights,
+    an `out` that exists, or a LoRA that does not fit.
+    """
+    weights = list(weights) or [1.0] * len(loras)
+    if not loras or len(weights) != len(loras):
+        raise ValueError(f"{len(weights)} weights for {len(loras)} LoRAs, expected one for each")
+    _refuse_existing(out)
+    pipe = LatentDiffPipeline.from_pretrained(base)
+    names = [f"lora_{k}" for k in range(len(loras))]
+    for lora, name in zip(loras, names, strict=True):
+        pipe.load_lora_weights(lora, adapter_name=name)
+    pipe.set_adapters(names, weights)
+    pipe.fuse_lora(adapter_names=names)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(out)
+    return out
+
+
+def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") -> Path:
+    """Write a model as one .safetensors file in CompVis' naming; return its path.
+
+    For ComfyUI, A1111 and `from_single_file`, which bring CLIP's vocabulary with them. dtype:
+    float32, float16 or bfloat16. Raises ValueError for a model of another layout than Stable
+    Diffusion 1.x or of another vocabulary, and for an `out` that exists.
+    """
+    if out.suffix != ".safetensors" or dtype not in DTYPES:
+        raise ValueError(
+            f"got {out} of {dtype}, expected a name that ends in .safetensors and one of "
+            f"{', '.join(DTYPES)}"
+        )
+    _refuse_existing(out)
+    pipe = LatentDiffPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype])
+    if has_new_words(pipe.tokenizer):
+        raise ValueError(
+            f"{model} has words that it learnt, and one file holds no vocabulary: convert the base "
+            "model, and give learned_embeds.safetensors beside it as an embedding"
+        )
+    if len(pipe.tokenizer) != CLIP_VOCABULARY:
+        raise ValueError(
+            f"{model} has a vocabulary of {len(pipe.tokenizer):,} tokens of its own, and one file "
+            f"holds none: programs that open it bring CLIP's {CLIP_VOCABULARY:,}"
+        )
+    return save_single_file(pipe, out)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} already exists, expected a new name")

@@ -1,0 +1,100 @@
+"""Pictures and captions for contrastive training, as a function of (seed, step) alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from latentdiff.data.captions import may_flip
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.images import load_image, resize_and_crop, to_pixels
+
+DRAWS_PER_PAIR = 8  # until a step makes do with fewer pairs
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One pair of one step: a picture and one of its captions."""
+
+    folder: int
+    index: int
+    caption: str
+    key: int  # of the crop and the mirror
+
+
+@dataclass(frozen=True)
+class Pairs(Dataset[tuple[Tensor, str]]):
+    """The pictures of several folders, cropped and mirrored a little differently each time."""
+
+    folders: list[Folder]
+    resolution: int
+    min_crop: float
+    random_flip: bool
+    seed: int
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, str]:
+        """Return pixels (3, H, W) in [-1, 1] and the caption."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, draw.key]))
+        image = load_image(BytesIO(self.folders[draw.folder].read_bytes(draw.index)))
+        side = min(image.size) * rng.uniform(self.min_crop, 1.0)
+        x, y = (rng.uniform(0.0, size - side) for size in image.size)
+        box = (round(x), round(y), round(x + side), round(y + side))
+        cut = resize_and_crop(image.crop(box), height=self.resolution, width=self.resolution)
+        pixels = to_pixels(cut.image)
+        mirrored = self.random_flip and may_flip([draw.caption]) and rng.random() < 0.5
+        return (pixels.flip(-1) if mirrored else pixels), draw.caption
+
+
+@dataclass
+class DistinctCaptions(Sampler[list[Draw]]):
+    """Batches without end in which no caption stands twice: a right answer would be called wrong.
+
+    A batch is drawn anew at each step, and is smaller than batch_size where captions are few.
+    """
+
+    folders: list[Folder]
+    batch_size: int
+    seed: int
+    captions: list[tuple[int, int, tuple[str, ...]]] = field(init=False)  # folder, index, texts
+
+    def __post_init__(self) -> None:
+        """Read the captions once. ValueError when there are fewer than two to tell apart."""
+        self.captions = [
+            (place, index, tuple(record.captions))
+            for place, folder in enumerate(self.folders)
+            for index, record in enumerate(folder)
+        ]
+        distinct = {text for _, _, texts in self.captions for text in texts}
+        if len(distinct) < 2:
+            raise ValueError(
+                f"the folders hold {len(distinct)} captions that differ, expected two or more"
+            )
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield the batches of step 0, 1, 2 and so on."""
+        step = 0
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def batch(self, step: int) -> list[Draw]:
+        """Return the pairs of a step: pictures drawn at random, the first of each caption."""
+        rng = np.random.default_rng([self.seed, step])
+        chosen: dict[str, Draw] = {}
+        for place in rng.integers(len(self.captions), size=DRAWS_PER_PAIR * self.batch_size):
+            folder, index, texts = self.captions[place]
+            caption = texts[int(rng.integers(len(texts)))]
+            key = step * self.batch_size + len(chosen)
+            chosen.setdefault(caption, Draw(folder, index, caption, key))
+            if len(chosen) == self.batch_size:
+                break
+        return list(chosen.values())
+
+
+def collate_pairs(pairs: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    """Return pixels (B, 3, H, W) and B captions."""
+    return torch.stack([pixels for pixels, _ in pairs]), [caption for _, caption in pairs]

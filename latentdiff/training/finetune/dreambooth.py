@@ -1,0 +1,158 @@
+"""Prior preservation (Ruiz et al. 2023): the model's own pictures of a class beside the subject's.
+
+The base model draws them once, each by a seed of its own, into a captioned folder that is named by
+model, prompt and sampling settings; they are kept, used again, and topped up. Half of each step's
+pictures are then of the class, weighed by prior_weight.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentdiff.atomic import atomic_file, write_text
+from latentdiff.config.text_to_image import Config
+from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.evaluation.metrics.heldout_loss import rank_batches
+from latentdiff.models.components import Components
+from latentdiff.training.inputs.dataset import EpochOrder, LatentDataset, SampleKey, StepBatch
+from latentdiff.training.preview import PICTURES_AT_ONCE, make_pipeline, prompt_seed
+
+logger = logging.getLogger(__name__)
+
+
+class SubjectAndClassDataset(Dataset[dict[str, Tensor]]):
+    """The subject's samples, and after them those of the class, which weigh prior_weight."""
+
+    def __init__(
+        self, subject: LatentDataset, prior: LatentDataset, *, num_subject: int, prior_weight: float
+    ) -> None:
+        self.subject, self.prior = subject, prior
+        self.num_subject, self.prior_weight = num_subject, prior_weight
+
+    def __getitem__(self, slot: SampleKey) -> dict[str, Tensor]:
+        """Return the sample of a slot, as Samples does."""
+        if slot.index < self.num_subject:
+            return self.subject[slot]
+        sample = self.prior[replace(slot, index=slot.index - self.num_subject)]
+        weight = sample["weight"] * self.prior_weight
+        return sample | {"weight": weight, "index": torch.tensor(slot.index, dtype=torch.int64)}
+
+
+class PairedOrder:
+    """An Order of steps that take as many pictures of the class as of the subject."""
+
+    def __init__(self, subject: EpochOrder, prior: EpochOrder) -> None:
+        self.subject, self.prior = subject, prior
+        self.bucket_of, self.steps_per_epoch = subject.bucket_of, subject.steps_per_epoch
+
+    def batch(self, step: int) -> StepBatch:
+        """Return what optimiser step `step` takes; epochs are the subject's."""
+        own, others = self.subject.batch(step), self.prior.batch(step)
+        paired = len(self.bucket_of) + others.indices[: len(own.indices)]
+        return StepBatch(own.epoch, own.start, np.concatenate([own.indices, paired]))
+
+    def count(self, step: int) -> int:
+        """Return how many samples optimiser step `step` takes."""
+        return len(self.batch(step).indices)
+
+
+class AllOnesMasks:
+    """Masks that keep all of each class picture, where the subject's have masks."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = (1, *shape[1:])
+
+    def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
+        """Return ones (1, h, w)."""
+        return torch.ones(self.shape)
+
+
+def prior_seed(seed: int) -> int:
+    """Return the seed that class pictures' noise, timesteps and order hang on."""
+    return prompt_seed(seed, "class pictures")
+
+
+def generate_class_images(
+    config: Config,
+    components: Components,
+    *,
+    base_hash: str,
+    run_folder: Path,
+    accelerator: Accelerator,
+) -> Folder:
+    """Let the model draw the class pictures that are missing; return all of them as a folder.
+
+    Shared out over the processes. Picture k is the same, but for rounding, whatever their number
+    and however many are there already.
+    """
+    settings = config.finetune
+    made_by = {
+        "model": base_hash,
+        "scheduler": {k: str(v) for k, v in sorted(components.scheduler.config.items())},
+        "prompt": settings.class_prompt,
+        "resolution": config.data.resolution,
+        "num_steps": settings.class_num_steps,
+        "guidance_scale": settings.class_guidance_scale,
+    }
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    root = Path(settings.class_images_dir or run_folder / "class_images").expanduser() / key
+    root.mkdir(parents=True, exist_ok=True)
+    names = [f"{k:05d}.png" for k in range(settings.num_class_images)]
+    missing = [k for k, name in enumerate(names) if not (root / name).is_file()]
+    if missing and accelerator.is_main_process:
+        logger.info("drawing %d pictures of %r into %s", len(missing), settings.class_prompt, root)
+    accelerator.wait_for_everyone()  # all have seen the same files
+    _generate(config, components, root, missing, accelerator=accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        made = sorted(path.name for path in root.glob("*.png"))  # maybe more than are asked for
+        rows = [{"file_name": name, "text": settings.class_prompt} for name in made]
+        write_text(root / "metadata.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    accelerator.wait_for_everyone()
+    folder = read_folder(root)
+    folder.check()
+    return folder.select(np.arange(settings.num_class_images))
+
+
+@torch.no_grad()
+def _generate(
+    config: Config,
+    components: Components,
+    root: Path,
+    missing: Sequence[int],
+    *,
+    accelerator: Accelerator,
+) -> None:
+    """Draw this process's share of the missing pictures, by their numbers, into `root`."""
+    settings, size = config.finetune, config.data.resolution
+    if not missing:
+        return
+    pipeline = make_pipeline(replace(components, safety_checker=None, feature_extractor=None))
+    pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    shard = accelerator.process_index, accelerator.num_processes
+    for batch, counts in rank_batches(-(-len(missing) // PICTURES_AT_ONCE), shard):
+        numbers = missing[batch * PICTURES_AT_ONCE :][:PICTURES_AT_ONCE]
+        with accelerator.autocast():
+            images, _ = pipeline(
+                [settings.class_prompt] * len(numbers),
+                seed=[prompt_seed(k, settings.class_prompt) for k in numbers],
+                height=size,
+                width=size,
+                num_inference_steps=settings.class_num_steps,
+                guidance_scale=settings.class_guidance_scale,
+                return_dict=False,
+            )
+        for number, image in zip(numbers, images, strict=True):
+            if counts:
+                with atomic_file(root / f"{number:05d}.png") as temporary:
+                    image.save(temporary, format="PNG")

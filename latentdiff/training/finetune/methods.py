@@ -1,0 +1,91 @@
+"""Ways to fine-tune by name: what is added to a model, what of it learns, what is written.
+
+full, attention and cross_attention train weights of the U-Net; lora (lora.py) and
+textual_inversion (words.py) leave all of them as they are.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from latentdiff.config.finetune import FinetuneConfig, Method
+from latentdiff.models.components import Components
+from latentdiff.models.weights import weights_hash
+from latentdiff.training.finetune import lora, textual_inversion
+
+logger = logging.getLogger(__name__)
+
+TRAINABLE: dict[Method, Callable[[str], bool]] = {  # by the names of a U-Net's parameters
+    "full": lambda name: True,
+    "attention": lambda name: ".attn1." in name or ".attn2." in name,
+    "cross_attention": lambda name: ".attn2." in name,
+    "lora": lora.is_adapter,
+    "textual_inversion": lambda name: False,
+}
+
+
+def base_weights_hash(components: Components) -> str:
+    """Return the sha256 (hex) of the weights of U-Net, VAE and text tower."""
+    parts = (components.unet, components.vae, components.text_encoder)
+    hashes = " ".join(weights_hash(part) for part in parts)
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def add_adapters(
+    components: Components, settings: FinetuneConfig, *, trains_text_encoder: bool, seed: int
+) -> None:
+    """Put adapters or new words into the model, where the method has any; output stays the same."""
+    if settings.method == "lora":
+        lora.add_lora(
+            components,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            targets=settings.lora_targets,
+            trains_text_encoder=trains_text_encoder,
+            seed=seed,
+        )
+    if settings.method == "textual_inversion":
+        textual_inversion.add_words(
+            components,
+            token=settings.token,
+            token_from=settings.token_from,
+            num_vectors=settings.num_vectors,
+        )
+
+
+def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: Method) -> None:
+    """Freeze all parameters but those that learn; text_encoder: the tower where it learns."""
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(TRAINABLE[method](name))
+    for name, parameter in text_encoder.named_parameters() if text_encoder is not None else ():
+        if method == "textual_inversion":
+            parameter.requires_grad_(name.endswith("token_embedding.new"))
+        else:
+            parameter.requires_grad_(method != "lora" or lora.is_adapter(name))
+
+
+def merged_components(components: Components, method: Method) -> Components:
+    """Return the model as any program opens it: adapters merged in, new words among the others."""
+    if method == "lora":
+        return lora.merged(components)
+    return textual_inversion.with_words(components) if method == "textual_inversion" else components
+
+
+def save_adapters(components: Components, settings: FinetuneConfig, folder: Path) -> None:
+    """Write what learned alone: lora/, lora_kohya.safetensors or learned_embeds.safetensors."""
+    if settings.method == "lora":
+        weights = lora.lora_weights(components)
+        path = folder / "lora" / lora.FILE_NAME
+        size = lora.save_lora(weights, path)
+        num = sum(tensor.numel() for tensor in weights.values())
+        logger.info("%s: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
+        if settings.lora_kohya:
+            lora.save_lora(lora.kohya_weights(weights), folder / "lora_kohya.safetensors")
+    if settings.method == "textual_inversion":
+        path = folder / textual_inversion.FILE_NAME
+        size = textual_inversion.save_words(components, settings.token, path)
+        logger.info("%s: %d vectors, %d bytes", path, settings.num_vectors, size)

@@ -1,0 +1,190 @@
+"""The caches of whole configs: built ahead of training, looked over, cleared of what none uses.
+
+What a cache is on disk is data/cache/latent_cache.py's business.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.config.text_to_image import Config, DataConfig
+from latentdiff.data.cache.latent_cache import LatentCache, prune_cache, verify_cache
+from latentdiff.data.cache.mask_cache import MaskCache
+from latentdiff.data.cache.prompt_cache import text_keys
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.inspection.text_report import size_text
+from latentdiff.models.bundled import resolve_model
+from latentdiff.models.components import load_components, load_text
+from latentdiff.models.latents import LatentCodec
+from latentdiff.training.inputs.encode import (
+    cache_dir,
+    cache_latents,
+    cache_masks,
+    cache_text,
+    caption_transform,
+    crop_plan,
+    eval_crop_config,
+    make_masks,
+    unique_captions,
+)
+from latentdiff.training.inputs.train_data import read_data
+from latentdiff.training.model import check_components, load_vae_of, trains_text_encoder
+
+TOLERANCE = 0.05  # of raw latents: above the rounding of another device, below another VAE's
+
+
+@dataclass(frozen=True)
+class Built:
+    """How many there are of one kind of thing, and how many this process encoded now."""
+
+    name: str
+    num: int
+    num_encoded: int
+
+    def __str__(self) -> str:
+        return f"{self.num:,} {self.name}, {self.num_encoded:,} encoded now"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a look at one folder's latents found.
+
+    num_missing: latents not encoded yet; worst: largest difference of raw moments among those of
+    num_seen pictures that were encoded again.
+    """
+
+    name: str
+    num: int
+    num_missing: int
+    num_seen: int
+    worst: float
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the latents looked at are what the VAE gives; those missing may yet be built."""
+        return self.worst <= TOLERANCE
+
+    def __str__(self) -> str:
+        state = f"latents of {self.num:,} {self.name}: {self.num_missing:,} not encoded yet"
+        if not self.num_seen:
+            return f"{state}; none there to look at"
+        verdict = "as kept" if self.is_sound else "NOT AS KEPT, remove them and build again"
+        found = f"{self.num_seen:,} encoded again differ by {self.worst:.2g} at the most"
+        return f"{state}; {found}: {verdict}"
+
+
+def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]:
+    """Encode what a config's caches lack: its pictures, and the captions of a frozen tower.
+
+    ValueError or FileNotFoundError says what is wrong with the config or the data.
+    """
+    train, held_out = _checked(config)
+    vae = load_vae_of(config)
+    for name, folder, data in _parts(config, train, held_out):
+        cache = cache_latents(folder, vae, data, accelerator=accelerator)
+        assert isinstance(cache, LatentCache)
+        yield Built(f"{name} pictures", len(cache), cache.encoded)
+        factor = cache.factor
+        masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
+        if isinstance(masks, MaskCache):
+            yield Built(f"{name} masks", len(masks), masks.made)
+    if (tower := _text_tower(config)) is not None:
+        text_encoder, tokenizer = tower
+        captions = unique_captions((train, held_out), caption_transform(config.data))
+        texts = cache_text(captions, tokenizer, text_encoder, config.data, accelerator=accelerator)
+        yield Built("captions", len(texts), texts.encoded)
+
+
+def verify_caches(
+    config: Config, *, num_samples: int = 16, device: torch.device | str = "cpu"
+) -> Iterator[Verified]:
+    """Encode a spread of a config's pictures again and compare; nothing is written."""
+    train, held_out = _checked(config)
+    codec = LatentCodec(load_vae_of(config).to(device))
+    for name, folder, data in _parts(config, train, held_out):
+        cache = _opened(folder, codec, data)
+        worst = verify_cache(cache, folder, codec, num_samples=num_samples)
+        num_seen = min(num_samples, len(cache.complete()))
+        yield Verified(f"{name} pictures", len(cache), cache.num_missing, num_seen, worst)
+
+
+def prune_caches(configs: Sequence[Config], *, delete: bool = False) -> list[tuple[Path, int]]:
+    """List the files of the configs' cache folders, with their bytes, that none of them uses.
+
+    They are removed only if `delete`. A file that holds anything in use stays whole.
+    """
+    in_use: dict[Path, list[np.ndarray]] = {}
+    for config in configs:
+        in_use.setdefault(cache_dir(config.data).resolve(), []).extend(_keys_in_use(config))
+    found = []
+    for folder, keys in in_use.items():
+        found += prune_cache(folder, keys, delete=delete)
+    return found
+
+
+def describe_pruned(found: Sequence[tuple[Path, int]], *, deleted: bool) -> Iterator[str]:
+    """Show what `prune_caches` found, a line each, and what comes of it."""
+    for path, num_bytes in found:
+        yield f"{path}  {size_text(num_bytes)}"
+    total = size_text(sum(num_bytes for _, num_bytes in found))
+    fate = "removed" if deleted else "not in use; --delete removes them"
+    yield f"{len(found):,} files, {total}: {fate}" if found else "all files are in use"
+
+
+def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
+    """Yield the keys of all that a run with this config reads."""
+    check_components(config)
+    folders = read_data(config.data, prompts=config.finetune.instance_prompts)
+    if config.data.cache:
+        codec = LatentCodec(load_vae_of(config))
+        for _, folder, data in _parts(config, *folders):
+            yield _opened(folder, codec, data).keys
+            if (masks := make_masks(folder, data, factor=codec.factor)) is not None:
+                yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
+    if (tower := _text_tower(config)) is not None:
+        captions = unique_captions(folders, caption_transform(config.data))
+        yield text_keys(captions, tower[1], tower[0])
+
+
+def _checked(config: Config) -> tuple[Folder, Folder]:
+    """Return training and held-out records; refuse what has no cache."""
+    check_components(config)
+    if not config.data.cache:
+        raise ValueError("data.cache=false keeps no latents; leave it out to build or verify them")
+    return read_data(config.data, prompts=config.finetune.instance_prompts)
+
+
+def _parts(config: Config, train: Folder, held_out: Folder) -> list[tuple[str, Folder, DataConfig]]:
+    """Give the folders that are not empty the settings they are encoded with."""
+    parts = [
+        ("training", train, config.data),
+        ("held-out", held_out, eval_crop_config(config.data)),
+    ]
+    return [part for part in parts if len(part[1])]
+
+
+def _opened(folder: Folder, codec: LatentCodec, data: DataConfig) -> LatentCache:
+    return LatentCache.open(
+        folder,
+        codec,
+        cache_dir=cache_dir(data),
+        plan=crop_plan(folder, data),
+        flips=data.random_flip,
+        progress=False,
+    )
+
+
+def _text_tower(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] | None:
+    """Load the tower whose states a config's run keeps; None where it keeps none."""
+    if trains_text_encoder(config) or caption_transform(config.data).edits_tags:
+        return None
+    folder = resolve_model(config.model.pretrained or config.model.text_encoder)
+    if folder.is_dir():
+        return load_text(folder)
+    components = load_components(config.model.pretrained)
+    return components.text_encoder, components.tokenizer

@@ -1,0 +1,266 @@
+"""A run's pictures and captions, encoded as its settings ask: buckets and crops, latents, text.
+
+Pictures are encoded once into the cache, or at every step without it. Captions become token ids
+for a text tower that learns, states from the cache for a frozen one, and states made in the step
+where shuffled tags make every caption a new one.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.config.text_to_image import DataConfig
+from latentdiff.data.arrow.columns import iter_py
+from latentdiff.data.arrow.content_hash import image_hashes
+from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.buckets import Bucket, assign_buckets, make_buckets
+from latentdiff.data.cache.decode_ahead import CropPlan
+from latentdiff.data.cache.latent_cache import LatentCache
+from latentdiff.data.cache.mask_cache import MaskCache
+from latentdiff.data.cache.online_encode import OnlineLatentEncoder
+from latentdiff.data.cache.prompt_cache import TextCache, encode_captions
+from latentdiff.data.captions import CaptionTransform
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.masks import Masks
+from latentdiff.models.components import Components
+from latentdiff.models.latents import Autoencoder, LatentCodec, LatentStats, set_scalar_scaling
+from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
+
+MEASURED_PICTURES = 1000  # enough for the std of latents to three digits
+ENCODED_PIXELS = 1 << 20  # of one batch for the VAE
+REMEMBERED_CAPTIONS = 100_000  # whose token ids are kept
+LatentSource: TypeAlias = LatentCache | OnlineLatentEncoder
+MaskSource: TypeAlias = MaskCache | Masks
+
+
+def bucket_sizes(data: DataConfig) -> tuple[Bucket, ...]:
+    """List the sizes that pictures are cut to; the square alone without data.buckets."""
+    if not data.buckets:
+        return (Bucket(data.resolution, data.resolution),)
+    return make_buckets(
+        data.resolution, multiple=data.bucket_multiple, max_aspect=data.bucket_max_aspect
+    )
+
+
+def bucket_ids(folder: Folder, data: DataConfig) -> np.ndarray:
+    """Give each picture its place in `buckets_of`, (N,)."""
+    return assign_buckets(folder.widths, folder.heights, buckets=bucket_sizes(data))
+
+
+def crop_plan(folder: Folder, data: DataConfig) -> CropPlan:
+    """Say how each picture of a folder is cut."""
+    table = np.array([(bucket.height, bucket.width) for bucket in bucket_sizes(data)], np.int32)
+    sizes = table[bucket_ids(folder, data)]
+    originals = np.stack([folder.heights, folder.widths], axis=1)
+    scale = (sizes / originals).max(axis=1, initial=0, keepdims=True)
+    many = tuple(np.linspace(0, 1, data.num_crops).tolist())
+    return CropPlan(
+        sizes=sizes,
+        places=(0.5,) if data.num_crops == 1 else many,
+        has_room=(np.rint(originals * scale) > sizes).any(axis=1),
+        background=data.background,
+    )
+
+
+def eval_crop_config(data: DataConfig) -> DataConfig:
+    """The settings that held-out pictures are read with: cut in the centre, never mirrored."""
+    return replace(data, num_crops=1, random_flip=False)
+
+
+def cache_latents(
+    folder: Folder, vae: Autoencoder, data: DataConfig, *, accelerator: Accelerator
+) -> LatentSource:
+    """Encode what the cache lacks, shared out over the processes, and open it.
+
+    Without data.cache nothing is encoded before it is asked for.
+    """
+    codec, plan = LatentCodec(vae.to(accelerator.device)), crop_plan(folder, data)
+    if not data.cache:
+        return OnlineLatentEncoder(folder, codec, plan=plan)
+    if accelerator.num_processes > 1:
+        with accelerator.main_process_first():  # the others find its hashes on disk
+            image_hashes(folder, index=ScanIndex(cache_dir(data), folder.root))
+    cache = LatentCache.build(
+        folder,
+        codec,
+        cache_dir=cache_dir(data),
+        plan=plan,
+        flips=data.random_flip,
+        batch_size=max(1, min(32, ENCODED_PIXELS // data.resolution**2)),
+        shard=(accelerator.process_index, accelerator.num_processes),
+        progress=accelerator.is_local_main_process,
+    )
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def make_masks(folder: Folder, data: DataConfig, *, factor: int) -> Masks | None:
+    """Return the masks of a folder's pictures, cut as these; None where the settings ask for none.
+
+    factor: pixels of a latent's cell a side.
+    """
+    if data.mask == "none":
+        return None
+    return Masks(folder, crop_plan(folder, data), factor, data.mask)
+
+
+def cache_masks(
+    folder: Folder, data: DataConfig, *, factor: int, accelerator: Accelerator
+) -> MaskSource | None:
+    """Read what the cache of masks lacks, shared out over the processes, and open it.
+
+    Without data.cache none is read before it is asked for.
+    """
+    masks = make_masks(folder, data, factor=factor)
+    if masks is None or not data.cache:
+        return masks
+    if accelerator.num_processes > 1:
+        with accelerator.main_process_first():  # the others find its hashes on disk
+            MaskCache.open(masks, cache_dir=cache_dir(data))
+    cache = MaskCache.build(
+        masks,
+        cache_dir=cache_dir(data),
+        shard=(accelerator.process_index, accelerator.num_processes),
+        progress=accelerator.is_local_main_process,
+    )
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def cache_text(
+    captions: Iterable[str],
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    data: DataConfig,
+    *,
+    accelerator: Accelerator,
+) -> TextCache:
+    """Encode the captions that the cache lacks, shared out over the processes, and open it."""
+    cache = TextCache.build(
+        captions,
+        tokenizer,
+        text_encoder.to(accelerator.device),
+        cache_dir=cache_dir(data),
+        shard=(accelerator.process_index, accelerator.num_processes),
+        progress=accelerator.is_local_main_process,
+    )
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def set_scaling_factor(vae: Autoencoder, latents: LatentSource) -> LatentStats:
+    """Set the VAE's scaling_factor to 1 / std of the latents (Rombach et al. 2022, D.1)."""
+    chosen = np.linspace(0, len(latents) - 1, min(len(latents), MEASURED_PICTURES)).astype(int)
+    means, squares = [], []
+    for index in chosen.tolist():
+        mean, std = latents.raw_moments(index)
+        means.append(mean.double().mean((1, 2)))
+        squares.append((mean.double().square() + std.double().square()).mean((1, 2)))
+    mean, square = torch.stack(means).mean(0), torch.stack(squares).mean(0)  # (C,)
+    overall = mean.mean()
+    stats = LatentStats(
+        mean=tuple(mean.tolist()),
+        std=tuple((square - mean.square()).clamp_min(0).sqrt().tolist()),
+        overall_mean=overall.item(),
+        overall_std=(square.mean() - overall.square()).clamp_min(0).sqrt().item(),
+        num_images=len(chosen),
+    )
+    set_scalar_scaling(vae, stats)
+    latents.use_scaling_of(LatentCodec(vae))
+    return stats
+
+
+def caption_transform(data: DataConfig) -> CaptionTransform:
+    """Collect what becomes of captions."""
+    return CaptionTransform(
+        choice=data.caption_choice,
+        shuffle_tags=data.shuffle_tags,
+        keep_tags=data.keep_tags,
+        tag_dropout=data.tag_dropout,
+        trigger=data.trigger,
+        prefix=data.caption_prefix,
+        suffix=data.caption_suffix,
+    )
+
+
+def unique_captions(folders: Iterable[Folder], edits: CaptionTransform) -> Iterator[str]:
+    """Yield the different captions of folders, edited as far as that is the same each time."""
+    for folder in folders:
+        for caption in iter_py(pc.unique(folder.captions.flatten())):
+            yield edits.settle(caption)
+
+
+class TokenIds:
+    """Captions as token ids (L,) int64, for a text tower that learns."""
+
+    def __init__(self, components: Components) -> None:
+        self._tokenizer = components.tokenizer
+        self._known: dict[str, Tensor] = {}
+
+    def text(self, caption: str) -> Tensor:
+        if caption not in self._known:
+            if len(self._known) >= REMEMBERED_CAPTIONS:
+                self._known.clear()
+            self._known[caption] = tokenize(self._tokenizer, [caption])[0]
+        return self._known[caption]
+
+    def settled(self, captions: Sequence[str]) -> Tensor:
+        """Return ids (n, L)."""
+        return tokenize(self._tokenizer, captions)
+
+
+class CachedPromptEmbeds:
+    """Captions as states (L, D) of a frozen text tower, encoded once."""
+
+    def __init__(self, cache: TextCache) -> None:
+        self.cache = cache
+
+    def text(self, caption: str) -> Tensor:
+        return self.cache.states(caption)
+
+    def settled(self, captions: Sequence[str]) -> Tensor:
+        """Return states (n, L, D)."""
+        return torch.stack([self.cache.states(caption) for caption in captions])
+
+
+class OnlinePromptEmbeds:
+    """Captions as token ids (L,) that a frozen text tower turns into states in the step."""
+
+    def __init__(self, components: Components, device: torch.device) -> None:
+        self._ids, self._tokenizer = TokenIds(components), components.tokenizer
+        self._tower = components.text_encoder.to(device)
+        self.text = self._ids.text
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> Tensor:
+        """Return states (B, L, D) of ids (B, L), where the tower is."""
+        device = self._tower.device
+        with torch.autocast(device.type, enabled=False):
+            return encode_text(self._tower, ids.to(device, non_blocking=True))
+
+    def settled(self, captions: Sequence[str]) -> Tensor:
+        """Return states (n, L, D) on the CPU."""
+        parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
+        states = [encode_captions(self._tokenizer, self._tower, part) for part in parts]
+        return torch.cat(states)
+
+
+TextSource: TypeAlias = TokenIds | CachedPromptEmbeds | OnlinePromptEmbeds
+
+
+def null_text(source: TextSource) -> Tensor:
+    """Return the null caption's ids (1, L) or states (1, L, D)."""
+    return source.settled([NULL_CAPTION])
+
+
+def cache_dir(data: DataConfig) -> Path:
+    """Return the folder of a run's caches and scans."""
+    return Path(data.cache_dir).expanduser()

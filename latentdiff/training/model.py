@@ -1,0 +1,263 @@
+"""The model that a run trains: a folder to fine-tune, or a new U-Net (and text tower).
+
+Everything that does not fit is said before any weight is loaded. New weights come from the run's
+seed. Does not answer for: wrapping by Accelerate or the training itself (loop.py).
+
+Which kernel the U-Net's attention runs on while it trains.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.config.text_to_image import Config, DataConfig, DiffusionConfig
+from latentdiff.cpu.fused_transformers import fuse_transformers
+from latentdiff.diffusion.ddpm import check_objective
+from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler, schedule_of
+from latentdiff.models.bundled import resolve_model
+from latentdiff.models.compatibility import check_compatible, read_configs, read_json, unet_factor
+from latentdiff.models.components import Components, load_components, load_text, load_vae
+from latentdiff.models.latents import Autoencoder, latent_factor
+from latentdiff.models.text import encode_text, train_tokenizer
+from latentdiff.training.learned_variance import fit_variance
+
+PLAIN_ATTENTION_PIXELS = 256
+
+
+class TextToImage(nn.Module):
+    """What the optimiser sees as one module: the U-Net, and the text tower when it learns too."""
+
+    def __init__(self, components: Components, *, trains_text_encoder: bool) -> None:
+        super().__init__()
+        self.unet = components.unet
+        self.text_encoder: CLIPTextModel | None = (
+            components.text_encoder if trains_text_encoder else None
+        )
+
+    def forward(self, zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or states."""
+        states = text if self.text_encoder is None else encode_text(self.text_encoder, text)
+        output: Tensor = self.unet(zt, t, states, return_dict=False)[0]
+        return output
+
+
+def check_components(config: Config) -> None:
+    """Raise ValueError or FileNotFoundError for parts that do not fit; reads config files only."""
+    if config.model.pretrained:
+        folder = resolve_model(config.model.pretrained)
+        if folder.is_dir():
+            configs = read_configs(folder)
+            check_compatible(configs, image_size=config.data.resolution)
+            _check_buckets(configs, config.data)
+        return
+    if not config.model.vae:
+        raise ValueError(
+            'model.vae is empty, expected the folder of a VAE, or "latentdiff-vae" for the small '
+            "one that ships; model.pretrained=FOLDER fine-tunes a whole model instead"
+        )
+    vae = _vae_config(resolve_model(config.model.vae))
+    unet, text = config.model.unet, config.model.text
+    if config.model.text_encoder:
+        text_config = read_configs(_text_folder(config)).get("text_encoder", {})
+    else:
+        text_config = {"hidden_size": text.width, "max_position_embeddings": text.max_tokens}
+    channels = vae["latent_channels"]
+    configs = {
+        "vae": vae,
+        "text_encoder": text_config,
+        "unet": {
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": unet.block_out_channels,
+            "cross_attention_dim": text_config.get("hidden_size"),
+        },
+    }
+    check_compatible(configs, image_size=config.data.resolution)
+    _check_buckets(configs, config.data)
+
+
+def _check_buckets(configs: Mapping[str, Mapping[str, Any]], data: DataConfig) -> None:
+    """Raise ValueError where the sides of buckets do not fit; what is absent is not checked."""
+    if not data.buckets or "vae" not in configs or "unet" not in configs:
+        return
+    vae, unet = latent_factor(configs["vae"]), unet_factor(configs["unet"])
+    if data.bucket_multiple % (vae * unet):
+        raise ValueError(
+            f"data.bucket_multiple={data.bucket_multiple} must be a multiple of {vae * unet} (VAE "
+            f"factor {vae} x U-Net factor {unet}), so that this model can take every bucket's size"
+        )
+
+
+def load_vae_of(config: Config) -> Autoencoder:
+    """Load the VAE that a run encodes with: model.vae, or that of the model to fine-tune."""
+    return load_vae(config.model.pretrained or config.model.vae)
+
+
+def new_components(
+    config: Config, vae: Autoencoder, *, captions: Iterable[str], tokenizer_dir: Path
+) -> Components:
+    """Build the model of a run from scratch around its VAE; weights follow from train.seed.
+
+    The tokenizer is trained on the captions once and kept in tokenizer_dir for a resumed run.
+    """
+    model, diffusion = config.model, config.diffusion
+    torch.manual_seed(config.train.seed)
+    if model.text_encoder:
+        text_encoder, tokenizer = load_text(_text_folder(config))
+    else:
+        tokenizer = _own_tokenizer(config, captions, tokenizer_dir)
+        text_encoder = build_text_encoder(
+            tokenizer,
+            width=model.text.width,
+            num_layers=model.text.num_layers,
+            num_heads=model.text.num_heads,
+        )
+    unet = build_unet(
+        sample_size=config.data.resolution // latent_factor(vae.config),
+        in_channels=vae.config["latent_channels"],
+        block_out_channels=model.unet.block_out_channels,
+        attention_levels=model.unet.attention_levels,
+        layers_per_block=model.unet.layers_per_block,
+        head_dim=model.unet.head_dim,
+        dropout=model.unet.dropout,
+        cross_attention_dim=text_encoder.config.hidden_size,
+    )
+    scheduler = _scheduler(diffusion)
+    components = Components(
+        unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
+    )
+    fit_variance(components, learned=diffusion.learned_variance)
+    return components
+
+
+def pretrained_components(config: Config) -> Components:
+    """Load the model to fine-tune; a prediction type other than its own goes to its scheduler."""
+    components = load_components(config.model.pretrained)
+    wanted = config.diffusion.prediction_type
+    if wanted and wanted != components.scheduler.config["prediction_type"]:
+        components.scheduler.register_to_config(prediction_type=wanted)
+    for name in ("beta_schedule", "zero_terminal_snr"):
+        if getattr(config.diffusion, name):
+            raise ValueError(
+                f"diffusion.{name} is for training from scratch, and model.pretrained brings its "
+                f"own schedule; leave diffusion.{name} out"
+            )
+    check_objective(
+        schedule_of(components.scheduler), components.scheduler.config["prediction_type"]
+    )
+    fit_variance(components, learned=config.diffusion.learned_variance)
+    return components
+
+
+def trains_text_encoder(config: Config) -> bool:
+    """Return whether the text tower is trained: a new one always is, others when asked.
+
+    New words for it count as training it.
+    """
+    is_new = not config.model.pretrained and not config.model.text_encoder
+    has_new_words = config.finetune.method == "textual_inversion"
+    return is_new or has_new_words or config.train.train_text_encoder
+
+
+def use_plain_attention(unet: UNet2DConditionModel, *, num_cells: int) -> None:
+    """Train short sequences with two matrix products and a softmax, the same up to rounding.
+
+    On the CPU the fused kernel's backward pass is several times slower below about 256 cells.
+    """
+    if num_cells <= PLAIN_ATTENTION_PIXELS:
+        unet.set_attn_processor(AttnProcessor())
+
+
+def use_fused_transformers(model: TextToImage) -> None:
+    """Train through fewer and larger kernels, the same up to rounding; faster on CPUs."""
+    fuse_transformers(model.unet)
+    text_encoder = model.text_encoder
+    if text_encoder and text_encoder.config.max_position_embeddings <= PLAIN_ATTENTION_PIXELS:
+        text_encoder.set_attn_implementation("eager")  # as use_plain_attention
+
+
+def _scheduler(diffusion: DiffusionConfig) -> Any:
+    return make_ddpm_scheduler(
+        beta_schedule=diffusion.beta_schedule or "scaled_linear",
+        prediction_type=diffusion.prediction_type or "epsilon",
+        num_timesteps=diffusion.num_timesteps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        zero_terminal_snr=diffusion.zero_terminal_snr,
+    )
+
+
+def _own_tokenizer(config: Config, captions: Iterable[str], folder: Path) -> CLIPTokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return CLIPTokenizer.from_pretrained(folder)
+    text = config.model.text
+    tokenizer = train_tokenizer(captions, vocab_size=text.vocab_size, max_length=text.max_tokens)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _vae_config(path: Path) -> dict[str, Any]:
+    """Read a local VAE's config; a VAE's own folder or a pipeline's."""
+    for folder in (path / "vae", path):
+        if (folder / "config.json").is_file():
+            return read_json(folder / "config.json")
+    raise FileNotFoundError(f"model.vae={path} has no config.json, expected the folder of a VAE")
+
+
+def _text_folder(config: Config) -> Path:
+    folder = resolve_model(config.model.text_encoder)
+    for name in ("text_encoder", "tokenizer"):
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"model.text_encoder={folder} has no folder {name}, expected text_encoder/ and "
+                "tokenizer/ as in a Stable-Diffusion-format folder"
+            )
+    return folder
+
+
+Attention = Literal["auto", "plain", "sdpa", "xformers"]
+
+
+def check_attention(name: Attention, device: torch.device) -> None:
+    """Raise ValueError where xformers is asked for and absent, or without a kernel for `device`."""
+    if name != "xformers":
+        return
+    fix = "take train.attention=sdpa, which is PyTorch's own and about as fast"
+    if device.type != "cuda":
+        raise ValueError(f"train.attention=xformers needs a GPU and this run is on {device}; {fix}")
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        probe = torch.zeros(1, 8, 1, 8, device=device, dtype=torch.float16)
+        memory_efficient_attention(probe, probe, probe)
+    except ImportError as error:
+        raise ValueError(
+            "train.attention=xformers needs xformers, which is not installed: "
+            f"pip install 'latentdiff[xformers]', or {fix}"
+        ) from error
+    except (NotImplementedError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"train.attention=xformers: its kernels do not run here ({error}); {fix}"
+        ) from error
+
+
+def set_attention(
+    unet: UNet2DConditionModel, name: Attention, *, num_cells: int, device: torch.device
+) -> None:
+    """Let the U-Net attend by the named kernel; all give the same up to rounding.
+
+    num_cells: of the latents. "auto" takes PyTorch's fused kernel, but on the CPU, where its
+    backward pass is slow for short sequences, two products and a softmax for these.
+    """
+    if name == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+        return
+    unet.set_attn_processor(AttnProcessor() if name == "plain" else AttnProcessor2_0())
+    if name == "auto" and device.type == "cpu":
+        use_plain_attention(unet, num_cells=num_cells)

@@ -1,0 +1,148 @@
+"""The training pictures nearest to samples: what shows that a model repeats what it has seen.
+
+A spread of the training folder is embedded once, on the main process and when the first sheet asks
+for it, by a network from a folder or as thumbnails. How near is too near is memorisation.py's
+business, and learned from the held-out pictures where there are any.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead, load_item
+from latentdiff.data.cache.latent_encoding import to_floats
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.images import to_pixels
+from latentdiff.evaluation.metrics.features import open_features
+from latentdiff.evaluation.metrics.memorization import (
+    find_copies,
+    relative_distances,
+    thumbnail_features,
+)
+
+logger = logging.getLogger(__name__)
+AT_ONCE = 16
+FEWEST = 3  # training pictures, below which a distance is not compared with others
+Embed = Callable[[Tensor], Tensor]
+PlanOf = Callable[[Folder], CropPlan]
+
+
+@dataclass(frozen=True)
+class NearestImage:
+    """The training picture nearest to one sample.
+
+    score: its distance as a share of what is usual around there, in [0, 1]; is_copy: None where no
+    held-out picture says what is too near.
+    """
+
+    name: str
+    image: Image.Image
+    distance: float
+    score: float
+    is_copy: bool | None
+
+    @property
+    def label(self) -> str:
+        """What stands under it in a sheet."""
+        told = f"nearest: {self.name}, distance {self.distance:.3f}, {self.score:.0%} of usual"
+        return f"{told}: A COPY" if self.is_copy else told
+
+
+class NearestImages:
+    """Finds the nearest among `num` training pictures, spread over the folder.
+
+    plan_of: how a folder's pictures are cut. features: folder of a network (see features.py), whose
+    vectors are brought to length 1; without it, thumbnails. Distances lie in [0, 2] both ways.
+    """
+
+    def __init__(
+        self,
+        train: Folder,
+        held_out: Folder,
+        *,
+        plan_of: PlanOf,
+        num: int,
+        features: str = "",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.train, self.held_out = _spread(train, num), _spread(held_out, num)
+        self.plan_of, self.device = plan_of, torch.device(device)
+        self._embed = embedder(features, device=self.device)
+
+    def of(self, samples: Sequence[Image.Image]) -> list[NearestImage]:
+        """Return the nearest training picture of each sample.
+
+        Raises ValueError naming a training picture that can no longer be read.
+        """
+        found = self._embed(torch.stack([to_pixels(sample) for sample in samples]))
+        train, held_out = self._embedded
+        copies: list[bool | None] = [None] * len(samples)
+        if len(held_out) and len(train) >= FEWEST:
+            judged = find_copies(found, train, held_out=held_out)
+            scores, distances, places = judged.scores, judged.distances, judged.places
+            copies = judged.is_copy.tolist()
+        else:
+            scores, distances, places = relative_distances(found, train)
+        plan = self.plan_of(self.train)
+        return [
+            NearestImage(
+                self.train[place].id,
+                Image.fromarray(
+                    load_item(self.train, plan.item(place, u=0.5, flip=False), digest=None)
+                ),
+                distance,
+                score,
+                is_copy,
+            )
+            for place, distance, score, is_copy in zip(
+                places.tolist(), distances.tolist(), scores.tolist(), copies, strict=True
+            )
+        ]
+
+    @cached_property
+    def _embedded(self) -> tuple[Tensor, Tensor]:
+        """Features of training (M, D) and held-out pictures (H, D)."""
+        train, held_out = self._features(self.train), self._features(self.held_out)
+        logger.info("samples are compared with %d training pictures", len(train))
+        return train, held_out
+
+    def _features(self, folder: Folder) -> Tensor:
+        plan = self.plan_of(folder)
+        items = (plan.item(index, u=0.5, flip=False) for index in range(len(folder)))
+        batches = decode_ahead(folder, items, digests=None, batch_size=AT_ONCE, num_threads=4)
+        parts = [self._embed(to_floats(pixels)) for _, pixels in batches]
+        return torch.cat(parts) if parts else torch.zeros(0, 1)
+
+
+def embedder(features: str, *, device: torch.device) -> Embed:
+    """Return what turns pixels (B, 3, H, W) in [-1, 1] into features (B, D) on the CPU.
+
+    features: a network's folder, or empty for thumbnails. FileNotFoundError or ValueError says what
+    that folder lacks.
+    """
+    if not features:
+        return thumbnail_features
+    network = open_features(features, device=device)
+    return lambda pixels: F.normalize(network.embed(pixels.to(device)), dim=1).cpu()
+
+
+def figures_of(neighbours: Sequence[NearestImage]) -> dict[str, float]:
+    """Return the figures of a sheet for the log: means, the nearest of all, the share of copies."""
+    figures = {
+        "nearest_distance": float(np.mean([one.distance for one in neighbours])),
+        "nearest_score": float(np.mean([one.score for one in neighbours])),
+        "nearest_score_min": min(one.score for one in neighbours),
+    }
+    copies = [one.is_copy for one in neighbours if one.is_copy is not None]
+    return figures | ({"copies": float(np.mean(copies))} if copies else {})
+
+
+def _spread(folder: Folder, num: int) -> Folder:
+    return folder.select(np.linspace(0, len(folder) - 1, min(len(folder), num)).astype(int))

@@ -1,0 +1,125 @@
+"""Muon (Jordan et al. 2024): matrices and kernels follow their momentum, made orthogonal.
+
+An update whose singular values are all about 1 moves every direction of a matrix alike, also those
+whose gradients are small, so that fewer pictures teach the same. Where it does not apply (biases,
+norms, embeddings, the layers that touch the latents) parameters follow AdamW, in one optimiser.
+torch.optim.Muon does the same for plain matrices, one at a time.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: Jordan et al. 2024
+SMALLEST_SIDE = 16  # rows or columns below which a matrix is left to AdamW
+UPDATE_RMS = 0.2  # as AdamW's, so that one rate serves both: Liu et al. 2025, Eq. 4
+
+
+class Muon(Optimizer):
+    """Muon for the groups marked "orthogonal", AdamW for the others."""
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        """betas, eps: AdamW's; momentum: Muon's, taken in Nesterov's way."""
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "orthogonal": False,
+        }
+        super().__init__([dict(group) for group in groups], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Follow the gradients once; parameters without one stay."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["orthogonal"]:
+                self._follow_orthogonal(parameters, group)
+            elif parameters:
+                self._follow_adamw(parameters, group)
+
+    def _follow_orthogonal(self, parameters: Iterable[Tensor], group: Mapping[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
+        for shape, alike in by_shape.items():
+            directions = torch.stack([self._direction(p, group["momentum"]) for p in alike])
+            length = UPDATE_RMS * max(shape) ** 0.5 * group["lr"]
+            for parameter, update in zip(alike, newton_schulz(directions), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(length * update.view(parameter.shape))
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Update a parameter's momentum; return Nesterov's look ahead of it as a matrix."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum).flatten(1)
+
+    def _follow_adamw(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
+        for parameter in parameters:
+            if not (state := self.state[parameter]):
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        adamw(
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=parameters[0].device.type in ("cpu", "cuda"),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def newton_schulz(matrices: Tensor, *, iterations: int = 5) -> Tensor:
+    """Return the nearest matrices with singular values of about 1 (0.7 to 1.2), of (N, m, n).
+
+    Newton-Schulz iterations x <- (a + b s + c s^2) x with s = x x^T, in bfloat16, which is enough.
+    Values far below the largest are raised by at most a^5 and stay below 0.7.
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    x = x.to(torch.bfloat16).contiguous()
+    for _ in range(iterations):
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    made = x.to(matrices.dtype)
+    return made if wide is matrices else made.mT.contiguous()
+
+
+def is_muon_param(module: nn.Module) -> set[Tensor]:
+    """Return the trainable matrices and kernels of a module that Muon is for."""
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    tables = {parameter for part in embeddings for parameter in part.parameters()}
+    matrices = {p for p in module.parameters() if p.requires_grad and p.ndim > 1}
+    return {p for p in matrices - tables if min(p.shape[:2]) >= SMALLEST_SIDE}

@@ -1,0 +1,238 @@
+"""The optimiser, its learning rate, and the update that is skipped where numbers went wrong.
+
+The rate is a pure function of the optimiser step, so nothing of it is saved, and neither
+accumulation nor the number of processes can bend it. No function here waits for the device, but
+for `masked_step` with an optimiser that has no fused form.
+
+A learning rate that ends with the steps or with the minutes, whichever comes first.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+
+from latentdiff.training.optim.muon import Muon, is_muon_param
+
+Schedule = Literal["constant", "cosine", "linear"]
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
+FUSED_DEVICES = ("cpu", "cuda")  # whose fused AdamW knows how to skip an update
+
+
+def learning_rate(
+    step: int,
+    *,
+    base: float,
+    schedule: Schedule,
+    warmup_steps: int,
+    max_steps: int,
+    final_fraction: float = 0.0,
+) -> float:
+    """Return the rate of optimiser step `step`, counted from 0.
+
+    It rises linearly to `base` over warmup_steps and then stays, or falls as half a cosine
+    (Loshchilov & Hutter 2017, Eq. 5) or a line, to final_fraction * base at max_steps.
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    done = min(1.0, max(0.0, done))
+    if schedule == "constant":
+        left = 1.0
+    elif schedule == "cosine":
+        left = (1 + math.cos(math.pi * done)) / 2
+    elif schedule == "linear":
+        left = 1 - done
+    else:
+        raise ValueError(f"schedule is {schedule!r}, expected constant, cosine or linear")
+    return base * warmup * (final_fraction + (1 - final_fraction) * left)
+
+
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, name: OptimizerName = "adamw"
+) -> list[dict[str, Any]]:
+    """Return groups of the trainable parameters: matrices and kernels decay, vectors do not.
+
+    Vectors are the biases and the scales of norms. For Muon the matrices that it is for are marked
+    "orthogonal". The groups of several modules may be added up.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    orthogonal = is_muon_param(module) if name == "muon" else set()
+    matrices = [p for p in trainable if p.ndim > 1 and p not in orthogonal]
+    vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if orthogonal:
+        marked = [parameter for parameter in trainable if parameter in orthogonal]
+        groups.append({"params": marked, "weight_decay": weight_decay, "orthogonal": True})
+    return [group for group in groups if group["params"]]
+
+
+def check_optimizer(name: OptimizerName, device: torch.device) -> None:
+    """Raise ValueError for an optimiser that cannot run on `device`, before anything is loaded."""
+    if name != "adamw8bit":
+        return
+    _adamw8bit_class()
+    if device.type == "cpu":
+        raise ValueError(
+            "train.optimizer=adamw8bit needs a GPU and this run is on the CPU: take adamw"
+        )
+
+
+def build_optimizer(
+    parameter_groups: Sequence[Mapping[str, Any]],
+    *,
+    name: OptimizerName,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Return AdamW (Loshchilov & Hutter 2019), fused where the device has it, or another by name.
+
+    weight_decay: of the groups that name none; muon wants groups made for it. ValueError when
+    there is nothing to train, or when bitsandbytes is asked for and absent.
+    """
+    groups = [dict(group) for group in parameter_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters:
+        raise ValueError("no parameter is trainable: everything is frozen")
+    if name == "adamw8bit":
+        return _adamw_8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if name == "muon":
+        return Muon(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if name != "adamw":
+        raise ValueError(f"optimizer is {name!r}, expected adamw, adamw8bit or muon")
+    fused = all(
+        parameter.device.type in FUSED_DEVICES and parameter.is_floating_point()
+        for parameter in parameters
+    )
+    return AdamW(
+        groups,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        fused=True if fused else None,
+    )
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every parameter group the rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class AmpStep:
+    """Gradient and update of one optimiser, scaled as fp16 needs it by a scaler of its own.
+
+    In fp16 an update whose gradients overflow is left out, and the scale is halved.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, fp16: bool, max_norm: float | None = None) -> None:
+        """max_norm: of the gradients without their scale, as for `clip_gradients`."""
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
+
+    def step(self, loss: Tensor, *, rate: float) -> None:
+        """Follow the gradient of a loss (0-dim) once, at this learning rate."""
+        set_learning_rate(self.optimizer, rate)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        clip_gradients(self.parameters, self.max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale gradients in place to a global norm of at most max_norm; return the norm before that.
+
+    The norm is 0-dim and stays on the device; NaN or Inf in any gradient shows in it. None: measure
+    only.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2's parts
+
+
+def step_if_finite(optimizer: Optimizer, ok: Tensor) -> None:
+    """Step where `ok` (0-dim, bool or float) is not 0; else weights and state stay, bit for bit.
+
+    Fused AdamW decides on the device. Other optimisers make the host wait for `ok`. Hand over the
+    optimiser itself, not a wrapper of it.
+    """
+    if _skips_on_device(optimizer):
+        found_inf = (ok.detach() == 0).to(torch.float32).reshape(())
+        vars(optimizer)["found_inf"] = found_inf  # as torch.amp.GradScaler tells it
+        try:
+            optimizer.step()
+        finally:
+            del vars(optimizer)["found_inf"]
+    elif bool(ok):
+        optimizer.step()
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, AdamW) and all(
+        group["fused"] and all(p.device.type in FUSED_DEVICES for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def _adamw_8bit(
+    groups: list[dict[str, Any]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> Optimizer:
+    """Return AdamW with block-wise 8-bit state (Dettmers et al. 2022)."""
+    optimizer: Optimizer = _adamw8bit_class()(
+        groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+    )
+    return optimizer
+
+
+def _adamw8bit_class() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimizer adamw8bit needs bitsandbytes, which is not installed: "
+            "pip install 'latentdiff[8bit]', or take adamw"
+        ) from error
+    return AdamW8bit
+
+
+class TimedRate:
+    """A linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, Eq. 5)."""
+
+    def __init__(
+        self, base: float, *, warmup_steps: int, max_steps: int, max_minutes: float = 0.0
+    ) -> None:
+        """max_minutes: counted from here; 0: no limit."""
+        self.base, self.warmup_steps = base, warmup_steps
+        self.max_steps, self.max_minutes = max_steps, max_minutes
+        self._started = time.monotonic()
+
+    def at(self, step: int) -> float | None:
+        """Return the rate of step `step`, counted from 0, or None when the run is at its end."""
+        minutes = (time.monotonic() - self._started) / 60
+        by_time = minutes / self.max_minutes if self.max_minutes else 0.0
+        done = max(step / self.max_steps, by_time)
+        if done >= 1.0:
+            return None
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.base * warm * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,332 @@
+"""One optimiser step, and what must survive between two: weights, optimiser, EMA, scaler.
+
+A step is (Ho et al. 2020, Alg. 1) on latents, with captions dropped for guidance. Where the loss or
+a gradient is no number, the update is skipped on the device: the host never waits within a step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentdiff.diffusion.ddpm import Schedule, q_sample
+from latentdiff.diffusion.guidance import drop_captions
+from latentdiff.diffusion.objectives import (
+    loss_weights,
+    offset_noise,
+    per_sample_loss,
+    perturb_input,
+    target,
+    variance_loss,
+)
+from latentdiff.diffusion.timesteps import (
+    LossSecondMomentSampler,
+    logit_normal_timesteps,
+    sample_from,
+    stratify,
+    uniform_timesteps,
+)
+from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
+from latentdiff.training.learned_variance import VLB_WEIGHT
+from latentdiff.training.model import TextToImage
+from latentdiff.training.optim.ema import Ema
+from latentdiff.training.optim.optimizer import (
+    OptimizerName,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    parameter_groups,
+    step_if_finite,
+)
+from latentdiff.training.optim.posthoc_ema import PosthocEma, gamma_of
+from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss is made of, on the device: see config.DiffusionConfig for the meaning."""
+
+    schedule: Schedule
+    prediction_type: str
+    null_text: Tensor  # (1, L) ids or (1, L, D) states
+    weighting: str = "none"
+    weighting_gamma: float | None = None  # None: the weighting's own
+    huber_delta: float | None = None  # None: squared errors
+    timesteps: str = "uniform"
+    logit_normal: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
+    probabilities: Tensor | None = None  # (T,), drawn by these and made up for by weights
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    learned_variance: bool = False
+    loss_aware: LossSecondMomentSampler | None = None  # its history is part of a run's state
+
+    def timesteps_of(self, u: Tensor, place: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+        """Turn uniform draws u (B,) into timesteps (B,) int64 and their importance (B,).
+
+        place, count: of the whole step's samples.
+        """
+        num = self.schedule.num_timesteps
+        if self.loss_aware is not None:
+            return self.loss_aware.draw(u)
+        if self.probabilities is not None:
+            t, weights = sample_from(self.probabilities, u)
+            return t, weights.float()
+        if self.timesteps == "stratified":
+            u = stratify(u, place, num_places=count)
+        even = torch.ones_like(u, dtype=torch.float32)
+        if self.timesteps == "logit_normal":
+            mean, std = self.logit_normal
+            return logit_normal_timesteps(u, num, mean=mean, std=std), even
+        return uniform_timesteps(u, num), even
+
+    def text_of(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the captions' ids or states with dropped ones replaced by the null caption."""
+        text, dropped = batch["text"], batch["dropped"]
+        if text.ndim == 3:
+            return drop_captions(text, self.null_text, dropped)
+        return torch.where(dropped[:, None], self.null_text, text)
+
+    def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> "Losses":
+        """Return the weighted loss of each sample, of `count` in the whole step.
+
+        Where the batch has a mask (B, 1, h, w), a sample's loss is the mean over what it keeps.
+        """
+        z0, eps = batch["z0"], batch["eps"]
+        t, importance = self.timesteps_of(batch["u"], batch["place"], count=count)
+        if self.offset_noise:
+            eps = offset_noise(eps, batch["offset"], strength=self.offset_noise)
+        zt = q_sample(self.schedule, z0, t, eps)
+        if self.input_perturbation:
+            strength = self.input_perturbation
+            zt = perturb_input(self.schedule, zt, t, batch["perturbation"], strength=strength)
+        output = model(zt, t, self.text_of(batch))
+        wanted = target(self.schedule, z0, eps, t, prediction_type=self.prediction_type)
+        weights = loss_weights(
+            self.schedule,
+            t,
+            prediction_type=self.prediction_type,
+            weighting=self.weighting,
+            gamma=self.weighting_gamma,
+        )
+        loss = weights * per_sample_loss(
+            output[:, : z0.shape[1]],
+            wanted,
+            huber_delta=self.huber_delta,
+            mask=batch.get("mask"),
+        )
+        if self.learned_variance:
+            loss = loss + VLB_WEIGHT * variance_loss(
+                self.schedule, output, z0, zt, t, prediction_type=self.prediction_type
+            )
+        return Losses(loss, t, importance)
+
+
+class Losses(NamedTuple):
+    """What a forward pass gives, by sample: (B,) each."""
+
+    loss: Tensor  # float32, with the objective's weight of its timestep
+    t: Tensor
+    importance: Tensor  # what makes up for timesteps drawn unevenly
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the log, all on the device and of this process alone."""
+
+    loss: Tensor  # 0-dim: this process's part of the mean over the whole batch
+    grad_norm: Tensor  # 0-dim, before clipping
+    ok: Tensor  # 0-dim bool: the update was done
+    bucket_losses: Tensor  # (NUM_BUCKETS,) sums, by importance
+    bucket_counts: Tensor  # (NUM_BUCKETS,) sums of importance
+    indices: Tensor  # (n,) on the CPU: the samples that were used
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """The learning rate by optimiser step."""
+
+    base: float
+    text_base: float
+    schedule: str
+    warmup_steps: int
+    max_steps: int
+
+    def at(self, step: int, *, text: bool = False) -> float:
+        """Return the rate of optimiser step `step`, of the U-Net or the text tower."""
+        return learning_rate(
+            step,
+            base=self.text_base if text else self.base,
+            schedule=self.schedule,  # type: ignore[arg-type]  # checked by the config
+            warmup_steps=self.warmup_steps,
+            max_steps=self.max_steps,
+        )
+
+
+class TrainStep:
+    """The state of training and the step that changes it."""
+
+    def __init__(
+        self,
+        model: TextToImage,
+        *,
+        objective: Objective,
+        accelerator: Accelerator,
+        rates: LRSchedule,
+        optimizer: OptimizerName = "adamw",
+        weight_decay: float,
+        betas: tuple[float, float],
+        max_grad_norm: float,
+        ema_decay: float | None,
+        power_ema: Sequence[float],
+        ema_device: torch.device | str | None = None,
+        fp16: bool,
+        seed: int,
+    ) -> None:
+        self.accelerator, self.objective, self.rates = accelerator, objective, rates
+        self.max_grad_norm, self.seed = max_grad_norm, seed
+        self.wrapped = accelerator.prepare(model)
+        self.model = model
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        groups = self._groups(weight_decay, optimizer)
+        self.optimizer = build_optimizer(groups, name=optimizer, lr=rates.base, betas=betas)
+        self.ema = None
+        if ema_decay is not None:
+            self.ema = Ema(model, decay=ema_decay, device=ema_device)
+        self.power_emas = {
+            width: PosthocEma(model, gamma=gamma_of(width), device=ema_device)
+            for width in power_ema
+        }
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=fp16)
+        self.skipped = 0  # updates skipped up to the last look, which hold the rate back
+
+    def step(
+        self, batches: Iterator[dict[str, Tensor]], *, step: int, count: int, accumulation: int
+    ) -> StepResult:
+        """Do optimiser step `step` on its micro-batches, which hold `count` samples in all."""
+        self._set_rates(step)
+        torch.manual_seed(hash((self.seed, step, self.accelerator.process_index)) & 0x7FFFFFFF)
+        world, device = self.accelerator.num_processes, self.accelerator.device
+        total = torch.zeros((), device=device)
+        sums, counts = (torch.zeros(NUM_BUCKETS, device=device) for _ in range(2))
+        indices: list[Tensor] = []
+        seen: list[Losses] = []
+        for accumulated in range(accumulation):
+            batch = next(batches)
+            indices.append(batch["index"])
+            batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+            last = accumulated == accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                losses = self.objective.losses(self.wrapped, batch, count=count)
+                weight = losses.importance * batch["weight"]
+                loss = (losses.loss * weight).sum() / count
+                self.scaler.scale(loss * world).backward()  # DDP takes the mean over processes
+            total += loss.detach()
+            seen.append(losses._replace(loss=losses.loss.detach()))
+            bucket = losses.t * NUM_BUCKETS // self.objective.schedule.num_timesteps
+            sums.index_add_(0, bucket, seen[-1].loss * weight)
+            counts.index_add_(0, bucket, weight)
+        norm, ok = self._update()
+        self._remember(seen, ok, count=count)
+        return StepResult(total, norm, ok, sums, counts, torch.cat(indices))
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Clip, step and average where every gradient is a number; return the norm and whether."""
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters.values(), self.max_grad_norm or None)
+        ok = torch.isfinite(norm)
+        step_if_finite(self.optimizer, ok)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for average in self._averages().values():
+            average.update(ok)
+        return norm, ok
+
+    def _remember(self, seen: Sequence[Losses], ok: Tensor, *, count: int) -> None:
+        """Add a step's losses to the history that timesteps are drawn by, as one process would."""
+        if self.objective.loss_aware is None:
+            return
+        mine = torch.stack([torch.stack([losses.t.float(), losses.loss]) for losses in seen])
+        everyone = self.accelerator.gather(mine[None])  # (processes, accumulation, 2, micro-batch)
+        # The order of samples.StepSlots, in which the padding comes last.
+        t, losses = everyone.permute(2, 1, 0, 3).flatten(1)[:, :count]
+        self.objective.loss_aware.update(t.long(), losses, ok)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint holds as tensors, by part and name; not copies."""
+        optimizer, _ = optimizer_tensors(self.optimizer, self._names())
+        parts = {
+            "model": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": optimizer,
+        }
+        parts |= {name: average.state_dict() for name, average in self._averages().items()}
+        if self.objective.loss_aware is not None:
+            parts["timesteps"] = self.objective.loss_aware.state_dict()
+        return parts
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds as JSON."""
+        _, optimizer = optimizer_tensors(self.optimizer, self._names())
+        return {
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+        }
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take a checkpoint's state back; ValueError names what does not fit."""
+        saved = tensors["model"]
+        if saved.keys() != self.parameters.keys():
+            differing = sorted(saved.keys() ^ self.parameters.keys())
+            raise ValueError(f"the checkpoint's weights are not this model's: {differing[:8]}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if saved[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} is {tuple(saved[name].shape)} in the checkpoint, "
+                        f"expected {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(saved[name])
+        load_optimizer_tensors(
+            self.optimizer, self._names(), tensors["optimizer"], state["optimizer"]
+        )
+        for name, average in self._averages().items():
+            if name not in tensors:
+                raise ValueError(
+                    f"the checkpoint holds no {name}: its run did not keep that average; leave "
+                    "train.ema and train.power_ema as they were"
+                )
+            average.load_state_dict(tensors[name])
+        if self.objective.loss_aware is not None:
+            self.objective.loss_aware.load_state_dict(tensors.get("timesteps", {}))
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+
+    def _groups(self, weight_decay: float, name: OptimizerName) -> list[dict[str, Any]]:
+        """Return the optimiser's groups; those of the text tower are marked."""
+        parts: list[tuple[nn.Module, bool]] = [(self.model.unet, False)]
+        if self.model.text_encoder is not None:
+            parts.append((self.model.text_encoder, True))
+        return [
+            group | {"is_text": is_text}
+            for part, is_text in parts
+            for group in parameter_groups(part, weight_decay=weight_decay, name=name)
+        ]
+
+    def _averages(self) -> dict[str, Ema | PosthocEma]:
+        """Return the averages by the name of their part of a checkpoint."""
+        named: dict[str, Ema | PosthocEma] = {} if self.ema is None else {"ema": self.ema}
+        return named | {
+            f"power_ema_{width:g}".replace(".", "p"): average
+            for width, average in self.power_emas.items()
+        }
+
+    def _set_rates(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates.at(step - self.skipped, text=group["is_text"])
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.parameters.items()}

@@ -1,0 +1,133 @@
+"""One training step of a VAE: every loss that its config asks for, and what is learnt of them."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latentdiff.config.vae import VaeConfig
+from latentdiff.training.optim.optimizer import AmpStep
+from latentdiff.training.vae.losses import (
+    Lpips,
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_loss,
+    vae_loss,
+)
+
+
+class VaeTrainStep:
+    """The losses of a VAE and its update; where there is a discriminator, it with its own."""
+
+    def __init__(self, vae: AutoencoderKL, config: VaeConfig, accelerator: Accelerator) -> None:
+        self.vae, self.config, self.accelerator = vae, config, accelerator
+        self.lpips = Lpips(config.lpips).to(accelerator.device) if config.lpips else None
+        fp16 = config.precision == "fp16"
+        rule = torch.optim.AdamW(
+            [weight for weight in vae.parameters() if weight.requires_grad],
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=1e-3,
+        )
+        self.update = AmpStep(rule, fp16=fp16, max_norm=1.0)
+        self.discriminator: torch.nn.Module | None = None
+        if config.discriminator_weight:
+            self.discriminator = PatchDiscriminator(config.discriminator_width).to(vae.device)
+            weights = self.discriminator.parameters()
+            rule = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.5, 0.9))
+            self.lesson = AmpStep(rule, fp16=fp16)
+
+    def step(self, pixels: Tensor, *, step: int, rate: float) -> dict[str, Tensor]:
+        """Compute the losses of one batch, update the VAE and teach the discriminator.
+
+        pixels: (B, 3, H, W) in [-1, 1]; rate: of both. Returns the losses, detached.
+        """
+        if self.config.channels_last:
+            pixels = pixels.to(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            posterior = self.vae.encode(pixels).latent_dist
+            z, wanted = self._moved(posterior.sample(), pixels, step=step)
+            reconstruction = self.vae.decode(add_noise(z, self.config.latent_noise)).sample
+        loss = vae_loss(
+            reconstruction,
+            wanted,
+            posterior.kl(),
+            l2_weight=self.config.l2_weight,
+            kl_weight=self.config.kl_weight,
+        )
+        if self.lpips is not None:
+            distance = self.lpips(reconstruction.float(), wanted).mean()
+            loss = loss + self.config.lpips_weight * distance
+        losses = {"loss": loss.detach()}
+        if self.discriminator is not None and step >= self.config.discriminator_start:
+            loss, losses["generator_loss"] = self._with_generator_loss(loss, reconstruction)
+        self.update.step(loss, rate=rate)
+        if self.discriminator is not None and step >= self.config.discriminator_start:
+            losses["discriminator_loss"] = self._teach(wanted, reconstruction.detach(), rate=rate)
+        return losses
+
+    def _moved(self, z: Tensor, pixels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+        """Move latents and pictures alike, at the share of steps asked for."""
+        rng = np.random.default_rng([self.config.seed, step])
+        if rng.random() >= self.config.equivariance:
+            return z, pixels
+        turns, mirrored = int(rng.integers(4)), bool(rng.random() < 0.5)
+        z, pixels = (rot90(x, turns=turns, mirrored=mirrored) for x in (z, pixels))
+        if rng.random() < 0.5:
+            return F.avg_pool2d(z, 2), F.avg_pool2d(pixels, 2)
+        factor = pixels.shape[2] // z.shape[2]
+        down, right = (int(offset) for offset in rng.integers(factor, size=2))
+        return shift(z, pixels, down=down, right=right)
+
+    def _with_generator_loss(self, loss: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """Add what the discriminator says of a reconstruction; return the sum and it, detached."""
+        assert self.discriminator is not None
+        self.discriminator.requires_grad_(False)
+        with self.accelerator.autocast():
+            fooled = -self.discriminator(reconstruction).float().mean()
+        self.discriminator.requires_grad_(True)
+        scaled = self.update.scaler.scale
+        weight = adaptive_weight(scaled(loss), scaled(fooled), self.vae.decoder.conv_out.weight)
+        return loss + self.config.discriminator_weight * weight * fooled, fooled.detach()
+
+    def _teach(self, real: Tensor, fake: Tensor, *, rate: float) -> Tensor:
+        """Do the discriminator's own update; return its loss, detached."""
+        assert self.discriminator is not None
+        with self.accelerator.autocast():
+            loss = hinge_loss(self.discriminator(real).float(), self.discriminator(fake).float())
+        self.lesson.step(loss, rate=rate)
+        return loss.detach()
+
+
+def add_noise(z: Tensor, largest: float) -> Tensor:
+    """Add noise of a strength of its own, uniform in [0, largest] stds of z, to each of (B, ...).
+
+    Noise-augmented decoding: Zheng et al. 2025, Diffusion transformers with representation
+    autoencoders.
+    """
+    if not largest:
+        return z
+    strength = largest * z.detach().std() * torch.rand(len(z), 1, 1, 1, device=z.device)
+    return z + strength.to(z.dtype) * torch.randn_like(z)
+
+
+def rot90(x: Tensor, *, turns: int, mirrored: bool) -> Tensor:
+    """Turn (B, C, H, W) by quarters, and mirror it."""
+    x = torch.rot90(x, turns, (2, 3))
+    return x.flip(3) if mirrored else x
+
+
+def shift(z: Tensor, pixels: Tensor, *, down: int, right: int) -> tuple[Tensor, Tensor]:
+    """Move the window by less than a latent cell: latents are interpolated, pixels are cut.
+
+    z: (B, C, h, w); pixels: (B, 3, f h, f w); down, right: pixels in [0, f). One cell is lost.
+    """
+    height, width = z.shape[2:]
+    factor = pixels.shape[2] // height
+    z = torch.lerp(z[:, :, :-1], z[:, :, 1:], down / factor)
+    z = torch.lerp(z[..., :-1], z[..., 1:], right / factor)
+    rows = slice(down, down + factor * (height - 1))
+    columns = slice(right, right + factor * (width - 1))
+    return z, pixels[:, :, rows, columns]

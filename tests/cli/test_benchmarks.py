@@ -1,0 +1,123 @@
+"""Each benchmark says how it is run, and its smallest run prints one JSON line."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+NAMES = ("train_throughput", "held_out_race", "scaling", "vae", "startup", "memory")
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a benchmark's main() with its module's constants changed; return what it printed."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name, *arguments, **constants):
+        module = importlib.import_module(name)
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_the_options(name, benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        benchmark(name, "--help")
+    assert end.value.code == 0
+    assert f"usage: {name}.py" in capsys.readouterr().out
+
+
+def figures_of(printed: str) -> dict:
+    (line,) = [line for line in printed.splitlines() if line.startswith("{")]
+    return json.loads(line)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Let modules build a U-Net and a text tower of next to nothing."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    small = {"WIDTHS": (32, 32), "TEXT_WIDTH": 32, "TEXT_LAYERS": 1, "HEAD_DIM": 16}
+    for name in modules:
+        module = importlib.import_module(name)
+        for constant, value in small.items():
+            monkeypatch.setattr(module, constant, value)
+
+
+class Here:
+    """Stands for common.Apart in the test's own process."""
+
+    def __init__(self, make, *arguments, **named) -> None:
+        self.made = make(*arguments, **named)
+
+    def call(self, method, *arguments):
+        return getattr(self.made, method)(*arguments)
+
+    def close(self) -> None:
+        pass
+
+
+def test_training_loops_are_compared(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, "train_throughput")
+    printed = benchmark(
+        "train_throughput",
+        *("--rounds", "1", "--batch_size", "2"),
+        RESOLUTION=32,
+        VAE_WIDTHS=(32, 32, 32, 32),
+        Apart=Here,
+        peak_tflops=lambda: 1.0,
+    )
+    figures = figures_of(printed)
+    assert figures["ratio_to_baseline_best"] > 0
+    assert "share_of_peak" in figures
+
+
+def test_the_race_measures_both_sides_on_equal_terms(
+    benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, "held_out_race")
+    sizes = {"minutes": 0.02, "steps": 30, "decay": "both", "px": 32, "batch_size": 4}
+    sizes |= {"num_train": 16, "num_held_out": 8}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    figures = figures_of(benchmark("held_out_race", *options, TURNS=2, Apart=Here))
+    curves = figures["curves"]
+    (_, steps, first), *_ = curves["baseline"]
+    assert (steps, first) == (0, pytest.approx(curves["latentdiff"][0][2], abs=0.02))
+    assert figures["share_of_time"] is None or figures["share_of_time"] > 0
+    assert curves["latentdiff"][0][0] > 0  # reading and caching are on its clock
+    assert curves["baseline"][-1][1] > 0
+    assert curves["latentdiff"][-1][1] <= 30
+
+
+def test_growth_with_the_batch_is_measured(benchmark) -> None:
+    places = {"batch": [(2, 4)], "cells": []}
+    (row,) = figures_of(benchmark("scaling", "--rounds", "1", PLACES=places))["rows"]
+    assert (row["batch"], row["cells"]) == (2, 4)
+
+
+def test_growth_with_the_processes_is_measured_in_whole_runs(benchmark) -> None:
+    printed = benchmark("scaling", "--processes", "[1]", RUN_STEPS=10, OPTIMIZERS=["adamw"])
+    (row,) = figures_of(printed)["rows"]
+    assert (row["processes"], row["optimizer"]) == (1, "adamw")
+    assert row["images_per_second"] > 0
+
+
+def test_a_vae_is_measured_by_dtype_and_layout(benchmark) -> None:
+    sizes = ("--resolution", "32", "--batch_size", "1", "--rounds", "1")
+    ratios = figures_of(benchmark("vae", *sizes))["ratios"]
+    assert ratios["encode float32"] == ratios["decode float32"] == 1
+
+
+def test_the_wait_for_a_first_step_is_measured(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    told = {"python": 1.0, "models": 2.0, "first step": 3.0, "second step": 0.5}
+    monkeypatch.setattr("startup.run", lambda *arguments: json.dumps(told))
+    figures = figures_of(benchmark("startup", "--rounds", "1", "--num_train", "8", SCRIPTS=("a",)))
+    assert figures["train"] == told
+    assert "a --help" in figures["seconds"]

@@ -1,0 +1,91 @@
+"""Settings: what is refused and how, and that the written file says everything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latentdiff.config.clip import ClipConfig
+from latentdiff.config.io import load_config, parse_arguments, to_yaml
+from latentdiff.config.text_to_image import Config, flat
+from latentdiff.config.vae import VaeConfig
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"vae": VaeConfig, "clip": ClipConfig}  # by the first word of a config's name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None:
+    kind = KINDS.get(path.stem.split("_")[0], Config)
+    settings = yaml.safe_load(path.read_text())
+    overrides = ["--model.pretrained=BASE"] if "finetune" in settings else []
+    if settings.get("finetune", {}).get("method") == "textual_inversion":
+        overrides.append("--finetune.token_from=dog")
+    config = load_config(path, overrides, kind=kind)
+    (tmp_path / "copy.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "copy.yaml", kind=kind) == config
+
+
+def test_command_line_overrides_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {seed: 1, batch_size: 3}\n")
+    config = load_config(tmp_path / "a.yaml", ["--train.seed=7", "--output_dir=x"])
+    assert (config.train.seed, config.train.batch_size, config.output_dir) == (7, 3, "x")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--train.learnin_rate=1", "did you mean train.learning_rate"),
+        ("--train.batch_size=many", "train.batch_size"),
+        ("--train.batch_size=0", "at least 1"),
+        ("--diffusion.caption_dropout=1.5", r"share in \[0, 1\]"),
+        ("--train.learning_rate=nan", "train.learning_rate"),
+        ("--diffusion.prediction_type=noise", "prediction_type"),
+        ("--train.ema_decay=1", "below 1"),
+        ("--train.power_ema=[0.1, 0.5]", r"train.power_ema holds the width 0.5, expected .*0.28"),
+        ("--train.power_ema=[0.0]", r"train.power_ema holds the width 0.0"),
+        ("--train.power_ema=[0.1, 0.1]", "names a width twice"),
+        ("--train.power_ema_every_steps=0", "train.power_ema_every_steps=0, expected .* 1"),
+        ("--train.keep_every_steps=-1", "train.keep_every_steps=-1"),
+        ("--train.export=best", "train.keep_best=true"),
+    ],
+)
+def test_bad_settings_are_named(argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(Config, [argument], exit_on_error=False)
+
+
+def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("data: {rot: here}\n")
+    with pytest.raises(ValueError, match=r"data\.root"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_model_cannot_be_both_fine_tuned_and_new() -> None:
+    with pytest.raises(ValueError, match=r"model\.pretrained brings its own"):
+        parse_arguments(Config, ["--model.pretrained=a", "--model.vae=b"], exit_on_error=False)
+
+
+def test_missing_file_is_said() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_every_setting_has_a_place_in_the_yaml() -> None:
+    text = to_yaml(Config())
+    assert all(name.rsplit(".", 1)[-1] in text for name in flat(Config()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--help"], 0), (["--print_config"], 0), (["--trian.seed=1"], 2), (["--data.root=/no"], 2)],
+)
+def test_script_exits_as_promised(arguments: list[str], expected: int) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train_t2i.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == expected, done.stderr
+    assert "Traceback" not in done.stderr
+    if expected == 2:
+        assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,214 @@
+"""scripts/evaluate.py as a whole: figures with counts and intervals, verdicts, one safe page."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes_clip import random_clip
+from fakes_models import make_components, save_folder
+from fakes_pipeline import tiny_tokenizer
+from fakes_scripts import run_script
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.data.shapes import write_shapes
+from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.evaluation.eval_set import EvalModel, open_eval_model
+from latentdiff.evaluation.report.comparison import against_section
+from latentdiff.evaluation.report.heldout_loss import comparable, loss_section
+from latentdiff.evaluation.report.section import Score
+from latentdiff.models.build import schedule_of
+
+pytest.importorskip("matplotlib")
+ATTACK = '<script>alert("1")</script>'
+QUICK = ["--device", "cpu", "--steps", 2, "--guidance_scale", 2, "--num_pictures", 12]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """model/ and clip/ of a few thousand parameters, and data/ with 12 + 8 shapes."""
+    root = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    save_folder(make_components(tokenizer), root / "model")
+    random_clip().save_pretrained(root / "clip")
+    tiny_tokenizer().save_pretrained(root / "clip")
+    write_shapes(root / "data", num_train=12, num_test=8, size_px=32)
+    return root
+
+
+def run(*arguments: object) -> int:
+    """Run the script in this process; return its exit status."""
+    return int(run_script("evaluate.py", *arguments) or 0)
+
+
+def intervals(figures: Any) -> Iterator[dict[str, Any]]:
+    """Yield every interval below some figures."""
+    if isinstance(figures, dict):
+        if "estimate" in figures:
+            yield figures
+        for value in figures.values():
+            yield from intervals(value)
+
+
+def test_everything_that_is_given_is_measured_in_one_page(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = tmp_path / "out", folders / "model"
+    judges = ["--clip", folders / "clip", "--features", folders / "clip", "--compare", model]
+    sweeps = ["--step_sweep", "[1,2]", "--sweep_captions", 2, "--sweep_pictures", 2]
+    data = ["--data", folders / "data", "--out", out]
+    assert run(model, *data, *QUICK, *judges, *sweeps) == 0
+    assert "report.html" in capsys.readouterr().out
+    figures = json.loads((out / "metrics.json").read_text())
+    assert set(figures["left_out"]) == {"bound", "guidance_sweep"}
+    assert figures["settings"]["num_pictures"] == 12
+    assert figures["settings"]["num_captions"] == 6
+    assert len(list((out / "pictures").glob("*.png"))) == 12
+    for name in ("following", "clip_score", "held_out", "fidelity", "memorisation", "diversity"):
+        found = list(intervals(figures[name]))
+        assert found, name
+        for one in found:
+            assert one["low"] <= one["estimate"] <= one["high"]
+            assert one["num_samples"] >= 2
+            assert one["level"] == 0.95
+    assert figures["fidelity"]["features"]["sha256"] == figures["clip_score"]["clip"]["sha256"]
+    assert figures["steps"]["points"][-1]["to_most_steps"]["mean"] == 0
+    assert figures["steps"]["points"][0]["to_most_steps"]["mean"] > 0
+    verdicts = [v["verdict"] for v in figures["compare"].values() if "verdict" in v]
+    assert verdicts == ["cannot tell"] * 4  # held-out and seen captions, CLIP score, loss
+    page = (out / "report.html").read_text()
+    assert "cannot tell" in page
+    assert not re.findall(r"<script|https?://|src=\"(?!data:)", page)
+    assert page.count("data:image/png") > 20
+
+
+def test_without_judges_it_says_what_is_left_out_and_why(folders: Path, tmp_path: Path) -> None:
+    each = ["--pictures_per_caption", 1]
+    data = ["--data", folders / "data", "--out", tmp_path]
+    assert run(folders / "model", *data, *QUICK, *each) == 0
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert "--features" in figures["left_out"]["fidelity"]
+    assert "--clip" in figures["left_out"]["clip_score"]
+    assert figures["memorisation"]["features"].startswith("thumbnails")
+    page = (tmp_path / "report.html").read_text()
+    assert "Left out" in page
+    assert "--features" in page
+
+
+def test_unseen_data_has_no_training_pictures(folders: Path, tmp_path: Path) -> None:
+    data = ["--data", folders / "data", "--out", tmp_path, "--split", "all"]
+    assert run(folders / "model", *data, *QUICK) == 0
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["following"]["held_out"]["num_captions"] == 6
+    assert "training split" in figures["left_out"]["memorisation"]
+    assert "seen" not in figures["following"]
+
+
+def test_captions_are_text_in_the_page(folders: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"{ATTACK} {number}")
+    out = tmp_path / "out"
+    where = ["--data", data, "--out", out, "--split", "all"]
+    assert run(folders / "model", *where, *QUICK) == 0
+    page = (out / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    figures = json.loads((out / "metrics.json").read_text())
+    assert "shapes world" in figures["left_out"]["following"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_pictures", 3], "num_pictures=3"),
+        (["--pictures_per_caption", 64, "--num_pictures", 64], "pictures_per_caption=64"),
+        (["--steps", 0], "steps=0"),
+        (["--step_sweep", "[0,2]"], "step_sweep"),
+        (["--clip_weights", "x.safetensors"], "clip_weights"),
+        (["--clip", "none"], "none"),
+        (["--clip", "ViT-B-32", "--clip_weights", "x.bin"], "safetensors"),
+        (["--clip", "ViT-Z", "--clip_weights", "x.safetensors"], "ViT-Z"),
+        (["--features", "none"], "none"),
+        (["--compare", "none"], "none"),
+        (["--class_column", "nothing", *QUICK], "nothing"),
+    ],
+)
+def test_bad_input_is_named(
+    folders: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[object],
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    data = ["--data", folders / "data", "--out", out]
+    assert run(folders / "model", *data, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def stages(folders: Path) -> tuple[EvalModel, EvalModel]:
+    """A model trained on its pictures, and the same one half way."""
+    options = EvalModelOptions(data=str(folders / "data"), split="all", device="cpu")
+    subject = open_eval_model(str(folders / "model"), options)
+    unet = subject.components.unet.requires_grad_(True).train()
+    latents, schedule = subject.latents, schedule_of(subject.components.scheduler)
+    optimiser = torch.optim.Adam(unet.parameters(), lr=3e-3)
+    generator, half = subject.generator(), unet
+    for step in range(60):
+        if step == 15:
+            half = copy.deepcopy(unet)
+        eps = torch.randn(latents.z0.shape, generator=generator)
+        t = torch.randint(1000, (len(latents),), generator=generator)
+        zt = q_sample(schedule, latents.z0, t, eps)
+        loss = (unet(zt, t, latents.text).sample - eps).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    trained, half = (one.eval().requires_grad_(False) for one in (unet, half))
+    return (
+        replace(subject, components=replace(subject.components, unet=trained)),
+        replace(subject, components=replace(subject.components, unet=half)),
+    )
+
+
+def verdict(first: Score, second: Score) -> str:
+    section = against_section(
+        "other", {"loss": first}, {"loss": second}, pictures=None, left_out={}
+    )
+    return str(section.figures["loss"]["verdict"])
+
+
+def test_trained_model_is_better_than_half_trained_and_not_than_itself(
+    stages: tuple[EvalModel, EvalModel],
+) -> None:
+    trained, half = (loss_section(subject)[1] for subject in stages)
+    assert verdict(trained, half) == "better"
+    assert verdict(half, trained) == "worse"
+    assert verdict(trained, trained) == "cannot tell"
+    assert comparable(*stages) == ""
+
+
+def test_losses_of_other_latents_do_not_compare(stages: tuple[EvalModel, EvalModel]) -> None:
+    first = stages[0]
+    moved = replace(first, latents=replace(first.latents, z0=first.latents.z0 + 1))
+    assert "VAE" in comparable(first, moved)
+
+
+def test_a_model_that_gives_no_numbers_is_named(stages: tuple[EvalModel, EvalModel]) -> None:
+    broken = copy.deepcopy(stages[0].components.unet)
+    broken.conv_out.weight.data.fill_(float("nan"))
+    subject = replace(stages[0], components=replace(stages[0].components, unet=broken))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        loss_section(subject)

@@ -1,0 +1,225 @@
+"""Guidance by gradient as a hook of the pipeline, and CLIP as what is climbed."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import open_clip
+import pytest
+import torch
+from fakes_clip import random_clip
+from fakes_pipeline import ddim, tiny_pipeline, tiny_tokenizer, tiny_unet
+from torch import Tensor
+from transformers import CLIPImageProcessor
+
+from latentdiff.diffusion.guidance import classifier_free, with_score_guidance
+from latentdiff.evaluation.metrics.clip import (
+    ClipGuide,
+    clip_score_from_open_clip,
+    clip_score_from_transformers,
+    load_clip,
+    preprocess,
+)
+from latentdiff.models.build import schedule_of
+from latentdiff.models.text import train_tokenizer
+
+CALL: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+
+
+def quadratic(z0: Tensor, t: Tensor) -> Tensor:
+    """log N(z0; 0.5, 0.3) of each picture, but for a constant."""
+    return -(z0 - 0.5).square().flatten(1).sum(1) / 0.6
+
+
+def noise(count: int = 2) -> Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_hook_is_guidance_by_gradient_of_the_guided_model(
+    prediction_type: str, guidance_scale: float
+) -> None:
+    """The same chain by hand: `guided_by` around classifier-free guidance, in DDIM's steps."""
+    pipe = tiny_pipeline(scheduler=ddim(prediction_type=prediction_type))
+    states, null = (
+        pipe.encode_prompt(text, torch.device("cpu"), 1, False)[0].detach()
+        for text in (["a red heart", "a cat"], "")
+    )
+
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        uncond, cond = (
+            pipe.unet(xt, t, s.expand(2, -1, -1), return_dict=False)[0] for s in (null, states)
+        )
+        return classifier_free(uncond, cond, guidance_scale)
+
+    guided = with_score_guidance(
+        schedule_of(pipe.scheduler), model, quadratic, scale=0.2, prediction_type=prediction_type
+    )
+    xt = noise()
+    pipe.scheduler.set_timesteps(4)
+    for t in pipe.scheduler.timesteps:
+        xt = pipe.scheduler.step(guided(xt, t.expand(2)), t, xt)[0].detach()
+    arguments = CALL | {"latents": noise(), "guidance_scale": guidance_scale}
+    prompts = ["a red heart", "a cat"]
+    ours, _ = pipe(prompts, guide=quadratic, guide_scale=0.2, **arguments)
+    torch.testing.assert_close(ours, xt, rtol=1e-3, atol=1e-4)
+    plain, _ = pipe(prompts, **arguments)
+    assert float(quadratic(ours, xt).mean()) > float(quadratic(plain, xt).mean())
+    unguided, _ = pipe(prompts, guide=quadratic, guide_scale=0.0, **arguments)
+    torch.testing.assert_close(unguided, plain)
+    assert not ours.requires_grad
+
+
+@pytest.mark.parametrize(
+    "sampler", ["ddpm", "euler", "euler-a", "dpm++2m-karras", "unipc", "heun", "lcm"]
+)
+def test_every_sampler_climbs(sampler: str) -> None:
+    """A linear score, whose gradient cannot overshoot."""
+    pipe = tiny_pipeline(scheduler=ddim(prediction_type="v_prediction"))
+    pipe.set_scheduler(sampler)
+    call = CALL | {"seed": 1, "guide": lambda z0, t: z0.flatten(1).sum(1)}
+    low, middle, high = (pipe("a cat", **call, guide_scale=s)[0].mean() for s in (-0.1, 0.0, 0.1))
+    assert low < middle < high
+
+
+def test_picture_of_a_guided_batch_equals_the_picture_made_alone() -> None:
+    pipe = tiny_pipeline()
+    call = CALL | {"guide": quadratic, "guide_scale": 0.2}
+    together, _ = pipe(["a red heart", "a cat"], seed=[4, 9], **call)
+    alone, _ = pipe("a cat", seed=9, **call)
+    torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_interval_bounds_the_guide_too() -> None:
+    seen: list[int] = []
+
+    def guide(z0: Tensor, t: Tensor) -> Tensor:
+        seen.append(int(t))
+        return quadratic(z0, t)
+
+    pipe = tiny_pipeline()
+    pipe("a cat", guide=guide, guidance_interval=(0.4, 1.0), **CALL)
+    assert seen
+    assert seen == [t for t in pipe.scheduler.timesteps.tolist() if t < 600]
+
+
+def test_learned_variance_is_left_alone() -> None:
+    chain = diffusers.DDPMScheduler.from_config(
+        ddim().config, variance_type="learned_range", clip_sample=False
+    )
+    pipe = tiny_pipeline(unet=tiny_unet(out_channels=8), scheduler=chain)
+    outputs: dict[str, list[Tensor]] = {"plain": [], "guided": []}
+    step = chain.step
+    for name, guide in (("plain", None), ("guided", quadratic)):
+
+        def spy(output: Tensor, *rest: Any, name: str = name, **options: Any) -> Any:
+            outputs[name].append(output)
+            return step(output, *rest, **options)
+
+        chain.step = functools.update_wrapper(spy, step)
+        pipe("a cat", seed=1, guide=guide, **CALL | {"num_inference_steps": 1})
+    plain, guided = outputs["plain"][0], outputs["guided"][0]
+    assert torch.equal(plain[:, 4:], guided[:, 4:])
+    assert not torch.allclose(plain[:, :4], guided[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guide": 3}, "guide must be a function"),
+        ({"guide": quadratic, "guide_scale": float("nan")}, "guide_scale"),
+        ({"guide": quadratic, "guide_scale": "much"}, "guide_scale"),
+        ({"guide": lambda z0, t: z0.sum()}, r"guide must return .*shape \(1,\).*got \(\)"),
+        ({"guide": lambda z0, t: 1.0}, "guide must return .*got float"),
+        ({"guide": lambda z0, t: quadratic(z0, t).detach()}, "no_grad and detach"),
+        ({"guide": lambda z0, t: torch.ones(1, requires_grad=True) * 2}, "do not hang on z0"),
+        ({"guide": lambda z0, t: quadratic(z0, t) * torch.nan}, "guide's gradient became NaN"),
+    ],
+)
+def test_nonsense_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline()("a cat", **arguments, **CALL)
+
+
+# --- CLIP ---
+
+
+def test_clip_guidance_raises_the_clip_score_of_the_pictures() -> None:
+    pipe, clip = tiny_pipeline(), clip_score_from_transformers(random_clip(), tiny_tokenizer())
+    captions = ["a red heart", "blue sea, sky"]
+    guide = ClipGuide(clip, pipe.vae, captions)
+    call: dict[str, Any] = {"seed": 1, "num_inference_steps": 6, "output_type": "pt"}
+    scores = []
+    for scale in (0.0, 300.0):
+        pixels = pipe(captions, guide=guide, guide_scale=scale, **call).images * 2 - 1
+        scores.append(clip.score(pixels, captions))
+    assert bool((scores[1] > scores[0] + 0.02).all()), scores
+
+
+def test_one_caption_serves_all_pictures_and_other_counts_are_refused() -> None:
+    pipe, clip = tiny_pipeline(), clip_score_from_transformers(random_clip(), tiny_tokenizer())
+    z0 = noise(3)
+    one = ClipGuide(clip, pipe.vae, ["a cat"])(z0, torch.tensor(0))
+    three = ClipGuide(clip, pipe.vae, ["a cat"] * 3)(z0, torch.tensor(0))
+    torch.testing.assert_close(one, three)
+    with pytest.raises(ValueError, match="2 captions for 3 pictures"):
+        ClipGuide(clip, pipe.vae, ["a cat", "sea"])(z0, torch.tensor(0))
+    with pytest.raises(ValueError, match="list of at least one text"):
+        ClipGuide(clip, pipe.vae, "a cat")
+
+
+def test_transformers_clip_scores_as_its_own_forward(tmp_path: Path) -> None:
+    model, tokenizer = random_clip(), tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    captions = ["a red heart", "a green apple on a table"]
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    ids = tokenizer(captions, padding="max_length", max_length=16, return_tensors="pt")
+    theirs = model(**ids, pixel_values=preprocess(pixels, size=16))
+    cosine = theirs.logits_per_image.diagonal() / model.logit_scale.exp()
+    ours = load_clip(tmp_path).score(pixels, captions)
+    torch.testing.assert_close(ours, cosine, rtol=1e-4, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_clip(tmp_path / "none")
+    train_tokenizer(["other words"], vocab_size=514, max_length=16).save_pretrained(tmp_path)
+    load_clip(tmp_path)
+    more = [f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
+    train_tokenizer(more, vocab_size=900, max_length=16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokens and its CLIP knows"):
+        load_clip(tmp_path)
+
+
+def test_open_clip_model_is_wrapped_too() -> None:
+    torch.manual_seed(6)
+    model = open_clip.CLIP(
+        embed_dim=8,
+        vision_cfg={"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+        text_cfg={"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+    ).eval()
+
+    def tokens(texts: list[str]) -> Tensor:
+        rows = [[30, *[len(word) for word in text.split()][:6], 31] for text in texts]
+        return torch.tensor([row + [0] * (8 - len(row)) for row in rows])
+
+    clip = clip_score_from_open_clip(model, tokens)  # type: ignore[arg-type]
+    pixels = (torch.rand(2, 3, 24, 24) * 2 - 1).requires_grad_()
+    embedded = clip.embed_pixels(pixels)
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(2))
+    embedded[:, 0].sum().backward()
+    assert pixels.grad is not None
+    assert float(pixels.grad.abs().max()) > 0
+    assert clip.score(pixels, ["a cat", "the sea is blue"]).shape == (2,)
+
+
+def test_prepared_pixels_are_what_clip_was_trained_on() -> None:
+    """Against the image processor of transformers, which resizes 8-bit pictures."""
+    processor = CLIPImageProcessor(
+        size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}
+    )
+    array = (np.random.default_rng(0).random((40, 40, 3)) * 255).astype(np.uint8)
+    theirs = processor(array, return_tensors="pt").pixel_values
+    pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    torch.testing.assert_close(preprocess(pixels, size=16), theirs, rtol=0, atol=0.02)

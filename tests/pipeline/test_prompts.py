@@ -1,0 +1,116 @@
+"""Prompts become text states: weights, long prompts, and the plain case as Stable Diffusion's."""
+
+import logging
+
+import pytest
+import torch
+from fakes_pipeline import tiny_text_encoder, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentdiff.models.text import encode_text, tokenize
+from latentdiff.pipeline.prompts import common_length, encode, tokenize_prompts, weighted_parts
+
+CPU = torch.device("cpu")
+LONG = "a red heart a green apple a yellow cat the blue sea the sky a table a face"
+
+
+@pytest.fixture(scope="module")
+def tower():
+    tokenizer = tiny_tokenizer()
+    return {"tokenizer": tokenizer, "text_encoder": tiny_text_encoder(tokenizer), "device": CPU}
+
+
+def test_plain_prompts_read_as_captions_do(tower):
+    prompts = ["a red heart", "", "the (yellow) face of a cat: blue", LONG]
+    with torch.no_grad():
+        states = encode(prompts, **tower)
+        expected = encode_text(tower["text_encoder"], tokenize(tower["tokenizer"], prompts))
+    torch.testing.assert_close(states, expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("(red:1.3) apple", [("red", 1.3), (" apple", 1.0)]),
+        ("a (red:.5) (green apple:2)", [("a ", 1.0), ("red", 0.5), (" ", 1.0), ("green apple", 2)]),
+        ("plain (brackets) stay", [("plain (brackets) stay", 1.0)]),
+        (r"\(red:1.3\) apple", [("(red:1.3) apple", 1.0)]),
+        ("time 12:30 (at 12:30)", [("time 12:30 ", 1.0), ("at 12", 30)]),
+        ("", [("", 1.0)]),
+        ("()", [("()", 1.0)]),
+        ("(:1.3)", [("(:1.3)", 1.0)]),
+    ],
+)
+def test_weights_are_read(prompt, parts):
+    if any(weight > 10 for _, weight in parts):
+        with pytest.raises(ValueError, match="prompt weighs"):
+            weighted_parts(prompt)
+    else:
+        assert weighted_parts(prompt) == parts
+
+
+@given(st.text())
+def test_any_text_is_split_without_loss(text):
+    try:
+        parts = weighted_parts(text)
+    except ValueError as error:
+        assert "weighs" in str(error)  # noqa: PT017  (both outcomes are right)
+        return
+    if all(weight == 1 for _, weight in parts) and "\\" not in text and ":" not in text:
+        assert "".join(part for part, _ in parts) == text
+
+
+def test_weight_moves_states_along_the_line_from_the_null_caption(tower):
+    with torch.no_grad():
+        plain, null = encode(["red apple"], **tower), encode([""], **tower)
+        heavy, same, zero = (
+            encode([f"(red:{weight}) apple"], **tower) for weight in ("1.5", "1.0", "0")
+        )
+    torch.testing.assert_close(same, plain)
+    num_red = len(tokenize_prompts(tower["tokenizer"], "red").ids)
+    red = slice(1, 1 + num_red)
+    torch.testing.assert_close(zero[:, red], null[:, red])
+    torch.testing.assert_close(heavy[:, red], null[:, red] + 1.5 * (plain - null)[:, red])
+    torch.testing.assert_close(heavy[:, 1 + num_red :], plain[:, 1 + num_red :])
+
+
+def test_cut_part_is_said(tower, caplog):
+    with caplog.at_level(logging.WARNING, logger="latentdiff"):
+        encode(["a cat", LONG], **tower)
+    window = tower["tokenizer"].model_max_length - 2
+    tokens = tokenize_prompts(tower["tokenizer"], LONG).ids
+    cut = tower["tokenizer"].decode(tokens[window:]).replace("</w>", " ").strip()
+    assert len(caplog.records) == 1
+    assert repr(cut) in caplog.text
+    assert "prompt 1" in caplog.text
+
+
+def test_chunks_read_the_whole_prompt(tower):
+    window = tower["tokenizer"].model_max_length - 2
+    ids = tokenize_prompts(tower["tokenizer"], LONG).ids
+    num_chunks = -(-len(ids) // window)
+    assert num_chunks > 1
+    with torch.no_grad():
+        states = encode([LONG], **tower, long_prompts="chunks")
+        first = encode([LONG], **tower)
+    assert states.shape[1] == num_chunks * (window + 2)
+    torch.testing.assert_close(states[:, : window + 2], first)
+
+
+def test_repeated_states_leave_attention_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    short, long = (torch.randn(length, 8, generator=generator) for length in (4, 6))
+    query = torch.randn(5, 8, generator=generator)
+    padded_short, padded_long = common_length([short, long])
+    assert padded_short.shape == padded_long.shape == (12, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(
+        attend(query, padded_short, padded_short), attend(query, short, short)
+    )
+    torch.testing.assert_close(attend(query, padded_long, padded_long), attend(query, long, long))
+
+
+def test_lengths_without_a_common_multiple_are_refused():
+    with pytest.raises(ValueError, match="prompt lists texts"):
+        common_length([torch.zeros(77 * k, 1) for k in (1, 61, 67)])

@@ -1,0 +1,270 @@
+"""scripts/sample.py draws sheets and folders, goes on where it stopped, and says what is wrong."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from fakes_pipeline import tiny_pipeline
+from fakes_scripts import run_script
+from PIL import Image
+
+from latentdiff.image_grid import draw_grid
+from latentdiff.pipeline.provenance import read_settings
+from latentdiff.sampling.open_pipeline import open_pipeline
+from latentdiff.sampling.prompt_list import PromptEntry, plan_jobs, read_prompt_entries
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments):
+    """Run the script in this process; return its exit status."""
+    return run_script("sample.py", *arguments)
+
+
+def test_sheet_is_written_and_said(model, tmp_path, capsys):
+    out = tmp_path / "new" / "sheet.png"
+    assert run(model, "a red heart", "ein Herz ♥ 漢字 🎈", "--out", out, "--steps", 2) == 0
+    assert str(out) in capsys.readouterr().out
+    assert Image.open(out).size[0] > 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "num_inference_steps"),
+        (["--guidance_scale", "nan"], "guidance_scale"),
+        (["--seed", "-4"], "seed"),
+        (["--sampler", "ddmi"], "no sampler 'ddmi'"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
+        (["--dtype", "int8"], "dtype"),
+        (["--device", "nonsense"], "device"),
+        (["--stepz", "3"], "stepz"),
+        (["--num_images", "0"], "num_images"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(model, tmp_path, capsys, arguments, message):
+    assert run(model, "a cat", "--out", tmp_path / "sheet.png", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_missing_model_is_status_two(tmp_path, capsys):
+    assert run(tmp_path / "nowhere", "a cat", "--out", tmp_path / "sheet.png") == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def records(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_prompts_of_a_file_fill_a_folder_and_a_second_run_completes_it(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a cat"}, {"prompt": "a red heart", "seed": 40, "negative_prompt": "sea"}]
+    prompts.write_text("\n".join(json.dumps(line) for line in lines))
+    folder = tmp_path / "pictures"
+    arguments = [model, "--prompt_file", prompts, "--out", folder, "--steps", 1, "--json"]
+    arguments += ["--num_images", 2, "--batch_size", 3]
+    assert run(*arguments) == 0
+    made = records(capsys)
+    assert [record["kind"] for record in made] == ["picture"] * 4 + ["folder"]
+    assert [record["seed"] for record in made[:4]] == [0, 1, 40, 41]
+    assert made[2]["negative_prompt"] == "sea"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / "000002.png").unlink()
+    assert run(*arguments) == 0
+    again = records(capsys)
+    assert [Path(record["path"]).name for record in again] == ["000002.png", "pictures"]
+    assert again[-1]["made"] == 1
+    for path, content in before.items():
+        if path.name != "000002.png":
+            assert path.read_bytes() == content
+
+
+def test_picture_of_other_settings_is_not_written_over(model, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    assert run(model, "a cat", "--out", folder, "--steps", 1) == 0
+    before = (folder / "000000.png").read_bytes()
+    assert run(model, "a dog", "--out", folder, "--steps", 2) == 2
+    error = capsys.readouterr().err
+    assert "000000.png is a picture of another num_inference_steps, prompt" in error
+    assert (folder / "000000.png").read_bytes() == before
+
+
+def test_grid_has_a_cell_for_each_pair_and_one_seed(model, tmp_path):
+    out = tmp_path / "grid.png"
+    arguments = ["--steps", "[1,2]", "--guidance_scale", "[1,3,7]", "--seed", 5]
+    assert run(model, "a cat", "--out", out, *arguments) == 0
+    calls = [settings["call"] for settings in read_settings(out)]
+    cells = [(call["num_inference_steps"], call["guidance_scale"]) for call in calls]
+    assert cells == [(steps, scale) for steps in (1, 2) for scale in (1, 3, 7)]
+    assert {call["seed"] for call in calls} == {5}
+
+
+def test_pictures_start_from_a_picture(model, tmp_path):
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    Image.effect_noise((32, 32), 60).save(photo)
+    Image.new("L", (32, 32), 255).save(mask)
+    out = tmp_path / "sheet.png"
+    arguments = ["--image", photo, "--strength", 0.5, "--steps", 4, "--sampler", "euler a"]
+    assert run(model, "a cat", "--out", out, *arguments) == 0
+    assert read_settings(out)[0]["call"]["strength"] == 0.5
+    assert read_settings(out)[0]["scheduler"]["class"] == "EulerAncestralDiscreteScheduler"
+    assert run(model, "a cat", "--out", out, *arguments, "--mask", mask) == 0
+
+
+def test_trace_writes_the_chain_and_the_heat_maps(model, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert run(model, "a red heart", "a cat", "--out", out, "--steps", 2, "--trace", "true") == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    parts = {f"sheet.00000{k}.{kind}.png" for k in (0, 1) for kind in ("trace", "attention")}
+    assert names == {"sheet.png"} | parts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.txt", b"\n \n", "holds no prompts"),
+        ("list.txt", b"a cat\n\xff\xfe", "list.txt is not UTF-8 text: byte 6"),
+        ("list.jsonl", b'{"prompt": "a"}\n{', "line 2 is not valid JSON"),
+        ("list.jsonl", b'{"text": "a"}', 'line 1 must be an object with a text "prompt"'),
+        ("list.jsonl", b'{"prompt": "a", "sed": 3}', "unknown entries \\['sed'\\]"),
+    ],
+)
+def test_bad_prompt_list_is_said_with_its_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompt_entries(path)
+
+
+def test_seeds_of_a_list_do_not_depend_on_the_grid():
+    lines = [PromptEntry("a"), PromptEntry("b"), PromptEntry("c", seed=90)]
+    settings = {"seed": 3, "negative_prompt": None, "num_images": 2}
+    plain = plan_jobs(lines, steps=[5], guidance_scales=[1.0], **settings)
+    grid = plan_jobs(lines, steps=[5, 6], guidance_scales=[1.0, 2.0], **settings)
+    assert [job.seed for job in plain] == [3, 4, 5, 6, 90, 91]
+    assert {(job.prompt, job.seed) for job in grid} == {(job.prompt, job.seed) for job in plain}
+
+
+def test_labels_wrap_and_pictures_keep_their_place():
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    sheet = draw_grid([red, blue], ["short", "a rather long label " * 9], columns=2)
+    assert sheet.getpixel((20, 20)) == (255, 0, 0)
+    assert sheet.getpixel((20 + 128 + 8, 20)) == (0, 0, 255)
+    one = draw_grid([red], ["short"], columns=4)
+    assert one.height < sheet.height
+    assert one.width < sheet.width
+
+
+@pytest.mark.parametrize("label", ["", "\ud800", "\x00\n", "x" * 500, "🎈" * 60, "مرحبا"])
+def test_any_label_is_drawn(label):
+    draw_grid([Image.new("RGB", (16, 16))], [label], columns=1)
+
+
+def test_sheet_without_pictures_is_refused():
+    with pytest.raises(ValueError, match="0 pictures"):
+        draw_grid([], [], columns=2)
+
+
+@pytest.fixture
+def compile_by(monkeypatch):
+    """Let UNets be compiled by another of torch's backends than the one that needs a compiler."""
+
+    def choose(backend):
+        def compile_(module, **settings):
+            torch.nn.Module.compile(module, backend=backend, **settings)
+
+        monkeypatch.setattr(UNet2DConditionModel, "compile", compile_)
+
+    torch.compiler.reset()
+    yield choose
+    torch.compiler.reset()
+
+
+def test_compiled_pictures_are_the_same_and_one_size_is_compiled(
+    model, tmp_path, capsys, compile_by
+):
+    compiled_for = []
+
+    def backend(graph, inputs):
+        compiled_for.extend(len(x) for x in inputs if x.ndim == 4 and x.shape[1:] == (4, 8, 8))
+        return graph
+
+    compile_by(backend)
+    prompts = ["a cat", "a dog", "a red heart"]
+    common = [*prompts, "--steps", 2, "--batch_size", 2, "--dtype", "float32"]
+    assert run(model, *common, "--out", tmp_path / "compiled", "--compile", "true") == 0
+    said = capsys.readouterr().err
+    assert "compiling the U-Net" in said
+    assert "compiled in" in said
+    assert compiled_for == [4]
+    assert run(model, *common, "--out", tmp_path / "plain") == 0
+    assert len(list((tmp_path / "compiled").iterdir())) == 3
+    for path in (tmp_path / "plain").iterdir():
+        one, other = (
+            np.asarray(Image.open(p), int) for p in (path, tmp_path / "compiled" / path.name)
+        )
+        assert np.abs(one - other).max() <= 1
+
+
+def test_a_picture_to_start_from_is_compiled_for_as_well(model, tmp_path, compile_by):
+    compile_by("eager")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "start.png")
+    common = ["a cat", "--image", tmp_path / "start.png", "--steps", 2, "--compile", "true"]
+    assert run(model, *common, "--out", tmp_path / "sheet.png") == 0
+
+
+def test_prompts_are_read_once(model, tmp_path):
+    fifo = tmp_path / "prompts.txt"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_text, args=["a cat\n"])
+    writer.start()
+    assert run(model, "--prompt_file", fifo, "--out", tmp_path / "sheet.png", "--steps", 1) == 0
+    writer.join()
+
+
+def test_a_folder_of_another_dtype_is_named(model, tmp_path, capsys):
+    common = [model, "a cat", "--out", tmp_path / "pictures", "--steps", 1, "--dtype"]
+    assert run(*common, "float32") == 0
+    capsys.readouterr()
+    assert run(*common, "bfloat16") == 2
+    assert "--dtype float32" in capsys.readouterr().err
+    assert run(*common, "float32") == 0
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(model, tmp_path, capsys, compile_by):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    compile_by(backend)
+    assert run(model, "a cat", "--out", tmp_path / "a.png", "--steps", 1, "--compile", "true") == 2
+    error = capsys.readouterr().err
+    assert "compile=true is not possible here: no compiler here" in error
+    assert "Traceback" not in error
+    assert (
+        run(model, "a cat", "--out", tmp_path / "a.png", "--compile", "true", "--trace", "true")
+        == 2
+    )
+    assert "trace" in capsys.readouterr().err
+
+
+def test_auto_takes_bf16_where_the_processor_has_it(model, monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        pipe = open_pipeline(str(model), dtype="auto", device="cpu", fast=True)
+        assert pipe.unet.dtype == dtype
+        assert pipe.fast_cpu.is_on

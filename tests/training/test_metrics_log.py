@@ -1,0 +1,100 @@
+"""What a run says of itself: every figure, in metrics.jsonl and in TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from latentdiff.training.metrics_log import MetricsLog, Window
+from latentdiff.training.train_step import StepResult
+
+NAN = float("nan")
+FIGURES = {
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "images_per_second",
+    "data_wait",
+    "skipped_updates",
+    "memory_gb",
+    "loss/t0-249",
+    "loss/t500-749",
+}
+
+
+@pytest.fixture
+def window() -> Window:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Window(Accelerator(cpu=True), max_bad_steps=3, num_timesteps=1000)
+
+
+def result(loss: float, norm: float, sums: list[float], counts: list[float]) -> StepResult:
+    return StepResult(
+        loss=torch.tensor(loss),
+        grad_norm=torch.tensor(norm),
+        ok=torch.isfinite(torch.tensor(norm)),
+        bucket_losses=torch.tensor(sums),
+        bucket_counts=torch.tensor(counts),
+        indices=torch.arange(4),
+    )
+
+
+def test_figures_are_means_over_the_window(window: Window) -> None:
+    window.add(result(1.0, 2.0, [2.0, 0, 1, 0], [2.0, 0, 1, 0]), num_samples=4, waited=0.0)
+    window.add(result(3.0, 4.0, [4.0, 0, 0, 0], [1.0, 0, 0, 0]), num_samples=4, waited=0.0)
+    figures, skipped = window.close(2, list("abcd"), rate=0.5)
+    assert figures.keys() == FIGURES
+    assert figures["loss"] == 2
+    assert figures["grad_norm"] == 3
+    assert figures["learning_rate"] == 0.5
+    assert figures["loss/t0-249"] == 2
+    assert figures["loss/t500-749"] == 1
+    assert figures["memory_gb"] > 0
+    assert skipped == 0
+
+
+def test_a_bad_step_spoils_neither_means_nor_buckets(window: Window) -> None:
+    window.add(result(1.0, 2.0, [2.0, 0, 1, 0], [2.0, 0, 1, 0]), num_samples=4, waited=0.0)
+    window.add(result(NAN, NAN, [NAN, 0, 3, 0], [2.0, 0, 1, 0]), num_samples=4, waited=0.0)
+    figures, skipped = window.close(2, list("abcd"), rate=0.5)
+    assert skipped == figures["skipped_updates"] == 1
+    assert (figures["loss"], figures["grad_norm"]) == (1, 2)
+    assert figures["loss/t0-249"] == 1
+    assert figures["loss/t500-749"] == 2
+
+
+def test_speed_and_wait_are_of_training_alone(window: Window) -> None:
+    window.add(result(1.0, 1.0, [0.0] * 4, [0.0] * 4), num_samples=100, waited=0.1)
+    window.started -= 0.2  # the steps took this long
+    with window.paused():
+        time.sleep(0.3)
+    figures, _ = window.close(1, list("abcd"), rate=0.1)
+    assert figures["images_per_second"] == pytest.approx(500, rel=0.2)
+    assert figures["data_wait"] == pytest.approx(0.5, rel=0.2)
+
+
+def test_both_logs_hold_every_figure_and_a_resumed_run_drops_later_ones(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, is_main=True, first_step=0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0 / step, "loss/t0-249": 2.0})
+    log.close()
+    again = MetricsLog(tmp_path, is_main=True, first_step=2)
+    again.write(3, {"loss": 9.0})
+    again.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {"loss", "loss/t0-249"}
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, is_main=False, first_step=0)
+    log.write(1, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,128 @@
+"""What is said before training: parameters by part, memory that is there in the end, time left."""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from fakes_models import make_vae
+from fakes_training import make_config, make_world
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from latentdiff.models.build import build_unet
+from latentdiff.training.loop import train
+from latentdiff.training.plan import estimate_activations, log_throughput, optimizer_bytes
+
+CHANNELS, CELLS = 4, 16
+
+
+class Denoiser(nn.Module):
+    """A U-Net as TextToImage has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = build_unet(
+            sample_size=CELLS,
+            in_channels=CHANNELS,
+            block_out_channels=(32, 64),
+            attention_levels=(False, True),
+            layers_per_block=1,
+            head_dim=16,
+            cross_attention_dim=24,
+        )
+
+    def forward(self, zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.unet(zt, t, text, return_dict=False)[0]
+
+
+def inputs(n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.zeros(n, CHANNELS, CELLS, CELLS),
+        torch.zeros(n, dtype=torch.int64),
+        torch.zeros(n, 7, 24),
+    )
+
+
+def measured_peak(model: nn.Module, arguments: tuple[Tensor, ...], *, precision: str) -> int:
+    """Run a real pass, and read its peak off PyTorch's own record of what is allocated."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with autocast(precision):
+            output = model(*arguments)
+        output.float().square().mean().backward()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def autocast(precision: str):
+    return nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimated_activations_are_what_a_real_pass_allocates(
+    precision: str, checkpointing: bool
+) -> None:
+    model = Denoiser().train()
+    if checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    estimate = estimate_activations(model, inputs, autocast=lambda: autocast(precision))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    peak = measured_peak(model, inputs(), precision=precision)
+    print(f"{precision} {checkpointing=}: estimated {estimate:,}, measured {peak:,}")
+    assert estimate == pytest.approx(peak, rel=0.1)
+
+
+def test_estimate_draws_nothing_and_leaves_the_model_as_it_is() -> None:
+    model = Denoiser().train()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    state = torch.get_rng_state()
+    estimate_activations(model, inputs, autocast=nullcontext)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_eight_bits_take_a_quarter_of_the_state_of_large_parameters() -> None:
+    groups = [
+        {"params": [torch.zeros(100, 100)], "orthogonal": True},
+        {"params": [torch.zeros(10)]},
+    ]
+    plain = [{"params": group["params"]} for group in groups]
+    assert optimizer_bytes(plain, name="adamw") == 2 * 4 * 10_010
+    assert optimizer_bytes(plain, name="adamw8bit") == 2 * 10_000 + 2 * 4 * 10
+    assert optimizer_bytes(groups, name="muon") == 4 * 10_000 + 2 * 4 * 10
+
+
+def test_rate_says_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log_throughput(10.0, num_images=10 * (2 * 3600 + 5 * 60 + 30))
+    assert "10 images/s: the rest takes about 2:05 h" in caplog.text
+
+
+def test_plan_is_said_before_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    caplog.set_level(logging.INFO)
+    config = make_config(make_world(tmp_path), tmp_path / "run", train__max_steps=2)
+    assert train(config) == 0
+    vae = sum(parameter.numel() for parameter in make_vae().parameters())
+    for told in (
+        "parameters: U-Net 0.4 M trained; text tower 31,200 trained",
+        f"VAE {vae:,} frozen",
+        "activations of 4 at once",
+        "images/s: the rest takes about 0:00 h",
+    ):
+        assert told in caplog.text
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.index(next(m for m in messages if m.startswith("memory of a"))) < (
+        messages.index(next(m for m in messages if "images/s" in m))
+    )
