@@ -1,10 +1,10 @@
-"""Pictures a second into the latent cache, against those of the VAE alone on the same batches.
+"""Images a second into the latent cache, against those of the VAE alone on the same batches.
 
     python benchmarks/cache_build.py FOLDER [VAE] [--resolution 256] [--num 128] [--rounds 3]
 
 Prints one JSON line. Builds into an empty cache and runs of the VAE alone take turns; `ratio` is
 the median over rounds of build over VAE. A build hashes, decodes, cuts, encodes and writes; `parts`
-has what these cost alone, in seconds for the same pictures. Without VAE the small one that ships is
+has what these cost alone, in seconds for the same images. Without VAE the small one that ships is
 used. Run it with nothing else running.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/draws.py [--cells 64] [--workers 2]
 
-Prints one JSON line. Draws are made beside the pictures, in data workers; what the training process
+Prints one JSON line. Draws are made beside the images, in data workers; what the training process
 pays is taking a finished batch from them, here told in its CPU time. At 1,000 images/s an image has
 1,000 us, and 2 % of that are 20 us: `share_of_step` is what draws add to the training process at
 that speed, over batches of latents and captions alone, to be below 0.02; `workers_needed` is how

@@ -98,7 +98,7 @@ class FullLoop:
         self.batches = train_batches(
             run.config, run.supply, run.layout, first_step=0, accelerator=run.accelerator
         )
-        self.window = Window(run.accelerator, max_bad_steps=20, num_timesteps=1000)
+        self.window = Window(run.accelerator, max_skipped_steps=20, num_timesteps=1000)
         clock.watch(self, "next_batch", "supply")
         clock.watch(run.engine.ema, "update", "ema")
         clock.watch(engine_module, "clip_gradients", "clip_and_mask")

@@ -1,8 +1,8 @@
-"""Opening folders of 1e3 to 1e6 captioned pictures: seconds and memory, by size.
+"""Opening folders of 1e3 to 1e6 captioned images: seconds and memory, by size.
 
     python benchmarks/folder_index.py [SIZE ...]
 
-Prints one JSON line. The pictures are hard links to 300 distinct small JPEGs, captioned by one
+Prints one JSON line. The images are hard links to 300 distinct small JPEGs, captioned by one
 metadata.jsonl. Each figure is from a process of its own: the first scan, a second start (which
 looks at every file's size and time), and a start that trusts the index, as processes after the
 first do. Megabytes are resident memory above that after the imports, at the peak and once 1,000

@@ -26,7 +26,7 @@ UNET_17M = {
     "train.batch_size": 16,
 }
 CASES = {"demo": ("demo_scratch", {}), "emoji": ("emoji", {}), "17m": ("demo_scratch", UNET_17M)}
-NUM_PICTURES = 64
+NUM_IMAGES = 64
 
 
 def rss_bytes(line):
@@ -51,7 +51,7 @@ def probe(name):
     with tempfile.TemporaryDirectory(prefix="memory-") as path:
         folder = Path(path)
         size_px = changes.get("data.resolution", 64)
-        write_shapes(folder / "shapes", num_train=NUM_PICTURES, num_test=8, size_px=size_px)
+        write_shapes(folder / "shapes", num_train=NUM_IMAGES, num_test=8, size_px=size_px)
         settings = changes | {
             "data.root": folder / "shapes",
             "data.cache_dir": folder / "cache",

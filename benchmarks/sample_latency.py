@@ -6,10 +6,10 @@ Calls take turns: the stock pipeline as it comes (float32) and in channels_last,
 ours in float32 and bf16 with `fast_cpu.is_on`. Without MODEL a model of the demo's size with
 random weights is made. Prints one JSON line a batch size. Seconds are the process' CPU time, which
 on one thread is what the clock shows on an idle machine, and stays that beside other jobs.
-`error_255`: the largest difference of ours to the stock picture in float32; `bf16_error_ratio`:
-mean error of our bf16 pictures to the float32 ones over that of the stock bf16 pictures, to be
+`error_255`: the largest difference of ours to the stock image in float32; `bf16_error_ratio`:
+mean error of our bf16 images to the float32 ones over that of the stock bf16 images, to be
 below 1.1, over 16 seeds of each of four prompts, with `bf16_error_interval` its 95 % bootstrap
-interval over the pictures, drawn 16 at once. `two_passes`: what a pass for each caption takes of
+interval over the images, drawn 16 at once. `two_passes`: what a pass for each caption takes of
 the time of one pass for both, in our bf16. Several pipelines in one process fill oneDNN's cache of
 kernels: set ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192.
 """
@@ -39,7 +39,7 @@ ERROR_SEEDS = 16
 
 
 def save_demo_size(folder):
-    """Write a model of the demo's size; its pictures are noise."""
+    """Write a model of the demo's size; its images are noise."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer([PROMPT], vocab_size=640, max_length=20)
     unet = build_unet(
@@ -93,7 +93,7 @@ def take_cpu_turns(works, *, rounds):
 
 
 def draw(pipeline, size, *, steps, prompt=PROMPT):
-    """Return pictures (B, H, W, 3) in [0, 1]."""
+    """Return images (B, H, W, 3) in [0, 1]."""
     generators = [torch.Generator().manual_seed(k) for k in range(size)]
     return pipeline(
         [prompt] * size,
@@ -105,13 +105,13 @@ def draw(pipeline, size, *, steps, prompt=PROMPT):
 
 
 def error_ratio(pipelines, *, steps):
-    """Return how much farther our bf16 pictures are from float32 than stock's, and its interval."""
+    """Return how much farther our bf16 images are from float32 than stock's, and its interval."""
     gaps = {"stock_bf16": [], "ours_bf16": []}
     for prompt in ERROR_PROMPTS:
         exact = draw(pipelines["stock"], ERROR_SEEDS, steps=steps, prompt=prompt)
         for name, found in gaps.items():
-            pictures = draw(pipelines[name], ERROR_SEEDS, steps=steps, prompt=prompt)
-            found.append(np.abs(pictures - exact).mean((1, 2, 3)))
+            images = draw(pipelines[name], ERROR_SEEDS, steps=steps, prompt=prompt)
+            found.append(np.abs(images - exact).mean((1, 2, 3)))
     stock, ours = (np.concatenate(found) for found in gaps.values())
     picks = np.random.default_rng(0).integers(len(stock), size=(2000, len(stock)))
     spread = ours[picks].sum(1) / stock[picks].sum(1)
@@ -149,10 +149,10 @@ def main():
     pipelines = open_all(args.model or save_demo_size(scratch.name))
     error, interval = error_ratio(pipelines, steps=args.steps)
     for size in map(int, args.batch_sizes.split(",")):
-        pictures = {}
+        images = {}
 
-        def work(name, size=size, pictures=pictures):
-            pictures[name] = draw(pipelines[name], size, steps=args.steps)
+        def work(name, size=size, images=images):
+            images[name] = draw(pipelines[name], size, steps=args.steps)
 
         works = {name: lambda name=name: work(name) for name in pipelines}
         times = take_cpu_turns(works, rounds=args.rounds)
@@ -169,10 +169,10 @@ def main():
             "ratio_to_best": ratio(times, best_stock, best_ours),
             "best": [best_stock, best_ours],
             "cpu_seconds": seconds,
-            "error_255": round(float(np.abs(pictures["ours"] - pictures["stock"]).max()) * 255, 4),
+            "error_255": round(float(np.abs(images["ours"] - images["stock"]).max()) * 255, 4),
             "bf16_error_ratio": error,
             "bf16_error_interval": interval,
-            "bf16_error_pictures": ERROR_SEEDS * len(ERROR_PROMPTS),
+            "bf16_error_images": ERROR_SEEDS * len(ERROR_PROMPTS),
             "model": "given" if args.model else "demo size, random weights",
             "two_passes": two_passes(pipelines["ours_bf16"], size),
             "steps": args.steps,

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/sample_sd15.py [--rounds 3] [--cells 64] [--no_decode]
 
-One U-Net of 860 M parameters with random weights in bf16, batch 2 (both captions of one picture),
+One U-Net of 860 M parameters with random weights in bf16, batch 2 (both captions of one image),
 takes turns: diffusers' forward pass, contiguous and in channels_last, and the packed one of
 LatentDiffPipeline; OpenVINO's bf16 pass of the same weights where `openvino` is installed. A step
 is nearly all of a call, so 20 steps are 20 of these and one decoding by the VAE, which is timed

@@ -64,12 +64,12 @@ def run_images_per_second(folder, *, processes, optimizer):
         "data.root": folder / "shapes",
         "data.cache_dir": folder / "cache",
         "train.max_steps": RUN_STEPS,
-        "train.warmup_steps": 5,
+        "train.lr_warmup_steps": 5,
         "train.optimizer": optimizer,
         "train.log_every_steps": 10,
         "train.checkpoint_every_steps": RUN_STEPS,
         "train.keep_every_steps": 0,
-        "preview.held_out_every_steps": 0,
+        "eval.every_steps": 0,
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command = [*launch, str(ROOT / "scripts/train_t2i.py"), "--config", str(CONFIG)]

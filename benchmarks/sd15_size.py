@@ -1,7 +1,7 @@
 """Fine-tune a folder of Stable Diffusion 1.5's shape and random weights for a few steps.
 
-Makes the folder (860 M U-Net, CLIP ViT-L text tower, AutoencoderKL), trains three steps of batch 1
-in bf16 with gradient checkpointing and no EMA, exports, draws a picture, and prints one JSON line
+Makes the folder (860 M U-Net, CLIP ViT-L text encoder, AutoencoderKL), trains three steps of batch
+1 in bf16 with gradient checkpointing and no EMA, exports, draws an image, and prints one JSON line
 with the peak memory. The whole U-Net at 256 px needs about 20 GB of memory, a LoRA at 512 px far
 less; 12 GB of disk; on two CPU cores some minutes.
 
@@ -88,7 +88,7 @@ def main() -> int:
             "--preview.every_steps=0",
             "--preview.num_steps=1",
             "--preview.prompts=[a red circle]",
-            "--preview.num_held_out=2",
+            "--eval.num_heldout=2",
         ],
     )
     started = time.perf_counter()
@@ -100,7 +100,7 @@ def main() -> int:
     )
     size = {"height": size_px, "width": size_px}
     image = pipeline("a red circle", num_inference_steps=2, seed=0, **size).images[0]
-    image.save(folder / "picture.png")
+    image.save(folder / "image.png")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     unet_millions = sum(p.numel() for p in pipeline.unet.parameters()) / 1e6
     print(
@@ -113,7 +113,7 @@ def main() -> int:
                 "train_and_export_seconds": round(seconds, 1),
                 "training_peak_memory_gb": round(trained_peak, 2),
                 "peak_memory_gb": round(peak, 2),
-                "picture": str(folder / "picture.png"),
+                "image": str(folder / "image.png"),
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
             }

@@ -1,11 +1,11 @@
-"""How many pictures of the shapes world show all that their captions ask, over training time.
+"""How many images of the shapes world show all that their captions ask, over training time.
 
     make demo-scratch && python benchmarks/shapes_accuracy.py demo-scratch-run/model
 
 RUN: a run's folder. Its pipeline/ draws --num captions of seen and as many of held-out
 combinations, from fixed seeds; each checkpoint that is left (train.keep_every_steps) draws --curve
 of each with its EMA weights. The judge is metrics/shapes_judge.py: geometry and colour, nothing
-learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each picture against
+learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each image against
 another's caption.
 """
 
@@ -29,14 +29,14 @@ from latentdiff.sampling.sample import sample_each
 def scenes_for(num):
     """Return `num` scenes of seen and of held-out combinations, the same ones each time."""
     chosen = {}
-    for name, scenes in zip(("seen", "held_out"), split_scenes(), strict=True):
+    for name, scenes in zip(("seen", "heldout"), split_scenes(), strict=True):
         order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0)).tolist()
         chosen[name] = [scenes[order[i % len(scenes)]] for i in range(num)]
     return chosen
 
 
 def judge_model(pipe, num, args):
-    """Return the share of pictures that show each attribute and all of them."""
+    """Return the share of images that show each attribute and all of them."""
     found = {}
     for name, scenes in scenes_for(num).items():
         images = sample_each(
@@ -70,7 +70,7 @@ def seconds_at(run):
 
 @torch.no_grad()
 def take(pipe, checkpoint):
-    """Put a checkpoint's EMA weights into the pipeline's U-Net and text tower."""
+    """Put a checkpoint's EMA weights into the pipeline's U-Net and text encoder."""
     for key, tensor in load_file(checkpoint / "ema.safetensors").items():
         part, _, name = key.partition(".")
         if name and name in (own := dict(getattr(pipe, part).named_parameters())):

@@ -3,7 +3,7 @@
     python benchmarks/single_file.py [sd1] [sd2]
 
 Writes a .safetensors file of the family's shapes in CompVis' naming with random fp16 weights (a 2.x
-file has OpenCLIP's text tower, its unused last layer too), opens it with `from_single_file`,
+file has OpenCLIP's text encoder, its unused last layer too), opens it with `from_single_file`,
 compares every weight, draws one step at 64 px in bf16, and prints one JSON line a family. Needs
 about 8 GB of memory and 3 GB of disk, and reads nothing from the network.
 """
@@ -49,7 +49,7 @@ OPEN_CLIP_NAMES = {
 
 
 def make_modules(family: str) -> dict[str, nn.Module]:
-    """Build U-Net, VAE and text tower of a family; weights are random, in fp16."""
+    """Build U-Net, VAE and text encoder of a family; weights are random, in fp16."""
     source = resources.files("latentdiff") / "assets" / "single_file" / f"{family}.json"
     configs = json.loads(source.read_text(encoding="utf-8"))
     with torch.device("meta"):
@@ -86,7 +86,7 @@ def named(modules: dict[str, Any], family: str) -> dict[str, Tensor]:
 
 
 def open_clip(words: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIP text tower's weights as OpenCLIP has them: q, k and v in one."""
+    """Rename a CLIP text encoder's weights as OpenCLIP has them: q, k and v in one."""
     found: dict[str, Tensor] = {}
     for key, value in words.items():
         if "k_proj" in key or "v_proj" in key:
@@ -147,7 +147,7 @@ def measure(family: str, folder: Path) -> dict[str, Any]:
         "unet_millions": round(num / 1e6, 1),
         "open_seconds": round(seconds, 1),
         "tensors_different": different,
-        "picture": image.size,
+        "image": image.size,
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
 

@@ -1,4 +1,4 @@
-"""Seconds until something happens: the import, each script's --help, the first step, a picture.
+"""Seconds until something happens: the import, each script's --help, the first step, an image.
 
     OMP_NUM_THREADS=1 python benchmarks/startup.py [--rounds 3]
 
@@ -6,7 +6,7 @@ Each is a new process; prints one JSON line with medians. The first round is not
 the libraries from the disk, and encodes what training reads from a cache. `train` is a run of
 configs/demo_scratch.yaml on --num_train shapes: seconds from the process's start until training
 begins to import (`python`), until models and caches are ready (`models`), from then until the
-first step is done (`first step`, target 5 s), and of one more step. `picture` is sample.py with
+first step is done (`first step`, target 5 s), and of one more step. `image` is sample.py with
 that model, 25 steps, from start to end of the process.
 """
 
@@ -47,7 +47,7 @@ def options_of(folder, num_train):
         "--model.vae=latentdiff-mini",
         "--train.max_steps=2",
         "--preview.prompts=[a red circle]",
-        "--preview.num_held_out=32",
+        "--eval.num_heldout=32",
     ]
 
 
@@ -99,7 +99,7 @@ def main():
         for script in SCRIPTS:
             works[f"{script} --help"] = lambda script=script: run(f"scripts/{script}.py", "--help")
         works["train"] = train
-        works["picture"] = lambda: run("scripts/sample.py", f"{name}/run0/pipeline", PROMPT, *sheet)
+        works["image"] = lambda: run("scripts/sample.py", f"{name}/run0/pipeline", PROMPT, *sheet)
         seconds = medians(take_turns(works, rounds=args.rounds))
     parts = {name: statistics.median(row[name] for row in seen[1:]) for name in seen[0]}
     figures = {

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/train_throughput.py [--rounds 5] [--batch_size 16]
 
-Loops, each in a process of its own, take turns on equal pictures: `baseline` encodes pictures and
+Loops, each in a process of its own, take turns on equal images: `baseline` encodes images and
 captions at every step and takes torch.optim.AdamW as it comes; `baseline_best` is that with
 channels_last and fused AdamW, `baseline_best_kept` that with our setting of malloc too;
 `inner_plain` is the U-Net's part of the baseline alone, on latents and text states that lie ready;
@@ -44,7 +44,7 @@ VAE_WIDTHS = (32, 64, 128, 128)
 
 
 def make_model():
-    """Return a 17 M U-Net, a 3.7 M VAE of factor 8, a text tower of 4 layers."""
+    """Return a 17 M U-Net, a 3.7 M VAE of factor 8, a text encoder of 4 layers."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=640, max_length=TOKENS)
     text = build_text_encoder(tokenizer, width=TEXT_WIDTH, num_layers=TEXT_LAYERS, num_heads=4)
@@ -66,7 +66,7 @@ def make_model():
 
 
 class Loop:
-    """Equal pictures and captions, and a step that is timed."""
+    """Equal images and captions, and a step that is timed."""
 
     def __init__(self, batch_size):
         self.parts = make_model()

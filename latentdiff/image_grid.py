@@ -1,4 +1,4 @@
-"""A labelled sheet of pictures: what a run or a call has made, at one look."""
+"""A labelled sheet of images: what a run or a call has made, at one look."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ BACKGROUND, INK = (255, 255, 255), (32, 32, 32)
 
 
 def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], *, columns: int) -> Image.Image:
-    """Draw pictures in rows of `columns`, each with its wrapped label underneath.
+    """Draw images in rows of `columns`, each with its wrapped label underneath.
 
-    Pictures smaller than 128 pixels are enlarged by a whole factor without smoothing. Raises
-    ValueError for no pictures, or where there is not one label a picture.
+    Images smaller than 128 pixels are enlarged by a whole factor without smoothing. Raises
+    ValueError for no images, or where there is not one label an image.
     """
     if not images or len(images) != len(labels) or columns < 1:
         raise ValueError(
-            f"a sheet needs one label a picture and at least one column, got {len(images)} "
-            f"pictures, {len(labels)} labels, {columns} columns"
+            f"a sheet needs one label an image and at least one column, got {len(images)} "
+            f"images, {len(labels)} labels, {columns} columns"
         )
     shown = [_enlarged(image.convert("RGB")) for image in images]
     width = max(image.width for image in shown)

@@ -1,4 +1,4 @@
-"""Encode a config's pictures and captions ahead of training, look the cache over, or clear it.
+"""Encode a config's images and captions ahead of training, look the cache over, or clear it.
 
 python scripts/cache_latents.py [build] --config configs/emoji.yaml --data.root=DIR --model.vae=DIR
 python scripts/cache_latents.py verify --config runs/emoji/config.yaml

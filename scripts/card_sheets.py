@@ -1,4 +1,4 @@
-"""Draw the sheets of a model's card and a test for readers; prompts are drawn by lot.
+"""Draw the sheets of a model's card and a test for readers; prompts are drawn at random.
 
 python scripts/card_sheets.py MODEL --data DIR DIR --seen 40 8 --unseen 20 4 --questions 18 6 \
     --out sheets
@@ -18,15 +18,15 @@ def main() -> int:
     parser.add_argument("model", nargs="?", help="a Stable-Diffusion-format folder or a hub id")
     parser.add_argument("--data", nargs="+", default=[], help="captioned folders")
     for name, what in (
-        ("seen", "captions of training pictures on the first sheet, by folder"),
-        ("unseen", "captions of held-out pictures alone on the second sheet, by folder"),
+        ("seen", "captions of training images on the first sheet, by folder"),
+        ("unseen", "captions of held-out images alone on the second sheet, by folder"),
         ("questions", "training captions that readers are asked for, by folder"),
     ):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=[], help=what)
     parser.add_argument("--out", type=Path, default=Path("sheets"), help="the folder to write")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the lots and of the pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the lots and of the images")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--score", nargs=2, type=Path, metavar=("KEY", "ANSWERS"))
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from latentdiff.data.merge_folders import merge_folders
 
 
 def main() -> int:
-    """Combine, say how many pictures came from where; exit 0 done, 2 bad usage or input."""
+    """Combine, say how many images came from where; exit 0 done, 2 bad usage or input."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", help="the new folder")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a folder with train/ and test/")

@@ -1,4 +1,4 @@
-"""Convert the text tower of an open_clip model to a text_encoder and a tokenizer folder.
+"""Convert the text encoder of an open_clip model to a text_encoder and a tokenizer folder.
 
 python scripts/convert_open_clip.py ViT-H-14 open_clip_model.safetensors OUT
 """

@@ -22,7 +22,7 @@ KNOWN = (  # emoji, flowers and shapes, as its training captions call them
     *("a red apple", "a cat face", "a slice of pizza", "a smiling face with sunglasses"),
     *("a green heart", "a sunflower", "a snow-capped mountain", "a full moon"),
     *("a photo of a sunflower", "a close-up photo of a rose", "a photograph of daisies"),
-    *("a picture of tulips outdoors", "a large red star on a pink background"),
+    *("an image of tulips outdoors", "a large red star on a pink background"),
     *("a large blue circle on a white background", "a small yellow square on a black background"),
     "a large green triangle on a gray background",
 )
@@ -31,11 +31,11 @@ NUM_NEW, NUM_STEPS, GUIDANCE = 8, 25, 3.0
 
 
 def main() -> int:
-    """Draw, write the pictures, fine-tune, draw again, say what was done; exit 0, or why not."""
+    """Draw, write the images, fine-tune, draw again, say what was done; exit 0, or why not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="latentdiff-mini", help="the model to start from")
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="the folder to write")
-    parser.add_argument("--num_train", type=int, default=1000, help="pictures to learn from")
+    parser.add_argument("--num_train", type=int, default=1000, help="images to learn from")
     args, settings = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quieten_libraries()
@@ -60,17 +60,17 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
     prompts += UNRELATED
     known, before = draw(model, KNOWN), draw(model, prompts)
     save_sheet(known, KNOWN, out / "before.png")
-    clock.say(f"{out / 'before.png'}: {len(KNOWN)} pictures of {model}, and {len(prompts)} more")
+    clock.say(f"{out / 'before.png'}: {len(KNOWN)} images of {model}, and {len(prompts)} more")
     root = write_shapes(out / STYLE, num_train=num_train, num_test=64, style=STYLE)
     paths = {"output_dir": out / "model", "data.root": root, "data.cache_dir": out / "cache"}
     options = ["--config", str(CONFIG), f"--model.pretrained={model}"]
     options += [*(f"--{name}={path}" for name, path in paths.items()), *settings]
     if status := launch(ROOT / "scripts" / "train_t2i.py", options):
         return status
-    clock.say(f"fine-tuned on {num_train} pictures of {root / 'train'}")
+    clock.say(f"fine-tuned on {num_train} images of {root / 'train'}")
     tuned = out / "model" / "pipeline"
     after = draw(str(tuned), prompts)
-    pairs = [picture for pair in zip(before, after, strict=True) for picture in pair]
+    pairs = [image for pair in zip(before, after, strict=True) for image in pair]
     labels = [label for prompt in prompts for label in (f"before: {prompt}", "after")]
     save_sheet(pairs, labels, out / "sheet.png")
     clock.say(f"{out / 'sheet.png'}: {len(prompts)} prompts, before and after, from the same seeds")
@@ -86,29 +86,29 @@ def draw(model: str, prompts: Sequence[str]) -> list[Any]:
     pipe.set_progress_bar_config(leave=False)
     seeds = list(range(len(prompts)))
     made = pipe(list(prompts), seed=seeds, num_inference_steps=NUM_STEPS, guidance_scale=GUIDANCE)
-    pictures: list[Any] = made.images
-    return pictures
+    images: list[Any] = made.images
+    return images
 
 
-def save_sheet(pictures: Sequence[Any], labels: Sequence[str], path: Path) -> None:
-    """Write a sheet of eight pictures a row."""
+def save_sheet(images: Sequence[Any], labels: Sequence[str], path: Path) -> None:
+    """Write a sheet of eight images a row."""
     from latentdiff.image_grid import draw_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(pictures, labels, columns=8).save(path)
+    draw_grid(images, labels, columns=8).save(path)
 
 
 def say_what_next(tuned: Path, out: Path, *, num_new: int) -> None:
     """Say what the sheets show and what to try."""
     print(
         f"\nThe first {num_new} prompts of {out / 'sheet.png'} ask for shapes with a face whose "
-        "combination of kind, colour and background was in no training picture;\n"
+        "combination of kind, colour and background was in no training image;\n"
         f"the last {len(UNRELATED)} for what the model knew before.\n"
-        f'Another picture:    .venv/bin/python scripts/sample.py {tuned} "a smiling large red '
+        f'Another image:    .venv/bin/python scripts/sample.py {tuned} "a smiling large red '
         'circle on a pink background" --guidance_scale 3 --out circle.png\n'
         f'The model as it is: .venv/bin/python scripts/sample.py latentdiff-mini "a cat" '
         "--guidance_scale 3 --out cat.png\n"
-        "Your own pictures:  .venv/bin/python scripts/inspect_data.py DIR\n"
+        "Your own images:  .venv/bin/python scripts/inspect_data.py DIR\n"
         "                    .venv/bin/python scripts/train_t2i.py --config configs/demo.yaml "
         "--data.root=DIR --output_dir=runs/mine\n"
         "All from scratch:   make demo-scratch"

@@ -38,7 +38,7 @@ def main() -> int:
         print(f"wrote {record['kind']} {record['path']}")
     print(
         f"\n{sheet} shows {len(prompts)} captions whose combination was never in {root}/train.\n"
-        f'Another picture:   .venv/bin/python scripts/sample.py {model} "a large red star on a '
+        f'Another image:   .venv/bin/python scripts/sample.py {model} "a large red star on a '
         'pink background" --out star.png\n'
         "Your own folder:   .venv/bin/python scripts/inspect_data.py DIR\n"
         "                   .venv/bin/accelerate launch scripts/train_t2i.py "

@@ -1,4 +1,4 @@
-"""Measure a model on held-out captioned pictures; writes metrics.json and report.html.
+"""Measure a model on held-out captioned images; writes metrics.json and report.html.
 
 python scripts/evaluate.py MODEL --data DIR --out eval
 python scripts/evaluate.py MODEL --data DIR --out eval --features DIR --clip DIR --compare OTHER

@@ -13,7 +13,9 @@ from latentdiff.terminal import quieten_libraries
 def main() -> int:
     """Parse, rebuild, write; exit 0 done, 2 bad usage or input."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="the folder of a run with train.power_ema")
+    parser.add_argument(
+        "run", type=Path, help="the folder of a run with train.posthoc_ema_sigma_rel"
+    )
     parser.add_argument("--width", type=float, required=True, help="sigma_rel, such as 0.08")
     parser.add_argument("--step", type=int, help="a snapshot's step; by default the last")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")

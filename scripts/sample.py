@@ -1,7 +1,7 @@
-"""Make pictures from prompts: a labelled sheet, or a folder of pictures that can be resumed.
+"""Make images from prompts: a labelled sheet, or a folder of images that can be resumed.
 
 python scripts/sample.py MODEL "a red heart" "a green apple" --out sheet.png
-python scripts/sample.py MODEL --prompt_file prompts.txt --out pictures --json
+python scripts/sample.py MODEL --prompt_file prompts.txt --out images --json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Train an AutoencoderKL on folders of pictures and report its PSNR on held-out ones.
+"""Train an AutoencoderKL on folders of images and report its PSNR on held-out ones.
 
-python scripts/train_vae.py --config configs/vae_small.yaml --roots='[pictures]'
+python scripts/train_vae.py --config configs/vae_small.yaml --roots='[images]'
 """
 
 import sys

@@ -88,7 +88,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 @pytest.fixture
 def components(tokenizer: CLIPTokenizer) -> Components:
-    """A whole model of a few thousand parameters, its pictures 32 x 32."""
+    """A whole model of a few thousand parameters, its images 32 x 32."""
     return make_components(tokenizer)
 
 

@@ -39,7 +39,7 @@ class WebSession:
     def draw(
         self, call: Mapping[str, Any], *, sampler: str, lora: str
     ) -> Iterator[tuple[int, list[Image.Image]] | LatentDiffOutput]:
-        """Yield (step, small pictures) while the chain runs, and the result at the end.
+        """Yield (step, small images) while the chain runs, and the result at the end.
 
         Raises ValueError beyond the page's limits, and what the call raises. A caller that stops
         listening stops the chain.
@@ -118,7 +118,7 @@ def find_loras(folder: str | None) -> dict[str, Path]:
 
 
 def painted_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return an image editor's picture, and what was painted over it as a mask; None without."""
+    """Return an image editor's image, and what was painted over it as a mask; None without."""
     if not value or value.get("background") is None:
         return None, None
     background: Image.Image = value["background"]

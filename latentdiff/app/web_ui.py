@@ -1,4 +1,4 @@
-"""The playground's page: prompt and settings in, the picture as it forms and its settings out.
+"""The playground's page: prompt and settings in, the image as it forms and its settings out.
 
 Needs gradio (the extra `ui`). Served on 127.0.0.1 unless told otherwise, never shared; sizes,
 queue and uploads are bounded. The page fetches nothing from elsewhere.
@@ -73,7 +73,7 @@ def build(playground: WebSession) -> Any:
                     start = gr.Button("Draw", variant="primary", elem_id="draw")
                     stop = gr.Button("Stop", elem_id="stop")
                 state = gr.Markdown("ready", elem_id="state")
-                gallery = gr.Gallery(label="Pictures", format="png", elem_id="pictures")
+                gallery = gr.Gallery(label="Images", format="png", elem_id="images")
                 settings = gr.JSON(label="Settings")
 
         def draw(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any, str]]:
@@ -114,7 +114,7 @@ def _controls(gr: Any, playground: WebSession) -> dict[str, Any]:
     text("negative_prompt", "Negative prompt")
     with gr.Row():
         text("seed", "Seed, empty for a new one")
-        slider("num_images_per_prompt", "Pictures", ends=(1, MAX_IMAGES), at=1, by=1)
+        slider("num_images_per_prompt", "Images", ends=(1, MAX_IMAGES), at=1, by=1)
     with gr.Row():
         slider("num_inference_steps", "Steps", ends=(1, MAX_STEPS), at=30, by=1)
         slider("guidance_scale", "Guidance", ends=(min(1, own), max(20, own)), at=own, by=0.1)
@@ -125,8 +125,8 @@ def _controls(gr: Any, playground: WebSession) -> dict[str, Any]:
         choice("sampler", "Sampler", [OWN_SAMPLER, *scheduler_names()])
         choice("lora", "LoRA", [NO_LORA, *playground.loras])
         slider("lora_scale", "LoRA scale", ends=(0, 2), at=1, by=0.05)
-    with gr.Accordion("Start from a picture", open=False):
-        found["picture"] = gr.ImageEditor(
+    with gr.Accordion("Start from an image", open=False):
+        found["image"] = gr.ImageEditor(
             type="pil", label="Paint over what is to be made anew", transforms=()
         )
         slider("strength", "Strength", ends=(0.05, 1), at=0.8, by=0.05)
@@ -134,9 +134,9 @@ def _controls(gr: Any, playground: WebSession) -> dict[str, Any]:
 
 
 def _draw(playground: WebSession, named: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
-    """Yield what the output side shows: pictures, settings, state."""
+    """Yield what the output side shows: images, settings, state."""
     sampler, lora = named.pop("sampler"), named.pop("lora")
-    image, mask = painted_mask(named.pop("picture"))
+    image, mask = painted_mask(named.pop("image"))
     call = named | {"image": image, "mask_image": mask, "seed": _seed(named["seed"])}
     call["negative_prompt"] = call["negative_prompt"] or None
     if image is None:
@@ -148,8 +148,8 @@ def _draw(playground: WebSession, named: dict[str, Any]) -> Iterator[tuple[Any, 
             captions = [f"seed {seed}" for seed in event.seeds or []]
             yield list(zip(event.images, captions, strict=True)), event.settings, "done"
         else:
-            i, pictures = event
-            yield pictures, None, f"step {i + 1} of {playground.pipe.num_timesteps}"
+            i, images = event
+            yield images, None, f"step {i + 1} of {playground.pipe.num_timesteps}"
 
 
 def _seed(text: str) -> int | None:

@@ -13,21 +13,21 @@ class ClipConfig:
     roots: tuple[str, ...] = ()
     """captioned folders; their test/ folders are held out"""
     resolution: int = 64
-    """pixels of the square pictures it sees"""
+    """pixels of the square images it sees"""
     patch_size: int = 8
     """pixels of a patch's side"""
     width: int = 192
-    """width of the picture tower"""
+    """width of the image encoder"""
     num_layers: int = 6
-    """transformer layers of the picture tower"""
+    """transformer layers of the image encoder"""
     text_width: int = 192
-    """width of the text tower, which a U-Net's cross-attention has to have too"""
+    """width of the text encoder, which a U-Net's cross-attention has to have too"""
     text_num_layers: int = 4
-    """transformer layers of the text tower"""
+    """transformer layers of the text encoder"""
     head_dim: int = 32
     """channels of one attention head, in both towers"""
     embed_dim: int = 128
-    """dimensions of the space that pictures and texts share"""
+    """dimensions of the space that images and texts share"""
     tokenizer: str = ""
     """"" trains a byte-pair vocabulary on the captions; "open_clip" takes open_clip's own"""
     vocab_size: int = 2048
@@ -35,9 +35,9 @@ class ClipConfig:
     max_tokens: int = 32
     """tokens a caption may have, start and end included"""
     random_flip: bool = True
-    """mirror half of the pictures, but none whose caption speaks of sides or of writing"""
+    """mirror half of the images, but none whose caption speaks of sides or of writing"""
     min_crop: float = 0.8
-    """smallest side of a random crop, as a share of the picture's shorter side"""
+    """smallest side of a random crop, as a share of the image's shorter side"""
     max_steps: int = 2000
     """optimiser steps"""
     max_minutes: float = 0.0
@@ -46,15 +46,15 @@ class ClipConfig:
     """pairs a step; a batch holds no caption twice, as one would be the other's wrong answer"""
     learning_rate: float = 1e-3
     """peak rate, cosine to zero"""
-    warmup_steps: int = 100
+    lr_warmup_steps: int = 100
     """steps until the peak rate"""
     weight_decay: float = 0.1
     """AdamW's, on matrices"""
-    precision: Precision = "bf16"
+    mixed_precision: Precision = "bf16"
     """mixed precision of the forward and backward pass"""
     seed: int = 0
     """every draw is a function of it"""
     num_workers: int = 1
-    """processes that prepare pictures"""
+    """processes that prepare images"""
     log_every_steps: int = 50
     """a line of metrics"""

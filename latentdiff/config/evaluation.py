@@ -11,25 +11,25 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EvalModelOptions:
-    """What is evaluated, and on which pictures.
+    """What is evaluated, and on which images.
 
     Args:
         data: a captioned folder.
-        split: "held_out" takes test/ or validation/, or what training held out by hash; "all" is
+        split: "heldout" takes test/ or validation/, or what training held out by hash; "all" is
             for a folder that the model has never seen.
-        num_images: pictures at the most, spread evenly over the split.
+        num_heldout: images at the most, spread evenly over the split.
         caption_column: column of the metadata file that holds the caption.
-        split_fraction: the training's, where no folder is named test or validation.
-        batch_size: pictures at once; lower it when memory runs out.
+        heldout_fraction: the training's, where no folder is named test or validation.
+        batch_size: images at once; lower it when memory runs out.
         seed: of every draw.
         device: cpu, cuda, mps; the best there is by default.
     """
 
     data: str
-    split: Literal["held_out", "train", "all"] = "held_out"
-    num_images: int = 1000
+    split: Literal["heldout", "train", "all"] = "heldout"
+    num_heldout: int = 1000
     caption_column: str = "text"
-    split_fraction: float = 0.02
+    heldout_fraction: float = 0.02
     batch_size: int = 32
     seed: int = 0
     device: str | None = None
@@ -40,8 +40,8 @@ class EvaluationOptions:
     """What is drawn, and who judges it.
 
     Args:
-        num_pictures: pictures drawn for held-out captions; 0 draws none.
-        pictures_per_caption: of these, for one caption; more where captions are few.
+        num_images: images drawn for held-out captions; 0 draws none.
+        images_per_caption: of these, for one caption; more where captions are few.
         steps: sampling steps.
         guidance_scale: scale of classifier-free guidance, of both models alike; by default what the
             folder of the first names, or 7.5.
@@ -49,14 +49,14 @@ class EvaluationOptions:
             or a CLIP): fidelity, and better features for copies and diversity.
         clip: folder of a transformers CLIP, or the name of an open_clip model: CLIP score.
         clip_weights: safetensors file of that open_clip model.
-        num_train: training pictures at the most among which copies are looked for.
-        class_column: column of the metadata file that names a picture's class; by default, folders.
+        num_train: training images at the most among which copies are looked for.
+        class_column: column of the metadata file that names an image's class; by default, folders.
         compare: another model, which draws the same captions from the same seeds.
         step_sweep: numbers of sampling steps such as [5,10,25,50]; none by default.
     """
 
-    num_pictures: int = 128
-    pictures_per_caption: int = 2
+    num_images: int = 128
+    images_per_caption: int = 2
     steps: int = 25
     guidance_scale: float | None = None
     features: str | None = None
@@ -75,12 +75,12 @@ class BoundOptions:
     Args:
         chain: bound a shorter chain, such as "25" or "ddim50"; the model's own by default.
         variance_type: fixed_small, fixed_large or learned_range; the model's own by default.
-        draws: timesteps drawn for each estimate of a picture, by importance and in strata.
-        repeats: estimates of each picture; two or more tell noise from the spread of pictures.
-        pilot: pictures whose every step is evaluated first, to choose the timesteps.
+        draws: timesteps drawn for each estimate of an image, by importance and in strata.
+        repeats: estimates of each image; two or more tell noise from the spread of images.
+        pilot: images whose every step is evaluated first, to choose the timesteps.
         compare_variance: chains, such as ["25","100"], on which a learned variance is compared
             with the two fixed ones.
-        picture_steps: steps of the chains that are shown; 0 draws none.
+        image_steps: steps of the chains that are shown; 0 draws none.
     """
 
     chain: str = ""
@@ -89,7 +89,7 @@ class BoundOptions:
     repeats: int = 2
     pilot: int = 8
     compare_variance: list[str] = field(default_factory=list)
-    picture_steps: int = 50
+    image_steps: int = 50
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ class SweepOptions:
 
     Args:
         guidance_sweep: scales such as [1,2,4,8]; none by default.
-        sweep_captions: captions of the pictures.
-        sweep_pictures: pictures a caption, at least 2.
+        sweep_captions: captions of the images.
+        sweep_images: images a caption, at least 2.
         sweep_steps: sampling steps of the guidance sweep.
     """
 
     guidance_sweep: list[float] = field(default_factory=list)
     sweep_captions: int = 32
-    sweep_pictures: int = 4
+    sweep_images: int = 4
     sweep_steps: int = 25
 
 
@@ -137,7 +137,7 @@ class CompareSubjectOptions:
         prompt: what the tuned model calls the subject, such as "a photo of sks dog".
         base_prompt: what the base model is asked for; empty: the same.
         unrelated: prompts that should not have changed; ten or more.
-        num_seeds: pictures of the subject by each model.
+        num_seeds: images of the subject by each model.
         num_steps: sampling steps.
         guidance_scale: classifier-free guidance.
     """

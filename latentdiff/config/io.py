@@ -5,9 +5,10 @@ Answers for messages that name the setting, what it was given and the nearest kn
 
 import dataclasses
 import difflib
+import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,32 @@ import yaml
 from latentdiff.config.text_to_image import Config, flat
 
 Settings = TypeVar("Settings")
+
+RENAMED = {  # old name of a setting -> its name; an old file or command line still works
+    "data.split_fraction": "data.heldout_fraction",
+    "data.max_bad_fraction": "data.max_invalid_fraction",
+    "data.trigger": "data.trigger_word",
+    "model.measure_latents": "model.fit_scaling_factor",
+    "finetune.token_from": "finetune.initializer_token",
+    "finetune.prior_weight": "finetune.prior_loss_weight",
+    "diffusion.weighting": "diffusion.loss_weighting",
+    "diffusion.weighting_gamma": "diffusion.snr_gamma",
+    "diffusion.timesteps": "diffusion.timestep_sampling",
+    "train.precision": "train.mixed_precision",
+    "train.warmup_steps": "train.lr_warmup_steps",
+    "train.power_ema": "train.posthoc_ema_sigma_rel",
+    "train.power_ema_every_steps": "train.posthoc_ema_every_steps",
+    "train.max_bad_steps": "train.max_skipped_steps",
+    "preview.held_out_every_steps": "eval.every_steps",
+    "preview.num_held_out": "eval.num_heldout",
+    "precision": "mixed_precision",
+    "warmup_steps": "lr_warmup_steps",
+    "principal": "pca_channels",
+    "trained": "train_part",
+    "equivariance": "equivariance_prob",
+}
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(
@@ -45,6 +72,7 @@ def parse_arguments(
     """
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+    arguments = _with_current_names(sys.argv[1:] if arguments is None else arguments, kind)
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
     parser.add_class_arguments(kind)
@@ -59,6 +87,54 @@ def parse_arguments(
             raise ValueError(message) from error
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _with_current_names(arguments: Sequence[str], kind: Any) -> list[str]:
+    """Rename settings that a config file or an option gives under their old names; warn once."""
+    known, found, given = set(flat(kind())), {}, []
+
+    def current(name: str) -> str:
+        if name in known or RENAMED.get(name) not in known:
+            return name
+        found[name] = RENAMED[name]
+        return RENAMED[name]
+
+    is_path = False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if is_path or (option == "--config" and equals):
+            path = argument if is_path else value
+            text = _renamed_file(Path(path), current)
+            given.append(argument if text is None else text if is_path else f"--config={text}")
+        elif option.startswith("--"):
+            given.append(f"--{current(option[2:])}{equals}{value}")
+        else:
+            given.append(argument)
+        is_path = argument == "--config"
+    if found:
+        names = ", ".join(f"{old} is now {new}" for old, new in sorted(found.items()))
+        logger.warning("settings have new names, the old ones still work: %s", names)
+    return given
+
+
+def _renamed_file(path: Path, current: Callable[[str], str]) -> str | None:
+    """Return the text of a YAML file with current names; None where nothing changes."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None  # the parser's own message names it
+    if not isinstance(settings, dict):
+        return None
+    renamed: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not isinstance(value, dict):
+            renamed[current(str(name))] = value
+            continue
+        for key, inner in value.items():
+            section, dot, rest = current(f"{name}.{key}").partition(".")
+            renamed.setdefault(section, {})[rest if dot else key] = inner
+        renamed.setdefault(str(name), {})
+    return None if renamed == settings else yaml.safe_dump(renamed, sort_keys=False)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

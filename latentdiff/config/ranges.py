@@ -29,9 +29,9 @@ AT_LEAST = {
     "finetune.num_class_images": 1,
     "finetune.class_num_steps": 1,
     "finetune.class_guidance_scale": 0,
-    "finetune.prior_weight": 0,
+    "finetune.prior_loss_weight": 0,
     "diffusion.num_timesteps": 2,
-    "diffusion.weighting_gamma": 0,
+    "diffusion.snr_gamma": 0,
     "diffusion.offset_noise": 0,
     "diffusion.input_perturbation": 0,
     "train.max_steps": 1,
@@ -39,27 +39,27 @@ AT_LEAST = {
     "train.micro_batch_size": 0,
     "train.learning_rate": 0,
     "train.text_learning_rate": 0,
-    "train.warmup_steps": 0,
+    "train.lr_warmup_steps": 0,
     "train.weight_decay": 0,
     "train.max_grad_norm": 0,
     "train.seed": 0,
     "train.log_every_steps": 1,
     "train.checkpoint_every_steps": 1,
-    "train.power_ema_every_steps": 1,
+    "train.posthoc_ema_every_steps": 1,
     "train.keep_checkpoints": 1,
     "train.keep_every_steps": 0,
-    "train.max_bad_steps": 1,
+    "train.max_skipped_steps": 1,
     "preview.every_steps": 0,
     "preview.num_steps": 1,
     "preview.guidance_scale": 0,
-    "preview.held_out_every_steps": 0,
-    "preview.num_held_out": 1,
+    "eval.every_steps": 0,
+    "eval.num_heldout": 1,
     "preview.num_nearest": 0,
 }
 SHARES = (
-    "data.split_fraction",
+    "data.heldout_fraction",
     "data.tag_dropout",
-    "data.max_bad_fraction",
+    "data.max_invalid_fraction",
     "model.unet.dropout",
     "finetune.lora_dropout",
     "diffusion.caption_dropout",
@@ -107,10 +107,10 @@ def _check_finetune(config: "Config", finetune: "FinetuneConfig") -> None:
             f"finetune.method={method} needs a model that is trained already; set "
             "model.pretrained, or leave finetune.method=full for training from scratch"
         )
-    if method in ("lora", "textual_inversion") and config.train.power_ema:
+    if method in ("lora", "textual_inversion") and config.train.posthoc_ema_sigma_rel:
         raise ValueError(
-            f"train.power_ema rebuilds whole weights, which finetune.method={method} does not "
-            "train; leave train.power_ema empty (train.ema averages these too)"
+            f"train.posthoc_ema_sigma_rel needs whole weights, which finetune.method={method} does "
+            "not train; leave train.posthoc_ema_sigma_rel empty (train.ema averages these too)"
         )
     if method != "full" and config.diffusion.learned_variance:
         raise ValueError("diffusion.learned_variance needs finetune.method=full")
@@ -119,15 +119,15 @@ def _check_finetune(config: "Config", finetune: "FinetuneConfig") -> None:
     if method == "textual_inversion":
         _check_word(config, finetune)
     if finetune.class_prompt and not config.model.pretrained:
-        raise ValueError("finetune.class_prompt needs model.pretrained, which draws its pictures")
+        raise ValueError("finetune.class_prompt needs model.pretrained, which draws its images")
     if finetune.class_prompt and config.data.buckets:
         raise ValueError(
-            "finetune.class_prompt gives square pictures, which share their batches with the "
+            "finetune.class_prompt gives square images, which share their batches with the "
             "subject's; set data.buckets=false"
         )
     if finetune.class_prompt and config.train.batch_size < 2:
         raise ValueError(
-            f"train.batch_size={config.train.batch_size} holds no class picture beside one of the "
+            f"train.batch_size={config.train.batch_size} holds no class image beside one of the "
             "subject, as finetune.class_prompt asks; set train.batch_size=2 or more"
         )
 
@@ -141,9 +141,10 @@ def _check_word(config: "Config", finetune: "FinetuneConfig") -> None:
             f"finetune.token={token!r}, expected a new word in angle brackets of small letters, "
             'digits and hyphens, such as "<my-dog>"'
         )
-    if not finetune.token_from.strip():
+    if not finetune.initializer_token.strip():
         raise ValueError(
-            'finetune.token_from is empty, expected a known word to start from, such as "dog"'
+            "finetune.initializer_token is empty, expected a known word to start from, such as "
+            '"dog"'
         )
     if config.train.train_text_encoder:
         raise ValueError(
@@ -172,15 +173,16 @@ def _check_objective(config: "Config") -> None:
         raise ValueError(
             f"diffusion.logit_normal_mean={diffusion.logit_normal_mean}, expected a finite number"
         )
-    if diffusion.logit_normal_unbiased and diffusion.timesteps != "logit_normal":
+    if diffusion.logit_normal_unbiased and diffusion.timestep_sampling != "logit_normal":
         raise ValueError(
-            "diffusion.logit_normal_unbiased weighs the draws of diffusion.timesteps=logit_normal, "
-            f"got diffusion.timesteps={diffusion.timesteps}; leave it out, or set that"
+            "diffusion.logit_normal_unbiased weighs the draws of "
+            "diffusion.timestep_sampling=logit_normal, got "
+            f"{diffusion.timestep_sampling!r}; leave it out, or set that"
         )
     if config.data.mask != "none" and config.finetune.class_prompt:
         raise ValueError(
             f"data.mask={config.data.mask} and finetune.class_prompt exclude each other: the "
-            "pictures drawn for the class have no masks"
+            "images drawn for the class have no masks"
         )
     others = {"data.mask": config.data.mask != "none"}
     others["diffusion.input_perturbation"] = diffusion.input_perturbation > 0
@@ -193,13 +195,13 @@ def _check_objective(config: "Config") -> None:
 
 
 def _check_averages(train: "TrainConfig") -> None:
-    widths = train.power_ema
+    widths = train.posthoc_ema_sigma_rel
     if odd := [width for width in widths if not 0 < width <= 0.28]:
         raise ValueError(
-            f"train.power_ema holds the width {odd[0]}, expected shares of the training in "
-            "(0, 0.28], such as [0.05, 0.1]"
+            f"train.posthoc_ema_sigma_rel holds {odd[0]}, expected widths, shares of the training "
+            "in (0, 0.28], such as [0.05, 0.1]"
         )
     if len({f"{width:g}" for width in widths}) < len(widths):
-        raise ValueError(f"train.power_ema={list(widths)} names a width twice")
+        raise ValueError(f"train.posthoc_ema_sigma_rel={list(widths)} names a width twice")
     if train.export == "best" and not train.keep_best:
         raise ValueError("train.export=best needs the best checkpoint: set train.keep_best=true")

@@ -13,22 +13,22 @@ class SampleOptions:
     """What to draw besides the prompts.
 
     Args:
-        out: a .png file for one labelled sheet, or a folder for a file a picture; a folder that
-            holds some of the pictures already is completed.
+        out: a .png file for one labelled sheet, or a folder for a file an image; a folder that
+            holds some of the images already is completed.
         prompt_file: a text file with one prompt a line, or .jsonl with prompt, negative_prompt and
             seed.
         steps: number of steps, or a list such as [10,20] for a grid.
         guidance_scale: scale of guidance, or a list for a grid; by default the model's own, or 7.5.
-        seed: of the first picture; the next prompts count up from it.
+        seed: of the first image; the next prompts count up from it.
         negative_prompt: what not to draw.
-        num_images: pictures a prompt.
-        batch_size: pictures made at once; lower it when memory runs out.
+        num_images: images a prompt.
+        batch_size: images made at once; lower it when memory runs out.
         sampler: by name, such as dpm++2m-karras; the model's own by default.
         height: in pixels.
         width: in pixels.
-        image: a picture to start from.
-        mask: a picture that is white where to paint.
-        strength: in (0, 1], how much of the picture is made anew.
+        image: an image to start from.
+        mask: an image that is white where to paint.
+        strength: in (0, 1], how much of the image is made anew.
         guidance_rescale: in [0, 1].
         guidance_interval: part of the chain that is guided, such as [0.1,0.8].
         long_prompts: "cut" or "chunks".
@@ -37,11 +37,11 @@ class SampleOptions:
         dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
         fast: on a CPU take packed layers, in float32 within 1/255 of diffusers' own; false: its
             own.
-        compile: compile the U-Net by torch.compile before the first picture, which takes minutes
+        compile: compile the U-Net by torch.compile before the first image, which takes minutes
             and is kept for later runs; a guidance_interval or scales of 1 and more compile twice.
             Meant for GPUs: on a CPU `fast` alone is faster.
         device: cpu, cuda, mps; the best there is by default.
-        trace: also write each picture's chain and each word's heat map beside it.
+        trace: also write each image's chain and each word's heat map beside it.
     """
 
     out: str

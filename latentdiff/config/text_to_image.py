@@ -17,67 +17,67 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The captioned folder and how its pictures are read."""
+    """The captioned folder and how its images are read."""
 
     root: str = ""
     """the captioned folder; it may hold train/ and test/ or validation/ folders"""
     resolution: int = 512
-    """pixels of a square picture; each is resized until it covers its size, then cropped"""
+    """pixels of a square image; each is resized until it covers its size, then cropped"""
     buckets: bool = False
-    """cut each picture to the size nearest to its own aspect ratio, among sizes of at most
+    """cut each image to the size nearest to its own aspect ratio, among sizes of at most
     resolution x resolution pixels, instead of to the square"""
     bucket_multiple: int = 64
     """pixels that the sides of buckets are multiples of: the VAE's factor times the U-Net's"""
     bucket_max_aspect: float = 2.0
     """longer side over shorter side of the longest bucket"""
     partial_batches: Literal["keep", "fill"] = "keep"
-    """the last batch of a bucket stays smaller, or shows some of its pictures again"""
+    """the last batch of a bucket stays smaller, or shows some of its images again"""
     num_crops: int = 1
-    """places that a picture is cut at, spread over the room there is, one by lot each time; all are
-    cached; 1: the centre; 0: anywhere, which needs data.cache=false"""
+    """places that an image is cut at, spread over the room there is, one at random each time; all
+    are cached; 1: the centre; 0: anywhere, which needs data.cache=false"""
     cache: bool = True
-    """encode pictures once, ahead of training; false: read and encode them at every step"""
+    """encode images once, ahead of training; false: read and encode them at every step"""
     caption_column: str = "text"
     """column of the metadata file that holds the caption, or a list of captions"""
     file_column: str = "file_name"
-    """column of the metadata file that holds the picture's name"""
+    """column of the metadata file that holds the image's name"""
     duplicate_rows: Literal["error", "captions"] = "error"
-    """a picture listed twice: an error, or one with several captions"""
+    """an image listed twice: an error, or one with several captions"""
     sidecar_lines: Literal["one", "captions"] = "one"
-    """a text file beside a picture is one caption, or has one a line"""
+    """a text file beside an image is one caption, or has one a line"""
     caption_template: str = ""
     """such as "a photo of a {label}" where the folders' names are the only captions"""
     missing_caption: Literal["skip", "empty"] = "skip"
-    """what becomes of a picture without a caption"""
+    """what becomes of an image without a caption"""
     caption_choice: Literal["random", "first"] = "random"
-    """which of several captions a picture has: one by lot each time, or the first"""
+    """which of several captions an image has: one at random each time, or the first"""
     shuffle_tags: bool = False
     """bring the comma-separated tags of a caption into another order each time"""
     keep_tags: int = 0
     """tags at the start that neither move nor drop out"""
     tag_dropout: float = 0.0
     """share of the other tags that is left out each time"""
-    trigger: str = ""
+    trigger_word: str = ""
     """a word that becomes the first tag of every caption that lacks it"""
     caption_prefix: str = ""
     """text before every caption, as it is"""
     caption_suffix: str = ""
     """text after every caption, as it is"""
-    split_fraction: float = 0.02
+    heldout_fraction: float = 0.02
     """share held out by a stable hash where no test/ or validation/ folder exists"""
     random_flip: bool = False
-    """mirror half of the pictures, but none whose caption speaks of sides or of writing"""
+    """mirror half of the images, but none whose caption speaks of sides or of writing"""
     background: tuple[int, int, int] = (255, 255, 255)
-    """RGB under transparent pictures"""
+    """RGB under transparent images"""
     mask: Literal["none", "alpha", "file"] = "none"
-    """where the loss looks: everywhere, where a picture is opaque, or where NAME.mask.png beside
-    NAME.jpg is white; the mask is cut as the picture is and averaged over each latent cell"""
+    """where the loss looks: everywhere, where an image is opaque, or where NAME.mask.png beside
+    NAME.jpg is white; the mask is cut as the image is and averaged over each latent cell"""
     min_size: int = 32
-    """pixels of the shorter side below which a picture is skipped"""
+    """pixels of the shorter side below which an image is skipped"""
     max_aspect: float = 4.0
-    """longer side over shorter side above which a picture is skipped"""
-    max_bad_fraction: float = 0.02
-    """share of unusable pictures above which training does not start"""
+    """longer side over shorter side above which an image is skipped"""
+    max_invalid_fraction: float = 0.02
+    """share of unusable images above which training does not start"""
     follow_links: bool = False
     """read through links that leave the folder (Hugging Face caches are made of them)"""
     cache_dir: str = "~/.cache/latentdiff"
@@ -104,7 +104,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text tower trained from scratch together with the U-Net."""
+    """A text encoder trained from scratch together with the U-Net."""
 
     width: int = 256
     """width of the text states"""
@@ -133,7 +133,7 @@ class ModelConfig:
     empty trains a new tower"""
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    measure_latents: bool = True
+    fit_scaling_factor: bool = True
     """from scratch: set the VAE's scaling_factor to 1 / the measured std of the latents"""
 
 
@@ -153,15 +153,15 @@ class DiffusionConfig:
     """from scratch: rescale the betas so that the last step is pure noise (Lin et al. 2024)"""
     prediction_type: Literal["", "epsilon", "v_prediction", "sample"] = ""
     """what the U-Net predicts: noise, velocity or clean latents; empty: epsilon, or the model's"""
-    weighting: Literal["none", "min_snr", "soft_min_snr", "p2"] = "none"
+    loss_weighting: Literal["none", "min_snr", "soft_min_snr", "p2"] = "none"
     """loss weight by timestep"""
-    weighting_gamma: float = 0.0
+    snr_gamma: float = 0.0
     """gamma of the weighting; 0: 5 for min_snr and soft_min_snr, 1 for p2"""
     loss: Literal["mse", "huber"] = "mse"
     """squared errors, or the pseudo-Huber loss, which counts large errors by their size"""
     huber_delta: float = 0.1
     """error from which the Huber loss is no longer square"""
-    timesteps: Literal["uniform", "stratified", "logit_normal", "loss_aware"] = "uniform"
+    timestep_sampling: Literal["uniform", "stratified", "logit_normal", "loss_aware"] = "uniform"
     """how timesteps are drawn; stratified spreads them evenly over each batch, loss_aware draws
     those with large losses more often and weighs them less (Nichol & Dhariwal 2021)"""
     logit_normal_mean: float = 0.0
@@ -196,22 +196,22 @@ class TrainConfig:
     learning_rate: float = 1e-4
     """peak learning rate"""
     text_learning_rate: float = 0.0
-    """rate of a text tower trained along; 0: the same"""
+    """rate of a text encoder trained along; 0: the same"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """shape of the rate after the warm-up, over max_steps"""
-    warmup_steps: int = 500
+    lr_warmup_steps: int = 500
     """optimiser steps until the peak rate is reached"""
     weight_decay: float = 0.01
     """AdamW's, not applied to norms and biases"""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw, fused where the device has it; adamw8bit, whose state is a quarter, which needs
-    bitsandbytes and a GPU; muon, which learns more from each picture when training from scratch, at
+    bitsandbytes and a GPU; muon, which learns more from each image when training from scratch, at
     the price of some matrix products a step (Jordan et al. 2024)"""
     beta2: float = 0.999
     """AdamW's second-moment decay"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    precision: Precision = "bf16"
+    mixed_precision: Precision = "bf16"
     """mixed precision of the forward and backward pass; weights and optimiser stay float32"""
     channels_last: bool | Literal["auto"] = "auto"
     """memory layout of the U-Net's convolutions; auto: true on a GPU and on CPUs with AMX, false on
@@ -222,8 +222,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """compute activations twice and keep fewer of them"""
     train_text_encoder: bool = False
-    """train a text tower that is there already, of model.pretrained or model.text_encoder, too, at
-    its own rate; with LoRA by adapters"""
+    """train a text encoder that is there already, of model.pretrained or model.text_encoder, too,
+    at its own rate; with LoRA by adapters"""
     ema: bool = True
     """keep an exponential moving average of the weights and export it"""
     ema_decay: float = 0.9999
@@ -231,10 +231,10 @@ class TrainConfig:
     ema_device: Literal["same", "cpu"] = "same"
     """where averages live; cpu saves their memory on the GPU and costs a copy of the weights each
     step"""
-    power_ema: tuple[float, ...] = ()
+    posthoc_ema_sigma_rel: tuple[float, ...] = ()
     """widths (sigma_rel) of power-function averages to track beside it, such as [0.05, 0.1], of
     whose snapshots scripts/reconstruct_ema.py makes any width (Karras et al. 2024)"""
-    power_ema_every_steps: int = 1000
+    posthoc_ema_every_steps: int = 1000
     """a snapshot of each in power_ema/, apart from the one at the end; ten or more of a run rebuild
     any width from 0.03 to 0.2"""
     export: Literal["last", "best"] = "last"
@@ -253,13 +253,13 @@ class TrainConfig:
     """checkpoints of steps that it divides are kept too; 0: none"""
     keep_best: bool = False
     """keep the one with the least held-out loss too; whenever a loss is the least, one is saved"""
-    max_bad_steps: int = 20
+    max_skipped_steps: int = 20
     """stop after so many updates in a row were skipped because of NaN or Inf"""
 
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Sample sheets and held-out figures during the run."""
+    """Sample sheets during the run."""
 
     prompts: tuple[str, ...] = ()
     """what the sheets show; by default eight held-out captions"""
@@ -269,16 +269,22 @@ class PreviewConfig:
     """sampling steps"""
     guidance_scale: float = 4.0
     """classifier-free guidance of the sheets"""
-    held_out_every_steps: int = 500
-    """held-out loss on fixed (picture, timestep, noise) triples; 0: only at the end"""
-    num_held_out: int = 256
-    """triples at the most, and as many of training pictures, whose loss tells overfitting"""
     num_nearest: int = 2000
-    """training pictures, spread over the folder, among which the nearest to each picture of a sheet
+    """training images, spread over the folder, among which the nearest to each image of a sheet
     is looked for and shown beside it; 0: none"""
     features: str = ""
     """folder of a network whose features say what is near: a transformers vision model, a CLIP, or
     arch.json and model.safetensors of a MobileNet; empty: thumbnails of 16 x 16 pixels"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss during the run."""
+
+    every_steps: int = 500
+    """held-out loss on fixed (image, timestep, noise) triples; 0: only at the end"""
+    num_heldout: int = 256
+    """triples at the most, and as many of training images, whose loss tells overfitting"""
 
 
 @dataclass(frozen=True)
@@ -292,6 +298,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, naming the setting and what is allowed."""

@@ -8,11 +8,11 @@ from latentdiff.config.text_to_image import Precision
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """A VAE trained on folders of pictures; captions are not needed."""
+    """A VAE trained on folders of images; captions are not needed."""
 
     output_dir: str = "runs/vae"
     roots: tuple[str, ...] = ()
-    """folders of pictures; their test/ folders are held out"""
+    """folders of images; their test/ folders are held out"""
     pretrained: str = ""
     """a VAE's folder to go on from; empty starts from noise"""
     resolution: int = 64
@@ -27,10 +27,10 @@ class VaeConfig:
     """channels of a latent"""
     kl_weight: float = 1e-6
     """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
-    principal: int = 0
+    pca_channels: int = 0
     """with pretrained: go on with so many principal components of its latents as channels; 0: with
     its own channels"""
-    trained: Literal["all", "decoder"] = "all"
+    train_part: Literal["all", "decoder"] = "all"
     """with pretrained: the decoder alone keeps the latents, and what was trained on them, as is"""
     lpips: str = ""
     """a local file of LPIPS weights (training/vae/losses.py says which); empty: no such loss"""
@@ -44,14 +44,14 @@ class VaeConfig:
     """channels of its first layer"""
     features: str = ""
     """a local feature network's folder for the FD of held-out reconstructions; empty: no FD"""
-    equivariance: float = 0.0
+    equivariance_prob: float = 0.0
     """share of steps whose latents are turned, mirrored, and halved or slid by part of a cell, and
-    must decode to the picture so moved: smoother latents, which diffusion learns faster (after
+    must decode to the image so moved: smoother latents, which diffusion learns faster (after
     Kouzelis et al. 2025)"""
     latent_noise: float = 0.0
     """largest noise that latents get before they are decoded, in units of their std, drawn anew for
-    each picture from zero up: the decoder then forgives what diffusion gets a little wrong, and
-    latents that mean different pictures move apart (after Zheng et al. 2025)"""
+    each image from zero up: the decoder then forgives what diffusion gets a little wrong, and
+    latents that mean different images move apart (after Zheng et al. 2025)"""
     l2_weight: float = 1.0
     """weight of the squared error beside the absolute error"""
     max_steps: int = 10_000
@@ -62,11 +62,11 @@ class VaeConfig:
     """crops a step"""
     learning_rate: float = 1e-3
     """peak rate, cosine to zero"""
-    warmup_steps: int = 100
+    lr_warmup_steps: int = 100
     """steps until the peak rate"""
     ema_decay: float = 0.999
     """decay of the weights' moving average, which is what is saved"""
-    precision: Precision = "bf16"
+    mixed_precision: Precision = "bf16"
     """mixed precision of the forward and backward pass"""
     channels_last: bool = True
     """memory layout of the convolutions; which is faster depends on the machine"""

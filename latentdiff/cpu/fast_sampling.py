@@ -104,7 +104,7 @@ WORDS: Final = {2: torch.int16, 4: torch.int32}
 class FastCPU:
     """Runs a U-Net's forward pass, packed where it may be and `is_on` is set; else diffusers' way.
 
-    A packed copy takes as much memory as the U-Net's weights. In float32 its pictures are within
+    A packed copy takes as much memory as the U-Net's weights. In float32 its images are within
     1/255 of the plain path's, but the same bits are promised only by the plain one.
     """
 

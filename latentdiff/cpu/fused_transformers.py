@@ -147,7 +147,7 @@ def _is_stock_attention(layer: Attention) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Return whether somebody hangs on a module's own forward pass."""
+    """Return whether somebody depends on a module's own forward pass."""
     return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
 
 

@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: picture sizes of one pixel budget, and the order in which batches come.
+"""Aspect-ratio buckets: image sizes of one pixel budget, and the order in which batches come.
 
-Every picture lands in one bucket and none is ever dropped: a bucket's last batch is kept smaller,
-or filled with pictures of the same bucket. The order is a function of (seed, epoch) and of each
+Every image lands in one bucket and none is ever dropped: a bucket's last batch is kept smaller,
+or filled with images of the same bucket. The order is a function of (seed, epoch) and of each
 record's bucket, nothing else, so it is the same for any number of workers and processes.
 """
 
@@ -17,7 +17,7 @@ Partial = Literal["keep", "fill"]
 
 @dataclass(frozen=True)
 class Bucket:
-    """A picture size in pixels."""
+    """An image size in pixels."""
 
     height: int
     width: int
@@ -57,7 +57,7 @@ def make_buckets(resolution: int, *, multiple: int, max_aspect: float = 2.0) -> 
 def assign_buckets(
     widths: np.ndarray, heights: np.ndarray, *, buckets: Sequence[Bucket]
 ) -> np.ndarray:
-    """Give each picture the bucket nearest in log aspect ratio: (N,) int16 places in `buckets`."""
+    """Give each image the bucket nearest in log aspect ratio: (N,) int16 places in `buckets`."""
     aspects = np.log([bucket.aspect for bucket in buckets])  # rising
     borders = (aspects[1:] + aspects[:-1]) / 2
     places: np.ndarray = np.searchsorted(borders, np.log(widths / heights)).astype(np.int16)
@@ -67,7 +67,7 @@ def assign_buckets(
 def crop_loss(
     widths: np.ndarray, heights: np.ndarray, *, bucket_of: np.ndarray, buckets: Sequence[Bucket]
 ) -> np.ndarray:
-    """Give the share of each picture's area that its bucket cuts off, (N,) in [0, 1)."""
+    """Give the share of each image's area that its bucket cuts off, (N,) in [0, 1)."""
     there = np.array([bucket.aspect for bucket in buckets])[bucket_of]
     ratio = (widths / heights) / there
     loss: np.ndarray = 1.0 - np.minimum(ratio, 1.0 / ratio)

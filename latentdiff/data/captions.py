@@ -30,9 +30,9 @@ SIDE_WORDS = (
 
 @dataclass(frozen=True)
 class CaptionTransform:
-    """What becomes of a picture's captions in training.
+    """What becomes of an image's captions in training.
 
-    choice: one of several by lot, or always the first. Tags are the comma-separated parts; the
+    choice: one of several at random, or always the first. Tags are the comma-separated parts; the
     first `keep_tags` neither move nor drop out, each other one drops out with probability
     `tag_dropout`. `trigger` becomes the first tag unless the caption has it already. `prefix` and
     `suffix` are put around the result as they are.
@@ -52,7 +52,7 @@ class CaptionTransform:
         return self.shuffle_tags or self.tag_dropout != 0
 
     def draw(self, captions: Sequence[str], rng: np.random.Generator) -> str:
-        """Choose and edit one of a picture's captions.
+        """Choose and edit one of an image's captions.
 
         The number of draws from `rng` depends on the captions and the settings alone.
         """
@@ -70,7 +70,7 @@ class CaptionTransform:
         return self.settle(caption)
 
     def settle(self, caption: str) -> str:
-        """Give a caption all edits but those of its tags: how held-out pictures are asked for."""
+        """Give a caption all edits but those of its tags: how held-out images are asked for."""
         return f"{self.prefix}{with_trigger(caption, self.trigger)}{self.suffix}"
 
 
@@ -102,7 +102,7 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 
 def may_flip(captions: Sequence[str], *, side_words: Sequence[str] = SIDE_WORDS) -> bool:
-    """Say whether all captions fit the mirrored picture: none speaks of sides or writing."""
+    """Say whether all captions fit the mirrored image: none speaks of sides or writing."""
     words = {word for caption in captions for word in re.findall(r"\w+", caption.lower())}
     return words.isdisjoint(side_words)
 

@@ -1,4 +1,4 @@
-"""One picture from a file to pixels: decode, orient, composite, resize, crop.
+"""One image from a file to pixels: decode, orient, composite, resize, crop.
 
 Answers for every way a file can disappoint: each ends in an `ImageError` that names the reason.
 Nothing here is random; crop and flip are given. Resizing is Pillow's own, antialiased.
@@ -49,7 +49,7 @@ ImageSource = str | Path | BinaryIO
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used, for a `reason` of `problems.REASONS`."""
+    """An image that cannot be used, for a `reason` of `problems.REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -59,7 +59,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a picture's header says; width and height are pixels as the picture is seen."""
+    """What an image's header says; width and height are pixels as the image is seen."""
 
     width: int
     height: int
@@ -71,21 +71,21 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class Crop:
-    """A picture cut to size; sizes are (height, width) and places (y, x) in pixels."""
+    """An image cut to size; sizes are (height, width) and places (y, x) in pixels."""
 
     image: Image.Image
     original_size: tuple[int, int]
-    top_left: tuple[int, int]  # in the resized picture
+    top_left: tuple[int, int]  # in the resized image
     flip: bool
 
 
 def load_image(
     source: ImageSource, *, background: tuple[int, int, int] = (255, 255, 255)
 ) -> Image.Image:
-    """Decode a picture to RGB as it is seen: oriented, 8 bits deep, put on `background`.
+    """Decode an image to RGB as it is seen: oriented, 8 bits deep, put on `background`.
 
     source: a path or an open binary file. Raises ImageError for a file that is empty, truncated,
-    not a picture, of an unsupported kind, or above 89 Mpx (the last before anything is decoded).
+    not an image, of an unsupported kind, or above 89 Mpx (the last before anything is decoded).
     """
     with _opened(source) as image:
         try:
@@ -96,7 +96,7 @@ def load_image(
 
 
 def load_alpha(source: ImageSource) -> Image.Image:
-    """Decode how opaque a picture is: mode "L", 255 all over where it knows no transparency.
+    """Decode how opaque an image is: mode "L", 255 all over where it knows no transparency.
 
     Oriented as `load_image` orients it; raises ImageError as that does.
     """
@@ -114,7 +114,7 @@ def load_alpha(source: ImageSource) -> Image.Image:
 def load_thumbnail(
     source: ImageSource, *, side: int, background: tuple[int, int, int] = (255, 255, 255)
 ) -> Image.Image:
-    """Decode a picture as `load_image` does and shrink it to at most `side` pixels a side.
+    """Decode an image as `load_image` does and shrink it to at most `side` pixels a side.
 
     A JPEG is decoded at a reduced size, which is many times faster and a little less exact.
     """
@@ -130,7 +130,7 @@ def load_thumbnail(
 
 
 def read_header(source: ImageSource) -> ImageFacts:
-    """Read a picture's size and kind, not its pixels. Raises ImageError as `load_image`."""
+    """Read an image's size and kind, not its pixels. Raises ImageError as `load_image`."""
     with _opened(source) as image:
         try:
             width, height = image.size
@@ -154,10 +154,10 @@ def resize_and_crop(
     flip: bool = False,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Crop:
-    """Resize a picture until it just covers (height, width), cut that out, mirror if `flip`.
+    """Resize an image until it just covers (height, width), cut that out, mirror if `flip`.
 
     crop: (y, x) in [0, 1], the cut's place in the room there is: (0.5, 0.5) is the centre, (0, 0)
-    the top left. The flip comes last, so `top_left` is counted in the picture before the flip.
+    the top left. The flip comes last, so `top_left` is counted in the image before the flip.
     """
     if not all(0.0 <= place <= 1.0 for place in crop):
         raise ValueError(f"crop must be (y, x) in [0, 1], got {crop}")
@@ -177,16 +177,16 @@ def resize_and_crop(
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """Turn an RGB picture into pixels: (3, H, W) float32, 0 to 255 becoming -1 to 1."""
+    """Turn an RGB image into pixels: (3, H, W) float32, 0 to 255 becoming -1 to 1."""
     if image.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, got mode {image.mode}; use load_image")
+        raise ValueError(f"expected an RGB image, got mode {image.mode}; use load_image")
     array = np.array(image, dtype=np.uint8)  # (H, W, 3)
     pixels = torch.from_numpy(array).permute(2, 0, 1).to(torch.float32)
     return pixels.div_(127.5).sub_(1.0).contiguous()
 
 
 def _opened(source: ImageSource) -> ImageFile:
-    """Open a picture lazily and refuse what must not be decoded."""
+    """Open an image lazily and refuse what must not be decoded."""
     try:
         image = Image.open(source, formats=_readable_formats())
     except PermissionError as error:
@@ -243,7 +243,7 @@ def _orientation(image: ImageFile) -> int:
         if image.format == "TIFF":
             return 1  # Pillow's TIFF reader swaps the size by itself
         if image.format == "PNG" and not _has_late_exif(image):
-            exif = Image.Image.getexif(image)  # PNG's own would decode the picture to look for more
+            exif = Image.Image.getexif(image)  # PNG's own would decode the image to look for more
         else:
             exif = image.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)

@@ -1,7 +1,7 @@
-"""Masks that say which part of a picture counts: its own alpha channel, or a file beside it.
+"""Masks that say which part of an image counts: its own alpha channel, or a file beside it.
 
-NAME.mask.png beside NAME.jpg is as large as the picture as it is seen; white counts, black does
-not, grey in part. A mask goes the way of its picture, resized, cropped and mirrored, and is then
+NAME.mask.png beside NAME.jpg is as large as the image as it is seen; white counts, black does
+not, grey in part. A mask goes the way of its image, resized, cropped and mirrored, and is then
 averaged over each latent's cell. Answers for what can be wrong with mask files; mask_cache.py keeps
 the averages.
 """
@@ -25,7 +25,7 @@ MaskKind = Literal["alpha", "file"]
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a folder's pictures, decoded and cut as a plan says when they are asked for.
+    """The masks of a folder's images, decoded and cut as a plan says when they are asked for.
 
     factor: pixels of a latent's cell a side.
     """
@@ -41,7 +41,7 @@ class Masks:
     def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
         """Return how much of each latent of record `index` counts: (1, h, w) float32 in [0, 1].
 
-        Raises ValueError naming a mask that cannot be read or is not as large as its picture.
+        Raises ValueError naming a mask that cannot be read or is not as large as its image.
         """
         cells = self.cells(self.plan.item(index, u=crop, flip=False), digest=None)
         return cells.flip(-1) if flipped else cells
@@ -59,7 +59,7 @@ class Masks:
         if mask.size != (record.width, record.height):
             raise ValueError(
                 f"the mask of {record.path} has {mask.width} x {mask.height} pixels, expected "
-                f"{record.width} x {record.height} as the picture has"
+                f"{record.width} x {record.height} as the image has"
             )
         return downsample_to_latents(mask, item, factor=self.factor)
 
@@ -70,7 +70,7 @@ class Masks:
 
 
 def downsample_to_latents(mask: Image.Image, item: Item, *, factor: int) -> Tensor:
-    """Cut a mask ("L") as its picture is and average it over cells: (1, h, w) float32 in [0, 1]."""
+    """Cut a mask ("L") as its image is and average it over cells: (1, h, w) float32 in [0, 1]."""
     cut = resize_and_crop(
         mask,
         height=item.height,

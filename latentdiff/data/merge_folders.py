@@ -1,8 +1,8 @@
 """Several captioned folders as one: OUT/{train,validation,test}, each with one metadata.jsonl.
 
-A picture becomes SPLIT/FOLDER/NAME, by a hard link where the file system has them and by a copy
+An image becomes SPLIT/FOLDER/NAME, by a hard link where the file system has them and by a copy
 elsewhere, so that its id says where it came from. Its row keeps every column; `captions` holds all
-its captions as a list, also where a folder has one caption a picture. Folders with sidecar files,
+its captions as a list, also where a folder has one caption an image. Folders with sidecar files,
 tables of another kind or shards are not combined.
 """
 
@@ -23,8 +23,8 @@ TABLE = "metadata.jsonl"
 def merge_folders(out: str | Path, folders: Sequence[str | Path]) -> dict[str, dict[str, int]]:
     """Write `out` from folders that hold train/ (and validation/, test/) with a metadata.jsonl.
 
-    Returns the number of pictures by folder and split. `out` appears whole or not at all. Raises
-    FileExistsError where there is something already, FileNotFoundError for a folder or a picture
+    Returns the number of images by folder and split. `out` appears whole or not at all. Raises
+    FileExistsError where there is something already, FileNotFoundError for a folder or an image
     that is not there, ValueError for a row that cannot be used or two folders of one name.
     """
     out, roots = Path(out), [Path(folder).resolve() for folder in folders]
@@ -47,7 +47,7 @@ def merge_folders(out: str | Path, folders: Sequence[str | Path]) -> dict[str, d
 
 
 def _add(root: Path, split: str, out: Path) -> int:
-    """Add a folder's pictures and rows of one split to `out`; return how many."""
+    """Add a folder's images and rows of one split to `out`; return how many."""
     out.mkdir(parents=True, exist_ok=True)
     count = 0
     with (out / TABLE).open("a", encoding="utf-8") as lines:
@@ -69,7 +69,7 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
             name = row.get("file_name") if isinstance(row, dict) else None
             if not isinstance(name, str) or not _is_below(name):
-                raise ValueError(f"{table}:{number} names no picture below its folder: {name!r}")
+                raise ValueError(f"{table}:{number} names no image below its folder: {name!r}")
             captions = to_texts(row.get("captions", row.get("text")))
             if captions is None:
                 raise ValueError(f'{table}:{number} has no caption in "text" or "captions"')

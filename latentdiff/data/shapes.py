@@ -1,7 +1,7 @@
 """The built-in captioned world: flat coloured shapes on flat backgrounds.
 
-Every picture is described in full by its caption, so a model's obedience can be measured: a tenth
-of all (kind, colour, size, background) combinations is never shown in training, and a picture asked
+Every image is described in full by its caption, so a model's obedience can be measured: a tenth
+of all (kind, colour, size, background) combinations is never shown in training, and an image asked
 for by such a caption shows whether the parts of a caption were understood or only memorised. In the
 style "smiling" each shape has a face: something new to teach a model that knows the plain ones.
 Drawing is deterministic in (seed, index). This module knows nothing of models or training.
@@ -35,7 +35,7 @@ BACKGROUNDS = {
     "teal": (0, 110, 115),
     "brown": (105, 65, 40),
 }
-SIZES = {"small": 15 / 64, "large": 25 / 64}  # radius as a fraction of the picture's side
+SIZES = {"small": 15 / 64, "large": 25 / 64}  # radius as a fraction of the image's side
 RELATIONS = ("left of", "right of", "above", "below")
 PAIR_RADIUS = 12 / 64
 STYLES = ("smiling",)
@@ -47,7 +47,7 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows: a shape, or two shapes and how the first lies to the second."""
+    """What one image shows: a shape, or two shapes and how the first lies to the second."""
 
     kind: str
     colour: str
@@ -74,12 +74,12 @@ def all_scenes() -> list[Scene]:
     return [Scene(*parts) for parts in product(KINDS, COLOURS, SIZES, BACKGROUNDS)]
 
 
-def split_scenes(*, held_out: float = 0.1, seed: int = 0) -> tuple[list[Scene], list[Scene]]:
+def split_scenes(*, heldout: float = 0.1, seed: int = 0) -> tuple[list[Scene], list[Scene]]:
     """Return (seen, held-out) single-shape scenes; a scene is one combination of attributes."""
     scenes = all_scenes()
     order = np.random.default_rng([seed, 504]).permutation(len(scenes))
-    num_held_out = round(held_out * len(scenes))
-    chosen = set(order[:num_held_out].tolist())
+    num_heldout = round(heldout * len(scenes))
+    chosen = set(order[:num_heldout].tolist())
     seen = [scene for i, scene in enumerate(scenes) if i not in chosen]
     return seen, [scenes[i] for i in sorted(chosen)]
 
@@ -123,9 +123,9 @@ def write_shapes(
     style: str | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write root/{train,test}/ with metadata.jsonl and PNG pictures; return root.
+    """Write root/{train,test}/ with metadata.jsonl and PNG images; return root.
 
-    train shows the seen combinations, test the held-out ones; `pair_fraction` of the pictures show
+    train shows the seen combinations, test the held-out ones; `pair_fraction` of the images show
     two shapes and a relation. style: as of `in_style`, and without pairs, which are too small for
     it. Raises FileExistsError when root holds something else already, ValueError for what it cannot
     draw.

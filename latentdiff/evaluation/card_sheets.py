@@ -1,8 +1,8 @@
-"""Sheets for a model's card, and a test by readers who see its pictures alone.
+"""Sheets for a model's card, and a test by readers who see its images alone.
 
-Nothing is chosen by hand: prompts are drawn by lot from the captions of captioned folders, a lot
-for each folder and purpose, and each has one picture a seed. A reader's question shows three
-pictures of one training caption and names eight captions of the same folder, one of them the right
+Nothing is chosen by hand: prompts are drawn at random from the captions of captioned folders, a lot
+for each folder and purpose, and each has one image a seed. A reader's question shows three
+images of one training caption and names eight captions of the same folder, one of them the right
 one; the answers lie apart from the questions.
 """
 
@@ -23,7 +23,7 @@ from latentdiff.sampling.open_pipeline import open_pipeline
 from latentdiff.sampling.sample import sample_each
 
 COLUMNS, AT_ONCE = 8, 8
-NUM_CHOICES, PICTURES_A_QUESTION = 8, 3
+NUM_CHOICES, IMAGES_A_QUESTION = 8, 3
 MAX_BYTES = 1_000_000  # of the two sheets together
 QUALITIES = (92, 85, 75, 65, 50)
 
@@ -40,7 +40,7 @@ class Lots:
 
 @dataclass(frozen=True)
 class Question:
-    """Three pictures of one caption, and the captions to choose from."""
+    """Three images of one caption, and the captions to choose from."""
 
     name: str
     choices: tuple[str, ...]
@@ -49,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How every picture is drawn; seed: of the lots too."""
+    """How every image is drawn; seed: of the lots too."""
 
     num_steps: int = 50
     guidance_scale: float = 3.0
@@ -61,7 +61,7 @@ def write_card_sheets(
 ) -> None:
     """Write out/seen.jpg, out/unseen.jpg, out/prompts.json, out/reader/ and out/key.json.
 
-    seen: captions of training pictures; unseen: of held-out ones, and of no training picture.
+    seen: captions of training images; unseen: of held-out ones, and of no training image.
     Raises ValueError for a folder with too few captions, before anything is drawn.
     """
     seen: list[str] = []
@@ -81,9 +81,9 @@ def write_card_sheets(
     sheets = {}
     for name, prompts in (("seen", seen), ("unseen", unseen)):
         seeds = [sampling.seed + place for place in range(len(prompts))]
-        pictures = _draw(pipe, prompts, seeds, sampling)
-        if pictures:
-            sheets[name] = draw_grid(pictures, prompts, columns=COLUMNS)
+        images = _draw(pipe, prompts, seeds, sampling)
+        if images:
+            sheets[name] = draw_grid(images, prompts, columns=COLUMNS)
     _save_small(sheets, out)
     drawn = {"model": Path(model).name, "seen": seen, "unseen": unseen}
     write_text(out / "prompts.json", _json(drawn | asdict(sampling)))
@@ -103,11 +103,11 @@ def score_answers(key: Path, answers: Path) -> Interval:
 
 
 def _captions(folder: Folder) -> tuple[list[str], list[str]]:
-    """Return the captions of the training pictures, and those of held-out pictures alone."""
-    known, held_out = (
-        set(part.each_caption()) for part in (folder.split("train"), folder.held_out())
+    """Return the captions of the training images, and those of held-out images alone."""
+    known, heldout = (
+        set(part.each_caption()) for part in (folder.split("train"), folder.heldout())
     )
-    return sorted(known), sorted(held_out - known)
+    return sorted(known), sorted(heldout - known)
 
 
 def _draw_lots(captions: Sequence[str], num: int, lot: str) -> list[str]:
@@ -165,16 +165,16 @@ def _write_questions(
     """Write reader/qNN.png and reader/questions.md, and key.json beside reader/."""
     if not questions:
         return
-    prompts = [q.choices[q.right] for q in questions for _ in range(PICTURES_A_QUESTION)]
+    prompts = [q.choices[q.right] for q in questions for _ in range(IMAGES_A_QUESTION)]
     first = sampling.seed + 1000
-    pictures = _draw(pipe, prompts, list(range(first, first + len(prompts))), sampling)
+    images = _draw(pipe, prompts, list(range(first, first + len(prompts))), sampling)
     (out / "reader").mkdir(exist_ok=True)
     lines = [
-        "Each picture file shows three pictures of one text. Which of the eight texts is it?",
+        "Each image file shows three images of one text. Which of the eight texts is it?",
         'Answer with a JSON object such as {"q01": 3, ...}: the number of the text.',
     ]
     for number, question in enumerate(questions):
-        three = pictures[PICTURES_A_QUESTION * number :][:PICTURES_A_QUESTION]
+        three = images[IMAGES_A_QUESTION * number :][:IMAGES_A_QUESTION]
         sheet = draw_grid(three, [question.name] * len(three), columns=len(three))
         with atomic_file(out / "reader" / f"{question.name}.png") as temporary:
             sheet.save(temporary, format="PNG")

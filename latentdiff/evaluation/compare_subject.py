@@ -1,9 +1,9 @@
 """What fine-tuning on a subject has done: nearer to its photographs, and how far from all else.
 
-Similarity of a picture is the mean cosine of its features to those of the photographs (as CLIP-I
+Similarity of an image is the mean cosine of its features to those of the photographs (as CLIP-I
 in Ruiz et al. 2023), base and tuned model being given the same seeds. Drift of an unrelated prompt
-is 1 - cosine between the two models' pictures of it from one seed; the same between the base's
-pictures of two unlike prompts tells how large that is.
+is 1 - cosine between the two models' images of it from one seed; the same between the base's
+images of two unlike prompts tells how large that is.
 """
 
 import json
@@ -40,7 +40,7 @@ class SubjectReport:
     similarity_after: float
     gain: Comparison  # after less before, seed by seed
     drift: Interval  # over the unrelated prompts
-    unlike: float  # the same between the base's pictures of two unlike prompts
+    unlike: float  # the same between the base's images of two unlike prompts
     num_photos: int
 
 
@@ -66,7 +66,7 @@ def compare_subject(
     ]
     real = _photographs(folder, size=drawn[0][0][0].size)
     report = measure_subject(
-        [_features(network, pictures) for pictures in (real, *drawn[0], *drawn[1])]
+        [_features(network, images) for images in (real, *drawn[0], *drawn[1])]
     )
     out.mkdir(parents=True, exist_ok=True)
     _write_sheet(out / "subject.png", real, drawn, options)
@@ -76,8 +76,8 @@ def compare_subject(
 
 
 def measure_subject(features: Sequence[Tensor]) -> SubjectReport:
-    """Compare features (n, D) of: photographs; the base's subject (S, D) and unrelated pictures
-    (U, D); the tuned model's subject (S, D) and unrelated pictures (U, D).
+    """Compare features (n, D) of: photographs; the base's subject (S, D) and unrelated images
+    (U, D); the tuned model's subject (S, D) and unrelated images (U, D).
     """
     real, before, before_other, after, after_other = (F.normalize(x.double()) for x in features)
     similar = [(x @ real.T).mean(1) for x in (before, after)]  # (S,) each
@@ -121,20 +121,20 @@ def _generate(
 
 def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:
     """Return the photographs, scaled and cut about the centre to the size that the models draw."""
-    pictures = (load_image(record.path, background=(255, 255, 255)) for record in folder)
-    return [ImageOps.fit(picture, size, Image.Resampling.LANCZOS) for picture in pictures]
+    images = (load_image(record.path, background=(255, 255, 255)) for record in folder)
+    return [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in images]
 
 
-def _features(network: MobileNet, pictures: Sequence[Image.Image]) -> Tensor:
-    """Return features (n, D) of pictures."""
-    features: Tensor = network(torch.stack([to_pixels(one.convert("RGB")) for one in pictures]))
+def _features(network: MobileNet, images: Sequence[Image.Image]) -> Tensor:
+    """Return features (n, D) of images."""
+    features: Tensor = network(torch.stack([to_pixels(one.convert("RGB")) for one in images]))
     return features
 
 
 def _write_sheet(
     path: Path, real: list[Image.Image], drawn: Any, options: CompareSubjectOptions
 ) -> None:
-    """Draw photographs, the subject before and after, and unrelated pictures before and after."""
+    """Draw photographs, the subject before and after, and unrelated images before and after."""
     (before, before_other), (after, after_other) = drawn
     rows: list[tuple[list[Image.Image], list[str]]] = [
         ([real[k % len(real)] for k in range(COLUMNS)], ["photograph"] * COLUMNS),

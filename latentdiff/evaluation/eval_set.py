@@ -1,6 +1,6 @@
-"""A model and held-out captioned pictures as it sees them: latents and text states.
+"""A model and held-out captioned images as it sees them: latents and text states.
 
-Answers for: which pictures of a folder are taken, and that they are cut and encoded as in training.
+Answers for: which images of a folder are taken, and that they are cut and encoded as in training.
 """
 
 import io
@@ -25,7 +25,7 @@ from latentdiff.pipeline.denoiser import image_size
 
 @dataclass(frozen=True, eq=False)
 class CaptionedLatents:
-    """N pictures as latents with their text states, on the CPU."""
+    """N images as latents with their text states, on the CPU."""
 
     captions: tuple[str, ...]
     z0: Tensor  # (N, C, h, w) normalised, one sample of the VAE's posterior each
@@ -36,7 +36,7 @@ class CaptionedLatents:
         return len(self.z0)
 
     def select(self, indices: Sequence[int]) -> "CaptionedLatents":
-        """Return some of the pictures, in that order."""
+        """Return some of the images, in that order."""
         chosen = list(indices)
         return replace(
             self,
@@ -48,11 +48,11 @@ class CaptionedLatents:
 
 @dataclass(frozen=True, eq=False)
 class EvalModel:
-    """A model on its device, and the pictures that it is evaluated on."""
+    """A model on its device, and the images that it is evaluated on."""
 
     components: Components
     latents: CaptionedLatents
-    folder: Folder  # of the pictures, in the latents' order
+    folder: Folder  # of the images, in the latents' order
     device: torch.device
     batch_size: int
     seed: int
@@ -77,8 +77,8 @@ class EvalModel:
 
 
 def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
-    """Open a pipeline folder and encode the pictures. ValueError or OSError says what is wrong."""
-    for name in ("num_images", "batch_size"):
+    """Open a pipeline folder and encode the images. ValueError or OSError says what is wrong."""
+    for name in ("num_heldout", "batch_size"):
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name}={value}, expected at least 1")
     folder = subsample_indices(options)
@@ -96,7 +96,7 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
 def encode_folder(
     components: Components, folder: Folder, *, batch_size: int, device: torch.device, seed: int
 ) -> CaptionedLatents:
-    """Encode a folder's pictures, with their first captions, at the U-Net's own size."""
+    """Encode a folder's images, with their first captions, at the U-Net's own size."""
     codec = LatentCodec(components.vae)
     height, width = image_size(components.unet, factor=codec.factor)
     captions = tuple(record.captions[0] for record in folder)
@@ -114,27 +114,27 @@ def encode_folder(
 
 
 def subsample_indices(options: EvalModelOptions) -> Folder:
-    """Read the folder and take pictures of the split. ValueError where there is none."""
+    """Read the folder and take images of the split. ValueError where there is none."""
     folder = read_split(options, options.split)
     if not len(folder):
         raise ValueError(
-            f"{options.data} has no picture in its {options.split} split; name a folder test/ or "
-            "validation/, raise --split_fraction, or take --split all"
+            f"{options.data} has no image in its {options.split} split; name a folder test/ or "
+            "validation/, raise --heldout_fraction, or take --split all"
         )
-    return spread(folder, options.num_images)
+    return spread(folder, options.num_heldout)
 
 
-def read_split(options: EvalModelOptions, split: Literal["held_out", "train", "all"]) -> Folder:
-    """Read the folder and take all pictures of a split, which may be none."""
+def read_split(options: EvalModelOptions, split: Literal["heldout", "train", "all"]) -> Folder:
+    """Read the folder and take all images of a split, which may be none."""
     folder = read_folder(
         Path(options.data).expanduser(),
         caption_column=options.caption_column,
-        split_fraction=options.split_fraction if options.split != "all" else 0.0,
+        heldout_fraction=options.heldout_fraction if options.split != "all" else 0.0,
     )
-    folder.check(max_bad_fraction=1.0)
+    folder.check(max_invalid_fraction=1.0)
     if split == "all":
         return folder
-    return folder.held_out() if split == "held_out" else folder.split("train")
+    return folder.heldout() if split == "heldout" else folder.split("train")
 
 
 def spread(folder: Folder, num: int) -> Folder:
@@ -144,12 +144,12 @@ def spread(folder: Folder, num: int) -> Folder:
 
 
 def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tensor:
-    """Read a picture as the model sees it, (3, height, width) in [-1, 1]."""
+    """Read an image as the model sees it, (3, height, width) in [-1, 1]."""
     try:
-        picture = load_image(io.BytesIO(folder.read_bytes(index)))
+        image = load_image(io.BytesIO(folder.read_bytes(index)))
     except ImageError as error:
         raise ValueError(f"{folder[index].id} cannot be read ({error.reason}): {error}") from error
-    return to_pixels(resize_and_crop(picture, height=height, width=width).image)
+    return to_pixels(resize_and_crop(image, height=height, width=width).image)
 
 
 def _states(components: Components, captions: Sequence[str]) -> Tensor:

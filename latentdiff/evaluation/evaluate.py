@@ -45,7 +45,7 @@ def evaluate(
 ) -> Path:
     """Measure a model, write out/metrics.json and out/report.html; return the latter.
 
-    bound: None leaves the bound out. ValueError or OSError says before any picture is drawn what
+    bound: None leaves the bound out. ValueError or OSError says before any image is drawn what
     cannot be done; FloatingPointError is a model whose numbers are none.
     """
     check_options(options, sweep)
@@ -53,11 +53,11 @@ def evaluate(
     if scale is None:
         scale = default_guidance(read_model_info(resolve_model(model)))
     judges = load_metric_nets(options, data)
-    exam = EvalRun(open_eval_model(model, data), judges, out / "pictures", data, options, scale)
+    exam = EvalRun(open_eval_model(model, data), judges, out / "images", data, options, scale)
     other = None
     if options.compare is not None:
         subject = open_eval_model(options.compare, data)
-        other = replace(exam, subject=subject, folder=out / "pictures-other")
+        other = replace(exam, subject=subject, folder=out / "images-other")
     of_chain = _chain_sections(exam, out, bound=bound, sweep=sweep)
     measured = run_evaluation(exam)
     sections = measured.sections + of_chain
@@ -104,8 +104,8 @@ def _against(name: str, first: tuple[EvalRun, EvalResult], other: EvalRun) -> Se
         name,
         measured.scores,
         second.scores,
-        pictures=None if a is None or b is None else (a, b),
-        left_out={"held_out": why} if why else {},
+        images=None if a is None or b is None else (a, b),
+        left_out={"heldout": why} if why else {},
     )
     own = {each.name: each.figures for each in second.sections if each.figures}
     return replace(section, figures=section.figures | {"of_the_other": own})
@@ -130,10 +130,10 @@ def _facts(exam: EvalRun, measured: EvalResult) -> dict[str, Any]:
     return asdict(exam.data) | {
         "device": str(subject.device),
         "unet_sha256": weights_hash(subject.components.unet),
-        "num_real_pictures": len(subject.latents),
+        "num_real_images": len(subject.latents),
         "size": list(subject.size),
         "num_captions": 0 if drawn is None else len(drawn.captions),
-        "num_pictures": 0 if drawn is None else len(drawn.flat),
+        "num_images": 0 if drawn is None else len(drawn.flat),
         "steps": exam.num_steps,
         "guidance_scale": exam.guidance_scale,
     }
@@ -143,12 +143,12 @@ def _told(facts: dict[str, Any]) -> dict[str, str]:
     """Say the facts in words."""
     height, width = facts["size"]
     split = facts["split"].replace("_", "-")
-    drawn = f"{facts['num_pictures']} of {facts['num_captions']} captions, {height} x {width} px"
+    drawn = f"{facts['num_images']} of {facts['num_captions']} captions, {height} x {width} px"
     sampled = f"{facts['steps']} steps, guidance {facts['guidance_scale']:g}, seeds from "
     return {
         "data": facts["data"],
-        "real pictures": f"{facts['num_real_pictures']:,} of the {split} split",
-        "drawn pictures": drawn if facts["num_pictures"] else "none",
+        "real images": f"{facts['num_real_images']:,} of the {split} split",
+        "drawn images": drawn if facts["num_images"] else "none",
         "sampling": f"{sampled}{facts['seed']}",
         "U-Net": f"sha256 {facts['unet_sha256'][:16]}",
     }

@@ -1,4 +1,4 @@
-"""The pictures that are judged: real ones from the folder, and those a model draws for captions."""
+"""The images that are judged: real ones from the folder, and those a model draws for captions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from latentdiff.sampling.sample import sample_each
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays:
-    """N real pictures at the model's size."""
+    """N real images at the model's size."""
 
     captions: tuple[str, ...]
     ids: tuple[str, ...]
@@ -29,13 +29,13 @@ class ImageArrays:
         return len(self.ids)
 
     def select(self, places: Sequence[int]) -> "ImageArrays":
-        """Return some of the pictures, in that order."""
+        """Return some of the images, in that order."""
         names = (self.captions, self.ids, self.classes)
         captions, ids, classes = (tuple(each[i] for i in places) for each in names)
         return ImageArrays(captions, ids, classes, self.bytes[list(places)])
 
     def spread(self, num: int) -> "ImageArrays":
-        """Return at most num pictures of different captions, evenly spread."""
+        """Return at most num images of different captions, evenly spread."""
         places = {caption: i for i, caption in reversed(list(enumerate(self.captions)))}
         first = sorted(places.values())
         chosen = np.linspace(0, len(first) - 1, min(num, len(first))).round().astype(int)
@@ -44,29 +44,29 @@ class ImageArrays:
 
 @dataclass(frozen=True, eq=False)
 class GeneratedImages:
-    """K pictures for each of M captions."""
+    """K images for each of M captions."""
 
     captions: tuple[str, ...]
     bytes: Tensor  # (M, K, 3, H, W) uint8
-    first_seed: int  # picture k of caption m has first_seed + m K + k
+    first_seed: int  # image k of caption m has first_seed + m K + k
 
     @property
     def flat(self) -> Tensor:
-        """All pictures, (M K, 3, H, W) uint8."""
+        """All images, (M K, 3, H, W) uint8."""
         return self.bytes.flatten(0, 1)
 
     @property
     def per_caption(self) -> int:
-        """How many pictures a caption has."""
+        """How many images a caption has."""
         return self.bytes.shape[1]
 
 
 def read_real_images(
     folder: Folder, *, size: tuple[int, int], class_column: str = ""
 ) -> ImageArrays:
-    """Read a folder's pictures, cut as in training; size: (height, width) in pixels.
+    """Read a folder's images, cut as in training; size: (height, width) in pixels.
 
-    class_column: column of the metadata that names a picture's class; by default its folder, where
+    class_column: column of the metadata that names an image's class; by default its folder, where
     there are several below the split's.
     """
     height, width = size
@@ -87,7 +87,7 @@ def generate(
     first_seed: int,
     folder: Path,
 ) -> GeneratedImages:
-    """Draw each caption `per_caption` times, every picture from its own seed, and keep them as PNG.
+    """Draw each caption `per_caption` times, every image from its own seed, and keep them as PNG.
 
     They are called folder/0000-0.png, caption and place, and hold what made them.
     """
@@ -114,19 +114,19 @@ def generate(
 
 
 def in_batches(
-    function: Callable[[Tensor], Tensor], pictures: Tensor, *, size: int, device: torch.device
+    function: Callable[[Tensor], Tensor], images: Tensor, *, size: int, device: torch.device
 ) -> Tensor:
     """Apply a function of pixels (B, 3, H, W) in [-1, 1] on a device to (N, 3, H, W) uint8.
 
     The result is on the CPU.
     """
-    parts = (to_floats(part.to(device)) for part in pictures.split(size))
+    parts = (to_floats(part.to(device)) for part in images.split(size))
     return torch.cat([function(pixels).cpu() for pixels in parts])
 
 
-def to_floats(pictures: Tensor) -> Tensor:
+def to_floats(images: Tensor) -> Tensor:
     """Turn uint8 into pixels in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """Turn (3, H, W) uint8 into a picture."""
-    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+def to_image(image: Tensor) -> Image.Image:
+    """Turn (3, H, W) uint8 into an image."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def shuffled_places(num: int, *, seed: int) -> Tensor:

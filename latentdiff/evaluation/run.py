@@ -1,6 +1,6 @@
 """What an evaluation draws and by whom it is judged, as a person asks for it.
 
-Draw a model's pictures once and let every judge that is there look at them.
+Draw a model's images once and let every judge that is there look at them.
 
 What cannot be measured is named with the reason.
 """
@@ -27,19 +27,19 @@ from latentdiff.evaluation.report.copies_and_diversity import (
     diversity_section,
     unit_length,
 )
-from latentdiff.evaluation.report.fidelity import FEWEST, Embedded, embed_pictures, fidelity_section
+from latentdiff.evaluation.report.fidelity import FEWEST, Embedded, embed_images, fidelity_section
 from latentdiff.evaluation.report.heldout_loss import loss_section
 from latentdiff.evaluation.report.prompt_following import following_section, is_scene
 from latentdiff.evaluation.report.section import LabelledImage, Score, Section
 from latentdiff.evaluation.report.sweeps import check_sweep
 
-FEWEST_PICTURES = 8
+FEWEST_IMAGES = 8
 FEWEST_TRAIN = 3
 
 
 @dataclass(frozen=True, eq=False)
 class MetricNets:
-    """The networks that judge pictures."""
+    """The networks that judge images."""
 
     clip: Clip | None
     features: Features | None
@@ -47,12 +47,12 @@ class MetricNets:
 
 def check_options(options: EvaluationOptions, sweep: SweepOptions) -> None:
     """Raise ValueError for options out of range."""
-    num, each = options.num_pictures, options.pictures_per_caption
-    if num and num < FEWEST_PICTURES:
-        raise ValueError(f"num_pictures={num}, expected 0 or at least {FEWEST_PICTURES}")
+    num, each = options.num_images, options.images_per_caption
+    if num and num < FEWEST_IMAGES:
+        raise ValueError(f"num_images={num}, expected 0 or at least {FEWEST_IMAGES}")
     if each < 1 or (num and 2 * each > num):
         raise ValueError(
-            f"pictures_per_caption={each}, expected at least 1, and num_pictures={num} to give two "
+            f"images_per_caption={each}, expected at least 1, and num_images={num} to give two "
             "captions or more"
         )
     lowest = {"steps": 1, "num_train": FEWEST_TRAIN}
@@ -80,12 +80,12 @@ def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> Metr
 
 
 NUM_SHOWN = 16
-OF_PICTURES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
+OF_IMAGES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
 
 
 @dataclass(frozen=True, eq=False)
 class EvalRun:
-    """A model, who judges it and how, and the folder for its pictures."""
+    """A model, who judges it and how, and the folder for its images."""
 
     subject: EvalModel
     judges: MetricNets
@@ -97,7 +97,7 @@ class EvalRun:
     @property
     def num_captions(self) -> int:
         """How many captions are asked for at the most."""
-        return self.options.num_pictures // self.options.pictures_per_caption
+        return self.options.num_images // self.options.images_per_caption
 
     @property
     def num_steps(self) -> int:
@@ -113,7 +113,7 @@ class EvalRun:
             self.subject,
             captions,
             per_caption=max(
-                self.options.pictures_per_caption, self.options.num_pictures // len(captions)
+                self.options.images_per_caption, self.options.num_images // len(captions)
             ),
             num_steps=self.num_steps,
             guidance_scale=self.guidance_scale,
@@ -133,31 +133,29 @@ class EvalResult:
 
 
 def run_evaluation(exam: EvalRun) -> EvalResult:
-    """Draw, and let every judge look; the held-out loss needs no pictures."""
+    """Draw, and let every judge look; the held-out loss needs no images."""
     subject, options = exam.subject, exam.options
     loss, score = loss_section(subject)
-    held_out = read_real_images(
-        subject.folder, size=subject.size, class_column=options.class_column
-    )
-    captions = len(set(held_out.captions))
-    if not options.num_pictures or captions < 2:
-        why = "nothing was drawn (--num_pictures 0)"
-        if options.num_pictures:
+    heldout = read_real_images(subject.folder, size=subject.size, class_column=options.class_column)
+    captions = len(set(heldout.captions))
+    if not options.num_images or captions < 2:
+        why = "nothing was drawn (--num_images 0)"
+        if options.num_images:
             why = f"the data has {captions} different caption, two or more are needed"
-        return EvalResult([loss], {"held_out": score}, dict.fromkeys(OF_PICTURES, why), None)
-    asked = held_out.spread(exam.num_captions)
+        return EvalResult([loss], {"heldout": score}, dict.fromkeys(OF_IMAGES, why), None)
+    asked = heldout.spread(exam.num_captions)
     drawn = exam.draw(asked.captions)
     measured = EvalResult([_sheet(drawn, asked)], {}, {}, drawn)
     _add_prompt_following(measured, exam, drawn)
     _add_clip_score(measured, exam, drawn, asked)
     measured.sections.append(loss)
-    measured.scores["held_out"] = score
-    _add_fidelity(measured, exam, drawn, asked, held_out)
+    measured.scores["heldout"] = score
+    _add_fidelity(measured, exam, drawn, asked, heldout)
     return measured
 
 
 def _add_prompt_following(measured: EvalResult, exam: EvalRun, drawn: GeneratedImages) -> None:
-    """Judge the pictures by geometry, where the captions are of the shapes world."""
+    """Judge the images by geometry, where the captions are of the shapes world."""
     if not all(is_scene(caption) for caption in drawn.captions):
         measured.left_out["following"] = "the captions are not of the built-in shapes world"
         return
@@ -173,7 +171,7 @@ def _add_prompt_following(measured: EvalResult, exam: EvalRun, drawn: GeneratedI
 def _add_clip_score(
     measured: EvalResult, exam: EvalRun, drawn: GeneratedImages, asked: ImageArrays
 ) -> None:
-    """Judge the pictures by a CLIP, where one is given."""
+    """Judge the images by a CLIP, where one is given."""
     if exam.judges.clip is None:
         measured.left_out["clip_score"] = "no CLIP was given (--clip)"
         return
@@ -194,24 +192,24 @@ def _add_fidelity(
     exam: EvalRun,
     drawn: GeneratedImages,
     asked: ImageArrays,
-    held_out: ImageArrays,
+    heldout: ImageArrays,
 ) -> None:
-    """Compare the drawn pictures with real ones and with each other."""
-    train, num_in_all = _train_pictures(exam)
-    embedded = _embedded(exam, drawn, held_out, train)
+    """Compare the drawn images with real ones and with each other."""
+    train, num_in_all = _train_images(exam)
+    embedded = _embedded(exam, drawn, heldout, train)
     if exam.judges.features is None:
         measured.left_out["fidelity"] = "no feature network was given (--features)"
-    elif len(held_out) < FEWEST:
-        measured.left_out["fidelity"] = f"there are only {len(held_out)} real pictures"
+    elif len(heldout) < FEWEST:
+        measured.left_out["fidelity"] = f"there are only {len(heldout)} real images"
     else:
         classes = [name for name in asked.classes for _ in range(drawn.per_caption)]
-        section = fidelity_section(embedded, classes=classes, real_classes=held_out.classes)
+        section = fidelity_section(embedded, classes=classes, real_classes=heldout.classes)
         measured.sections.append(section)
     if exam.judges.features is not None:
         embedded = unit_length(embedded)
     if train is None:
         measured.left_out["memorisation"] = (
-            "it needs a training split beside the held-out one, with three pictures or more"
+            "it needs a training split beside the held-out one, with three images or more"
         )
     else:
         section = copies_section(embedded, drawn, train, num_train_in_all=num_in_all)
@@ -219,28 +217,28 @@ def _add_fidelity(
     if drawn.per_caption > 1:
         measured.sections.append(diversity_section(embedded, drawn))
     else:
-        measured.left_out["diversity"] = "it needs two pictures a caption (--pictures_per_caption)"
+        measured.left_out["diversity"] = "it needs two images a caption (--images_per_caption)"
 
 
 def _embedded(
-    exam: EvalRun, drawn: GeneratedImages, held_out: ImageArrays, train: ImageArrays | None
+    exam: EvalRun, drawn: GeneratedImages, heldout: ImageArrays, train: ImageArrays | None
 ) -> Embedded:
-    """Turn all pictures into features, or into thumbnails where no network is given."""
+    """Turn all images into features, or into thumbnails where no network is given."""
     if exam.judges.features is None:
-        return as_thumbnails(drawn, held_out, train)
-    return embed_pictures(
+        return as_thumbnails(drawn, heldout, train)
+    return embed_images(
         exam.judges.features,
         drawn,
-        held_out,
+        heldout,
         train,
         batch_size=exam.data.batch_size,
         device=exam.subject.device,
     )
 
 
-def _train_pictures(exam: EvalRun) -> tuple[ImageArrays | None, int]:
-    """Return some of the training pictures, and how many there are."""
-    if exam.data.split != "held_out":
+def _train_images(exam: EvalRun) -> tuple[ImageArrays | None, int]:
+    """Return some of the training images, and how many there are."""
+    if exam.data.split != "heldout":
         return None, 0
     folder = read_split(exam.data, "train")
     if len(folder) < FEWEST_TRAIN:
@@ -250,7 +248,7 @@ def _train_pictures(exam: EvalRun) -> tuple[ImageArrays | None, int]:
 
 
 def _by_seen_caption(exam: EvalRun, drawn: GeneratedImages) -> dict[str, GeneratedImages]:
-    """Keep pictures of captions that no training picture has; draw others that some have.
+    """Keep images of captions that no training image has; draw others that some have.
 
     A set of fewer than two captions is left out.
     """
@@ -262,7 +260,7 @@ def _by_seen_caption(exam: EvalRun, drawn: GeneratedImages) -> dict[str, Generat
     sets = {}
     if len(new) > 1:
         captions = tuple(drawn.captions[m] for m in new)
-        sets["held_out"] = replace(drawn, captions=captions, bytes=drawn.bytes[new])
+        sets["heldout"] = replace(drawn, captions=captions, bytes=drawn.bytes[new])
     if len(trained) > 1:
         count = min(exam.num_captions, len(trained))
         seen = [trained[i * len(trained) // count] for i in range(count)]
@@ -271,14 +269,14 @@ def _by_seen_caption(exam: EvalRun, drawn: GeneratedImages) -> dict[str, Generat
 
 
 def _train_captions(exam: EvalRun) -> set[str]:
-    """Return the captions of the shapes world that training pictures have."""
-    if exam.data.split != "held_out":
+    """Return the captions of the shapes world that training images have."""
+    if exam.data.split != "heldout":
         return set()
     return set(filter(is_scene, read_split(exam.data, "train").each_caption()))
 
 
 def _sheet(drawn: GeneratedImages, asked: ImageArrays) -> Section:
-    """Show real pictures beside what was drawn for their captions."""
+    """Show real images beside what was drawn for their captions."""
     count = min(NUM_SHOWN, len(drawn.captions))
     groups = []
     for i in range(count):
@@ -289,5 +287,5 @@ def _sheet(drawn: GeneratedImages, asked: ImageArrays) -> Section:
             for k, one in enumerate(drawn.bytes[m, :2])
         ]
         groups.append([real, *made])
-    notes = ["Held-out captions, spread evenly, not chosen. All pictures drawn are in pictures/."]
-    return Section("pictures", "ImageArrays", {}, (), notes, groups)
+    notes = ["Held-out captions, spread evenly, not chosen. All images drawn are in images/."]
+    return Section("images", "ImageArrays", {}, (), notes, groups)

@@ -20,7 +20,7 @@ def check_compatible(
 
     configs: by component name ("unet", "vae", "text_encoder", "tokenizer"), each what its JSON
     file holds; what is absent is not checked. image_size: pixels, one side or (height, width), of
-    the pictures to be trained.
+    the images to be trained.
     """
     _check_complete(configs)
     problems = [

@@ -1,4 +1,4 @@
-"""open_clip's text towers as transformers' CLIPTextModel, and their tokenizer as CLIPTokenizer.
+"""open_clip's text encoders as transformers' CLIPTextModel, and their tokenizer as CLIPTokenizer.
 
 Answers for: which towers are CLIP's causal transformer (Radford et al. 2021) and the exact
 renaming of their weights. The others are refused by name, since no CLIPTextModel computes what
@@ -7,7 +7,7 @@ they compute.
 A whole open_clip CLIP as transformers' CLIPModel: both towers, the projections, the scale.
 
 Answers for the exact renaming of the weights of a vision transformer (Radford et al. 2021). The
-text tower is text_open_clip's.
+text encoder is text_open_clip's.
 """
 
 import gzip
@@ -35,7 +35,7 @@ NUM_CLIP_MERGES = 49152 - 256 - 2
 def text_encoder_from_open_clip(
     model: nn.Module, *, eos_token_id: int | None = None
 ) -> CLIPTextModel:
-    """Convert the text tower of an open_clip model; its text states equal open_clip's own.
+    """Convert the text encoder of an open_clip model; its text states equal open_clip's own.
 
     They are the output of its final layer norm for every token, (B, L, D). Take CLIP's vocabulary
     from clip_tokenizer_from_open_clip: it pads with 0, as open_clip does. For a model with a
@@ -49,7 +49,7 @@ def text_encoder_from_open_clip(
 
 
 def load_open_clip(name: str, weights: str | Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Load the text tower of a named open_clip model from a safetensors file, with its tokenizer.
+    """Load the text encoder of a named open_clip model from a safetensors file, with its tokenizer.
 
     name: as open_clip.list_models() has it, for example "ViT-H-14". ValueError for a name, a file
     or a vocabulary that cannot be used, FileNotFoundError for no file; pickles are not opened.
@@ -60,7 +60,7 @@ def load_open_clip(name: str, weights: str | Path) -> tuple[CLIPTextModel, CLIPT
     if name not in open_clip.list_models():
         raise ValueError(f"{name!r} is no open_clip model, expected one of open_clip.list_models()")
     if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
-        raise ValueError(f"the text tower of {name} is a Hugging Face one, expected CLIP's own")
+        raise ValueError(f"the text encoder of {name} is a Hugging Face one, expected CLIP's own")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a .safetensors file; pickle files are not opened")
     if not path.is_file():
@@ -112,12 +112,12 @@ def clip_tokenizer_from_open_clip(*, max_length: int = 77) -> CLIPTokenizer:
 
 
 def _load_text_weights(model: nn.Module, path: Path) -> None:
-    """Load all but the image tower; open_clip's own loader would resize what does not fit."""
+    """Load all but the image encoder; open_clip's own loader would resize what does not fit."""
     _text_tower(model)
     stored = stored_shapes([path])
     mismatched = mismatched_shapes(model, stored)
     refuse_bad_weights(
-        f"the text tower ({path})",
+        f"the text encoder ({path})",
         missing=[name for name in model.state_dict() if _is_text(name) and name not in stored],
         mismatched=[wrong for wrong in mismatched if _is_text(wrong[0])],
     )
@@ -134,12 +134,12 @@ def _text_tower(model: nn.Module) -> Any:
     tower = getattr(model, "text", model)
     if not hasattr(tower, "transformer"):
         raise ValueError(
-            f"{type(model).__name__} has no text tower as open_clip's CLIP or CustomTextCLIP has; "
-            "pass a model made by open_clip.create_model"
+            f"{type(model).__name__} has no text encoder as open_clip's CLIP or CustomTextCLIP "
+            "has; pass a model made by open_clip.create_model"
         )
     if problems := _problems(tower):
         raise ValueError(
-            f"the text tower of {type(model).__name__} ({type(tower).__name__}) cannot become a "
+            f"the text encoder of {type(model).__name__} ({type(tower).__name__}) cannot become a "
             f"CLIPTextModel: {'; '.join(problems)}. Expected CLIP's causal transformer, as in "
             "ViT-B-32, ViT-L-14 or ViT-H-14; choose such a model"
         )
@@ -236,7 +236,7 @@ def block_weights(block: Any) -> dict[str, Tensor]:
 
 
 def clip_from_open_clip(model: Any, *, eos_token_id: int | None = None) -> CLIPModel:
-    """Convert an open_clip model; its pictures' and texts' embeddings equal open_clip's own.
+    """Convert an open_clip model; its images' and texts' embeddings equal open_clip's own.
 
     eos_token_id: the end token of the tokenizer, as for `from_open_clip`. ValueError names what
     makes either tower unfit: no plain vision transformer with a class token, for one.
@@ -245,7 +245,7 @@ def clip_from_open_clip(model: Any, *, eos_token_id: int | None = None) -> CLIPM
     tower = model.visual
     if problem := _vision_problem(tower):
         raise ValueError(
-            f"the picture tower ({type(tower).__name__}) cannot become a CLIPVisionModel: {problem}"
+            f"the image encoder ({type(tower).__name__}) cannot become a CLIPVisionModel: {problem}"
         )
     config = CLIPConfig(
         text_config=text.config.to_dict(),

@@ -1,4 +1,4 @@
-"""Inference: from a Stable-Diffusion folder and a prompt to pictures.
+"""Inference: from a Stable-Diffusion folder and a prompt to images.
 
 Names are loaded when first used, so that options can be read without the models' libraries.
 """

@@ -1,4 +1,4 @@
-"""Which part of a picture each word drew: cross-attention averaged over layers and steps.
+"""Which part of an image each word drew: cross-attention averaged over layers and steps.
 
 After the heat maps of Tang et al. 2023 (DAAM): attention probabilities, averaged over heads,
 enlarged to the latents' size, averaged over layers and steps. Recording reads beside the U-Net
@@ -54,7 +54,7 @@ class AttentionMaps:
 
 @contextlib.contextmanager
 def record_attention(unet: UNet2DConditionModel, *, num_images: int) -> Iterator[AttentionMaps]:
-    """Record the cross-attention of a call that makes num_images pictures."""
+    """Record the cross-attention of a call that makes num_images images."""
     maps = AttentionMaps(num_images)
 
     def note_size(unet: Any, args: tuple[Any, ...]) -> None:
@@ -79,7 +79,7 @@ def record_attention(unet: UNet2DConditionModel, *, num_images: int) -> Iterator
 def heat_map_grid(
     image: Image.Image, heat: Tensor, *, tokenizer: CLIPTokenizer, prompt: str, columns: int = 6
 ) -> Image.Image:
-    """Draw one panel a token: its heat over the picture, each from its own coldest to hottest.
+    """Draw one panel a token: its heat over the image, each from its own coldest to hottest.
 
     heat: (L, h, w) of `AttentionMaps.mean()`.
     """

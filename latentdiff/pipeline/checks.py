@@ -46,7 +46,7 @@ def texts(name: str, value: object) -> list[str]:
 def text(value: Text, *, unet: Any, text_encoder: Any) -> Text:
     """Check a call's prompts, or text states of the U-Net's width, and how they are to be read.
 
-    There may be one negative prompt for all pictures or one for each prompt. text_encoder: None
+    There may be one negative prompt for all images or one for each prompt. text_encoder: None
     where the pipeline has none, which only text states can do without.
     """
     width = unet.config.cross_attention_dim
@@ -128,7 +128,7 @@ def guidance(
     """Return the guidance that a call asks for."""
     if guide is not None and not callable(guide):
         raise ValueError(
-            f"guide must be a function (z0, t) -> scores, one a picture, got {_kind(guide)}"
+            f"guide must be a function (z0, t) -> scores, one an image, got {_kind(guide)}"
         )
     return Guidance(
         number("guidance_scale", scale, least=0.0, most=MAX_GUIDANCE),
@@ -152,9 +152,9 @@ def interval(name: str, value: object) -> tuple[float, float]:
 
 
 def seeds(seed: object, generator: object, *, num_images: int) -> list[int] | None:
-    """Return one seed a picture, or None where generators were given.
+    """Return one seed an image, or None where generators were given.
 
-    One int s means s, s + 1, ... so that every picture has a seed of its own; None draws a fresh
+    One int s means s, s + 1, ... so that every image has a seed of its own; None draws a fresh
     one from torch's global generator, so that torch.manual_seed still decides.
     """
     if generator is not None:
@@ -170,7 +170,7 @@ def seeds(seed: object, generator: object, *, num_images: int) -> list[int] | No
     if not isinstance(seed, (list, tuple)):
         raise ValueError(f"seed must be an int or a list of int, got {_kind(seed)}")
     if len(seed) != num_images:
-        raise ValueError(f"seed has {len(seed)} entries but {num_images} pictures are asked for")
+        raise ValueError(f"seed has {len(seed)} entries but {num_images} images are asked for")
     return [_seed(f"seed[{index}]", value) for index, value in enumerate(seed)]
 
 
@@ -253,7 +253,7 @@ def _generators(generator: object, num_images: int) -> None:
         )
     if len(generator) != num_images:
         raise ValueError(
-            f"generator has {len(generator)} entries but {num_images} pictures are asked for"
+            f"generator has {len(generator)} entries but {num_images} images are asked for"
         )
     for index, one in enumerate(generator):
         if not isinstance(one, torch.Generator):

@@ -32,7 +32,7 @@ def score_step(
 
     xt: (B, C, h, w) at unit-variance scale. The gradient goes through the guide, the predicted
     clean latents and `predict`, with its classifier-free guidance; a learned variance stays as it
-    is. Raises ValueError for scores of another shape, that do not hang on z0, or with a gradient
+    is. Raises ValueError for scores of another shape, that do not depend on z0, or with a gradient
     that is no number.
     """
     x = xt.detach().requires_grad_()
@@ -62,17 +62,19 @@ def score_step(
 
 
 def _gradient(scores: object, x: Tensor) -> Tensor:
-    """Return the gradient of each picture's score with respect to its own xt."""
-    expected = f"a tensor of shape ({len(x)},), one score a picture"
+    """Return the gradient of each image's score with respect to its own xt."""
+    expected = f"a tensor of shape ({len(x)},), one score an image"
     if not isinstance(scores, Tensor) or scores.shape != (len(x),):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"guide must return {expected}, got {got}")
     if not scores.requires_grad:
         raise ValueError(
-            "the guide's scores do not hang on z0 by anything that torch can differentiate; leave "
-            "out no_grad and detach"
+            "the guide's scores do not depend on z0 by anything that torch can differentiate; "
+            "leave out no_grad and detach"
         )
     (gradient,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)
     if gradient is None:
-        raise ValueError("the guide's scores do not hang on z0: it must score the latents it gets")
+        raise ValueError(
+            "the guide's scores do not depend on z0: it must score the latents it gets"
+        )
     return gradient

@@ -1,4 +1,4 @@
-"""The caller's pictures and masks, read before any compute.
+"""The caller's images and masks, read before any compute.
 
 PIL images (turned upright by their EXIF tag, transparency on white), arrays (H, W, 3) or
 (B, H, W, 3) and tensors (3, H, W) or (B, 3, H, W), floating in [0, 1] as `output_type="np"` and
@@ -18,24 +18,24 @@ from torch import Tensor
 
 from latentdiff.pipeline import checks
 
-Pictures: TypeAlias = list[Image.Image] | Tensor
+ImageList: TypeAlias = list[Image.Image] | Tensor
 
 DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """The pictures and masks of a call, each a list of PIL images or a tensor (B, C, H, W).
+    """The images and masks of a call, each a list of PIL images or a tensor (B, C, H, W).
 
-    strength: the part of the chain that is walked, None without a picture.
+    strength: the part of the chain that is walked, None without an image.
     """
 
-    image: Pictures | None = None
-    mask: Pictures | None = None
+    image: ImageList | None = None
+    mask: ImageList | None = None
     strength: float | None = None
 
     def size(self, *, multiple: int) -> tuple[int, int] | None:
-        """Return (height, width) of the first picture, cut to a multiple; None without one."""
+        """Return (height, width) of the first image, cut to a multiple; None without one."""
         if self.image is None:
             return None
         if isinstance(self.image, Tensor):
@@ -45,7 +45,7 @@ class ImageInputs:
         return height // multiple * multiple, width // multiple * multiple
 
     def pixels(self, height: int, width: int, *, num_images: int) -> Tensor:
-        """Return pictures as (num_images, 3, height, width) in [-1, 1], resized where needed."""
+        """Return images as (num_images, 3, height, width) in [-1, 1], resized where needed."""
         processor = VaeImageProcessor(vae_scale_factor=1, vae_latent_channels=0)
         pixels: Tensor = processor.preprocess(self.image, height=height, width=width)
         return _spread(pixels.float(), num_images)
@@ -74,7 +74,7 @@ def read_image_inputs(
     num_images: int,
     needs_mask: bool,
 ) -> ImageInputs:
-    """Read pictures and masks: one for all, one a prompt, or one for each picture to be made.
+    """Read images and masks: one for all, one a prompt, or one for each image to be made.
 
     strength: in (0, 1]; None is 1 with a mask and 0.8 without. Raises ValueError naming what is
     missing, of the wrong kind, shape or range.
@@ -95,16 +95,16 @@ def read_image_inputs(
         _read("mask_image", mask_image, 1),
         checks.number("strength", strength, least=0.0, most=1.0),
     )
-    for name, pictures in (("image", given.image), ("mask_image", given.mask)):
-        if pictures is not None and len(pictures) not in (1, num_prompts, num_images):
+    for name, images in (("image", given.image), ("mask_image", given.mask)):
+        if images is not None and len(images) not in (1, num_prompts, num_images):
             raise ValueError(
-                f"{name} has {len(pictures)} pictures for {num_prompts} prompts and {num_images} "
-                "pictures to make; pass one for all, one a prompt, or one for each"
+                f"{name} has {len(images)} images for {num_prompts} prompts and {num_images} "
+                "images to make; pass one for all, one a prompt, or one for each"
             )
     return given
 
 
-def _read(name: str, value: object, channels: int) -> Pictures | None:
+def _read(name: str, value: object, channels: int) -> ImageList | None:
     if value is None:
         return None
     if isinstance(value, Image.Image):
@@ -121,26 +121,26 @@ def _read(name: str, value: object, channels: int) -> Pictures | None:
     return _check_tensor(name, value, channels)
 
 
-def _read_list(name: str, values: list[Any], channels: int) -> Pictures:
+def _read_list(name: str, values: list[Any], channels: int) -> ImageList:
     if not values:
-        raise ValueError(f"{name} is an empty list; pass at least one picture")
+        raise ValueError(f"{name} is an empty list; pass at least one image")
     parts = [_read(f"{name}[{index}]", value, channels) for index, value in enumerate(values)]
     if all(isinstance(part, list) for part in parts):
-        return [picture for part in parts if part is not None for picture in part]
+        return [image for part in parts if part is not None for image in part]
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) < len(parts) or len({tensor.shape[-2:] for tensor in tensors}) > 1:
-        raise ValueError(f"{name} must hold pictures of one kind, and arrays of one size")
+        raise ValueError(f"{name} must hold images of one kind, and arrays of one size")
     return torch.cat(tensors)
 
 
-def _upright(name: str, picture: Image.Image) -> Image.Image:
-    if 0 in picture.size:
-        raise ValueError(f"{name} is {picture.width} x {picture.height} pixels, expected some")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB")
+def _upright(name: str, image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels, expected some")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def _from_array(name: str, value: np.ndarray[Any, Any], channels: int) -> Tensor:

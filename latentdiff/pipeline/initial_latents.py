@@ -1,12 +1,12 @@
-"""What a chain starts from and must keep: nothing, a picture, or a picture and where to paint it.
+"""What a chain starts from and must keep: nothing, an image, or an image and where to paint it.
 
 Image-to-image (SDEdit, Meng et al. 2022), inpainting by putting the known part back after each
 step (RePaint's first half, Lugmayr et al. 2022), and inpainting U-Nets that read the mask and the
-masked picture as five more channels (Rombach et al. 2022, 4.5). Text to image is an empty canvas.
+masked image as five more channels (Rombach et al. 2022, 4.5). Text to image is an empty canvas.
 
-The random numbers of a call: each picture has its own generator and can be made again alone.
+The random numbers of a call: each image has its own generator and can be made again alone.
 
-Generators live on the CPU, so that one seed gives one picture on every device.
+Generators live on the CPU, so that one seed gives one image on every device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class InpaintState:
     """Latents of one call, float32 on one device.
 
     noise, z0, masked_z0: (B, C, h, w); mask: (B, 1, h, w) of 0 (keep) and 1 (paint).
-    is_all_noise: the chain starts from noise alone although a picture is known.
+    is_all_noise: the chain starts from noise alone although an image is known.
     """
 
     noise: Tensor
@@ -41,7 +41,7 @@ class InpaintState:
     is_all_noise: bool = False
 
     def start(self, scheduler: Any, timesteps: Tensor) -> Tensor:
-        """Return the latents of the first timestep: noise alone, or the picture under noise."""
+        """Return the latents of the first timestep: noise alone, or the image under noise."""
         if self.z0 is None or self.is_all_noise:
             return self.noise * scheduler.init_noise_sigma
         first = timesteps[:1].repeat(len(self.noise))
@@ -49,14 +49,14 @@ class InpaintState:
         return latents
 
     def unet_input(self, xt: Tensor) -> Tensor:
-        """Return what the U-Net reads: xt, for an inpainting U-Net with mask and masked picture."""
+        """Return what the U-Net reads: xt, for an inpainting U-Net with mask and masked image."""
         if self.masked_z0 is None:
             return xt
         assert self.mask is not None
         return torch.cat([xt, self.mask, self.masked_z0], dim=1)  # (B, 2C + 1, h, w)
 
     def keep(self, scheduler: Any, latents: Tensor, later: Tensor) -> Tensor:
-        """Put the picture back where it is not painted, at the noise of the next timestep."""
+        """Put the image back where it is not painted, at the noise of the next timestep."""
         if self.z0 is None or self.mask is None or self.masked_z0 is not None:
             return latents
         kept = self.z0
@@ -75,10 +75,10 @@ def prepare_latents(
     device: torch.device,
     reads_mask: bool,
 ) -> InpaintState:
-    """Encode the caller's picture and draw the noise (B, C, h, w) unless it is given.
+    """Encode the caller's image and draw the noise (B, C, h, w) unless it is given.
 
-    Random numbers are drawn in stock diffusers' order, so that its seeds and ours agree: picture,
-    noise, masked picture; a U-Net that reads the mask needs no picture where all is noise.
+    Random numbers are drawn in stock diffusers' order, so that its seeds and ours agree: image,
+    noise, masked image; a U-Net that reads the mask needs no image where all is noise.
     """
     noise = None if noise is None else noise.to(device, torch.float32)
     if given.image is None:
@@ -113,7 +113,7 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator]
 def generators_for(
     seed: object, generator: Generators | None, *, num_images: int
 ) -> tuple[list[int] | None, Generators]:
-    """Return one seed and one CPU generator a picture, or the caller's own generators and no seeds.
+    """Return one seed and one CPU generator an image, or the caller's own generators and no seeds.
 
     Raises ValueError as `checks.seeds` says.
     """
@@ -125,7 +125,7 @@ def generators_for(
 
 
 def randn(shape: Sequence[int], generator: Generators, *, device: torch.device) -> Tensor:
-    """Draw standard normal float32 noise (B, C, h, w), picture k from generator k alone.
+    """Draw standard normal float32 noise (B, C, h, w), image k from generator k alone.
 
     One generator (no list) draws the whole batch in turn, as diffusers does.
     """

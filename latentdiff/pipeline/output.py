@@ -2,7 +2,7 @@
 
 Clean latents to what the caller asked for, past the model's own safety checker if it has one.
 
-Small pictures of a chain while it runs, cheap enough to make at every step.
+Small images of a chain while it runs, cheap enough to make at every step.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from latentdiff.models.latents import LatentCodec
 
 @dataclass
 class LatentDiffOutput(BaseOutput):
-    """Pictures, the safety checker's verdicts (None without one), and what made each picture.
+    """Images, the safety checker's verdicts (None without one), and what made each image.
 
     images: a list of PIL images, an array (B, H, W, 3) in [0, 1], a tensor (B, 3, H, W) in [0, 1],
     or latents (B, C, h, w). seeds: None when the caller passed generators.
-    settings: one JSON object a picture, which PNG files carry too.
+    settings: one JSON object an image, which PNG files carry too.
     """
 
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor
@@ -48,10 +48,10 @@ def decode(
     feature_extractor: CLIPImageProcessor | None,
     output_type: str,
 ) -> tuple[Any, list[bool] | None]:
-    """Return pictures of an output type, and what the safety checker blacked out (None without).
+    """Return images of an output type, and what the safety checker blacked out (None without).
 
     latents: (B, C, h, w). Raises ValueError where they are NaN or Inf: an overflow must not become
-    a black picture.
+    a black image.
     """
     if not bool(torch.isfinite(latents).all()):
         raise ValueError(
@@ -63,8 +63,8 @@ def decode(
     processor = VaeImageProcessor(vae_scale_factor=1)
     pixels, flagged = LatentCodec(vae).decode(latents), None  # (B, 3, H, W), about [-1, 1]
     if safety_checker is not None and feature_extractor is not None:
-        pictures = processor.postprocess(pixels, output_type="pil")
-        seen = feature_extractor(pictures, return_tensors="pt").pixel_values
+        checked = processor.postprocess(pixels, output_type="pil")
+        seen = feature_extractor(checked, return_tensors="pt").pixel_values
         dtype = next(safety_checker.parameters()).dtype
         pixels, flagged = safety_checker(images=pixels, clip_input=seen.to(pixels.device, dtype))
     shown = [not hit for hit in flagged] if flagged is not None else [True] * len(pixels)
@@ -77,9 +77,9 @@ PREVIEW_CELLS = 32
 
 @dataclass
 class Preview:
-    """A step callback that shows the predicted picture; pass it as callback_on_step_end.
+    """A step callback that shows the predicted image; pass it as callback_on_step_end.
 
-    show(i, pictures) is called after every `every_steps` steps. vae: one of the same latent space
+    show(i, images) is called after every `every_steps` steps. vae: one of the same latent space
     as the pipeline's; a small one such as TAESD is many times faster. Latents of more than
     max_cells along a side are shrunk before decoding.
     """
@@ -101,7 +101,7 @@ class Preview:
 def preview(
     vae: AutoencoderKL | AutoencoderTiny, z0: Tensor, *, max_cells: int = PREVIEW_CELLS
 ) -> list[Image.Image]:
-    """Return small pictures of latents z0 (B, C, h, w)."""
+    """Return small images of latents z0 (B, C, h, w)."""
     longest = max(z0.shape[-2:])
     if longest > max_cells:
         size = [max(1, side * max_cells // longest) for side in z0.shape[-2:]]

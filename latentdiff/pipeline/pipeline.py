@@ -1,4 +1,4 @@
-"""LatentDiffPipeline: a prompt becomes a picture, in the numbered steps of `__call__`.
+"""LatentDiffPipeline: a prompt becomes an image, in the numbered steps of `__call__`.
 
 Latents are kept in float32 through the chain whatever the networks' dtype is. Every argument is
 checked in checks.py before any compute.
@@ -62,16 +62,16 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     Arguments of a call, all but the prompt by keyword; nonsense is a ValueError that names it:
     - prompt, negative_prompt: a text or a list; "(red:1.3) apple" weighs words. prompt_embeds,
       negative_prompt_embeds (B, L, D) stand for them. long_prompts: "cut" warns of what does not
-      fit, "chunks" reads it all. clip_skip: layers of the text tower that are left out.
-    - image, strength in (0, 1]: start from a picture; mask_image: white where to paint.
+      fit, "chunks" reads it all. clip_skip: layers of the text encoder that are left out.
+    - image, strength in (0, 1]: start from an image; mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.
     - num_inference_steps, eta (DDIM's randomness); the sampler is `scheduler`: `set_scheduler`.
     - guidance_scale, 1 is none, by default the model's own or 7.5; guidance_rescale in [0, 1];
       guidance_interval: (start, end), the part of the chain that is guided, from 0, noise, to 1.
     - guide: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); the
       chain climbs its gradient, guide_scale times, beside the guidance above (see guide.py).
-    - num_images_per_prompt; seed: one number s, counted up over the pictures, or a list of one a
-      picture; generator: a torch.Generator, or a list, as in diffusers; latents: the noise.
+    - num_images_per_prompt; seed: one number s, counted up over the images, or a list of one a
+      image; generator: a torch.Generator, or a list, as in diffusers; latents: the noise.
     - lora_scale: how strongly loaded LoRAs act.
     - output_type: "pil", "np", "pt" (both in [0, 1]) or "latent"; return_dict: False for a tuple.
     - callback_on_step_end(pipe, i, t, tensors) after each step, with the tensors that
@@ -162,7 +162,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         callback_on_step_end: StepFunction | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
-        """Make pictures for a prompt, or for each prompt of a list; see the class."""
+        """Make images for a prompt, or for each prompt of a list; see the class."""
         # 1. Refuse nonsense before any compute
         checks.output(output_type, return_dict)
         step_end = StepEndCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -180,7 +180,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             lora_scale=lora_scale,
         )
         text = checks.text(text, unet=self.unet, text_encoder=self.text_encoder)
-        given = self._read_pictures(text, image, mask_image, strength)
+        given = self._read_images(text, image, mask_image, strength)
         shape = self._latent_shape(text.num_images, given, height, width)
         checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
         seeds, generator = generators_for(seed, generator, num_images=text.num_images)
@@ -191,7 +191,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         # 2. Read the prompts
         states = self._text_states(text, device)
 
-        # 3. Start from noise, or from a picture under noise, each with its own generator
+        # 3. Start from noise, or from an image under noise, each with its own generator
         canvas = self._canvas(given, latents, shape, generator, device)
 
         # 4. Walk the chain from noise to clean latents
@@ -199,7 +199,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             timesteps, canvas, states, step_end, step_options, lora_scale=text.lora_scale
         )
 
-        # 5. Decode, and write into each picture what made it
+        # 5. Decode, and write into each image what made it
         settings = generation_metadata(
             self, text, seeds, given=given, shape=shape, steps=num_inference_steps, eta=eta
         )
@@ -239,7 +239,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
 
     @property
     def _reads_mask(self) -> bool:
-        """Whether this is an inpainting U-Net, which reads mask and masked picture."""
+        """Whether this is an inpainting U-Net, which reads mask and masked image."""
         return self.unet is not None and self.unet.config.in_channels > self.num_channels
 
     @property
@@ -256,7 +256,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_if_guidance_untrained(self.facts, guidance.scale)
 
-    def _read_pictures(
+    def _read_images(
         self, text: Text, image: object, mask_image: object, strength: object
     ) -> ImageInputs:
         return read_image_inputs(
@@ -271,7 +271,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     def _latent_shape(
         self, num_images: int, given: ImageInputs, height: object, width: object
     ) -> tuple[int, int, int, int]:
-        """Return (B, C, h, w) of a size in pixels, by default the picture's or the trained one."""
+        """Return (B, C, h, w) of a size in pixels, by default the image's or the trained one."""
         factor = self.vae_scale_factor
         default = given.size(multiple=factor) or denoiser.image_size(self.unet, factor=factor)
         rows, columns = checks.image_size(height, width, default=default, multiple=factor)
@@ -391,7 +391,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     def _decode(
         self, latents: Tensor, output_type: str, settings: list[dict[str, Any]]
     ) -> tuple[Any, list[bool] | None]:
-        """Return pictures, PIL images with their settings, and the safety checker's verdicts."""
+        """Return images, PIL images with their settings, and the safety checker's verdicts."""
         if output_type != "latent":
             latents = self.fast_cpu.lay_out(latents)
         images, flagged = decode(

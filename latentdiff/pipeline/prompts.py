@@ -4,10 +4,10 @@ r"""Prompts to text states (B, L, D): what was cut is said, weights and long pro
 is the state of the empty prompt at the same place. Only "(text:number)" is read so; all other
 brackets are text, and "\(" is always a bracket.
 
-A prompt longer than the text tower's window is cut with a warning, or read in chunks, each with
+A prompt longer than the text encoder's window is cut with a warning, or read in chunks, each with
 its own start and end token, set side by side. Prompts of unequal length in one batch are repeated
 to a common length: a softmax over keys that are all repeated k times is the softmax over them
-once, so no picture depends on its neighbours.
+once, so no image depends on its neighbours.
 
 Prompts to text states, with the surface that Stable Diffusion's pipelines have.
 """
@@ -39,7 +39,7 @@ _WEIGHTED = re.compile(r"(?<!\\)\(([^()]*?[^()\\]):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)
 
 @dataclass(frozen=True)
 class Text:
-    """What a call says to the text tower: prompts, or their text states, and how to read them."""
+    """What a call says to the text encoder: prompts, or their text states, and how to read them."""
 
     prompt: str | list[str] | None
     negative_prompt: str | list[str] | None
@@ -59,7 +59,7 @@ class Text:
 
     @property
     def num_images(self) -> int:
-        """Number of pictures to make."""
+        """Number of images to make."""
         return self.num_prompts * self.num_images_per_prompt
 
 
@@ -158,7 +158,7 @@ def common_length(states: Sequence[Tensor]) -> list[Tensor]:
 def repeat_to_common_length(
     states: Tensor, negative: Tensor, *, num_images_per_prompt: int
 ) -> tuple[Tensor, Tensor]:
-    """Return states and negative states, one or one a prompt, of one length for each picture."""
+    """Return states and negative states, one or one a prompt, of one length for each image."""
     states, negative = common_length([states, negative.expand(len(states), -1, -1)])
     return (
         states.repeat_interleave(num_images_per_prompt, dim=0),
@@ -280,7 +280,7 @@ class EncodePromptMixin:
         """Return the text states of prompts and, for guidance, of negative prompts, each (B, L, D).
 
         The arguments are Stable Diffusion's, in its order, and long_prompts; B counts
-        num_images_per_prompt pictures a prompt. As there, clip_skip acts on the prompt alone.
+        num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone.
         """
 
         def read(name: str, value: object, skipped: int | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""What made a picture: enough to make it again, as plain JSON values.
+"""What made an image: enough to make it again, as plain JSON values.
 
-A picture's settings in its own PNG file: written with the picture, read back later.
+An image's settings in its own PNG file: written with the image, read back later.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def generation_metadata(
     steps: int,
     eta: float,
 ) -> list[dict[str, Any]]:
-    """Return one JSON object a picture; `pipe(**settings["call"])` makes that picture alone.
+    """Return one JSON object an image; `pipe(**settings["call"])` makes that image alone.
 
-    shape: (B, C, h, w) of the latents. Where the caller gave text states, generators, pictures or
+    shape: (B, C, h, w) of the latents. Where the caller gave text states, generators, images or
     a guide, those are missing.
     """
     guidance = pipe.guidance
@@ -152,13 +152,13 @@ def attach_settings(image: Image.Image, settings: Any) -> Image.Image:
 
 
 def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
-    """Return the settings of a picture that LatentDiff made, from its PNG file or as it was made.
+    """Return the settings of an image that LatentDiff made, from its PNG file or as it was made.
 
-    A dict for one picture, a list of them for a sheet. Raises FileNotFoundError, and ValueError
-    for a file that is no picture, or one without settings.
+    A dict for one image, a list of them for a sheet. Raises FileNotFoundError, and ValueError
+    for a file that is no image, or one without settings.
     """
     if isinstance(png, Image.Image):
-        name, info = "this picture", png.info
+        name, info = "this image", png.info
     else:
         name = os.fspath(png)
         try:
@@ -166,7 +166,7 @@ def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
                 image.load()
                 info = dict(image.info)
         except (UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
-            raise ValueError(f"{name} is not a readable picture: {error}") from error
+            raise ValueError(f"{name} is not a readable image: {error}") from error
     if KEY not in info:
         raise ValueError(
             f"{name} holds no settings of LatentDiff; only PNG files as it wrote them do, a copy "
@@ -179,7 +179,7 @@ def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write a PNG file atomically, with the picture's settings if it has some; return its path."""
+    """Write a PNG file atomically, with the image's settings if it has some; return its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:

@@ -27,7 +27,7 @@ def set_timesteps(
 ) -> Tensor:
     """Set a scheduler's chain of num_inference_steps and return its timesteps, noisiest first.
 
-    A strength, of a picture that is given, keeps that last part of the chain. Schedulers of second
+    A strength, of an image that is given, keeps that last part of the chain. Schedulers of second
     order return more timesteps than steps. Raises ValueError for a number outside 1..the number of
     training timesteps, one that the scheduler cannot do, or a strength that leaves no step.
     """

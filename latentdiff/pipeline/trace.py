@@ -1,4 +1,4 @@
-"""How a picture came about: the chain's xt, predicted x0 and guidance, as a strip of columns."""
+"""How an image came about: the chain's xt, predicted x0 and guidance, as a strip of columns."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Trace:
         self.steps.append(kept | {"t": float(t)})
         return {}
 
-    def draw(self, vae: AutoencoderKL | AutoencoderTiny, *, picture: int = 0) -> Image.Image:
-        """Draw one picture's chain: a row each for xt after the step, predicted x0, guidance.
+    def draw(self, vae: AutoencoderKL | AutoencoderTiny, *, image: int = 0) -> Image.Image:
+        """Draw one image's chain: a row each for xt after the step, predicted x0, guidance.
 
         Guidance is the difference's norm over channels, dark to bright in each panel on its own.
         At most eight steps are shown, evenly spaced, the last one always.
@@ -44,12 +44,12 @@ class Trace:
         panels: list[Image.Image] = []
         labels: list[str] = []
         for name, title in (("latents", "xt"), ("predicted_z0", "x0")):
-            latents = torch.stack([step[name][picture] for step in shown])
+            latents = torch.stack([step[name][image] for step in shown])
             panels += _decoded(vae, latents)
             labels += [f"{title}, t={step['t']:.0f}" for step in shown]
         if all(step["guidance_difference"] is not None for step in shown):
             size = panels[0].size
-            panels += [_norm(step["guidance_difference"][picture], size=size) for step in shown]
+            panels += [_norm(step["guidance_difference"][image], size=size) for step in shown]
             labels += [f"guidance, t={step['t']:.0f}" for step in shown]
         return draw_grid(panels, labels, columns=len(shown))
 

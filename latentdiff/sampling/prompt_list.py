@@ -1,4 +1,4 @@
-"""What a list of prompts asks for: one job a picture, in an order that can be resumed."""
+"""What a list of prompts asks for: one job an image, in an order that can be resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PromptEntry:
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One picture to make. row: the prompt's place in the list; number: the picture's own."""
+    """One image to make. row: the prompt's place in the list; number: the image's own."""
 
     number: int
     row: int
@@ -65,7 +65,7 @@ def plan_jobs(
 ) -> list[ImageJob]:
     """Return a job for every prompt, number of steps, guidance scale and repetition, in this order.
 
-    A prompt's pictures have the seeds from its own on, or from seed + (its place x num_images); the
+    A prompt's images have the seeds from its own on, or from seed + (its place x num_images); the
     cells of a grid over steps and guidance share them, so that they can be compared.
     """
     jobs: list[ImageJob] = []

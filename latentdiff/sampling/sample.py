@@ -1,4 +1,4 @@
-"""Many pictures from one command: a sheet, or a folder of pictures that can be resumed."""
+"""Many images from one command: a sheet, or a folder of images that can be resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Extras: TypeAlias = dict[str, Image.Image]
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """A pipeline with the arguments that all pictures of a list share."""
+    """A pipeline with the arguments that all images of a list share."""
 
     pipe: LatentDiffPipeline
     arguments: dict[str, Any]
@@ -51,7 +51,7 @@ class BatchSampler:
     say: Callable[[str], None]
 
     def draw(self, jobs: Sequence[ImageJob]) -> Iterator[tuple[ImageJob, Image.Image, Extras]]:
-        """Yield every job with its picture and, when traced, its chain and heat maps."""
+        """Yield every job with its image and, when traced, its chain and heat maps."""
         work = list(job_batches(jobs, batch_size=self.batch_size))
         size = max(map(len, work), default=0) if self.is_compiled else 0
         for place, batch in enumerate(work):
@@ -67,18 +67,16 @@ class BatchSampler:
         recording = record_attention(self.pipe.unet, num_images=len(batch))
         with recording if self.is_traced else nullcontext() as maps:
             result = self._call(batch, trace)
-        for index, (job, picture) in enumerate(zip(batch, result.images, strict=True)):
+        for index, (job, image) in enumerate(zip(batch, result.images, strict=True)):
             extras: Extras = {}
             if trace is not None and maps is not None:
                 heat, words = maps.mean()[index], self.pipe.tokenizer
-                extras["trace"] = trace.draw(self.pipe.vae, picture=index)
-                extras["attention"] = heat_map_grid(
-                    picture, heat, tokenizer=words, prompt=job.prompt
-                )
-            yield job, picture, extras
+                extras["trace"] = trace.draw(self.pipe.vae, image=index)
+                extras["attention"] = heat_map_grid(image, heat, tokenizer=words, prompt=job.prompt)
+            yield job, image, extras
 
     def _warm_up(self, batch: Sequence[ImageJob]) -> None:
-        """Take one step; a picture to start from is made anew, so that there is one."""
+        """Take one step; an image to start from is made anew, so that there is one."""
         strength = None if self.arguments["image"] is None else 1.0
         self._call(batch, None, num_inference_steps=1, strength=strength)
 
@@ -109,12 +107,12 @@ def sample(
     *,
     say: Callable[[str], None] = logger.info,
 ) -> Iterator[dict[str, Any]]:
-    """Make the pictures; yield a JSON object for each file when it is written.
+    """Make the images; yield a JSON object for each file when it is written.
 
     say: gets a line before what takes minutes.
 
     Raises ValueError or OSError with one clear message for bad input, and never writes over a
-    picture that has other settings.
+    image that has other settings.
     """
     out = Path(options.out)
     if out.suffix and out.suffix.lower() != ".png":
@@ -138,26 +136,26 @@ def sample(
 def _sample_grid(
     painter: BatchSampler, jobs: Sequence[ImageJob], out: Path, *, columns: int
 ) -> Iterator[dict[str, Any]]:
-    pictures = []
-    for job, picture, extras in painter.draw(jobs):
-        pictures.append(picture)
+    images = []
+    for job, image, extras in painter.draw(jobs):
+        images.append(image)
         yield from _write_extras(extras, out.with_name(f"{out.stem}.{job.number:06d}.png"))
-    sheet = draw_grid(pictures, [_label(job, jobs) for job in jobs], columns=columns)
-    attach_settings(sheet, [read_settings(picture) for picture in pictures])
-    yield {"path": str(save_png(sheet, out)), "kind": "sheet", "pictures": len(pictures)}
+    sheet = draw_grid(images, [_label(job, jobs) for job in jobs], columns=columns)
+    attach_settings(sheet, [read_settings(image) for image in images])
+    yield {"path": str(save_png(sheet, out)), "kind": "sheet", "images": len(images)}
 
 
 def _sample_folder(
     painter: BatchSampler, jobs: Sequence[ImageJob], folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Make the pictures that the folder lacks."""
+    """Make the images that the folder lacks."""
     mark = model_metadata(painter.pipe)
     missing = [job for job in jobs if not _is_done(folder / _name(job), job, mark)]
-    for job, picture, extras in painter.draw(missing):
-        path = save_png(picture, folder / _name(job))
-        yield {"path": str(path), "kind": "picture", **read_settings(picture)["call"]}
+    for job, image, extras in painter.draw(missing):
+        path = save_png(image, folder / _name(job))
+        yield {"path": str(path), "kind": "image", **read_settings(image)["call"]}
         yield from _write_extras(extras, path)
-    counts = {"made": len(missing), "pictures": len(jobs)}
+    counts = {"made": len(missing), "images": len(jobs)}
     yield {"path": str(folder), "kind": "folder", **counts}
 
 
@@ -168,7 +166,7 @@ def _write_extras(extras: Extras, beside: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_done(path: Path, job: ImageJob, mark: dict[str, Any]) -> bool:
-    """Say whether a job's picture is there; ValueError where another one has its name."""
+    """Say whether a job's image is there; ValueError where another one has its name."""
     if not path.exists():
         return False
     settings = read_settings(path)
@@ -179,7 +177,7 @@ def _is_done(path: Path, job: ImageJob, mark: dict[str, Any]) -> bool:
         different.append("model" if has == takes else f"dtype, --dtype {has}")
     if different:
         raise ValueError(
-            f"{path} is a picture of another {', '.join(different)}; it is not written over, "
+            f"{path} is an image of another {', '.join(different)}; it is not written over, "
             "choose another folder"
         )
     return True
@@ -200,7 +198,7 @@ def _name(job: ImageJob) -> str:
 
 
 def _label(job: ImageJob, jobs: Sequence[ImageJob]) -> str:
-    """Return the prompt, and what differs between the pictures of a grid."""
+    """Return the prompt, and what differs between the images of a grid."""
     parts = [job.prompt]
     if len({one.num_inference_steps for one in jobs}) > 1:
         parts.append(f"steps {job.num_inference_steps}")
@@ -221,7 +219,7 @@ def _lines(prompts: Sequence[str], options: SampleOptions) -> list[PromptEntry]:
 def _jobs(
     lines: Sequence[PromptEntry], options: SampleOptions, *, guidance_scale: float
 ) -> list[ImageJob]:
-    """Plan the pictures; guidance_scale: where the options name none."""
+    """Plan the images; guidance_scale: where the options name none."""
     scales = options.guidance_scale
     return plan_jobs(
         lines,
@@ -277,7 +275,7 @@ def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
 
 
 def _arguments(options: SampleOptions) -> dict[str, Any]:
-    """Return the arguments of a call that all pictures share."""
+    """Return the arguments of a call that all images share."""
     interval = options.guidance_interval
     return {
         "height": options.height,
@@ -300,7 +298,7 @@ def _open(name: str, path: str | None) -> Image.Image | None:
             image.load()
             return image
     except (UnidentifiedImageError, SyntaxError, OSError) as error:
-        raise ValueError(f"{name} {path} is not a readable picture: {error}") from error
+        raise ValueError(f"{name} {path} is not a readable image: {error}") from error
 
 
 def _list(value: Any) -> list[Any]:

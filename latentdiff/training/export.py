@@ -75,8 +75,8 @@ def averaged(engine: TrainStep) -> AbstractContextManager[None]:
 def _take_best(run: Run) -> int:
     """Load the checkpoint with the least held-out loss of those that are kept; return its step."""
     root = run.folder / "checkpoints"
-    kept = {step: root / f"step-{step:09d}" for step in run.held_out}
-    best = best_step({step: run.held_out[step] for step, path in kept.items() if path.is_dir()})
+    kept = {step: root / f"step-{step:09d}" for step in run.heldout}
+    best = best_step({step: run.heldout[step] for step, path in kept.items() if path.is_dir()})
     if best is None:
         raise ValueError(
             f"train.export=best, and {root} holds no checkpoint with a held-out loss; "
@@ -128,9 +128,9 @@ def _facts(run: Run, step: int) -> ModelInfo:
     last: dict[str, float] = {}
     path = run.folder / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        figures = json.loads(line)
+        figures = json.loads(line.replace('"held_out', '"heldout'))  # as earlier versions wrote
         last |= figures if figures["step"] <= step else {}
-    shown = ("held_out_loss", "held_out_se", "num_held_out", "caption_use")
+    shown = ("heldout_loss", "heldout_se", "num_heldout", "caption_use")
     base = (
         read_model_info(resolve_model(config.model.pretrained))
         if config.model.pretrained

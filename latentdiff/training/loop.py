@@ -84,7 +84,9 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
     timed = _Timed(batches)
     rate_is_known = False
     num_timesteps = run.engine.objective.schedule.num_timesteps
-    window = Window(accelerator, max_bad_steps=settings.max_bad_steps, num_timesteps=num_timesteps)
+    window = Window(
+        accelerator, max_skipped_steps=settings.max_skipped_steps, num_timesteps=num_timesteps
+    )
     bar = tqdm(
         initial=first_step,
         total=settings.max_steps,
@@ -118,7 +120,7 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
             bar.set_postfix(
                 loss=f"{figures['loss']:.4f}", img_s=f"{figures['images_per_second']:.1f}"
             )
-        if _is_time(done, settings.power_ema_every_steps, last):
+        if _is_time(done, settings.posthoc_ema_every_steps, last):
             save_posthoc_snapshots(run, done)
         with window.paused():
             is_best = not stop and _eval_heldout(run, done, last=last)
@@ -139,7 +141,7 @@ def _measure_start(run: Run, first_step: int) -> None:
     After a resume this makes up for the measurement that the stop left out, so that no figure
     depends on stops.
     """
-    is_new = first_step not in run.held_out
+    is_new = first_step not in run.heldout
     if is_new and _eval_heldout(run, first_step, last=False) and first_step:
         save_state(run, first_step)
 
@@ -177,16 +179,12 @@ def _save_samples(run: Run, done: int, *, last: bool) -> None:
 def _eval_heldout(run: Run, done: int, *, last: bool) -> bool:
     """Measure the held-out loss when it is time; return whether this state is the best to keep.
 
-    Beside it goes the loss of training pictures, whose gap to it tells overfitting. All processes
+    Beside it goes the loss of training images, whose gap to it tells overfitting. All processes
     share in it, with the EMA weights. The log also has what captions are worth.
     """
     triples, trained = run.supply.triples, run.supply.train_triples
     objective = run.engine.objective
-    if (
-        triples is None
-        or trained is None
-        or not _is_time(done, run.config.preview.held_out_every_steps, last)
-    ):
+    if triples is None or trained is None or not _is_time(done, run.config.eval.every_steps, last):
         return False
 
     def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -209,9 +207,9 @@ def _eval_heldout(run: Run, done: int, *, last: bool) -> bool:
     figures = summarize_losses(losses, triples.t, num_timesteps=objective.schedule.num_timesteps)
     figures |= summarize_gap(losses["true"][triples.order], trained_losses[trained.order])
     run.log.write(done, figures)
-    if math.isfinite(loss := figures["held_out_loss"]):
-        run.held_out[done] = loss
-    saved = {step: loss for step, loss in run.held_out.items() if step}  # the start is not
+    if math.isfinite(loss := figures["heldout_loss"]):
+        run.heldout[done] = loss
+    saved = {step: loss for step, loss in run.heldout.items() if step}  # the start is not
     return run.config.train.keep_best and best_step(saved) == done
 
 
@@ -247,7 +245,7 @@ def _log_save_error(run: Run) -> None:
 
 def _default_prompts(supply: TrainData) -> list[str]:
     """Return up to eight captions that differ, held out where there are any, spread over them."""
-    folder = supply.held_out if len(supply.held_out) else supply.train
+    folder = supply.heldout if len(supply.heldout) else supply.train
     looked_at = min(NUM_LOOKED_AT, len(folder))
     places = [len(folder) * k // looked_at for k in range(looked_at)]
     settled = (supply.edits.settle(folder[place].captions[0]) for place in places)

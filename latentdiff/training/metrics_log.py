@@ -75,8 +75,10 @@ class MetricsLog:
 class Window:
     """The steps since the last log line: their results on the device, and the time they took."""
 
-    def __init__(self, accelerator: Accelerator, *, max_bad_steps: int, num_timesteps: int) -> None:
-        self.accelerator, self.max_bad_steps = accelerator, max_bad_steps
+    def __init__(
+        self, accelerator: Accelerator, *, max_skipped_steps: int, num_timesteps: int
+    ) -> None:
+        self.accelerator, self.max_skipped_steps = accelerator, max_skipped_steps
         self.labels = bucket_labels(num_timesteps)
         self.bad_in_a_row = 0
         self._reset()
@@ -137,7 +139,7 @@ class Window:
         first = step - len(ok) + 1
         for offset, fine in enumerate(ok):
             self.bad_in_a_row = 0 if fine else self.bad_in_a_row + 1
-            if self.bad_in_a_row >= self.max_bad_steps:
+            if self.bad_in_a_row >= self.max_skipped_steps:
                 names = [str(ids[i]) for i in self.results[offset].indices.tolist()]
                 raise FloatingPointError(
                     f"the loss or a gradient was NaN or Inf in {self.bad_in_a_row} updates in a "

@@ -1,4 +1,4 @@
-"""The model that a run trains: a folder to fine-tune, or a new U-Net (and text tower).
+"""The model that a run trains: a folder to fine-tune, or a new U-Net (and text encoder).
 
 Everything that does not fit is said before any weight is loaded. New weights come from the run's
 seed. Does not answer for: wrapping by Accelerate or the training itself (loop.py).
@@ -31,7 +31,7 @@ PLAIN_ATTENTION_PIXELS = 256
 
 
 class TextToImage(nn.Module):
-    """What the optimiser sees as one module: the U-Net, and the text tower when it learns too."""
+    """What the optimiser sees as one module: the U-Net, and the text encoder when it learns too."""
 
     def __init__(self, components: Components, *, trains_text_encoder: bool) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def pretrained_components(config: Config) -> Components:
 
 
 def trains_text_encoder(config: Config) -> bool:
-    """Return whether the text tower is trained: a new one always is, others when asked.
+    """Return whether the text encoder is trained: a new one always is, others when asked.
 
     New words for it count as training it.
     """

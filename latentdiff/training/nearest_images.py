@@ -1,8 +1,8 @@
-"""The training pictures nearest to samples: what shows that a model repeats what it has seen.
+"""The training images nearest to samples: what shows that a model repeats what it has seen.
 
 A spread of the training folder is embedded once, on the main process and when the first sheet asks
 for it, by a network from a folder or as thumbnails. How near is too near is memorisation.py's
-business, and learned from the held-out pictures where there are any.
+business, and learned from the held-out images where there are any.
 """
 
 import logging
@@ -29,17 +29,17 @@ from latentdiff.evaluation.metrics.memorization import (
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 16
-FEWEST = 3  # training pictures, below which a distance is not compared with others
+FEWEST = 3  # training images, below which a distance is not compared with others
 Embed = Callable[[Tensor], Tensor]
 PlanOf = Callable[[Folder], CropPlan]
 
 
 @dataclass(frozen=True)
 class NearestImage:
-    """The training picture nearest to one sample.
+    """The training image nearest to one sample.
 
     score: its distance as a share of what is usual around there, in [0, 1]; is_copy: None where no
-    held-out picture says what is too near.
+    held-out image says what is too near.
     """
 
     name: str
@@ -56,36 +56,36 @@ class NearestImage:
 
 
 class NearestImages:
-    """Finds the nearest among `num` training pictures, spread over the folder.
+    """Finds the nearest among `num` training images, spread over the folder.
 
-    plan_of: how a folder's pictures are cut. features: folder of a network (see features.py), whose
+    plan_of: how a folder's images are cut. features: folder of a network (see features.py), whose
     vectors are brought to length 1; without it, thumbnails. Distances lie in [0, 2] both ways.
     """
 
     def __init__(
         self,
         train: Folder,
-        held_out: Folder,
+        heldout: Folder,
         *,
         plan_of: PlanOf,
         num: int,
         features: str = "",
         device: torch.device | str = "cpu",
     ) -> None:
-        self.train, self.held_out = _spread(train, num), _spread(held_out, num)
+        self.train, self.heldout = _spread(train, num), _spread(heldout, num)
         self.plan_of, self.device = plan_of, torch.device(device)
         self._embed = embedder(features, device=self.device)
 
     def of(self, samples: Sequence[Image.Image]) -> list[NearestImage]:
-        """Return the nearest training picture of each sample.
+        """Return the nearest training image of each sample.
 
-        Raises ValueError naming a training picture that can no longer be read.
+        Raises ValueError naming a training image that can no longer be read.
         """
         found = self._embed(torch.stack([to_pixels(sample) for sample in samples]))
-        train, held_out = self._embedded
+        train, heldout = self._embedded
         copies: list[bool | None] = [None] * len(samples)
-        if len(held_out) and len(train) >= FEWEST:
-            judged = find_copies(found, train, held_out=held_out)
+        if len(heldout) and len(train) >= FEWEST:
+            judged = find_copies(found, train, heldout=heldout)
             scores, distances, places = judged.scores, judged.distances, judged.places
             copies = judged.is_copy.tolist()
         else:
@@ -108,10 +108,10 @@ class NearestImages:
 
     @cached_property
     def _embedded(self) -> tuple[Tensor, Tensor]:
-        """Features of training (M, D) and held-out pictures (H, D)."""
-        train, held_out = self._features(self.train), self._features(self.held_out)
-        logger.info("samples are compared with %d training pictures", len(train))
-        return train, held_out
+        """Features of training (M, D) and held-out images (H, D)."""
+        train, heldout = self._features(self.train), self._features(self.heldout)
+        logger.info("samples are compared with %d training images", len(train))
+        return train, heldout
 
     def _features(self, folder: Folder) -> Tensor:
         plan = self.plan_of(folder)

@@ -29,7 +29,7 @@ from latentdiff.training.setup import Run
 
 logger = logging.getLogger(__name__)
 SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
-PARTS = {"unet": "U-Net", "text_encoder": "text tower", "vae": "VAE"}
+PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def log_plan(run: Run, first_step: int) -> None:
     logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
     _log_memory(memory, run)
     if run.engine.power_emas:
-        num_snapshots = -(-run.config.train.max_steps // run.config.train.power_ema_every_steps)
+        num_snapshots = -(-run.config.train.max_steps // run.config.train.posthoc_ema_every_steps)
         num_snapshots *= len(run.engine.power_emas)
         size = size_text(num_snapshots * _size(run.engine.parameters.values()))
         logger.info("power_ema/ will hold %d snapshots, %s in all", num_snapshots, size)
     if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
-    if not len(run.supply.held_out):
-        logger.warning("no picture is held out, so no held-out loss; set data.split_fraction")
+    if not len(run.supply.heldout):
+        logger.warning("no image is held out, so no held-out loss; set data.heldout_fraction")
 
 
 def log_throughput(images_per_second: float, *, num_images: int) -> None:
@@ -229,16 +229,16 @@ def _log_steps(run: Run, first_step: int) -> None:
     settings, layout = run.config.train, run.layout
     per_epoch = run.supply.order.steps_per_epoch
     logger.info(
-        "%s: %s training and %s held-out pictures of %d px, in %s on %s",
+        "%s: %s training and %s held-out images of %d px, in %s on %s",
         run.folder,
         f"{len(run.supply.train):,}",
-        f"{len(run.supply.held_out):,}",
+        f"{len(run.supply.heldout):,}",
         run.config.data.resolution,
-        settings.precision,
+        settings.mixed_precision,
         run.accelerator.device,
     )
     logger.info(
-        "steps %d to %d, %d pictures each (%d processes x %d x %d accumulated), %d steps an epoch, "
+        "steps %d to %d, %d images each (%d processes x %d x %d accumulated), %d steps an epoch, "
         "%.1f epochs; rate %.2g %s after %d warm-up steps",
         first_step,
         settings.max_steps,
@@ -250,7 +250,7 @@ def _log_steps(run: Run, first_step: int) -> None:
         settings.max_steps / per_epoch,
         settings.learning_rate,
         settings.lr_schedule,
-        settings.warmup_steps,
+        settings.lr_warmup_steps,
     )
 
 

@@ -1,7 +1,7 @@
 """Sample sheets during a run: fixed prompts, each with its own seed, and what they are nearest to.
 
-A prompt's seed hangs on the run's seed and the prompt alone, so adding a prompt does not change the
-others' pictures. The prompts are shared out over the processes in batches of one size, so that
+A prompt's seed depends on the run's seed and the prompt alone, so adding a prompt does not change
+the others' images. The prompts are shared out over the processes in batches of one size, so that
 neither does the number of processes.
 """
 
@@ -23,11 +23,11 @@ from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.training.nearest_images import NearestImage, NearestImages, figures_of
 
 logger = logging.getLogger(__name__)
-PICTURES_AT_ONCE = 4  # a constant: rounding depends on a batch's size
+IMAGES_AT_ONCE = 4  # a constant: rounding depends on a batch's size
 
 
 def prompt_seed(seed: int, prompt: str) -> int:
-    """Return the seed of a prompt's picture, in [0, 2^31)."""
+    """Return the seed of a prompt's image, in [0, 2^31)."""
     digest = hashlib.sha256(f"{seed}|{prompt}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
@@ -51,9 +51,9 @@ def write_sheet(
     guidance_scale: float,
     neighbours: NearestImages | None = None,
 ) -> dict[str, float]:
-    """Draw one picture a prompt and write them as a labelled PNG.
+    """Draw one image a prompt and write them as a labelled PNG.
 
-    neighbours: shows beside each the nearest training picture. Returns the figures of these, on
+    neighbours: shows beside each the nearest training image. Returns the figures of these, on
     the main process.
     """
     mine = sample_share(
@@ -77,18 +77,18 @@ def write_sheet(
 
 
 def _found(images: Sequence[Image.Image], neighbours: NearestImages | None) -> list[NearestImage]:
-    """Find what pictures are nearest to; a training picture that is gone is no reason to stop."""
+    """Find what images are nearest to; a training image that is gone is no reason to stop."""
     try:
         return neighbours.of(images) if neighbours is not None else []
     except (OSError, ValueError) as error:
-        logger.error("the nearest training pictures are not shown: %s", error)
+        logger.error("the nearest training images are not shown: %s", error)
         return []
 
 
 def _sheet(
     images: Sequence[Image.Image], prompts: Sequence[str], found: Sequence[NearestImage]
 ) -> Image.Image:
-    """Lay out pictures, each followed by what it is nearest to."""
+    """Lay out images, each followed by what it is nearest to."""
     if not found:
         return draw_grid(images, list(prompts), columns=min(8, len(prompts)))
     cells, labels = [], []
@@ -108,15 +108,15 @@ def sample_share(
     num_steps: int,
     guidance_scale: float,
 ) -> dict[int, Image.Image]:
-    """Return this process's share of the prompts' pictures, by the prompt's index."""
+    """Return this process's share of the prompts' images, by the prompt's index."""
     pipeline = make_pipeline(components)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
     drawn: dict[int, Image.Image] = {}
-    for batch, counts in rank_batches(-(-len(prompts) // PICTURES_AT_ONCE), shard):
-        first = batch * PICTURES_AT_ONCE
-        part = list(prompts[first : first + PICTURES_AT_ONCE])
-        padded = part + part[-1:] * (PICTURES_AT_ONCE - len(part))
+    for batch, counts in rank_batches(-(-len(prompts) // IMAGES_AT_ONCE), shard):
+        first = batch * IMAGES_AT_ONCE
+        part = list(prompts[first : first + IMAGES_AT_ONCE])
+        padded = part + part[-1:] * (IMAGES_AT_ONCE - len(part))
         with accelerator.autocast():
             images, _ = pipeline(
                 padded,

@@ -8,6 +8,7 @@ What a checkpoint is on disk is checkpoint.py's business.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -47,9 +48,10 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "train.checkpoint_every_steps",
     "train.keep_",
     "train.export",
-    "train.power_ema_every_steps",
-    "train.max_bad_steps",
+    "train.posthoc_ema_every_steps",
+    "train.max_skipped_steps",
     "preview.",
+    "eval.",
 )
 
 
@@ -97,7 +99,7 @@ def resume(run: Run, start: Path | None) -> int:
     step = 0
     if start is not None:
         checkpoint = load_checkpoint(start)
-        step, state = checkpoint.step, checkpoint.state
+        step, state = checkpoint.step, _with_current_keys(checkpoint.state)
         if state.get("base") != run.base_hash:
             raise ValueError(
                 f"{start} was trained on other weights than model.pretrained="
@@ -105,12 +107,17 @@ def resume(run: Run, start: Path | None) -> int:
                 "base model of that run"
             )
         run.engine.load(shard_state(checkpoint.tensors, run.engine.parameters), state)
-        if state.get("num_held_out") == _num_held_out(run):
-            run.held_out = {int(at): loss for at, loss in state["held_out"].items()}
+        if state.get("num_heldout") == _num_heldout(run):
+            run.heldout = {int(at): loss for at, loss in state["heldout"].items()}
         logger.info("going on after step %d from %s", step, start)
     if run.accelerator.is_main_process:
         drop_snapshots_after(run.folder, step)
     return step
+
+
+def _with_current_keys(state: dict[str, Any]) -> dict[str, Any]:
+    """Rename what checkpoints of earlier versions call otherwise."""
+    return {name.replace("held_out", "heldout"): value for name, value in state.items()}
 
 
 def save_state(run: Run, done: int) -> None:
@@ -131,9 +138,9 @@ def save_state(run: Run, done: int) -> None:
     if beside:
         tensors = snapshot(tensors)
     root, settings = run.folder / "checkpoints", run.config.train
-    losses = dict(run.held_out)
-    state["held_out"] = {str(at): loss for at, loss in losses.items()}
-    state["num_held_out"] = _num_held_out(run)
+    losses = dict(run.heldout)
+    state["heldout"] = {str(at): loss for at, loss in losses.items()}
+    state["num_heldout"] = _num_heldout(run)
     state["scaling_factor"] = float(run.components.vae.config["scaling_factor"])
     state["base"] = run.base_hash
     settings_of_run, world = run_key(run.config), run.accelerator.num_processes
@@ -178,7 +185,7 @@ def save_posthoc_snapshots(run: Run, done: int) -> None:
             logger.error("a snapshot for scripts/reconstruct_ema.py is missing: %s", error)
 
 
-def _num_held_out(run: Run) -> int:
+def _num_heldout(run: Run) -> int:
     return 0 if run.supply.triples is None else len(run.supply.triples)
 
 

@@ -16,7 +16,10 @@ from latentdiff.config.io import to_yaml
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.device import tune_malloc
-from latentdiff.diffusion.timesteps import LossSecondMomentSampler, logit_normal_probabilities
+from latentdiff.diffusion.timesteps import (
+    LossSecondMomentSampler,
+    logit_normal_probabilities,
+)
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
@@ -73,7 +76,7 @@ class Run:
     log: MetricsLog
     saver: BackgroundSaver
     neighbours: NearestImages | None = None
-    held_out: dict[int, float] = field(default_factory=dict)  # losses so far, by step
+    heldout: dict[int, float] = field(default_factory=dict)  # losses so far, by step
     base_hash: str | None = None  # of a pretrained model that checkpoints hold a part of
 
 
@@ -83,7 +86,7 @@ def start_accelerator(config: Config) -> Accelerator:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said, so that several CPU processes are seen
-        mixed_precision=MIXED[config.train.precision],
+        mixed_precision=MIXED[config.train.mixed_precision],
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)] if backend else None,
     )
     _refuse_copies(accelerator)
@@ -149,7 +152,7 @@ def _is_set(name: str) -> bool:
 def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path | None) -> Run:
     """Read the data, load or build the model, encode what the caches lack, wrap for training."""
     with accelerator.main_process_first():
-        train_data, held_out = read_data(
+        train_data, heldout = read_data(
             config.data,
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
@@ -166,7 +169,7 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
     else:
         vae = load_vae_of(config)
         latents = cache_latents(train_data, vae, config.data, accelerator=accelerator)
-        if config.model.measure_latents:
+        if config.model.fit_scaling_factor:
             set_scaling_factor(vae, latents)
         captions = train_data.each_caption()
         with accelerator.main_process_first():
@@ -176,7 +179,7 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
     supply = build_train_data(
         config,
         train_data,
-        held_out,
+        heldout,
         components=components,
         latents=latents,
         trains_text_encoder=trains_text,
@@ -185,7 +188,7 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
     )
     if config.train.keep_best and supply.triples is None:
         raise ValueError(
-            "train.keep_best needs held-out pictures and there are none; set data.split_fraction"
+            "train.keep_best needs held-out images and there are none; set data.heldout_fraction"
         )
     layout = BatchLayout.of(
         config.train.batch_size, config.train.micro_batch_size, accelerator.num_processes
@@ -210,17 +213,17 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
 
 
 class _BaseModel(NamedTuple):
-    """A pretrained model, ready for what learns: its class pictures, and the weights it had."""
+    """A pretrained model, ready for what learns: its class images, and the weights it had."""
 
     components: Components
     prior: Folder | None
-    weights_hash: str | None  # None where nothing of a run hangs on it
+    weights_hash: str | None  # None where nothing of a run depends on it
 
 
 def _load_base_model(
     config: Config, folder: Path, train_data: Folder, accelerator: Accelerator
 ) -> _BaseModel:
-    """Load the model to fine-tune, let it draw class pictures, then add adapters or words to it."""
+    """Load the model to fine-tune, let it draw class images, then add adapters or words to it."""
     finetune, learns = config.finetune, trains_text_encoder(config)
     components = pretrained_components(config)
     found = base_weights_hash(components) if finetune.is_partial or finetune.class_prompt else None
@@ -265,10 +268,10 @@ def build_train_step(
         schedule_of(components.scheduler).to(device, dtype=torch.float32),
         prediction_type=components.scheduler.config["prediction_type"],
         null_text=supply.null_text.to(device),
-        weighting=diffusion.weighting,
-        weighting_gamma=diffusion.weighting_gamma or None,
+        weighting=diffusion.loss_weighting,
+        snr_gamma=diffusion.snr_gamma or None,
         huber_delta=diffusion.huber_delta if diffusion.loss == "huber" else None,
-        timesteps=diffusion.timesteps,
+        timesteps=diffusion.timestep_sampling,
         logit_normal=(diffusion.logit_normal_mean, diffusion.logit_normal_std),
         probabilities=_probabilities(config, components, device),
         offset_noise=diffusion.offset_noise,
@@ -280,7 +283,7 @@ def build_train_step(
         base=settings.learning_rate,
         text_base=settings.text_learning_rate or settings.learning_rate,
         schedule=settings.lr_schedule,
-        warmup_steps=settings.warmup_steps,
+        lr_warmup_steps=settings.lr_warmup_steps,
         max_steps=settings.max_steps,
     )
     return TrainStep(
@@ -293,9 +296,9 @@ def build_train_step(
         betas=(0.9, settings.beta2),
         max_grad_norm=settings.max_grad_norm,
         ema_decay=settings.ema_decay if settings.ema else None,
-        power_ema=settings.power_ema,
+        power_ema=settings.posthoc_ema_sigma_rel,
         ema_device="cpu" if settings.ema_device == "cpu" else None,
-        fp16=settings.precision == "fp16",
+        fp16=settings.mixed_precision == "fp16",
         seed=settings.seed,
     )
 
@@ -312,12 +315,12 @@ def _is_channels_last(wanted: bool | str, accelerator: Accelerator) -> bool:
 def make_neighbours(
     config: Config, supply: TrainData, *, device: torch.device | str
 ) -> NearestImages | None:
-    """Return what finds the training pictures nearest to a sheet's; None where none is wanted."""
+    """Return what finds the training images nearest to a sheet's; None where none is wanted."""
     if not config.preview.num_nearest:
         return None
     return NearestImages(
         supply.train,
-        supply.held_out,
+        supply.heldout,
         plan_of=lambda folder: crop_plan(folder, eval_crop_config(config.data)),
         num=config.preview.num_nearest,
         features=config.preview.features,
@@ -342,7 +345,7 @@ def _probabilities(
 def _loss_aware(
     config: Config, components: Components, device: torch.device
 ) -> LossSecondMomentSampler | None:
-    if config.diffusion.timesteps != "loss_aware":
+    if config.diffusion.timestep_sampling != "loss_aware":
         return None
     return LossSecondMomentSampler(
         components.scheduler.config["num_train_timesteps"], device=device

@@ -54,7 +54,7 @@ class Objective:
     prediction_type: str
     null_text: Tensor  # (1, L) ids or (1, L, D) states
     weighting: str = "none"
-    weighting_gamma: float | None = None  # None: the weighting's own
+    snr_gamma: float | None = None  # None: the weighting's own
     huber_delta: float | None = None  # None: squared errors
     timesteps: str = "uniform"
     logit_normal: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
@@ -110,7 +110,7 @@ class Objective:
             t,
             prediction_type=self.prediction_type,
             weighting=self.weighting,
-            gamma=self.weighting_gamma,
+            gamma=self.snr_gamma,
         )
         loss = weights * per_sample_loss(
             output[:, : z0.shape[1]],
@@ -152,16 +152,16 @@ class LRSchedule:
     base: float
     text_base: float
     schedule: str
-    warmup_steps: int
+    lr_warmup_steps: int
     max_steps: int
 
     def at(self, step: int, *, text: bool = False) -> float:
-        """Return the rate of optimiser step `step`, of the U-Net or the text tower."""
+        """Return the rate of optimiser step `step`, of the U-Net or the text encoder."""
         return learning_rate(
             step,
             base=self.text_base if text else self.base,
             schedule=self.schedule,  # type: ignore[arg-type]  # checked by the config
-            warmup_steps=self.warmup_steps,
+            lr_warmup_steps=self.lr_warmup_steps,
             max_steps=self.max_steps,
         )
 
@@ -297,7 +297,7 @@ class TrainStep:
             if name not in tensors:
                 raise ValueError(
                     f"the checkpoint holds no {name}: its run did not keep that average; leave "
-                    "train.ema and train.power_ema as they were"
+                    "train.ema and train.posthoc_ema_sigma_rel as they were"
                 )
             average.load_state_dict(tensors[name])
         if self.objective.loss_aware is not None:
@@ -306,7 +306,7 @@ class TrainStep:
         self.skipped = state["skipped"]
 
     def _groups(self, weight_decay: float, name: OptimizerName) -> list[dict[str, Any]]:
-        """Return the optimiser's groups; those of the text tower are marked."""
+        """Return the optimiser's groups; those of the text encoder are marked."""
         parts: list[tuple[nn.Module, bool]] = [(self.model.unet, False)]
         if self.model.text_encoder is not None:
             parts.append((self.model.text_encoder, True))

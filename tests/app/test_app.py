@@ -35,7 +35,7 @@ def draw(playground, *, sampler=OWN_SAMPLER, lora=NO_LORA, **changes):
     return list(playground.draw(call(**changes), sampler=sampler, lora=lora))
 
 
-def test_pictures_are_seen_as_they_form_and_end_as_the_pipeline_s_own():
+def test_images_are_seen_as_they_form_and_end_as_the_pipeline_s_own():
     playground = WebSession(tiny_pipeline())
     events = draw(playground)
     assert [i for i, _ in events[:-1]] == [0, 1, 2, 3]
@@ -86,7 +86,7 @@ def test_samplers_and_loras_come_and_go(tmp_path):
         find_loras(str(tmp_path / "nowhere"))
 
 
-def test_what_is_painted_over_a_picture_is_its_mask():
+def test_what_is_painted_over_a_image_is_its_mask():
     photo = Image.new("RGBA", (8, 4), "red")
     clear, stroke = Image.new("RGBA", (8, 4)), Image.new("RGBA", (8, 4))
     stroke.paste((0, 0, 0, 255), (0, 0, 2, 4))
@@ -146,7 +146,7 @@ def address(tmp_path):
 
 
 @pytest.mark.slow
-def test_browser_draws_sees_the_picture_change_and_is_told_of_bad_input(address, tmp_path):
+def test_browser_draws_sees_the_image_change_and_is_told_of_bad_input(address, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright's client")
     if CHROMIUM is None:
         pytest.skip("needs a Chromium browser")
@@ -159,17 +159,17 @@ def test_browser_draws_sees_the_picture_change_and_is_told_of_bad_input(address,
         page.fill("#prompt textarea, #prompt input", "a red heart")
         page.click("#draw")
         page.wait_for_selector("#state:has-text('done')", timeout=60_000)
-        first = page.get_attribute("#pictures img", "src")
-        picture = page.request.get(first).body()
-        path = tmp_path / "picture.png"
-        path.write_bytes(picture)
+        first = page.get_attribute("#images img", "src")
+        image = page.request.get(first).body()
+        path = tmp_path / "image.png"
+        path.write_bytes(image)
         from latentdiff.pipeline.provenance import read_settings
 
         assert read_settings(path)["call"]["prompt"] == "a red heart"
         page.fill("#prompt textarea, #prompt input", "a green apple")
         page.click("#draw")
         page.wait_for_function(
-            "old => { const image = document.querySelector('#pictures img');"
+            "old => { const image = document.querySelector('#images img');"
             " return image && image.src !== old"
             " && document.querySelector('#state').innerText.includes('done') }",
             arg=first,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("train_throughput", "held_out_race", "scaling", "vae", "startup", "memory")
+NAMES = ("train_throughput", "heldout_race", "scaling", "vae", "startup", "memory")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def figures_of(printed: str) -> dict:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
-    """Let modules build a U-Net and a text tower of next to nothing."""
+    """Let modules build a U-Net and a text encoder of next to nothing."""
     monkeypatch.syspath_prepend(str(FOLDER))
     small = {"WIDTHS": (32, 32), "TEXT_WIDTH": 32, "TEXT_LAYERS": 1, "HEAD_DIM": 16}
     for name in modules:
@@ -81,11 +81,11 @@ def test_training_loops_are_compared(benchmark, monkeypatch: pytest.MonkeyPatch)
 def test_the_race_measures_both_sides_on_equal_terms(
     benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shrink(monkeypatch, "held_out_race")
+    shrink(monkeypatch, "heldout_race")
     sizes = {"minutes": 0.02, "steps": 30, "decay": "both", "px": 32, "batch_size": 4}
-    sizes |= {"num_train": 16, "num_held_out": 8}
+    sizes |= {"num_train": 16, "num_heldout": 8}
     options = [f"--{name}={value}" for name, value in sizes.items()]
-    figures = figures_of(benchmark("held_out_race", *options, TURNS=2, Apart=Here))
+    figures = figures_of(benchmark("heldout_race", *options, TURNS=2, Apart=Here))
     curves = figures["curves"]
     (_, steps, first), *_ = curves["baseline"]
     assert (steps, first) == (0, pytest.approx(curves["latentdiff"][0][2], abs=0.02))

@@ -35,7 +35,7 @@ from latentdiff.training.loop import train
 ROOT = Path(__file__).parents[2]
 SMALL = (
     *("--data.resolution=32", "--train.max_steps=2", "--train.batch_size=4", "--train.ema=false"),
-    *("--train.precision=fp32", "--preview.held_out_every_steps=0", "--preview.num_held_out=8"),
+    *("--train.mixed_precision=fp32", "--eval.every_steps=0", "--eval.num_heldout=8"),
 )
 
 
@@ -121,15 +121,15 @@ def test_face_is_plain_on_every_colour_and_stays_where_it_belongs(kind: str) -> 
             assert (
                 smiling.caption == f"a smiling large {colour} {kind} on a {background} background"
             )
-            pictures = [
+            images = [
                 np.asarray(render(one, np.random.default_rng(3)), np.int64)
                 for one in (plain, smiling)
             ]
-            changed = np.abs(pictures[0] - pictures[1]).sum(2) > 30
+            changed = np.abs(images[0] - images[1]).sum(2) > 30
             rows, columns = np.nonzero(changed)
             assert changed.sum() > 100
             assert max(np.ptp(rows), np.ptp(columns)) < 1.05 * SIZES["large"] * 64
-            face = pictures[1][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            face = images[1][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
             assert face.sum(2).min() < 100
             assert face.sum(2).max() > 700
 

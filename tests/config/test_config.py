@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from latentdiff.config.clip import ClipConfig
-from latentdiff.config.io import load_config, parse_arguments, to_yaml
+from latentdiff.config.io import RENAMED, load_config, parse_arguments, to_yaml
 from latentdiff.config.text_to_image import Config, flat
 from latentdiff.config.vae import VaeConfig
 
@@ -22,7 +22,7 @@ def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None
     settings = yaml.safe_load(path.read_text())
     overrides = ["--model.pretrained=BASE"] if "finetune" in settings else []
     if settings.get("finetune", {}).get("method") == "textual_inversion":
-        overrides.append("--finetune.token_from=dog")
+        overrides.append("--finetune.initializer_token=dog")
     config = load_config(path, overrides, kind=kind)
     (tmp_path / "copy.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "copy.yaml", kind=kind) == config
@@ -44,10 +44,13 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("--train.learning_rate=nan", "train.learning_rate"),
         ("--diffusion.prediction_type=noise", "prediction_type"),
         ("--train.ema_decay=1", "below 1"),
-        ("--train.power_ema=[0.1, 0.5]", r"train.power_ema holds the width 0.5, expected .*0.28"),
-        ("--train.power_ema=[0.0]", r"train.power_ema holds the width 0.0"),
-        ("--train.power_ema=[0.1, 0.1]", "names a width twice"),
-        ("--train.power_ema_every_steps=0", "train.power_ema_every_steps=0, expected .* 1"),
+        (
+            "--train.posthoc_ema_sigma_rel=[0.1, 0.5]",
+            r"train.posthoc_ema_sigma_rel holds 0.5, expected .*0.28",
+        ),
+        ("--train.posthoc_ema_sigma_rel=[0.0]", r"train.posthoc_ema_sigma_rel holds 0.0"),
+        ("--train.posthoc_ema_sigma_rel=[0.1, 0.1]", "names a width twice"),
+        ("--train.posthoc_ema_every_steps=0", "train.posthoc_ema_every_steps=0, expected .* 1"),
         ("--train.keep_every_steps=-1", "train.keep_every_steps=-1"),
         ("--train.export=best", "train.keep_best=true"),
     ],
@@ -89,3 +92,30 @@ def test_script_exits_as_promised(arguments: list[str], expected: int) -> None:
     assert "Traceback" not in done.stderr
     if expected == 2:
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_old_names_of_settings_still_work_and_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "train: {precision: fp32, seed: 3}\npreview: {held_out_every_steps: 7, num_steps: 5}\n"
+    )
+    config = load_config(path, ["--data.split_fraction=0.5"])
+    assert (config.train.mixed_precision, config.train.seed) == ("fp32", 3)
+    assert (config.eval.every_steps, config.preview.num_steps) == (7, 5)
+    assert config.data.heldout_fraction == 0.5
+    [record] = caplog.records
+    for old, new in (
+        ("train.precision", "train.mixed_precision"),
+        ("preview.held_out_every_steps", "eval.every_steps"),
+        ("data.split_fraction", "data.heldout_fraction"),
+    ):
+        assert f"{old} is now {new}" in record.message
+
+
+def test_every_renamed_setting_exists_and_its_old_name_is_free() -> None:
+    names = [set(flat(kind())) for kind in (Config, VaeConfig, ClipConfig)]
+    for old, new in RENAMED.items():
+        assert any(new in known for known in names), new
+        assert not any(old in known for known in names), old

@@ -1,4 +1,4 @@
-"""Sampling by packed layers on a CPU: the plain path's pictures, and never old weights'."""
+"""Sampling by packed layers on a CPU: the plain path's images, and never old weights'."""
 
 import copy
 
@@ -51,8 +51,8 @@ def test_bf16_is_as_near_to_float32_as_the_plain_path():
     pipe.to(dtype=torch.bfloat16)
     errors = {}
     for fast in (False, True):
-        pictures = [draw(pipe, fast=fast, steps=20, seed=seed) for seed in seeds]
-        errors[fast] = np.abs(np.stack(pictures) - np.stack(exact)).mean()
+        images = [draw(pipe, fast=fast, steps=20, seed=seed) for seed in seeds]
+        errors[fast] = np.abs(np.stack(images) - np.stack(exact)).mean()
     assert is_packed(pipe)
     assert errors[True] <= 1.1 * errors[False]
 

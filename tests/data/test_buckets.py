@@ -21,7 +21,7 @@ def test_buckets_keep_the_budget_the_multiple_and_the_aspect(resolution, multipl
     sizes = [(b.height, b.width) for b in buckets]
     assert (resolution, resolution) in sizes
     assert len(set(sizes)) == len(sizes)
-    assert {(w, h) for h, w in sizes} == set(sizes), "upright and lying pictures are treated alike"
+    assert {(w, h) for h, w in sizes} == set(sizes), "upright and lying images are treated alike"
     for bucket in buckets:
         assert bucket.height % multiple == bucket.width % multiple == 0
         assert bucket.height * bucket.width <= resolution**2
@@ -38,7 +38,7 @@ def test_a_resolution_off_the_grid_is_refused_with_the_nearest_ones():
         make_buckets(500, multiple=64)
 
 
-def test_every_picture_lands_in_the_bucket_nearest_in_aspect():
+def test_every_image_lands_in_the_bucket_nearest_in_aspect():
     buckets = make_buckets(512, multiple=64, max_aspect=2.0)
     rng = np.random.default_rng(0)
     widths, heights = rng.integers(1, 4000, 500), rng.integers(1, 4000, 500)

@@ -1,4 +1,4 @@
-"""The cache encodes each picture and caption once, ever, and never returns what is not right."""
+"""The cache encodes each image and caption once, ever, and never returns what is not right."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes_data import captioned_folder, save_picture
+from fakes_data import captioned_folder, save_image
 from fakes_models import CAPTIONS, make_text_encoder, make_tiny_vae, make_vae
 from safetensors.torch import load_file
 
@@ -62,9 +62,9 @@ def shards(cache_dir: Path, kind: str = "latents") -> list[Path]:
 
 
 def repaint(path: Path, seed: int) -> None:
-    """Change a picture's bytes, and its time, which some file systems count in coarse ticks."""
+    """Change an image's bytes, and its time, which some file systems count in coarse ticks."""
     before = path.stat().st_mtime_ns
-    save_picture(path, seed)
+    save_image(path, seed)
     os.utime(path, ns=(before + 10**9, before + 10**9))
 
 
@@ -72,7 +72,7 @@ def repaint(path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("make", [make_vae, make_tiny_vae])
-def test_moments_are_those_of_the_pictures_encoded_alone(root, cache_dir, make):
+def test_moments_are_those_of_the_images_encoded_alone(root, cache_dir, make):
     codec, folder = LatentCodec(make()), read_folder(root)
     sizes = np.array([[32, 32], [24, 40], [40, 24]] * 3, np.int32)
     plan = CropPlan(sizes, (0.0, 0.7), background=(9, 9, 9))
@@ -132,7 +132,7 @@ def test_latents_that_are_not_finite_are_refused_by_name(root, cache_dir, codec)
 # what is encoded again
 
 
-def test_pictures_without_room_are_cut_once(root, cache_dir, codec):
+def test_images_without_room_are_cut_once(root, cache_dir, codec):
     has_room = np.arange(9) < 2
     plan = square(read_folder(root), places=(0.0, 0.5, 1.0), has_room=has_room)
     cache = build(root, codec, cache_dir, plan=plan)
@@ -151,7 +151,7 @@ def test_what_is_encoded_on_demand_is_what_is_kept(root, cache_dir, codec):
     noise = torch.randn(4, 8, 8)
     for i, flipped, crop in [(0, False, 0.1), (4, True, 0.9), (8, True, 0.2)]:
         kept = cache.inputs(i, noise, flipped=flipped, crop=crop)["z0"]
-        inputs = encoder.pictures.inputs(i, noise, flipped=flipped, crop=crop)
+        inputs = encoder.images.inputs(i, noise, flipped=flipped, crop=crop)
         fresh = encoder.encode(inputs["pixels"][None], inputs["vae_noise"][None])[0]
         torch.testing.assert_close(fresh, kept, atol=1e-5, rtol=1e-5)
         for got, want in zip(
@@ -161,7 +161,7 @@ def test_what_is_encoded_on_demand_is_what_is_kept(root, cache_dir, codec):
         ):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     anywhere = OnlineLatentEncoder(folder, codec, plan=square(folder, places=()))
-    cuts = [anywhere.pictures.pixels(0, flipped=False, crop=crop) for crop in (0.0, 0.4, 0.99)]
+    cuts = [anywhere.images.pixels(0, flipped=False, crop=crop) for crop in (0.0, 0.4, 0.99)]
     assert not torch.equal(cuts[0], cuts[1])
     assert not torch.equal(cuts[1], cuts[2])
 
@@ -195,7 +195,7 @@ def test_moved_renamed_and_touched_files_are_known_by_content(root, cache_dir, c
     assert build(moved, codec, cache_dir).encoded == 0
 
 
-def test_equal_pictures_are_encoded_once(root, cache_dir, codec):
+def test_equal_images_are_encoded_once(root, cache_dir, codec):
     for i in range(1, 9):
         (root / f"{i}.png").write_bytes((root / "0.png").read_bytes())
     assert build(root, codec, cache_dir, flips=True).encoded == 2
@@ -226,8 +226,8 @@ def test_another_cut_is_encoded_and_the_first_stays(root, cache_dir, codec, chan
 def test_unchanged_files_are_not_even_opened(root, cache_dir, codec, monkeypatch):
     folder = read_folder(root)
     LatentCache.build(folder, codec, cache_dir=cache_dir, plan=square(folder), progress=False)
-    monkeypatch.setattr(content_hash, "read_entry", lambda *where: pytest.fail("opened a picture"))
-    monkeypatch.setattr(Folder, "read_bytes", lambda *where: pytest.fail("opened a picture"))
+    monkeypatch.setattr(content_hash, "read_entry", lambda *where: pytest.fail("opened an image"))
+    monkeypatch.setattr(Folder, "read_bytes", lambda *where: pytest.fail("opened an image"))
     again = LatentCache.build(
         folder, codec, cache_dir=cache_dir, plan=square(folder), progress=False
     )
@@ -254,39 +254,39 @@ def test_an_interrupted_build_goes_on(root, cache_dir, codec, monkeypatch):
     assert build(root, codec, cache_dir, batch_size=2).encoded == 9 - 4
 
 
-def test_a_picture_that_breaks_late_is_named_and_the_others_kept(root, cache_dir, codec):
+def test_a_image_that_breaks_late_is_named_and_the_others_kept(root, cache_dir, codec):
     folder = read_folder(root)
     path = root / "8.png"
     path.write_bytes(path.read_bytes()[:200])
     settings = {"cache_dir": cache_dir, "plan": square(folder), "progress": False}
     with pytest.raises(ValueError, match=r"8\.png cannot be encoded"):
         LatentCache.build(folder, codec, batch_size=2, **settings)
-    save_picture(path, 8)
+    save_image(path, 8)
     assert LatentCache.build(folder, codec, **settings).encoded == 1
 
 
-def test_a_picture_that_vanishes_is_named(root, cache_dir, codec, monkeypatch):
+def test_a_image_that_vanishes_is_named(root, cache_dir, codec, monkeypatch):
     folder = read_folder(root)
 
     def change(folder, **settings):
-        found = picture_digests(folder, **settings)
+        found = image_digests(folder, **settings)
         (root / "3.png").unlink()
         return found
 
-    picture_digests = cache_module.image_hashes
+    image_digests = cache_module.image_hashes
     monkeypatch.setattr(cache_module, "image_hashes", change)
     with pytest.raises(ValueError, match=r"3\.png cannot be encoded"):
         LatentCache.build(folder, codec, cache_dir=cache_dir, plan=square(folder), progress=False)
 
 
-def test_a_picture_that_changes_meanwhile_is_not_kept_under_the_old_content(
+def test_a_image_that_changes_meanwhile_is_not_kept_under_the_old_content(
     root, cache_dir, codec, monkeypatch
 ):
-    picture_digests = cache_module.image_hashes
+    image_digests = cache_module.image_hashes
 
     def change(folder, **settings):
-        found = picture_digests(folder, **settings)
-        save_picture(root / "0.png", 77)
+        found = image_digests(folder, **settings)
+        save_image(root / "0.png", 77)
         return found
 
     monkeypatch.setattr(cache_module, "image_hashes", change)
@@ -550,7 +550,7 @@ def test_another_tower_or_tokenizer_encodes_all_captions(tokenizer, text_encoder
 def test_captions_are_shared_out_and_interruption_keeps_what_was_done(
     tokenizer, text_encoder, cache_dir, monkeypatch
 ):
-    captions = [f"picture {i}" for i in range(20)]
+    captions = [f"image {i}" for i in range(20)]
     first = build_text(captions, tokenizer, text_encoder, cache_dir, shard=(0, 2))
     second = build_text(captions, tokenizer, text_encoder, cache_dir, shard=(1, 2))
     assert 0 < first.encoded < 21
@@ -569,7 +569,7 @@ def test_captions_are_shared_out_and_interruption_keeps_what_was_done(
     )  # the first chunk, the null caption in it
 
 
-# real pictures
+# real images
 
 
 def test_flowers_are_encoded_once_and_three_touched_ones_again(shared_dir, tmp_path):

@@ -53,20 +53,20 @@ def shards(world: Path, kind: str = "latents") -> set[Path]:
 def test_build_encodes_once_and_only_what_changed(world, monkeypatch, capsys):
     assert run(monkeypatch, capsys, *options(world))[:2] == (
         0,
-        ["11 training pictures, 14 encoded now", "3 held-out pictures, 3 encoded now"],
+        ["11 training images, 14 encoded now", "3 held-out images, 3 encoded now"],
     )
-    again = ["11 training pictures, 0 encoded now", "3 held-out pictures, 0 encoded now"]
+    again = ["11 training images, 0 encoded now", "3 held-out images, 0 encoded now"]
     other_rate = options(world, train__learning_rate=0.5, train__seed=7)
     assert run(monkeypatch, capsys, "build", *other_rate)[:2] == (0, again)
     weights = world / "vae" / "diffusion_pytorch_model.safetensors"
     changed = load_file(weights)
     next(iter(changed.values())).view(-1)[0] += 1e-3
     save_file(changed, weights, metadata={"format": "pt"})
-    assert run(monkeypatch, capsys, *options(world))[1][1] == "3 held-out pictures, 3 encoded now"
+    assert run(monkeypatch, capsys, *options(world))[1][1] == "3 held-out images, 3 encoded now"
 
 
 def test_a_frozen_towers_captions_are_built_too(world, sd_folder, monkeypatch, capsys):
-    settings = {"model__vae": "", "model__pretrained": sd_folder, "data__trigger": "sks"}
+    settings = {"model__vae": "", "model__pretrained": sd_folder, "data__trigger_word": "sks"}
     lines = run(monkeypatch, capsys, *options(world, **settings))[1]
     assert lines[-1] == "15 captions, 15 encoded now"
     assert run(monkeypatch, capsys, *options(world, **settings))[1][-1].endswith(" 0 encoded now")
@@ -79,7 +79,7 @@ def test_a_frozen_towers_captions_are_built_too(world, sd_folder, monkeypatch, c
 def test_verify_says_what_is_missing_and_what_is_not_as_kept(world, monkeypatch, capsys):
     code, lines, _ = run(monkeypatch, capsys, "verify", *options(world))
     assert code == 0
-    assert "11 training pictures: 14 not encoded yet; none there to look at" in lines[0]
+    assert "11 training images: 14 not encoded yet; none there to look at" in lines[0]
     assert not shards(world), "nothing is written"
     run(monkeypatch, capsys, *options(world))
     code, lines, _ = run(monkeypatch, capsys, "verify", *options(world))
@@ -142,7 +142,7 @@ def test_the_flowers_are_encoded_once_then_three_then_all(shared_dir, tmp_path):
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     make_vae().save_pretrained(tmp_path / "vae")
-    (tmp_path / "config.json").write_text("data: {resolution: 16, split_fraction: 0}")
+    (tmp_path / "config.json").write_text("data: {resolution: 16, heldout_fraction: 0}")
 
     def encoded(vae: Path, **overrides: object) -> int:
         given = arguments(tmp_path, tmp_path / "run", model__vae=vae, **overrides)

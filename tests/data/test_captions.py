@@ -1,4 +1,4 @@
-"""Captions: cleaning, choice, tags, trigger words, and when a picture may be mirrored."""
+"""Captions: cleaning, choice, tags, trigger words, and when an image may be mirrored."""
 
 import numpy as np
 import pytest

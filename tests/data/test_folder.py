@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes_data import captioned_folder, picture, png_header, save_picture, write_jsonl
+from fakes_data import captioned_folder, noise_image, png_header, save_image, write_jsonl
 from PIL import Image
 
 from latentdiff.data.folder import folder as folder_module
@@ -36,7 +36,7 @@ def refused(root: Path, match: str, **settings) -> None:
 def test_metadata_jsonl(tmp_path):
     folder = read_folder(captioned_folder(tmp_path, 3))
     assert not folder.problems
-    assert folder[0] == Record("0.png", tmp_path / "0.png", ("picture 0",), 40, 32, "train")
+    assert folder[0] == Record("0.png", tmp_path / "0.png", ("image 0",), 40, 32, "train")
     assert [record.id for record in folder] == ["0.png", "1.png", "2.png"]
     assert folder.widths.tolist() == [40] * 3
     assert folder.read_bytes(1) == (tmp_path / "1.png").read_bytes()
@@ -49,7 +49,7 @@ def test_metadata_jsonl(tmp_path):
 def test_metadata_csv_and_parquet(tmp_path, suffix):
     captions = ['a "red", round thing', "two\nlines", "日本語"]
     for i in range(3):
-        save_picture(tmp_path / f"{i}.png", i)
+        save_image(tmp_path / f"{i}.png", i)
     table = pa.table({"file_name": [f"{i}.png" for i in range(3)], "prompt": captions})
     if suffix == "csv":
         rows = [f'{i}.png,"{c.replace(chr(34), chr(34) * 2)}"' for i, c in enumerate(captions)]
@@ -67,7 +67,7 @@ def test_metadata_csv_and_parquet(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_list_column_gives_several_captions(tmp_path, suffix):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     row = {"file_name": "a.png", "captions": ["one", "two"]}
     if suffix == "jsonl":
         write_jsonl(tmp_path / "metadata.jsonl", [row])
@@ -78,7 +78,7 @@ def test_a_list_column_gives_several_captions(tmp_path, suffix):
 
 def test_sidecars(tmp_path):
     for i, name in enumerate(["a.jpg", "sub/b.png", "c.PNG"]):
-        save_picture(tmp_path / name.lower(), i)
+        save_image(tmp_path / name.lower(), i)
         (tmp_path / name.lower()).rename(tmp_path / name)
     (tmp_path / "a.txt").write_text("a cat\nasleep\n")
     (tmp_path / "sub/b.caption").write_text("a dog")
@@ -95,7 +95,7 @@ def test_sidecars(tmp_path):
 
 def test_json_sidecars_come_after_text_ones(tmp_path):
     for i, name in enumerate("abc"):
-        save_picture(tmp_path / f"{name}.png", i)
+        save_image(tmp_path / f"{name}.png", i)
         (tmp_path / f"{name}.json").write_text(json.dumps({"text": [f"{name} 1", f"{name} 2"]}))
     (tmp_path / "a.txt").write_text("from text")
     folder = read_folder(tmp_path)
@@ -109,8 +109,8 @@ def test_json_sidecars_come_after_text_ones(tmp_path):
 
 
 def test_folders_named_for_what_they_show(tmp_path):
-    save_picture(tmp_path / "train/golden_retriever/1.png")
-    save_picture(tmp_path / "test/tabby cat/1.png", 1)
+    save_image(tmp_path / "train/golden_retriever/1.png")
+    save_image(tmp_path / "test/tabby cat/1.png", 1)
     folder = read_folder(tmp_path, caption_template="a photo of a {label}")
     assert [record.captions[0] for record in folder] == [
         "a photo of a tabby cat",
@@ -122,7 +122,7 @@ def test_folders_named_for_what_they_show(tmp_path):
 
 def test_a_table_may_name_files_in_sub_folders_and_stand_in_several(tmp_path):
     captioned_folder(tmp_path / "one", 2)
-    save_picture(tmp_path / "two/deep/x.png")
+    save_image(tmp_path / "two/deep/x.png")
     write_jsonl(tmp_path / "two/metadata.jsonl", [{"file_name": "deep/x.png", "text": "x"}])
     folder = read_folder(tmp_path)
     assert [record.id for record in folder] == ["one/0.png", "one/1.png", "two/deep/x.png"]
@@ -131,7 +131,7 @@ def test_a_table_may_name_files_in_sub_folders_and_stand_in_several(tmp_path):
 
 def test_unicode_names_match_in_either_composition(tmp_path):
     for form, name in [("NFD", "café.png"), ("NFC", "naïve 猫.png")]:
-        save_picture(tmp_path / unicodedata.normalize(form, name))
+        save_image(tmp_path / unicodedata.normalize(form, name))
         other = unicodedata.normalize("NFC" if form == "NFD" else "NFD", name)
         with (tmp_path / "metadata.jsonl").open("a") as file:
             file.write(json.dumps({"file_name": other, "text": name}, ensure_ascii=False) + "\n")
@@ -142,8 +142,8 @@ def test_unicode_names_match_in_either_composition(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
-    save_picture(tmp_path / "a.png")
-    save_picture(tmp_path / "b/b.png", 1)
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "b/b.png", 1)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat\n", encoding="utf-8-sig")
     (tmp_path / "b/b.txt").write_text("a dog", encoding="utf-8-sig")
     folder = read_folder(tmp_path)
@@ -153,7 +153,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 def test_hidden_files_and_folders_are_passed_over(tmp_path):
     captioned_folder(tmp_path, 1)
-    save_picture(tmp_path / ".thumbs/0.png")
+    save_image(tmp_path / ".thumbs/0.png")
     (tmp_path / "._0.png").write_bytes(b"resource fork")
     folder = read_folder(tmp_path)
     assert len(folder) == 1
@@ -166,28 +166,28 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path):
 def test_splits_by_folder(tmp_path):
     for name in ("train", "val", "Test", "other"):
         captioned_folder(tmp_path / name, 2)
-    folder = read_folder(tmp_path, split_fraction=0.5)
+    folder = read_folder(tmp_path, heldout_fraction=0.5)
     assert [r.id for r in folder.split("validation")] == ["val/0.png", "val/1.png"]
     assert [r.id for r in folder.split("test")] == ["Test/0.png", "Test/1.png"]
     assert len(folder.split("train")) == 4
-    assert [r.split for r in folder.held_out()] == ["validation"] * 2
+    assert [r.split for r in folder.heldout()] == ["validation"] * 2
 
 
 def test_splits_by_hash_are_stable_when_the_folder_grows(tmp_path):
     captioned_folder(tmp_path, 60, width=8, height=8)
-    before = {r.id: r.split for r in read_folder(tmp_path, split_fraction=0.3)}
+    before = {r.id: r.split for r in read_folder(tmp_path, heldout_fraction=0.3)}
     captioned_folder(tmp_path, 90, width=8, height=8)
-    after = read_folder(tmp_path, split_fraction=0.3)
+    after = read_folder(tmp_path, heldout_fraction=0.3)
     assert {r.id: r.split for r in after if r.id in before} == before
-    assert 10 <= len(after.held_out()) <= 45
-    assert len(after.held_out()) + len(after.split("train")) == 90
+    assert 10 <= len(after.heldout()) <= 45
+    assert len(after.heldout()) + len(after.split("train")) == 90
 
 
 def test_each_caption_streams_all_of_them_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_module, "CHUNK", 2)
     captions = [["a", "b"], ["c"], ["a"], ["d", "e"], ["f"]]
     for i, texts in enumerate(captions):
-        save_picture(tmp_path / f"{i}.png", i)
+        save_image(tmp_path / f"{i}.png", i)
         (tmp_path / f"{i}.txt").write_text("\n".join(texts))
     folder = read_folder(tmp_path, sidecar_lines="captions")
     assert list(folder.each_caption()) == list("abcadef")
@@ -200,7 +200,7 @@ def test_selecting_keeps_ids_and_problems(tmp_path):
     assert folder[1:][0].id == "1.png"
 
 
-# ---- faults: pictures ----
+# ---- faults: images ----
 
 
 def broken_folder(tmp_path: Path, name: str, data: bytes) -> Folder:
@@ -213,19 +213,19 @@ def broken_folder(tmp_path: Path, name: str, data: bytes) -> Folder:
     assert folder.num_found == 5
     assert folder.bad_fraction == 0.2
     with pytest.raises(ValueError, match=name):
-        folder.check(max_bad_fraction=0.1)
-    folder.check(max_bad_fraction=0.2)
+        folder.check(max_invalid_fraction=0.1)
+    folder.check(max_invalid_fraction=0.2)
     return folder
 
 
 def jpeg(path: Path, **options) -> bytes:
-    picture(9, width=200, height=200).save(path, **options)
+    noise_image(9, width=200, height=200).save(path, **options)
     data = path.read_bytes()
     path.unlink()
     return data
 
 
-def test_a_truncated_picture_is_skipped_and_named_by_the_quick_scan(tmp_path):
+def test_a_truncated_image_is_skipped_and_named_by_the_quick_scan(tmp_path):
     data = jpeg(tmp_path / "bad.jpg")
     folder = broken_folder(tmp_path, "bad.jpg", data[: len(data) // 2])
     assert problem(folder, "truncated")[1].startswith("bad.jpg: ")
@@ -240,8 +240,8 @@ def test_empty_and_foreign_files_are_skipped_and_named(tmp_path, data, key):
 
 def test_a_wrong_extension_is_accepted_and_noted(tmp_path):
     captioned_folder(tmp_path, 1)
-    picture().save(tmp_path / "0.jpg", "PNG")
-    picture().save(tmp_path / "noext", "JPEG")
+    noise_image().save(tmp_path / "0.jpg", "PNG")
+    noise_image().save(tmp_path / "noext", "JPEG")
     rows = [{"file_name": name, "text": name} for name in ("0.jpg", "0.png", "noext")]
     write_jsonl(tmp_path / "metadata.jsonl", rows)
     folder = read_folder(tmp_path)
@@ -254,22 +254,22 @@ def test_sizes_are_taken_after_the_orientation(tmp_path):
     captioned_folder(tmp_path, 1)
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(width=40, height=20).save(tmp_path / "0.png", exif=exif)
+    noise_image(width=40, height=20).save(tmp_path / "0.png", exif=exif)
     folder = read_folder(tmp_path)
     assert (folder[0].width, folder[0].height) == (20, 40)
     assert problem(folder, "turned") == (1, "0.png: ")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_of_more_than_89_megapixels_is_skipped(tmp_path):
+def test_a_image_of_more_than_89_megapixels_is_skipped(tmp_path):
     folder = broken_folder(tmp_path, "bad.png", png_header(10_000, 9_000))
     assert problem(folder, "too_many_pixels") == (1, "bad.png: 10000 x 9000 pixels")
 
 
-def test_small_and_thin_pictures_are_skipped_with_their_size(tmp_path):
+def test_small_and_thin_images_are_skipped_with_their_size(tmp_path):
     captioned_folder(tmp_path, 3)
-    save_picture(tmp_path / "1.png", width=30, height=12)
-    save_picture(tmp_path / "2.png", width=200, height=20)
+    save_image(tmp_path / "1.png", width=30, height=12)
+    save_image(tmp_path / "2.png", width=200, height=20)
     folder = read_folder(tmp_path, min_size=16, max_aspect=3.0)
     assert [record.id for record in folder] == ["0.png"]
     assert problem(folder, "too_small") == (1, "1.png: 30 x 12, data.min_size=16")
@@ -278,7 +278,7 @@ def test_small_and_thin_pictures_are_skipped_with_their_size(tmp_path):
 
 def test_animations_are_noted(tmp_path):
     captioned_folder(tmp_path, 1)
-    picture().save(tmp_path / "0.png", save_all=True, append_images=[picture(1)])
+    noise_image().save(tmp_path / "0.png", save_all=True, append_images=[noise_image(1)])
     folder = read_folder(tmp_path)
     assert problem(folder, "animated") == (1, "0.png: ")
     folder.check()
@@ -320,7 +320,7 @@ def test_an_open_that_is_refused_is_reported(tmp_path, monkeypatch):
     assert problem(read_folder(tmp_path), "unreadable") == (1, "1.png: Permission denied")
 
 
-def test_a_pipe_named_like_a_picture_is_never_opened(tmp_path):
+def test_a_pipe_named_like_a_image_is_never_opened(tmp_path):
     captioned_folder(tmp_path, 1)
     os.mkfifo(tmp_path / "pipe.png")
     assert problem(read_folder(tmp_path), "not_a_file") == (1, "pipe.png: ")
@@ -337,7 +337,7 @@ def test_a_name_that_is_not_utf8_is_reported(tmp_path):
 
 
 def test_links_that_leave_the_folder_are_refused_unless_followed(tmp_path):
-    outside = save_picture(tmp_path / "blobs/abc.png")
+    outside = save_image(tmp_path / "blobs/abc.png")
     root = captioned_folder(tmp_path / "data", 1)
     (root / "x.png").symlink_to(outside)
     write_jsonl(
@@ -355,7 +355,7 @@ def test_links_that_leave_the_folder_are_refused_unless_followed(tmp_path):
 
 def test_a_prefix_of_the_name_is_not_the_folder(tmp_path):
     root = captioned_folder(tmp_path / "data", 1)
-    secret = save_picture(tmp_path / "data-private/s.png")
+    secret = save_image(tmp_path / "data-private/s.png")
     (root / "s.png").symlink_to(secret)
     assert "link_leaves" in read_folder(root).problems
 
@@ -385,9 +385,9 @@ def test_folder_links_make_no_loop(tmp_path):
 # ---- faults: captions ----
 
 
-def test_a_picture_without_a_caption_is_skipped_or_gets_an_empty_one(tmp_path):
-    save_picture(tmp_path / "a.png")
-    save_picture(tmp_path / "b.png", 1)
+def test_a_image_without_a_caption_is_skipped_or_gets_an_empty_one(tmp_path):
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "b.png", 1)
     (tmp_path / "a.txt").write_text("a")
     folder = read_folder(tmp_path)
     assert problem(folder, "no_caption") == (1, "b.png: ")
@@ -400,7 +400,7 @@ def test_a_picture_without_a_caption_is_skipped_or_gets_an_empty_one(tmp_path):
 
 def test_empty_captions_are_counted(tmp_path):
     captioned_folder(tmp_path, 1)
-    save_picture(tmp_path / "b/1.png", 1)
+    save_image(tmp_path / "b/1.png", 1)
     (tmp_path / "b/1.txt").write_text("  \n")
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "0.png", "text": " "}])
     folder = read_folder(tmp_path)
@@ -413,7 +413,7 @@ def test_text_that_is_not_utf8_is_an_error_with_the_byte(tmp_path):
     with (tmp_path / "metadata.jsonl").open("ab") as file:
         at = file.tell()
         file.write(b'{"file_name": "caf\xe9.png"}\n')
-    save_picture(tmp_path / "s/s.png")
+    save_image(tmp_path / "s/s.png")
     (tmp_path / "s/s.txt").write_bytes("one\ncafé".encode("latin-1"))
     folder = read_folder(tmp_path)
     assert folder.problems["caption_not_utf8"].examples == [
@@ -424,7 +424,7 @@ def test_text_that_is_not_utf8_is_an_error_with_the_byte(tmp_path):
 
 
 def test_a_csv_that_is_not_utf8_is_an_error_with_the_byte(tmp_path):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,caf\xe9\n")
     refused(tmp_path, r"metadata.csv: byte 24 is 0xe9")
 
@@ -455,13 +455,13 @@ def test_a_null_in_parquet_is_an_error_with_its_row(tmp_path):
     refused(tmp_path, 'metadata.parquet:2: "text" is null')
 
 
-def test_a_picture_listed_twice_is_an_error_or_has_two_captions(tmp_path):
+def test_a_image_listed_twice_is_an_error_or_has_two_captions(tmp_path):
     captioned_folder(tmp_path, 2)
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "./0.png", "text": "again"}\n')
     refused(tmp_path, r"0.png: in metadata.jsonl:1, metadata.jsonl:3.*--data.duplicate_rows")
     folder = read_folder(tmp_path, duplicate_rows="captions")
-    assert folder[0].captions == ("picture 0", "again")
+    assert folder[0].captions == ("image 0", "again")
     folder.check()
 
 
@@ -476,9 +476,9 @@ def test_a_row_for_a_missing_file_is_an_error_with_a_hint(tmp_path):
     ]
 
 
-def test_a_picture_without_a_row_is_counted_and_not_used(tmp_path):
+def test_a_image_without_a_row_is_counted_and_not_used(tmp_path):
     captioned_folder(tmp_path, 2)
-    save_picture(tmp_path / "extra.png")
+    save_image(tmp_path / "extra.png")
     folder = read_folder(tmp_path)
     assert problem(folder, "unlisted") == (1, "extra.png: ")
     assert len(folder) == folder.num_found == 2
@@ -491,7 +491,7 @@ def test_a_picture_without_a_row_is_counted_and_not_used(tmp_path):
 )
 def test_a_file_name_that_leads_out_is_refused(tmp_path, name):
     captioned_folder(tmp_path / "data", 1)
-    save_picture(tmp_path / "secret.png")
+    save_image(tmp_path / "secret.png")
     with (tmp_path / "data/metadata.jsonl").open("a") as file:
         file.write(json.dumps({"file_name": name, "text": "x"}) + "\n")
     folder = read_folder(tmp_path / "data")
@@ -513,7 +513,7 @@ def test_two_caption_tables_are_refused(tmp_path):
     refused(tmp_path, "two caption tables.*metadata.csv, metadata.jsonl")
 
 
-def test_two_caption_tables_at_two_levels_are_refused_for_the_same_picture(tmp_path):
+def test_two_caption_tables_at_two_levels_are_refused_for_the_same_image(tmp_path):
     captioned_folder(tmp_path / "sub", 1)
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "sub/0.png", "text": "x"}])
     refused(tmp_path, "sub/0.png: listed in metadata.jsonl:1, sub/metadata.jsonl:1")
@@ -534,13 +534,13 @@ def test_broken_json_is_an_error_with_its_line(tmp_path, line):
     ("text", "line"), [("file_name,text\n0.png,a,b\n", 2), ('file_name,text\n0.png,"a\n', 2)]
 )
 def test_a_broken_csv_is_an_error_with_its_line(tmp_path, text, line):
-    save_picture(tmp_path / "0.png")
+    save_image(tmp_path / "0.png")
     (tmp_path / "metadata.csv").write_text(text)
     refused(tmp_path, f"metadata.csv:{line}")
 
 
 def test_a_broken_parquet_file_is_an_error(tmp_path):
-    save_picture(tmp_path / "0.png")
+    save_image(tmp_path / "0.png")
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
     refused(tmp_path, "broken caption table.*metadata.parquet")
 
@@ -552,7 +552,7 @@ def test_metadata_json_is_said_to_be_the_wrong_name(tmp_path):
 
 
 def test_metadata_json_beside_good_captions_is_no_fault(tmp_path):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "metadata.json").write_text("{}")
     read_folder(tmp_path).check()
@@ -560,7 +560,7 @@ def test_metadata_json_beside_good_captions_is_no_fault(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_a_missing_caption_column_names_the_file_the_columns_and_the_fix(tmp_path, suffix):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     row = {"file_name": "a.png", "number": "1", "captions": "x"}
     path = tmp_path / f"metadata.{suffix}"
     if suffix == "jsonl":
@@ -575,7 +575,7 @@ def test_a_missing_caption_column_names_the_file_the_columns_and_the_fix(tmp_pat
 
 
 def test_two_sidecars_that_differ_are_an_error(tmp_path):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "a.caption").write_text("one")
     read_folder(tmp_path).check()
@@ -588,14 +588,14 @@ def test_a_sidecar_beside_a_row_and_a_stray_one_are_noted(tmp_path):
     (tmp_path / "0.txt").write_text("other")
     (tmp_path / "stray.txt").write_text("?")
     folder = read_folder(tmp_path)
-    assert folder[0].captions == ("picture 0",)
+    assert folder[0].captions == ("image 0",)
     assert problem(folder, "two_sources") == (1, "0.png: ")
     assert problem(folder, "stray_caption") == (1, "stray.txt: ")
     folder.check()
 
 
 def test_a_huge_sidecar_is_not_read(tmp_path):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x" * 1_000_001)
     refused(tmp_path, "a.txt: a caption file of more than 1,000,000 bytes")
 
@@ -604,14 +604,14 @@ def test_a_huge_sidecar_is_not_read(tmp_path):
 
 
 def test_a_folder_without_captions_says_what_would_be_one(tmp_path):
-    save_picture(tmp_path / "a.png")
-    refused(tmp_path, "no picture has a caption.*metadata.jsonl.*txt.*caption_template")
+    save_image(tmp_path / "a.png")
+    refused(tmp_path, "no image has a caption.*metadata.jsonl.*txt.*caption_template")
     (tmp_path / "captions.csv").write_text("file_name,text\n")
     refused(tmp_path, "captions.csv: not read, a caption table must be named one of metadata.jsonl")
 
 
 def test_an_empty_folder_a_file_and_nothing_are_refused(tmp_path):
-    refused(tmp_path, "no picture found")
+    refused(tmp_path, "no image found")
     with pytest.raises(FileNotFoundError, match=r"does not exist; check --data.root"):
         read_folder(tmp_path / "none")
     (tmp_path / "file").touch()
@@ -620,7 +620,7 @@ def test_an_empty_folder_a_file_and_nothing_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"split_fraction": 1.0}, {"split_fraction": -0.1}, {"max_aspect": 0.5}]
+    "settings", [{"heldout_fraction": 1.0}, {"heldout_fraction": -0.1}, {"max_aspect": 0.5}]
 )
 def test_settings_out_of_range_are_refused(tmp_path, settings):
     with pytest.raises(ValueError, match=f"data.{next(iter(settings))} must be"):
@@ -640,9 +640,9 @@ def test_the_summary_names_each_reason_with_files_and_fixes(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be used") as error:
-        read_folder(tmp_path).check(max_bad_fraction=0.5)
+        read_folder(tmp_path).check(max_invalid_fraction=0.5)
     text = str(error.value)
-    assert "5 of 8 pictures (62.5%) are left out, more than data.max_bad_fraction=0.5" in text
+    assert "5 of 8 images (62.5%) are left out, more than data.max_invalid_fraction=0.5" in text
     assert "empty file (0 bytes) (5): 0.png: 0 bytes; 1.png" in text
     assert "and 2 more" in text
     assert "scripts/inspect_data.py" in text

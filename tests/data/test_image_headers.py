@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes_data import captioned_folder, save_picture
+from fakes_data import captioned_folder, save_image
 
 from latentdiff.data.arrow.scan_index import ScanIndex, map_table
 from latentdiff.data.folder import image_headers, sidecars
@@ -39,7 +39,7 @@ def opened(monkeypatch) -> list[str]:
 def mixed_folder(root: Path) -> Path:
     captioned_folder(root, 4)
     for i in range(3):
-        save_picture(root / f"s/{i}.png", 10 + i)
+        save_image(root / f"s/{i}.png", 10 + i)
         (root / f"s/{i}.txt").write_text(f"side {i}")
     (root / "3.png").write_bytes(b"")
     return root
@@ -62,8 +62,8 @@ def test_only_changed_files_are_opened_again(tmp_path, opened):
     root = mixed_folder(tmp_path / "data")
     read_folder(root, cache_dir=tmp_path / "cache")
     opened.clear()
-    save_picture(root / "1.png", 7, width=99)
-    save_picture(root / "s/new.png", 8)
+    save_image(root / "1.png", 7, width=99)
+    save_image(root / "s/new.png", 8)
     (root / "s/new.txt").write_text("new")
     (root / "s/2.txt").write_text("other")
     (root / "s/0.png").unlink()
@@ -204,12 +204,12 @@ def test_tables_are_mapped_not_read(tmp_path):
 
 def test_many_records_are_made_one_at_a_time(tmp_path):
     num = 3000
-    picture = save_picture(tmp_path / "data/.pool/p.png", width=8, height=8)
+    image = save_image(tmp_path / "data/.pool/p.png", width=8, height=8)
     rows = []
     for i in range(num):
         name = f"{i // 1000}/{i:06d}.png"
         (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
-        os.link(picture, tmp_path / "data" / name)
+        os.link(image, tmp_path / "data" / name)
         rows.append(json.dumps({"file_name": name, "text": f"number {i}"}))
     (tmp_path / "data/metadata.jsonl").write_text("\n".join(rows))
     folder = read_folder(tmp_path / "data", cache_dir=tmp_path / "cache")

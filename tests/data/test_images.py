@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from fakes_data import picture, png_header
+from fakes_data import noise_image, png_header
 from PIL import Image
 
 from latentdiff.data.images import ImageError, load_image, read_header, resize_and_crop, to_pixels
@@ -34,14 +34,14 @@ def array(image: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("image_format", ALL_FORMATS)
 def test_each_format_opens_whatever_its_file_is_called(tmp_path, image_format):
-    path = tmp_path / "picture.dat"
-    path.write_bytes(encoded(picture(), image_format))
+    path = tmp_path / "source.dat"
+    path.write_bytes(encoded(noise_image(), image_format))
     image = load_image(path)
     assert image.mode == "RGB"
     assert image.size == (40, 32)
     assert read_header(path).format == image_format
     tolerance = 0 if image_format in ("PNG", "BMP", "TIFF", "PPM") else 8
-    assert abs(array(image) - array(picture())).mean() <= tolerance
+    assert abs(array(image) - array(noise_image())).mean() <= tolerance
 
 
 @pytest.mark.parametrize("image_format", ALL_FORMATS)
@@ -57,11 +57,11 @@ def test_truncated_files_are_refused_never_padded(image_format, part):
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF"])
 def test_whole_files_look_whole(image_format):
-    assert read_header(io.BytesIO(encoded(picture(), image_format))).looks_whole
+    assert read_header(io.BytesIO(encoded(noise_image(), image_format))).looks_whole
 
 
 def test_a_damaged_chunk_is_refused():
-    data = bytearray(encoded(picture(), "PNG"))
+    data = bytearray(encoded(noise_image(), "PNG"))
     at = data.index(b"IDAT") + 20
     data[at] ^= 0xFF
     assert reason(bytes(data)) == "truncated"
@@ -82,7 +82,7 @@ def test_a_damaged_chunk_is_refused():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not_an_image"),
     ],
 )
-def test_what_is_not_a_picture_is_named(data, expected):
+def test_what_is_not_a_image_is_named(data, expected):
     assert reason(data) == expected
 
 
@@ -105,7 +105,7 @@ def test_exif_orientation_is_applied_before_the_size(image_format, orientation):
     turn = Image.Transpose
     undo = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM}
     undo |= {5: turn.TRANSPOSE, 6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
-    upright = picture(width=48, height=24)
+    upright = noise_image(width=48, height=24)
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -119,7 +119,7 @@ def test_exif_orientation_is_applied_before_the_size(image_format, orientation):
 def test_orientation_behind_the_pixels_of_a_png_is_found():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(picture(), "PNG", exif=exif)
+    data = encoded(noise_image(), "PNG", exif=exif)
     at = data.index(b"eXIf") - 4
     length = struct.unpack(">I", data[at : at + 4])[0] + 12
     end = data.index(b"IEND") - 4
@@ -134,7 +134,7 @@ def test_orientation_in_the_xmp_of_a_png_is_found(is_late):
     body = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
     chunk = struct.pack(">I", len(body)) + b"iTXt" + body
     chunk += struct.pack(">I", zlib.crc32(b"iTXt" + body))
-    data = encoded(picture(), "PNG")
+    data = encoded(noise_image(), "PNG")
     at = data.index(b"IEND" if is_late else b"IDAT") - 4
     data = data[:at] + chunk + data[at:]
     header = read_header(io.BytesIO(data))
@@ -143,7 +143,7 @@ def test_orientation_in_the_xmp_of_a_png_is_found(is_late):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_damaged_exif_block_is_no_reason_to_refuse():
-    data = encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    data = encoded(noise_image(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert load_image(io.BytesIO(data)).size == (40, 32)
 
 
@@ -206,7 +206,7 @@ def test_samples_without_an_agreed_range_are_refused(dtype):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "YCbCr"])
 def test_other_colour_modes_become_rgb(mode):
     image_format = "JPEG" if mode == "YCbCr" else "PNG"
-    loaded = load_image(io.BytesIO(encoded(picture(mode=mode), image_format)))
+    loaded = load_image(io.BytesIO(encoded(noise_image(mode=mode), image_format)))
     assert loaded.mode == "RGB"
 
 
@@ -219,14 +219,14 @@ def test_animations_give_their_first_frame_and_say_so(image_format):
 
 
 def test_the_users_file_object_stays_open():
-    file = io.BytesIO(encoded(picture(), "PNG"))
+    file = io.BytesIO(encoded(noise_image(), "PNG"))
     load_image(file)
     assert not file.closed
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (32, 16), (24, 64), (100, 100)])
 def test_resize_equals_pillow_and_covers_the_size(height, width):
-    image = picture(3, width=90, height=60)
+    image = noise_image(3, width=90, height=60)
     cut = resize_and_crop(image, height=height, width=width)
     assert cut.image.size == (width, height)
     scale = max(height / 60, width / 90)
@@ -238,7 +238,7 @@ def test_resize_equals_pillow_and_covers_the_size(height, width):
 
 
 def test_resize_is_antialiased_as_torch_antialiases():
-    image = picture(5, width=96, height=96)
+    image = noise_image(5, width=96, height=96)
     ours = to_pixels(resize_and_crop(image, height=24, width=24).image)
     theirs = torch.nn.functional.interpolate(
         to_pixels(image)[None], (24, 24), mode="bicubic", antialias=True
@@ -246,8 +246,8 @@ def test_resize_is_antialiased_as_torch_antialiases():
     assert (ours - theirs).abs().max() < 3 / 127.5
 
 
-def test_a_picture_of_the_asked_size_is_left_as_it_is():
-    image = picture()
+def test_a_image_of_the_asked_size_is_left_as_it_is():
+    image = noise_image()
     cut = resize_and_crop(image, height=32, width=40)
     np.testing.assert_array_equal(array(cut.image), array(image))
     assert cut.top_left == (0, 0)
@@ -264,7 +264,7 @@ def test_crop_fractions_place_the_cut(crop, top_left):
 
 
 def test_flip_mirrors_the_cut():
-    image = picture(width=50, height=30)
+    image = noise_image(width=50, height=30)
     plain = resize_and_crop(image, height=20, width=20, crop=(0.2, 0.9))
     mirrored = resize_and_crop(image, height=20, width=20, crop=(0.2, 0.9), flip=True)
     np.testing.assert_array_equal(array(plain.image)[:, ::-1], array(mirrored.image))
@@ -274,7 +274,7 @@ def test_flip_mirrors_the_cut():
 
 def test_a_crop_outside_zero_to_one_is_refused():
     with pytest.raises(ValueError, match=r"crop must be \(y, x\) in \[0, 1\]"):
-        resize_and_crop(picture(), height=8, width=8, crop=(0.0, 1.5))
+        resize_and_crop(noise_image(), height=8, width=8, crop=(0.0, 1.5))
 
 
 def test_pixels_run_from_minus_one_to_one():
@@ -288,13 +288,13 @@ def test_pixels_run_from_minus_one_to_one():
 
 
 def test_pixels_want_rgb():
-    with pytest.raises(ValueError, match="expected an RGB picture, got mode L"):
-        to_pixels(picture(mode="L"))
+    with pytest.raises(ValueError, match="expected an RGB image, got mode L"):
+        to_pixels(noise_image(mode="L"))
 
 
 def test_damaged_files_of_any_kind_end_in_an_image_error():
     rng = np.random.default_rng(0)
-    originals = [encoded(picture(1), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
+    originals = [encoded(noise_image(1), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
     for trial in range(300):
         data = bytearray(originals[trial % len(originals)])
         for _ in range(3):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes_data import captioned_folder, picture, save_picture, write_jsonl
+from fakes_data import captioned_folder, noise_image, save_image, write_jsonl
 from PIL import ExifTags, Image
 
 from latentdiff.data.buckets import make_buckets
@@ -51,7 +51,7 @@ def test_counts_sizes_and_captions(tmp_path):
     sizes = [(40, 80), (80, 40), (60, 60), (100, 50)]
     rows = []
     for i, (width, height) in enumerate(sizes):
-        save_picture(tmp_path / f"train/{i}.png", i, width=width, height=height)
+        save_image(tmp_path / f"train/{i}.png", i, width=width, height=height)
         rows.append({"file_name": f"{i}.png", "text": ["a cat", "a dog"] if i else [""]})
     write_jsonl(tmp_path / "train/metadata.jsonl", rows)
     captioned_folder(tmp_path / "test", 2)
@@ -66,16 +66,16 @@ def test_counts_sizes_and_captions(tmp_path):
     assert report.captions.num_captions == 9
     assert report.captions.num_different == 5
     assert report.captions.num_empty == 1
-    assert report.captions.most_per_picture == 2
+    assert report.captions.most_per_image == 2
     assert sorted(report.captions.repeated) == [("a cat", 3), ("a dog", 3)]
 
 
 def test_tokens_are_counted_and_what_is_cut_is_told(tmp_path):
     captioned_folder(tmp_path, 3)
-    long = "picture " + "very " * 30 + "last"
+    long = "image " + "very " * 30 + "last"
     rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(["a", long, "b"])]
     write_jsonl(tmp_path / "metadata.jsonl", rows)
-    tokenizer = train_tokenizer(["picture very last a b"] * 9, vocab_size=530, max_length=16)
+    tokenizer = train_tokenizer(["image very last a b"] * 9, vocab_size=530, max_length=16)
     tokens = report_on(tmp_path, tokenizer=tokenizer).captions.tokens
     assert tokens.limit == 16
     assert tokens.num_over == 1
@@ -91,9 +91,9 @@ def test_buckets_tell_what_they_hold_cut_repeat_and_enlarge(tmp_path):
     sizes = [(64, 64)] * 5 + [(32, 32), (80, 40)]
     captioned_folder(tmp_path, len(sizes))
     for i, (width, height) in enumerate(sizes):
-        save_picture(tmp_path / f"{i}.png", i, width=width, height=height)
+        save_image(tmp_path / f"{i}.png", i, width=width, height=height)
     square, wide = report_on(tmp_path, partial="fill").buckets
-    assert (square.width, square.height, square.num_pictures) == (64, 64, 6)
+    assert (square.width, square.height, square.num_images) == (64, 64, 6)
     assert (square.num_batches, square.last_batch, square.num_repeats) == (2, 4, 2)
     assert (square.num_enlarged, square.mean_cut) == (1, 0.0)
     assert (wide.width, wide.height, wide.worst_id) == (80, 48, "6.png")
@@ -118,10 +118,10 @@ def test_the_plan_counts_steps_and_bytes(tmp_path):
     assert report_on(tmp_path).plan.encode_rate is None
 
 
-def test_alike_pictures_and_leaks_are_told(tmp_path):
+def test_alike_images_and_leaks_are_told(tmp_path):
     captioned_folder(tmp_path / "train", 3, width=64, height=64)
     captioned_folder(tmp_path / "test", 1, width=64, height=64)  # its 0.png is train's
-    picture(1, width=64, height=64).save(tmp_path / "train/2.png", compress_level=1)
+    noise_image(1, width=64, height=64).save(tmp_path / "train/2.png", compress_level=1)
     folder = read_folder(tmp_path)
     report = report_on(tmp_path, alike=find_near_duplicates(folder))
     assert [(g.ids, g.is_exact, g.is_leak) for g in report.alike] == [
@@ -130,10 +130,10 @@ def test_alike_pictures_and_leaks_are_told(tmp_path):
     ]
     text = report_as_text(report)
     assert "equal files, both trained on and held out (1)\n    test/0.png = train/0.png" in text
-    assert "nearly equal pictures (1)" in text
+    assert "nearly equal images (1)" in text
     assert text.endswith(
         "USABLE: training may start.\n"
-        "1 picture is both trained on and held out: held-out figures flatter\n"
+        "1 image is both trained on and held out: held-out figures flatter\n"
     )
 
 
@@ -158,15 +158,15 @@ def planted(root: Path) -> dict[str, str]:
     spoil(5, "caption_type", text=None)
     spoil(6, "outside", file_name="../../6.png")
     spoil(7, "missing_file", file_name="gone.png")
-    save_picture(root / "8.png", width=10, height=10)
-    save_picture(root / "9.png", width=640, height=64)
+    save_image(root / "8.png", width=10, height=10)
+    save_image(root / "9.png", width=640, height=64)
     told |= {"too_small": "8.png", "aspect_ratio": "9.png"}
-    picture().save(root / "10.png", "JPEG")
-    save_picture(root / "extra.png", 77)
+    noise_image().save(root / "10.png", "JPEG")
+    save_image(root / "extra.png", 77)
     (root / "link.png").symlink_to("/etc/hostname")
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
-    picture(12, width=64, height=64).save(root / "12.png", exif=turned)
+    noise_image(12, width=64, height=64).save(root / "12.png", exif=turned)
     told |= {"wrong_extension": "10.png", "turned": "12.png", "unlisted": "extra.png"}
     told["link_leaves"] = "link.png"
     lines += [lines[11], "{broken"]
@@ -200,7 +200,7 @@ def test_exit_codes(tmp_path, monkeypatch, capsys):
     bad = captioned_folder(tmp_path / "bad", 3)
     (bad / "1.png").write_bytes(b"")
     assert run(monkeypatch, capsys, str(bad))[0] == 1
-    assert run(monkeypatch, capsys, str(bad), "--data.max_bad_fraction=0.5")[0] == 0
+    assert run(monkeypatch, capsys, str(bad), "--data.max_invalid_fraction=0.5")[0] == 0
     for args in (
         ["/no/such/folder"],
         [str(good), "--data.resolution=0"],
@@ -234,7 +234,7 @@ def test_quick_skips_the_comparison_and_says_so(tmp_path, monkeypatch, capsys):
 def test_an_empty_folder_has_a_report_too(tmp_path, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, str(tmp_path), "--html", str(tmp_path / "r.html"))
     assert code == 1
-    assert "no picture found" in out
+    assert "no image found" in out
 
 
 class Page(html.parser.HTMLParser):
@@ -254,11 +254,11 @@ def test_html_escapes_everything_and_fetches_nothing(tmp_path):
     names = ["a<b>&'\".png", "<img src=x onerror=alert(3)>.png", "c.png"]
     rows = []
     for i, name in enumerate(names):
-        save_picture(tmp_path / name, i)
+        save_image(tmp_path / name, i)
         rows.append({"file_name": name, "text": f"{evil} {i}"})
     rows.append({"file_name": f"{evil}.png", "text": "x"})
     write_jsonl(tmp_path / "metadata.jsonl", rows)
-    save_picture(tmp_path / '"><svg onload=alert(4)>.png', 9)
+    save_image(tmp_path / '"><svg onload=alert(4)>.png', 9)
     folder = read_folder(tmp_path)
     text = report_as_html(
         make_data_report(folder, buckets=make_buckets(64, multiple=16), batch_size=4), folder
@@ -290,9 +290,9 @@ def test_html_is_written_whole_with_thumbnails_of_broken_folders_too(tmp_path):
 
 def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
     name = "a\x1b]0;title\x07b.png"
-    save_picture(tmp_path / name)
+    save_image(tmp_path / name)
     (tmp_path / "c.txt").write_text("x")
-    save_picture(tmp_path / "c.png", 1)
+    save_image(tmp_path / "c.png", 1)
     report = report_on(tmp_path)
     assert "\x1b" not in report_as_text(report)
     assert "a\\x1b]0;title\\x07b.png" in report_as_text(report)
@@ -350,8 +350,8 @@ def test_a_real_leak_is_found():
 
 def test_the_script_reports_the_buckets_that_training_would_use(tmp_path, monkeypatch, capsys):
     for i, (width, height) in enumerate([(64, 64), (96, 48), (48, 96)]):
-        save_picture(tmp_path / f"{i}.png", i, width=width, height=height)
-        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+        save_image(tmp_path / f"{i}.png", i, width=width, height=height)
+        (tmp_path / f"{i}.txt").write_text(f"image {i}")
     args = [str(tmp_path), "--quick", "--json", "--data.resolution=64", "--data.bucket_multiple=16"]
     sizes, latent_bytes = [], []
     for more in ([], ["--data.buckets=true", "--data.num_crops=3", "--data.random_flip=true"]):
@@ -363,4 +363,4 @@ def test_the_script_reports_the_buckets_that_training_would_use(tmp_path, monkey
     report = json.loads(run(monkeypatch, capsys, *args, "--data.cache=false")[1])
     assert report["plan"]["latent_bytes"] == 0
     _, out, _ = run(monkeypatch, capsys, *(arg for arg in args if arg != "--json"))
-    assert "--data.buckets=true keeps pictures nearer" in out
+    assert "--data.buckets=true keeps images nearer" in out

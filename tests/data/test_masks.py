@@ -1,4 +1,4 @@
-"""Masks: what can be wrong with them, that they go the way of their pictures, and what they do to
+"""Masks: what can be wrong with them, that they go the way of their images, and what they do to
 the loss."""
 
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes_data import captioned_folder, picture
+from fakes_data import captioned_folder, noise_image
 from fakes_models import make_vae
 from fakes_training import make_config, make_world, read_metrics
 from PIL import Image
@@ -30,10 +30,10 @@ FACTOR = 4
 
 
 def masked_folder(root: Path, num: int = 5) -> Path:
-    """Pictures whose masks are their own grey values."""
+    """Images whose masks are their own grey values."""
     captioned_folder(root, num)
     for i in range(num):
-        picture(i).convert("L").save(root / f"{i}.mask.png")
+        noise_image(i).convert("L").save(root / f"{i}.mask.png")
     return root
 
 
@@ -45,12 +45,12 @@ def by_reason(folder: Folder) -> dict[str, list[str]]:
     return {key: [name for name, _ in group.examples] for key, group in folder.problems.items()}
 
 
-def test_bad_masks_are_named_and_their_pictures_left_out(tmp_path: Path) -> None:
+def test_bad_masks_are_named_and_their_images_left_out(tmp_path: Path) -> None:
     root = masked_folder(tmp_path / "data", 6)
     (root / "1.mask.png").unlink()
     (root / "2.mask.png").write_bytes((root / "2.mask.png").read_bytes()[:60])
-    picture(3, width=41).convert("L").save(root / "3.mask.png")
-    picture(0).save(root / "gone.mask.png")
+    noise_image(3, width=41).convert("L").save(root / "3.mask.png")
+    noise_image(0).save(root / "gone.mask.png")
     folder = read_folder(root, mask="file")
     assert [record.id for record in folder] == ["0.png", "4.png", "5.png"]
     assert by_reason(folder) == {
@@ -59,24 +59,24 @@ def test_bad_masks_are_named_and_their_pictures_left_out(tmp_path: Path) -> None
         "mask_size": ["3.mask.png"],
         "stray_mask": ["gone.mask.png"],
     }
-    assert "41 x 32, its picture 40 x 32" in folder.problems["mask_size"].line()
+    assert "41 x 32, its image 40 x 32" in folder.problems["mask_size"].line()
     assert folder.bad_fraction == 0.5
-    with pytest.raises(ValueError, match="picture without a mask"):
+    with pytest.raises(ValueError, match="image without a mask"):
         folder.check()
 
 
 def test_a_folder_without_any_mask_says_so(tmp_path: Path) -> None:
     folder = read_folder(captioned_folder(tmp_path / "data", 3), mask="file")
     assert not len(folder)
-    with pytest.raises(ValueError, match=r"picture without a mask \(3\).*NAME\.mask\.png"):
+    with pytest.raises(ValueError, match=r"image without a mask \(3\).*NAME\.mask\.png"):
         folder.check()
 
 
-def test_masks_are_no_pictures_where_they_are_not_used(tmp_path: Path) -> None:
+def test_masks_are_no_images_where_they_are_not_used(tmp_path: Path) -> None:
     root = masked_folder(tmp_path / "data", 3)
     for i in range(3):
         (root / f"{i}.mask.txt").write_text("a mask")
-    picture(9).save(root / "face.mask.png")  # of no picture, so a picture
+    noise_image(9).save(root / "face.mask.png")  # of no image, so an image
     (root / "metadata.jsonl").unlink()
     for name in ("0", "1", "2", "face.mask"):
         (root / f"{name}.txt").write_text("a caption")
@@ -96,10 +96,10 @@ def test_an_index_knows_masks_and_sees_one_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crop", [0.0, 0.2, 0.9])
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_mask_is_cut_and_mirrored_as_its_picture(
+def test_a_mask_is_cut_and_mirrored_as_its_image(
     tmp_path: Path, crop: float, flipped: bool
 ) -> None:
-    """Where nothing is resized, the mask's cells are the picture's, averaged."""
+    """Where nothing is resized, the mask's cells are the image's, averaged."""
     folder = read_folder(masked_folder(tmp_path / "data"), mask="file")
     plan = square(folder, places=())
     cells = Masks(folder, plan, FACTOR, "file").mask(1, flipped=flipped, crop=crop)
@@ -124,11 +124,11 @@ def test_a_resized_mask_keeps_its_place_and_its_area(tmp_path: Path) -> None:
 
 def test_alpha_is_the_mask_and_opaque_where_there_is_none(tmp_path: Path) -> None:
     root = captioned_folder(tmp_path / "data", 3)
-    grey = picture(0).convert("L")
-    rgba = picture(0).convert("RGBA")
+    grey = noise_image(0).convert("L")
+    rgba = noise_image(0).convert("RGBA")
     rgba.putalpha(grey)
     rgba.save(root / "0.png")
-    palette = picture(1).quantize(8)
+    palette = noise_image(1).quantize(8)
     palette.info["transparency"] = palette.getpixel((20, 16))
     palette.save(root / "1.png", transparency=palette.info["transparency"])
     folder = read_folder(root)
@@ -139,11 +139,11 @@ def test_alpha_is_the_mask_and_opaque_where_there_is_none(tmp_path: Path) -> Non
     assert (masks.mask(2, flipped=False, crop=0.5) == 1).all()
 
 
-def test_a_turned_picture_and_its_upright_mask_agree(tmp_path: Path) -> None:
+def test_a_turned_image_and_its_upright_mask_agree(tmp_path: Path) -> None:
     root = captioned_folder(tmp_path / "data", 1)
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = picture(0, width=32, height=40)
+    upright = noise_image(0, width=32, height=40)
     upright.transpose(Image.Transpose.ROTATE_90).save(root / "0.png", exif=exif)
     upright.convert("L").save(root / "0.mask.png")
     folder = read_folder(root, mask="file")
@@ -160,7 +160,7 @@ def test_masks_in_shards_are_those_of_the_folder(tmp_path: Path) -> None:
             for name in (f"{i}.mask.png", f"{i}.png"):
                 tar.add(root / name, name)
             info = tarfile.TarInfo(f"{i}.txt")
-            info.size = len(text := f"picture {i}".encode())
+            info.size = len(text := f"image {i}".encode())
             tar.addfile(info, io.BytesIO(text))
     folders = [read_folder(root, mask="file"), read_folder(tmp_path / "sharded", mask="file")]
     caches = [
@@ -196,9 +196,9 @@ def test_cached_masks_are_those_read_and_only_a_changed_one_is_read_again(
             assert torch.equal(kept, masks.mask(2, flipped=flipped, crop=u))
     if kind == "alpha":
         return
-    picture(7).convert("L").save(root / "2.mask.png")
+    noise_image(7).convert("L").save(root / "2.mask.png")
     again, masks, latents = build()
-    assert again.made == 2  # both places of the one picture
+    assert again.made == 2  # both places of the one image
     assert latents.encoded == 0
     assert torch.equal(again.mask(2, flipped=False, crop=0.0), masks.mask(2, flipped=False, crop=0))
 
@@ -248,7 +248,7 @@ def test_a_run_with_masks_is_the_same_with_and_without_the_cache(tmp_path: Path)
         settings = {"data__mask": "file", "data__cache": cache, "data__random_flip": True}
         assert train(with_masks(world, tmp_path / name, **settings)) == 0
         losses.append(read_metrics(tmp_path / name))
-        gaps.append(read_metrics(tmp_path / name, "held_out_gap")[2])
+        gaps.append(read_metrics(tmp_path / name, "heldout_gap")[2])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-5)
     assert train(with_masks(world, tmp_path / "plain", data__random_flip=True)) == 0
@@ -257,7 +257,7 @@ def test_a_run_with_masks_is_the_same_with_and_without_the_cache(tmp_path: Path)
 
 def test_alpha_where_nothing_is_transparent_is_refused(tmp_path: Path) -> None:
     world = make_world(tmp_path)
-    with pytest.raises(ValueError, match="no picture has transparency"):
+    with pytest.raises(ValueError, match="no image has transparency"):
         train(with_masks(world, tmp_path / "run", data__mask="alpha"))
 
 

@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> list[Path]:
     return [make_folder(tmp_path / "emoji", emoji), make_folder(tmp_path / "flowers", flowers)]
 
 
-def test_every_picture_keeps_its_split_its_captions_and_its_columns(
+def test_every_image_keeps_its_split_its_captions_and_its_columns(
     tmp_path: Path, folders: list[Path]
 ) -> None:
     counts = merge_folders(tmp_path / "out", folders)
@@ -72,7 +72,7 @@ def test_what_cannot_be_combined_is_named_and_leaves_nothing(
         merge_folders(out, [emoji, tmp_path / "empty"])
     table = emoji / "train" / "metadata.jsonl"
     for row, message in (
-        ({"file_name": "../b.png", "text": "x"}, "names no picture below its folder"),
+        ({"file_name": "../b.png", "text": "x"}, "names no image below its folder"),
         ({"file_name": "a.png"}, "has no caption"),
         ({"file_name": "a.png", "text": 3}, "has no caption"),
     ):

@@ -1,10 +1,10 @@
-"""Alike pictures: equal files, and the same picture in another size, format or quality."""
+"""Alike images: equal files, and the same image in another size, format or quality."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes_data import picture, save_picture
+from fakes_data import noise_image, save_image
 from PIL import Image, ImageEnhance
 
 from latentdiff.data.arrow.scan_index import ScanIndex
@@ -33,7 +33,7 @@ def textured(seed: int) -> Image.Image:
     return coarse.resize((240, 180), Image.Resampling.BICUBIC)
 
 
-def test_the_same_picture_is_found_in_another_guise(tmp_path):
+def test_the_same_image_is_found_in_another_guise(tmp_path):
     original = textured(0)
     original.save(tmp_path / "a.png")
     original.save(tmp_path / "b.jpg", quality=40)
@@ -50,20 +50,20 @@ def test_equal_files_are_told_apart_from_near_ones(tmp_path):
     assert alike(tmp_path) == [(True, ["a.png", "b.png"]), (False, ["a.png", "c.jpg"])]
 
 
-def test_the_same_shape_in_another_colour_is_another_picture(tmp_path):
+def test_the_same_shape_in_another_colour_is_another_image(tmp_path):
     for name, order in [("a.png", (0, 1, 2)), ("b.png", (2, 0, 1))]:
-        bands = picture(3, width=64, height=64).split()
+        bands = noise_image(3, width=64, height=64).split()
         Image.merge("RGB", [bands[i] for i in order]).save(tmp_path / name)
     assert alike(tmp_path) == []
 
 
-def test_flat_pictures_are_alike_only_in_the_same_colour(tmp_path):
+def test_flat_images_are_alike_only_in_the_same_colour(tmp_path):
     for name, colour in [("a", (200, 0, 0)), ("b", (0, 0, 200)), ("c", (201, 0, 0))]:
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
     assert alike(tmp_path) == [(False, ["a.png", "c.png"])]
 
 
-def test_no_group_among_different_pictures_and_none_at_all(tmp_path):
+def test_no_group_among_different_images_and_none_at_all(tmp_path):
     for i in range(30):
         textured(i).save(tmp_path / f"{i}.png")
     assert alike(tmp_path) == []
@@ -72,7 +72,7 @@ def test_no_group_among_different_pictures_and_none_at_all(tmp_path):
 
 def test_damaged_files_take_part_by_their_bytes_alone(tmp_path):
     for i, name in enumerate(["a.png", "b.png", "c.png"]):
-        save_picture(tmp_path / name, i)
+        save_image(tmp_path / name, i)
     folder = folder_of(tmp_path)
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"broken since")
@@ -118,7 +118,7 @@ def test_looks_are_remembered(tmp_path, monkeypatch):
     assert seen == [(root / "3.jpg").stat().st_size]
 
 
-def test_the_hash_of_a_picture_and_of_its_negative_differ_everywhere():
+def test_the_hash_of_a_image_and_of_its_negative_differ_everywhere():
     image = textured(5)
     negative = Image.fromarray(255 - np.asarray(image))
     differing = (perceptual_hash(image) ^ perceptual_hash(negative)).bit_count()
@@ -126,7 +126,7 @@ def test_the_hash_of_a_picture_and_of_its_negative_differ_everywhere():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 2)])
-def test_tiny_and_thin_pictures_have_looks_too(tmp_path, size):
+def test_tiny_and_thin_images_have_looks_too(tmp_path, size):
     Image.new("RGB", size, (5, 5, 5)).save(tmp_path / "a.png")
     Image.new("RGB", size, (5, 5, 5)).save(tmp_path / "b.bmp")
     assert find_near_duplicates(folder_of(tmp_path)) == [DuplicateGroup((0, 1), False)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes_data import picture, png_header
+from fakes_data import noise_image, png_header
 
 from latentdiff.data.buckets import make_buckets
 from latentdiff.data.folder import shards
@@ -24,7 +24,7 @@ from latentdiff.data.inspection.near_duplicates import find_near_duplicates
 
 def encoded(seed: int = 0, image_format: str = "PNG", **kwargs) -> bytes:
     file = io.BytesIO()
-    picture(seed, **kwargs).save(file, image_format)
+    noise_image(seed, **kwargs).save(file, image_format)
     return file.getvalue()
 
 
@@ -42,7 +42,7 @@ def write_shard(path: Path, members: list[tuple[str | tarfile.TarInfo, bytes]]) 
 def samples(*numbers: int) -> list[tuple[str, bytes]]:
     members = []
     for i in numbers:
-        members += [(f"{i:04d}.png", encoded(i)), (f"{i:04d}.txt", f"picture {i}".encode())]
+        members += [(f"{i:04d}.png", encoded(i)), (f"{i:04d}.txt", f"image {i}".encode())]
     return members
 
 
@@ -57,16 +57,16 @@ def test_shards_are_read_as_folders_of_their_members(tmp_path):
     folder = read_folder(tmp_path)
     folder.check()
     assert [(r.id, r.captions[0], r.split, r.width) for r in folder] == [
-        ("train-00.tar/0000.png", "picture 0", "train", 40),
-        ("train-00.tar/0001.png", "picture 1", "train", 40),
-        ("train-01.tar/0002.png", "picture 2", "train", 40),
-        ("val-00.tar/0003.png", "picture 3", "validation", 40),
+        ("train-00.tar/0000.png", "image 0", "train", 40),
+        ("train-00.tar/0001.png", "image 1", "train", 40),
+        ("train-01.tar/0002.png", "image 2", "train", 40),
+        ("val-00.tar/0003.png", "image 3", "validation", 40),
     ]
     assert [folder.read_bytes(i) for i in range(4)] == [encoded(i) for i in range(4)]
     assert folder.read_bytes_of("val-00.tar/0003.png") == encoded(3)
     with pytest.raises(KeyError):
         folder.read_bytes_of("val-00.tar/0004.png")
-    np.testing.assert_array_equal(load_image(io.BytesIO(folder.read_bytes(1))), picture(1))
+    np.testing.assert_array_equal(load_image(io.BytesIO(folder.read_bytes(1))), noise_image(1))
 
 
 def test_captions_may_come_from_json_members(tmp_path):
@@ -153,7 +153,7 @@ def test_hostile_members_are_refused_by_name(tmp_path, member, reason):
         folder.check()
 
 
-def test_a_picture_bomb_in_a_shard_is_refused_before_decoding(tmp_path):
+def test_a_image_bomb_in_a_shard_is_refused_before_decoding(tmp_path):
     bomb = png_header(40_000, 40_000) + zlib.compress(b"\0" * 1_000_000)
     write_shard(tmp_path / "a.tar", [*samples(0), ("b.png", bomb), ("b.txt", b"x")])
     folder = read_folder(tmp_path, full=True)
@@ -246,7 +246,7 @@ def test_damaged_shards_never_raise_and_never_hang(tmp_path):
         assert all(o + s <= len(data) for o, s in zip(offsets, sizes, strict=True))
 
 
-def test_a_broken_picture_in_a_shard_is_skipped_by_name(tmp_path):
+def test_a_broken_image_in_a_shard_is_skipped_by_name(tmp_path):
     data = encoded(1)
     members = [*samples(0), ("b.png", data[:-30]), ("b.txt", b"b"), ("c.png", b""), ("c.txt", b"c")]
     write_shard(tmp_path / "a.tar", members)
@@ -256,10 +256,10 @@ def test_a_broken_picture_in_a_shard_is_skipped_by_name(tmp_path):
     assert folder.bad_fraction == pytest.approx(2 / 3)
 
 
-def test_shards_beside_loose_pictures_are_refused(tmp_path):
+def test_shards_beside_loose_images_are_refused(tmp_path):
     write_shard(tmp_path / "a.tar", samples(0))
-    picture().save(tmp_path / "loose.png")
-    with pytest.raises(ValueError, match=r"pictures beside tar shards .1.: loose.png"):
+    noise_image().save(tmp_path / "loose.png")
+    with pytest.raises(ValueError, match=r"images beside tar shards .1.: loose.png"):
         read_folder(tmp_path).check()
 
 

@@ -1,11 +1,11 @@
-"""The sheets of a model's card: prompts by lot, small files, and a test that gives nothing away."""
+"""The sheets of a model's card: random prompts, small files, and a test that gives nothing away."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes_data import save_picture, write_jsonl
+from fakes_data import save_image, write_jsonl
 from fakes_pipeline import tiny_pipeline
 from fakes_scripts import run_script
 from PIL import Image
@@ -27,7 +27,7 @@ def make_folder(root: Path, word: str) -> Path:
         rows = []
         for number, caption in enumerate(captions):
             name = f"{number:02d}.png"
-            save_picture(root / split / name, number, width=32, height=32)
+            save_image(root / split / name, number, width=32, height=32)
             rows.append({"file_name": name, "text": caption})
         write_jsonl(root / split / "metadata.jsonl", rows)
     return root

@@ -17,7 +17,7 @@ def features(seed: int, num: int) -> torch.Tensor:
     return torch.randn(num, 32, generator=torch.Generator().manual_seed(seed)).abs()
 
 
-def test_pictures_moved_towards_the_photographs_are_nearer():
+def test_images_moved_towards_the_photographs_are_nearer():
     real, before, other = features(0, 6), features(1, 16), features(2, 12)
     after = before + 0.5 * real.mean(0)
     report = measure_subject([real, before, other, after, other])

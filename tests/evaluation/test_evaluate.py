@@ -28,7 +28,7 @@ from latentdiff.models.build import schedule_of
 
 pytest.importorskip("matplotlib")
 ATTACK = '<script>alert("1")</script>'
-QUICK = ["--device", "cpu", "--steps", 2, "--guidance_scale", 2, "--num_pictures", 12]
+QUICK = ["--device", "cpu", "--steps", 2, "--guidance_scale", 2, "--num_images", 12]
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +62,16 @@ def test_everything_that_is_given_is_measured_in_one_page(
 ) -> None:
     out, model = tmp_path / "out", folders / "model"
     judges = ["--clip", folders / "clip", "--features", folders / "clip", "--compare", model]
-    sweeps = ["--step_sweep", "[1,2]", "--sweep_captions", 2, "--sweep_pictures", 2]
+    sweeps = ["--step_sweep", "[1,2]", "--sweep_captions", 2, "--sweep_images", 2]
     data = ["--data", folders / "data", "--out", out]
     assert run(model, *data, *QUICK, *judges, *sweeps) == 0
     assert "report.html" in capsys.readouterr().out
     figures = json.loads((out / "metrics.json").read_text())
     assert set(figures["left_out"]) == {"bound", "guidance_sweep"}
-    assert figures["settings"]["num_pictures"] == 12
+    assert figures["settings"]["num_images"] == 12
     assert figures["settings"]["num_captions"] == 6
-    assert len(list((out / "pictures").glob("*.png"))) == 12
-    for name in ("following", "clip_score", "held_out", "fidelity", "memorisation", "diversity"):
+    assert len(list((out / "images").glob("*.png"))) == 12
+    for name in ("following", "clip_score", "heldout", "fidelity", "memorisation", "diversity"):
         found = list(intervals(figures[name]))
         assert found, name
         for one in found:
@@ -90,7 +90,7 @@ def test_everything_that_is_given_is_measured_in_one_page(
 
 
 def test_without_judges_it_says_what_is_left_out_and_why(folders: Path, tmp_path: Path) -> None:
-    each = ["--pictures_per_caption", 1]
+    each = ["--images_per_caption", 1]
     data = ["--data", folders / "data", "--out", tmp_path]
     assert run(folders / "model", *data, *QUICK, *each) == 0
     figures = json.loads((tmp_path / "metrics.json").read_text())
@@ -102,11 +102,11 @@ def test_without_judges_it_says_what_is_left_out_and_why(folders: Path, tmp_path
     assert "--features" in page
 
 
-def test_unseen_data_has_no_training_pictures(folders: Path, tmp_path: Path) -> None:
+def test_unseen_data_has_no_training_images(folders: Path, tmp_path: Path) -> None:
     data = ["--data", folders / "data", "--out", tmp_path, "--split", "all"]
     assert run(folders / "model", *data, *QUICK) == 0
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    assert figures["following"]["held_out"]["num_captions"] == 6
+    assert figures["following"]["heldout"]["num_captions"] == 6
     assert "training split" in figures["left_out"]["memorisation"]
     assert "seen" not in figures["following"]
 
@@ -130,8 +130,8 @@ def test_captions_are_text_in_the_page(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_pictures", 3], "num_pictures=3"),
-        (["--pictures_per_caption", 64, "--num_pictures", 64], "pictures_per_caption=64"),
+        (["--num_images", 3], "num_images=3"),
+        (["--images_per_caption", 64, "--num_images", 64], "images_per_caption=64"),
         (["--steps", 0], "steps=0"),
         (["--step_sweep", "[0,2]"], "step_sweep"),
         (["--clip_weights", "x.safetensors"], "clip_weights"),
@@ -159,7 +159,7 @@ def test_bad_input_is_named(
 
 @pytest.fixture(scope="module")
 def stages(folders: Path) -> tuple[EvalModel, EvalModel]:
-    """A model trained on its pictures, and the same one half way."""
+    """A model trained on its images, and the same one half way."""
     options = EvalModelOptions(data=str(folders / "data"), split="all", device="cpu")
     subject = open_eval_model(str(folders / "model"), options)
     unet = subject.components.unet.requires_grad_(True).train()
@@ -184,9 +184,7 @@ def stages(folders: Path) -> tuple[EvalModel, EvalModel]:
 
 
 def verdict(first: Score, second: Score) -> str:
-    section = against_section(
-        "other", {"loss": first}, {"loss": second}, pictures=None, left_out={}
-    )
+    section = against_section("other", {"loss": first}, {"loss": second}, images=None, left_out={})
     return str(section.figures["loss"]["verdict"])
 
 

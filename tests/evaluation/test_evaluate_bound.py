@@ -1,4 +1,4 @@
-"""scripts/evaluate.py --bound: figures, plots and pictures of a folder, and what cannot be done."""
+"""scripts/evaluate.py --bound: figures, plots and images of a folder, and what cannot be done."""
 
 import json
 import math
@@ -73,15 +73,15 @@ def bound(subject: EvalModel) -> CaptionBound:
 
 
 def run(*arguments: object) -> int:
-    """Run the script in this process, drawing no pictures; return its exit status."""
-    return int(run_script("evaluate.py", *arguments, "--num_pictures", "0") or 0)
+    """Run the script in this process, drawing no images; return its exit status."""
+    return int(run_script("evaluate.py", *arguments, "--num_images", "0") or 0)
 
 
-def test_bound_report_holds_figures_plots_and_pictures(
+def test_bound_report_holds_figures_plots_and_images(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "eval"
-    small = ["--draws", 6, "--pilot", 2, "--picture_steps", 4, "--compare_variance", '["3"]']
+    small = ["--draws", 6, "--pilot", 2, "--image_steps", 4, "--compare_variance", '["3"]']
     assert run(model, "--data", data, "--out", out, "--bound", *small) == 0
     assert str(out / "metrics.json") in capsys.readouterr().out
     figures = json.loads((out / "metrics.json").read_text())["bound"]
@@ -167,14 +167,14 @@ def test_shorter_chains_tell_the_model_its_own_timesteps(subject: EvalModel) -> 
     assert chain.schedule.timesteps.tolist() == [0, 4, 8, 11, 15]
 
 
-def test_pictures_are_spread_over_the_held_out_split(model: Path, data: Path) -> None:
-    options = EvalModelOptions(data=str(data), num_images=2, device="cpu")
+def test_images_are_spread_over_the_heldout_split(model: Path, data: Path) -> None:
+    options = EvalModelOptions(data=str(data), num_heldout=2, device="cpu")
     few = open_eval_model(str(model), options).latents
-    every = open_eval_model(str(model), replace(options, num_images=99)).latents
+    every = open_eval_model(str(model), replace(options, num_heldout=99)).latents
     assert len(few) == 2
     assert len(every) == 6
     assert [every.captions[0], every.captions[-1]] == list(few.captions)
-    train = open_eval_model(str(model), replace(options, split="train", num_images=99)).latents
+    train = open_eval_model(str(model), replace(options, split="train", num_heldout=99)).latents
     assert len(train) == 3
 
 
@@ -185,10 +185,10 @@ def test_pictures_are_spread_over_the_held_out_split(model: Path, data: Path) ->
         (["--bound", "--chain", "nine"], "'nine'"),
         (["--bound", "--chain", "17"], "17"),
         (["--bound", "--variance_type", "small"], "fixed_small"),
-        (["--bound", "--num_images", 0], "num_images=0"),
+        (["--bound", "--num_heldout", 0], "num_heldout=0"),
         (["--bound", "--device", "nonsense"], "nonsense"),
         (["--bound", "--split", "test"], "split"),
-        (["--guidance_sweep", "[1]", "--sweep_pictures", 1], "sweep_pictures=1"),
+        (["--guidance_sweep", "[1]", "--sweep_images", 1], "sweep_images=1"),
         (["--boundd"], "boundd"),
     ],
 )
@@ -208,9 +208,9 @@ def test_missing_folder_model_and_split_are_named(
     for arguments, message in (
         ([model, "--data", tmp_path / "none"], "does not exist"),
         ([tmp_path / "none", "--data", data], "none"),
-        ([model, "--data", data / "train"], "no picture in its held_out split"),
+        ([model, "--data", data / "train"], "no image in its heldout split"),
     ):
-        assert run(*arguments, "--out", tmp_path / "out", "--bound", "--split_fraction", 0) == 2
+        assert run(*arguments, "--out", tmp_path / "out", "--bound", "--heldout_fraction", 0) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

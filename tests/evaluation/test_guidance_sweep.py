@@ -34,9 +34,9 @@ def test_sweep_writes_a_point_a_scale(
     random_clip().save_pretrained(tmp_path / "clip")
     tiny_tokenizer().save_pretrained(tmp_path / "clip")
     arguments = [tmp_path / "model", "--data", tmp_path / "data", "--out", tmp_path / "out"]
-    arguments += ["--guidance_sweep", "[1,6]", "--sweep_captions", 2, "--sweep_pictures", 2]
+    arguments += ["--guidance_sweep", "[1,6]", "--sweep_captions", 2, "--sweep_images", 2]
     arguments += ["--sweep_steps", 2, "--clip", tmp_path / "clip", "--device", "cpu"]
-    arguments += ["--num_pictures", 0]
+    arguments += ["--num_images", 0]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -100,17 +100,17 @@ def test_summary_has_standard_errors_by_bucket_and_caption_use() -> None:
     true = torch.tensor([1.0, 3.0, 2.0, 2.0])
     losses = {"true": true, "null": true * 2, "shuffled": true}
     figures = summarize_losses(losses, t, num_timesteps=1000)
-    assert figures["held_out_loss"] == 2
-    assert figures["held_out_se"] == pytest.approx((2 / 3) ** 0.5 / 2)
+    assert figures["heldout_loss"] == 2
+    assert figures["heldout_se"] == pytest.approx((2 / 3) ** 0.5 / 2)
     assert figures["caption_use"] == pytest.approx(0.5)
     assert figures["caption_match"] == 0
     assert figures["caption_use_se"] == pytest.approx((2 / 3) ** 0.5 / 2 / 4)
-    assert figures["held_out_loss/t0-249"] == 2
-    assert figures["held_out_se/t0-249"] == pytest.approx(1)
-    assert figures["held_out_loss/t250-499"] == 2
-    assert "held_out_se/t250-499" not in figures  # of one triple
-    assert "held_out_loss/t500-749" not in figures
-    assert figures["num_held_out"] == 4
+    assert figures["heldout_loss/t0-249"] == 2
+    assert figures["heldout_se/t0-249"] == pytest.approx(1)
+    assert figures["heldout_loss/t250-499"] == 2
+    assert "heldout_se/t250-499" not in figures  # of one triple
+    assert "heldout_loss/t500-749" not in figures
+    assert figures["num_heldout"] == 4
 
 
 def test_bucket_labels_name_the_timesteps_that_fall_into_them() -> None:
@@ -139,11 +139,11 @@ def test_one_caption_alone_gives_what_it_gives_beside_the_others(
 def test_the_gap_is_paired_by_timestep() -> None:
     t = torch.tensor([900, 100, 500])
     sorted_triples = Triples(torch.zeros(3), torch.zeros(3), t, torch.zeros(3), torch.zeros(1))
-    held_out = torch.tensor([9.0, 1.0, 5.0])[sorted_triples.order]
-    figures = summarize_gap(held_out, torch.tensor([0.5, 4.0, 9.0]))
+    heldout = torch.tensor([9.0, 1.0, 5.0])[sorted_triples.order]
+    figures = summarize_gap(heldout, torch.tensor([0.5, 4.0, 9.0]))
     assert figures["train_loss_fixed"] == pytest.approx(4.5)
-    assert figures["held_out_gap"] == pytest.approx(0.5)
-    assert figures["held_out_gap_se"] == pytest.approx((0.25 / 3) ** 0.5)
+    assert figures["heldout_gap"] == pytest.approx(0.5)
+    assert figures["heldout_gap_se"] == pytest.approx((0.25 / 3) ** 0.5)
 
 
 def test_triples_are_measured_inside_their_masks(schedule: Schedule, triples: Triples) -> None:

@@ -1,4 +1,4 @@
-"""Copies of training pictures are found, and held-out pictures are not called copies."""
+"""Copies of training images are found, and held-out images are not called copies."""
 
 import io
 from pathlib import Path
@@ -36,7 +36,7 @@ TRAIN, HELD_OUT, FRESH = world(600, seed=0), world(200, seed=1), world(200, seed
 def test_planted_copies_are_found_and_nothing_else(strength):
     planted = torch.arange(0, 600, 20)
     samples = torch.cat([near(TRAIN[planted], strength=strength), FRESH])
-    found = find_copies(samples, TRAIN, held_out=HELD_OUT)
+    found = find_copies(samples, TRAIN, heldout=HELD_OUT)
     assert found.is_copy.tolist() == [True] * 30 + [False] * 200
     assert torch.equal(found.places[:30], planted)
     assert found.copies.estimate == pytest.approx(30 / 230)
@@ -44,19 +44,19 @@ def test_planted_copies_are_found_and_nothing_else(strength):
     assert (found.scores <= found.threshold).equal(found.is_copy)
 
 
-def test_held_out_pictures_are_not_copies():
-    assert not find_copies(HELD_OUT, TRAIN, held_out=HELD_OUT).is_copy.any()
+def test_heldout_images_are_not_copies():
+    assert not find_copies(HELD_OUT, TRAIN, heldout=HELD_OUT).is_copy.any()
 
 
-def test_copies_of_repeated_pictures_are_found():
+def test_copies_of_repeated_images_are_found():
     repeated = torch.cat([TRAIN, near(TRAIN[:1].expand(12, -1), strength=0.01)])
-    found = find_copies(near(TRAIN[:2], strength=0.02), repeated, held_out=HELD_OUT)
+    found = find_copies(near(TRAIN[:2], strength=0.02), repeated, heldout=HELD_OUT)
     assert found.is_copy.all()
 
 
-def test_a_twin_among_the_held_out_does_not_hide_copies():
+def test_a_twin_among_the_heldout_does_not_hide_copies():
     leaky = torch.cat([HELD_OUT, TRAIN[5:6]])
-    found = find_copies(near(TRAIN[:40], strength=0.1), TRAIN, held_out=leaky)
+    found = find_copies(near(TRAIN[:40], strength=0.1), TRAIN, heldout=leaky)
     assert found.is_copy.all()
     assert found.false_alarms.estimate == pytest.approx(1 / 201)
 
@@ -79,12 +79,12 @@ def test_a_relative_distance_is_to_the_median_neighbour():
 
 
 def test_wrong_features_are_refused():
-    with pytest.raises(ValueError, match=r"held_out must be features .* got \(0, 32\)"):
-        find_copies(FRESH, TRAIN, held_out=HELD_OUT[:0])
+    with pytest.raises(ValueError, match=r"heldout must be features .* got \(0, 32\)"):
+        find_copies(FRESH, TRAIN, heldout=HELD_OUT[:0])
     with pytest.raises(ValueError, match=r"samples must be features .* got \(200, 8\)"):
-        find_copies(FRESH[:, :8], TRAIN, held_out=HELD_OUT)
+        find_copies(FRESH[:, :8], TRAIN, heldout=HELD_OUT)
     with pytest.raises(ValueError, match="train holds features that are not finite"):
-        find_copies(FRESH, TRAIN / 0, held_out=HELD_OUT)
+        find_copies(FRESH, TRAIN / 0, heldout=HELD_OUT)
 
 
 def thumbnail(image: Image.Image) -> Tensor:
@@ -93,7 +93,7 @@ def thumbnail(image: Image.Image) -> Tensor:
 
 
 def degraded(path: Path) -> Image.Image:
-    """Save a picture as a small, poor JPEG, as a copy might come out of a model."""
+    """Save an image as a small, poor JPEG, as a copy might come out of a model."""
     with Image.open(path) as image:
         small = image.convert("RGB").resize((96, 96), Image.Resampling.BICUBIC)
     small.save(file := io.BytesIO(), "JPEG", quality=40)
@@ -107,7 +107,7 @@ def test_copies_of_photographs_are_found(shared_dir: Path):
     train = torch.stack([thumbnail(Image.open(file)) for file in train_files])
     unseen = torch.stack([thumbnail(Image.open(file)) for file in test_files])
     copies = torch.stack([thumbnail(degraded(file)) for file in train_files[::10]])
-    found = find_copies(torch.cat([copies, unseen[1::2]]), train, held_out=unseen[::2])
+    found = find_copies(torch.cat([copies, unseen[1::2]]), train, heldout=unseen[::2])
     num_copies = len(copies)
     assert found.is_copy[:num_copies].all()
     assert not found.is_copy[num_copies:].any()

@@ -1,4 +1,4 @@
-"""The parts of the evaluation on pictures whose answers are known."""
+"""The parts of the evaluation on images whose answers are known."""
 
 import json
 from pathlib import Path
@@ -39,14 +39,14 @@ from latentdiff.evaluation.report.section import Row, Section, share_by_caption
 CPU = torch.device("cpu")
 
 
-def soft_pictures(n: int, *, seed: int) -> Tensor:
-    """Draw smooth random pictures, (n, 3, 32, 32) uint8."""
+def soft_images(n: int, *, seed: int) -> Tensor:
+    """Draw smooth random images, (n, 3, 32, 32) uint8."""
     small = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return (255 * F.interpolate(small, size=32, mode="bilinear")).round().byte()
 
 
-def as_pictures(x: Tensor) -> ImageArrays:
-    names = tuple(f"picture {i}" for i in range(len(x)))
+def as_images(x: Tensor) -> ImageArrays:
+    names = tuple(f"image {i}" for i in range(len(x)))
     return ImageArrays(names, names, ("",) * len(x), x)
 
 
@@ -55,18 +55,18 @@ def scenes_drawn(
 ) -> GeneratedImages:
     """Render scenes in place of a model."""
     rng = np.random.default_rng(0)
-    pictures = [np.asarray(render(scene, rng)) for scene in shown for _ in range(per_caption)]
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    images = [np.asarray(render(scene, rng)) for scene in shown for _ in range(per_caption)]
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return GeneratedImages(tuple(s.caption for s in asked), x.unflatten(0, (-1, per_caption)), 0)
 
 
-def test_planted_copies_are_found_and_no_held_out_picture() -> None:
-    train, held_out = soft_pictures(300, seed=0), soft_pictures(120, seed=1)
+def test_planted_copies_are_found_and_no_heldout_image() -> None:
+    train, heldout = soft_images(300, seed=0), soft_images(120, seed=1)
     noise = torch.randint(-6, 7, (20, 3, 32, 32), generator=torch.Generator().manual_seed(2))
     copies = (train[:200:10].int() + noise).clamp(0, 255).byte()
-    pictures = torch.cat([copies, held_out[:20]])
-    drawn = GeneratedImages(tuple(map(str, range(20))), pictures.view(20, 2, 3, 32, 32), 0)
-    sets = drawn, as_pictures(held_out), as_pictures(train)
+    images = torch.cat([copies, heldout[:20]])
+    drawn = GeneratedImages(tuple(map(str, range(20))), images.view(20, 2, 3, 32, 32), 0)
+    sets = drawn, as_images(heldout), as_images(train)
     section = copies_section(as_thumbnails(*sets), drawn, sets[2], num_train_in_all=300)
     assert section.figures["copies"]["estimate"] == 0.5
     assert section.figures["false_alarms"]["estimate"] == 0
@@ -75,15 +75,15 @@ def test_planted_copies_are_found_and_no_held_out_picture() -> None:
     left, right = section.groups[0]
     apart = np.asarray(left.image, float) - np.asarray(right.image, float)
     assert np.abs(apart).max() <= 6
-    assert "A COPY of picture" in right.note
+    assert "A COPY of image" in right.note
 
 
-def test_diversity_is_nought_for_one_picture_and_one_for_any() -> None:
-    same = soft_pictures(10, seed=0)[:, None].expand(-1, 3, -1, -1, -1)
-    loose = soft_pictures(120, seed=1).view(40, 3, 3, 32, 32)
+def test_diversity_is_nought_for_one_image_and_one_for_any() -> None:
+    same = soft_images(10, seed=0)[:, None].expand(-1, 3, -1, -1, -1)
+    loose = soft_images(120, seed=1).view(40, 3, 3, 32, 32)
     for x, wanted in ((same, 0.0), (loose, 1.0)):
         drawn = GeneratedImages(tuple(map(str, range(len(x)))), x, 0)
-        embedded = as_thumbnails(drawn, as_pictures(x[:, 0]), None)
+        embedded = as_thumbnails(drawn, as_images(x[:, 0]), None)
         section = diversity_section(embedded, drawn)
         assert section.figures["relative"]["estimate"] == pytest.approx(wanted, abs=0.1)
     x = torch.tensor([[[0.0, 0], [3, 4], [0, 4]]], dtype=torch.float64)
@@ -93,19 +93,17 @@ def test_diversity_is_nought_for_one_picture_and_one_for_any() -> None:
 def test_renderings_follow_their_captions_and_not_shuffled_ones() -> None:
     scenes = all_scenes()[::14]
     section, scores = following_section(
-        {"held_out": scenes_drawn(scenes, scenes, per_caption=2)}, seed=0
+        {"heldout": scenes_drawn(scenes, scenes, per_caption=2)}, seed=0
     )
-    figures = section.figures["held_out"]
+    figures = section.figures["heldout"]
     assert figures["all"]["estimate"] == 1
     assert figures["all"]["low"] < 1
     assert figures["all"]["num_samples"] == len(scenes)
     assert figures["shuffled_captions"]["all"]["estimate"] == 0
     assert 0.05 < figures["shuffled_captions"]["colour"]["estimate"] < 0.35
-    assert scores["held_out"].values.tolist() == [1.0] * len(scenes)
-    wrong, _ = following_section(
-        {"held_out": scenes_drawn(scenes, scenes[1:] + scenes[:1])}, seed=0
-    )
-    assert wrong.figures["held_out"]["all"]["estimate"] == 0
+    assert scores["heldout"].values.tolist() == [1.0] * len(scenes)
+    wrong, _ = following_section({"heldout": scenes_drawn(scenes, scenes[1:] + scenes[:1])}, seed=0)
+    assert wrong.figures["heldout"]["all"]["estimate"] == 0
 
 
 def test_captions_of_the_shapes_world_are_read_back() -> None:
@@ -116,7 +114,7 @@ def test_captions_of_the_shapes_world_are_read_back() -> None:
 
 
 def colour_clip() -> Clip:
-    """A CLIP that knows colours: a picture is its mean colour, a text the colour it names."""
+    """A CLIP that knows colours: an image is its mean colour, a text the colour it names."""
     colours = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 
     def embed_pixels(pixels: Tensor) -> Tensor:
@@ -134,18 +132,18 @@ def test_clip_score_is_the_mean_cosine_over_captions() -> None:
     grey = torch.full_like(plain, 128)
     drawn = GeneratedImages(captions, torch.stack([plain, grey], 1), 0)  # one right, one grey
     section, score = clip_section(
-        colour_clip(), drawn, as_pictures(plain), batch_size=2, device=CPU, seed=0
+        colour_clip(), drawn, as_images(plain), batch_size=2, device=CPU, seed=0
     )
     wanted = 100 * (1 + 3**-0.5) / 2
     assert score.values.tolist() == pytest.approx([wanted] * 3, abs=0.01)
     figures = section.figures
     assert figures["score"]["estimate"] == pytest.approx(wanted, abs=0.01)
-    assert figures["real_pictures"]["estimate"] == pytest.approx(100, abs=0.01)
+    assert figures["real_images"]["estimate"] == pytest.approx(100, abs=0.01)
     assert figures["shuffled_captions"]["estimate"] == pytest.approx(50 * 3**-0.5, abs=0.01)
     assert figures["recall_at_1"]["estimate"] == 1
 
 
-def test_fidelity_is_best_for_the_real_pictures_and_knows_classes() -> None:
+def test_fidelity_is_best_for_the_real_images_and_knows_classes() -> None:
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(60, 5, generator=generator)
     near, far = real + 0.01, real + torch.tensor([4.0, 0, 0, 0, 0])
@@ -155,13 +153,13 @@ def test_fidelity_is_best_for_the_real_pictures_and_knows_classes() -> None:
         embedded = Embedded("net", "0", drawn, real, real[:50])
         section = fidelity_section(embedded, classes=kinds, real_classes=kinds)
         found[name] = section.figures
-    assert found["near"]["held_out"]["precision"]["estimate"] > 0.95
-    assert found["near"]["held_out"]["recall"]["estimate"] > 0.95
-    assert found["far"]["held_out"]["fd"]["value"] == pytest.approx(16, rel=1e-4)
-    assert found["far"]["held_out"]["kid"]["low"] > found["near"]["held_out"]["kid"]["high"]
+    assert found["near"]["heldout"]["precision"]["estimate"] > 0.95
+    assert found["near"]["heldout"]["recall"]["estimate"] > 0.95
+    assert found["far"]["heldout"]["fd"]["value"] == pytest.approx(16, rel=1e-4)
+    assert found["far"]["heldout"]["kid"]["low"] > found["near"]["heldout"]["kid"]["high"]
     assert set(found["far"]["classes"]) == {"cat", "dog"}
-    assert found["far"]["held_out"]["num_generated"] == 60
-    assert "biased" in found["far"]["held_out"]["fd"]["caution"]
+    assert found["far"]["heldout"]["num_generated"] == 60
+    assert "biased" in found["far"]["heldout"]["fd"]["caution"]
 
 
 def test_features_come_from_a_transformers_folder_a_clip_or_any_module(tmp_path: Path) -> None:
@@ -193,7 +191,7 @@ def test_features_come_from_a_transformers_folder_a_clip_or_any_module(tmp_path:
         open_features(tmp_path)
 
 
-def test_shares_count_captions_not_pictures() -> None:
+def test_shares_count_captions_not_images() -> None:
     answers = torch.tensor([[1, 0], [1, 1], [0, 0]]).bool()
     share = share_by_caption(answers)
     assert share.estimate == pytest.approx(0.5)
@@ -212,10 +210,10 @@ def test_shuffled_places_leave_nothing_where_it_was(num: int) -> None:
 
 
 def test_spread_takes_different_captions() -> None:
-    x = soft_pictures(6, seed=0)
-    pictures = ImageArrays(tuple("aabbcd"), tuple("uvwxyz"), ("",) * 6, x)
-    assert pictures.spread(9).ids == ("u", "w", "y", "z")
-    assert pictures.spread(2).captions == ("a", "d")
+    x = soft_images(6, seed=0)
+    images = ImageArrays(tuple("aabbcd"), tuple("uvwxyz"), ("",) * 6, x)
+    assert images.spread(9).ids == ("u", "w", "y", "z")
+    assert images.spread(2).captions == ("a", "d")
 
 
 def test_page_escapes_everything_that_others_wrote() -> None:

@@ -18,27 +18,25 @@ def test_perfect_pairs_are_found_and_reversed_ones_are_not() -> None:
 
 def test_equals_a_count_by_hand_where_all_captions_differ() -> None:
     generator = torch.Generator().manual_seed(0)
-    pictures, texts = (
-        F.normalize(torch.randn(40, 5, generator=generator), dim=1) for _ in range(2)
-    )
+    images, texts = (F.normalize(torch.randn(40, 5, generator=generator), dim=1) for _ in range(2))
     captions = [f"caption {i}" for i in range(40)]
-    scores = pictures @ texts.T
+    scores = images @ texts.T
     for k in (1, 5, 10):
         ranks = (scores > scores.diag()[:, None]).sum(1), (scores > scores.diag()[None]).sum(0)
         expected = [(rank < k).float().mean().item() for rank in ranks]
-        found = [one.estimate for one in recall_at(pictures, texts, captions, k=k)]
+        found = [one.estimate for one in recall_at(images, texts, captions, k=k)]
         assert found == pytest.approx(expected)
 
 
-def test_any_picture_of_a_shared_caption_is_right() -> None:
-    pictures = torch.eye(4)
-    pictures[1] = torch.tensor([0.6, 0.8, 0.0, 0.0])  # another dog
-    texts = torch.stack([pictures[0], pictures[0], pictures[2], pictures[3]])
-    of_picture, of_caption = recall_at(pictures, texts, ["dog", "dog", "cat", "cow"], k=1)
-    assert of_picture.num_samples == 4
+def test_any_image_of_a_shared_caption_is_right() -> None:
+    images = torch.eye(4)
+    images[1] = torch.tensor([0.6, 0.8, 0.0, 0.0])  # another dog
+    texts = torch.stack([images[0], images[0], images[2], images[3]])
+    of_image, of_caption = recall_at(images, texts, ["dog", "dog", "cat", "cow"], k=1)
+    assert of_image.num_samples == 4
     assert of_caption.num_samples == 3
     assert of_caption.estimate == 1.0
-    assert of_picture.estimate == 1.0
+    assert of_image.estimate == 1.0
 
 
 @pytest.mark.parametrize("k", [0, 5])

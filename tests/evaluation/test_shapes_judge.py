@@ -79,12 +79,12 @@ def test_small_colour_shifts_keep_the_reading():
 
 
 @pytest.mark.parametrize("size_px", [48, 128, 200])
-def test_the_picture_s_size_does_not_matter(size_px: int):
+def test_the_image_s_size_does_not_matter(size_px: int):
     scenes = SOME[::3]
     assert min(accuracy(draw(scenes, size_px=size_px), scenes).values()) == 1.0
 
 
-def test_an_array_reads_as_its_picture():
+def test_an_array_reads_as_its_image():
     [image] = draw([SINGLE])
     assert (
         judge_image(np.asarray(image))
@@ -98,7 +98,7 @@ def test_two_shapes_are_read_left_or_upper_first():
     assert judge_image(image) == SceneReading("ring", "blue", None, "teal", "above", "star", "red")
 
 
-def test_an_empty_picture_shows_its_background_alone():
+def test_an_empty_image_shows_its_background_alone():
     assert judge_image(Image.new("RGB", (64, 64), BACKGROUNDS["pink"])) == SceneReading(
         background="pink"
     )
@@ -187,5 +187,5 @@ def test_other_scenes_captions_score_at_chance():
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), got float64 \(8, 8, 3\)"):
         judge_image(np.zeros((8, 8, 3)))
-    with pytest.raises(ValueError, match="1 pictures and 2 scenes"):
+    with pytest.raises(ValueError, match="1 images and 2 scenes"):
         accuracy(draw([SINGLE]), [SINGLE, PAIR])

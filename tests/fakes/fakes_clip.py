@@ -6,7 +6,7 @@ from transformers import CLIPConfig, CLIPModel
 
 
 def random_clip() -> CLIPModel:
-    """A transformers CLIP of a few thousand random parameters, for pictures of 16 pixels."""
+    """A transformers CLIP of a few thousand random parameters, for images of 16 pixels."""
     torch.manual_seed(5)
     layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     tokenizer = tiny_tokenizer()

@@ -1,4 +1,4 @@
-"""Pictures and captioned folders for tests, small and different from one another."""
+"""Images and captioned folders for tests, small and different from one another."""
 
 import json
 import struct
@@ -10,17 +10,19 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int = 0, *, width: int = 40, height: int = 32, mode: str = "RGB") -> Image.Image:
-    """A smooth random picture, (height, width)."""
+def noise_image(
+    seed: int = 0, *, width: int = 40, height: int = 32, mode: str = "RGB"
+) -> Image.Image:
+    """A smooth random image, (height, width)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
-def save_picture(path: Path, seed: int = 0, **kwargs: Any) -> Path:
-    """Write a picture as its extension says."""
+def save_image(path: Path, seed: int = 0, **kwargs: Any) -> Path:
+    """Write an image as its extension says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed, **kwargs).save(path)
+    noise_image(seed, **kwargs).save(path)
     return path
 
 
@@ -31,11 +33,11 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def captioned_folder(root: Path, num: int = 5, **kwargs: Any) -> Path:
-    """A good folder: num pictures 0.png, 1.png, ... and a metadata.jsonl with "picture 0", ..."""
+    """A good folder: num images 0.png, 1.png, ... and a metadata.jsonl with "image 0", ..."""
     rows = []
     for i in range(num):
-        save_picture(root / f"{i}.png", i, **kwargs)
-        rows.append({"file_name": f"{i}.png", "text": f"picture {i}"})
+        save_image(root / f"{i}.png", i, **kwargs)
+        rows.append({"file_name": f"{i}.png", "text": f"image {i}"})
     write_jsonl(root / "metadata.jsonl", rows)
     return root
 

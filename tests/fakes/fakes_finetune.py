@@ -39,7 +39,7 @@ def finetuning(world: Path, run: Path, **overrides: object) -> Config:
 
 
 def draw(pipe, prompt: str = "a small red circle", **changes) -> torch.Tensor:
-    """Return the float picture of a stock or our own pipeline."""
+    """Return the float image of a stock or our own pipeline."""
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"} | changes
     generator = torch.Generator().manual_seed(1)

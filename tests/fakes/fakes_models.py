@@ -67,7 +67,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, *, width: int = 16) -> CLIPTextM
 
 
 def make_components(tokenizer: CLIPTokenizer) -> Components:
-    """A whole model, its pictures 32 x 32."""
+    """A whole model, its images 32 x 32."""
     return Components(
         unet=make_unet(),
         vae=make_vae(),

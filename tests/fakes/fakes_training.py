@@ -1,4 +1,4 @@
-"""A whole run of seconds: ten tiny pictures, a tiny VAE, a U-Net of a few thousand parameters."""
+"""A whole run of seconds: ten tiny images, a tiny VAE, a U-Net of a few thousand parameters."""
 
 import json
 from pathlib import Path
@@ -32,18 +32,19 @@ SETTINGS = {
     "train": {
         "batch_size": 4,
         "max_steps": 8,
-        "warmup_steps": 2,
+        "lr_warmup_steps": 2,
         "learning_rate": 1e-3,
         "precision": "fp32",
         "log_every_steps": 1,
         "ema_decay": 0.9,
     },
-    "preview": {"num_steps": 2, "every_steps": 0, "held_out_every_steps": 0, "num_held_out": 8},
+    "preview": {"num_steps": 2, "every_steps": 0},
+    "eval": {"every_steps": 0, "num_heldout": 8},
 }
 
 
 def make_world(folder: Path) -> Path:
-    """Write data/ (ten training pictures, so the last batch of four is partial) and vae/."""
+    """Write data/ (ten training images, so the last batch of four is partial) and vae/."""
     torch.manual_seed(0)
     write_shapes(folder / "data", num_train=10, num_test=4, size_px=32)
     make_vae().save_pretrained(folder / "vae")

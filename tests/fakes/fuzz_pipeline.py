@@ -1,4 +1,4 @@
-"""Random arguments of a call: a valid picture or an error that names an argument, nothing else.
+"""Random arguments of a call: a valid image or an error that names an argument, nothing else.
 
     python tests/fuzz_pipeline.py 10000 [FIRST]
 
@@ -39,7 +39,7 @@ JUNK += [
 ]
 
 
-def picture(size: int) -> Image.Image:
+def noise_image(size: int) -> Image.Image:
     return Image.effect_noise((size, size), 60).convert("RGB")
 
 
@@ -77,8 +77,10 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "latents": st.sampled_from([torch.zeros(1, 4, 8, 8), torch.ones(2, 4, 8, 8)]),
     "prompt_embeds": st.sampled_from([torch.zeros(1, 16, 16), torch.ones(2, 8, 16)]),
     "negative_prompt_embeds": st.sampled_from([torch.zeros(1, 16, 16), torch.ones(2, 8, 16)]),
-    "image": st.sampled_from([picture(32), picture(9), [picture(16)] * 2, torch.rand(3, 8, 8)]),
-    "mask_image": st.sampled_from([picture(32).convert("L"), torch.ones(8, 8), np.eye(9)]),
+    "image": st.sampled_from(
+        [noise_image(32), noise_image(9), [noise_image(16)] * 2, torch.rand(3, 8, 8)]
+    ),
+    "mask_image": st.sampled_from([noise_image(32).convert("L"), torch.ones(8, 8), np.eye(9)]),
     "strength": st.floats(0, 1),
     "long_prompts": st.sampled_from(["cut", "chunks"]),
     "clip_skip": st.integers(0, 1),

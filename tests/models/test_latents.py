@@ -163,11 +163,11 @@ def test_weights_that_accelerate_streams_in_are_used(vae, dtype: torch.dtype) ->
     pixels = random_pixels()
     with torch.no_grad():
         z = LatentCodec(vae).encode(pixels)
-        picture = LatentCodec(vae).decode(z)
+        image = LatentCodec(vae).decode(z)
         cpu_offload(vae.to(dtype), execution_device=torch.device("cpu"))
         assert vae.encoder.conv_in.weight.is_meta
         torch.testing.assert_close(LatentCodec(vae).encode(pixels), z, atol=0.05, rtol=0.05)
-        torch.testing.assert_close(LatentCodec(vae).decode(z), picture, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(LatentCodec(vae).decode(z), image, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 30, 32), (1, 3, 32, 0)])
@@ -230,7 +230,7 @@ def test_folded_normalisation_is_exact_and_decodes_in_stock(
     spread = torch.tensor(std)[:, None, None]
     with torch.no_grad():
         raw_mean, raw_std = LatentCodec(vae).raw_moments(pixels)
-        picture = vae.decode(raw_mean).sample
+        image = vae.decode(raw_mean).sample
         fold_normalisation(vae, mean=mean, std=std, scaling_factor=scaling_factor)
         vae.save_pretrained(tmp_path)
         loaded = AutoencoderKL.from_pretrained(tmp_path)
@@ -240,21 +240,21 @@ def test_folded_normalisation_is_exact_and_decodes_in_stock(
         ours = LatentCodec(loaded).decode(z_mean)
         stock = loaded.decode(z_mean / loaded.config.scaling_factor).sample
     assert torch.equal(ours, stock)
-    torch.testing.assert_close(stock, picture, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stock, image, atol=1e-5, rtol=1e-5)
 
 
-def test_folding_a_shift_keeps_z_and_pictures() -> None:
+def test_folding_a_shift_keeps_z_and_images() -> None:
     vae, pixels = randomise(without_quant_convs()), random_pixels()
     codec = LatentCodec(vae)
     with torch.no_grad():
         z = codec.encode(pixels)
-        picture = codec.decode(z)
+        image = codec.decode(z)
         fold_normalisation(
             vae, mean=[codec.shift] * 4, std=[1 / codec.scale] * 4, scaling_factor=codec.scale
         )
         assert codec.shift == 0
         torch.testing.assert_close(codec.encode(pixels), z, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(codec.decode(z), picture, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(codec.decode(z), image, atol=1e-5, rtol=1e-5)
 
 
 def test_measure_then_fold_gives_unit_channels() -> None:

@@ -121,7 +121,7 @@ def test_run_learns_its_variance_and_measures_its_prediction(run: Path) -> None:
     unet = load_components(run / "pipeline_learned_variance").unet
     assert float(unet.conv_out.weight[4:].detach().abs().max()) > 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1] < 3
+    assert [row["heldout_loss"] for row in rows if "heldout_loss" in row][-1] < 3
     assert list((run / "samples").glob("*.png"))
 
 
@@ -142,23 +142,23 @@ def test_stock_diffusers_samples_both_exports_and_the_cut_one_is_the_mean(run: P
     assert float(both[:, channels:].abs().max()) > 0
     for stock in (whole, cut):
         stock.set_progress_bar_config(disable=True)
-        picture = stock("a red circle", num_inference_steps=2, output_type="np").images
-        assert picture.std() > 0
+        image = stock("a red circle", num_inference_steps=2, output_type="np").images
+        assert image.std() > 0
 
 
 def test_ours_draws_what_stock_draws_from_the_learned_variance(run: Path) -> None:
     folder = run / "pipeline_learned_variance"
     call = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "np"}
-    pictures = []
+    images = []
     for pipe in (
         StableDiffusionPipeline.from_pretrained(folder),
         LatentDiffPipeline.from_pretrained(folder),
     ):
         pipe.set_progress_bar_config(disable=True)
-        pictures.append(
+        images.append(
             pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).images
         )
-    assert abs(pictures[0] - pictures[1]).max() <= 1 / 255
+    assert abs(images[0] - images[1]).max() <= 1 / 255
 
 
 def test_fine_tuning_goes_on_with_the_variance_or_refuses_to_lose_it(

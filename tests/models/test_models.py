@@ -63,11 +63,11 @@ def test_what_stock_diffusers_saves_is_loaded_with_equal_weights(
     assert loaded.safety_checker is loaded.feature_extractor is loaded.image_encoder is None
 
 
-def test_stock_pipeline_gives_the_same_picture_after_load_and_save(
+def test_stock_pipeline_gives_the_same_image_after_load_and_save(
     sd_folder: Path, tmp_path: Path
 ) -> None:
     save_folder(load_components(sd_folder), tmp_path)
-    pictures = []
+    images = []
     for path in (sd_folder, tmp_path):
         stock = StableDiffusionPipeline.from_pretrained(path)
         stock.set_progress_bar_config(disable=True)
@@ -79,8 +79,8 @@ def test_stock_pipeline_gives_the_same_picture_after_load_and_save(
             width=32,
             output_type="pt",
         )
-        pictures.append(result.images)
-    assert torch.equal(*pictures)
+        images.append(result.images)
+    assert torch.equal(*images)
 
 
 def test_models_come_in_the_asked_dtype(sd_folder: Path) -> None:
@@ -169,7 +169,7 @@ def test_sharded_weights_and_variants_are_loaded(components: Components, tmp_pat
         load_components(tmp_path)
 
 
-def test_folder_with_taesd_opens_here_and_in_stock_and_gives_one_picture(
+def test_folder_with_taesd_opens_here_and_in_stock_and_gives_one_image(
     components: Components, shared_dir: Path, tmp_path: Path
 ) -> None:
     """Its own config.json, which names the encoder's blocks only."""
@@ -183,8 +183,8 @@ def test_folder_with_taesd_opens_here_and_in_stock_and_gives_one_picture(
     call = {"prompt": "", "num_inference_steps": 1, "latents": z, "height": 64, "width": 64}
     z = stock(**call, output_type="latent").images
     with torch.no_grad():
-        picture = (codec.decode(z) / 2 + 0.5).clamp(0, 1)
-    assert torch.equal(picture, stock(**call, output_type="pt").images)
+        image = (codec.decode(z) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(image, stock(**call, output_type="pt").images)
 
 
 def test_vae_is_loaded_from_its_own_folder_and_from_a_pipelines(

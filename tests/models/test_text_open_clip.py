@@ -1,4 +1,4 @@
-"""open_clip text towers and tokenizer as CLIPTextModel and CLIPTokenizer."""
+"""open_clip text encoders and tokenizer as CLIPTextModel and CLIPTokenizer."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from fakes_models import CAPTIONS, LONG, WORLD
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import _build_text_tower  # what create_model builds text towers with
+from open_clip.model import _build_text_tower  # what create_model builds text encoders with
 from open_clip.transformer import TextTransformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ def test_hugging_face_towers_and_other_modules_are_refused_by_name() -> None:
     tower = HFTextEncoder("none", 8, config=bert, pooler_type="mean_pooler", proj_type="linear")
     with pytest.raises(ValueError, match=r"HFTextEncoder.* cannot become.*Hugging Face"):
         text_encoder_from_open_clip(tower)
-    with pytest.raises(ValueError, match="Linear has no text tower"):
+    with pytest.raises(ValueError, match="Linear has no text encoder"):
         text_encoder_from_open_clip(nn.Linear(2, 2))
 
 
@@ -159,7 +159,7 @@ def test_coca_is_refused_by_name() -> None:
         vision_cfg=VISION
         | {"attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
     )
-    with pytest.raises(ValueError, match=r"the text tower of CoCa .* class embedding"):
+    with pytest.raises(ValueError, match=r"the text encoder of CoCa .* class embedding"):
         text_encoder_from_open_clip(model)
 
 

@@ -58,7 +58,7 @@ def _unreachable(*_, **__):
         ({"seed": -1}, "seed must be an int in 0"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.0}, "seed"),
-        ({"seed": [1, 2]}, "seed has 2 entries but 1 pictures"),
+        ({"seed": [1, 2]}, "seed has 2 entries but 1 images"),
         ({"seed": ["1"]}, r"seed\[0\]"),
         ({"seed": 1, "generator": torch.Generator()}, "both seed and generator"),
         ({"generator": 5}, "generator must be"),

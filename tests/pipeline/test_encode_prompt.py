@@ -1,4 +1,4 @@
-"""Prompts in a call: weights, long prompts and skipped layers act on the picture as said."""
+"""Prompts in a call: weights, long prompts and skipped layers act on the image as said."""
 
 import logging
 
@@ -41,8 +41,8 @@ def test_long_and_short_prompts_do_not_change_each_other(negative_prompt):
     pipe = tiny_pipeline()
     call = CALL | {"long_prompts": "chunks", "negative_prompt": negative_prompt}
     together = pipe([SHORT, LONG], seed=[1, 2], **call).images
-    for prompt, seed, picture in ((SHORT, 1, together[0]), (LONG, 2, together[1])):
-        assert np.abs(pipe(prompt, seed=seed, **call).images[0] - picture).max() <= 1 / 255
+    for prompt, seed, image in ((SHORT, 1, together[0]), (LONG, 2, together[1])):
+        assert np.abs(pipe(prompt, seed=seed, **call).images[0] - image).max() <= 1 / 255
 
 
 def test_skipped_layers_equal_stock():

@@ -29,7 +29,7 @@ CALL: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "retu
 
 
 def quadratic(z0: Tensor, t: Tensor) -> Tensor:
-    """log N(z0; 0.5, 0.3) of each picture, but for a constant."""
+    """log N(z0; 0.5, 0.3) of each image, but for a constant."""
     return -(z0 - 0.5).square().flatten(1).sum(1) / 0.6
 
 
@@ -85,7 +85,7 @@ def test_every_sampler_climbs(sampler: str) -> None:
     assert low < middle < high
 
 
-def test_picture_of_a_guided_batch_equals_the_picture_made_alone() -> None:
+def test_image_of_a_guided_batch_equals_the_image_made_alone() -> None:
     pipe = tiny_pipeline()
     call = CALL | {"guide": quadratic, "guide_scale": 0.2}
     together, _ = pipe(["a red heart", "a cat"], seed=[4, 9], **call)
@@ -135,7 +135,7 @@ def test_learned_variance_is_left_alone() -> None:
         ({"guide": lambda z0, t: z0.sum()}, r"guide must return .*shape \(1,\).*got \(\)"),
         ({"guide": lambda z0, t: 1.0}, "guide must return .*got float"),
         ({"guide": lambda z0, t: quadratic(z0, t).detach()}, "no_grad and detach"),
-        ({"guide": lambda z0, t: torch.ones(1, requires_grad=True) * 2}, "do not hang on z0"),
+        ({"guide": lambda z0, t: torch.ones(1, requires_grad=True) * 2}, "do not depend on z0"),
         ({"guide": lambda z0, t: quadratic(z0, t) * torch.nan}, "guide's gradient became NaN"),
     ],
 )
@@ -147,7 +147,7 @@ def test_nonsense_is_named(arguments: dict[str, Any], message: str) -> None:
 # --- CLIP ---
 
 
-def test_clip_guidance_raises_the_clip_score_of_the_pictures() -> None:
+def test_clip_guidance_raises_the_clip_score_of_the_images() -> None:
     pipe, clip = tiny_pipeline(), clip_score_from_transformers(random_clip(), tiny_tokenizer())
     captions = ["a red heart", "blue sea, sky"]
     guide = ClipGuide(clip, pipe.vae, captions)
@@ -159,13 +159,13 @@ def test_clip_guidance_raises_the_clip_score_of_the_pictures() -> None:
     assert bool((scores[1] > scores[0] + 0.02).all()), scores
 
 
-def test_one_caption_serves_all_pictures_and_other_counts_are_refused() -> None:
+def test_one_caption_serves_all_images_and_other_counts_are_refused() -> None:
     pipe, clip = tiny_pipeline(), clip_score_from_transformers(random_clip(), tiny_tokenizer())
     z0 = noise(3)
     one = ClipGuide(clip, pipe.vae, ["a cat"])(z0, torch.tensor(0))
     three = ClipGuide(clip, pipe.vae, ["a cat"] * 3)(z0, torch.tensor(0))
     torch.testing.assert_close(one, three)
-    with pytest.raises(ValueError, match="2 captions for 3 pictures"):
+    with pytest.raises(ValueError, match="2 captions for 3 images"):
         ClipGuide(clip, pipe.vae, ["a cat", "sea"])(z0, torch.tensor(0))
     with pytest.raises(ValueError, match="list of at least one text"):
         ClipGuide(clip, pipe.vae, "a cat")
@@ -215,7 +215,7 @@ def test_open_clip_model_is_wrapped_too() -> None:
 
 
 def test_prepared_pixels_are_what_clip_was_trained_on() -> None:
-    """Against the image processor of transformers, which resizes 8-bit pictures."""
+    """Against the image processor of transformers, which resizes 8-bit images."""
     processor = CLIPImageProcessor(
         size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}
     )

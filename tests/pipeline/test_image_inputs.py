@@ -1,4 +1,4 @@
-"""Image-to-image and inpainting: equal to stock diffusers, each picture by its own seed."""
+"""Image-to-image and inpainting: equal to stock diffusers, each image by its own seed."""
 
 import diffusers
 import numpy as np
@@ -55,8 +55,8 @@ def test_image_to_image_equals_stock(name, strength):
     expected = stock(StableDiffusionImg2ImgPipeline, scheduler=scheduler(name))(
         prompts, generator=generators(1, 2), **call
     ).images
-    pictures = tiny_pipeline(scheduler=scheduler(name))(prompts, seed=1, **call).images
-    assert np.abs(pictures - expected).max() <= STEP
+    images = tiny_pipeline(scheduler=scheduler(name))(prompts, seed=1, **call).images
+    assert np.abs(images - expected).max() <= STEP
 
 
 @pytest.mark.parametrize("num_channels", [4, 9])
@@ -68,22 +68,22 @@ def test_inpainting_equals_stock(name, strength, num_channels):
     expected = stock(StableDiffusionInpaintPipeline, **parts)(
         "a cat", generator=generators(3), height=SIZE, width=SIZE, **call
     ).images
-    pictures = tiny_pipeline(**parts)("a cat", seed=3, **call).images
-    assert np.abs(pictures - expected).max() <= STEP
+    images = tiny_pipeline(**parts)("a cat", seed=3, **call).images
+    assert np.abs(images - expected).max() <= STEP
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_picture_of_a_batch_equals_the_picture_made_alone(name, masked):
+def test_image_of_a_batch_equals_the_image_made_alone(name, masked):
     pipe = tiny_pipeline(scheduler=scheduler(name))
     call = {"strength": 0.8, "num_inference_steps": 4, "output_type": "np", "image": photo(1)}
     call |= {"mask_image": left_half()} if masked else {}
     together = pipe("a cat", seed=[5, 6], num_images_per_prompt=2, **call).images
-    for seed, picture in zip([5, 6], together, strict=True):
-        assert np.abs(pipe("a cat", seed=seed, **call).images[0] - picture).max() <= STEP
+    for seed, image in zip([5, 6], together, strict=True):
+        assert np.abs(pipe("a cat", seed=seed, **call).images[0] - image).max() <= STEP
 
 
-def test_one_image_a_prompt_serves_all_pictures_of_that_prompt():
+def test_one_image_a_prompt_serves_all_images_of_that_prompt():
     pipe = tiny_pipeline()
     call = {"strength": 0.5, "num_inference_steps": 4, "output_type": "np"}
     prompts, images = ["a cat", "a red heart"], [photo(1), photo(2)]
@@ -102,7 +102,7 @@ def test_what_is_not_painted_stays_as_decoded_from_its_latents():
     assert not torch.equal(kept[..., :4], painted[..., :4])
 
 
-def test_less_strength_keeps_more_of_the_picture():
+def test_less_strength_keeps_more_of_the_image():
     pipe = tiny_pipeline()
     call = {"num_inference_steps": 10, "seed": 1, "output_type": "latent", "image": photo(1)}
     start = pipe("a cat", strength=0.1, **call).images
@@ -110,23 +110,23 @@ def test_less_strength_keeps_more_of_the_picture():
     assert (weak - start).abs().mean() < (strong - start).abs().mean()
 
 
-def test_size_is_the_picture_s_own_unless_said():
+def test_size_is_the_image_s_own_unless_said():
     pipe = tiny_pipeline()
     call = {"num_inference_steps": 2, "seed": 1}
     assert pipe("a cat", image=photo(1, (46, 21)), **call).images[0].size == (44, 20)
     assert pipe("a cat", image=photo(1), height=16, width=24, **call).images[0].size == (24, 16)
 
 
-def test_every_kind_of_picture_is_the_same_picture():
+def test_every_kind_of_image_is_the_same_image():
     pipe = tiny_pipeline()
     call = {"strength": 0.7, "num_inference_steps": 4, "seed": 1, "output_type": "np"}
-    picture, mask = photo(1), left_half()
-    array = np.asarray(picture)
+    source, mask = photo(1), left_half()
+    array = np.asarray(source)
     unit = array.astype(np.float32) / 255
     tensor = torch.from_numpy(unit).permute(2, 0, 1)
     mask_array = np.asarray(mask).astype(np.float32) / 255
-    expected = pipe("a cat", image=picture, mask_image=mask, **call).images
-    for image in (array, unit, unit[None], tensor, tensor[None], [tensor], [picture]):
+    expected = pipe("a cat", image=source, mask_image=mask, **call).images
+    for image in (array, unit, unit[None], tensor, tensor[None], [tensor], [source]):
         for one in (mask, mask_array, torch.from_numpy(mask_array)[None], [mask]):
             got = pipe("a cat", image=image, mask_image=one, **call).images
             np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -157,19 +157,19 @@ def test_photograph_is_turned_upright_and_put_on_white():
         ({"image": []}, "image is an empty list"),
         ({"image": 3}, "image must be a PIL image"),
         ({"image": [photo(), "x"]}, r"image\[1\] must be"),
-        ({"image": [photo(), np.zeros((8, 8, 3), np.uint8)]}, "image must hold pictures of one"),
-        ({"image": [photo()] * 3}, "image has 3 pictures for 1 prompts"),
+        ({"image": [photo(), np.zeros((8, 8, 3), np.uint8)]}, "image must hold images of one"),
+        ({"image": [photo()] * 3}, "image has 3 images for 1 prompts"),
         ({"image": np.zeros((8, 8), np.uint8)}, "image must have shape"),
         ({"image": np.zeros((8, 8, 3), np.int64)}, "image must be an array of uint8"),
         ({"image": torch.zeros(3, 8)}, "image must be a floating tensor"),
         ({"image": torch.zeros(4, 8, 8)}, "image must have 3 channels"),
         ({"image": torch.full((3, 8, 8), 2.0)}, r"image must lie in \[0, 1\]"),
         ({"image": torch.full((3, 8, 8), float("nan"))}, "image must lie in"),
-        ({"image": photo(), "mask_image": torch.zeros(3, 8, 8)}, "mask_image has 3 pictures"),
+        ({"image": photo(), "mask_image": torch.zeros(3, 8, 8)}, "mask_image has 3 images"),
         ({"image": photo(0, (3, 3))}, "height must be a positive multiple of 4"),
     ],
 )
-def test_bad_picture_is_named(arguments, message):
+def test_bad_image_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipeline()("a cat", **arguments)
 

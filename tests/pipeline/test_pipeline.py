@@ -49,7 +49,7 @@ def generators(*seeds):
 
 
 @pytest.mark.parametrize(("name", "settings"), SCHEDULERS)
-def test_picture_equals_stock_for_the_same_latents(name, settings):
+def test_image_equals_stock_for_the_same_latents(name, settings):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     arguments = {"num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "np"}
     stock = stock_pipeline(scheduler=scheduler(name, settings))
@@ -57,9 +57,9 @@ def test_picture_equals_stock_for_the_same_latents(name, settings):
         PROMPTS, latents=latents, generator=generators(1, 2), height=SIZE, width=SIZE, **arguments
     ).images
     ours = tiny_pipeline(scheduler=scheduler(name, settings))
-    pictures = ours(PROMPTS, latents=latents, generator=generators(1, 2), **arguments).images
+    images = ours(PROMPTS, latents=latents, generator=generators(1, 2), **arguments).images
     assert expected.std() > 0.05
-    assert np.abs(pictures - expected).max() <= STEP
+    assert np.abs(images - expected).max() <= STEP
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
@@ -69,8 +69,8 @@ def test_other_predictions_equal_stock(prediction_type):
     expected = stock_pipeline(scheduler=ddim(**chain))(
         PROMPTS, generator=generators(1, 2), height=SIZE, width=SIZE, **arguments
     ).images
-    pictures = tiny_pipeline(scheduler=ddim(**chain))(PROMPTS, seed=1, **arguments).images
-    assert np.abs(pictures - expected).max() <= STEP
+    images = tiny_pipeline(scheduler=ddim(**chain))(PROMPTS, seed=1, **arguments).images
+    assert np.abs(images - expected).max() <= STEP
 
 
 def test_distilled_unet_reads_the_guidance_scale_as_stock_does():
@@ -83,17 +83,17 @@ def test_distilled_unet_reads_the_guidance_scale_as_stock_does():
 
 
 @pytest.mark.parametrize(("name", "settings"), SCHEDULERS)
-def test_picture_of_a_batch_equals_the_picture_made_alone(name, settings):
+def test_image_of_a_batch_equals_the_image_made_alone(name, settings):
     pipe = tiny_pipeline(scheduler=scheduler(name, settings))
     prompts = ["a red heart", "blue sea, sky", "a cat"]
     arguments = {"num_inference_steps": 4, "output_type": "np", "negative_prompt": "a table"}
     together = pipe(prompts, seed=[5, 99, 7], **arguments).images
-    for prompt, seed, picture in zip(prompts, [5, 99, 7], together, strict=True):
+    for prompt, seed, image in zip(prompts, [5, 99, 7], together, strict=True):
         alone = pipe(prompt, seed=seed, **arguments).images[0]
-        assert np.abs(alone - picture).max() <= STEP
+        assert np.abs(alone - image).max() <= STEP
 
 
-def test_one_seed_counts_up_over_pictures():
+def test_one_seed_counts_up_over_images():
     pipe = tiny_pipeline()
     result = pipe(PROMPTS, seed=7, num_images_per_prompt=2, num_inference_steps=2, output_type="np")
     assert result.seeds == [7, 8, 9, 10]
@@ -103,7 +103,7 @@ def test_one_seed_counts_up_over_pictures():
 
 @pytest.mark.parametrize("num_images_per_prompt", [1, 3])
 @pytest.mark.parametrize("prompt", ["a cat", ["a cat"], PROMPTS])
-def test_number_of_pictures_is_prompts_times_images(prompt, num_images_per_prompt):
+def test_number_of_images_is_prompts_times_images(prompt, num_images_per_prompt):
     count = num_images_per_prompt * (1 if isinstance(prompt, str) else len(prompt))
     result = tiny_pipeline()(
         prompt, num_images_per_prompt=num_images_per_prompt, num_inference_steps=1
@@ -111,7 +111,7 @@ def test_number_of_pictures_is_prompts_times_images(prompt, num_images_per_promp
     assert len(result.images) == len(result.seeds) == len(result.settings) == count
 
 
-def test_drawn_seeds_are_told_and_make_the_picture_again():
+def test_drawn_seeds_are_told_and_make_the_image_again():
     pipe = tiny_pipeline()
     torch.manual_seed(0)
     first = pipe("a cat", num_inference_steps=2, output_type="np")
@@ -131,17 +131,17 @@ def test_generators_are_used_as_stock_uses_them():
     assert np.array_equal(by_seed.images, by_generator.images)
 
 
-def test_output_types_hold_the_same_picture():
+def test_output_types_hold_the_same_image():
     pipe = tiny_pipeline()
     call = {"prompt": "a cat", "seed": 1, "num_inference_steps": 2}
     array = pipe(**call, output_type="np").images
     tensor = pipe(**call, output_type="pt").images
-    picture = pipe(**call).images[0]
+    image = pipe(**call).images[0]
     latents = pipe(**call, output_type="latent").images
-    assert picture.size == (SIZE, SIZE)
+    assert image.size == (SIZE, SIZE)
     assert latents.shape == (1, 4, 8, 8)
     assert np.abs(tensor.permute(0, 2, 3, 1).numpy() - array).max() < 1e-6
-    assert np.abs(np.asarray(picture) / 255 - array[0]).max() <= STEP
+    assert np.abs(np.asarray(image) / 255 - array[0]).max() <= STEP
 
 
 def test_tuple_holds_what_the_object_holds():
@@ -256,8 +256,8 @@ def test_callback_can_cut_guidance_off_as_in_stock():
         "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
     }
     expected = stock_pipeline()(**call, height=SIZE, width=SIZE).images
-    pictures = tiny_pipeline()(**call | {"generator": generators(1)[0]}).images
-    assert np.abs(pictures - expected).max() <= STEP
+    images = tiny_pipeline()(**call | {"generator": generators(1)[0]}).images
+    assert np.abs(images - expected).max() <= STEP
 
 
 def test_callback_can_replace_the_negative_prompt():
@@ -326,7 +326,7 @@ def test_half_precision_keeps_latents_in_float32():
     assert np.isfinite(images).all()
 
 
-def test_overflow_is_an_error_not_a_black_picture():
+def test_overflow_is_an_error_not_a_black_image():
     pipe = tiny_pipeline()
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("inf"))

@@ -1,4 +1,4 @@
-"""Less memory, the same picture: slicing, tiling, offloading, dtypes."""
+"""Less memory, the same image: slicing, tiling, offloading, dtypes."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_slicing_draws_the_same(expected):
     assert np.abs(pipe(**CALL).images - expected).max() <= 1 / 255
 
 
-def test_tiling_draws_large_pictures(expected):
+def test_tiling_draws_large_images(expected):
     pipe = tiny_pipeline()
     pipe.vae.enable_tiling()
     assert np.abs(pipe(**CALL).images - expected).max() <= 1 / 255

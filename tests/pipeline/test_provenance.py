@@ -8,7 +8,7 @@ from PIL import Image
 from latentdiff.pipeline.provenance import attach_settings, read_settings, save_png
 
 
-def test_plainly_saved_picture_carries_its_settings_and_can_be_made_again(tmp_path):
+def test_plainly_saved_image_carries_its_settings_and_can_be_made_again(tmp_path):
     pipe = tiny_pipeline()
     pipe.set_scheduler("euler a")
     result = pipe(
@@ -20,7 +20,7 @@ def test_plainly_saved_picture_carries_its_settings_and_can_be_made_again(tmp_pa
         guidance_scale=3.5,
         guidance_interval=(0.1, 0.9),
     )
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     result.images[1].save(path)
     settings = read_settings(path)
     assert settings == result.settings[1]
@@ -59,14 +59,14 @@ def test_other_formats_still_save(tmp_path):
 
 def test_files_without_settings_are_told_apart(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     broken = attach_settings(Image.new("RGB", (4, 4)), {})
     broken.info["latentdiff"] = "{"
     with pytest.raises(ValueError, match=r"plain.png holds no settings"):
         read_settings(tmp_path / "plain.png")
     for name in ("text.png", "empty.png"):
-        with pytest.raises(ValueError, match="not a readable picture"):
+        with pytest.raises(ValueError, match="not a readable image"):
             read_settings(tmp_path / name)
     with pytest.raises(ValueError, match="damaged settings"):
         read_settings(broken)

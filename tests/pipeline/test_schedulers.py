@@ -10,7 +10,7 @@ from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
 
 
 @pytest.mark.parametrize("name", scheduler_names())
-def test_every_sampler_draws_in_few_steps_and_by_picture(name):
+def test_every_sampler_draws_in_few_steps_and_by_image(name):
     pipe = tiny_pipeline()
     pipe.set_scheduler(name)
     for steps in (1, 3):

@@ -22,7 +22,7 @@ def test_tracing_changes_nothing_and_keeps_every_step():
     assert torch.equal(plain, traced)
     assert len(trace.steps) == 3
     assert torch.equal(trace.steps[-1]["latents"], traced)
-    strip = trace.draw(pipe.vae, picture=1)
+    strip = trace.draw(pipe.vae, image=1)
     assert strip.width > 3 * SIZE
     unguided = Trace()
     pipe(**CALL, guidance_scale=1, callback_on_step_end=unguided)
@@ -86,10 +86,10 @@ def test_heat_maps_have_a_panel_a_token():
     assert sheet.width >= (count + 1) * 128
 
 
-def test_preview_shows_the_predicted_picture_at_every_step():
+def test_preview_shows_the_predicted_image_at_every_step():
     pipe = tiny_pipeline()
     shown = []
-    callback = Preview(tiny_vae(), lambda i, pictures: shown.append((i, pictures)), every_steps=2)
+    callback = Preview(tiny_vae(), lambda i, images: shown.append((i, images)), every_steps=2)
     pipe("a cat", num_inference_steps=4, seed=1, callback_on_step_end=callback)
     assert [i for i, _ in shown] == [1, 3]
     assert shown[0][1][0].size == (SIZE, SIZE)

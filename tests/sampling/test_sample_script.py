@@ -74,32 +74,32 @@ def test_prompts_of_a_file_fill_a_folder_and_a_second_run_completes_it(model, tm
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "a cat"}, {"prompt": "a red heart", "seed": 40, "negative_prompt": "sea"}]
     prompts.write_text("\n".join(json.dumps(line) for line in lines))
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     arguments = [model, "--prompt_file", prompts, "--out", folder, "--steps", 1, "--json"]
     arguments += ["--num_images", 2, "--batch_size", 3]
     assert run(*arguments) == 0
     made = records(capsys)
-    assert [record["kind"] for record in made] == ["picture"] * 4 + ["folder"]
+    assert [record["kind"] for record in made] == ["image"] * 4 + ["folder"]
     assert [record["seed"] for record in made[:4]] == [0, 1, 40, 41]
     assert made[2]["negative_prompt"] == "sea"
     before = {path: path.read_bytes() for path in folder.iterdir()}
     (folder / "000002.png").unlink()
     assert run(*arguments) == 0
     again = records(capsys)
-    assert [Path(record["path"]).name for record in again] == ["000002.png", "pictures"]
+    assert [Path(record["path"]).name for record in again] == ["000002.png", "images"]
     assert again[-1]["made"] == 1
     for path, content in before.items():
         if path.name != "000002.png":
             assert path.read_bytes() == content
 
 
-def test_picture_of_other_settings_is_not_written_over(model, tmp_path, capsys):
-    folder = tmp_path / "pictures"
+def test_image_of_other_settings_is_not_written_over(model, tmp_path, capsys):
+    folder = tmp_path / "images"
     assert run(model, "a cat", "--out", folder, "--steps", 1) == 0
     before = (folder / "000000.png").read_bytes()
     assert run(model, "a dog", "--out", folder, "--steps", 2) == 2
     error = capsys.readouterr().err
-    assert "000000.png is a picture of another num_inference_steps, prompt" in error
+    assert "000000.png is an image of another num_inference_steps, prompt" in error
     assert (folder / "000000.png").read_bytes() == before
 
 
@@ -113,7 +113,7 @@ def test_grid_has_a_cell_for_each_pair_and_one_seed(model, tmp_path):
     assert {call["seed"] for call in calls} == {5}
 
 
-def test_pictures_start_from_a_picture(model, tmp_path):
+def test_images_start_from_a_image(model, tmp_path):
     photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     Image.effect_noise((32, 32), 60).save(photo)
     Image.new("L", (32, 32), 255).save(mask)
@@ -159,7 +159,7 @@ def test_seeds_of_a_list_do_not_depend_on_the_grid():
     assert {(job.prompt, job.seed) for job in grid} == {(job.prompt, job.seed) for job in plain}
 
 
-def test_labels_wrap_and_pictures_keep_their_place():
+def test_labels_wrap_and_images_keep_their_place():
     red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
     sheet = draw_grid([red, blue], ["short", "a rather long label " * 9], columns=2)
     assert sheet.getpixel((20, 20)) == (255, 0, 0)
@@ -174,8 +174,8 @@ def test_any_label_is_drawn(label):
     draw_grid([Image.new("RGB", (16, 16))], [label], columns=1)
 
 
-def test_sheet_without_pictures_is_refused():
-    with pytest.raises(ValueError, match="0 pictures"):
+def test_sheet_without_images_is_refused():
+    with pytest.raises(ValueError, match="0 images"):
         draw_grid([], [], columns=2)
 
 
@@ -194,9 +194,7 @@ def compile_by(monkeypatch):
     torch.compiler.reset()
 
 
-def test_compiled_pictures_are_the_same_and_one_size_is_compiled(
-    model, tmp_path, capsys, compile_by
-):
+def test_compiled_images_are_the_same_and_one_size_is_compiled(model, tmp_path, capsys, compile_by):
     compiled_for = []
 
     def backend(graph, inputs):
@@ -220,7 +218,7 @@ def test_compiled_pictures_are_the_same_and_one_size_is_compiled(
         assert np.abs(one - other).max() <= 1
 
 
-def test_a_picture_to_start_from_is_compiled_for_as_well(model, tmp_path, compile_by):
+def test_a_image_to_start_from_is_compiled_for_as_well(model, tmp_path, compile_by):
     compile_by("eager")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "start.png")
     common = ["a cat", "--image", tmp_path / "start.png", "--steps", 2, "--compile", "true"]
@@ -237,7 +235,7 @@ def test_prompts_are_read_once(model, tmp_path):
 
 
 def test_a_folder_of_another_dtype_is_named(model, tmp_path, capsys):
-    common = [model, "a cat", "--out", tmp_path / "pictures", "--steps", 1, "--dtype"]
+    common = [model, "a cat", "--out", tmp_path / "images", "--steps", 1, "--dtype"]
     assert run(*common, "float32") == 0
     capsys.readouterr()
     assert run(*common, "bfloat16") == 2

@@ -1,4 +1,4 @@
-"""Whole runs on pictures of several shapes: buckets, crops, captions, with and without a cache."""
+"""Whole runs on images of several shapes: buckets, crops, captions, with and without a cache."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(world: Path) -> Path:
-    """A run of twenty steps, four an epoch: 4 + 2 wide pictures, 3 tall ones, 2 square ones."""
+    """A run of twenty steps, four an epoch: 4 + 2 wide images, 3 tall ones, 2 square ones."""
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train(make_config(world, world / "whole", train__max_steps=20)) == 0
     return world / "whole"
@@ -92,38 +92,40 @@ def test_a_pretrained_model_refuses_buckets_that_it_cannot_take(
 
 
 def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) -> None:
-    config = make_config(world, world / "none", data__trigger="sks", data__caption_suffix=", photo")
-    train_data, held_out = read_data(config.data)
+    config = make_config(
+        world, world / "none", data__trigger_word="sks", data__caption_suffix=", photo"
+    )
+    train_data, heldout = read_data(config.data)
     supply: Any = SimpleNamespace(
-        train=train_data, held_out=held_out, edits=caption_transform(config.data)
+        train=train_data, heldout=heldout, edits=caption_transform(config.data)
     )
     prompts = _default_prompts(supply)
     assert len(set(prompts)) == len(prompts)
-    assert len(prompts) == len(held_out)
-    assert prompts[0] == f"sks, {held_out[0].captions[0]}, photo"
+    assert len(prompts) == len(heldout)
+    assert prompts[0] == f"sks, {heldout[0].captions[0]}, photo"
 
 
-def test_pictures_are_cut_to_the_bucket_of_their_own_shape(world: Path) -> None:
+def test_images_are_cut_to_the_bucket_of_their_own_shape(world: Path) -> None:
     config = make_config(world, world / "none")
     assert [str(bucket) for bucket in bucket_sizes(config.data)] == [
         "24 x 40",
         "32 x 32",
         "40 x 24",
     ]
-    train_data, held_out = read_data(config.data)
+    train_data, heldout = read_data(config.data)
     sizes = crop_plan(train_data, config.data).sizes.tolist()
     assert sizes == [[24, 40]] * 6 + [[40, 24]] * 3 + [[32, 32]] * 2
-    plan = crop_plan(held_out, eval_crop_config(config.data))
+    plan = crop_plan(heldout, eval_crop_config(config.data))
     assert plan.sizes.tolist() == [[24, 40], [40, 24], [32, 32]]
     assert plan.places == (0.5,)
     assert plan.has_room.tolist() == [False, True, False]  # 60 x 36 becomes 40 x 24 whole
 
 
-def test_a_smaller_batch_is_a_mean_over_its_own_pictures(whole: Path) -> None:
+def test_a_smaller_batch_is_a_mean_over_its_own_images(whole: Path) -> None:
     losses = list(read_metrics(whole).values())
     assert len(losses) == 20
-    assert min(losses[:4]) > 0.75, "a sum over 2 pictures divided by 4 would be half as large"
-    assert read_metrics(whole, "held_out_loss").keys() == {20}
+    assert min(losses[:4]) > 0.75, "a sum over 2 images divided by 4 would be half as large"
+    assert read_metrics(whole, "heldout_loss").keys() == {20}
 
 
 @pytest.mark.parametrize("stop", [2, 7])  # within an epoch, and the next
@@ -165,7 +167,7 @@ def test_training_from_the_cache_equals_training_without_it(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert "latents are encoded at every step" in caplog.text
     assert_same_losses(tmp_path / "run", whole, rel=1e-4)
-    ours, theirs = (read_metrics(run, "held_out_loss")[20] for run in (tmp_path / "run", whole))
+    ours, theirs = (read_metrics(run, "heldout_loss")[20] for run in (tmp_path / "run", whole))
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
@@ -180,8 +182,8 @@ def test_filled_batches_are_all_of_full_size(
     caplog.set_level(logging.INFO)
     settings = {"train__max_steps": 4, "data__partial_batches": "fill"}
     assert train(make_config(world, tmp_path / "run", **settings)) == 0
-    assert "3 buckets (pictures each) 24 x 40: 3, 32 x 32: 2, 40 x 24: 6" in caplog.text
-    assert "filled with pictures again" in caplog.text
+    assert "3 buckets (images each) 24 x 40: 3, 32 x 32: 2, 40 x 24: 6" in caplog.text
+    assert "filled with images again" in caplog.text
     assert min(read_metrics(tmp_path / "run").values()) > 0.75
 
 
@@ -196,14 +198,14 @@ def test_states_made_in_the_step_are_those_of_the_cache(
         "model__vae": "",
         "model__pretrained": sd_folder,
         "train__max_steps": 4,
-        "data__trigger": "sks",
+        "data__trigger_word": "sks",
     }
     assert train(make_config(world, tmp_path / "kept", **settings)) == 0
     assert "text states come from the cache" in caplog.text
     assert train(make_config(world, tmp_path / "made", **settings, data__shuffle_tags="true")) == 0
-    assert "tags change, so the frozen text tower runs at every step" in caplog.text
+    assert "tags change, so the frozen text encoder runs at every step" in caplog.text
     assert_same_losses(tmp_path / "made", tmp_path / "kept", rel=1e-5)
-    plain = settings | {"data__trigger": ""}
+    plain = settings | {"data__trigger_word": ""}
     assert train(make_config(world, tmp_path / "plain", **plain)) == 0
     assert read_metrics(tmp_path / "plain") != read_metrics(tmp_path / "kept")
 
@@ -227,7 +229,7 @@ def test_settings_that_do_not_fit_are_named(arguments: list[str], message: str) 
         parse_arguments(Config, arguments, exit_on_error=False)
 
 
-def test_a_damaged_picture_is_named_at_the_step_that_reads_it(world: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_at_the_step_that_reads_it(world: Path, tmp_path: Path) -> None:
     from latentdiff.models.latents import LatentCodec
 
     data = write_three_shapes(tmp_path / "data")
@@ -239,4 +241,4 @@ def test_a_damaged_picture_is_named_at_the_step_that_reads_it(world: Path, tmp_p
     path = data / "train" / "01.png"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"01\.png cannot be encoded"):
-        encoder.pictures.pixels(1, flipped=False, crop=0.5)
+        encoder.images.pixels(1, flipped=False, crop=0.5)

@@ -1,4 +1,4 @@
-"""The CLIP recipe: batches, conversion, and that it learns to tell pictures apart."""
+"""The CLIP recipe: batches, conversion, and that it learns to tell images apart."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ TINY = {
     "vocab_size": 600,
     "max_tokens": 12,
     "num_workers": 0,
-    "precision": "fp32",
+    "mixed_precision": "fp32",
 }
 
 
@@ -81,7 +81,7 @@ def test_one_caption_for_all_is_refused(tmp_path: Path) -> None:
         DistinctCaptions([read_folder(tmp_path)], batch_size=2, seed=0)
 
 
-def test_pictures_whose_caption_speaks_of_sides_are_not_mirrored(squares: Path) -> None:
+def test_images_whose_caption_speaks_of_sides_are_not_mirrored(squares: Path) -> None:
     folder = read_folder(squares).split("train")
     pairs = Pairs([folder], 16, min_crop=1.0, random_flip=True, seed=0)
     for draw in DistinctCaptions([folder], batch_size=16, seed=1).batch(0):
@@ -106,7 +106,7 @@ def test_the_converted_model_embeds_as_open_clip_does() -> None:
         torch.testing.assert_close(texts, model.encode_text(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_a_resnet_picture_tower_is_refused() -> None:
+def test_a_resnet_image_tower_is_refused() -> None:
     model = open_clip.model.CLIP(
         16,
         {"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8},
@@ -121,7 +121,7 @@ def test_scaled_gradients_of_fp16_teach_what_fp32_does(squares: Path, tmp_path: 
     losses = {}
     for precision in ("fp32", "fp16"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        settings = TINY | {"precision": precision, "output_dir": str(tmp_path / precision)}
+        settings = TINY | {"mixed_precision": precision, "output_dir": str(tmp_path / precision)}
         train_clip(
             ClipConfig(
                 roots=(str(squares),),
@@ -138,7 +138,7 @@ def test_scaled_gradients_of_fp16_teach_what_fp32_does(squares: Path, tmp_path: 
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-4)
 
 
-def test_learns_to_tell_pictures_apart_and_exports_judge_and_tower(
+def test_learns_to_tell_images_apart_and_exports_judge_and_tower(
     squares: Path, tmp_path: Path
 ) -> None:
     config = ClipConfig(
@@ -147,13 +147,13 @@ def test_learns_to_tell_pictures_apart_and_exports_judge_and_tower(
         max_steps=120,
         batch_size=36,
         learning_rate=3e-3,
-        warmup_steps=10,
+        lr_warmup_steps=10,
         **TINY,
     )
     report = train_clip(config)
     name = squares.name
-    assert report[f"recall@1/caption_of_picture/{name}"] > 0.8  # chance: 1 / 36
-    assert report[f"recall@1/picture_of_caption/{name}"] > 0.8
+    assert report[f"recall@1/caption_of_image/{name}"] > 0.8  # chance: 1 / 36
+    assert report[f"recall@1/image_of_caption/{name}"] > 0.8
     judge = load_clip(tmp_path / "clip")
     pixels = torch.zeros(2, 3, 16, 16)
     pixels[0, 0], pixels[1, 2] = 1.0, 1.0

@@ -1,4 +1,4 @@
-"""Which samples a step takes: one bucket at a time, whatever the layout, and every picture."""
+"""Which samples a step takes: one bucket at a time, whatever the layout, and every image."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_without_buckets_the_order_is_the_epochs_permutation() -> None:
 
 
 @pytest.mark.parametrize("partial", ["keep", "fill"])
-def test_batches_hold_one_bucket_and_an_epoch_every_picture(partial: Any) -> None:
+def test_batches_hold_one_bucket_and_an_epoch_every_image(partial: Any) -> None:
     order = EpochOrder(BUCKET_OF, batch_size=8, seed=3, partial=partial)
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)

@@ -1,4 +1,4 @@
-"""Class pictures beside the subject's: drawn once, kept, and half of each step."""
+"""Class images beside the subject's: drawn once, kept, and half of each step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DREAM = {
     "finetune__class_prompt": "a photo of a shape",
     "finetune__num_class_images": 3,
     "finetune__class_num_steps": 1,
-    "finetune__prior_weight": 0.5,
+    "finetune__prior_loss_weight": 0.5,
     "diffusion__caption_dropout": 0,
 }
 
@@ -34,7 +34,7 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*.png"))}
 
 
-def test_class_pictures_are_kept_and_topped_up(world, tmp_path, tokenizer):
+def test_class_images_are_kept_and_topped_up(world, tmp_path, tokenizer):
     def draw(prompt: str, num: int) -> dict[str, int]:
         settings = DREAM | {
             "finetune__class_prompt": prompt,
@@ -56,7 +56,7 @@ def test_class_pictures_are_kept_and_topped_up(world, tmp_path, tokenizer):
     assert len(five) == 5
     assert three.items() <= five.items()
     assert draw("a dog", 2) == five
-    assert len(draw("a cat", 2)) == 7  # another prompt has pictures of its own
+    assert len(draw("a cat", 2)) == 7  # another prompt has images of its own
 
 
 def test_half_of_each_step_is_of_the_class():
@@ -95,7 +95,7 @@ def test_class_samples_weigh_and_speak_as_they_should(world, tmp_path, cache):
     run.log.close()
 
 
-def test_dreambooth_resumes_bitwise_and_keeps_its_pictures(world, tmp_path):
+def test_dreambooth_resumes_bitwise_and_keeps_its_images(world, tmp_path):
     from accelerate.state import AcceleratorState
 
     assert train(finetuning(world, tmp_path / "whole", **DREAM)) == 0

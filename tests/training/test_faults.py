@@ -175,7 +175,7 @@ def test_infinite_gradient_skips_the_update_and_too_many_stop_the_run(
     world: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = {"train__max_steps": 9, "train__max_bad_steps": 3, **OFTEN}
+    settings = {"train__max_steps": 9, "train__max_skipped_steps": 3, **OFTEN}
     child = start(world, run, plant=infinite_gradients(at=range(4, 9)), **settings)
     assert child.wait() == 1
     assert read_metrics(run, "skipped_updates") == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1}

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def parts(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of U-Net and text tower of a pipeline folder."""
+    """Return the weights of U-Net and text encoder of a pipeline folder."""
     components = load_components(folder)
     named = {f"unet.{k}": v for k, v in components.unet.state_dict().items()}
     return named | {f"text.{k}": v for k, v in components.text_encoder.state_dict().items()}
@@ -68,7 +68,7 @@ def test_text_tower_learns_at_its_own_rate(world, tmp_path):
         train__train_text_encoder="true",
         train__text_learning_rate=1e-7,
         train__weight_decay=0,
-        train__warmup_steps=0,
+        train__lr_warmup_steps=0,
     )
     assert train(slow) == 0
     before, after = parts(world / "base" / "pipeline"), parts(tmp_path / "two" / "pipeline")
@@ -106,7 +106,7 @@ LORA = {
 WORD = {
     "finetune__method": "textual_inversion",
     "finetune__token": "<pet>",
-    "finetune__token_from": "red circle",
+    "finetune__initializer_token": "red circle",
     "finetune__num_vectors": 2,
     "finetune__instance_prompts": json.dumps(["a photo of <pet>", "the <pet>, small"]),
     "train__ema": "true",
@@ -185,7 +185,7 @@ def open_stock(folder: Path) -> StableDiffusionPipeline:
 
 @pytest.mark.parametrize("name", ["lora", "lora_kohya.safetensors"])
 @pytest.mark.parametrize("opened", [open_stock, open_ours])
-def test_lora_file_gives_the_merged_folders_picture(world, lora_run, name, opened):
+def test_lora_file_gives_the_merged_folders_image(world, lora_run, name, opened):
     pipe = opened(world / "base" / "pipeline")
     plain = draw(pipe)
     pipe.load_lora_weights(str(lora_run / name))
@@ -269,9 +269,9 @@ def test_target_that_no_layer_bears_is_named(world, tmp_path):
     ("settings", "said"),
     [
         ({"finetune__method": "lora", "model__pretrained": ""}, "needs a model"),
-        (LORA | {"train__power_ema": "[0.1]"}, "power_ema"),
+        (LORA | {"train__posthoc_ema_sigma_rel": "[0.1]"}, "posthoc_ema"),
         (WORD | {"finetune__token": "pet"}, "angle brackets"),
-        (WORD | {"finetune__token_from": ""}, "token_from"),
+        (WORD | {"finetune__initializer_token": ""}, "initializer_token"),
         (WORD | {"train__train_text_encoder": "true"}, "train_text_encoder"),
         ({"finetune__class_prompt": "a dog", "train__batch_size": 1}, "batch_size"),
         (

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reconstruct_ema.py"
 AVERAGES = {
-    "train__power_ema": [0.1, 0.2, 0.15],
-    "train__power_ema_every_steps": 2,
+    "train__posthoc_ema_sigma_rel": [0.1, 0.2, 0.15],
+    "train__posthoc_ema_every_steps": 2,
     "train__checkpoint_every_steps": 6,
     "train__keep_checkpoints": 1,
     "train__keep_every_steps": 12,
@@ -208,7 +208,7 @@ def test_script_refuses_a_run_without_snapshots_or_end(
     shutil.rmtree(without_the_third / "power_ema")
     code, said = script(*arguments)
     assert code == 2
-    assert "--train.power_ema=" in said
+    assert "--train.posthoc_ema_sigma_rel=" in said
     shutil.rmtree(without_the_third / "pipeline")
     code, said = script(*arguments)
     assert code == 2
@@ -220,7 +220,7 @@ BEST = {
     "train__keep_best": True,
     "train__keep_checkpoints": 1,
     "train__checkpoint_every_steps": 100,
-    "preview__held_out_every_steps": 1,
+    "eval__every_steps": 1,
 }
 
 
@@ -235,7 +235,7 @@ def test_best_checkpoint_is_kept_over_a_stop_and_resumes_and_exported(
     monkeypatch.setattr(
         loop,
         "summarize_losses",
-        lambda *_, **__: {"held_out_loss": next(planned)[1], "num_held_out": 8.0},
+        lambda *_, **__: {"heldout_loss": next(planned)[1], "num_heldout": 8.0},
     )
 
     def stopping(self: TrainStep, *args: Any, step: int, **kwargs: Any) -> Any:
@@ -247,27 +247,32 @@ def test_best_checkpoint_is_kept_over_a_stop_and_resumes_and_exported(
         patch.setattr(TrainStep, "step", stopping)
         assert train(make_config(world, run, **BEST, train__max_steps=6)) == 143
     assert checkpoint_steps(run) == [1, 2]
-    assert state(run, 2)["held_out"] == {"0": 0.4, "1": 0.9}
+    assert state(run, 2)["heldout"] == {"0": 0.4, "1": 0.9}
     assert train(make_config(world, run, **BEST, train__max_steps=6)) == 0
     assert checkpoint_steps(run) == [2, 6]
-    assert state(run, 2)["held_out"] == {"0": 0.4, "1": 0.9, "2": 0.5}
+    assert state(run, 2)["heldout"] == {"0": 0.4, "1": 0.9, "2": 0.5}
     config = make_config(world, run, **BEST, train__max_steps=8, train__export="best")
     assert train(config) == 0
     assert checkpoint_steps(run) == [2, 8]
-    assert read_metrics(run, "held_out_loss") == LOSSES
+    assert read_metrics(run, "heldout_loss") == LOSSES
     facts = json.loads((run / "pipeline" / "latentdiff.json").read_text())
-    assert (facts["steps"], facts["metrics"]["held_out_loss"]) == (2, 0.5)
+    assert (facts["steps"], facts["metrics"]["heldout_loss"]) == (2, 0.5)
     exported = load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     kept = parts(run, 2)["ema"]
     assert all(torch.equal(weight, kept[f"unet.{name}"]) for name, weight in exported.items())
 
 
-def test_keeping_the_best_needs_held_out_pictures(world: Path, tmp_path: Path) -> None:
+def test_keeping_the_best_needs_heldout_images(world: Path, tmp_path: Path) -> None:
     data = shutil.copytree(world / "data" / "train", tmp_path / "data")
     config = make_config(
-        world, tmp_path / "run", **BEST, data__root=data, data__split_fraction=0, train__max_steps=1
+        world,
+        tmp_path / "run",
+        **BEST,
+        data__root=data,
+        data__heldout_fraction=0,
+        train__max_steps=1,
     )
-    with pytest.raises(ValueError, match=r"train\.keep_best needs held-out pictures"):
+    with pytest.raises(ValueError, match=r"train\.keep_best needs held-out images"):
         train(config)
 
 
@@ -276,7 +281,11 @@ def test_checkpoint_without_an_average_is_refused_by_name(
 ) -> None:
     start = averaged / "checkpoints" / "step-000000012"
     config = make_config(
-        world, tmp_path / "run", train__resume=start, train__power_ema=[0.25], train__max_steps=13
+        world,
+        tmp_path / "run",
+        train__resume=start,
+        train__posthoc_ema_sigma_rel=[0.25],
+        train__max_steps=13,
     )
     with pytest.raises(ValueError, match="holds no power_ema_0p25"):
         train(config)

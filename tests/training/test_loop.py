@@ -67,9 +67,9 @@ def test_run_folder_holds_what_the_readme_promises(whole: Path) -> None:
         "tensorboard",
     }
     assert list(read_metrics(whole)) == list(range(1, 9))
-    held_out = read_metrics(whole, "held_out_loss")
-    assert held_out.keys() == {8}
-    assert held_out[8] > 0
+    heldout = read_metrics(whole, "heldout_loss")
+    assert heldout.keys() == {8}
+    assert heldout[8] > 0
 
 
 def test_resolved_config_alone_reproduces_the_run(whole: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_resume_continues_bitwise(world: Path, whole: Path, tmp_path: Path, stop
 
 
 def test_resume_continues_bitwise_in_bf16_with_workers(world: Path, tmp_path: Path) -> None:
-    settings = {"train__precision": "bf16", "data__num_workers": 2}
+    settings = {"train__mixed_precision": "bf16", "data__num_workers": 2}
     assert train(make_config(world, tmp_path / "a", **settings)) == 0
     assert train(make_config(world, tmp_path / "b", train__max_steps=4, **settings)) == 0
     assert train(make_config(world, tmp_path / "b", **settings)) == 0
@@ -108,7 +108,7 @@ def test_two_processes_train_to_the_losses_of_one_in_bf16(world: Path, tmp_path:
     settings = {
         "train__max_steps": 20,
         "model__unet__dropout": 0.0,
-        "train__precision": "bf16",
+        "train__mixed_precision": "bf16",
     }
     assert train(make_config(world, tmp_path / "one", **settings)) == 0
     child = start_ranks(world, tmp_path / "two", **settings)
@@ -159,7 +159,7 @@ def test_too_many_bad_batches_stop_with_step_and_files(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(monkeypatch, bad=set(range(10)))
-    config = make_config(world, tmp_path / "run", train__max_bad_steps=3)
+    config = make_config(world, tmp_path / "run", train__max_skipped_steps=3)
     with pytest.raises(FloatingPointError, match=r"3 updates in a row, last at step 3 .*\.png"):
         train(config)
     assert not (tmp_path / "run" / "pipeline").exists()
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_same_run(run, whole, step=8)
 
 
-def test_adding_a_prompt_keeps_the_other_pictures(world: Path, tmp_path: Path) -> None:
+def test_adding_a_prompt_keeps_the_other_images(world: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     sheets = []
@@ -264,7 +264,7 @@ def test_export_tells_how_the_model_came_to_be(whole: Path) -> None:
     facts = json.loads((whole / "pipeline" / "latentdiff.json").read_text())
     assert facts["caption_dropout"] == 0.1
     assert facts["steps"] == 8
-    assert facts["metrics"]["num_held_out"] == 8
+    assert facts["metrics"]["num_heldout"] == 8
 
 
 def test_processes_that_accelerate_does_not_see_are_refused(

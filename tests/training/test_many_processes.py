@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 OFTEN = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 100}
 PLAIN = {
     "train__max_steps": 20,
-    "train__batch_size": 8,  # of ten pictures: every other step is partial
+    "train__batch_size": 8,  # of ten images: every other step is partial
     "train__learning_rate": 1e-4,
     "model__unet__dropout": 0.0,
 }
@@ -60,7 +60,7 @@ def wholes(world: Path) -> dict[str, Path]:
     runs = {precision: world / precision for precision in ("fp32", "bf16")}
     for precision, run in runs.items():
         AcceleratorState._reset_state(reset_partial_state=True)
-        assert train(make_config(world, run, train__precision=precision)) == 0
+        assert train(make_config(world, run, train__mixed_precision=precision)) == 0
     return runs
 
 
@@ -95,7 +95,7 @@ def test_pieces_are_the_whole_bit_for_bit(
     """Stops within an epoch, after its partial last batch, in the next; workers come and go."""
     run, whole = tmp_path / "run", wholes[precision]
     for piece, stop in enumerate((*stops, 8)):
-        settings = {"train__precision": precision, "data__num_workers": 2 * (piece % 2)}
+        settings = {"train__mixed_precision": precision, "data__num_workers": 2 * (piece % 2)}
         assert train(make_config(world, run, train__max_steps=stop, **settings)) == 0
     assert_same_state(run, whole, step=8)
     assert sheet(run, 8) == sheet(whole, 8)
@@ -140,8 +140,8 @@ def test_fsdp2_trains_to_the_same_losses_and_its_state_goes_both_ways(
     child = start_ranks(world, spread, plant=spread_over_processes, **settings)
     assert child.wait(timeout_s=180) == 0, child.said()
     assert read_metrics(spread) == pytest.approx(read_metrics(plain), rel=0, abs=1e-6)
-    held_out = read_metrics(spread, "held_out_loss")
-    assert held_out == pytest.approx(read_metrics(plain, "held_out_loss"), rel=0, abs=1e-5)
+    heldout = read_metrics(spread, "heldout_loss")
+    assert heldout == pytest.approx(read_metrics(plain, "heldout_loss"), rel=0, abs=1e-5)
 
     def plant() -> None:
         spread_over_processes()

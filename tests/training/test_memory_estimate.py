@@ -46,14 +46,14 @@ def test_attention_kernels_give_the_same() -> None:
         ("--train.ema_device=disk", "train.ema_device"),
         ("--diffusion.huber_delta=0", "huber_delta=0.*above 0"),
         ("--diffusion.logit_normal_std=-1", "logit_normal_std"),
-        ("--diffusion.logit_normal_unbiased=true", "timesteps=logit_normal"),
+        ("--diffusion.logit_normal_unbiased=true", "timestep_sampling=logit_normal"),
         ("--diffusion.input_perturbation=-1", "input_perturbation"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start_accelerator(
-            parse_arguments(Config, [argument, "--train.precision=fp32"], exit_on_error=False)
+            parse_arguments(Config, [argument, "--train.mixed_precision=fp32"], exit_on_error=False)
         )
 
 

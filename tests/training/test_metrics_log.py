@@ -30,7 +30,7 @@ FIGURES = {
 @pytest.fixture
 def window() -> Window:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Window(Accelerator(cpu=True), max_bad_steps=3, num_timesteps=1000)
+    return Window(Accelerator(cpu=True), max_skipped_steps=3, num_timesteps=1000)
 
 
 def result(loss: float, norm: float, sums: list[float], counts: list[float]) -> StepResult:

@@ -1,4 +1,4 @@
-"""The nearest training picture beside each sample, and that a copy is found."""
+"""The nearest training image beside each sample, and that a copy is found."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from fakes_data import captioned_folder, picture
+from fakes_data import captioned_folder, noise_image
 from fakes_training import make_config, make_world, read_metrics
 from PIL import Image
 
@@ -32,7 +32,7 @@ def plan_of(folder: Folder) -> CropPlan:
 
 
 def seen(seed: int) -> Image.Image:
-    return resize_and_crop(picture(seed), height=32, width=32).image
+    return resize_and_crop(noise_image(seed), height=32, width=32).image
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -41,7 +41,7 @@ def test_a_planted_copy_is_found_and_named(tmp_path: Path, features: str) -> Non
     root = tmp_path / "held out"
     for i in range(20, 30):
         root.mkdir(exist_ok=True)
-        picture(i).save(root / f"{i}.png")
+        noise_image(i).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text("a caption")
     neighbours = NearestImages(
         train_data, read_folder(root), plan_of=plan_of, num=100, features=features
@@ -63,7 +63,7 @@ def test_a_planted_copy_is_found_and_named(tmp_path: Path, features: str) -> Non
     assert figures["nearest_distance"] == pytest.approx((copy.distance + fresh.distance) / 2)
 
 
-def test_a_spread_of_the_folder_is_looked_at_and_without_held_out_none_is_called_a_copy(
+def test_a_spread_of_the_folder_is_looked_at_and_without_heldout_none_is_called_a_copy(
     tmp_path: Path,
 ) -> None:
     folder = read_folder(captioned_folder(tmp_path / "train", 9))
@@ -80,28 +80,28 @@ def test_distance_of_thumbnails_is_a_root_mean_square() -> None:
     a, b = thumbnail_features(torch.cat([black, grey]))
     assert a.shape == (768,)
     assert float((a - b).norm()) == pytest.approx(0.5)
-    pixels = to_pixels(picture(1))[None]
+    pixels = to_pixels(noise_image(1))[None]
     assert torch.equal(thumbnail_features(pixels), thumbnail_features(pixels))
 
 
 def test_a_run_logs_the_gap_and_what_its_samples_are_nearest_to(tmp_path: Path) -> None:
     world, run = make_world(tmp_path), tmp_path / "run"
-    settings = {"preview__prompts": '["a red star"]', "preview__held_out_every_steps": 1}
+    settings = {"preview__prompts": '["a red star"]', "eval__every_steps": 1}
     assert train(make_config(world, run, train__max_steps=2, **settings)) == 0
     for name in ("nearest_distance", "nearest_score", "nearest_score_min", "copies"):
         assert read_metrics(run, name).keys() == {2}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = [row for row in rows if "held_out_loss" in row]
+    measured = [row for row in rows if "heldout_loss" in row]
     assert [row["step"] for row in measured] == [0, 1, 2]
     for row in measured:
-        gap = row["held_out_loss"] - row["train_loss_fixed"]
-        assert row["held_out_gap"] == pytest.approx(gap, abs=1e-6)
-        assert row["held_out_gap_se"] > 0
+        gap = row["heldout_loss"] - row["train_loss_fixed"]
+        assert row["heldout_gap"] == pytest.approx(gap, abs=1e-6)
+        assert row["heldout_gap_se"] > 0
     sheet = Image.open(run / "samples" / "step-000000002.png")
     assert sheet.width == 8 + 2 * (128 + 8)  # the sample, and its neighbour
 
 
-def test_a_training_picture_that_is_gone_costs_the_sheet_its_neighbours_only(
+def test_a_training_image_that_is_gone_costs_the_sheet_its_neighbours_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, run = make_world(tmp_path), tmp_path / "run"
@@ -114,6 +114,6 @@ def test_a_training_picture_that_is_gone_costs_the_sheet_its_neighbours_only(
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(Folder, "read_bytes", gone)
     assert train(config) == 0
-    assert "nearest training pictures are not shown" in caplog.text
+    assert "nearest training images are not shown" in caplog.text
     assert Image.open(run / "samples" / "step-000000002.png").width == 8 + 128 + 8
     assert not read_metrics(run, "nearest_distance")

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.timesteps import LossSecondMomentSampler, logit_normal_probabilities
+from latentdiff.diffusion.timesteps import (
+    LossSecondMomentSampler,
+    logit_normal_probabilities,
+)
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.training.train_step import Objective
 
@@ -59,7 +62,7 @@ def test_huber() -> None:
 )
 def test_weights_by_timestep(weighting: str, gamma: float | None, expected: Any) -> None:
     given = batch()
-    found = losses_of(replace(PLAIN, weighting=weighting, weighting_gamma=gamma), given)
+    found = losses_of(replace(PLAIN, weighting=weighting, snr_gamma=gamma), given)
     plain = losses_of(PLAIN, given).loss
     torch.testing.assert_close(found.loss / plain, expected(SNR[found.t]).float())
 

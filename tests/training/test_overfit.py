@@ -1,4 +1,4 @@
-"""The whole way learns: two captions, two pictures, and each caption gives its own."""
+"""The whole way learns: two captions, two images, and each caption gives its own."""
 
 from pathlib import Path
 
@@ -27,14 +27,14 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 @pytest.mark.slow
-def test_two_captions_give_each_its_own_picture(tmp_path: Path) -> None:
+def test_two_captions_give_each_its_own_image(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path / "data"
     folder.mkdir()
     originals = []
     for index, scene in enumerate(SCENES):
         image = render(scene, np.random.default_rng(index), size_px=64)
-        for copy in range(COPIES):  # so that a step sees each picture at several timesteps
+        for copy in range(COPIES):  # so that a step sees each image at several timesteps
             image.save(folder / f"{index}-{copy}.png")
             (folder / f"{index}-{copy}.txt").write_text(scene.caption)
         originals.append(image)
@@ -45,7 +45,7 @@ def test_two_captions_give_each_its_own_picture(tmp_path: Path) -> None:
             f"--data.root={folder}",
             f"--data.cache_dir={tmp_path / 'cache'}",
             "--data.resolution=64",
-            "--data.split_fraction=0",
+            "--data.heldout_fraction=0",
             "--model.vae=latentdiff-vae",
             "--model.unet.block_out_channels=[64,64]",
             "--model.unet.attention_levels=[true,true]",
@@ -58,14 +58,14 @@ def test_two_captions_give_each_its_own_picture(tmp_path: Path) -> None:
             "--model.text.max_tokens=16",
             "--diffusion.prediction_type=v_prediction",
             "--diffusion.zero_terminal_snr=true",
-            "--diffusion.timesteps=stratified",
+            "--diffusion.timestep_sampling=stratified",
             "--train.max_steps=160",
             f"--train.batch_size={2 * COPIES}",
             "--train.learning_rate=3e-3",
             "--train.lr_schedule=cosine",
-            "--train.warmup_steps=20",
+            "--train.lr_warmup_steps=20",
             "--train.ema_decay=0.98",
-            "--train.precision=fp32",
+            "--train.mixed_precision=fp32",
             "--train.log_every_steps=50",
             "--preview.every_steps=0",
             "--preview.num_steps=1",

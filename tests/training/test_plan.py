@@ -116,7 +116,7 @@ def test_plan_is_said_before_the_first_step(
     assert train(config) == 0
     vae = sum(parameter.numel() for parameter in make_vae().parameters())
     for told in (
-        "parameters: U-Net 0.4 M trained; text tower 31,200 trained",
+        "parameters: U-Net 0.4 M trained; text encoder 31,200 trained",
         f"VAE {vae:,} frozen",
         "activations of 4 at once",
         "images/s: the rest takes about 0:00 h",

@@ -47,7 +47,7 @@ def test_snapshots_are_read_in_order_and_other_names_ignored(tmp_path: Path) -> 
 
 
 def test_what_is_no_snapshot_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"train\.power_ema"):
+    with pytest.raises(FileNotFoundError, match="posthoc_ema"):
         read_snapshots(tmp_path)
     path = store(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:20])

@@ -23,9 +23,9 @@ SETTINGS = {
     "train__max_steps": 20,
     "train__batch_size": 8,
     "model__unet__dropout": 0.0,
-    "diffusion__timesteps": "loss_aware",
+    "diffusion__timestep_sampling": "loss_aware",
     "diffusion__num_timesteps": 4,
-    "preview__num_held_out": 21,
+    "eval__num_heldout": 21,
 }
 PROMPTS = ["a red star", "a blue ring", "a red ring", "a green star", "a black square"]
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "fakes")]
@@ -92,12 +92,12 @@ def test_both_processes_encode_their_share(runs: tuple[Path, Path, str]) -> None
 
 
 @pytest.mark.slow
-def test_losses_and_held_out_figures_are_those_of_one_process(
+def test_losses_and_heldout_figures_are_those_of_one_process(
     runs: tuple[Path, Path, str],
 ) -> None:
     one, two, _ = runs
-    names = ["loss", "held_out_loss", "held_out_se", "caption_use", "caption_match"]
-    for name in [*names, "held_out_loss/t0-0", "held_out_se/t3-3", "num_held_out"]:
+    names = ["loss", "heldout_loss", "heldout_se", "caption_use", "caption_match"]
+    for name in [*names, "heldout_loss/t0-0", "heldout_se/t3-3", "num_heldout"]:
         figures, expected = read_metrics(two, name), read_metrics(one, name)
         assert figures.keys() == expected.keys()
         assert len(expected) >= 1

@@ -1,4 +1,4 @@
-"""What a run reads: broken files stop or are left out before any weight is loaded, turned pictures
+"""What a run reads: broken files stop or are left out before any weight is loaded, turned images
 come upright, and shards give what folders give."""
 
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes_data import captioned_folder, picture
+from fakes_data import captioned_folder, noise_image
 from fakes_models import make_vae
 from PIL import Image
 
@@ -25,20 +25,31 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def settings(root: Path, **others: object) -> DataConfig:
-    given = {"root": str(root), "cache_dir": f"{root}-cache", "resolution": 32, "split_fraction": 0}
+    given = {
+        "root": str(root),
+        "cache_dir": f"{root}-cache",
+        "resolution": 32,
+        "heldout_fraction": 0,
+    }
     return DataConfig(**{**given, "bucket_multiple": 8, "min_size": 8, **others})
 
 
-def test_broken_pictures_stop_a_run_or_are_left_out_by_policy(tmp_path):
+def test_broken_images_stop_a_run_or_are_left_out_by_policy(tmp_path):
     root = captioned_folder(tmp_path / "data", 10)
     whole = (root / "3.png").read_bytes()
     (root / "3.png").write_bytes(whole[: len(whole) // 2])
     (root / "7.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 of 10 pictures \(20\.0%\)") as error:
+    with pytest.raises(ValueError, match=r"2 of 10 images \(20\.0%\)") as error:
         read_data(settings(root))
-    for told in ("3.png", "empty file", "7.png", "data.max_bad_fraction=0.02", "inspect_data.py"):
+    for told in (
+        "3.png",
+        "empty file",
+        "7.png",
+        "data.max_invalid_fraction=0.02",
+        "inspect_data.py",
+    ):
         assert told in str(error.value)
-    left, _ = read_data(settings(root, max_bad_fraction=0.2))
+    left, _ = read_data(settings(root, max_invalid_fraction=0.2))
     assert len(left) == 8
     assert (root / "3.png").read_bytes() == whole[: len(whole) // 2], "never changed"
 
@@ -57,8 +68,8 @@ def test_a_folder_that_cannot_be_used_stops_before_any_weight(tmp_path, monkeypa
         train(config)
 
 
-def test_a_turned_picture_is_upright_before_its_bucket_is_chosen(tmp_path):
-    upright = picture(1, width=20, height=36)
+def test_a_turned_image_is_upright_before_its_bucket_is_chosen(tmp_path):
+    upright = noise_image(1, width=20, height=36)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise to see it
     root = captioned_folder(tmp_path / "data", 2)
@@ -69,7 +80,7 @@ def test_a_turned_picture_is_upright_before_its_bucket_is_chosen(tmp_path):
     chosen = bucket_ids(folder, data)
     assert [str(bucket_sizes(data)[place]) for place in chosen] == ["24 x 40", "24 x 40"]
     encoder = OnlineLatentEncoder(folder, LatentCodec(make_vae()), plan=crop_plan(folder, data))
-    cuts = [encoder.pictures.pixels(i, flipped=False, crop=0.5) for i in range(2)]
+    cuts = [encoder.images.pixels(i, flipped=False, crop=0.5) for i in range(2)]
     assert cuts[0].shape == (40, 24, 3)
     assert torch.equal(*cuts)
 
@@ -81,7 +92,7 @@ def test_shards_are_cached_as_the_folder_of_their_members(tmp_path):
         for i in range(5):
             for name, content in (
                 (f"{i}.png", (root / f"{i}.png").read_bytes()),
-                (f"{i}.txt", f"picture {i}".encode()),
+                (f"{i}.txt", f"image {i}".encode()),
                 (f"{i}.pickle", b"\x80\x04never read."),
             ):
                 info = tarfile.TarInfo(name)
@@ -103,7 +114,7 @@ def test_shards_are_cached_as_the_folder_of_their_members(tmp_path):
     np.testing.assert_array_equal(caches[0].keys, caches[1].keys)
 
 
-def test_every_picture_of_a_large_folder_has_a_bucket_it_fits(tmp_path):
+def test_every_image_of_a_large_folder_has_a_bucket_it_fits(tmp_path):
     data = settings(tmp_path, resolution=512, bucket_multiple=64, buckets=True)
 
     class Sizes:

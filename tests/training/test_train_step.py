@@ -32,7 +32,7 @@ def test_every_batch_is_stratified_over_the_whole_chain(count: int) -> None:
 
 
 def err_with_time(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    """A model whose loss hangs on the timestep: the error is its root."""
+    """A model whose loss depends on the timestep: the error is its root."""
     return torch.zeros_like(zt) + (t + 1.0).sqrt()[:, None, None, None]
 
 

@@ -41,18 +41,18 @@ TINY = {
     "norm_num_groups": 4,
     "batch_size": 8,
     "learning_rate": 4e-3,
-    "warmup_steps": 5,
+    "lr_warmup_steps": 5,
     "ema_decay": 0.9,
-    "precision": "fp32",
+    "mixed_precision": "fp32",
     "num_workers": 0,
     "log_every_steps": 5,
 }
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two-coloured pictures, some of them held out."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two-coloured images, some of them held out."""
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 12)):
         (root / split).mkdir()
@@ -63,9 +63,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(pictures: Path, output: Path, **changed: object) -> VaeConfig:
+def config(images: Path, output: Path, **changed: object) -> VaeConfig:
     """Return a tiny run's settings."""
-    settings = TINY | {"output_dir": str(output), "roots": (str(pictures),)} | changed
+    settings = TINY | {"output_dir": str(output), "roots": (str(images),)} | changed
     return VaeConfig(**settings)
 
 
@@ -94,7 +94,7 @@ def test_adaptive_weight_makes_both_gradients_alike() -> None:
 @pytest.mark.parametrize(("layers", "patch"), [(1, 16), (2, 34), (3, 70)])
 def test_a_discriminator_sees_patches_of_the_width_it_says(layers: int, patch: int) -> None:
     net = PatchDiscriminator(8, num_layers=layers)
-    for layer in net.layers:  # norms look at the whole picture
+    for layer in net.layers:  # norms look at the whole image
         if isinstance(layer, torch.nn.GroupNorm):
             layer.forward = lambda x: x  # type: ignore[method-assign]
     pixels = torch.randn(1, 3, 96, 96, requires_grad=True)
@@ -170,7 +170,7 @@ def test_turning_is_by_quarters() -> None:
     assert rot90(x, turns=0, mirrored=True)[0, 0, 0].tolist() == [3, 2, 1, 0]
 
 
-def test_noise_before_decoding_is_of_a_strength_of_its_own_for_each_picture() -> None:
+def test_noise_before_decoding_is_of_a_strength_of_its_own_for_each_image() -> None:
     z = 1 + 3 * torch.randn(200, 4, 16, 16)
     assert torch.equal(add_noise(z, 0.0), z)
     added = add_noise(z, 0.5) - z
@@ -182,7 +182,7 @@ def test_noise_before_decoding_is_of_a_strength_of_its_own_for_each_picture() ->
     assert added.mean().abs() < 0.01 * z.std()
 
 
-def test_latents_that_are_means_slide_as_their_pictures_do() -> None:
+def test_latents_that_are_means_slide_as_their_images_do() -> None:
     ramp = torch.arange(32.0).view(1, 1, 1, 32).expand(1, 3, 32, 32)
     pixels = ramp + 5 * ramp.transpose(2, 3)
     z = F.avg_pool2d(pixels, 8)
@@ -191,7 +191,7 @@ def test_latents_that_are_means_slide_as_their_pictures_do() -> None:
     torch.testing.assert_close(moved, F.avg_pool2d(cut, 8))
 
 
-def test_a_sheet_has_each_picture_above_its_reconstruction() -> None:
+def test_a_sheet_has_each_image_above_its_reconstruction() -> None:
     pixels = torch.full((3, 3, 4, 4), -1.0)
     sheet = np.asarray(reconstruction_sheet(pixels, -pixels, columns=2))
     assert sheet.shape == (16, 8, 3)
@@ -201,15 +201,15 @@ def test_a_sheet_has_each_picture_above_its_reconstruction() -> None:
 
 
 @pytest.mark.parametrize("factor", [4, 8])
-def test_learns_and_reports(pictures: Path, tmp_path: Path, factor: int) -> None:
+def test_learns_and_reports(images: Path, tmp_path: Path, factor: int) -> None:
     widths = (8, 16, 16) if factor == 4 else (8, 8, 16, 16)
     report = train_vae(
         config(
-            pictures,
+            images,
             tmp_path,
             block_out_channels=widths,
             max_steps=80,
-            equivariance=0.25,
+            equivariance_prob=0.25,
             discriminator_weight=0.1,
             discriminator_start=60,
             discriminator_width=8,
@@ -219,7 +219,7 @@ def test_learns_and_reports(pictures: Path, tmp_path: Path, factor: int) -> None
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert "discriminator_loss" not in lines[0]
     assert lines[-1]["discriminator_loss"] < 1.5
-    name = pictures.name
+    name = images.name
     assert (
         report[f"psnr_db_low/{name}"] <= report[f"psnr_db/{name}"] <= report[f"psnr_db_high/{name}"]
     )
@@ -233,16 +233,16 @@ def test_learns_and_reports(pictures: Path, tmp_path: Path, factor: int) -> None
         assert sheet.size == (8 * 32, 4 * 32)
 
 
-def test_scaled_gradients_of_fp16_teach_what_fp32_does(pictures: Path, tmp_path: Path) -> None:
+def test_scaled_gradients_of_fp16_teach_what_fp32_does(images: Path, tmp_path: Path) -> None:
     """On the CPU, where both compute in fp32: what differs is the scaling."""
     losses = {}
     for precision in ("fp32", "fp16"):
         AcceleratorState._reset_state(reset_partial_state=True)
         train_vae(
             config(
-                pictures,
+                images,
                 tmp_path / precision,
-                precision=precision,
+                mixed_precision=precision,
                 max_steps=6,
                 log_every_steps=1,
                 latent_noise=0.1,
@@ -256,15 +256,15 @@ def test_scaled_gradients_of_fp16_teach_what_fp32_does(pictures: Path, tmp_path:
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-3, abs=1e-3)
 
 
-def test_the_decoder_alone_keeps_the_latents(pictures: Path, tmp_path: Path) -> None:
-    train_vae(config(pictures, tmp_path / "a", max_steps=5))
+def test_the_decoder_alone_keeps_the_latents(images: Path, tmp_path: Path) -> None:
+    train_vae(config(images, tmp_path / "a", max_steps=5))
     first = AutoencoderKL.from_pretrained(tmp_path / "a" / "vae")
     further = config(
-        pictures,
+        images,
         tmp_path / "b",
         max_steps=5,
         pretrained=str(tmp_path / "a" / "vae"),
-        trained="decoder",
+        train_part="decoder",
     )
     train_vae(further)
     second = AutoencoderKL.from_pretrained(tmp_path / "b" / "vae")
@@ -274,9 +274,9 @@ def test_the_decoder_alone_keeps_the_latents(pictures: Path, tmp_path: Path) -> 
     assert first.config["scaling_factor"] == second.config["scaling_factor"]
 
 
-def test_the_decoder_alone_wants_a_vae_to_go_on_from(pictures: Path, tmp_path: Path) -> None:
+def test_the_decoder_alone_wants_a_vae_to_go_on_from(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="need --pretrained"):
-        train_vae(config(pictures, tmp_path, trained="decoder"))
+        train_vae(config(images, tmp_path, train_part="decoder"))
 
 
 def test_principal_components_encode_exactly_and_decode_when_none_is_lost() -> None:
@@ -306,6 +306,6 @@ def test_principal_components_encode_exactly_and_decode_when_none_is_lost() -> N
         keep_principal(vae, [pixels], 4)
 
 
-def test_no_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="hold no training pictures"):
+def test_no_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hold no training images"):
         train_vae(VaeConfig(output_dir=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""The content of each picture file as a hash, read once and remembered by path, size and time."""
+"""The content of each image file as a hash, read once and remembered by path, size and time."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ NUM_THREADS = 4
 def image_hashes(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> np.ndarray:
-    """Give the SHA-256 of each record's picture file: (N, 32) uint8.
+    """Give the SHA-256 of each record's image file: (N, 32) uint8.
 
     Files that `index` knows, unchanged, are not opened. Raises OSError for one that cannot be read.
     """
@@ -40,7 +40,7 @@ def image_hashes(
 def mask_hashes(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> np.ndarray:
-    """Give the SHA-256 of each record's mask file, as `picture_digests` does of pictures."""
+    """Give the SHA-256 of each record's mask file, as `image_digests` does of images."""
     return _hashes(folder, folder.mask_entries, kind="mask-digests", index=index, progress=progress)
 
 

@@ -1,7 +1,7 @@
 """Tables kept between runs in a cache folder: memory-mapped arrow files.
 
 All of it can be made again, so a damaged file is the same as none. Nothing is ever written beside
-the pictures.
+the images.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Pictures decoded and cut by threads, ahead of the encoder that wants them in batches."""
+"""Images decoded and cut by threads, ahead of the encoder that wants them in batches."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to decode: its record's index, its size in pixels, and the cut."""
+    """An image to decode: its record's index, its size in pixels, and the cut."""
 
     index: int
     height: int
@@ -31,11 +31,11 @@ class Item:
 
 @dataclass(frozen=True)
 class CropPlan:
-    """How each picture is cut: resized until it covers its size, then cropped.
+    """How each image is cut: resized until it covers its size, then cropped.
 
     sizes: (N, 2) (height, width) in pixels, multiples of the VAE's factor. places: where cuts lie
     in the room there is, each in [0, 1]; (0.5,) is the centre, () anywhere. has_room: (N,) which
-    pictures have room at all, so that the others are cut once only; None means that all may have.
+    images have room at all, so that the others are cut once only; None means that all may have.
     """
 
     sizes: np.ndarray
@@ -61,7 +61,7 @@ class CropPlan:
         return int(u * len(self.places))
 
     def item(self, index: int, *, u: float, flip: bool) -> Item:
-        """Give the cut of one record's picture that a draw u in [0, 1) chooses."""
+        """Give the cut of one record's image that a draw u in [0, 1) chooses."""
         height, width = self.sizes[index].tolist()
         place = self.places[self.variant(u)] if self.places else u
         if self.has_room is not None and not self.has_room[index]:
@@ -121,7 +121,7 @@ def batches_of(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 
 
 def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray:
-    """Decode and cut one picture: (H, W, 3) uint8."""
+    """Decode and cut one image: (H, W, 3) uint8."""
     name = folder[item.index].id
     try:
         data = folder.read_bytes(item.index)

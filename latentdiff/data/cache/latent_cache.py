@@ -1,6 +1,6 @@
-"""Latents of a folder's pictures, encoded once and kept on disk, addressed by content.
+"""Latents of a folder's images, encoded once and kept on disk, addressed by content.
 
-A latent's key is the hash of the picture's bytes, the cut (size, place, flip, background,
+A latent's key is the hash of the image's bytes, the cut (size, place, flip, background,
 interpolation), the VAE's weights and the dtype: whatever changes is encoded again, nothing else is.
 Kept are the raw moments, before scale and shift, so each epoch samples afresh and another
 scaling_factor costs nothing. Text states are in text_cache.py, and offered here too.
@@ -68,7 +68,7 @@ class LatentCache(CachedVariants):
     ) -> "LatentCache":
         """Open what there is, and encode nothing; the settings are those of `build`.
 
-        digests: what `picture_digests` gives for the folder, asked of it unless given.
+        digests: what `image_digests` gives for the folder, asked of it unless given.
         """
         plan.check(folder, factor=codec.factor)
         if not plan.places:
@@ -97,12 +97,12 @@ class LatentCache(CachedVariants):
     ) -> "LatentCache":
         """Encode what the cache lacks, with the VAE where it is, and open the result.
 
-        flips: keep the mirrored pictures too. dtype: of what is kept, float32, float16 or bfloat16.
+        flips: keep the mirrored images too. dtype: of what is kept, float32, float16 or bfloat16.
         shard: (rank, world), where this process encodes its share only; what the others encode is
         found when it is asked for, so let all processes finish first. check_rows: read the whole
         cache and encode damaged parts again now, rather than stop when one is met in training.
         What was finished is kept when this is interrupted. Raises ValueError naming the file if a
-        picture cannot be decoded or has changed since it was listed, or if a latent is not finite.
+        image cannot be decoded or has changed since it was listed, or if a latent is not finite.
         """
         digests = _digests(folder, cache_dir, progress=progress)
         cache = cls.open(

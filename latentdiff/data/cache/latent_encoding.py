@@ -25,7 +25,7 @@ def latent_keys(
     """Hash everything a latent depends on: (V, N, 2) uint64, V the plan's places, each twice with
     flips: the mirrored one second.
 
-    digests: (N, 32) of the picture files. Scale and shift do not matter to what is kept.
+    digests: (N, 32) of the image files. Scale and shift do not matter to what is kept.
     """
     config = codec.vae.config
     base = {
@@ -40,7 +40,7 @@ def latent_keys(
 
 
 def cut_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) -> np.ndarray:
-    """Hash what is made of each picture's cuts: (V, N, 2) uint64, V as in `latent_keys`.
+    """Hash what is made of each image's cuts: (V, N, 2) uint64, V as in `latent_keys`.
 
     base: what all of it depends on. digests: (N, 32) of the files.
     """
@@ -71,7 +71,7 @@ def encode_moments(codec: LatentCodec, pixels: Tensor, *, dtype: torch.dtype) ->
 
 
 def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the moments of one picture, (2, C, h, w) or (1, C, h, w), apart."""
+    """Take the moments of one image, (2, C, h, w) or (1, C, h, w), apart."""
     mean = moments[0]
     return mean, moments[1] if len(moments) == 2 else torch.zeros_like(mean)
 
@@ -82,7 +82,7 @@ def to_floats(pixels: Tensor) -> Tensor:
 
 
 def check_finite(moments: Tensor, folder: Folder, items: list[Item]) -> None:
-    """Raise ValueError naming the pictures whose moments (B, ...) are not finite."""
+    """Raise ValueError naming the images whose moments (B, ...) are not finite."""
     bad = ~moments.isfinite().flatten(1).all(dim=1)
     if bad.any():
         names = [folder[items[i].index].id for i in bad.nonzero().flatten().tolist()]

@@ -1,6 +1,6 @@
-"""Pictures as training takes them without a cache: decoded by workers, encoded at every step.
+"""Images as training takes them without a cache: decoded by workers, encoded at every step.
 
-`Pictures` needs no VAE and goes to data workers; `LatentEncoder` stays where the VAE is, and stands
+`Images` needs no VAE and goes to data workers; `LatentEncoder` stays where the VAE is, and stands
 in for LatentCache wherever single latents are asked for.
 """
 
@@ -17,7 +17,7 @@ from latentdiff.models.latents import LatentCodec
 
 @dataclass(frozen=True)
 class OnlineImages:
-    """A folder's pictures, cut as a plan says. channels, factor: those of the VAE's latents."""
+    """A folder's images, cut as a plan says. channels, factor: those of the VAE's latents."""
 
     folder: Folder
     plan: CropPlan
@@ -34,7 +34,7 @@ class OnlineImages:
         return {"pixels": self.pixels(index, flipped=flipped, crop=crop), "vae_noise": noise}
 
     def pixels(self, index: int, *, flipped: bool, crop: float) -> Tensor:
-        """Decode and cut one picture: (H, W, 3) uint8. ValueError names one that is damaged."""
+        """Decode and cut one image: (H, W, 3) uint8. ValueError names one that is damaged."""
         item = self.plan.item(index, u=crop, flip=flipped)
         return torch.from_numpy(load_item(self.folder, item, digest=None).copy())
 
@@ -45,10 +45,10 @@ class OnlineLatentEncoder:
     def __init__(self, folder: Folder, codec: LatentCodec, *, plan: CropPlan) -> None:
         plan.check(folder, factor=codec.factor)
         self.codec = codec
-        self.pictures = OnlineImages(folder, plan, codec.channels, codec.factor)
+        self.images = OnlineImages(folder, plan, codec.channels, codec.factor)
 
     def __len__(self) -> int:
-        return len(self.pictures.folder)
+        return len(self.images.folder)
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Sample z0 (B, C, h, w) of pixels (B, H, W, 3) uint8, where the VAE is."""
@@ -69,7 +69,7 @@ class OnlineLatentEncoder:
         self, index: int, *, flipped: bool = False, crop: float = 0.5
     ) -> tuple[Tensor, Tensor]:
         """Return `moments` before scale and shift."""
-        pixels = self.pictures.pixels(index, flipped=flipped, crop=crop)
+        pixels = self.images.pixels(index, flipped=flipped, crop=crop)
         return mean_and_std(encode_moments(self.codec, pixels[None], dtype=torch.float32)[0].cpu())
 
     def use_scaling_of(self, codec: LatentCodec) -> None:

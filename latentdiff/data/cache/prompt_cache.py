@@ -1,6 +1,6 @@
 """Text states of captions, encoded once and kept on disk, addressed by content.
 
-A key is the hash of the caption, the text tower's weights, the tokenizer and the dtype. The null
+A key is the hash of the caption, the text encoder's weights, the tokenizer and the dtype. The null
 caption of classifier-free guidance is always there.
 """
 

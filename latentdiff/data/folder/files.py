@@ -106,7 +106,7 @@ def list_files(
     """List the regular files below `root`: rows of LISTING, sorted by path.
 
     Names that start with a dot, and what lies in the folder `exclude`, are passed over. A link to a
-    picture, caption or folder outside `root` is a problem unless `follow_links`; so are broken
+    image, caption or folder outside `root` is a problem unless `follow_links`; so are broken
     links, names that are not UTF-8, and folders that cannot be opened.
     """
     columns = Columns()
@@ -120,7 +120,7 @@ def list_files(
 
 
 def is_image_name(path: str) -> bool:
-    """Say whether a file's extension claims that it is a picture."""
+    """Say whether a file's extension claims that it is an image."""
     return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
 
 

@@ -1,7 +1,7 @@
 """A captioned folder as a sequence of records, with every problem named.
 
 Captions come from metadata.jsonl / .csv / .parquet (Hugging Face's imagefolder convention), from
-.txt / .caption / .json files beside the pictures, or from the folders' names and a template. Tar
+.txt / .caption / .json files beside the images, or from the folders' names and a template. Tar
 shards are read as folders of their members. Splits come
 from train/, validation/ and test/ folders or from a stable hash of the record's id. Nothing below
 `root` is ever written.
@@ -43,11 +43,11 @@ MASK_COLUMNS = (7, 8, 9)
 
 @dataclass(frozen=True)
 class Record:
-    """One captioned picture.
+    """One captioned image.
 
     id: posix path relative to the folder, for a shard's member shard.tar/name; path: the folder
     and the id, which opens only where there are no shards (`Folder.read_bytes` always does);
-    captions: at least one; width, height: pixels as the picture is seen, that is, after its EXIF
+    captions: at least one; width, height: pixels as the image is seen, that is, after its EXIF
     orientation.
     """
 
@@ -95,18 +95,18 @@ class Folder(Sequence[Record]):
         return Record(name, self.root / name, tuple(captions), width, height, SPLITS[split])
 
     def read_bytes(self, index: int) -> bytes:
-        """Read the picture file of record `index` as it is on disk or in its shard."""
+        """Read the image file of record `index` as it is on disk or in its shard."""
         return read_entry(self.root, self._entry(int(self._rows[index])))
 
     def read_bytes_of(self, record_id: str) -> bytes:
-        """Read the picture file of the record of that id. Raises KeyError if there is none."""
+        """Read the image file of the record of that id. Raises KeyError if there is none."""
         row = bisect_left(self._columns[0], record_id.encode(), key=lambda x: x.as_py().encode())
         if row == len(self._columns[0]) or self._columns[0][row].as_py() != record_id:
             raise KeyError(record_id)
         return read_entry(self.root, self._entry(row))
 
     def read_mask(self, index: int) -> bytes:
-        """Read the mask file beside the picture of record `index`, with mask="file" only."""
+        """Read the mask file beside the image of record `index`, with mask="file" only."""
         return read_entry(self.root, self._entry(int(self._rows[index]), MASK_COLUMNS))
 
     def mask_entries(self) -> Iterator[Entry]:
@@ -162,38 +162,38 @@ class Folder(Sequence[Record]):
         """The records of one split: "train", "validation" or "test"."""
         return self.select(np.flatnonzero(self.splits == SPLITS.index(name)))
 
-    def held_out(self) -> "Folder":
+    def heldout(self) -> "Folder":
         """The validation records, or the test records where there are none; may be empty."""
         validation = self.split("validation")
         return validation if len(validation) else self.split("test")
 
     @property
     def bad_fraction(self) -> float:
-        """Skipped pictures over pictures found, in [0, 1]."""
+        """Skipped images over images found, in [0, 1]."""
         return self.problems.count("skipped") / max(1, self.num_found)
 
-    def refusals(self, *, max_bad_fraction: float = 0.0) -> list[str]:
+    def refusals(self, *, max_invalid_fraction: float = 0.0) -> list[str]:
         """Say in a line each why the folder may not be trained on; empty if it may.
 
-        max_bad_fraction: share of the pictures found that may be skipped, in [0, 1].
+        max_invalid_fraction: share of the images found that may be skipped, in [0, 1].
         """
         lines = [group.headline for group in self.problems.groups("error")]
-        if self.bad_fraction > max_bad_fraction:
+        if self.bad_fraction > max_invalid_fraction:
             lines.append(
-                f"{self.problems.count('skipped'):,} of {self.num_found:,} pictures "
+                f"{self.problems.count('skipped'):,} of {self.num_found:,} images "
                 f"({self.bad_fraction:.1%}) are left out, more than "
-                f"data.max_bad_fraction={max_bad_fraction:g} allows"
+                f"data.max_invalid_fraction={max_invalid_fraction:g} allows"
             )
         return lines
 
-    def check(self, *, max_bad_fraction: float = 0.0) -> None:
+    def check(self, *, max_invalid_fraction: float = 0.0) -> None:
         """Raise ValueError, with what is wrong and how to mend it, if there are `refusals`."""
-        if not self.refusals(max_bad_fraction=max_bad_fraction):
+        if not self.refusals(max_invalid_fraction=max_invalid_fraction):
             return
         lines = [f"the data folder {self.root} cannot be used:"]
         lines += [f"  {group.line()}" for group in self.problems.groups("error")]
-        if self.bad_fraction > max_bad_fraction:
-            lines.append(f"  {self.refusals(max_bad_fraction=max_bad_fraction)[-1]}:")
+        if self.bad_fraction > max_invalid_fraction:
+            lines.append(f"  {self.refusals(max_invalid_fraction=max_invalid_fraction)[-1]}:")
             lines += [f"    {group.line()}" for group in self.problems.groups("skipped")]
         lines.append(f"  python scripts/inspect_data.py {self.root} shows everything")
         raise ValueError("\n".join(lines))
@@ -217,7 +217,7 @@ def read_folder(
     duplicate_rows: Literal["error", "captions"] = "error",
     sidecar_lines: Literal["one", "captions"] = "one",
     follow_links: bool = False,
-    split_fraction: float = 0.0,
+    heldout_fraction: float = 0.0,
     min_size: int = 1,
     max_aspect: float = 4.0,
     mask: Literal["none", "alpha", "file"] = "none",
@@ -226,15 +226,16 @@ def read_folder(
     trust_index: bool = False,
     progress: Progress | None = None,
 ) -> Folder:
-    """Read a captioned folder; headers only, unless `full`, which decodes every picture.
+    """Read a captioned folder; headers only, unless `full`, which decodes every image.
 
     caption_column: a column of texts, or of lists of texts. caption_template: such as "a photo of
-    a {label}", for pictures without a caption; the label is their folder's name. missing_caption:
-    what becomes of pictures with none. duplicate_rows: a picture listed twice is an error, or has
-    several captions. sidecar_lines: a text file is one caption, or has one a line. split_fraction:
-    share in [0, 1) of records held out by hash where no folder is named validation or test.
+    a {label}", for images without a caption; the label is their folder's name. missing_caption:
+    what becomes of images with none. duplicate_rows: an image listed twice is an error, or has
+    several captions. sidecar_lines: a text file is one caption, or has one a line.
+    heldout_fraction: share in [0, 1) of records held out by hash where no folder is named
+    validation or test.
     min_size: pixels of the shorter side. max_aspect: longer side over shorter side. mask: "file"
-    wants NAME.mask.png, as large, beside NAME.jpg; a picture without a good one is left out.
+    wants NAME.mask.png, as large, beside NAME.jpg; an image without a good one is left out.
 
     cache_dir: where the scan index is kept, so that the next call opens only files that changed.
     full: open all files again. trust_index: take the last scan with these settings as it is,
@@ -246,7 +247,9 @@ def read_folder(
     if re.match(r"[a-z][a-z0-9+.-]+:(//)?", str(root)) and not Path(root).exists():
         raise ValueError(f"data.root={root}: only local folders are read; fetch the files first")
     root = Path(root)
-    _check_settings(root, split_fraction, max_aspect=max_aspect, caption_template=caption_template)
+    _check_settings(
+        root, heldout_fraction, max_aspect=max_aspect, caption_template=caption_template
+    )
     captions = CaptionRules(
         caption_column=caption_column,
         file_column=file_column,
@@ -255,7 +258,7 @@ def read_folder(
         duplicate_rows=duplicate_rows,
         sidecar_lines=sidecar_lines,
     )
-    rules = ReadRules(captions, follow_links, split_fraction, min_size, max_aspect, mask)
+    rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
     if found is None:
@@ -273,14 +276,14 @@ def _reopen(root: Path, found: RecordTable | Path, rows: np.ndarray) -> Folder:
 
 
 def _check_settings(
-    root: Path, split_fraction: float, *, max_aspect: float, caption_template: str
+    root: Path, heldout_fraction: float, *, max_aspect: float, caption_template: str
 ) -> None:
     if not root.exists():
         raise FileNotFoundError(f"the data folder {root} does not exist; check --data.root")
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file; --data.root must be a folder of pictures")
-    if not 0.0 <= split_fraction < 1.0:
-        raise ValueError(f"data.split_fraction must be in [0, 1), got {split_fraction}")
+        raise NotADirectoryError(f"{root} is a file; --data.root must be a folder of images")
+    if not 0.0 <= heldout_fraction < 1.0:
+        raise ValueError(f"data.heldout_fraction must be in [0, 1), got {heldout_fraction}")
     if not max_aspect >= 1.0:
         raise ValueError(f"data.max_aspect must be at least 1, got {max_aspect}")
     if caption_template and "{label}" not in caption_template:

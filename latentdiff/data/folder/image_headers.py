@@ -1,4 +1,4 @@
-"""What each picture's file holds, by its header or by decoding it."""
+"""What each image's file holds, by its header or by decoding it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +11,7 @@ from latentdiff.data.folder.files import LISTING, Entry, Progress, open_entry
 from latentdiff.data.images import EXTENSIONS, ImageError, ImageFacts, load_image, read_header
 
 NUM_THREADS = 4
-# problem and note are keys of problems.REASONS; a picture with a problem is left out.
+# problem and note are keys of problems.REASONS; an image with a problem is left out.
 HEADERS_FILE = pa.schema(
     [
         *LISTING,
@@ -29,12 +29,12 @@ def read_image_headers(
     root: Path,
     files: pa.Table,
     *,
-    name: str = "pictures",
+    name: str = "images",
     index: ScanIndex | None = None,
     full: bool = False,
     progress: Progress | None = None,
 ) -> pa.Table:
-    """Find the facts of the pictures in `files` (columns of LISTING), one row of FACTS each.
+    """Find the facts of the images in `files` (columns of LISTING), one row of FACTS each.
 
     Headers are read, and files whose end looks wrong are decoded; `full` decodes all, also those
     that the index knows. name: of the table that the index remembers them in.
@@ -60,7 +60,7 @@ def read_image_headers(
 
 
 def read_image_header(root: Path, entry: Entry, *, full: bool) -> ImageHeaders:
-    """Read one picture's (width, height, problem, detail, note)."""
+    """Read one image's (width, height, problem, detail, note)."""
     try:
         with open_entry(root, entry) as file:
             facts = read_header(file)

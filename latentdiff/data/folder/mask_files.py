@@ -1,6 +1,6 @@
-"""Mask files among a folder's files: told from the pictures, and matched with them.
+"""Mask files among a folder's files: told from the images, and matched with them.
 
-NAME.mask.png belongs to the picture NAME.jpg, whatever that one's extension is.
+NAME.mask.png belongs to the image NAME.jpg, whatever that one's extension is.
 """
 
 from pathlib import Path
@@ -33,18 +33,18 @@ def part_masks(
 ) -> tuple[pa.Table, pa.Table]:
     """Part a listing into what is no mask, and masks. Both have the columns of LISTING.
 
-    Where masks are not used, one that stands beside a picture is left out with a note, and a file
-    that is only called like a mask stays a picture.
+    Where masks are not used, one that stands beside an image is left out with a note, and a file
+    that is only called like a mask stays an image.
     """
     paths = combined(listing["path"])
     is_mask = has_extension(paths, [MASK_EXTENSION])
     if not is_mask.any():
         return listing, LISTING.empty_table()
     if not are_used:
-        is_picture = has_extension(paths, IMAGE_EXTENSIONS) & ~is_mask
+        is_image = has_extension(paths, IMAGE_EXTENSIONS) & ~is_mask
         places = np.flatnonzero(is_mask)
-        pictures = stems(paths.filter(pa.array(is_picture)))
-        is_mask[places] = find_strings(_names(paths.take(pa.array(places))), pictures) >= 0
+        images = stems(paths.filter(pa.array(is_image)))
+        is_mask[places] = find_strings(_names(paths.take(pa.array(places))), images) >= 0
         for name in iter_py(paths, np.flatnonzero(is_mask)):
             problems.add("unused_mask", name)
     parts = (listing.filter(pa.array(chosen)).combine_chunks() for chosen in (~is_mask, is_mask))
@@ -63,9 +63,9 @@ def match_masks(
     full: bool = False,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, pa.Table]:
-    """Find the mask of each picture that is kept; those without a good one are left out.
+    """Find the mask of each image that is kept; those without a good one are left out.
 
-    facts: of all pictures, kept: rows of it. Returns the rows that stay, and a row of FOUND each.
+    facts: of all images, kept: rows of it. Returns the rows that stay, and a row of FOUND each.
     """
     known = read_image_headers(root, masks, name="masks", index=index, full=full, progress=progress)
     at = find_strings(stems(combined(facts["path"])), _names(combined(known["path"])))
@@ -87,7 +87,7 @@ def match_masks(
             told = f"{known['problem'][int(at[i])]}, {known['detail'][int(at[i])]}"
             problems.add("broken_mask", known["path"][int(at[i])].as_py(), told)
         else:
-            told = "{} x {}, its picture {} x {}".format(*sizes[i], *wanted[i])
+            told = "{} x {}, its image {} x {}".format(*sizes[i], *wanted[i])
             problems.add("mask_size", known["path"][int(at[i])].as_py(), told)
     found = take_rows(known.select(["path", "size", "offset"]), at[is_good])
     return kept[is_good], found.rename_columns(FOUND.names)

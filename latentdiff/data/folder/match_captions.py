@@ -1,4 +1,4 @@
-"""Which caption belongs to which picture: tables, sidecars and folder names joined."""
+"""Which caption belongs to which image: tables, sidecars and folder names joined."""
 
 import re
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ TABLE_LIKE = re.compile(r"\.(jsonl?|jsonlines|csv|tsv|parquet)$", re.IGNORECASE)
 
 @dataclass
 class CaptionedFiles:
-    """Pictures (columns of LISTING) and the place of each one's captions in the pool.
+    """Images (columns of LISTING) and the place of each one's captions in the pool.
 
     at: (N,) int32; NONE where none is found yet, FAILED where it cannot be used.
     """
@@ -57,7 +57,7 @@ class CaptionedFiles:
 
 
 class CaptionPool:
-    """Captions of pictures in arrow chunks, counted through."""
+    """Captions of images in arrow chunks, counted through."""
 
     def __init__(self, chunks: Sequence[pa.Array]) -> None:
         self._chunks = list(chunks)
@@ -93,10 +93,10 @@ def match_captions(
     problems: Problems,
     index: ScanIndex | None = None,
 ) -> CaptionedFiles:
-    """Find the captions of all pictures in a listing; in the result every place is found.
+    """Find the captions of all images in a listing; in the result every place is found.
 
     A row of a caption table comes first, then a sidecar, then the folder's name, then the policy
-    for none at all. Pictures without a caption are left out, and every problem met is added.
+    for none at all. Images without a caption are left out, and every problem met is added.
     """
     paths = combined(listing["path"])
     tables = find_tables(paths, problems)
@@ -116,13 +116,13 @@ def _from_tables(
     rules: CaptionRules,
     problems: Problems,
 ) -> CaptionedFiles:
-    """Find all pictures, and the captions of those that have a row."""
+    """Find all images, and the captions of those that have a row."""
     paths = combined(listing["path"])
     rows = read_rows(root, tables, paths, rules=rules, problems=problems)
     release_memory()
     match = match_rows(rows, paths, rules, problems)
-    is_picture = has_extension(paths, IMAGE_EXTENSIONS) | (match.of_file >= 0)
-    places = np.flatnonzero(is_picture)
+    is_image = has_extension(paths, IMAGE_EXTENSIONS) | (match.of_file >= 0)
+    places = np.flatnonzero(is_image)
     at = match.of_file[places]
     at[at < 0] = NONE
     release_memory()
@@ -140,7 +140,7 @@ def _add_sidecars(
     problems: Problems,
     index: ScanIndex | None,
 ) -> None:
-    """Give pictures without a row the text beside them."""
+    """Give images without a row the text beside them."""
     is_text = has_extension(combined(listing["path"]), TEXT_EXTENSIONS)
     if not is_text.any():
         return
@@ -159,7 +159,7 @@ def _add_sidecars(
 
 
 def _add_folder_names(found: CaptionedFiles, tables: CaptionTables, *, rules: CaptionRules) -> None:
-    """Give pictures that no table speaks for their folder's name in the template."""
+    """Give images that no table speaks for their folder's name in the template."""
     if not rules.caption_template:
         return
     places: dict[str, int] = {}
@@ -186,7 +186,7 @@ def _report_the_rest(
     rules: CaptionRules,
     problems: Problems,
 ) -> None:
-    """Say why pictures have no caption; under missing_caption="empty", give them an empty one."""
+    """Say why images have no caption; under missing_caption="empty", give them an empty one."""
     wanting = np.flatnonzero(found.at == NONE)
     if not len(wanting):
         return
@@ -200,7 +200,7 @@ def _report_the_rest(
     for name in misnamed:
         problems.add("metadata_json", name)
     if not (found.at != NONE).any() and not problems.count("error"):
-        problems.add("no_captions", f"{len(wanting):,} pictures", _near_misses(paths))
+        problems.add("no_captions", f"{len(wanting):,} images", _near_misses(paths))
         return
     failed = CaptionTables(failed=tables.failed + [parent(name) for name in misnamed])
 
@@ -223,5 +223,5 @@ def _near_misses(paths: pa.Array) -> str:
         return f"{', '.join(tables)}: not read, a caption table must be named one of {expected}"
     texts = list(iter_py(paths, np.flatnonzero(has_extension(paths, TEXT_EXTENSIONS))[:3]))
     if texts:
-        return f"{', '.join(texts)}: not read, a caption file must be named as its picture is"
+        return f"{', '.join(texts)}: not read, a caption file must be named as its image is"
     return f"there is no {', '.join(METADATA_NAMES)}, and no {', '.join(TEXT_EXTENSIONS)} file"

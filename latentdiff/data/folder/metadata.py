@@ -1,6 +1,6 @@
 """Caption tables of Hugging Face's imagefolder convention: metadata.jsonl, .csv and .parquet.
 
-A table names pictures by a path relative to its own folder. Rows come out as they are read, with
+A table names images by a path relative to its own folder. Rows come out as they are read, with
 their row or line number; everything wrong with a table is added to the problems, and reading goes
 on where it can.
 """
@@ -25,7 +25,7 @@ COLUMN_HINTS = ("text", "caption", "captions", "prompt", "prompts", "description
 
 
 class Row(NamedTuple):
-    """A row of a caption table: its number, the picture (below the root) and its captions."""
+    """A row of a caption table: its number, the image (below the root) and its captions."""
 
     number: int
     path: str

@@ -1,6 +1,6 @@
 """What can be wrong with a captioned folder: the reasons, and a collection that counts them.
 
-Three severities. `error`: the folder is not used until a person mends it. `skipped`: that picture
+Three severities. `error`: the folder is not used until a person mends it. `skipped`: that image
 is left out and counts as bad. `note`: worth knowing; nothing is left out on its account, or on
 purpose.
 """
@@ -25,12 +25,12 @@ class Reason:
 
 REASONS: dict[str, Reason] = {
     # the folder
-    "no_images": Reason("error", "no picture found", "check the path"),
+    "no_images": Reason("error", "no image found", "check the path"),
     "no_captions": Reason(
         "error",
-        "no picture has a caption",
+        "no image has a caption",
         'write metadata.jsonl, one {"file_name": "cat.jpg", "text": "a cat"} a line; or put a .txt '
-        "file beside each picture; or name folders after what they show and pass "
+        "file beside each image; or name folders after what they show and pass "
         "--data.caption_template='a photo of a {label}'",
     ),
     "link_leaves": Reason(
@@ -50,57 +50,57 @@ REASONS: dict[str, Reason] = {
     "broken_shard": Reason("error", "truncated or damaged shard", "fetch the shard again"),
     "shard_member": Reason("error", "shard member that is refused", "make the shard anew"),
     "mixed_shards": Reason(
-        "error", "pictures beside tar shards", "keep shards and loose pictures in two folders"
+        "error", "images beside tar shards", "keep shards and loose images in two folders"
     ),
-    "shard_ignored": Reason("note", "shard members that are neither pictures nor captions"),
+    "shard_ignored": Reason("note", "shard members that are neither images nor captions"),
     "archive": Reason(
         "note", "archive that is not read", "unpack it, or repack it as an uncompressed .tar"
     ),
-    # pictures
+    # images
     "empty_file": Reason("skipped", "empty file (0 bytes)"),
     "not_an_image": Reason(
-        "skipped", "not a picture", "use JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF"
+        "skipped", "not an image", "use JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF"
     ),
-    "truncated": Reason("skipped", "truncated or damaged picture", "fetch the file again"),
+    "truncated": Reason("skipped", "truncated or damaged image", "fetch the file again"),
     "unsupported": Reason(
-        "skipped", "kind of picture that is not supported", "convert it to an 8-bit PNG or JPEG"
+        "skipped", "kind of image that is not supported", "convert it to an 8-bit PNG or JPEG"
     ),
     "too_many_pixels": Reason("skipped", "more than 89 million pixels", "make it smaller"),
     "too_small": Reason("skipped", "smaller than data.min_size", "lower --data.min_size"),
     "aspect_ratio": Reason("skipped", "too long and thin", "crop it, or raise --data.max_aspect"),
     "animated": Reason("note", "animation, only the first frame is used"),
     "wrong_extension": Reason("note", "extension that is not the file's format, used all the same"),
-    "turned": Reason("note", "picture stored on its side or mirrored, used as its EXIF says"),
+    "turned": Reason("note", "image stored on its side or mirrored, used as its EXIF says"),
     # masks
     "no_mask": Reason(
         "skipped",
-        "picture without a mask",
+        "image without a mask",
         "put NAME.mask.png beside NAME.jpg, or train without --data.mask=file",
     ),
     "broken_mask": Reason("skipped", "mask that cannot be read", "write it anew as a PNG"),
     "mask_size": Reason(
-        "skipped", "mask of another size than its picture", "make it as large as the picture"
+        "skipped", "mask of another size than its image", "make it as large as the image"
     ),
-    "stray_mask": Reason("note", "mask without a picture"),
-    "unused_mask": Reason("note", "mask beside a picture, not used", "--data.mask=file uses it"),
+    "stray_mask": Reason("note", "mask without an image"),
+    "unused_mask": Reason("note", "mask beside an image, not used", "--data.mask=file uses it"),
     # captions
     "no_caption": Reason(
-        "skipped", "picture without a caption", "add one, or pass --data.missing_caption=empty"
+        "skipped", "image without a caption", "add one, or pass --data.missing_caption=empty"
     ),
     "empty_caption": Reason("note", "empty caption"),
     "control_characters": Reason("note", "control characters removed from the caption"),
     "caption_not_utf8": Reason("error", "text that is not UTF-8", "save the file as UTF-8"),
     "caption_type": Reason("error", "caption that is not text", "give a text or a list of texts"),
-    "two_captions": Reason("error", "picture with two caption files that differ", "keep one"),
-    "two_sources": Reason("note", "caption file beside a picture that has a row; the row is used"),
-    "stray_caption": Reason("note", "caption file without a picture"),
+    "two_captions": Reason("error", "image with two caption files that differ", "keep one"),
+    "two_sources": Reason("note", "caption file beside an image that has a row; the row is used"),
+    "stray_caption": Reason("note", "caption file without an image"),
     # caption tables
     "metadata_json": Reason(
         "error",
         "metadata.json is not read",
         "write it as metadata.jsonl: one JSON object a line, no list around them",
     ),
-    "two_metadata": Reason("error", "two caption tables for the same pictures", "keep one"),
+    "two_metadata": Reason("error", "two caption tables for the same images", "keep one"),
     "broken_metadata": Reason("error", "broken caption table"),
     "no_column": Reason("error", "caption table without a column"),
     "file_name_type": Reason("error", "file name that is not text"),
@@ -112,10 +112,10 @@ REASONS: dict[str, Reason] = {
     ),
     "listed_twice": Reason(
         "error",
-        "picture listed more than once",
+        "image listed more than once",
         "keep one row, or pass --data.duplicate_rows=captions to use the caption of each",
     ),
-    "unlisted": Reason("note", "picture without a row in the caption table, not used"),
+    "unlisted": Reason("note", "image without a row in the caption table, not used"),
 }
 
 

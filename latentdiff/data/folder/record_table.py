@@ -39,7 +39,7 @@ class ReadRules:
 
     captions: CaptionRules
     follow_links: bool
-    split_fraction: float
+    heldout_fraction: float
     min_size: int
     max_aspect: float
     mask: str = "none"
@@ -47,7 +47,7 @@ class ReadRules:
 
 @dataclass(frozen=True)
 class RecordTable:
-    """Usable records (columns of RECORDS, sorted by id), problems, and pictures there were."""
+    """Usable records (columns of RECORDS, sorted by id), problems, and images there were."""
 
     table: pa.Table
     problems: Problems
@@ -67,7 +67,7 @@ def build_record_table(
 
     With an `index`, a folder whose files and rules are those of an earlier call is mapped from
     disk, and of another one only new and changed files are opened. `full` opens all of them and
-    decodes every picture.
+    decodes every image.
     """
     problems = Problems()
     exclude = index.folder if index is not None else None
@@ -79,12 +79,12 @@ def build_record_table(
     listing = expand_shards(root, listing, problems=problems, index=index, progress=progress)
     uses_masks = rules.mask == "file"
     listing, masks = part_masks(listing, are_used=uses_masks, problems=problems)
-    pictures = match_captions(root, listing, rules=rules.captions, problems=problems, index=index)
+    images = match_captions(root, listing, rules=rules.captions, problems=problems, index=index)
     del listing
     release_memory()
-    num_found = len(pictures) + problems.count("skipped")
-    facts = read_image_headers(root, pictures.files, index=index, full=full, progress=progress)
-    del pictures.files
+    num_found = len(images) + problems.count("skipped")
+    facts = read_image_headers(root, images.files, index=index, full=full, progress=progress)
+    del images.files
     release_memory()
     kept = _refuse_by_size(facts, rules, problems)
     beside = None
@@ -101,14 +101,14 @@ def build_record_table(
         )
     if not len(kept) and not problems.count("error") and not problems.count("skipped"):
         problems.add("no_images", str(root))
-    parts = _records(pictures, facts, kept, beside, split_fraction=rules.split_fraction)
+    parts = _records(images, facts, kept, beside, heldout_fraction=rules.heldout_fraction)
     if index is not None and not _may_get_better(problems):
         told = {"problems": json.dumps(problems.to_json()), "num_found": str(num_found)}
         index.save(name, RECORDS.with_metadata(told), parts)
         index.prune("records-")
         if stored := map_records(index.path(name)):
             return stored
-        parts = _records(pictures, facts, kept, beside, split_fraction=rules.split_fraction)
+        parts = _records(images, facts, kept, beside, heldout_fraction=rules.heldout_fraction)
     table = pa.concat_tables([RECORDS.empty_table(), *parts])
     return RecordTable(table, problems, num_found)
 
@@ -120,20 +120,20 @@ def last_records(rules: ReadRules, index: ScanIndex) -> RecordTable | None:
 
 
 def _records(
-    pictures: CaptionedFiles,
+    images: CaptionedFiles,
     facts: pa.Table,
     kept: np.ndarray,
     beside: pa.Table | None,
     *,
-    split_fraction: float,
+    heldout_fraction: float,
 ) -> Iterator[pa.Table]:
     """Yield the table of records in parts, so that it never is in memory whole."""
     good = take_rows(facts.select(["path", "width", "height", "size", "offset"]), kept)
-    splits = assign_splits(iter_py(good["path"]), split_fraction, num=len(good))
+    splits = assign_splits(iter_py(good["path"]), heldout_fraction, num=len(good))
     for start in range(0, len(good), CHUNK):
         part = slice(start, start + CHUNK)
         path, width, height, size, offset = good.slice(start, CHUNK).combine_chunks().columns
-        captions = pictures.pool.take(pictures.at[kept[part]])
+        captions = images.pool.take(images.at[kept[part]])
         some = no_masks(len(path)) if beside is None else beside.slice(start, CHUNK)
         masks = some.combine_chunks().columns
         columns = [path, captions, width, height, pa.array(splits[part]), size, offset, *masks]

@@ -1,8 +1,8 @@
 """Webdataset shards: tar files whose members are read in place, by byte offset.
 
-cat.jpg and cat.txt (or cat.json) in a shard are a picture and its caption, as they would be in a
+cat.jpg and cat.txt (or cat.json) in a shard are an image and its caption, as they would be in a
 folder. Shards are local, uncompressed files; nothing is unpacked to disk, no member is ever
-unpickled, and only pictures, .txt and .json members are looked at. Links, devices, sparse files and
+unpickled, and only images, .txt and .json members are looked at. Links, devices, sparse files and
 names that lead out of the shard are refused.
 """
 

@@ -1,4 +1,4 @@
-"""Captions in files beside the pictures: cat.jpg with cat.txt, cat.caption or cat.json."""
+"""Captions in files beside the images: cat.jpg with cat.txt, cat.caption or cat.json."""
 
 import io
 import json
@@ -39,7 +39,7 @@ _Cells = tuple[list[str] | None, str | None, str | None]  # captions, problem, d
 
 def read_beside(
     root: Path,
-    pictures: pa.Array,
+    images: pa.Array,
     is_wanted: np.ndarray,
     *,
     files: pa.Table,
@@ -48,17 +48,17 @@ def read_beside(
     problems: Problems,
     index: ScanIndex | None = None,
 ) -> tuple[pa.Array, np.ndarray]:
-    """Find captions in `files` (columns of LISTING) beside those pictures that want one.
+    """Find captions in `files` (columns of LISTING) beside those images that want one.
 
     A .txt or .caption file comes before a .json file, which holds an object whose `caption_column`
     is a text or a list of texts. lines: a text file is one caption, or has one a line. Files that
-    `index` knows are not opened. Returns the captions (M,) and each picture's place among them,
+    `index` knows are not opened. Returns the captions (M,) and each image's place among them,
     (N,) int64: NONE without a file, FAILED where the file cannot be used.
     """
-    beside = _find_sidecars(pictures, files)
+    beside = _find_sidecars(images, files)
     has_text = (beside[:, :2] != NONE).any(axis=1)
     beside[has_text, 2] = NONE
-    for name in iter_py(pictures, np.flatnonzero(has_text & ~is_wanted)):
+    for name in iter_py(images, np.flatnonzero(has_text & ~is_wanted)):
         problems.add("two_sources", name)
     _report_strays(files, beside, problems)
     beside[~is_wanted] = NONE
@@ -77,15 +77,15 @@ def read_beside(
     for i in np.flatnonzero((places[:, :2] >= 0).all(axis=1)):
         first, second = (captions[int(place)] for place in places[i, :2])
         if not first.equals(second):
-            problems.add("two_captions", pictures[int(i)].as_py())
+            problems.add("two_captions", images[int(i)].as_py())
     return captions, places.max(axis=1)
 
 
-def _find_sidecars(pictures: pa.Array, files: pa.Table) -> np.ndarray:
-    """Find the places of each picture's .txt, .caption and .json file, (N, 3), or NONE."""
+def _find_sidecars(images: pa.Array, files: pa.Table) -> np.ndarray:
+    """Find the places of each image's .txt, .caption and .json file, (N, 3), or NONE."""
     paths = combined(files["path"])
-    beside = np.full((len(pictures), len(TEXT_EXTENSIONS)), NONE, np.int64)
-    wanted = stems(pictures)
+    beside = np.full((len(images), len(TEXT_EXTENSIONS)), NONE, np.int64)
+    wanted = stems(images)
     for column, kind in enumerate(TEXT_EXTENSIONS):
         places = np.flatnonzero(has_extension(paths, [kind]))
         at = find_strings(wanted, stems(paths.take(pa.array(places))))
@@ -94,7 +94,7 @@ def _find_sidecars(pictures: pa.Array, files: pa.Table) -> np.ndarray:
 
 
 def _report_strays(files: pa.Table, beside: np.ndarray, problems: Problems) -> None:
-    """Note the text files that belong to no picture, if any text file of their kind does."""
+    """Note the text files that belong to no image, if any text file of their kind does."""
     paths = combined(files["path"])
     for column, kind in enumerate(TEXT_EXTENSIONS[:2]):
         is_stray = has_extension(paths, [kind])

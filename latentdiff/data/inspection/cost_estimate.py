@@ -13,7 +13,7 @@ from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import ImageError, load_image, resize_and_crop, to_pixels
 from latentdiff.data.inspection.statistics import BucketRow
 
-TRIAL_PICTURES, TRIAL_SECONDS = 64, 3.0
+TRIAL_IMAGES, TRIAL_SECONDS = 64, 3.0
 Encode = Callable[[torch.Tensor], object]
 
 
@@ -25,21 +25,21 @@ class CostEstimate:
     steps_per_epoch: int
     latent_bytes: int
     text_bytes: int
-    load_rate: float  # pictures a second decoded and resized by one process
-    encode_rate: float | None  # pictures a second through the VAE; None if none was given
+    load_rate: float  # images a second decoded and resized by one process
+    encode_rate: float | None  # images a second through the VAE; None if none was given
     seconds: float  # to build the cache with one process
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What is cached of a picture and of a caption, for the estimate of bytes."""
+    """What is cached of an image and of a caption, for the estimate of bytes."""
 
     latent_factor: int = 8
     latent_channels: int = 4
     text_tokens: int = 77
     text_width: int = 768
     value_bytes: int = 4
-    copies: int = 1  # of each picture: one a crop, twice that with mirror images; 0 without cache
+    copies: int = 1  # of each image: one a crop, twice that with mirror images; 0 without cache
 
 
 def estimate_cost(
@@ -55,8 +55,8 @@ def estimate_cost(
     rows: the buckets of the training split. encode: what the VAE does with pixels (1, 3, H, W) in
     [-1, 1]. The folder must not be empty.
     """
-    pixels = sum(row.num_pictures * row.width * row.height for row in rows)
-    pixels = int(pixels * len(folder) / max(1, sum(row.num_pictures for row in rows)))
+    pixels = sum(row.num_images * row.width * row.height for row in rows)
+    pixels = int(pixels * len(folder) / max(1, sum(row.num_images for row in rows)))
     values_per_pixel = 2 * cache.latent_channels / cache.latent_factor**2  # mean and variance
     num_texts = len(pc.unique(folder.captions.flatten())) + 1  # and the null caption
     size = (rows[0].height, rows[0].width) if rows else (512, 512)
@@ -76,12 +76,12 @@ def estimate_cost(
 def measure_rates(
     folder: Folder, *, size: tuple[int, int], encode: Encode | None
 ) -> tuple[float, float | None]:
-    """Measure pictures a second, loaded and then encoded, on some spread over the folder.
+    """Measure images a second, loaded and then encoded, on some spread over the folder.
 
-    size: (height, width) in pixels. Each rate is taken over at most three seconds and 64 pictures.
+    size: (height, width) in pixels. Each rate is taken over at most three seconds and 64 images.
     """
     height, width = size
-    places = np.linspace(0, len(folder) - 1, min(TRIAL_PICTURES, len(folder))).astype(int)
+    places = np.linspace(0, len(folder) - 1, min(TRIAL_IMAGES, len(folder))).astype(int)
     start, batch = time.perf_counter(), []
     num_loaded = num_encoded = 0
     for place in places:

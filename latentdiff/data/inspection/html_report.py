@@ -24,7 +24,7 @@ from latentdiff.data.inspection.text_report import (
     time_text,
 )
 
-NUM_SAMPLES, NUM_GROUPS, NUM_ALIKE, NUM_NAMES, NUM_PICTURES = 24, 12, 4, 200, 6
+NUM_SAMPLES, NUM_GROUPS, NUM_ALIKE, NUM_NAMES, NUM_IMAGES = 24, 12, 4, 200, 6
 SIDE = 128  # of a thumbnail in pixels
 MAX_CAPTION = 90  # letters under a thumbnail
 SHOWABLE = (
@@ -60,14 +60,14 @@ def write_report_html(report: DataReport, folder: Folder, *, path: Path | str) -
 
 
 def report_as_html(report: DataReport, folder: Folder) -> str:
-    """Show a report and pictures of its folder as an HTML page."""
+    """Show a report and images of its folder as an HTML page."""
     parts = [
         _headline(report),
-        _section("Pictures", _samples(folder)),
+        _section("Images", _samples(folder)),
         _section("Problems", _problems(report, folder)),
         _section("Sizes", _sizes(folder)),
         _section("Captions", _captions(report.captions)),
-        _section("Buckets of the training pictures", _buckets(report.buckets, folder)),
+        _section("Buckets of the training images", _buckets(report.buckets, folder)),
         _section("Alike", _alike(report, folder)),
         _section("Cost", _cost(report)),
     ]
@@ -101,7 +101,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: set[i
 def _headline(report: DataReport) -> str:
     kind, word = ("good", "usable") if report.is_usable else ("bad", "not usable")
     splits = " + ".join(f"{num:,} {name}" for name, num in report.splits.items() if num)
-    counts = f"{report.num_usable:,} of {report.num_found:,} pictures are usable: {splits}"
+    counts = f"{report.num_usable:,} of {report.num_found:,} images are usable: {splits}"
     reasons = [*report.why_not, *filter(None, [leak_text(report)])]
     why = "".join(f"<li>{_safe(reason)}</li>" for reason in reasons)
     badge = f'<span class="badge {kind}">{word}</span>'
@@ -169,7 +169,7 @@ def _problems(report: DataReport, folder: Folder) -> str:
             is_open = " open" if len(lines) <= 10 else ""
             shown = f"<details{is_open}><summary>names</summary><ul>{''.join(lines)}</ul></details>"
             if key in SHOWABLE:
-                files = [folder.root / name for name in names[:NUM_PICTURES]]
+                files = [folder.root / name for name in names[:NUM_IMAGES]]
                 shown += _grid(_thumbnail(file) for file in files)
             fix = f'<br><span class="soft">{_safe(problem["fix"])}</span>' if problem["fix"] else ""
             title = f"{_safe(problem['title'])}{fix}"
@@ -216,7 +216,7 @@ def _captions(captions: CaptionStats | None) -> str:
             [_safe(long.id), str(long.num_tokens), _with_cut(long.caption, long.cut)]
             for long in tokens.worst
         ]
-        body += _table(["picture", "tokens", "caption, what is cut off"], rows, numbers={1})
+        body += _table(["image", "tokens", "caption, what is cut off"], rows, numbers={1})
     if captions.repeated:
         rows = [[f"{times:,}", _safe(caption)] for caption, times in captions.repeated]
         body += _table(["times", "repeated caption"], rows, numbers={0})
@@ -229,27 +229,25 @@ def _with_cut(caption: str, cut: str) -> str:
 
 
 def _buckets(rows: Sequence[BucketRow], folder: Folder) -> str:
-    head = ["", "width x height", "pictures", "batches", "last batch", "repeated", "enlarged"]
+    head = ["", "width x height", "images", "batches", "last batch", "repeated", "enlarged"]
     head += ["cut off", "at worst"]
     lines = [
         [
-            _cut_picture(folder, row),
+            _cut_image(folder, row),
             f"{row.width} x {row.height}",
-            *(f"{n:,}" for n in (row.num_pictures, row.num_batches, row.last_batch)),
+            *(f"{n:,}" for n in (row.num_images, row.num_batches, row.last_batch)),
             *(f"{n:,}" for n in (row.num_repeats, row.num_enlarged)),
             f"{row.mean_cut:.1%}",
             f"{row.worst_cut:.1%}",
         ]
         for row in rows
     ]
-    note = (
-        '<p class="soft">No picture is dropped. Shown: the picture cut most, cut part dimmed.</p>'
-    )
+    note = '<p class="soft">No image is dropped. Shown: the image cut most, cut part dimmed.</p>'
     return note + _table(head, lines, numbers=set(range(1, 9))) if lines else ""
 
 
-def _cut_picture(folder: Folder, row: BucketRow) -> str:
-    """Show a picture with what the bucket's centre crop cuts off dimmed."""
+def _cut_image(folder: Folder, row: BucketRow) -> str:
+    """Show an image with what the bucket's centre crop cuts off dimmed."""
     try:
         data = folder.read_bytes_of(row.worst_id)
         image = load_thumbnail(io.BytesIO(data), side=SIDE)
@@ -268,7 +266,7 @@ def _cut_picture(folder: Folder, row: BucketRow) -> str:
 def _alike(report: DataReport, folder: Folder) -> str:
     if report.alike is None:
         return "<p>not looked for</p>"
-    body = "" if report.alike else "<p>no picture looks like another</p>"
+    body = "" if report.alike else "<p>no image looks like another</p>"
     for title, groups in alike_sections(report.alike):
         body += f"<p>{_safe(title)} ({len(groups):,})</p>"
         body += '<div class="grid">'
@@ -287,13 +285,13 @@ def _cost(report: DataReport) -> str:
     encoded = (
         "the VAE was not measured"
         if plan.encode_rate is None
-        else f"{plan.encode_rate:,.1f} pictures/s encoded"
+        else f"{plan.encode_rate:,.1f} images/s encoded"
     )
     rows = [
         ["steps an epoch", f"{plan.steps_per_epoch:,} in batches of {plan.batch_size}"],
         ["cached latents", size_text(plan.latent_bytes)],
         ["cached text states", size_text(plan.text_bytes)],
-        ["rates", f"{plan.load_rate:,.0f} pictures/s loaded, {encoded}"],
+        ["rates", f"{plan.load_rate:,.0f} images/s loaded, {encoded}"],
         ["time to read all once", time_text(plan.seconds)],
     ]
     return _table(["", ""], rows, numbers=set())

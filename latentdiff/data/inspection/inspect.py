@@ -38,7 +38,7 @@ from latentdiff.models.latents import LatentCodec
 
 @dataclass(frozen=True)
 class DuplicateNames:
-    """Records that are the same picture or nearly; `is_leak` if both trained on and held out."""
+    """Records that are the same image or nearly; `is_leak` if both trained on and held out."""
 
     ids: list[str]
     is_exact: bool
@@ -70,7 +70,7 @@ def make_data_report(
     buckets: Sequence[Bucket],
     batch_size: int,
     partial: Partial = "keep",
-    max_bad_fraction: float = 0.0,
+    max_invalid_fraction: float = 0.0,
     tokenizer: CLIPTokenizer | None = None,
     alike: Sequence[DuplicateGroup] | None = None,
     cache: CacheShape | None = None,
@@ -82,7 +82,7 @@ def make_data_report(
     with pixels (1, 3, H, W) in [-1, 1], to measure its rate. Buckets and steps are those of the
     training split.
     """
-    why_not = folder.refusals(max_bad_fraction=max_bad_fraction)
+    why_not = folder.refusals(max_invalid_fraction=max_invalid_fraction)
     num_in_split = np.bincount(folder.splits, minlength=len(SPLITS)).tolist()
     train = folder.split("train")
     rows = bucket_rows(train, buckets, batch_size=batch_size, partial=partial)
@@ -133,7 +133,7 @@ def inspect_folder(
     bucket_max_aspect: float = 2.0,
     batch_size: int = 16,
     partial_batches: Partial = "keep",
-    max_bad_fraction: float = 0.0,
+    max_invalid_fraction: float = 0.0,
     tokenizer: str = "",
     vae: str = "",
     quick: bool = False,
@@ -147,7 +147,7 @@ def inspect_folder(
 
     tokenizer: a folder with a CLIP tokenizer, or a Stable-Diffusion folder that holds one. vae: a
     folder with a VAE, to measure its rate. random_flip, num_crops, cache: what is cached of each
-    picture. quick: do not look for pictures that are alike, which decodes every picture once.
+    image. quick: do not look for images that are alike, which decodes every image once.
     cache_dir: where the scan index is, so that it is done once ever. The rest: see DataConfig.
     """
     sizes: tuple[Bucket, ...] = (Bucket(resolution, resolution),)
@@ -160,7 +160,7 @@ def inspect_folder(
         buckets=sizes,
         batch_size=batch_size,
         partial=partial_batches,
-        max_bad_fraction=max_bad_fraction,
+        max_invalid_fraction=max_invalid_fraction,
         tokenizer=load_tokenizer(Path(tokenizer)) if tokenizer else None,
         alike=None if quick else find_near_duplicates(folder, index=index, progress=progress),
         cache=replace(shape, copies=(1 + random_flip) * num_crops * cache),
@@ -175,7 +175,7 @@ def chosen(settings: Mapping[str, Any], function: Callable[..., object]) -> dict
 
 def progress_bar() -> Progress:
     """Make a progress bar on stderr; nothing is shown where stderr is not a terminal."""
-    bar = tqdm(unit=" pictures", leave=False, disable=None, delay=1.0)
+    bar = tqdm(unit=" images", leave=False, disable=None, delay=1.0)
 
     def show(num_done: int, num_all: int) -> None:
         bar.total = num_all

@@ -1,9 +1,9 @@
-"""Pictures that are the same, or nearly: by their bytes, and by a perceptual hash.
+"""Images that are the same, or nearly: by their bytes, and by a perceptual hash.
 
-The hash is the sign pattern of the lowest cosine frequencies of the grey picture (Zauner 2010): it
+The hash is the sign pattern of the lowest cosine frequencies of the grey image (Zauner 2010): it
 survives another size, format or JPEG quality. Because it is blind to colour and to fine detail,
-alike hashes count only if the pictures, shrunk to 8 x 8 in colour, are alike too. Crops of more
-than a few percent and mirrored pictures are not found.
+alike hashes count only if the images, shrunk to 8 x 8 in colour, are alike too. Crops of more
+than a few percent and mirrored images are not found.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import ImageError, load_thumbnail
 
 MAX_BITS = 4  # of 63 may differ
-MAX_RMS = 8.0  # of 255, root mean square over the 8 x 8 x 3 small picture
+MAX_RMS = 8.0  # of 255, root mean square over the 8 x 8 x 3 small image
 NUM_THREADS = 4
 HASHES_FILE = pa.schema(
     [
         *LISTING,
         pa.field("digest", pa.binary(16)),
         pa.field("hash", pa.uint64()),
-        pa.field("small", pa.binary(192)),  # null where the picture cannot be decoded
+        pa.field("small", pa.binary(192)),  # null where the image cannot be decoded
     ]
 )
 COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)  # (8, 32), DCT-II
@@ -50,7 +50,7 @@ COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)  # (8
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Pictures that are alike, as places in the list asked about, rising."""
+    """Images that are alike, as places in the list asked about, rising."""
 
     places: tuple[int, ...]
     is_exact: bool  # the files are equal byte for byte
@@ -59,9 +59,9 @@ class DuplicateGroup:
 def find_near_duplicates(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> list[DuplicateGroup]:
-    """Group the pictures of a folder that are the same or nearly so.
+    """Group the images of a folder that are the same or nearly so.
 
-    Every picture is decoded once, and `index` remembers it. A near group holds one picture of each
+    Every image is decoded once, and `index` remembers it. A near group holds one image of each
     set of equal files, so the two kinds of groups can be read apart.
     """
     looks = perceptual_hashes(folder, index=index, progress=progress)
@@ -79,7 +79,7 @@ def find_near_duplicates(
 def perceptual_hashes(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> pa.Table:
-    """Read each picture's digest, perceptual hash and 8 x 8 colours: rows of LOOKS."""
+    """Read each image's digest, perceptual hash and 8 x 8 colours: rows of LOOKS."""
     columns = Columns()
     for entry in folder.entries():
         alone = entry.offset == ALONE
@@ -101,7 +101,7 @@ def perceptual_hashes(
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """Hash a picture's grey shape to 64 bits, the first of them 0."""
+    """Hash an image's grey shape to 64 bits, the first of them 0."""
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BILINEAR), np.float64)
     low = (COSINES @ grey @ COSINES.T).ravel()  # (64,), the mean grey first
     bits = low > np.median(low[1:])

@@ -62,21 +62,21 @@ class CaptionStats:
     num_captions: int
     num_different: int
     num_empty: int
-    most_per_picture: int
+    most_per_image: int
     repeated: list[tuple[str, int]]  # a caption and how often, most often first
     tokens: TokenStats | None  # None without a tokenizer
 
 
 @dataclass(frozen=True)
 class BucketRow:
-    """One bucket of the training split. Shares are of a picture's area, in [0, 1]."""
+    """One bucket of the training split. Shares are of an image's area, in [0, 1]."""
 
     width: int
     height: int
-    num_pictures: int
+    num_images: int
     num_batches: int
-    last_batch: int  # pictures in the last batch
-    num_repeats: int  # pictures shown twice in an epoch to fill it
+    last_batch: int  # images in the last batch
+    num_repeats: int  # images shown twice in an epoch to fill it
     num_enlarged: int
     mean_cut: float
     worst_cut: float
@@ -84,7 +84,7 @@ class BucketRow:
 
 
 def size_stats(folder: Folder) -> SizeStats:
-    """Measure the pictures' sizes; the folder must not be empty."""
+    """Measure the images' sizes; the folder must not be empty."""
     widths, heights = folder.widths, folder.heights
     wide, tall = int((widths > heights).sum()), int((widths < heights).sum())
     shorter = summarize(np.minimum(widths, heights))
@@ -103,7 +103,7 @@ def caption_stats(folder: Folder, tokenizer: CLIPTokenizer | None) -> CaptionSta
         num_captions=int(counts.sum()),
         num_different=len(counts),
         num_empty=int(counts[is_empty].sum()),
-        most_per_picture=int(pc.max(pc.list_value_length(lists)).as_py()),
+        most_per_image=int(pc.max(pc.list_value_length(lists)).as_py()),
         repeated=repeated,
         tokens=None if tokenizer is None else token_stats(folder, tokenizer),
     )
@@ -150,7 +150,7 @@ def bucket_rows(
             BucketRow(
                 width=bucket.width,
                 height=bucket.height,
-                num_pictures=len(members),
+                num_images=len(members),
                 num_batches=batches,
                 last_batch=batch_size if is_filled else left,
                 num_repeats=batch_size - left if is_filled else 0,

@@ -7,7 +7,7 @@ from latentdiff.data.inspection.cost_estimate import CostEstimate
 from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
 from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, SizeStats, Summary
 
-MUCH_CUT = 0.05  # of a picture's area
+MUCH_CUT = 0.05  # of an image's area
 NUM_NAMES = 5  # shown of each kind; --json has the rest
 SEVERITY_TITLES = {"error": "must be mended", "skipped": "left out", "note": "worth knowing"}
 
@@ -19,7 +19,7 @@ def report_as_text(report: DataReport) -> str:
         ["PROBLEMS", *_problems(report)],
         ["SIZES", *_sizes(report.sizes)] if report.sizes else [],
         ["CAPTIONS", *_captions(report.captions)] if report.captions else [],
-        ["BUCKETS of the training pictures", *_buckets(report.buckets)] if report.buckets else [],
+        ["BUCKETS of the training images", *_buckets(report.buckets)] if report.buckets else [],
         ["ALIKE", *_alike(report.alike)],
         ["COST", *_plan(report.plan)] if report.plan else [],
         [_verdict(report)],
@@ -52,7 +52,7 @@ def time_text(seconds: float) -> str:
 
 def _headline(report: DataReport) -> str:
     splits = " + ".join(f"{num:,} {name}" for name, num in report.splits.items() if num)
-    counts = f"{report.num_usable:,} of {report.num_found:,} pictures are usable"
+    counts = f"{report.num_usable:,} of {report.num_found:,} images are usable"
     return f"{printable(report.root)}\n{counts}{f': {splits}' if splits else ''}"
 
 
@@ -87,8 +87,8 @@ def _range(spread: Summary, form: str) -> str:
 
 
 def _captions(captions: CaptionStats) -> Iterator[str]:
-    per = captions.most_per_picture
-    several = f", up to {per} a picture" if per > 1 else ""
+    per = captions.most_per_image
+    several = f", up to {per} an image" if per > 1 else ""
     num = counted(captions.num_captions, "caption")
     yield f"  {num}, {captions.num_different:,} different{several}"
     if captions.num_empty:
@@ -113,24 +113,24 @@ def _short(text: str, *, length: int = 70) -> str:
 
 
 def _buckets(rows: Sequence[BucketRow]) -> Iterator[str]:
-    yield ("  width x height  pictures  batches  last batch  repeated  enlarged  cut off  at worst")
+    yield ("  width x height  images  batches  last batch  repeated  enlarged  cut off  at worst")
     for row in rows:
         size = f"{row.width} x {row.height}"
         yield (
-            f"  {size:>14}  {row.num_pictures:>8,}  {row.num_batches:>7,}  {row.last_batch:>10,}"
+            f"  {size:>14}  {row.num_images:>8,}  {row.num_batches:>7,}  {row.last_batch:>10,}"
             f"  {row.num_repeats:>8,}  {row.num_enlarged:>8,}  {row.mean_cut:>7.1%}"
             f"  {row.worst_cut:>8.1%}" + (f" {printable(row.worst_id)}" if row.worst_cut else "")
         )
-    yield "  no picture is dropped; cut off: the share of a picture outside its bucket's shape"
+    yield "  no image is dropped; cut off: the share of an image outside its bucket's shape"
     if len(rows) == 1 and rows[0].mean_cut > MUCH_CUT:
-        yield "  --data.buckets=true keeps pictures nearer to their own shape"
+        yield "  --data.buckets=true keeps images nearer to their own shape"
 
 
 def _alike(groups: Sequence[DuplicateNames] | None) -> Iterator[str]:
     if groups is None:
         yield "  not looked for (--quick)"
     elif not groups:
-        yield "  no picture looks like another"
+        yield "  no image looks like another"
     for title, chosen in alike_sections(groups or []):
         yield f"  {title} ({len(chosen):,})"
         for group in chosen[:NUM_NAMES]:
@@ -144,9 +144,9 @@ def alike_sections(groups: Sequence[DuplicateNames]) -> list[tuple[str, list[Dup
     """Sort groups into titled sections, the gravest first; sections without groups are left out."""
     titles = {
         (True, True): "equal files, both trained on and held out",
-        (True, False): "nearly equal pictures, both trained on and held out",
+        (True, False): "nearly equal images, both trained on and held out",
         (False, True): "equal files",
-        (False, False): "nearly equal pictures",
+        (False, False): "nearly equal images",
     }
     sections = [
         (title, [g for g in groups if (g.is_leak, g.is_exact) == kind])
@@ -160,21 +160,21 @@ def _plan(plan: CostEstimate) -> Iterator[str]:
     total = size_text(plan.latent_bytes + plan.text_bytes)
     parts = f"latents {size_text(plan.latent_bytes)}, text states {size_text(plan.text_bytes)}"
     yield f"  the cache takes about {total}: {parts}"
-    rate = f"{plan.load_rate:,.0f} pictures/s"
+    rate = f"{plan.load_rate:,.0f} images/s"
     if plan.encode_rate is None:
-        yield f"  loading all pictures once takes {time_text(plan.seconds)} ({rate});"
+        yield f"  loading all images once takes {time_text(plan.seconds)} ({rate});"
         yield "  encoding them comes on top, --vae=FOLDER measures it"
     else:
-        rate = f"loads {rate}, encodes {plan.encode_rate:,.1f} pictures/s"
+        rate = f"loads {rate}, encodes {plan.encode_rate:,.1f} images/s"
         yield f"  building it takes {time_text(plan.seconds)} (one process {rate})"
 
 
 def leak_text(report: DataReport) -> str:
-    """Say that pictures are both trained on and held out; "" where none is."""
+    """Say that images are both trained on and held out; "" where none is."""
     if not (num := sum(group.is_leak for group in report.alike or [])):
         return ""
     are = "is" if num == 1 else "are"
-    return f"{counted(num, 'picture')} {are} both trained on and held out: held-out figures flatter"
+    return f"{counted(num, 'image')} {are} both trained on and held out: held-out figures flatter"
 
 
 def _verdict(report: DataReport) -> str:

@@ -1,10 +1,10 @@
-"""How well a picture fits its text by CLIP (Radford et al. 2021), as a score that can be climbed.
+"""How well an image fits its text by CLIP (Radford et al. 2021), as a score that can be climbed.
 
 `ClipGuide` is a guide of LatentDiffPipeline: it decodes the predicted clean latents, embeds the
-picture, and returns the cosine to its text. CLIP's own logit is about 100 times the cosine, so a
+image, and returns the cosine to its text. CLIP's own logit is about 100 times the cosine, so a
 guide_scale of some hundreds is where guidance begins to show.
 
-Does a CLIP find the caption of a picture, and the picture of a caption? Recall at k.
+Does a CLIP find the caption of an image, and the image of a caption? Recall at k.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from latentdiff.evaluation.metrics.bootstrap import Interval, proportion
 from latentdiff.models.latents import Autoencoder, LatentCodec
 from latentdiff.models.weights import weights_hash
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, in [0, 1]
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -37,7 +37,7 @@ class Clip:
 
     @torch.no_grad()
     def score(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
-        """Return the cosine of each picture to its own caption, (B,)."""
+        """Return the cosine of each image to its own caption, (B,)."""
         return (self.embed_pixels(pixels) * self.embed_texts(captions)).sum(1)
 
 
@@ -145,7 +145,7 @@ class ClipGuide:
     """Scores predicted clean latents by CLIP: pass one as `guide` of a LatentDiffPipeline."""
 
     def __init__(self, clip: Clip, vae: Autoencoder, captions: Sequence[str]) -> None:
-        """captions: one for all pictures of a call, or one a picture, in their order."""
+        """captions: one for all images of a call, or one an image, in their order."""
         if isinstance(captions, str) or not captions:
             raise ValueError(f"captions is {captions!r}, expected a list of at least one text")
         self._clip, self._codec = clip, LatentCodec(vae)
@@ -153,42 +153,41 @@ class ClipGuide:
             self._texts = clip.embed_texts(captions)
 
     def __call__(self, z0: Tensor, t: Tensor) -> Tensor:
-        """Return the cosine of each picture to its caption. z0: (B, C, h, w) -> (B,)."""
+        """Return the cosine of each image to its caption. z0: (B, C, h, w) -> (B,)."""
         if len(self._texts) not in (1, len(z0)):
             raise ValueError(
-                f"the guide has {len(self._texts)} captions for {len(z0)} pictures, expected one "
+                f"the guide has {len(self._texts)} captions for {len(z0)} images, expected one "
                 "for all or one each"
             )
-        pictures = self._clip.embed_pixels(self._codec.decode(z0))
-        return (pictures * self._texts.to(pictures)).sum(1)
+        images = self._clip.embed_pixels(self._codec.decode(z0))
+        return (images * self._texts.to(images)).sum(1)
 
 
 def recall_at(
-    pictures: Tensor, texts: Tensor, captions: Sequence[str], *, k: int, level: float = 0.95
+    images: Tensor, texts: Tensor, captions: Sequence[str], *, k: int, level: float = 0.95
 ) -> tuple[Interval, Interval]:
-    """Return how often the right caption is among a picture's k nearest, and the reverse.
+    """Return how often the right caption is among an image's k nearest, and the reverse.
 
-    pictures, texts: (N, D) unit vectors of N pairs; captions: the N texts. A caption that several
-    pairs share is one candidate, and any of its pictures is a right answer. Chance is about k over
+    images, texts: (N, D) unit vectors of N pairs; captions: the N texts. A caption that several
+    pairs share is one candidate, and any of its images is a right answer. Chance is about k over
     the number of captions. Raises ValueError for unequal counts or a k out of range.
     """
-    if not len(pictures) == len(texts) == len(captions):
+    if not len(images) == len(texts) == len(captions):
         raise ValueError(
-            f"{len(pictures)} pictures, {len(texts)} texts and {len(captions)} captions, expected "
-            "pairs"
+            f"{len(images)} images, {len(texts)} texts and {len(captions)} captions, expected pairs"
         )
     first = {caption: place for place, caption in reversed(list(enumerate(captions)))}
     names = sorted(first)
     if not 1 <= k <= len(names):
         raise ValueError(f"k={k}, expected 1 to {len(names)}, the number of captions")
     number = {name: place for place, name in enumerate(names)}
-    own = torch.tensor([number[caption] for caption in captions], device=pictures.device)
+    own = torch.tensor([number[caption] for caption in captions], device=images.device)
     candidates = texts[torch.tensor([first[name] for name in names], device=texts.device)]
-    scores = pictures @ candidates.T  # (N, number of captions)
+    scores = images @ candidates.T  # (N, number of captions)
     found_text = (scores.topk(k, dim=1).indices == own[:, None]).any(1)
-    nearest = scores.topk(min(k, len(pictures)), dim=0).indices  # (k, number of captions)
-    found_picture = (own[nearest] == torch.arange(len(names), device=own.device)).any(0)
+    nearest = scores.topk(min(k, len(images)), dim=0).indices  # (k, number of captions)
+    found_image = (own[nearest] == torch.arange(len(names), device=own.device)).any(0)
     return (
         proportion(int(found_text.sum()), len(found_text), level=level),
-        proportion(int(found_picture.sum()), len(found_picture), level=level),
+        proportion(int(found_image.sum()), len(found_image), level=level),
     )

@@ -1,4 +1,4 @@
-"""How far two sets of pictures lie apart, as sets of feature vectors. Nothing is loaded here.
+"""How far two sets of images lie apart, as sets of feature vectors. Nothing is loaded here.
 
 FD: Frechet distance of two Gaussians fitted to them (Heusel et al. 2017, FID is its name for one
 network's features). KID: squared maximum mean discrepancy under a polynomial kernel (Binkowski et

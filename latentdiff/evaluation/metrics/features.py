@@ -1,4 +1,4 @@
-"""Pictures as feature vectors: a network's pooled last layer, read from a folder.
+"""Images as feature vectors: a network's pooled last layer, read from a folder.
 
 The folder holds either arch.json, a list of layers in their order, and model.safetensors: a
 MobileNet (Howard et al. 2017) with its batch norms folded into its convolutions; or a transformers
@@ -32,7 +32,7 @@ class Features:
 
 
 def open_features(folder: str | Path, *, device: torch.device | str = "cpu") -> Features:
-    """Open a folder with a MobileNet, a transformers vision model, or a CLIP's image tower.
+    """Open a folder with a MobileNet, a transformers vision model, or a CLIP's image encoder.
 
     FileNotFoundError or ValueError says what the folder lacks.
     """
@@ -57,7 +57,7 @@ def from_module(module: nn.Module, name: str) -> Features:
 
 
 class MobileNet(nn.Module):
-    """Pictures to pooled features."""
+    """Images to pooled features."""
 
     def __init__(self, layers: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Held-out loss that means something, and how much the model uses its captions.
 
-A fixed set of (picture, timestep, noise) triples, timesteps stratified over the chain, is measured
+A fixed set of (image, timestep, noise) triples, timesteps stratified over the chain, is measured
 again and again, so two figures differ by the model alone. The same triples under shuffled and null
 captions show what a caption is worth: a model that ignores captions has a caption use of 0. Triples
-of training pictures with the same timesteps show overfitting as a gap. All of it is squared errors,
+of training images with the same timesteps show overfitting as a gap. All of it is squared errors,
 whatever loss is trained, so that runs compare.
 Several processes share the work out in batches that do not depend on their number.
 """
@@ -29,7 +29,7 @@ TRIPLES_AT_ONCE = 8  # under three captions each; a constant, so that no layout 
 class Triples:
     """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, text (n, ...) ids or states.
 
-    mask: n times (1, h, w) in [0, 1] where only a part of each picture is trained on. Latents
+    mask: n times (1, h, w) in [0, 1] where only a part of each image is trained on. Latents
     differ in size between aspect-ratio buckets; keep those of one size together.
     """
 
@@ -130,27 +130,27 @@ def summarize_losses(
     """
     losses = {name: values.double().cpu() for name, values in losses.items()}
     true = losses["true"]
-    figures = _estimate(true, "held_out_loss", "held_out_se")
+    figures = _estimate(true, "heldout_loss", "heldout_se")
     for name, label in (("null", "caption_use"), ("shuffled", "caption_match")):
         shares = (losses[name] - true) / losses[name].mean()
         figures |= _estimate(shares, label, f"{label}_se")
     bucket = t.cpu() * NUM_BUCKETS // num_timesteps
     for b, label in enumerate(bucket_labels(num_timesteps)):
         if (here := bucket == b).any():
-            names = f"held_out_loss/{label}", f"held_out_se/{label}"
+            names = f"heldout_loss/{label}", f"heldout_se/{label}"
             figures |= _estimate(true[here], *names)
-    return figures | {"num_held_out": float(len(true))}
+    return figures | {"num_heldout": float(len(true))}
 
 
-def summarize_gap(held_out: Tensor, trained: Tensor) -> dict[str, float]:
+def summarize_gap(heldout: Tensor, trained: Tensor) -> dict[str, float]:
     """Return the loss of training triples and how much larger the held-out one is, for the log.
 
-    held_out, trained: (n,) losses, in the order of one set of timesteps, which pairs them. Zero
-    for a model that does as well on pictures that it has never seen; it grows with overfitting.
+    heldout, trained: (n,) losses, in the order of one set of timesteps, which pairs them. Zero
+    for a model that does as well on images that it has never seen; it grows with overfitting.
     """
-    held_out, trained = held_out.double().cpu(), trained.double().cpu()
+    heldout, trained = heldout.double().cpu(), trained.double().cpu()
     figures = _estimate(trained, "train_loss_fixed", "train_se_fixed")
-    return figures | _estimate(held_out - trained, "held_out_gap", "held_out_gap_se")
+    return figures | _estimate(heldout - trained, "heldout_gap", "heldout_gap_se")
 
 
 def bucket_labels(num_timesteps: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a VAE keeps of a picture, and how its latents are spread: PSNR, SSIM, moments, a sheet."""
+"""What a VAE keeps of an image, and how its latents are spread: PSNR, SSIM, moments, a sheet."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ RANGE = 2.0  # pixels lie in [-1, 1]
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """How one latent channel is spread over pictures and places."""
+    """How one latent channel is spread over images and places."""
 
     mean: float
     std: float
@@ -23,21 +23,19 @@ class ChannelMoments:
 
 
 def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB of each picture: (B, 3, H, W) in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB of each image: (B, 3, H, W) in [-1, 1]."""
     error = F.mse_loss(reconstruction.clamp(-1, 1), pixels, reduction="none").mean((1, 2, 3))
     return 10 * torch.log10(RANGE**2 / error.clamp_min(1e-10))
 
 
 def ssim(reconstruction: Tensor, pixels: Tensor) -> Tensor:
-    """Return the structural similarity of each picture, 1 for equal ones (Wang et al. 2004).
+    """Return the structural similarity of each image, 1 for equal ones (Wang et al. 2004).
 
     (B, 3, H, W) in [-1, 1], at least 11 pixels a side; the mean over channels and over every place
     where the window of 11 x 11 (sigma 1.5) fits.
     """
     if min(pixels.shape[2:]) < WINDOW:
-        raise ValueError(
-            f"pictures are {tuple(pixels.shape[2:])}, expected {WINDOW} a side or more"
-        )
+        raise ValueError(f"images are {tuple(pixels.shape[2:])}, expected {WINDOW} a side or more")
     x, y = reconstruction.float().clamp(-1, 1), pixels.float()
     mean_x, mean_y = _blurred(x), _blurred(y)
     var_x, var_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
@@ -71,7 +69,7 @@ def channel_moments(z: Tensor) -> list[ChannelMoments]:
 def reconstruction_sheet(
     pixels: Tensor, reconstruction: Tensor, *, columns: int = 8
 ) -> Image.Image:
-    """Return rows of pictures, each above its reconstruction. Both (N, 3, H, W) in [-1, 1]."""
+    """Return rows of images, each above its reconstruction. Both (N, 3, H, W) in [-1, 1]."""
     rows = []
     for start in range(0, len(pixels), columns):
         for x in (pixels, reconstruction):

@@ -1,4 +1,4 @@
-"""The judge of the built-in shapes world: reads a scene back from its picture.
+"""The judge of the built-in shapes world: reads a scene back from its image.
 
 Geometry and colour alone, nothing learned, so a model's prompt-following accuracy does not depend
 on another model. Background and colours are the nearest named ones; the outline is normalised by
@@ -14,11 +14,11 @@ from PIL import Image, ImageFilter
 
 from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, SIZES, Scene, render
 
-SIDE = 64  # every picture is judged at this size
+SIDE = 64  # every image is judged at this size
 MAX_COLOUR_DISTANCE = 70.0  # of 255, Euclidean in RGB, to the nearest named colour
 MIN_CONTRAST = 40.0  # of 255; the palest pair, green on teal, has 87
 MIN_AREA = 40.0  # pixels; the smallest shape, a star of radius 12, has 170
-MIN_AREA_RATIO = 0.2  # to the largest piece; two shapes of one picture have at least 0.38
+MIN_AREA_RATIO = 0.2  # to the largest piece; two shapes of one image have at least 0.38
 MIN_IOU = 0.72  # with the best outline; blurred or noisy renderings have 0.8 and more
 MIN_LEAD = 0.04  # of the best outline over the second; these renderings have 0.05 and more
 MAX_RADIUS_RATIO = 1.3  # to the nearest named size; the middle between the two is 1.29
@@ -30,7 +30,7 @@ MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 @dataclass(frozen=True)
 class SceneReading:
-    """What a picture shows; None is unreadable or absent. Two shapes: the first is left or above.
+    """What an image shows; None is unreadable or absent. Two shapes: the first is left or above.
 
     The sizes of two shapes are not read, since their captions do not name them.
     """
@@ -54,7 +54,7 @@ class _Shape:
 
 
 def judge_image(image: Image.Image | np.ndarray) -> SceneReading:
-    """Read the scene that a picture shows. image: PIL, or uint8 (H, W, 3).
+    """Read the scene that an image shows. image: PIL, or uint8 (H, W, 3).
 
     A kind is named only if its outline overlaps the shape's by MIN_IOU (intersection over union)
     and leads by MIN_LEAD; a size is that of the best outline, named or not. More than two shapes
@@ -109,15 +109,15 @@ def follows(reading: SceneReading, scene: Scene) -> dict[str, bool]:
 def accuracy(
     images: Sequence[Image.Image | np.ndarray], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """Return the fraction of pictures that follow their scene, by attribute and for "all".
+    """Return the fraction of images that follow their scene, by attribute and for "all".
 
     An attribute counts over the scenes that name it. Raises ValueError unless there is one scene
-    for each of one or more pictures.
+    for each of one or more images.
     """
     if len(images) != len(scenes) or not len(images):
         raise ValueError(
-            f"got {len(images)} pictures and {len(scenes)} scenes; "
-            "give one or more pictures and a scene for each"
+            f"got {len(images)} images and {len(scenes)} scenes; "
+            "give one or more images and a scene for each"
         )
     answers: dict[str, list[bool]] = {}
     for image, scene in zip(images, scenes, strict=True):
@@ -142,7 +142,7 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"a picture is a PIL image or a uint8 array (H, W, 3), "
+                f"an image is a PIL image or a uint8 array (H, W, 3), "
                 f"got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
@@ -165,7 +165,7 @@ def _nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str 
 
 
 def _foreground(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """Return where the picture is nearer to the shape at hand than to the background. bool.
+    """Return where the image is nearer to the shape at hand than to the background. bool.
 
     The half is that of the greatest contrast within 3 pixels, so a pale shape stands beside a
     strong one.
@@ -252,7 +252,7 @@ def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, tuple[float, float]
 def _outlines() -> tuple[np.ndarray, np.ndarray]:
     """Return normalised masks (kinds, variants, MASK_PX, MASK_PX) and mean areas (kinds, sizes).
 
-    They come from rendered pictures by the way that leads from any picture to its mask; the mean
+    They come from rendered images by the way that leads from any image to its mask; the mean
     over places and radii is the outline of a size and softness.
     """
     rng = np.random.default_rng(0)
@@ -262,9 +262,9 @@ def _outlines() -> tuple[np.ndarray, np.ndarray]:
     for k, kind in enumerate(KINDS):
         for s, size in enumerate(SIZES):
             for _ in range(num_renderings):
-                picture = render(Scene(kind, "blue", size, "white"), rng, size_px=SIDE)
+                image = render(Scene(kind, "blue", size, "white"), rng, size_px=SIDE)
                 for b, softness in enumerate(SOFTNESS_PX):
-                    pixels = _pixels(picture.filter(ImageFilter.GaussianBlur(softness)))
+                    pixels = _pixels(image.filter(ImageFilter.GaussianBlur(softness)))
                     ground = _ground(pixels)
                     [piece] = _pieces(_foreground(pixels, ground))
                     mask, area, _ = _normalise(_soft_mask(pixels, ground, piece)[0])

@@ -99,7 +99,7 @@ def caption_bound(
     repeats: int,
     latents: CaptionedLatents | None = None,
 ) -> CaptionBound:
-    """Evaluate both bounds of each picture `repeats` times.
+    """Evaluate both bounds of each image `repeats` times.
 
     plan: None calls the U-Net for all T steps. latents: others than the subject's.
     """
@@ -123,7 +123,7 @@ def conditional_bound(
 def pilot_plan(
     chain: Chain, subject: EvalModel, *, num_draws: int, num_pilot: int
 ) -> TimestepPlan | None:
-    """Return how to draw `num_draws` timesteps a picture, from every step of a few pictures.
+    """Return how to draw `num_draws` timesteps an image, from every step of a few images.
 
     None where the chain is not longer than that: then all its steps are taken.
     """

@@ -1,4 +1,4 @@
-"""How well drawn pictures fit their captions by a CLIP, beside real pictures and chance."""
+"""How well drawn images fit their captions by a CLIP, beside real images and chance."""
 
 from typing import Any
 
@@ -23,26 +23,26 @@ def clip_section(
     device: torch.device,
     seed: int,
 ) -> tuple[Section, Score]:
-    """Score the pictures of M captions; asked: the M real pictures of these captions."""
+    """Score the images of M captions; asked: the M real images of these captions."""
     texts = torch.cat(
         [
             clip.embed_texts(drawn.captions[start : start + batch_size]).cpu()
             for start in range(0, len(drawn.captions), batch_size)
         ]
     )  # (M, D)
-    pictures = in_batches(clip.embed_pixels, drawn.flat, size=batch_size, device=device)
+    images = in_batches(clip.embed_pixels, drawn.flat, size=batch_size, device=device)
     real = in_batches(clip.embed_pixels, asked.bytes, size=batch_size, device=device)
-    by_caption = pictures.unflatten(0, (-1, drawn.per_caption))  # (M, K, D)
+    by_caption = images.unflatten(0, (-1, drawn.per_caption))  # (M, K, D)
     other = texts[shuffled_places(len(texts), seed=seed)]
     scores, chance = (SCALE * (by_caption * t[:, None]).sum(2).mean(1) for t in (texts, other))
     of_real = SCALE * (real * texts).sum(1)
     intervals = {
         "score": bootstrap_mean(scores),
         "shuffled_captions": bootstrap_mean(chance),
-        "real_pictures": bootstrap_mean(of_real),
+        "real_images": bootstrap_mean(of_real),
         "over_chance": bootstrap_difference(scores, chance),
     }
-    labels = ("drawn pictures", "the same under other captions", "real pictures", "over chance")
+    labels = ("drawn images", "the same under other captions", "real images", "over chance")
     rows = [
         Row(f"CLIP score, {label}", interval)
         for label, interval in zip(labels, intervals.values(), strict=True)
@@ -60,6 +60,6 @@ def clip_section(
         f"100 times the cosine, by {clip.name or 'a CLIP'}, sha256 {clip.hash[:16]}. Scores of "
         "different CLIPs do not compare. Intervals are over captions."
     ]
-    figures |= {"clip": {"name": clip.name, "sha256": clip.hash}, "num_pictures": len(pictures)}
+    figures |= {"clip": {"name": clip.name, "sha256": clip.hash}, "num_images": len(images)}
     section = Section("clip_score", "Fit to the caption (CLIP)", figures, rows, notes)
     return section, Score("CLIP score", scores, higher_is_better=True)

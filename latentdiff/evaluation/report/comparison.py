@@ -21,7 +21,7 @@ def against_section(
     first: Mapping[str, Score],
     second: Mapping[str, Score],
     *,
-    pictures: tuple[GeneratedImages, GeneratedImages] | None,
+    images: tuple[GeneratedImages, GeneratedImages] | None,
     left_out: Mapping[str, str],
 ) -> Section:
     """Compare the first model's scores with those of the second, which is called `name`.
@@ -45,7 +45,7 @@ def against_section(
         f"{MIN_PAIRS} pairs."
     ]
     notes += [f"Not compared: {key}, because {why}." for key, why in left_out.items()]
-    groups = [] if pictures is None else _pairs(*pictures)
+    groups = [] if images is None else _pairs(*images)
     return Section("compare", f"Against {name}", figures, rows, notes, groups)
 
 

@@ -1,7 +1,7 @@
-"""How like real pictures the drawn ones are, in a network's features: FD, KID, precision, recall.
+"""How like real images the drawn ones are, in a network's features: FD, KID, precision, recall.
 
-Against held-out pictures and against training ones, by class where there are classes. The distance
-between held-out and training pictures themselves is what a perfect model would have.
+Against held-out images and against training ones, by class where there are classes. The distance
+between held-out and training images themselves is what a perfect model would have.
 """
 
 from collections.abc import Sequence
@@ -23,26 +23,26 @@ FEWEST_OF_CLASS = 10
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Features of the drawn (M K, D), held-out (H, D) and training (T, D) pictures."""
+    """Features of the drawn (M K, D), held-out (H, D) and training (T, D) images."""
 
     name: str
     hash: str
     drawn: Tensor
-    held_out: Tensor
+    heldout: Tensor
     train: Tensor  # (0, D) where there are none
 
 
-def embed_pictures(
+def embed_images(
     features: Features,
     drawn: GeneratedImages,
-    held_out: ImageArrays,
+    heldout: ImageArrays,
     train: ImageArrays | None,
     *,
     batch_size: int,
     device: torch.device,
 ) -> Embedded:
-    """Send all pictures through a network."""
-    sets = [drawn.flat, held_out.bytes] + ([] if train is None else [train.bytes])
+    """Send all images through a network."""
+    sets = [drawn.flat, heldout.bytes] + ([] if train is None else [train.bytes])
     found = [in_batches(features.embed, x, size=batch_size, device=device) for x in sets]
     of_train = found[2] if train is not None else torch.zeros(0, found[0].shape[1])
     return Embedded(features.name, features.hash, found[0], found[1], of_train)
@@ -51,14 +51,14 @@ def embed_pictures(
 def fidelity_section(
     embedded: Embedded, *, classes: Sequence[str], real_classes: Sequence[str]
 ) -> Section:
-    """Compare the sets. classes: of the drawn pictures (M K), real_classes: of the held-out (H).
+    """Compare the sets. classes: of the drawn images (M K), real_classes: of the held-out (H).
 
-    ValueError for sets of fewer than four pictures.
+    ValueError for sets of fewer than four images.
     """
-    drawn, held_out, train = embedded.drawn, embedded.held_out, embedded.train
-    pairs = {"held_out": (held_out, drawn)}
+    drawn, heldout, train = embedded.drawn, embedded.heldout, embedded.train
+    pairs = {"heldout": (heldout, drawn)}
     if len(train) >= FEWEST:
-        pairs |= {"train": (train, drawn), "held_out_to_train": (train, held_out)}
+        pairs |= {"train": (train, drawn), "heldout_to_train": (train, heldout)}
     figures: dict[str, Any] = {
         "features": {
             "name": embedded.name,
@@ -69,9 +69,9 @@ def fidelity_section(
     rows, titles = (
         [],
         {
-            "held_out": "drawn to held-out pictures",
-            "train": "drawn to training pictures",
-            "held_out_to_train": "held-out to training pictures, for comparison",
+            "heldout": "drawn to held-out images",
+            "train": "drawn to training images",
+            "heldout_to_train": "held-out to training images, for comparison",
         },
     )
     for name, (real, generated) in pairs.items():
@@ -80,8 +80,8 @@ def fidelity_section(
     by_class, some = _by_class(embedded, classes, real_classes)
     notes = [f"Features: {embedded.name}, {drawn.shape[1]} of them, sha256 {embedded.hash[:16]}."]
     notes += [
-        f"{titles['held_out'].capitalize()}: {figures['held_out']['fd']['caution']}.",
-        "KID is unbiased and may be negative; pictures count as independent of one another.",
+        f"{titles['heldout'].capitalize()}: {figures['heldout']['fd']['caution']}.",
+        "KID is unbiased and may be negative; images count as independent of one another.",
     ]
     if by_class:
         figures["classes"] = by_class
@@ -100,7 +100,7 @@ def _compare(real: Tensor, generated: Tensor, title: str) -> tuple[dict[str, Any
         "num_real": len(real),
         "num_generated": len(generated),
     }
-    counts = f"{len(generated)} and {len(real)} pictures"
+    counts = f"{len(generated)} and {len(real)} images"
     doubt = "" if fd.has_enough_samples else ", too few for FD"
     rows = [
         Row(f"KID, {title}", kid, counts),
@@ -114,11 +114,11 @@ def _compare(real: Tensor, generated: Tensor, title: str) -> tuple[dict[str, Any
 def _by_class(
     embedded: Embedded, classes: Sequence[str], real_classes: Sequence[str]
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Compare class by class, those with enough pictures on both sides."""
+    """Compare class by class, those with enough images on both sides."""
     figures: dict[str, Any] = {}
     rows = []
     for name in sorted(set(real_classes) - {""}):
-        real = embedded.held_out[torch.tensor([one == name for one in real_classes])]
+        real = embedded.heldout[torch.tensor([one == name for one in real_classes])]
         generated = embedded.drawn[torch.tensor([one == name for one in classes])]
         if min(len(real), len(generated)) < FEWEST_OF_CLASS:
             continue
@@ -130,6 +130,6 @@ def _by_class(
             "num_real": len(real),
             "num_generated": len(generated),
         }
-        counts = f"{len(generated)} and {len(real)} pictures; FD {fd.value:.4g}"
+        counts = f"{len(generated)} and {len(real)} images; FD {fd.value:.4g}"
         rows.append(Row(f"KID, {name}", kid, counts))
     return figures, rows

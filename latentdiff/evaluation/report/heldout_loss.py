@@ -1,7 +1,7 @@
 """The held-out loss of fixed triples, and what the model makes of captions, for a report.
 
-Every picture is measured at several timesteps, stratified over the chain, under its own caption,
-another picture's and none (heldout.py). Intervals are over pictures.
+Every image is measured at several timesteps, stratified over the chain, under its own caption,
+another image's and none (heldout.py). Intervals are over images.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ FEWEST_TRIPLES = 512
 
 
 def loss_section(subject: EvalModel) -> tuple[Section, Score]:
-    """Measure the model on its subject's pictures; FloatingPointError where a loss is no number."""
+    """Measure the model on its subject's images; FloatingPointError where a loss is no number."""
     chain = Chain.of(subject.components)
     num_timesteps = chain.schedule.num_timesteps
     triples = fixed_triples(subject, num_timesteps=num_timesteps)
@@ -52,14 +52,14 @@ def loss_section(subject: EvalModel) -> tuple[Section, Score]:
     figures |= {
         "by_timestep": by_timestep,
         "prediction_type": chain.prediction_type,
-        "num_pictures": num,
+        "num_images": num,
         "num_triples": len(triples),
     }
     notes = [
         "Squared errors of the model's own prediction at fixed timesteps and noise: they compare "
         "between models of the same latents and the same prediction type."
     ]
-    section = Section("held_out", "Held-out loss and use of captions", figures, rows + some, notes)
+    section = Section("heldout", "Held-out loss and use of captions", figures, rows + some, notes)
     return section, Score("held-out loss", true, higher_is_better=False)
 
 
@@ -82,7 +82,7 @@ def _losses(chain: Chain, subject: EvalModel, triples: Triples) -> dict[str, Ten
 
 
 def fixed_triples(subject: EvalModel, *, num_timesteps: int) -> Triples:
-    """Return every picture as often as makes FEWEST_TRIPLES, with its own timesteps and noise."""
+    """Return every image as often as makes FEWEST_TRIPLES, with its own timesteps and noise."""
     latents = subject.latents
     repeats = -(-FEWEST_TRIPLES // len(latents))
     z0 = latents.z0.repeat(repeats, 1, 1, 1)

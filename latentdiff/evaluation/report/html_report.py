@@ -1,4 +1,4 @@
-"""The evaluation as one HTML file: tables, bars, pictures. No scripts, nothing fetched, escaped."""
+"""The evaluation as one HTML file: tables, bars, images. No scripts, nothing fetched, escaped."""
 
 import base64
 import io
@@ -16,8 +16,8 @@ from latentdiff.data.inspection.html_report import STYLE as HOUSE_STYLE
 from latentdiff.evaluation.metrics.bootstrap import Interval
 from latentdiff.evaluation.report.section import LabelledImage, Row, Section
 
-SIDE = 128  # of a picture on the page, in pixels
-MAX_CAPTION = 90  # letters under a picture
+SIDE = 128  # of an image on the page, in pixels
+MAX_CAPTION = 90  # letters under an image
 STYLE = (
     HOUSE_STYLE
     + """
@@ -88,10 +88,10 @@ def _glance(sections: Iterable[Section]) -> str:
 
 def _section(section: Section) -> str:
     notes = "".join(f'<p class="soft">{_safe(note)}</p>' for note in section.notes)
-    plots = "".join(_picture(Image.open(plot), "plot") for plot in section.plots)
+    plots = "".join(_image(Image.open(plot), "plot") for plot in section.plots)
     groups = "".join(_group(group) for group in section.groups)
-    pictures = f'<div class="grid">{groups}</div>' if groups else ""
-    return f"<h2>{_safe(section.title)}</h2>{_table(section.rows)}{notes}{pictures}{plots}"
+    images = f'<div class="grid">{groups}</div>' if groups else ""
+    return f"<h2>{_safe(section.title)}</h2>{_table(section.rows)}{notes}{images}{plots}"
 
 
 def _left_out(reasons: Mapping[str, str]) -> str:
@@ -144,11 +144,11 @@ def _group(group: Sequence[LabelledImage]) -> str:
 def _figure(shown: LabelledImage) -> str:
     label = _safe(textwrap.shorten(shown.label, MAX_CAPTION, placeholder=" …"))
     note = f'<br><span class="soft">{_safe(shown.note)}</span>' if shown.note else ""
-    return f"<figure>{_picture(shown.image)}<figcaption>{label}{note}</figcaption></figure>"
+    return f"<figure>{_image(shown.image)}<figcaption>{label}{note}</figcaption></figure>"
 
 
-def _picture(image: Image.Image, kind: str = "") -> str:
-    """Put a picture into the page; sheets stay as they are, others are shrunk to SIDE."""
+def _image(image: Image.Image, kind: str = "") -> str:
+    """Put an image into the page; sheets stay as they are, others are shrunk to SIDE."""
     if not kind and max(image.size) > 2 * SIDE:
         image = image.copy()
         image.thumbnail((2 * SIDE, 2 * SIDE))

@@ -6,7 +6,7 @@ from typing import Any
 from latentdiff.evaluation.metrics.bootstrap import Interval
 from latentdiff.evaluation.report.section import Row, Section
 
-BOUND_PICTURES = ("bound_terms.png", "rate_distortion.png", "progressive.png", "interpolation.png")
+BOUND_IMAGES = ("bound_terms.png", "rate_distortion.png", "progressive.png", "interpolation.png")
 
 
 def bound_section(figures: dict[str, Any], out: Path) -> Section:
@@ -16,7 +16,7 @@ def bound_section(figures: dict[str, Any], out: Path) -> Section:
         ("Bits per dimension with captions", figures["conditional"]["bits_per_dim"]),
         ("Bits per dimension without", figures["unconditional"]["bits_per_dim"]),
         ("Worth of the caption, bits per dimension", figures["caption_bits_per_dim"]),
-        ("Worth of the caption, bits per picture", figures["caption_bits_per_image"]),
+        ("Worth of the caption, bits per image", figures["caption_bits_per_image"]),
     )
     rows = [Row(label, _value(estimate, num)) for label, estimate in known]
     shape = " x ".join(map(str, figures["latent_shape"]))
@@ -24,7 +24,7 @@ def bound_section(figures: dict[str, Any], out: Path) -> Section:
         f"The variational bound of latents of {shape} over {figures['num_timesteps']} steps: a "
         "density, so it may be negative and compares models of the same latents only."
     ]
-    plots = [out / name for name in BOUND_PICTURES if (out / name).is_file()]
+    plots = [out / name for name in BOUND_IMAGES if (out / name).is_file()]
     return Section("bound", "Variational bound", figures, rows, notes, plots=plots)
 
 
@@ -32,7 +32,7 @@ def guidance_section(figures: dict[str, Any], out: Path) -> Section:
     """Show the figures and the plot of `sweep_report`."""
     rows = _sweep_rows(figures, "guidance_scale", "guidance {:g}")
     notes = [
-        "Fidelity: bits that a picture's caption is worth to the unguided model. Diversity: root "
+        "Fidelity: bits that an image's caption is worth to the unguided model. Diversity: root "
         "mean square distance between latents of a caption."
     ]
     plots = [out / "guidance_sweep.png"]

@@ -109,7 +109,7 @@ def plot_sweep(points: Sequence[dict[str, Any]], path: Path) -> Path:
     for place, point in zip(zip(x, y, strict=True), points, strict=True):
         text = f"{point['guidance_scale']:g}"
         axis.annotate(text, place, xytext=(5, 5), textcoords="offset points", color=INK)
-    axis.set(xlabel="diversity (distance between pictures of a caption)", ylabel="fidelity")
+    axis.set(xlabel="diversity (distance between images of a caption)", ylabel="fidelity")
     return save(figure, path)
 
 
@@ -119,7 +119,7 @@ def plot_steps(points: Sequence[dict[str, Any]], path: Path) -> Path:
     x = [p["num_steps"] for p in points]
     panels = (
         ("to_most_steps", "distance to the most steps (RMS of latents)", BLUE),
-        ("fidelity", "fidelity (bits per picture)", GREEN),
+        ("fidelity", "fidelity (bits per image)", GREEN),
     )
     for axis, (name, label, colour) in zip(axes[0], panels, strict=True):
         mean = [p[name]["mean"] for p in points]

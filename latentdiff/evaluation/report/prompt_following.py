@@ -1,4 +1,4 @@
-"""Do drawn pictures show what their captions say? Read back by the judge of the shapes world."""
+"""Do drawn images show what their captions say? Read back by the judge of the shapes world."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ from latentdiff.evaluation.report.section import (
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """For each attribute, and "all", what the pictures of M captions show."""
+    """For each attribute, and "all", what the images of M captions show."""
 
     shown: dict[str, Tensor]  # (M, K) bool
     named: dict[str, Tensor]  # (M,) bool, which captions name the attribute
@@ -31,7 +31,7 @@ class Answers:
 def following_section(
     sets: dict[str, GeneratedImages], *, seed: int
 ) -> tuple[Section, dict[str, Score]]:
-    """Judge sets of pictures, such as those of seen and of held-out combinations, by name.
+    """Judge sets of images, such as those of seen and of held-out combinations, by name.
 
     All captions must be scenes. Chance is judged with the captions shuffled within their set.
     """
@@ -43,7 +43,7 @@ def following_section(
         other = [scenes[i] for i in shuffled_places(len(scenes), seed=seed).tolist()]
         true, chance = (_answers(readings, asked) for asked in (scenes, other))
         figures[name] = _figures(true) | {"shuffled_captions": _figures(chance)}
-        figures[name] |= {"num_captions": len(scenes), "num_pictures": len(drawn.flat)}
+        figures[name] |= {"num_captions": len(scenes), "num_images": len(drawn.flat)}
         title = name.replace("_", "-")
         for attribute in sorted(true.shown, key=lambda one: one != "all"):
             share = _share(true, attribute)
@@ -51,12 +51,12 @@ def following_section(
             label = "everything right" if attribute == "all" else attribute.replace("_", " ")
             rows.append(Row(f"{title.capitalize()} captions: {label}", share, note, is_share=True))
         label = f"{title.capitalize()} captions, shuffled: everything right"
-        rows.append(Row(label, _share(chance, "all"), f"{len(drawn.flat)} pictures", is_share=True))
+        rows.append(Row(label, _share(chance, "all"), f"{len(drawn.flat)} images", is_share=True))
         values = true.shown["all"].double().mean(1)
         scores[name] = Score(f"everything right, {title} captions", values, higher_is_better=True)
     notes = [
         "Read back by geometry and colour alone, nothing learned. Held-out "
-        "combinations of attributes are in no training picture. Intervals are over captions."
+        "combinations of attributes are in no training image. Intervals are over captions."
     ]
     section = Section("following", "What captions ask for (shapes)", figures, rows, notes)
     return section, scores

@@ -23,7 +23,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """A picture and what stands under it."""
+    """An image and what stands under it."""
 
     image: Image.Image
     label: str
@@ -42,14 +42,14 @@ class Section:
     figures: dict[str, Any]
     rows: Sequence[Row] = ()
     notes: Sequence[str] = ()
-    groups: Sequence[Sequence[LabelledImage]] = ()  # pictures that belong side by side
+    groups: Sequence[Sequence[LabelledImage]] = ()  # images that belong side by side
     plots: Sequence[Path] = ()
     has_headline: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """A measure of N independent things, prompts or pictures, by which models are compared."""
+    """A measure of N independent things, prompts or images, by which models are compared."""
 
     name: str
     values: Tensor  # (N,)
@@ -62,9 +62,9 @@ def plain_interval(value: Interval) -> dict[str, Any]:
 
 
 def share_by_caption(answers: Tensor) -> Interval:
-    """Estimate how often pictures of M captions do something. answers: (M, K) bool.
+    """Estimate how often images of M captions do something. answers: (M, K) bool.
 
-    Pictures of one caption are alike, so the captions are what is sampled; where all of them agree,
+    Images of one caption are alike, so the captions are what is sampled; where all of them agree,
     the interval is that of M answers.
     """
     if len(answers) == 1:

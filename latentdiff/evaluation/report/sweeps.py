@@ -1,10 +1,10 @@
 """What guidance buys and costs: fidelity to the caption against diversity, by scale.
 
-Ho & Salimans 2022, Sec. 4. Fidelity is how many bits a picture's caption is worth to the unguided
+Ho & Salimans 2022, Sec. 4. Fidelity is how many bits an image's caption is worth to the unguided
 model itself (its implicit classifier, in nats the log of p(z0 | caption) / p(z0)), and CLIP's
-cosine where one is given. Diversity is the distance between pictures of one caption.
+cosine where one is given. Diversity is the distance between images of one caption.
 
-What sampling steps buy: fidelity, diversity, and how far the picture still is from the last.
+What sampling steps buy: fidelity, diversity, and how far the image still is from the last.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from latentdiff.evaluation.metrics.vlb import Chain, caption_bound, to_json
 from latentdiff.evaluation.report import plots
 from latentdiff.models.latents import LatentCodec
 
-DRAWS = 32  # timesteps a picture for its fidelity
+DRAWS = 32  # timesteps an image for its fidelity
 
 
 def check_sweep(options: SweepOptions) -> None:
     """Raise ValueError for options out of range, or where nothing can draw the plots."""
-    for name, least in (("sweep_captions", 1), ("sweep_pictures", 2), ("sweep_steps", 1)):
+    for name, least in (("sweep_captions", 1), ("sweep_images", 2), ("sweep_steps", 1)):
         if (value := getattr(options, name)) < least:
             raise ValueError(f"{name}={value}, expected at least {least}")
     plots.check_matplotlib()
@@ -45,14 +45,14 @@ def sweep_report(
         subject,
         options.guidance_sweep,
         num_captions=options.sweep_captions,
-        pictures_per_caption=options.sweep_pictures,
+        images_per_caption=options.sweep_images,
         num_steps=options.sweep_steps,
         clip=clip,
     )
     plots.plot_sweep(points, out / "guidance_sweep.png")
     return {
         "captions": min(options.sweep_captions, len(subject.latents)),
-        "pictures_per_caption": options.sweep_pictures,
+        "images_per_caption": options.sweep_images,
         "num_steps": options.sweep_steps,
         "points": points,
     }
@@ -63,30 +63,30 @@ def guidance_sweep(
     scales: Sequence[float],
     *,
     num_captions: int,
-    pictures_per_caption: int,
+    images_per_caption: int,
     num_steps: int,
     clip: Clip | None = None,
 ) -> list[dict[str, Any]]:
-    """Draw the same captions from the same noise at each scale and measure the pictures.
+    """Draw the same captions from the same noise at each scale and measure the images.
 
-    Returns one JSON object a scale: guidance_scale, fidelity (bits per picture), diversity (root
+    Returns one JSON object a scale: guidance_scale, fidelity (bits per image), diversity (root
     mean square distance of latents), each with its interval over captions, and clip_score.
     """
-    asked = spread_captions(subject, num_captions, pictures_per_caption=pictures_per_caption)
+    asked = spread_captions(subject, num_captions, images_per_caption=images_per_caption)
     points = []
     for scale in scales:
         drawn = sample_latents(subject, asked, guidance_scale=scale, num_steps=num_steps)
-        figures = measure_scale(subject, drawn, per_caption=pictures_per_caption, clip=clip)
+        figures = measure_scale(subject, drawn, per_caption=images_per_caption, clip=clip)
         points.append({"guidance_scale": scale} | figures)
     return points
 
 
 def spread_captions(
-    subject: EvalModel, num_captions: int, *, pictures_per_caption: int
+    subject: EvalModel, num_captions: int, *, images_per_caption: int
 ) -> CaptionedLatents:
-    """Take captions evenly spread over the subject's, each `pictures_per_caption` times."""
+    """Take captions evenly spread over the subject's, each `images_per_caption` times."""
     spread = torch.linspace(0, len(subject.latents) - 1, min(num_captions, len(subject.latents)))
-    places = spread.round().long().repeat_interleave(pictures_per_caption)
+    places = spread.round().long().repeat_interleave(images_per_caption)
     return subject.latents.select(places.tolist())
 
 
@@ -106,7 +106,7 @@ def measure_scale(
 
 
 def pair_distance(z0: Tensor) -> Tensor:
-    """Return the root mean square distance between pictures of a caption, (M, P, ...) -> (M,)."""
+    """Return the root mean square distance between images of a caption, (M, P, ...) -> (M,)."""
     flat = z0.double().flatten(2)  # (M, P, D)
     squared = 2 * flat.var(1).mean(1)  # the mean over ordered pairs is twice the variance
     return squared.sqrt()
@@ -115,7 +115,7 @@ def pair_distance(z0: Tensor) -> Tensor:
 def sample_latents(
     subject: EvalModel, asked: CaptionedLatents, *, guidance_scale: float, num_steps: int
 ) -> CaptionedLatents:
-    """Draw a picture for each caption from its own seed, the same at every call."""
+    """Draw an image for each caption from its own seed, the same at every call."""
     pipe, z0 = subject.pipeline(), []
     for start in range(0, len(asked), subject.batch_size):
         captions = list(asked.captions[start : start + subject.batch_size])
@@ -132,7 +132,7 @@ def sample_latents(
 
 
 def _caption_bits(subject: EvalModel, drawn: CaptionedLatents) -> Tensor:
-    """Return how many bits each picture's caption is worth, (N,)."""
+    """Return how many bits each image's caption is worth, (N,)."""
     chain = Chain.of(subject.components)
     num_timesteps = chain.schedule.num_timesteps
     plan = TimestepPlan.uniform(num_timesteps, num_draws=min(DRAWS, num_timesteps - 1))
@@ -163,12 +163,12 @@ def step_report(
     """Draw the same captions from the same noise with each number of steps, and measure.
 
     Writes step_sweep.png into `out`. A point has fidelity, diversity and clip_score as those of the
-    guidance sweep, and "to_most_steps", the root mean square distance of a picture's latents to
+    guidance sweep, and "to_most_steps", the root mean square distance of an image's latents to
     those with the most steps.
     """
     check_sweep(options)
     asked = spread_captions(
-        subject, options.sweep_captions, pictures_per_caption=options.sweep_pictures
+        subject, options.sweep_captions, images_per_caption=options.sweep_images
     )
     chosen = sorted(set(steps))
     drawn = [
@@ -178,13 +178,13 @@ def step_report(
     points = []
     for num, one in zip(chosen, drawn, strict=True):
         apart = (one.z0 - drawn[-1].z0).double().square().flatten(1).mean(1).sqrt()
-        figures = measure_scale(subject, one, per_caption=options.sweep_pictures, clip=clip)
-        figures["to_most_steps"] = to_json(estimate(apart.view(-1, options.sweep_pictures)))
+        figures = measure_scale(subject, one, per_caption=options.sweep_images, clip=clip)
+        figures["to_most_steps"] = to_json(estimate(apart.view(-1, options.sweep_images)))
         points.append({"num_steps": num} | figures)
     plots.plot_steps(points, out / "step_sweep.png")
     return {
         "captions": min(options.sweep_captions, len(subject.latents)),
-        "pictures_per_caption": options.sweep_pictures,
+        "images_per_caption": options.sweep_images,
         "guidance_scale": guidance_scale,
         "points": points,
     }

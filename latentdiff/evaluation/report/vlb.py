@@ -1,4 +1,4 @@
-"""`evaluate.py --bound`: the bound of a model on held-out pictures, its tables, plots and pictures.
+"""`evaluate.py --bound`: the bound of a model on held-out images, its tables, plots and images.
 
 Ho et al. 2020, Sec. 4.3 and 4.4; Nichol & Dhariwal 2021, Sec. 3.1 for the learned variance.
 
@@ -38,7 +38,7 @@ from latentdiff.pipeline.output import decode
 
 
 def bound_report(subject: EvalModel, out: Path, options: BoundOptions) -> dict[str, Any]:
-    """Estimate the bound, write plots and pictures into `out`, return the figures as JSON values.
+    """Estimate the bound, write plots and images into `out`, return the figures as JSON values.
 
     Writes bound_terms.png, rate_distortion.png, progressive.png and interpolation.png. ValueError
     for options out of range.
@@ -50,7 +50,7 @@ def bound_report(subject: EvalModel, out: Path, options: BoundOptions) -> dict[s
     along = timestep_bins(bound, num_timesteps)
     plots.plot_terms(along, out / "bound_terms.png")
     plots.plot_rate_distortion(along, out / "rate_distortion.png")
-    if options.picture_steps:
+    if options.image_steps:
         _draw(subject, options, out)
     z0 = subject.latents.z0
     draws = num_timesteps - 1 if plan is None else options.draws
@@ -70,7 +70,7 @@ def bound_report(subject: EvalModel, out: Path, options: BoundOptions) -> dict[s
 
 
 def compare_variances(subject: EvalModel, options: BoundOptions) -> dict[str, Any]:
-    """Bound the same pictures under the learned and the fixed variances, on shorter chains.
+    """Bound the same images under the learned and the fixed variances, on shorter chains.
 
     The mean is the same U-Net's, the noise too, so "over_learned" is what the variance alone costs.
     """
@@ -122,7 +122,7 @@ def write_metrics(out: Path, metrics: dict[str, Any]) -> Path:
 
 def _checked(subject: EvalModel, options: BoundOptions) -> Chain:
     """Return the chain to bound; ValueError before any work for what cannot be done."""
-    for name, least in (("draws", 1), ("repeats", 1), ("pilot", 1), ("picture_steps", 0)):
+    for name, least in (("draws", 1), ("repeats", 1), ("pilot", 1), ("image_steps", 0)):
         if (value := getattr(options, name)) < least:
             raise ValueError(f"{name}={value}, expected at least {least}")
     plots.check_matplotlib()
@@ -133,7 +133,7 @@ def _checked(subject: EvalModel, options: BoundOptions) -> Chain:
 
 def _draw(subject: EvalModel, options: BoundOptions, out: Path) -> None:
     full = Chain.of(subject.components, variance_type=options.variance_type)
-    steps = min(options.picture_steps, full.schedule.num_timesteps)
+    steps = min(options.image_steps, full.schedule.num_timesteps)
     chain = Chain.of(subject.components, steps=str(steps), variance_type=options.variance_type)
     _save(progressive_sheet(chain, subject), out / "progressive.png")
     if len(subject.latents) > 1:
@@ -194,12 +194,12 @@ def progressive_sheet(chain: Chain, subject: EvalModel, *, num_images: int = 6) 
 
 @torch.no_grad()
 def interpolation_sheet(chain: Chain, subject: EvalModel) -> Image.Image:
-    """Draw two pictures mixed at several depths, a row each, their text states mixed alike.
+    """Draw two images mixed at several depths, a row each, their text states mixed alike.
 
-    The first of the pictures and the one in the middle; ValueError where there is only one.
+    The first of the images and the one in the middle; ValueError where there is only one.
     """
     if len(subject.latents) < 2:
-        raise ValueError("interpolation needs two pictures, and num_images leaves one; raise it")
+        raise ValueError("interpolation needs two images, and num_images leaves one; raise it")
     latents = subject.latents.select([0, len(subject.latents) // 2])
     first, second = (z0.expand(len(SHARES), -1, -1, -1).to(subject.device) for z0 in latents.z0)
     share = torch.tensor(SHARES).view(-1, 1, 1)
@@ -227,10 +227,10 @@ def interpolation_sheet(chain: Chain, subject: EvalModel) -> Image.Image:
 
 
 def _sheet(subject: EvalModel, z0: Tensor, labels: list[str], *, columns: int) -> Image.Image:
-    vae, pictures = subject.components.vae, []
+    vae, images = subject.components.vae, []
     for part in z0.float().split(subject.batch_size):
         shown, _ = decode(
             part, vae=vae, safety_checker=None, feature_extractor=None, output_type="pil"
         )
-        pictures += shown
-    return draw_grid(pictures, labels, columns=columns)
+        images += shown
+    return draw_grid(images, labels, columns=columns)

@@ -67,7 +67,7 @@ def model_card(facts: ModelInfo, *, name: str, default_steps: int = 30) -> str:
         "## Limits",
         "",
         "It draws what its training data shows, with that data's gaps and biases, and may repeat "
-        "training pictures.",
+        "training images.",
         "",
     ]
     return "\n".join(lines)

@@ -27,7 +27,7 @@ class ModelInfo:
 
     caption_dropout: part of the captions replaced by the empty one in training, 0 for none at all.
     steps: optimiser steps. metrics: name to value, with sample counts where they are estimates.
-    guidance_scale: what pictures are drawn with where a call does not say.
+    guidance_scale: what images are drawn with where a call does not say.
     """
 
     caption_dropout: float | None = None

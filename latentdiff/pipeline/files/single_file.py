@@ -4,7 +4,7 @@ The components' configs of the two families ship in assets/single_file, so nothi
 
 A model's weights under CompVis' names, as ComfyUI, A1111 and `from_single_file` read them.
 
-For the layout of Stable Diffusion 1.x: U-Net, AutoencoderKL and a CLIP text tower.
+For the layout of Stable Diffusion 1.x: U-Net, AutoencoderKL and a CLIP text encoder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures and captions for contrastive training, as a function of (seed, step) alone."""
+"""Images and captions for contrastive training, as a function of (seed, step) alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ DRAWS_PER_PAIR = 8  # until a step makes do with fewer pairs
 
 @dataclass(frozen=True)
 class Draw:
-    """One pair of one step: a picture and one of its captions."""
+    """One pair of one step: an image and one of its captions."""
 
     folder: int
     index: int
@@ -28,7 +28,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Pairs(Dataset[tuple[Tensor, str]]):
-    """The pictures of several folders, cropped and mirrored a little differently each time."""
+    """The images of several folders, cropped and mirrored a little differently each time."""
 
     folders: list[Folder]
     resolution: int
@@ -82,7 +82,7 @@ class DistinctCaptions(Sampler[list[Draw]]):
             step += 1
 
     def batch(self, step: int) -> list[Draw]:
-        """Return the pairs of a step: pictures drawn at random, the first of each caption."""
+        """Return the pairs of a step: images drawn at random, the first of each caption."""
         rng = np.random.default_rng([self.seed, step])
         chosen: dict[str, Draw] = {}
         for place in rng.integers(len(self.captions), size=DRAWS_PER_PAIR * self.batch_size):

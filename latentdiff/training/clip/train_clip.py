@@ -1,7 +1,7 @@
 """Train a small CLIP (Radford et al. 2021) on captioned folders: open_clip's model and its loss.
 
-What comes out is a text tower that a U-Net can be conditioned on, and the whole as a judge of
-pictures against captions. Recall at k is measured on the folders' held-out pairs.
+What comes out is a text encoder that a U-Net can be conditioned on, and the whole as a judge of
+images against captions. Recall at k is measured on the folders' held-out pairs.
 """
 
 import json
@@ -48,16 +48,16 @@ def train_clip(config: ClipConfig) -> dict[str, float]:
     """
     folders = [read_folder(root) for root in config.roots]
     for folder in folders:
-        folder.check(max_bad_fraction=0.02)
+        folder.check(max_invalid_fraction=0.02)
     train = [folder.split("train") for folder in folders]
     if not any(len(folder) for folder in train):
-        raise ValueError(f"roots={list(config.roots)} hold no training pictures; give --roots")
+        raise ValueError(f"roots={list(config.roots)} hold no training images; give --roots")
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(to_yaml(config))
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config, train)
-    accelerator = single_process_accelerator(config.precision)
+    accelerator = single_process_accelerator(config.mixed_precision)
     model = build_clip(config, tokenizer).to(accelerator.device)
     steps = _train_steps(model, tokenizer, train, config, accelerator)
     model.eval()
@@ -66,9 +66,9 @@ def train_clip(config: ClipConfig) -> dict[str, float]:
         "logit_scale": model.logit_scale.exp().item(),
     }
     for root, folder in zip(config.roots, folders, strict=True):
-        if len(held_out := folder.held_out()) > max(RECALLS):
-            report |= held_out_recall(
-                model, tokenizer, held_out, name=Path(root).name, resolution=config.resolution
+        if len(heldout := folder.heldout()) > max(RECALLS):
+            report |= heldout_recall(
+                model, tokenizer, heldout, name=Path(root).name, resolution=config.resolution
             )
     _save(model, tokenizer, output, report)
     return report
@@ -96,7 +96,7 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer) -> CLIP:
 
 
 @torch.no_grad()
-def held_out_recall(
+def heldout_recall(
     model: Any,
     tokenizer: CLIPTokenizer,
     folder: Folder,
@@ -105,21 +105,21 @@ def held_out_recall(
     resolution: int,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Return recall at 1, 5 and 10, from pictures to captions and back, with 95 % intervals."""
+    """Return recall at 1, 5 and 10, from images to captions and back, with 95 % intervals."""
     device = next(model.parameters()).device
     captions = [record.captions[0] for record in folder]
-    pictures, texts = [], []
+    images, texts = [], []
     for start in range(0, len(folder), batch_size):
         part = range(start, min(start + batch_size, len(folder)))
         pixels = [read_pixels(folder, i, height=resolution, width=resolution) for i in part]
         seen = preprocess(torch.stack(pixels).to(device), size=resolution)
-        pictures.append(model.encode_image(seen, normalize=True))
+        images.append(model.encode_image(seen, normalize=True))
         ids = tokenize(tokenizer, captions[start : part.stop]).to(device)
         texts.append(model.encode_text(ids, normalize=True))
     report: dict[str, float] = {f"num_captions/{name}": float(len(set(captions)))}
     for k in (k for k in RECALLS if k <= len(set(captions))):
-        both = recall_at(torch.cat(pictures), torch.cat(texts), captions, k=k)
-        for way, found in zip(("caption_of_picture", "picture_of_caption"), both, strict=True):
+        both = recall_at(torch.cat(images), torch.cat(texts), captions, k=k)
+        for way, found in zip(("caption_of_image", "image_of_caption"), both, strict=True):
             key = f"recall@{k}/{way}/{name}"
             report |= {key: found.estimate, f"{key}/low": found.low, f"{key}/high": found.high}
     return report
@@ -142,12 +142,12 @@ def _train_steps(
     """Run the training loop; return the number of steps."""
     groups = parameter_groups(model, weight_decay=config.weight_decay)
     rule = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-    update = AmpStep(rule, fp16=config.precision == "fp16", max_norm=1.0)
+    update = AmpStep(rule, fp16=config.mixed_precision == "fp16", max_norm=1.0)
     model.train()
     loss_of, batches = ClipLoss(), _batches(list(folders), config)
     rates = TimedRate(
         config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        lr_warmup_steps=config.lr_warmup_steps,
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
     )
@@ -160,8 +160,8 @@ def _train_steps(
         seen = preprocess(pixels.to(accelerator.device), size=config.resolution)
         ids = tokenize(tokenizer, captions).to(accelerator.device)
         with accelerator.autocast():
-            pictures, texts, scale = model(seen, ids)
-            loss = loss_of(pictures.float(), texts.float(), scale)
+            images, texts, scale = model(seen, ids)
+            loss = loss_of(images.float(), texts.float(), scale)
         update.step(loss, rate=rate)
         with torch.no_grad():
             model.logit_scale.clamp_(max=LARGEST_SCALE)

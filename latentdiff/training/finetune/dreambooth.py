@@ -1,8 +1,8 @@
-"""Prior preservation (Ruiz et al. 2023): the model's own pictures of a class beside the subject's.
+"""Prior preservation (Ruiz et al. 2023): the model's own images of a class beside the subject's.
 
 The base model draws them once, each by a seed of its own, into a captioned folder that is named by
 model, prompt and sampling settings; they are kept, used again, and topped up. Half of each step's
-pictures are then of the class, weighed by prior_weight.
+images are then of the class, weighed by prior_loss_weight.
 """
 
 import hashlib
@@ -24,31 +24,36 @@ from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.models.components import Components
 from latentdiff.training.inputs.dataset import EpochOrder, LatentDataset, SampleKey, StepBatch
-from latentdiff.training.preview import PICTURES_AT_ONCE, make_pipeline, prompt_seed
+from latentdiff.training.preview import IMAGES_AT_ONCE, make_pipeline, prompt_seed
 
 logger = logging.getLogger(__name__)
 
 
 class SubjectAndClassDataset(Dataset[dict[str, Tensor]]):
-    """The subject's samples, and after them those of the class, which weigh prior_weight."""
+    """The subject's samples, and after them those of the class, which weigh prior_loss_weight."""
 
     def __init__(
-        self, subject: LatentDataset, prior: LatentDataset, *, num_subject: int, prior_weight: float
+        self,
+        subject: LatentDataset,
+        prior: LatentDataset,
+        *,
+        num_subject: int,
+        prior_loss_weight: float,
     ) -> None:
         self.subject, self.prior = subject, prior
-        self.num_subject, self.prior_weight = num_subject, prior_weight
+        self.num_subject, self.prior_loss_weight = num_subject, prior_loss_weight
 
     def __getitem__(self, slot: SampleKey) -> dict[str, Tensor]:
         """Return the sample of a slot, as Samples does."""
         if slot.index < self.num_subject:
             return self.subject[slot]
         sample = self.prior[replace(slot, index=slot.index - self.num_subject)]
-        weight = sample["weight"] * self.prior_weight
+        weight = sample["weight"] * self.prior_loss_weight
         return sample | {"weight": weight, "index": torch.tensor(slot.index, dtype=torch.int64)}
 
 
 class PairedOrder:
-    """An Order of steps that take as many pictures of the class as of the subject."""
+    """An Order of steps that take as many images of the class as of the subject."""
 
     def __init__(self, subject: EpochOrder, prior: EpochOrder) -> None:
         self.subject, self.prior = subject, prior
@@ -66,7 +71,7 @@ class PairedOrder:
 
 
 class AllOnesMasks:
-    """Masks that keep all of each class picture, where the subject's have masks."""
+    """Masks that keep all of each class image, where the subject's have masks."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = (1, *shape[1:])
@@ -77,8 +82,8 @@ class AllOnesMasks:
 
 
 def prior_seed(seed: int) -> int:
-    """Return the seed that class pictures' noise, timesteps and order hang on."""
-    return prompt_seed(seed, "class pictures")
+    """Return the seed that class images' noise, timesteps and order depend on."""
+    return prompt_seed(seed, "class pictures")  # a key, not prose: it fixes the draws
 
 
 def generate_class_images(
@@ -89,9 +94,9 @@ def generate_class_images(
     run_folder: Path,
     accelerator: Accelerator,
 ) -> Folder:
-    """Let the model draw the class pictures that are missing; return all of them as a folder.
+    """Let the model draw the class images that are missing; return all of them as a folder.
 
-    Shared out over the processes. Picture k is the same, but for rounding, whatever their number
+    Shared out over the processes. Image k is the same, but for rounding, whatever their number
     and however many are there already.
     """
     settings = config.finetune
@@ -109,7 +114,7 @@ def generate_class_images(
     names = [f"{k:05d}.png" for k in range(settings.num_class_images)]
     missing = [k for k, name in enumerate(names) if not (root / name).is_file()]
     if missing and accelerator.is_main_process:
-        logger.info("drawing %d pictures of %r into %s", len(missing), settings.class_prompt, root)
+        logger.info("drawing %d images of %r into %s", len(missing), settings.class_prompt, root)
     accelerator.wait_for_everyone()  # all have seen the same files
     _generate(config, components, root, missing, accelerator=accelerator)
     accelerator.wait_for_everyone()
@@ -132,7 +137,7 @@ def _generate(
     *,
     accelerator: Accelerator,
 ) -> None:
-    """Draw this process's share of the missing pictures, by their numbers, into `root`."""
+    """Draw this process's share of the missing images, by their numbers, into `root`."""
     settings, size = config.finetune, config.data.resolution
     if not missing:
         return
@@ -140,8 +145,8 @@ def _generate(
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
-    for batch, counts in rank_batches(-(-len(missing) // PICTURES_AT_ONCE), shard):
-        numbers = missing[batch * PICTURES_AT_ONCE :][:PICTURES_AT_ONCE]
+    for batch, counts in rank_batches(-(-len(missing) // IMAGES_AT_ONCE), shard):
+        numbers = missing[batch * IMAGES_AT_ONCE :][:IMAGES_AT_ONCE]
         with accelerator.autocast():
             images, _ = pipeline(
                 [settings.class_prompt] * len(numbers),

@@ -37,7 +37,7 @@ def add_lora(
     trains_text_encoder: bool,
     seed: int,
 ) -> None:
-    """Put adapters beside layers of the U-Net, and of the text tower where it learns.
+    """Put adapters beside layers of the U-Net, and of the text encoder where it learns.
 
     targets: ends of layers' names. B starts at 0, so that the model's output is the same at first;
     A follows from the seed. Raises ValueError for a target that no layer of the U-Net bears.

@@ -28,7 +28,7 @@ TRAINABLE: dict[Method, Callable[[str], bool]] = {  # by the names of a U-Net's 
 
 
 def base_weights_hash(components: Components) -> str:
-    """Return the sha256 (hex) of the weights of U-Net, VAE and text tower."""
+    """Return the sha256 (hex) of the weights of U-Net, VAE and text encoder."""
     parts = (components.unet, components.vae, components.text_encoder)
     hashes = " ".join(weights_hash(part) for part in parts)
     return hashlib.sha256(hashes.encode()).hexdigest()
@@ -52,7 +52,7 @@ def add_adapters(
         textual_inversion.add_words(
             components,
             token=settings.token,
-            token_from=settings.token_from,
+            initializer_token=settings.initializer_token,
             num_vectors=settings.num_vectors,
         )
 

@@ -1,4 +1,4 @@
-"""New words for a text tower (Gal et al. 2023, textual inversion): only their embeddings learn.
+"""New words for a text encoder (Gal et al. 2023, textual inversion): only their embeddings learn.
 
 A word of n vectors is n tokens, <word>, <word>_1, ...; a caption names the first and means all
 (text.tokenize spells them out), as in diffusers. The tower's own embeddings are no parameters of
@@ -39,11 +39,13 @@ class NewWords(nn.Module):
         return torch.where(is_new, new.to(known.dtype), known)
 
 
-def add_words(components: Components, *, token: str, token_from: str, num_vectors: int) -> None:
-    """Put a new word into the tokenizer and the text tower.
+def add_words(
+    components: Components, *, token: str, initializer_token: str, num_vectors: int
+) -> None:
+    """Put a new word into the tokenizer and the text encoder.
 
-    token_from: known words; each vector starts as the mean of their embeddings. Raises ValueError
-    where the tokenizer knows the new word already.
+    initializer_token: known words; each vector starts as the mean of their embeddings. Raises
+    ValueError where the tokenizer knows the new word already.
     """
     tokenizer, tower = components.tokenizer, components.text_encoder
     names = [token, *(f"{token}_{k}" for k in range(1, num_vectors))]
@@ -53,7 +55,7 @@ def add_words(components: Components, *, token: str, token_from: str, num_vector
             "choose another"
         )
     first, embeddings = len(tokenizer), tower.get_input_embeddings()
-    ids = tokenizer(token_from, add_special_tokens=False).input_ids
+    ids = tokenizer(initializer_token, add_special_tokens=False).input_ids
     start = embeddings.weight.detach()[ids].mean(0)  # (D,)
     tokenizer.add_tokens(names)
     tower.set_input_embeddings(NewWords(embeddings, start.repeat(num_vectors, 1), first=first))
@@ -64,7 +66,7 @@ def check_captions_have_token(captions: Iterable[str], token: str) -> None:
     if not any(token in caption for caption in captions):
         raise ValueError(
             f"no caption has the word {token}, so it would learn nothing; give "
-            f"--finetune.instance_prompts='[\"a photo of {token}\"]', or --data.trigger"
+            f"--finetune.instance_prompts='[\"a photo of {token}\"]', or --data.trigger_word"
         )
 
 
@@ -79,7 +81,7 @@ def save_words(components: Components, token: str, path: Path) -> int:
 
 @torch.no_grad()
 def with_words(components: Components) -> Components:
-    """Return the plain model, the learnt words being rows of its text tower's embeddings."""
+    """Return the plain model, the learnt words being rows of its text encoder's embeddings."""
     tower, words = components.text_encoder, _new_words(components)
     rows = torch.cat([words.known.weight[: words.first], words.new])  # (vocabulary + n, D)
     weights = tower.state_dict()

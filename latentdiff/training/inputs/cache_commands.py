@@ -55,7 +55,7 @@ class Verified:
     """What a look at one folder's latents found.
 
     num_missing: latents not encoded yet; worst: largest difference of raw moments among those of
-    num_seen pictures that were encoded again.
+    num_seen images that were encoded again.
     """
 
     name: str
@@ -79,23 +79,23 @@ class Verified:
 
 
 def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]:
-    """Encode what a config's caches lack: its pictures, and the captions of a frozen tower.
+    """Encode what a config's caches lack: its images, and the captions of a frozen tower.
 
     ValueError or FileNotFoundError says what is wrong with the config or the data.
     """
-    train, held_out = _checked(config)
+    train, heldout = _checked(config)
     vae = load_vae_of(config)
-    for name, folder, data in _parts(config, train, held_out):
+    for name, folder, data in _parts(config, train, heldout):
         cache = cache_latents(folder, vae, data, accelerator=accelerator)
         assert isinstance(cache, LatentCache)
-        yield Built(f"{name} pictures", len(cache), cache.encoded)
+        yield Built(f"{name} images", len(cache), cache.encoded)
         factor = cache.factor
         masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
         if isinstance(masks, MaskCache):
             yield Built(f"{name} masks", len(masks), masks.made)
     if (tower := _text_tower(config)) is not None:
         text_encoder, tokenizer = tower
-        captions = unique_captions((train, held_out), caption_transform(config.data))
+        captions = unique_captions((train, heldout), caption_transform(config.data))
         texts = cache_text(captions, tokenizer, text_encoder, config.data, accelerator=accelerator)
         yield Built("captions", len(texts), texts.encoded)
 
@@ -103,14 +103,14 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
 def verify_caches(
     config: Config, *, num_samples: int = 16, device: torch.device | str = "cpu"
 ) -> Iterator[Verified]:
-    """Encode a spread of a config's pictures again and compare; nothing is written."""
-    train, held_out = _checked(config)
+    """Encode a spread of a config's images again and compare; nothing is written."""
+    train, heldout = _checked(config)
     codec = LatentCodec(load_vae_of(config).to(device))
-    for name, folder, data in _parts(config, train, held_out):
+    for name, folder, data in _parts(config, train, heldout):
         cache = _opened(folder, codec, data)
         worst = verify_cache(cache, folder, codec, num_samples=num_samples)
         num_seen = min(num_samples, len(cache.complete()))
-        yield Verified(f"{name} pictures", len(cache), cache.num_missing, num_seen, worst)
+        yield Verified(f"{name} images", len(cache), cache.num_missing, num_seen, worst)
 
 
 def prune_caches(configs: Sequence[Config], *, delete: bool = False) -> list[tuple[Path, int]]:
@@ -159,11 +159,11 @@ def _checked(config: Config) -> tuple[Folder, Folder]:
     return read_data(config.data, prompts=config.finetune.instance_prompts)
 
 
-def _parts(config: Config, train: Folder, held_out: Folder) -> list[tuple[str, Folder, DataConfig]]:
+def _parts(config: Config, train: Folder, heldout: Folder) -> list[tuple[str, Folder, DataConfig]]:
     """Give the folders that are not empty the settings they are encoded with."""
     parts = [
         ("training", train, config.data),
-        ("held-out", held_out, eval_crop_config(config.data)),
+        ("held-out", heldout, eval_crop_config(config.data)),
     ]
     return [part for part in parts if len(part[1])]
 

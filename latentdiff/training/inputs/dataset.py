@@ -1,9 +1,9 @@
 """From caches to batches: what one training sample is, and which samples an optimiser step takes.
 
-The order of an epoch is a function of (seed, epoch) and of the pictures' buckets. Optimiser step s
-takes batch s mod K of epoch s div K, whose pictures share a bucket, and so their size. Processes
-and micro-batches share out a batch's places in the epoch, so the draws of a step, which hang on the
-place, never depend on the layout.
+The order of an epoch is a function of (seed, epoch) and of the images' buckets. Optimiser step s
+takes batch s mod K of epoch s div K, whose images share a bucket, and so their size. Processes
+and micro-batches share out a batch's places in the epoch, so the draws of a step, which depend on
+the place, never depend on the layout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ SMALL_BYTES = 1 << 16  # of an array in a worker's message
 
 
 class Latents(Protocol):
-    """Where latents come from: a cache, or the pictures themselves."""
+    """Where latents come from: a cache, or the images themselves."""
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of record `index`'s latents."""

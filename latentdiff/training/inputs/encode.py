@@ -1,7 +1,7 @@
-"""A run's pictures and captions, encoded as its settings ask: buckets and crops, latents, text.
+"""A run's images and captions, encoded as its settings ask: buckets and crops, latents, text.
 
-Pictures are encoded once into the cache, or at every step without it. Captions become token ids
-for a text tower that learns, states from the cache for a frozen one, and states made in the step
+Images are encoded once into the cache, or at every step without it. Captions become token ids
+for a text encoder that learns, states from the cache for a frozen one, and states made in the step
 where shuffled tags make every caption a new one.
 """
 
@@ -34,7 +34,7 @@ from latentdiff.models.components import Components
 from latentdiff.models.latents import Autoencoder, LatentCodec, LatentStats, set_scalar_scaling
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
 
-MEASURED_PICTURES = 1000  # enough for the std of latents to three digits
+MEASURED_IMAGES = 1000  # enough for the std of latents to three digits
 ENCODED_PIXELS = 1 << 20  # of one batch for the VAE
 REMEMBERED_CAPTIONS = 100_000  # whose token ids are kept
 LatentSource: TypeAlias = LatentCache | OnlineLatentEncoder
@@ -42,7 +42,7 @@ MaskSource: TypeAlias = MaskCache | Masks
 
 
 def bucket_sizes(data: DataConfig) -> tuple[Bucket, ...]:
-    """List the sizes that pictures are cut to; the square alone without data.buckets."""
+    """List the sizes that images are cut to; the square alone without data.buckets."""
     if not data.buckets:
         return (Bucket(data.resolution, data.resolution),)
     return make_buckets(
@@ -51,12 +51,12 @@ def bucket_sizes(data: DataConfig) -> tuple[Bucket, ...]:
 
 
 def bucket_ids(folder: Folder, data: DataConfig) -> np.ndarray:
-    """Give each picture its place in `buckets_of`, (N,)."""
+    """Give each image its place in `buckets_of`, (N,)."""
     return assign_buckets(folder.widths, folder.heights, buckets=bucket_sizes(data))
 
 
 def crop_plan(folder: Folder, data: DataConfig) -> CropPlan:
-    """Say how each picture of a folder is cut."""
+    """Say how each image of a folder is cut."""
     table = np.array([(bucket.height, bucket.width) for bucket in bucket_sizes(data)], np.int32)
     sizes = table[bucket_ids(folder, data)]
     originals = np.stack([folder.heights, folder.widths], axis=1)
@@ -71,7 +71,7 @@ def crop_plan(folder: Folder, data: DataConfig) -> CropPlan:
 
 
 def eval_crop_config(data: DataConfig) -> DataConfig:
-    """The settings that held-out pictures are read with: cut in the centre, never mirrored."""
+    """The settings that held-out images are read with: cut in the centre, never mirrored."""
     return replace(data, num_crops=1, random_flip=False)
 
 
@@ -103,7 +103,7 @@ def cache_latents(
 
 
 def make_masks(folder: Folder, data: DataConfig, *, factor: int) -> Masks | None:
-    """Return the masks of a folder's pictures, cut as these; None where the settings ask for none.
+    """Return the masks of a folder's images, cut as these; None where the settings ask for none.
 
     factor: pixels of a latent's cell a side.
     """
@@ -158,7 +158,7 @@ def cache_text(
 
 def set_scaling_factor(vae: Autoencoder, latents: LatentSource) -> LatentStats:
     """Set the VAE's scaling_factor to 1 / std of the latents (Rombach et al. 2022, D.1)."""
-    chosen = np.linspace(0, len(latents) - 1, min(len(latents), MEASURED_PICTURES)).astype(int)
+    chosen = np.linspace(0, len(latents) - 1, min(len(latents), MEASURED_IMAGES)).astype(int)
     means, squares = [], []
     for index in chosen.tolist():
         mean, std = latents.raw_moments(index)
@@ -185,7 +185,7 @@ def caption_transform(data: DataConfig) -> CaptionTransform:
         shuffle_tags=data.shuffle_tags,
         keep_tags=data.keep_tags,
         tag_dropout=data.tag_dropout,
-        trigger=data.trigger,
+        trigger=data.trigger_word,
         prefix=data.caption_prefix,
         suffix=data.caption_suffix,
     )
@@ -199,7 +199,7 @@ def unique_captions(folders: Iterable[Folder], edits: CaptionTransform) -> Itera
 
 
 class TokenIds:
-    """Captions as token ids (L,) int64, for a text tower that learns."""
+    """Captions as token ids (L,) int64, for a text encoder that learns."""
 
     def __init__(self, components: Components) -> None:
         self._tokenizer = components.tokenizer
@@ -218,7 +218,7 @@ class TokenIds:
 
 
 class CachedPromptEmbeds:
-    """Captions as states (L, D) of a frozen text tower, encoded once."""
+    """Captions as states (L, D) of a frozen text encoder, encoded once."""
 
     def __init__(self, cache: TextCache) -> None:
         self.cache = cache
@@ -232,7 +232,7 @@ class CachedPromptEmbeds:
 
 
 class OnlinePromptEmbeds:
-    """Captions as token ids (L,) that a frozen text tower turns into states in the step."""
+    """Captions as token ids (L,) that a frozen text encoder turns into states in the step."""
 
     def __init__(self, components: Components, device: torch.device) -> None:
         self._ids, self._tokenizer = TokenIds(components), components.tokenizer

@@ -1,6 +1,6 @@
 """What a run trains on, made ready: folder -> latents and text on disk -> batches and triples.
 
-The folder is read and judged before any weight is loaded. How pictures and captions are encoded is
+The folder is read and judged before any weight is loaded. How images and captions are encoded is
 encoding.py's business, what a sample is samples.py's.
 """
 
@@ -59,7 +59,7 @@ from latentdiff.training.inputs.workers import TrackedDataset, ignore_signals
 
 logger = logging.getLogger(__name__)
 NUM_SHOWN = 6  # buckets named in the plan
-MIN_TRIPLES = 64  # so that a handful of held-out pictures still covers the chain
+MIN_TRIPLES = 64  # so that a handful of held-out images still covers the chain
 JUDGED_MASKS = 500
 
 
@@ -72,14 +72,14 @@ class TrainData:
     """
 
     train: Folder
-    held_out: Folder
+    heldout: Folder
     samples: TrackedDataset
     order: EpochOrder | PairedOrder
     edits: CaptionTransform
     null_text: Tensor  # (1, L) ids or (1, L, D) states
     triples: Triples | None
-    prior: Folder | None = None  # class pictures beside the subject's
-    train_triples: Triples | None = None  # of training pictures, with the timesteps of `triples`
+    prior: Folder | None = None  # class images beside the subject's
+    train_triples: Triples | None = None  # of training images, with the timesteps of `triples`
     encoder: OnlineLatentEncoder | None = None
     states: OnlinePromptEmbeds | None = None
 
@@ -97,7 +97,7 @@ def read_data(
 ) -> tuple[Folder, Folder]:
     """Read the folder; return its training and held-out records. ValueError says what is wrong.
 
-    prompts: captions of all pictures, which then need none of their own. trust_index: take the
+    prompts: captions of all images, which then need none of their own. trust_index: take the
     scan that another process has just made.
     """
     if prompts:
@@ -113,25 +113,25 @@ def read_data(
         caption_template=data.caption_template,
         missing_caption=data.missing_caption,
         follow_links=data.follow_links,
-        split_fraction=data.split_fraction,
+        heldout_fraction=data.heldout_fraction,
         min_size=data.min_size,
         max_aspect=data.max_aspect,
         mask=data.mask,
         cache_dir=cache_dir(data),
         trust_index=trust_index,
     )
-    folder.check(max_bad_fraction=data.max_bad_fraction)
+    folder.check(max_invalid_fraction=data.max_invalid_fraction)
     folder = folder.captioned(prompts) if prompts else folder
     train = folder.split("train")
     if not len(train):
-        raise ValueError(f"the data folder {data.root} has no picture in its training split")
-    return train, folder.held_out()
+        raise ValueError(f"the data folder {data.root} has no image in its training split")
+    return train, folder.heldout()
 
 
 def build_train_data(
     config: Config,
     train: Folder,
-    held_out: Folder,
+    heldout: Folder,
     *,
     components: Components,
     latents: LatentSource,
@@ -141,7 +141,7 @@ def build_train_data(
 ) -> TrainData:
     """Put caches, draws and captions together, and say what comes of them.
 
-    prior: class pictures, of which each step takes as many as of the subject's.
+    prior: class images, of which each step takes as many as of the subject's.
     """
     data, edits = config.data, caption_transform(config.data)
     source: TextSource
@@ -151,7 +151,7 @@ def build_train_data(
         source = OnlinePromptEmbeds(components, accelerator.device)
     else:
         captions = [
-            *unique_captions((train, held_out), edits),
+            *unique_captions((train, heldout), edits),
             *((config.finetune.class_prompt,) if prior is not None else ()),
         ]
         tokenizer, tower = components.tokenizer, components.text_encoder
@@ -163,7 +163,7 @@ def build_train_data(
     if masks is not None:
         _check_masks(masks, data)
     samples = LatentDataset(
-        latents.pictures if isinstance(latents, OnlineLatentEncoder) else latents,
+        latents.images if isinstance(latents, OnlineLatentEncoder) else latents,
         train,
         source.text,
         seed=config.train.seed,
@@ -185,25 +185,25 @@ def build_train_data(
         shown = cache_latents(prior, components.vae, data, accelerator=accelerator)
         mixed, paired = _with_prior(config, prior, samples, order, latents=shown)
     triples = train_triples = None
-    if len(held_out):
+    if len(heldout):
         kept = cache_latents(
-            held_out, components.vae, eval_crop_config(data), accelerator=accelerator
+            heldout, components.vae, eval_crop_config(data), accelerator=accelerator
         )
         kept_masks = cache_masks(
-            held_out, eval_crop_config(data), factor=factor, accelerator=accelerator
+            heldout, eval_crop_config(data), factor=factor, accelerator=accelerator
         )
-        n = min(config.preview.num_held_out, max(len(held_out), MIN_TRIPLES))
+        n = min(config.eval.num_heldout, max(len(heldout), MIN_TRIPLES))
         t = stratified_timesteps(n, components.scheduler.config["num_train_timesteps"])
         fix = partial(_triples, config, source=source, edits=edits, t=t)
-        in_turn = np.arange(n) % len(held_out)
-        triples = fix(held_out, in_turn, latents=kept, masks=kept_masks, purpose="held out")
+        in_turn = np.arange(n) % len(heldout)
+        triples = fix(heldout, in_turn, latents=kept, masks=kept_masks, purpose="held out")
         spread = np.arange(n) * max(len(train), n) // n % len(train)
         train_triples = fix(train, spread, latents=latents, masks=masks, purpose="trained")
     if accelerator.is_main_process:
         _log_data_plan(data, paired, source, is_cached=encoder is None)
     return TrainData(
         train,
-        held_out,
+        heldout,
         TrackedDataset(mixed, num_workers=data.num_workers),
         paired,
         edits,
@@ -224,19 +224,19 @@ def _with_prior(
     *,
     latents: LatentSource,
 ) -> tuple[SubjectAndClassDataset, PairedOrder]:
-    """Add class pictures, half of each step, to the subject's samples and their order."""
+    """Add class images, half of each step, to the subject's samples and their order."""
     data, num_subject = config.data, len(samples.records)
-    pictures = latents.pictures if isinstance(latents, OnlineLatentEncoder) else latents
+    images = latents.images if isinstance(latents, OnlineLatentEncoder) else latents
     seed, half = prior_seed(config.train.seed), config.train.batch_size // 2
     others = LatentDataset(
-        pictures,
+        images,
         prior,
         samples.text,
         seed=seed,
         caption_dropout=samples.caption_dropout,
         random_flip=samples.random_flip,
         edits=CaptionTransform(),
-        masks=None if samples.masks is None else AllOnesMasks(pictures.shape(0)),
+        masks=None if samples.masks is None else AllOnesMasks(images.shape(0)),
         perturbs=samples.perturbs,
     )
     own = EpochOrder(
@@ -245,8 +245,10 @@ def _with_prior(
         seed=config.train.seed,
         partial=order.partial,
     )
-    weight = config.finetune.prior_weight
-    mixed = SubjectAndClassDataset(samples, others, num_subject=num_subject, prior_weight=weight)
+    weight = config.finetune.prior_loss_weight
+    mixed = SubjectAndClassDataset(
+        samples, others, num_subject=num_subject, prior_loss_weight=weight
+    )
     classes = EpochOrder(bucket_ids(prior, data), batch_size=half, seed=seed, partial="fill")
     return mixed, PairedOrder(own, classes)
 
@@ -299,7 +301,7 @@ def _triples(
     t: Tensor,
     purpose: str,
 ) -> Triples:
-    """Fix n (picture, timestep, noise) triples of the records at `indices` (n,) and t (n,).
+    """Fix n (image, timestep, noise) triples of the records at `indices` (n,) and t (n,).
 
     Those of one bucket stand together. purpose: what keys their draws.
     """
@@ -325,13 +327,13 @@ def _triples(
 
 
 def _check_masks(masks: MaskSource, data: DataConfig) -> None:
-    """Say what masks keep, on pictures spread over the folder; ValueError where that is all, or
+    """Say what masks keep, on images spread over the folder; ValueError where that is all, or
     nothing."""
     chosen = np.linspace(0, len(masks) - 1, min(len(masks), JUDGED_MASKS)).astype(int)
     kept = [float(masks.mask(i, flipped=False, crop=0.5).mean()) for i in chosen.tolist()]
     share = float(np.mean(kept))
     if share in (0.0, 1.0):
-        told = "no picture has transparency" if share else "the masks are black all over"
+        told = "no image has transparency" if share else "the masks are black all over"
         raise ValueError(
             f"data.mask={data.mask} and {told}, where {len(kept):,} of them are cut; leave it out, "
             "or make masks in which what is to be learned is opaque, or white"
@@ -347,15 +349,15 @@ def _check_masks(masks: MaskSource, data: DataConfig) -> None:
 def _log_data_plan(
     data: DataConfig, order: EpochOrder | PairedOrder, source: TextSource, *, is_cached: bool
 ) -> None:
-    """Say how pictures and captions come to the model, before the first step."""
+    """Say how images and captions come to the model, before the first step."""
     if data.buckets:
         used, counts = np.unique(order.bucket_of, return_counts=True)
         buckets = bucket_sizes(data)
         shown = [f"{buckets[b]}: {n:,}" for b, n in zip(used, counts, strict=True)][:NUM_SHOWN]
         rest = f" and {len(used) - NUM_SHOWN} more" if len(used) > NUM_SHOWN else ""
-        last = "kept smaller" if data.partial_batches == "keep" else "filled with pictures again"
+        last = "kept smaller" if data.partial_batches == "keep" else "filled with images again"
         logger.info(
-            "%d buckets (pictures each) %s%s; a bucket's last batch is %s",
+            "%d buckets (images each) %s%s; a bucket's last batch is %s",
             len(used),
             ", ".join(shown),
             rest,
@@ -365,12 +367,12 @@ def _log_data_plan(
         data.num_crops, f"cropped at {data.num_crops} places"
     )
     how = {
-        TokenIds: "text tower learns from token ids",
+        TokenIds: "text encoder learns from token ids",
         CachedPromptEmbeds: "text states come from the cache",
-        OnlinePromptEmbeds: "tags change, so the frozen text tower runs at every step",
+        OnlinePromptEmbeds: "tags change, so the frozen text encoder runs at every step",
     }[type(source)]
     logger.info(
-        "pictures %s%s, latents %s; %s",
+        "images %s%s, latents %s; %s",
         views,
         ", half of them mirrored" if data.random_flip else "",
         "come from the cache" if is_cached else "are encoded at every step (data.cache=false)",

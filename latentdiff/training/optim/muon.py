@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): matrices and kernels follow their momentum, made orthogonal.
 
 An update whose singular values are all about 1 moves every direction of a matrix alike, also those
-whose gradients are small, so that fewer pictures teach the same. Where it does not apply (biases,
+whose gradients are small, so that fewer images teach the same. Where it does not apply (biases,
 norms, embeddings, the layers that touch the latents) parameters follow AdamW, in one optimiser.
 torch.optim.Muon does the same for plain matrices, one at a time.
 """

@@ -29,17 +29,17 @@ def learning_rate(
     *,
     base: float,
     schedule: Schedule,
-    warmup_steps: int,
+    lr_warmup_steps: int,
     max_steps: int,
     final_fraction: float = 0.0,
 ) -> float:
     """Return the rate of optimiser step `step`, counted from 0.
 
-    It rises linearly to `base` over warmup_steps and then stays, or falls as half a cosine
+    It rises linearly to `base` over lr_warmup_steps and then stays, or falls as half a cosine
     (Loshchilov & Hutter 2017, Eq. 5) or a line, to final_fraction * base at max_steps.
     """
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
-    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    warmup = min(1.0, (step + 1) / lr_warmup_steps) if lr_warmup_steps > 0 else 1.0
+    done = (step - lr_warmup_steps) / max(1, max_steps - lr_warmup_steps)
     done = min(1.0, max(0.0, done))
     if schedule == "constant":
         left = 1.0
@@ -220,10 +220,10 @@ class TimedRate:
     """A linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, Eq. 5)."""
 
     def __init__(
-        self, base: float, *, warmup_steps: int, max_steps: int, max_minutes: float = 0.0
+        self, base: float, *, lr_warmup_steps: int, max_steps: int, max_minutes: float = 0.0
     ) -> None:
         """max_minutes: counted from here; 0: no limit."""
-        self.base, self.warmup_steps = base, warmup_steps
+        self.base, self.lr_warmup_steps = base, lr_warmup_steps
         self.max_steps, self.max_minutes = max_steps, max_minutes
         self._started = time.monotonic()
 
@@ -234,5 +234,5 @@ class TimedRate:
         done = max(step / self.max_steps, by_time)
         if done >= 1.0:
             return None
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        warm = min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
         return self.base * warm * (1 + math.cos(math.pi * done)) / 2

@@ -218,8 +218,9 @@ def read_snapshots(run_folder: Path) -> list[Snapshot]:
     paths = sorted(path for path, _ in _stored(run_folder))
     if not paths:
         raise FileNotFoundError(
-            f"{run_folder / SNAPSHOT_FOLDER} holds no snapshot: the run needs train.power_ema, "
-            "for example --train.power_ema='[0.05, 0.1]', and train.power_ema_every_steps"
+            f"{run_folder / SNAPSHOT_FOLDER} holds no snapshot: the run needs "
+            "train.posthoc_ema_every_steps and train.posthoc_ema_sigma_rel, for example "
+            "--train.posthoc_ema_sigma_rel='[0.05, 0.1]'"
         )
     return [read_snapshot(path) for path in paths]
 

@@ -21,7 +21,7 @@ LPIPS_SCALE = (0.458, 0.448, 0.450)
 def vae_loss(
     reconstruction: Tensor, pixels: Tensor, kl: Tensor, *, l2_weight: float, kl_weight: float
 ) -> Tensor:
-    """Return mean |error| + l2_weight * mean error^2 + kl_weight * mean over pictures of their KL.
+    """Return mean |error| + l2_weight * mean error^2 + kl_weight * mean over images of their KL.
 
     reconstruction, pixels: (B, 3, H, W); kl: (B,), in nats, summed over each latent.
     """
@@ -42,7 +42,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if k < num_layers else 1
             layers += [
                 nn.Conv2d(before, after, 4, stride, 1, bias=False),
-                nn.GroupNorm(min(8, after), after),  # batch norm would tie pictures together
+                nn.GroupNorm(min(8, after), after),  # batch norm would tie images together
                 nn.LeakyReLU(0.2),
             ]
             before = after
@@ -71,7 +71,7 @@ def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last: T
 
 
 class Lpips(nn.Module):
-    """Learned perceptual distance of pictures (Zhang et al. 2018), from a local file.
+    """Learned perceptual distance of images (Zhang et al. 2018), from a local file.
 
     The file holds torchvision's VGG16 convolutions (`features.N.weight`, `.bias`) and the five
     linear heads (`lin0.weight` to `lin4.weight`, (1, C, 1, 1)).

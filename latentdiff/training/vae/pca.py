@@ -21,7 +21,7 @@ def keep_principal(vae: AutoencoderKL, batches: Iterable[Tensor], channels: int)
     old = vae.config["latent_channels"]
     if not 0 < channels < old:
         raise ValueError(
-            f"principal={channels}, expected fewer latent channels than the VAE's {old}"
+            f"pca_channels={channels}, expected fewer latent channels than the VAE's {old}"
         )
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise ValueError("the VAE has no quant_conv and post_quant_conv, expected both")
@@ -66,7 +66,7 @@ def _components(
 
 
 def _copy_the_rest(vae: AutoencoderKL, made: AutoencoderKL) -> None:
-    """Copy every weight whose shape does not hang on the number of channels."""
+    """Copy every weight whose shape does not depend on the number of channels."""
     own = made.state_dict()
     same = {name: w for name, w in vae.state_dict().items() if own[name].shape == w.shape}
     made.load_state_dict(own | same)

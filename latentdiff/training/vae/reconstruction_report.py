@@ -1,4 +1,4 @@
-"""What a VAE does to pictures it has not seen."""
+"""What a VAE does to images it has not seen."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ NUM_SHOWN = 16
 
 
 @torch.no_grad()
-def held_out_report(
+def heldout_report(
     codec: LatentCodec,
     folder: Folder,
     *,
@@ -34,7 +34,7 @@ def held_out_report(
 ) -> dict[str, float]:
     """Return PSNR and SSIM with 95 % intervals, FD, and each latent channel's moments.
 
-    Over the centre crops of at most max_images pictures; FD, which is biased upwards in small
+    Over the centre crops of at most max_images images; FD, which is biased upwards in small
     samples, in the features of `network`. Latents are scaled; a Gaussian's kurtosis is 0.
     """
     device = codec.vae.device

@@ -1,8 +1,8 @@
 """Train an AutoencoderKL on random crops (Rombach et al. 2022, Appendix G).
 
-Crops are taken at a random scale between the picture's own and the one where its shorter side just
+Crops are taken at a random scale between the image's own and the one where its shorter side just
 fills the crop, so one VAE serves several resolutions. The EMA weights are what is saved, with the
-scalar scaling measured on training crops. Held-out PSNR is reported over whole pictures.
+scalar scaling measured on training crops. Held-out PSNR is reported over whole images.
 """
 
 import json
@@ -32,30 +32,30 @@ from latentdiff.training.distributed import single_process_accelerator
 from latentdiff.training.metrics_log import LossLog
 from latentdiff.training.optim.optimizer import TimedRate
 from latentdiff.training.vae.pca import keep_principal
-from latentdiff.training.vae.reconstruction_report import held_out_report
+from latentdiff.training.vae.reconstruction_report import heldout_report
 from latentdiff.training.vae.vae_step import VaeTrainStep
 
 
 def train_vae(config: VaeConfig) -> dict[str, float]:
     """Train; save `output_dir`/vae, metrics.json and a sheet; return the figures.
 
-    ValueError when there is no picture to train on, or the loss is no number any more.
+    ValueError when there is no image to train on, or the loss is no number any more.
     """
     folders = [_read(root) for root in config.roots]
     if not folders or not any(len(folder.split("train")) for folder in folders):
-        raise ValueError(f"roots={list(config.roots)} hold no training pictures; give --roots")
+        raise ValueError(f"roots={list(config.roots)} hold no training images; give --roots")
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(to_yaml(config))
     torch.manual_seed(config.seed)
-    accelerator = single_process_accelerator(config.precision)
+    accelerator = single_process_accelerator(config.mixed_precision)
     crops = Crops([f.split("train") for f in folders], config.resolution, seed=config.seed)
     vae = _initial_vae(config, crops).to(accelerator.device)
     if config.channels_last:
         vae.to(memory_format=torch.channels_last)
     average, steps = _train_steps(vae, crops, config, accelerator)
     codec = LatentCodec(average)
-    if config.trained == "all":
+    if config.train_part == "all":
         with torch.no_grad():
             pixels = (batch.to(average.device) for batch in crops.some(config))
             set_scalar_scaling(average, measure_latents(codec, pixels))
@@ -63,11 +63,11 @@ def train_vae(config: VaeConfig) -> dict[str, float]:
     network = load_features(config.features).to(average.device) if config.features else None
     if accelerator.is_main_process:
         for root, folder in zip(config.roots, folders, strict=True):
-            if len(held_out := folder.held_out()):
+            if len(heldout := folder.heldout()):
                 name = Path(root).name
-                found = held_out_report(
+                found = heldout_report(
                     codec,
-                    held_out,
+                    heldout,
                     resolution=config.resolution,
                     network=network,
                     sheet=output / f"reconstructions_{name}.png",
@@ -81,7 +81,7 @@ def train_vae(config: VaeConfig) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Crops(Dataset[Tensor]):
-    """Random square crops of the pictures of several folders; item k is a function of (seed, k)."""
+    """Random square crops of the images of several folders; item k is a function of (seed, k)."""
 
     folders: list[Folder]
     resolution: int
@@ -92,7 +92,7 @@ class Crops(Dataset[Tensor]):
         rng = np.random.Generator(np.random.Philox(key=[self.seed, k]))
         folder = self.folders[k % len(self.folders)]
         image = load_image(BytesIO(folder.read_bytes(int(rng.integers(len(folder))))))
-        room = min(image.size) / self.resolution  # how much smaller the picture may be made
+        room = min(image.size) / self.resolution  # how much smaller the image may be made
         side = round(min(image.size) / max(1.0, rng.uniform(1.0, max(1.0, room))))
         whole = resize_and_crop(
             image,
@@ -137,8 +137,10 @@ class _Counting(Sampler[int]):
 def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
     """Load the VAE to go on from, or build a new one; freeze what does not learn."""
     if not config.pretrained:
-        if config.trained != "all" or config.principal:
-            raise ValueError("trained=decoder and principal need --pretrained, a VAE to go on from")
+        if config.train_part != "all" or config.pca_channels:
+            raise ValueError(
+                "train_part=decoder and pca_channels need --pretrained, a VAE to go on from"
+            )
         return build_vae(
             block_out_channels=config.block_out_channels,
             latent_channels=config.latent_channels,
@@ -151,9 +153,9 @@ def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
         raise ValueError(
             f"pretrained={config.pretrained} is a {type(vae).__name__}, expected AutoencoderKL"
         )
-    if config.principal:
-        vae = keep_principal(vae, crops.some(config), config.principal)
-    if config.trained == "decoder":
+    if config.pca_channels:
+        vae = keep_principal(vae, crops.some(config), config.pca_channels)
+    if config.train_part == "decoder":
         vae.requires_grad_(False)
         for part in (vae.decoder, vae.post_quant_conv):
             if part is not None:
@@ -169,7 +171,7 @@ def _train_steps(
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     rates = TimedRate(
         config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        lr_warmup_steps=config.lr_warmup_steps,
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
     )
@@ -189,5 +191,5 @@ def _train_steps(
 
 def _read(root: str) -> Folder:
     folder = read_folder(root, missing_caption="empty")
-    folder.check(max_bad_fraction=0.02)
+    folder.check(max_invalid_fraction=0.02)
     return folder

@@ -24,7 +24,7 @@ class VaeTrainStep:
     def __init__(self, vae: AutoencoderKL, config: VaeConfig, accelerator: Accelerator) -> None:
         self.vae, self.config, self.accelerator = vae, config, accelerator
         self.lpips = Lpips(config.lpips).to(accelerator.device) if config.lpips else None
-        fp16 = config.precision == "fp16"
+        fp16 = config.mixed_precision == "fp16"
         rule = torch.optim.AdamW(
             [weight for weight in vae.parameters() if weight.requires_grad],
             lr=config.learning_rate,
@@ -69,9 +69,9 @@ class VaeTrainStep:
         return losses
 
     def _moved(self, z: Tensor, pixels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Move latents and pictures alike, at the share of steps asked for."""
+        """Move latents and images alike, at the share of steps asked for."""
         rng = np.random.default_rng([self.config.seed, step])
-        if rng.random() >= self.config.equivariance:
+        if rng.random() >= self.config.equivariance_prob:
             return z, pixels
         turns, mirrored = int(rng.integers(4)), bool(rng.random() < 0.5)
         z, pixels = (rot90(x, turns=turns, mirrored=mirrored) for x in (z, pixels))

@@ -1,16 +1,16 @@
 """Held-out loss against seconds of training, from noise, on the shapes world: ours and a baseline.
 
-    OMP_NUM_THREADS=1 python benchmarks/held_out_race.py [--minutes 20] [--steps 600] [--decay both]
+    OMP_NUM_THREADS=1 python benchmarks/heldout_race.py [--minutes 20] [--steps 600] [--decay both]
 
-The baseline does what diffusers' text-to-image example does: it reads pictures, encodes them and
+The baseline does what diffusers' text-to-image example does: it reads images, encodes them and
 their captions at every step, and takes torch.optim.AdamW, here in its better settings
 (channels_last, fused). Ours is a run as train_t2i.py prepares it, and its clock starts before the
-folder is read and the caches are built. The two start from equal weights, take the same pictures in
-the same order and have the same VAE, text tower, batch, peak rate, weight decay and precision; ours
-has stratified timesteps, a beta2 of 0.99, and Muon in AdamW's place with --optimizer muon. Its rate
-falls as half a cosine over --steps, where it ends; the example's rate is constant, or falls over
-its minutes with --decay both. Each in a process of its own, they take turns of a 24th of
---minutes; after each turn the loss of the raw weights is measured on the same (picture, timestep,
+folder is read and the caches are built. The two start from equal weights, take the same images in
+the same order and have the same VAE, text encoder, batch, peak rate, weight decay and precision;
+ours has stratified timesteps, a beta2 of 0.99, and Muon in AdamW's place with --optimizer muon. Its
+rate falls as half a cosine over --steps, where it ends; the example's rate is constant, or falls
+over its minutes with --decay both. Each in a process of its own, they take turns of a 24th of
+--minutes; after each turn the loss of the raw weights is measured on the same (image, timestep,
 noise) triples, off the clock. With one thread the clock is processor time.
 
 Prints one JSON line with both curves, [seconds, steps, loss] each. The target is the baseline's
@@ -49,9 +49,9 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo_scratch.yaml"
 
 
 def make_config(folder: Path, args: argparse.Namespace) -> Config:
-    """Write the shapes and a frozen text tower into folder; return a run's settings."""
+    """Write the shapes and a frozen text encoder into folder; return a run's settings."""
     write_shapes(
-        folder / "shapes", num_train=args.num_train, num_test=args.num_held_out, size_px=args.px
+        folder / "shapes", num_train=args.num_train, num_test=args.num_heldout, size_px=args.px
     )
     lines = (folder / "shapes" / "train" / "metadata.jsonl").read_text().splitlines()
     captions = [json.loads(line)["text"] for line in lines]
@@ -78,10 +78,10 @@ def make_config(folder: Path, args: argparse.Namespace) -> Config:
         "train.learning_rate": args.rate,
         "train.optimizer": args.optimizer,
         "train.lr_schedule": "cosine",
-        "train.warmup_steps": WARMUP_STEPS,
+        "train.lr_warmup_steps": WARMUP_STEPS,
         "train.beta2": 0.99,
         "train.ema": "false",
-        "preview.num_held_out": args.num_held_out,
+        "eval.num_heldout": args.num_heldout,
         "preview.num_nearest": 0,
     }
     return load_config(CONFIG, [f"--{name}={value}" for name, value in settings.items()])
@@ -149,8 +149,8 @@ class Ours(Side):
         unet = copy.deepcopy(parts.unet)
         unfuse_transformers(unet)
         unet.set_default_attn_processor()
-        pictures = [(str(r.path), r.captions[0]) for r in self.run.supply.train]
-        common = {"triples": self.triples, "schedule": self.schedule, "pictures": pictures}
+        images = [(str(r.path), r.captions[0]) for r in self.run.supply.train]
+        common = {"triples": self.triples, "schedule": self.schedule, "images": images}
         common |= {"unet": unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
         common |= {"tokenizer": parts.tokenizer, "order": self.run.supply.order}
         torch.save(common | {"settings": self.run.config.train}, file)
@@ -179,9 +179,9 @@ class Baseline(Side):
 
     @torch.no_grad()
     def inputs(self):
-        """Return latents and text states of this step's pictures."""
+        """Return latents and text states of this step's images."""
         paths, captions = zip(
-            *(self.pictures[i] for i in self.order.batch(self.num_steps).indices), strict=True
+            *(self.images[i] for i in self.order.batch(self.num_steps).indices), strict=True
         )
         pixels = torch.stack([to_pixels(load_image(path)) for path in paths])
         ids = tokenize(self.tokenizer, captions)
@@ -200,7 +200,7 @@ class Baseline(Side):
             output = self.unet(zt, t, states, return_dict=False)[0]
         F.mse_loss(output.float(), eps).backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.settings.max_grad_norm)
-        rise = min(1.0, (self.num_steps + 1) / self.settings.warmup_steps)
+        rise = min(1.0, (self.num_steps + 1) / self.settings.lr_warmup_steps)
         left = (1 + math.cos(math.pi * min(1.0, self.seconds / self.decay_seconds))) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rise * left
@@ -245,7 +245,7 @@ def main():
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of ours")
     parser.add_argument("--num_train", type=int, default=2000)
-    parser.add_argument("--num_held_out", type=int, default=128)
+    parser.add_argument("--num_heldout", type=int, default=128)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="race-") as name:
         folder, file = Path(name), Path(name) / "equal.pt"
@@ -260,7 +260,7 @@ def main():
         for side in (ours, baseline):
             side.close()
     figures = {
-        "benchmark": "held_out_race",
+        "benchmark": "heldout_race",
         **result(curves["latentdiff"], curves["baseline"]),
         "curves": curves,
         "settings": vars(args),
