@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.folder.folder import Record
 from latentdiff.training.inputs.dataset import LatentDataset, SampleKey, collate
-from latentdiff.training.inputs.randomness import draws, normal
+from latentdiff.training.inputs.randomness import sample_generator, standard_normal
 
 CHANNELS, BATCH_SIZE, NUM_BATCHES = 4, 64, 20
 IMAGES_PER_SECOND = 1000
@@ -47,7 +47,7 @@ class Undrawn(Dataset):
     def __init__(self, samples):
         self.sample = samples[SampleKey(0, 0, 0, 0, 1.0)]
 
-    def __getitem__(self, slot):
+    def __getitem__(self, key):
         return {name: self.sample[name] for name in ("z0", "text", "index")}
 
 
@@ -78,16 +78,18 @@ def main():
         random_flip=True,
         edits=CaptionTransform(),
     )
-    slot = SampleKey(index=0, epoch=1, place=5, seat=5, weight=1.0)
+    key = SampleKey(index=0, epoch=1, index_in_epoch=5, index_in_step=5, weight=1.0)
     shape = samples.latents.shape(0)
-    sample = microseconds(lambda: samples[slot])
+    sample = microseconds(lambda: samples[key])
     process = _in_the_training_process(samples, num_workers=args.workers)
     undrawn = _in_the_training_process(Undrawn(samples), num_workers=args.workers)
     result = {
-        "benchmark": "draws",
+        "benchmark": "sample_generator",
         "cells": args.cells,
-        "key_us": microseconds(lambda: draws(0, 1, 2, 3, "timestep").random()),
-        "noise_us": microseconds(lambda: normal(draws(0, 1, 2, 3, "noise"), shape)),
+        "key_us": microseconds(lambda: sample_generator(0, 1, 2, 3, "timestep").random()),
+        "noise_us": microseconds(
+            lambda: standard_normal(sample_generator(0, 1, 2, 3, "noise"), shape)
+        ),
         "sample_us": sample,
         "images_per_second_a_worker": 1e6 / sample,
         "workers_needed": -(-sample * IMAGES_PER_SECOND // 1e6),
@@ -108,8 +110,8 @@ def _in_the_training_process(samples, *, num_workers):
 
     CPU time, so that waiting for a worker does not count.
     """
-    slots = [[SampleKey(0, 0, k, k, 1.0) for k in range(BATCH_SIZE)]] * NUM_BATCHES
-    loader = DataLoader(samples, batch_sampler=slots, num_workers=num_workers, collate_fn=collate)
+    keys = [[SampleKey(0, 0, k, k, 1.0) for k in range(BATCH_SIZE)]] * NUM_BATCHES
+    loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers, collate_fn=collate)
     batches = iter(loader)
     next(batches)
     times = []

@@ -96,11 +96,11 @@ class FullLoop:
     def __init__(self, run, clock):
         self.run, self.clock, self.done = run, clock, 0
         self.batches = train_batches(
-            run.config, run.supply, run.layout, first_step=0, accelerator=run.accelerator
+            run.config, run.train_data, run.layout, first_step=0, accelerator=run.accelerator
         )
         self.window = Window(run.accelerator, max_skipped_steps=20, num_timesteps=1000)
-        clock.watch(self, "next_batch", "supply")
-        clock.watch(run.engine.ema, "update", "ema")
+        clock.watch(self, "next_batch", "train_data")
+        clock.watch(run.train_step.ema, "update", "ema")
         clock.watch(engine_module, "clip_gradients", "clip_and_mask")
         clock.watch(engine_module, "masked_step", "clip_and_mask")
         for name in ("draws", "normal"):
@@ -111,7 +111,7 @@ class FullLoop:
 
     def step(self):
         run = self.run
-        result = run.engine.step(
+        result = run.train_step.step(
             iter(self.next_batch, None),
             step=self.done,
             count=run.config.train.batch_size,
@@ -121,7 +121,7 @@ class FullLoop:
         self.window.add(result, num_samples=run.config.train.batch_size, waited=0.0)
 
     def log(self):
-        figures, _ = self.window.close(self.done, self.run.supply.train.ids, rate=1e-4)
+        figures, _ = self.window.close(self.done, self.run.train_data.train.ids, rate=1e-4)
         self.run.log.write(self.done, figures)
 
     def checkpoint(self):
@@ -136,10 +136,10 @@ class BareLoop:
     """
 
     def __init__(self, run, clock, batch):
-        self.model = run.engine.model
+        self.model = run.train_step.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
-        self.schedule, self.device = run.engine.objective.schedule, run.accelerator.device
+        self.schedule, self.device = run.train_step.objective.schedule, run.accelerator.device
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         self.t = (self.batch["u"] * self.schedule.num_timesteps).long()
         clock.watch(self, "update", "bare_update")
@@ -193,7 +193,7 @@ def report(run, full, bare, clock, *, steps):
     parts = {
         "ema": medians["ema"],
         "draws": medians.get("draws", 0.0),
-        "supply": medians["supply"] - medians.get("draws", 0.0),
+        "train_data": medians["train_data"] - medians.get("draws", 0.0),
         "clip_and_mask": medians["clip_and_mask"] - medians["bare_update"],
         "log": log,
         "checkpoint": checkpoint,

@@ -136,11 +136,11 @@ class Ours(Side):
         accelerator = start_accelerator(config)
         self.run = run = setup(config, Path(config.output_dir), accelerator, start=None)
         self.batches = train_batches(
-            config, run.supply, run.layout, first_step=0, accelerator=accelerator
+            config, run.train_data, run.layout, first_step=0, accelerator=accelerator
         )
         self.seconds = own_seconds() - started
-        self.unet, self.triples = run.components.unet, run.supply.triples
-        self.schedule = run.engine.objective.schedule
+        self.unet, self.triples = run.components.unet, run.train_data.triples
+        self.schedule = run.train_step.objective.schedule
         self._write(file)
         self.measure()
 
@@ -149,15 +149,15 @@ class Ours(Side):
         unet = copy.deepcopy(parts.unet)
         unfuse_transformers(unet)
         unet.set_default_attn_processor()
-        images = [(str(r.path), r.captions[0]) for r in self.run.supply.train]
+        images = [(str(r.path), r.captions[0]) for r in self.run.train_data.train]
         common = {"triples": self.triples, "schedule": self.schedule, "images": images}
         common |= {"unet": unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
-        common |= {"tokenizer": parts.tokenizer, "order": self.run.supply.order}
+        common |= {"tokenizer": parts.tokenizer, "order": self.run.train_data.order}
         torch.save(common | {"settings": self.run.config.train}, file)
 
     def step(self):
-        count = self.run.supply.order.count(self.num_steps)
-        self.run.engine.step(self.batches, step=self.num_steps, count=count, accumulation=1)
+        count = self.run.train_data.order.count(self.num_steps)
+        self.run.train_step.step(self.batches, step=self.num_steps, count=count, accumulation=1)
 
 
 class Baseline(Side):

@@ -74,19 +74,23 @@ def probe(name):
         run = setup(config, folder / "run", accelerator, start=None)
         estimate = estimate_memory(run)
         batches = train_batches(
-            config, run.supply, run.layout, first_step=0, accelerator=accelerator
+            config, run.train_data, run.layout, first_step=0, accelerator=accelerator
         )
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         for step in range(2):
-            count = run.supply.order.count(step)
-            run.engine.step(batches, step=step, count=count, accumulation=run.layout.accumulation)
+            count = run.train_data.order.count(step)
+            run.train_step.step(
+                batches, step=step, count=count, accumulation=run.layout.accumulation
+            )
         peak = rss_bytes("VmHWM")
         run.log.close()
     parts = {key: round((size or 0) / 1e9, 3) for key, size in dataclasses.asdict(estimate).items()}
     figures = {
         "batch_size": config.train.batch_size,
         "resolution": config.data.resolution,
-        "trained_millions": round(sum(p.numel() for p in run.engine.parameters.values()) / 1e6, 1),
+        "trained_millions": round(
+            sum(p.numel() for p in run.train_step.parameters.values()) / 1e6, 1
+        ),
         "estimate_gb": round(estimate.on_device / 1e9, 3),
         "added_gb": round((peak - before) / 1e9, 3),
         "peak_gb": round(peak / 1e9, 3),

@@ -138,11 +138,11 @@ class OurLoop(Loop):
             "z0": z0,
             "text": states.float(),
             "dropped": torch.zeros(size, dtype=torch.bool),
-            "place": torch.arange(size),
+            "index_in_step": torch.arange(size),
             "weight": torch.ones(size),
             "index": torch.arange(size),
         }
-        self.engine = TrainStep(
+        self.train_step = TrainStep(
             model,
             objective=Objective(
                 schedule_of(parts.scheduler).to("cpu", dtype=torch.float32),
@@ -150,19 +150,19 @@ class OurLoop(Loop):
                 null_text=states[:1].float(),
             ),
             accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
-            rates=LRSchedule(1e-4, 1e-4, "constant", 0, 1000),
+            lr_schedule=LRSchedule(1e-4, 1e-4, "constant", 0, 1000),
             weight_decay=0.01,
             betas=(0.9, 0.999),
             max_grad_norm=1.0,
             ema_decay=0.999,
-            power_ema=(),
+            posthoc_ema_sigma_rel=(),
             fp16=False,
             seed=0,
         )
 
     def step(self):
         drawn = {"eps": torch.randn_like(self.batch["z0"]), "u": torch.rand(self.size).double()}
-        self.engine.step(iter([self.batch | drawn]), step=0, count=self.size, accumulation=1)
+        self.train_step.step(iter([self.batch | drawn]), step=0, count=self.size, accumulation=1)
 
 
 def main():

@@ -33,7 +33,7 @@ def export(run: Run) -> None:
     if run.accelerator.is_main_process:
         wants_best = run.config.train.export == "best"
         step = _take_best(run) if wants_best else run.config.train.max_steps
-        with averaged(run.engine):
+        with averaged(run.train_step):
             run.components.unet.to(memory_format=torch.contiguous_format)
             save_adapters(run.components, run.config.finetune, run.folder)
             plain = merged_components(run.components, run.config.finetune.method)
@@ -67,9 +67,11 @@ def export_reconstructed(
     _write_both(components, out, facts=facts)
 
 
-def averaged(engine: TrainStep) -> AbstractContextManager[None]:
+def averaged(train_step: TrainStep) -> AbstractContextManager[None]:
     """Give the model its EMA weights inside the block, if the run keeps any."""
-    return nullcontext() if engine.ema is None else engine.ema.swapped_in(engine.model)
+    return (
+        nullcontext() if train_step.ema is None else train_step.ema.swap_weights(train_step.model)
+    )
 
 
 def _take_best(run: Run) -> int:
@@ -83,7 +85,7 @@ def _take_best(run: Run) -> int:
             "--train.export=last exports the last state"
         )
     checkpoint = load_checkpoint(kept[best])
-    run.engine.load(checkpoint.tensors, checkpoint.state)
+    run.train_step.load(checkpoint.tensors, checkpoint.state)
     return best
 
 
@@ -141,7 +143,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         dropout = base.caption_dropout
     return ModelInfo(
         caption_dropout=dropout,
-        prediction_type=run.engine.objective.prediction_type,
+        prediction_type=run.train_step.objective.prediction_type,
         base_model=config.model.pretrained or None,
         dataset=Path(config.data.root).name,
         steps=step,

@@ -59,7 +59,10 @@ def train(config: Config) -> int:
     with _log_rank_on_error(accelerator), _lock(folder, accelerator):
         start = first_checkpoint(config, folder)
         run = setup(config, folder, accelerator, start=start)
-        with StopSignals() as signals, report_worker_crash(run.supply.samples, run.supply.ids):
+        with (
+            StopSignals() as signals,
+            report_worker_crash(run.train_data.samples, run.train_data.ids),
+        ):
             first_step = resume(run, start)
             log_plan(run, first_step)
             try:
@@ -77,13 +80,13 @@ def train(config: Config) -> int:
 def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
     """Train from first_step to the end; return whether a signal stopped it, its state saved."""
     config, settings, accelerator = run.config, run.config.train, run.accelerator
-    ids = run.supply.ids
+    ids = run.train_data.ids
     batches = train_batches(
-        config, run.supply, run.layout, first_step=first_step, accelerator=accelerator
+        config, run.train_data, run.layout, first_step=first_step, accelerator=accelerator
     )
     timed = _Timed(batches)
     rate_is_known = False
-    num_timesteps = run.engine.objective.schedule.num_timesteps
+    num_timesteps = run.train_step.objective.schedule.num_timesteps
     window = Window(
         accelerator, max_skipped_steps=settings.max_skipped_steps, num_timesteps=num_timesteps
     )
@@ -96,8 +99,8 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
     _measure_start(run, first_step)
     _draw_where_stopped(run, first_step)
     for step in range(first_step, settings.max_steps):
-        count = run.supply.order.count(step)
-        result = run.engine.step(
+        count = run.train_data.order.count(step)
+        result = run.train_step.step(
             timed, step=step, count=count, accumulation=run.layout.accumulation
         )
         done = step + 1
@@ -106,9 +109,9 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
         last = done == settings.max_steps
         stop = _any_process(signals.received is not None, accelerator) and not last
         if done % settings.log_every_steps == 0 or last or stop:
-            rate = run.engine.rates.at(step - run.engine.skipped)
+            rate = run.train_step.lr_schedule.at(step - run.train_step.skipped)
             figures, skipped = window.close(done, ids, rate=rate)
-            run.engine.skipped += skipped
+            run.train_step.skipped += skipped
             run.log.write(done, figures)
             _log_save_error(run)
             if not rate_is_known and accelerator.is_main_process:
@@ -162,13 +165,13 @@ def _save_samples(run: Run, done: int, *, last: bool) -> None:
         try:
             figures = write_sheet(
                 run.components,
-                preview.prompts or _default_prompts(run.supply),
+                preview.prompts or _default_prompts(run.train_data),
                 _sheet_path(run, done),
                 accelerator=run.accelerator,
                 seed=run.config.train.seed,
                 num_steps=preview.num_steps,
                 guidance_scale=preview.guidance_scale,
-                neighbours=run.neighbours,
+                nearest_images=run.nearest_images,
             )
             if figures:
                 run.log.write(done, figures)
@@ -182,14 +185,14 @@ def _eval_heldout(run: Run, done: int, *, last: bool) -> bool:
     Beside it goes the loss of training images, whose gap to it tells overfitting. All processes
     share in it, with the EMA weights. The log also has what captions are worth.
     """
-    triples, trained = run.supply.triples, run.supply.train_triples
-    objective = run.engine.objective
+    triples, trained = run.train_data.triples, run.train_data.train_triples
+    objective = run.train_step.objective
     if triples is None or trained is None or not _is_time(done, run.config.eval.every_steps, last):
         return False
 
     def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         with run.accelerator.autocast():
-            return run.engine.model(zt, t, text)
+            return run.train_step.model(zt, t, text)
 
     with _evaluating(run):
         measure = partial(
@@ -219,15 +222,15 @@ def _evaluating(run: Run) -> Iterator[None]:
 
     A learned variance is left out: what is measured and drawn is the prediction.
     """
-    model = run.engine.model.eval()
-    with averaged(run.engine), prediction_only(run.components):
+    model = run.train_step.model.eval()
+    with averaged(run.train_step), prediction_only(run.components):
         yield
     model.train()
 
 
 def _export(run: Run) -> None:
     """Write pipeline/, unless no process has the whole weights."""
-    if not is_sharded(run.engine.parameters):
+    if not is_sharded(run.train_step.parameters):
         export(run)
     elif run.accelerator.is_main_process:
         logger.warning(
@@ -243,12 +246,12 @@ def _log_save_error(run: Run) -> None:
         logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
 
 
-def _default_prompts(supply: TrainData) -> list[str]:
+def _default_prompts(train_data: TrainData) -> list[str]:
     """Return up to eight captions that differ, held out where there are any, spread over them."""
-    folder = supply.heldout if len(supply.heldout) else supply.train
+    folder = train_data.heldout if len(train_data.heldout) else train_data.train
     looked_at = min(NUM_LOOKED_AT, len(folder))
     places = [len(folder) * k // looked_at for k in range(looked_at)]
-    settled = (supply.edits.settle(folder[place].captions[0]) for place in places)
+    settled = (train_data.edits.settle(folder[place].captions[0]) for place in places)
     distinct = list(dict.fromkeys(settled))
     num = min(8, len(distinct))
     return [distinct[len(distinct) * k // num] for k in range(num)]

@@ -133,14 +133,14 @@ def embedder(features: str, *, device: torch.device) -> Embed:
     return lambda pixels: F.normalize(network.embed(pixels.to(device)), dim=1).cpu()
 
 
-def figures_of(neighbours: Sequence[NearestImage]) -> dict[str, float]:
+def figures_of(found: Sequence[NearestImage]) -> dict[str, float]:
     """Return the figures of a sheet for the log: means, the nearest of all, the share of copies."""
     figures = {
-        "nearest_distance": float(np.mean([one.distance for one in neighbours])),
-        "nearest_score": float(np.mean([one.score for one in neighbours])),
-        "nearest_score_min": min(one.score for one in neighbours),
+        "nearest_distance": float(np.mean([one.distance for one in found])),
+        "nearest_score": float(np.mean([one.score for one in found])),
+        "nearest_score_min": min(one.score for one in found),
     }
-    copies = [one.is_copy for one in neighbours if one.is_copy is not None]
+    copies = [one.is_copy for one in found if one.is_copy is not None]
     return figures | ({"copies": float(np.mean(copies))} if copies else {})
 
 

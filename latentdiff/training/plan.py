@@ -62,14 +62,14 @@ def log_plan(run: Run, first_step: int) -> None:
     _log_steps(run, first_step)
     logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
     _log_memory(memory, run)
-    if run.engine.power_emas:
+    if run.train_step.posthoc_emas:
         num_snapshots = -(-run.config.train.max_steps // run.config.train.posthoc_ema_every_steps)
-        num_snapshots *= len(run.engine.power_emas)
-        size = size_text(num_snapshots * _size(run.engine.parameters.values()))
+        num_snapshots *= len(run.train_step.posthoc_emas)
+        size = size_text(num_snapshots * _size(run.train_step.parameters.values()))
         logger.info("power_ema/ will hold %d snapshots, %s in all", num_snapshots, size)
     if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
-    if not len(run.supply.heldout):
+    if not len(run.train_data.heldout):
         logger.warning("no image is held out, so no held-out loss; set data.heldout_fraction")
 
 
@@ -101,18 +101,22 @@ def count_parameters(components: Components) -> list[str]:
 
 def estimate_memory(run: Run) -> Memory:
     """Estimate what this process will hold; see the module for what is left out."""
-    components, engine = run.components, run.engine
+    components, train_step = run.components, run.train_step
     modules: Sequence[nn.Module] = [getattr(components, name) for name in PARTS]
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    trained = [local_shard(parameter) for parameter in engine.parameters.values()]
-    copies = 2 if run.layout.num_processes > 1 and not is_sharded(engine.parameters) else 1
-    averages = [average for average in (engine.ema, *engine.power_emas.values()) if average]
+    trained = [local_shard(parameter) for parameter in train_step.parameters.values()]
+    copies = 2 if run.layout.num_processes > 1 and not is_sharded(train_step.parameters) else 1
+    averages = [
+        average for average in (train_step.ema, *train_step.posthoc_emas.values()) if average
+    ]
     is_host = run.config.train.ema_device == "cpu" and run.accelerator.device.type != "cpu"
     total = sum(average.num_bytes for average in averages)
     return Memory(
         weights=_size(local_shard(x) for x in tensors),
         gradients=copies * _size(trained),  # several processes send them from buckets
-        optimizer=optimizer_bytes(engine.optimizer.param_groups, name=run.config.train.optimizer),
+        optimizer=optimizer_bytes(
+            train_step.optimizer.param_groups, name=run.config.train.optimizer
+        ),
         averages=0 if is_host else total,
         host_averages=total if is_host else 0,
         activations=_activations_of(run),
@@ -204,11 +208,11 @@ class _Live(TorchDispatchMode):
 
 def _activations_of(run: Run) -> int | None:
     """Estimate the activations of one micro-batch; None, with the reason logged, where it fails."""
-    if is_sharded(run.engine.parameters) or run.config.train.attention == "xformers":
+    if is_sharded(run.train_step.parameters) or run.config.train.attention == "xformers":
         return None
-    model = run.engine.model
+    model = run.train_step.model
     device = next(model.parameters()).device  # the accelerator's may be called cpu:0
-    null = run.supply.null_text
+    null = run.train_data.null_text
     codec, n = LatentCodec(run.components.vae), run.layout.micro_batch_size
     largest = max(bucket_sizes(run.config.data), key=lambda bucket: bucket.height * bucket.width)
     height, width = largest.height // codec.factor, largest.width // codec.factor
@@ -227,12 +231,12 @@ def _activations_of(run: Run) -> int | None:
 
 def _log_steps(run: Run, first_step: int) -> None:
     settings, layout = run.config.train, run.layout
-    per_epoch = run.supply.order.steps_per_epoch
+    per_epoch = run.train_data.order.steps_per_epoch
     logger.info(
         "%s: %s training and %s held-out images of %d px, in %s on %s",
         run.folder,
-        f"{len(run.supply.train):,}",
-        f"{len(run.supply.heldout):,}",
+        f"{len(run.train_data.train):,}",
+        f"{len(run.train_data.heldout):,}",
         run.config.data.resolution,
         settings.mixed_precision,
         run.accelerator.device,

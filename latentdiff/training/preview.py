@@ -49,7 +49,7 @@ def write_sheet(
     seed: int,
     num_steps: int,
     guidance_scale: float,
-    neighbours: NearestImages | None = None,
+    nearest_images: NearestImages | None = None,
 ) -> dict[str, float]:
     """Draw one image a prompt and write them as a labelled PNG.
 
@@ -68,7 +68,7 @@ def write_sheet(
     if not accelerator.is_main_process:
         return {}
     images = [drawn[index] for index in range(len(prompts))]
-    found = _found(images, neighbours)
+    found = _found(images, nearest_images)
     sheet = _sheet(images, prompts, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
@@ -76,10 +76,12 @@ def write_sheet(
     return figures_of(found) if found else {}
 
 
-def _found(images: Sequence[Image.Image], neighbours: NearestImages | None) -> list[NearestImage]:
+def _found(
+    images: Sequence[Image.Image], nearest_images: NearestImages | None
+) -> list[NearestImage]:
     """Find what images are nearest to; a training image that is gone is no reason to stop."""
     try:
-        return neighbours.of(images) if neighbours is not None else []
+        return nearest_images.of(images) if nearest_images is not None else []
     except (OSError, ValueError) as error:
         logger.error("the nearest training images are not shown: %s", error)
         return []

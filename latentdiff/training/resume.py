@@ -106,7 +106,7 @@ def resume(run: Run, start: Path | None) -> int:
                 f"{run.config.model.pretrained} holds now, which its own are added to; give the "
                 "base model of that run"
             )
-        run.engine.load(shard_state(checkpoint.tensors, run.engine.parameters), state)
+        run.train_step.load(shard_state(checkpoint.tensors, run.train_step.parameters), state)
         if state.get("num_heldout") == _num_heldout(run):
             run.heldout = {int(at): loss for at, loss in state["heldout"].items()}
         logger.info("going on after step %d from %s", step, start)
@@ -126,13 +126,13 @@ def save_state(run: Run, done: int) -> None:
     Says so when the one before it failed.
     """
     is_main = run.accelerator.is_main_process
-    tensors = full_state(run.engine.tensors(), keep=is_main)
+    tensors = full_state(run.train_step.tensors(), keep=is_main)
     if not is_main:
         return
     run.saver.wait()
     if failure := run.saver.check():
         logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
-    state = run.engine.state()
+    state = run.train_step.state()
     size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     beside = size < SPARE_MEMORY * psutil.virtual_memory().available
     if beside:
@@ -173,7 +173,7 @@ def save_posthoc_snapshots(run: Run, done: int) -> None:
     here again. Says so when the disk does not take one, and goes on.
     """
     is_main = run.accelerator.is_main_process
-    for width, average in run.engine.power_emas.items():
+    for width, average in run.train_step.posthoc_emas.items():
         whole = full_state({"average": average.state_dict()}, keep=is_main)["average"]
         if not is_main:
             continue
@@ -186,7 +186,7 @@ def save_posthoc_snapshots(run: Run, done: int) -> None:
 
 
 def _num_heldout(run: Run) -> int:
-    return 0 if run.supply.triples is None else len(run.supply.triples)
+    return 0 if run.train_data.triples is None else len(run.train_data.triples)
 
 
 def run_key(config: Config) -> dict[str, object]:

@@ -70,12 +70,12 @@ class Run:
     folder: Path
     accelerator: Accelerator
     components: Components
-    supply: TrainData
-    engine: TrainStep
+    train_data: TrainData
+    train_step: TrainStep
     layout: BatchLayout
     log: MetricsLog
     saver: BackgroundSaver
-    neighbours: NearestImages | None = None
+    nearest_images: NearestImages | None = None
     heldout: dict[int, float] = field(default_factory=dict)  # losses so far, by step
     base_hash: str | None = None  # of a pretrained model that checkpoints hold a part of
 
@@ -152,7 +152,7 @@ def _is_set(name: str) -> bool:
 def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path | None) -> Run:
     """Read the data, load or build the model, encode what the caches lack, wrap for training."""
     with accelerator.main_process_first():
-        train_data, heldout = read_data(
+        train_folder, heldout = read_data(
             config.data,
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
@@ -163,22 +163,22 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
         write_text(folder / "config.yaml", to_yaml(config))
     base = None
     if config.model.pretrained:
-        base = _load_base_model(config, folder, train_data, accelerator)
+        base = _load_base_model(config, folder, train_folder, accelerator)
         components = base.components
-        latents = cache_latents(train_data, components.vae, config.data, accelerator=accelerator)
+        latents = cache_latents(train_folder, components.vae, config.data, accelerator=accelerator)
     else:
         vae = load_vae_of(config)
-        latents = cache_latents(train_data, vae, config.data, accelerator=accelerator)
+        latents = cache_latents(train_folder, vae, config.data, accelerator=accelerator)
         if config.model.fit_scaling_factor:
             set_scaling_factor(vae, latents)
-        captions = train_data.each_caption()
+        captions = train_folder.each_caption()
         with accelerator.main_process_first():
             components = new_components(
                 config, vae, captions=captions, tokenizer_dir=folder / "tokenizer"
             )
-    supply = build_train_data(
+    train_data = build_train_data(
         config,
-        train_data,
+        train_folder,
         heldout,
         components=components,
         latents=latents,
@@ -186,14 +186,14 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
         accelerator=accelerator,
         prior=base.prior if base else None,
     )
-    if config.train.keep_best and supply.triples is None:
+    if config.train.keep_best and train_data.triples is None:
         raise ValueError(
             "train.keep_best needs held-out images and there are none; set data.heldout_fraction"
         )
     layout = BatchLayout.of(
         config.train.batch_size, config.train.micro_batch_size, accelerator.num_processes
     )
-    engine = build_train_step(config, components, supply, accelerator)
+    train_step = build_train_step(config, components, train_data, accelerator)
     is_main = accelerator.is_main_process
     first_step = validate_checkpoint(start)["step"] if start else 0
     log = MetricsLog(folder, is_main=is_main, first_step=first_step)
@@ -202,12 +202,12 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
         folder,
         accelerator,
         components,
-        supply,
-        engine,
+        train_data,
+        train_step,
         layout,
         log,
         BackgroundSaver(),
-        make_neighbours(config, supply, device=accelerator.device),
+        make_nearest_images(config, train_data, device=accelerator.device),
         base_hash=base.weights_hash if base else None,
     )
 
@@ -221,7 +221,7 @@ class _BaseModel(NamedTuple):
 
 
 def _load_base_model(
-    config: Config, folder: Path, train_data: Folder, accelerator: Accelerator
+    config: Config, folder: Path, train_folder: Folder, accelerator: Accelerator
 ) -> _BaseModel:
     """Load the model to fine-tune, let it draw class images, then add adapters or words to it."""
     finetune, learns = config.finetune, trains_text_encoder(config)
@@ -233,14 +233,14 @@ def _load_base_model(
             config, components, base_hash=found, run_folder=folder, accelerator=accelerator
         )
     if finetune.method == "textual_inversion":
-        captions = unique_captions((train_data,), caption_transform(config.data))
+        captions = unique_captions((train_folder,), caption_transform(config.data))
         check_captions_have_token(captions, finetune.token)
     add_adapters(components, finetune, trains_text_encoder=learns, seed=config.train.seed)
     return _BaseModel(components, prior, found)
 
 
 def build_train_step(
-    config: Config, components: Components, supply: TrainData, accelerator: Accelerator
+    config: Config, components: Components, train_data: TrainData, accelerator: Accelerator
 ) -> TrainStep:
     """Freeze what does not learn, lay out the rest, and build the engine around it."""
     settings, diffusion = config.train, config.diffusion
@@ -267,7 +267,7 @@ def build_train_step(
     objective = Objective(
         schedule_of(components.scheduler).to(device, dtype=torch.float32),
         prediction_type=components.scheduler.config["prediction_type"],
-        null_text=supply.null_text.to(device),
+        null_text=train_data.null_text.to(device),
         weighting=diffusion.loss_weighting,
         snr_gamma=diffusion.snr_gamma or None,
         huber_delta=diffusion.huber_delta if diffusion.loss == "huber" else None,
@@ -279,7 +279,7 @@ def build_train_step(
         learned_variance=diffusion.learned_variance,
         loss_aware=_loss_aware(config, components, device),
     )
-    rates = LRSchedule(
+    lr_schedule = LRSchedule(
         base=settings.learning_rate,
         text_base=settings.text_learning_rate or settings.learning_rate,
         schedule=settings.lr_schedule,
@@ -290,13 +290,13 @@ def build_train_step(
         model.to(device),
         objective=objective,
         accelerator=accelerator,
-        rates=rates,
+        lr_schedule=lr_schedule,
         optimizer=settings.optimizer,
         weight_decay=settings.weight_decay,
         betas=(0.9, settings.beta2),
         max_grad_norm=settings.max_grad_norm,
         ema_decay=settings.ema_decay if settings.ema else None,
-        power_ema=settings.posthoc_ema_sigma_rel,
+        posthoc_ema_sigma_rel=settings.posthoc_ema_sigma_rel,
         ema_device="cpu" if settings.ema_device == "cpu" else None,
         fp16=settings.mixed_precision == "fp16",
         seed=settings.seed,
@@ -312,15 +312,15 @@ def _is_channels_last(wanted: bool | str, accelerator: Accelerator) -> bool:
     return accelerator.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
 
 
-def make_neighbours(
-    config: Config, supply: TrainData, *, device: torch.device | str
+def make_nearest_images(
+    config: Config, train_data: TrainData, *, device: torch.device | str
 ) -> NearestImages | None:
     """Return what finds the training images nearest to a sheet's; None where none is wanted."""
     if not config.preview.num_nearest:
         return None
     return NearestImages(
-        supply.train,
-        supply.heldout,
+        train_data.train,
+        train_data.heldout,
         plan_of=lambda folder: crop_plan(folder, eval_crop_config(config.data)),
         num=config.preview.num_nearest,
         features=config.preview.features,

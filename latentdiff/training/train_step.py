@@ -64,7 +64,7 @@ class Objective:
     learned_variance: bool = False
     loss_aware: LossSecondMomentSampler | None = None  # its history is part of a run's state
 
-    def timesteps_of(self, u: Tensor, place: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    def sample_timesteps(self, u: Tensor, place: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
         """Turn uniform draws u (B,) into timesteps (B,) int64 and their importance (B,).
 
         place, count: of the whole step's samples.
@@ -83,7 +83,7 @@ class Objective:
             return logit_normal_timesteps(u, num, mean=mean, std=std), even
         return uniform_timesteps(u, num), even
 
-    def text_of(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def text_with_dropout(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the captions' ids or states with dropped ones replaced by the null caption."""
         text, dropped = batch["text"], batch["dropped"]
         if text.ndim == 3:
@@ -96,14 +96,16 @@ class Objective:
         Where the batch has a mask (B, 1, h, w), a sample's loss is the mean over what it keeps.
         """
         z0, eps = batch["z0"], batch["eps"]
-        t, importance = self.timesteps_of(batch["u"], batch["place"], count=count)
+        t, importance_weight = self.sample_timesteps(
+            batch["u"], batch["index_in_step"], count=count
+        )
         if self.offset_noise:
             eps = offset_noise(eps, batch["offset"], strength=self.offset_noise)
         zt = q_sample(self.schedule, z0, t, eps)
         if self.input_perturbation:
             strength = self.input_perturbation
             zt = perturb_input(self.schedule, zt, t, batch["perturbation"], strength=strength)
-        output = model(zt, t, self.text_of(batch))
+        output = model(zt, t, self.text_with_dropout(batch))
         wanted = target(self.schedule, z0, eps, t, prediction_type=self.prediction_type)
         weights = loss_weights(
             self.schedule,
@@ -122,7 +124,7 @@ class Objective:
             loss = loss + VLB_WEIGHT * variance_loss(
                 self.schedule, output, z0, zt, t, prediction_type=self.prediction_type
             )
-        return Losses(loss, t, importance)
+        return Losses(loss, t, importance_weight)
 
 
 class Losses(NamedTuple):
@@ -130,7 +132,7 @@ class Losses(NamedTuple):
 
     loss: Tensor  # float32, with the objective's weight of its timestep
     t: Tensor
-    importance: Tensor  # what makes up for timesteps drawn unevenly
+    importance_weight: Tensor  # what makes up for timesteps drawn unevenly
 
 
 @dataclass(frozen=True)
@@ -175,30 +177,30 @@ class TrainStep:
         *,
         objective: Objective,
         accelerator: Accelerator,
-        rates: LRSchedule,
+        lr_schedule: LRSchedule,
         optimizer: OptimizerName = "adamw",
         weight_decay: float,
         betas: tuple[float, float],
         max_grad_norm: float,
         ema_decay: float | None,
-        power_ema: Sequence[float],
+        posthoc_ema_sigma_rel: Sequence[float],
         ema_device: torch.device | str | None = None,
         fp16: bool,
         seed: int,
     ) -> None:
-        self.accelerator, self.objective, self.rates = accelerator, objective, rates
+        self.accelerator, self.objective, self.lr_schedule = accelerator, objective, lr_schedule
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.wrapped = accelerator.prepare(model)
         self.model = model
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups = self._groups(weight_decay, optimizer)
-        self.optimizer = build_optimizer(groups, name=optimizer, lr=rates.base, betas=betas)
+        self.optimizer = build_optimizer(groups, name=optimizer, lr=lr_schedule.base, betas=betas)
         self.ema = None
         if ema_decay is not None:
             self.ema = Ema(model, decay=ema_decay, device=ema_device)
-        self.power_emas = {
+        self.posthoc_emas = {
             width: PosthocEma(model, gamma=gamma_of(width), device=ema_device)
-            for width in power_ema
+            for width in posthoc_ema_sigma_rel
         }
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=fp16)
         self.skipped = 0  # updates skipped up to the last look, which hold the rate back
@@ -207,7 +209,7 @@ class TrainStep:
         self, batches: Iterator[dict[str, Tensor]], *, step: int, count: int, accumulation: int
     ) -> StepResult:
         """Do optimiser step `step` on its micro-batches, which hold `count` samples in all."""
-        self._set_rates(step)
+        self.set_learning_rates(step)
         torch.manual_seed(hash((self.seed, step, self.accelerator.process_index)) & 0x7FFFFFFF)
         world, device = self.accelerator.num_processes, self.accelerator.device
         total = torch.zeros((), device=device)
@@ -221,7 +223,7 @@ class TrainStep:
             last = accumulated == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 losses = self.objective.losses(self.wrapped, batch, count=count)
-                weight = losses.importance * batch["weight"]
+                weight = losses.importance_weight * batch["weight"]
                 loss = (losses.loss * weight).sum() / count
                 self.scaler.scale(loss * world).backward()  # DDP takes the mean over processes
             total += loss.detach()
@@ -230,7 +232,7 @@ class TrainStep:
             sums.index_add_(0, bucket, seen[-1].loss * weight)
             counts.index_add_(0, bucket, weight)
         norm, ok = self._update()
-        self._remember(seen, ok, count=count)
+        self.update_timestep_history(seen, ok, count=count)
         return StepResult(total, norm, ok, sums, counts, torch.cat(indices))
 
     def _update(self) -> tuple[Tensor, Tensor]:
@@ -245,7 +247,7 @@ class TrainStep:
             average.update(ok)
         return norm, ok
 
-    def _remember(self, seen: Sequence[Losses], ok: Tensor, *, count: int) -> None:
+    def update_timestep_history(self, seen: Sequence[Losses], ok: Tensor, *, count: int) -> None:
         """Add a step's losses to the history that timesteps are drawn by, as one process would."""
         if self.objective.loss_aware is None:
             return
@@ -321,12 +323,12 @@ class TrainStep:
         named: dict[str, Ema | PosthocEma] = {} if self.ema is None else {"ema": self.ema}
         return named | {
             f"power_ema_{width:g}".replace(".", "p"): average
-            for width, average in self.power_emas.items()
+            for width, average in self.posthoc_emas.items()
         }
 
-    def _set_rates(self, step: int) -> None:
+    def set_learning_rates(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rates.at(step - self.skipped, text=group["is_text"])
+            group["lr"] = self.lr_schedule.at(step - self.skipped, text=group["is_text"])
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.parameters.items()}

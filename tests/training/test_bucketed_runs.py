@@ -96,10 +96,10 @@ def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) ->
         world, world / "none", data__trigger_word="sks", data__caption_suffix=", photo"
     )
     train_data, heldout = read_data(config.data)
-    supply: Any = SimpleNamespace(
+    train_data: Any = SimpleNamespace(
         train=train_data, heldout=heldout, edits=caption_transform(config.data)
     )
-    prompts = _default_prompts(supply)
+    prompts = _default_prompts(train_data)
     assert len(set(prompts)) == len(prompts)
     assert len(prompts) == len(heldout)
     assert prompts[0] == f"sks, {heldout[0].captions[0]}, photo"

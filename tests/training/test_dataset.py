@@ -33,8 +33,8 @@ def slots_of(
     steps = []
     for step in range(last - first):
         part = slice(step * layout.accumulation, (step + 1) * layout.accumulation)
-        seats = [slot for share in shares for batch in share[part] for slot in batch]
-        steps.append(sorted((s for s in seats if s.weight), key=lambda slot: slot.seat))
+        seats = [key for share in shares for batch in share[part] for key in batch]
+        steps.append(sorted((s for s in seats if s.weight), key=lambda key: key.index_in_step))
     return steps
 
 
@@ -84,12 +84,14 @@ def test_an_epochs_order_differs_from_the_last_and_is_found_again() -> None:
 def test_any_layout_seats_the_same_samples(layout: tuple[int, int, int]) -> None:
     order = EpochOrder(BUCKET_OF, batch_size=8, seed=1)
     steps = slots_of(order, BatchLayout.of(*layout), 0, 2 * order.steps_per_epoch)
-    for step, slots in enumerate(steps):
+    for step, keys in enumerate(steps):
         batch = order.batch(step)
-        assert [slot.index for slot in slots] == batch.indices.tolist()
-        assert [slot.seat for slot in slots] == list(range(len(batch.indices)))
-        assert [slot.place - batch.start for slot in slots] == [slot.seat for slot in slots]
-        assert {slot.epoch for slot in slots} == {batch.epoch}
+        assert [key.index for key in keys] == batch.indices.tolist()
+        assert [key.index_in_step for key in keys] == list(range(len(batch.indices)))
+        assert [key.index_in_epoch - batch.start for key in keys] == [
+            key.index_in_step for key in keys
+        ]
+        assert {key.epoch for key in keys} == {batch.epoch}
 
 
 def test_a_resumed_order_goes_on_in_the_middle_of_an_epoch() -> None:
@@ -105,13 +107,13 @@ def test_a_resumed_order_goes_on_in_the_middle_of_an_epoch() -> None:
 def test_padding_is_of_the_steps_own_bucket_and_counts_nothing() -> None:
     order, layout = EpochOrder(BUCKET_OF, batch_size=8, seed=1), BatchLayout.of(8, 3, 2)
     for rank in range(2):
-        slots = StepBatchSampler(layout, order, first_step=0, last_step=20, rank=rank)
-        batches = list(slots)
-        assert len(batches) == len(slots)
+        keys = StepBatchSampler(layout, order, first_step=0, last_step=20, rank=rank)
+        batches = list(keys)
+        assert len(batches) == len(keys)
         for number, batch in enumerate(batches):
             step = order.batch(number // layout.accumulation)
             assert len(batch) == 3
-            assert {BUCKET_OF[slot.index] for slot in batch} == {BUCKET_OF[step.indices[0]]}
+            assert {BUCKET_OF[key.index] for key in batch} == {BUCKET_OF[step.indices[0]]}
 
 
 class Zeros:
@@ -156,7 +158,7 @@ def test_draws_hang_on_epoch_sample_and_place_and_not_on_the_seat() -> None:
     assert not torch.equal(first["z0"], first["eps"])
     assert latents.asked[0] == latents.asked[1] != latents.asked[2]
     assert asked[0] == asked[1]
-    assert (int(again["place"]), float(again["weight"])) == (3, 0.0)
+    assert (int(again["index_in_step"]), float(again["weight"])) == (3, 0.0)
     assert first["offset"].shape == (2, 1, 1)
 
 

@@ -80,18 +80,18 @@ def test_class_samples_weigh_and_speak_as_they_should(world, tmp_path, cache):
     )
     run = setup(config, tmp_path / "run", Accelerator(cpu=True), start=None)
     batches = train_batches(
-        config, run.supply, run.layout, first_step=0, accelerator=run.accelerator
+        config, run.train_data, run.layout, first_step=0, accelerator=run.accelerator
     )
     batch = next(batches)
-    num = len(run.supply.train)
+    num = len(run.train_data.train)
     is_class = batch["index"] >= num
     assert is_class.sum() == 2
     assert batch["weight"][is_class].tolist() == [0.5, 0.5]
     assert batch["weight"][~is_class].tolist() == [1.0, 1.0]
     assert (batch["text"][is_class] != batch["text"][~is_class]).any()
     assert batch["eps"].flatten(1).unique(dim=0).shape[0] == 4
-    assert len(run.supply.ids) == num + 3
-    assert str(run.supply.ids[num]).endswith("00000.png")
+    assert len(run.train_data.ids) == num + 3
+    assert str(run.train_data.ids[num]).endswith("00000.png")
     run.log.close()
 
 

@@ -142,7 +142,7 @@ def test_swapped_in_gives_averages_and_restores_the_weights_bitwise() -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
     def fail_inside() -> None:
-        with ema.swapped_in(module):
+        with ema.swap_weights(module):
             assert torch.equal(module[0].weight, ema.tensors["0.weight"])
             assert not torch.equal(module[0].weight, before["0.weight"])
             raise RuntimeError("a failed preview")
@@ -164,7 +164,7 @@ def test_bfloat16_weights_are_averaged_in_float32() -> None:
     torch.testing.assert_close(
         ema.tensors["weight"] - start, torch.full((4, 4), 1e-3), rtol=0.05, atol=0
     )
-    with ema.swapped_in(module):
+    with ema.swap_weights(module):
         assert module.weight.dtype == torch.bfloat16
 
 

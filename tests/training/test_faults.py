@@ -77,10 +77,10 @@ def reading(index: int, what: Callable[[], object], *, epoch: int) -> Callable[[
     """Plant something that happens when a sample is read in an epoch."""
     clean = LatentDataset.__getitem__
 
-    def dirty(self: LatentDataset, slot: Any) -> dict[str, torch.Tensor]:
-        if (slot.index, slot.epoch) == (index, epoch):
+    def dirty(self: LatentDataset, key: Any) -> dict[str, torch.Tensor]:
+        if (key.index, key.epoch) == (index, epoch):
             what()
-        return clean(self, slot)
+        return clean(self, key)
 
     return lambda: setattr(LatentDataset, "__getitem__", dirty)
 

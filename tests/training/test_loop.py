@@ -138,9 +138,9 @@ def planted(monkeypatch: pytest.MonkeyPatch, *, bad: set[int]) -> None:
     """Make the latents of some samples NaN."""
     clean = LatentDataset.__getitem__
 
-    def dirty(self: LatentDataset, slot: Any) -> dict[str, torch.Tensor]:
-        sample = clean(self, slot)
-        return sample | {"z0": sample["z0"] * float("nan")} if slot.index in bad else sample
+    def dirty(self: LatentDataset, key: Any) -> dict[str, torch.Tensor]:
+        sample = clean(self, key)
+        return sample | {"z0": sample["z0"] * float("nan")} if key.index in bad else sample
 
     monkeypatch.setattr(LatentDataset, "__getitem__", dirty)
 

@@ -43,12 +43,12 @@ def test_a_planted_copy_is_found_and_named(tmp_path: Path, features: str) -> Non
         root.mkdir(exist_ok=True)
         noise_image(i).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text("a caption")
-    neighbours = NearestImages(
+    nearest_images = NearestImages(
         train_data, read_folder(root), plan_of=plan_of, num=100, features=features
     )
     noise = np.random.default_rng(0).integers(-3, 4, (32, 32, 3)) if not features else 0
     copied = Image.fromarray((np.asarray(seen(7)) + noise).clip(0, 255).astype(np.uint8))
-    copy, fresh = neighbours.of([copied, seen(50)])
+    copy, fresh = nearest_images.of([copied, seen(50)])
     assert copy.name == "7.png"
     assert copy.is_copy
     assert "nearest: 7.png" in copy.label
@@ -67,9 +67,9 @@ def test_a_spread_of_the_folder_is_looked_at_and_without_heldout_none_is_called_
     tmp_path: Path,
 ) -> None:
     folder = read_folder(captioned_folder(tmp_path / "train", 9))
-    neighbours = NearestImages(folder, folder[:0], plan_of=plan_of, num=3)
-    assert [record.id for record in neighbours.train] == ["0.png", "4.png", "8.png"]
-    found = neighbours.of([seen(4)])[0]
+    nearest_images = NearestImages(folder, folder[:0], plan_of=plan_of, num=3)
+    assert [record.id for record in nearest_images.train] == ["0.png", "4.png", "8.png"]
+    found = nearest_images.of([seen(4)])[0]
     assert (found.name, found.is_copy) == ("4.png", None)
     assert found.distance == 0
     assert "copies" not in figures_of([found])

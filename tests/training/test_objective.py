@@ -29,7 +29,7 @@ def batch(n: int = B, **others: Tensor) -> dict[str, Tensor]:
         "perturbation": perturbation,
         "offset": torch.randn(n, 4, 1, 1, generator=generator),
         "u": (torch.arange(n, dtype=torch.float64) + 0.5) / n,
-        "place": torch.arange(n),
+        "index_in_step": torch.arange(n),
         "text": torch.zeros(n, 2, 3),
         "dropped": torch.zeros(n, dtype=torch.bool),
     } | others
@@ -98,7 +98,7 @@ def test_offset_noise_is_seen_and_is_the_target() -> None:
 def test_logit_normal_takes_its_mean_and_deviation_from_the_settings() -> None:
     objective = replace(PLAIN, timesteps="logit_normal", logit_normal=(0.7, 0.5))
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    t, importance = objective.timesteps_of(u, torch.arange(20_000), count=20_000)
+    t, importance = objective.sample_timesteps(u, torch.arange(20_000), count=20_000)
     logit = torch.logit((t + 0.5) / T)
     assert float(logit.mean()) == pytest.approx(0.7, abs=1e-2)
     assert float(logit.std()) == pytest.approx(0.5, abs=1e-2)
@@ -123,7 +123,10 @@ def test_gradients_of_importance_sampling_are_unbiased(make: Any) -> None:
     n = 200_000
     given = batch(1)
     given = {name: x.expand(n, *x.shape[1:]) for name, x in given.items()}
-    given |= {"u": (torch.arange(n, dtype=torch.float64) + 0.5) / n, "place": torch.arange(n)}
+    given |= {
+        "u": (torch.arange(n, dtype=torch.float64) + 0.5) / n,
+        "index_in_step": torch.arange(n),
+    }
 
     def gradient(objective: Objective, *, weighs: bool) -> Tensor:
         scale = torch.tensor([0.3, -0.2], requires_grad=True)

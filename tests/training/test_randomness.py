@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.training.inputs.randomness import draws, epoch_order, normal
+from latentdiff.training.inputs.randomness import epoch_order, sample_generator, standard_normal
 
-KEY = {"seed": 3, "epoch": 1, "sample_id": 7, "place": 5, "purpose": "noise"}
+KEY = {"seed": 3, "epoch": 1, "sample_id": 7, "index_in_epoch": 5, "purpose": "noise"}
 
 
 def draw(**changed: object) -> torch.Tensor:
     key = {**KEY, **changed}
-    generator = draws(key["seed"], key["epoch"], key["sample_id"], key["place"], key["purpose"])
-    return normal(generator, (4, 4))
+    generator = sample_generator(
+        key["seed"], key["epoch"], key["sample_id"], key["index_in_epoch"], key["purpose"]
+    )
+    return standard_normal(generator, (4, 4))
 
 
 def test_same_key_gives_the_same_numbers_whatever_was_drawn_before() -> None:
@@ -29,7 +31,14 @@ def test_same_key_gives_the_same_numbers_whatever_was_drawn_before() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 4}, {"epoch": 2}, {"sample_id": 8}, {"place": 6}, {"purpose": "vae"}, {"seed": -3}],
+    [
+        {"seed": 4},
+        {"epoch": 2},
+        {"sample_id": 8},
+        {"index_in_epoch": 6},
+        {"purpose": "vae"},
+        {"seed": -3},
+    ],
 )
 def test_every_part_of_the_key_matters(changed: dict[str, object]) -> None:
     assert not torch.equal(draw(), draw(**changed))
@@ -46,7 +55,7 @@ def test_numpy_integers_are_the_integers_they_equal() -> None:
 
 def test_stream_is_philox_of_the_key_and_pinned() -> None:
     """The same numbers on every machine and in every later version of this file."""
-    bits = draws(0, 0, 0, 0, "noise").bit_generator.random_raw(2)
+    bits = sample_generator(0, 0, 0, 0, "noise").bit_generator.random_raw(2)
     assert bits.tolist() == [14353901028563467228, 12266456208790458747]
     key = hashlib.blake2b(b"('sample', 0, 0, 0, 0, 'noise')", digest_size=16).digest()
     public = np.random.Philox(key=int.from_bytes(key, "little"))
@@ -54,7 +63,9 @@ def test_stream_is_philox_of_the_key_and_pinned() -> None:
 
 
 def test_draws_of_many_samples_are_standard_normal_and_uncorrelated() -> None:
-    values = torch.stack([normal(draws(0, 0, i, i, "noise"), (64,)) for i in range(1000)])
+    values = torch.stack(
+        [standard_normal(sample_generator(0, 0, i, i, "noise"), (64,)) for i in range(1000)]
+    )
     assert abs(values.mean()) < 0.02
     assert abs(values.std() - 1) < 0.02
     neighbours = (values[1:] * values[:-1]).mean()

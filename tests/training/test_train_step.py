@@ -26,9 +26,9 @@ def objective(timesteps: str, sampler: LossSecondMomentSampler | None = None) ->
 @pytest.mark.parametrize("count", [4, 8])  # 4: an epoch's last batch, half as large
 def test_every_batch_is_stratified_over_the_whole_chain(count: int) -> None:
     u, place = torch.rand(count, dtype=torch.float64), torch.randperm(count)
-    t, importance = objective("stratified").timesteps_of(u, place, count=count)
+    t, importance_weight = objective("stratified").sample_timesteps(u, place, count=count)
     assert torch.equal(t * count // NUM_TIMESTEPS, place)
-    assert torch.equal(importance, torch.ones(count))
+    assert torch.equal(importance_weight, torch.ones(count))
 
 
 def err_with_time(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def test_importance_keeps_the_mean_loss_that_of_uniform_timesteps() -> None:
         "z0": torch.zeros(N, 1, 1, 1),
         "eps": torch.zeros(N, 1, 1, 1),
         "u": (torch.arange(N, dtype=torch.float64) + 0.5) / N,
-        "place": torch.arange(N),
+        "index_in_step": torch.arange(N),
         "text": torch.zeros(N, 2, 3),
         "dropped": torch.zeros(N, dtype=torch.bool),
     }
@@ -52,7 +52,9 @@ def test_importance_keeps_the_mean_loss_that_of_uniform_timesteps() -> None:
     seen = losses.t.bincount(minlength=NUM_TIMESTEPS) / N
     assert seen[-1] > 2 * seen[0]
     uniform_mean = (NUM_TIMESTEPS + 1) / 2  # of t + 1
-    assert float((losses.loss * losses.importance).mean()) == pytest.approx(uniform_mean, rel=1e-3)
+    assert float((losses.loss * losses.importance_weight).mean()) == pytest.approx(
+        uniform_mean, rel=1e-3
+    )
     assert float(losses.loss.mean()) > 1.2 * uniform_mean
 
 

@@ -43,13 +43,13 @@ class SubjectAndClassDataset(Dataset[dict[str, Tensor]]):
         self.subject, self.prior = subject, prior
         self.num_subject, self.prior_loss_weight = num_subject, prior_loss_weight
 
-    def __getitem__(self, slot: SampleKey) -> dict[str, Tensor]:
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return the sample of a slot, as Samples does."""
-        if slot.index < self.num_subject:
-            return self.subject[slot]
-        sample = self.prior[replace(slot, index=slot.index - self.num_subject)]
+        if key.index < self.num_subject:
+            return self.subject[key]
+        sample = self.prior[replace(key, index=key.index - self.num_subject)]
         weight = sample["weight"] * self.prior_loss_weight
-        return sample | {"weight": weight, "index": torch.tensor(slot.index, dtype=torch.int64)}
+        return sample | {"weight": weight, "index": torch.tensor(key.index, dtype=torch.int64)}
 
 
 class PairedOrder:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from latentdiff.data.buckets import Epoch, Partial, make_epoch, num_batches
 from latentdiff.data.captions import CaptionTransform, may_flip
 from latentdiff.data.folder.folder import Record
-from latentdiff.training.inputs.randomness import draws, epoch_order, normal
+from latentdiff.training.inputs.randomness import epoch_order, sample_generator, standard_normal
 
 TextOf = Callable[[str], Tensor]
 SMALL_BYTES = 1 << 16  # of an array in a worker's message
@@ -127,8 +127,8 @@ class SampleKey:
 
     index: int
     epoch: int
-    place: int
-    seat: int  # place within the step
+    index_in_epoch: int
+    index_in_step: int  # place within the step
     weight: float  # 0 for the padding of a partial batch
 
 
@@ -155,8 +155,14 @@ class StepBatchSampler(Sampler[list[SampleKey]]):
 
 def _sample_key(batch: StepBatch, k: int) -> SampleKey:
     counts = k < len(batch.indices)
-    seat = k if counts else 0
-    return SampleKey(int(batch.indices[seat]), batch.epoch, batch.start + seat, seat, float(counts))
+    index_in_step = k if counts else 0
+    return SampleKey(
+        int(batch.indices[index_in_step]),
+        batch.epoch,
+        batch.start + index_in_step,
+        index_in_step,
+        float(counts),
+    )
 
 
 class LatentDataset(Dataset[dict[str, Tensor]]):
@@ -183,7 +189,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
         self.masks, self.perturbs = masks, perturbs
 
-    def __getitem__(self, slot: SampleKey) -> dict[str, Tensor]:
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return z0 or what it is made of; eps (C, h, w); offset (C, 1, 1); text; and the scalars.
 
         These are u in [0, 1) for the timestep, dropped, weight, place (in the step) and index.
@@ -191,28 +197,28 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         """
 
         def rng(purpose: str) -> Any:
-            return draws(self.seed, slot.epoch, slot.index, slot.place, purpose)
+            return sample_generator(self.seed, key.epoch, key.index, key.index_in_epoch, purpose)
 
-        captions = self.records[slot.index].captions
+        captions = self.records[key.index].captions
         flipped = self.random_flip and may_flip(captions) and rng("flip").random() < 0.5
-        shape = self.latents.shape(slot.index)
+        shape = self.latents.shape(key.index)
         crop = rng("crop").random()
         inputs = self.latents.inputs(
-            slot.index, normal(rng("vae"), shape), flipped=flipped, crop=crop
+            key.index, standard_normal(rng("vae"), shape), flipped=flipped, crop=crop
         )
         if self.masks is not None:
-            inputs["mask"] = self.masks.mask(slot.index, flipped=flipped, crop=crop)
+            inputs["mask"] = self.masks.mask(key.index, flipped=flipped, crop=crop)
         if self.perturbs:
-            inputs["perturbation"] = normal(rng("perturbation"), shape)
+            inputs["perturbation"] = standard_normal(rng("perturbation"), shape)
         return inputs | {
-            "eps": normal(rng("noise"), shape),
-            "offset": normal(rng("offset"), (shape[0], 1, 1)),
+            "eps": standard_normal(rng("noise"), shape),
+            "offset": standard_normal(rng("offset"), (shape[0], 1, 1)),
             "u": torch.tensor(rng("timestep").random(), dtype=torch.float64),
             "text": self.text(self.edits.draw(captions, rng("caption"))),
             "dropped": torch.tensor(rng("dropout").random() < self.caption_dropout),
-            "weight": torch.tensor(slot.weight, dtype=torch.float32),
-            "place": torch.tensor(slot.seat, dtype=torch.int64),
-            "index": torch.tensor(slot.index, dtype=torch.int64),
+            "weight": torch.tensor(key.weight, dtype=torch.float32),
+            "index_in_step": torch.tensor(key.index_in_step, dtype=torch.int64),
+            "index": torch.tensor(key.index, dtype=torch.int64),
         }
 
 

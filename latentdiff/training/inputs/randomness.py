@@ -15,13 +15,15 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 
-def draws(seed: int, epoch: int, sample_id: int, place: int, purpose: str) -> np.random.Generator:
+def sample_generator(
+    seed: int, epoch: int, sample_id: int, index_in_epoch: int, purpose: str
+) -> np.random.Generator:
     """Return the generator of one sample for one purpose ("noise", "timestep", "crop", ...).
 
-    place: in the epoch's global order, so that a sample shown twice in an epoch differs. Purposes
-    are independent streams: one more purpose, or one more draw of it, changes no other.
+    index_in_epoch: in the epoch's global order, so that a sample shown twice in an epoch differs.
+    Purposes are independent streams: one more purpose, or one more draw of it, changes no other.
     """
-    return _generator("sample", seed, epoch, sample_id, place, purpose)
+    return _generator("sample", seed, epoch, sample_id, index_in_epoch, purpose)
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
@@ -29,7 +31,7 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return _generator("order", seed, epoch).permutation(num_samples)
 
 
-def normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:
+def standard_normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:
     """Draw standard normal numbers on the CPU, float32, of the given shape."""
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 

@@ -54,7 +54,7 @@ from latentdiff.training.inputs.encode import (
     null_text,
     unique_captions,
 )
-from latentdiff.training.inputs.randomness import draws, normal
+from latentdiff.training.inputs.randomness import sample_generator, standard_normal
 from latentdiff.training.inputs.workers import TrackedDataset, ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -255,23 +255,23 @@ def _with_prior(
 
 def train_batches(
     config: Config,
-    supply: TrainData,
+    train_data: TrainData,
     layout: BatchLayout,
     *,
     first_step: int,
     accelerator: Accelerator,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield this process's micro-batches from optimiser step `first_step` to the last."""
-    slots = StepBatchSampler(
+    keys = StepBatchSampler(
         layout,
-        supply.order,
+        train_data.order,
         first_step=first_step,
         last_step=config.train.max_steps,
         rank=accelerator.process_index,
     )
     loader = DataLoader(
-        supply.samples,
-        batch_sampler=slots,
+        train_data.samples,
+        batch_sampler=keys,
         num_workers=config.data.num_workers,
         collate_fn=collate,
         pin_memory=accelerator.device.type == "cuda",
@@ -281,11 +281,11 @@ def train_batches(
     )
     for packed in loader:
         batch = {name: torch.as_tensor(x) for name, x in packed.items()}
-        if supply.encoder is not None:
-            z0 = supply.encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))
+        if train_data.encoder is not None:
+            z0 = train_data.encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))
             batch["z0"] = z0.contiguous()  # as from the cache: dropout draws in memory's order
-        if supply.states is not None:
-            batch["text"] = supply.states.encode(batch["text"])
+        if train_data.states is not None:
+            batch["text"] = train_data.states.encode(batch["text"])
         yield batch
 
 
@@ -311,8 +311,12 @@ def _triples(
     for i in places:
         index = int(indices[i])
         mean, std = latents.moments(index)
-        z0.append(mean + std * normal(draws(seed, 0, index, i, f"{purpose} vae"), mean.shape))
-        eps.append(normal(draws(seed, 0, index, i, purpose), mean.shape))
+        z0.append(
+            mean
+            + std
+            * standard_normal(sample_generator(seed, 0, index, i, f"{purpose} vae"), mean.shape)
+        )
+        eps.append(standard_normal(sample_generator(seed, 0, index, i, purpose), mean.shape))
         if masks is not None:
             kept.append(masks.mask(index, flipped=False, crop=0.5))
     captions = [edits.settle(folder[int(indices[i])].captions[0]) for i in places]

@@ -31,17 +31,17 @@ class TrackedDataset(Dataset[dict[str, Tensor]]):
         self._reading = RawArray("q", [IDLE] * num_workers)
         self._pids = RawArray("q", num_workers)
 
-    def __getitem__(self, slot: SampleKey) -> dict[str, Tensor]:
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return samples[slot]."""
         worker = get_worker_info()
         if worker is None:
-            return self.samples[slot]
-        self._pids[worker.id], self._reading[worker.id] = os.getpid(), slot.index
-        sample = self.samples[slot]
+            return self.samples[key]
+        self._pids[worker.id], self._reading[worker.id] = os.getpid(), key.index
+        sample = self.samples[key]
         self._reading[worker.id] = IDLE
         return sample
 
-    def read_by_the_dead(self) -> list[int]:
+    def in_flight_indices(self) -> list[int]:
         """Return the samples that workers were reading who are no longer alive."""
         alive = {process.pid for process in active_children()}
         dead = [k for k, pid in enumerate(self._pids) if pid and pid not in alive]
@@ -59,7 +59,7 @@ def report_worker_crash(watched: TrackedDataset, ids: Sequence[str]) -> Iterator
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        names = ", ".join(str(ids[index]) for index in watched.read_by_the_dead())
+        names = ", ".join(str(ids[index]) for index in watched.in_flight_indices())
         where = f"while it read {names}" if names else "between two samples"
         reason = str(error).split(". ")[0]
         raise DeadWorkerError(

@@ -98,7 +98,7 @@ class Averages:
             tensor.copy_(state[name])
 
     @contextlib.contextmanager
-    def swapped_in(self, module: nn.Module) -> Iterator[None]:
+    def swap_weights(self, module: nn.Module) -> Iterator[None]:
         """Give `module` the averages inside the block, and its own weights back after it."""
         reshard(module)
         own = {
