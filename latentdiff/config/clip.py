@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from latentdiff.config.text_to_image import Precision
+from latentdiff.config.choices import MixedPrecision
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ClipConfig:
     """steps until the peak rate"""
     weight_decay: float = 0.1
     """AdamW's, on matrices"""
-    mixed_precision: Precision = "bf16"
+    mixed_precision: MixedPrecision = "bf16"
     """mixed precision of the forward and backward pass"""
     seed: int = 0
     """every draw is a function of it"""

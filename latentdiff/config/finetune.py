@@ -1,24 +1,24 @@
-"""Settings of fine-tuning: what of a pretrained model learns, and how a subject is taught."""
+"""Settings of fine-tuning: which weights train, and how a subject is taught."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-Method = Literal["full", "attention", "cross_attention", "lora", "textual_inversion"]
+from latentdiff.config.choices import FinetuneMethod
+from latentdiff.config.ranges import at_least, share_below_1
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """What of model.pretrained learns, LoRA, new words, and prior preservation."""
 
-    method: Method = "full"
+    method: FinetuneMethod = "full"
     """full: the whole U-Net; attention, cross_attention: those layers of it alone; lora: adapters
     beside some of its layers (Hu et al. 2022); textual_inversion: new words alone (Gal et al.
     2023). train.train_text_encoder adds the text encoder, with lora by adapters"""
-    lora_rank: int = 16
+    lora_rank: int = at_least(1, default=16)
     """rank of each adapter"""
-    lora_alpha: float = 0.0
+    lora_alpha: float = at_least(0, default=0.0)
     """adapters act lora_alpha / lora_rank times; 0: once"""
-    lora_dropout: float = 0.0
+    lora_dropout: float = share_below_1(default=0.0)
     """share of an adapter's inputs left out while training"""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """ends of the names of the U-Net's layers that get adapters; "attn2.to_k" is narrower,
@@ -29,7 +29,7 @@ class FinetuneConfig:
     """textual_inversion: the new word, such as "<my-dog>" """
     initializer_token: str = ""
     """textual_inversion: known words that it starts from, such as "dog" """
-    num_vectors: int = 1
+    num_vectors: int = at_least(1, default=1)
     """textual_inversion: embeddings that the new word stands for"""
     instance_prompts: tuple[str, ...] = ()
     """captions of every image in place of its own, such as ["a photo of sks dog"]; several: one
@@ -37,18 +37,42 @@ class FinetuneConfig:
     class_prompt: str = ""
     """prior preservation (Ruiz et al. 2023): what the subject is one of, such as "a photo of a
     dog"; as many of the model's own images of it as of the subject are in each step"""
-    num_class_images: int = 100
+    num_class_images: int = at_least(1, default=100)
     """images that the model makes of class_prompt before training, kept and used again"""
     class_images_dir: str = ""
     """where they are kept; empty: class_images/ in the run folder"""
-    class_num_steps: int = 50
+    class_num_steps: int = at_least(1, default=50)
     """sampling steps of these images"""
-    class_guidance_scale: float = 7.5
+    class_guidance_scale: float = at_least(0, default=7.5)
     """classifier-free guidance of these images"""
-    prior_loss_weight: float = 1.0
+    prior_loss_weight: float = at_least(0, default=1.0)
     """weight of a class image's loss beside the subject's"""
 
     @property
     def is_partial(self) -> bool:
         """Whether weights of the U-Net stay as they are, so that the base model is needed."""
         return self.method != "full"
+
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit `method`."""
+        if self.method == "lora" and not self.lora_targets:
+            raise ValueError(
+                'finetune.lora_targets is empty, expected names such as ["to_q", "to_v"]'
+            )
+        if self.method == "textual_inversion":
+            self._check_token()
+
+    def _check_token(self) -> None:
+        token = self.token
+        inside = token[1:-1]
+        is_word = token[:1] == "<" and token[-1:] == ">" and inside.replace("-", "").isalnum()
+        if not is_word or token != token.lower():
+            raise ValueError(
+                f"finetune.token={token!r}, expected a new word in angle brackets of small letters,"
+                ' digits and hyphens, such as "<my-dog>"'
+            )
+        if not self.initializer_token.strip():
+            raise ValueError(
+                "finetune.initializer_token is empty, expected a known word to start from, such "
+                'as "dog"'
+            )

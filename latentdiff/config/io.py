@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from latentdiff.config.text_to_image import Config, flat
+from latentdiff.config.text_to_image import Config
 
 Settings = TypeVar("Settings")
 
@@ -135,6 +135,18 @@ def _renamed_file(path: Path, current: Callable[[str], str]) -> str | None:
             renamed.setdefault(section, {})[rest if dot else key] = inner
         renamed.setdefault(str(name), {})
     return None if renamed == settings else yaml.safe_dump(renamed, sort_keys=False)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {"train.seed": 0, ...}: every setting by its dotted name."""
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            settings |= flat(value, f"{prefix}{field.name}.")
+        else:
+            settings[prefix + field.name] = value
+    return settings
 
 
 def to_dict(config: Any) -> dict[str, Any]:

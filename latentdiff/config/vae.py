@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from latentdiff.config.text_to_image import Precision
+from latentdiff.config.choices import MixedPrecision
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class VaeConfig:
     """steps until the peak rate"""
     ema_decay: float = 0.999
     """decay of the weights' moving average, which is what is saved"""
-    mixed_precision: Precision = "bf16"
+    mixed_precision: MixedPrecision = "bf16"
     """mixed precision of the forward and backward pass"""
     channels_last: bool = True
     """memory layout of the convolutions; which is faster depends on the machine"""

@@ -16,7 +16,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.config.text_to_image import Config, DataConfig, DiffusionConfig
+from latentdiff.config.data import DataConfig
+from latentdiff.config.diffusion import DiffusionConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.cpu.fused_transformers import fuse_transformers
 from latentdiff.diffusion.ddpm import check_objective
 from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler, schedule_of

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from latentdiff.config.io import load_config
-from latentdiff.config.text_to_image import Config, flat
+from latentdiff.config.io import flat, load_config
+from latentdiff.config.text_to_image import Config
 from latentdiff.training.checkpoint import (
     config_hash,
     load_checkpoint,

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from latentdiff.config.clip import ClipConfig
-from latentdiff.config.io import RENAMED, load_config, parse_arguments, to_yaml
-from latentdiff.config.text_to_image import Config, flat
+from latentdiff.config.io import RENAMED, flat, load_config, parse_arguments, to_yaml
+from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 
 ROOT = Path(__file__).parents[2]

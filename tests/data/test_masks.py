@@ -13,7 +13,9 @@ from fakes_models import make_vae
 from fakes_training import make_config, make_world, read_metrics
 from PIL import Image
 
-from latentdiff.config.text_to_image import Config, DataConfig, DiffusionConfig
+from latentdiff.config.data import DataConfig
+from latentdiff.config.diffusion import DiffusionConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.decode_ahead import CropPlan, load_item
 from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.mask_cache import MaskCache

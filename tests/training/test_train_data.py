@@ -12,7 +12,9 @@ from fakes_data import captioned_folder, noise_image
 from fakes_models import make_vae
 from PIL import Image
 
-from latentdiff.config.text_to_image import Config, DataConfig, ModelConfig
+from latentdiff.config.data import DataConfig
+from latentdiff.config.model import ModelConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.folder.folder import read_folder

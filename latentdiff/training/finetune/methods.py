@@ -11,14 +11,15 @@ from pathlib import Path
 
 from torch import nn
 
-from latentdiff.config.finetune import FinetuneConfig, Method
+from latentdiff.config.choices import FinetuneMethod
+from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components
 from latentdiff.models.weights import weights_hash
 from latentdiff.training.finetune import lora, textual_inversion
 
 logger = logging.getLogger(__name__)
 
-TRAINABLE: dict[Method, Callable[[str], bool]] = {  # by the names of a U-Net's parameters
+TRAINABLE: dict[FinetuneMethod, Callable[[str], bool]] = {  # by the names of a U-Net's parameters
     "full": lambda name: True,
     "attention": lambda name: ".attn1." in name or ".attn2." in name,
     "cross_attention": lambda name: ".attn2." in name,
@@ -57,7 +58,7 @@ def add_adapters(
         )
 
 
-def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: Method) -> None:
+def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: FinetuneMethod) -> None:
     """Freeze all parameters but those that learn; text_encoder: the tower where it learns."""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(TRAINABLE[method](name))
@@ -68,7 +69,7 @@ def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: Metho
             parameter.requires_grad_(method != "lora" or lora.is_adapter(name))
 
 
-def merged_components(components: Components, method: Method) -> Components:
+def merged_components(components: Components, method: FinetuneMethod) -> Components:
     """Return the model as any program opens it: adapters merged in, new words among the others."""
     if method == "lora":
         return lora.merged(components)

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.config.text_to_image import Config, DataConfig
+from latentdiff.config.data import DataConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.latent_cache import LatentCache, prune_cache, verify_cache
 from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.prompt_cache import text_keys

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.config.text_to_image import DataConfig
+from latentdiff.config.data import DataConfig
 from latentdiff.data.arrow.columns import iter_py
 from latentdiff.data.arrow.content_hash import image_hashes
 from latentdiff.data.arrow.scan_index import ScanIndex

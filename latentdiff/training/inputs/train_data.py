@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentdiff.config.text_to_image import Config, DataConfig
+from latentdiff.config.data import DataConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.folder.folder import Folder, read_folder

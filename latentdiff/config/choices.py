@@ -1,0 +1,45 @@
+"""Every name that a setting may take, for the settings' types and the commands' help.
+
+Imports nothing heavy. Each alias names the dict or functions that its names stand for;
+tests/config/test_choices.py compares the two, so a new name is one entry there and one here.
+"""
+
+from typing import Literal
+
+BetaSchedule = Literal[  # diffusion/schedules.py BETA_SCHEDULES
+    "linear", "scaled_linear", "quadratic", "cosine", "squaredcos_cap_v2", "sigmoid"
+]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]  # diffusion/ddpm.py
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]  # diffusion/ddpm.py
+LossWeighting = Literal["none", "min_snr", "soft_min_snr", "p2"]  # diffusion/loss_weighting.py
+Loss = Literal["mse", "huber"]  # diffusion/objectives.py per_sample_loss
+TimestepSampling = Literal[  # diffusion/timesteps.py TIMESTEP_SAMPLINGS
+    "uniform", "stratified", "logit_normal", "loss_aware"
+]
+
+Scheduler = Literal[  # pipeline/schedulers.py SCHEDULERS
+    "ddpm",
+    "ddim",
+    "pndm",
+    "euler",
+    "euler-a",
+    "heun",
+    "dpm2",
+    "dpm2-a",
+    "dpm++2s",
+    "dpm++2m",
+    "dpm++2m-sde",
+    "deis",
+    "unipc",
+    "lcm",
+    "tcd",
+]
+
+Optimizer = Literal["adamw", "adamw8bit", "muon"]  # training/optim/optimizer.py
+LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/
+MixedPrecision = Literal["fp32", "bf16", "fp16"]
+Attention = Literal["auto", "plain", "sdpa", "xformers"]  # training/attention_backend.py
+FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE
+    "full", "attention", "cross_attention", "lora", "textual_inversion"
+]
+Mask = Literal["none", "alpha", "file"]  # data/masks.py

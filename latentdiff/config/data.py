@@ -1,0 +1,92 @@
+"""Settings of the captioned folder and of how its images are read."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latentdiff.config.choices import Mask
+from latentdiff.config.ranges import at_least, share, share_below_1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The captioned folder and how its images are read."""
+
+    root: str = ""
+    """the captioned folder; it may hold train/ and test/ or validation/ folders"""
+    resolution: int = at_least(8, default=512)
+    """pixels of a square image; each is resized until it covers its size, then cropped"""
+    buckets: bool = False
+    """cut each image to the size nearest to its own aspect ratio, among sizes of at most
+    resolution x resolution pixels, instead of to the square"""
+    bucket_multiple: int = at_least(1, default=64)
+    """pixels that the sides of buckets are multiples of: the VAE's factor times the U-Net's"""
+    bucket_max_aspect: float = at_least(1, default=2.0)
+    """longer side over shorter side of the longest bucket"""
+    partial_batches: Literal["keep", "fill"] = "keep"
+    """the last batch of a bucket stays smaller, or shows some of its images again"""
+    num_crops: int = at_least(0, default=1)
+    """places that an image is cut at, spread over the room there is, one at random each time; all
+    are cached; 1: the centre; 0: anywhere, which needs data.cache=false"""
+    cache: bool = True
+    """encode images once, ahead of training; false: read and encode them at every step"""
+    caption_column: str = "text"
+    """column of the metadata file that holds the caption, or a list of captions"""
+    file_column: str = "file_name"
+    """column of the metadata file that holds the image's name"""
+    duplicate_rows: Literal["error", "captions"] = "error"
+    """an image listed twice: an error, or one with several captions"""
+    sidecar_lines: Literal["one", "captions"] = "one"
+    """a text file beside an image is one caption, or has one a line"""
+    caption_template: str = ""
+    """such as "a photo of a {label}" where the folders' names are the only captions"""
+    missing_caption: Literal["skip", "empty"] = "skip"
+    """what becomes of an image without a caption"""
+    caption_choice: Literal["random", "first"] = "random"
+    """which of several captions an image has: one at random each time, or the first"""
+    shuffle_tags: bool = False
+    """bring the comma-separated tags of a caption into another order each time"""
+    keep_tags: int = at_least(0, default=0)
+    """tags at the start that neither move nor drop out"""
+    tag_dropout: float = share_below_1(default=0.0)
+    """share of the other tags that is left out each time"""
+    trigger_word: str = ""
+    """a word that becomes the first tag of every caption that lacks it"""
+    caption_prefix: str = ""
+    """text before every caption, as it is"""
+    caption_suffix: str = ""
+    """text after every caption, as it is"""
+    heldout_fraction: float = share(default=0.02)
+    """share held out by a stable hash where no test/ or validation/ folder exists"""
+    random_flip: bool = False
+    """mirror half of the images, but none whose caption speaks of sides or of writing"""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB under transparent images"""
+    mask: Mask = "none"
+    """where the loss looks: everywhere, where an image is opaque, or where NAME.mask.png beside
+    NAME.jpg is white; the mask is cut as the image is and averaged over each latent cell"""
+    min_size: int = at_least(1, default=32)
+    """pixels of the shorter side below which an image is skipped"""
+    max_aspect: float = at_least(1, default=4.0)
+    """longer side over shorter side above which an image is skipped"""
+    max_invalid_fraction: float = share(default=0.02)
+    """share of unusable images above which training does not start"""
+    follow_links: bool = False
+    """read through links that leave the folder (Hugging Face caches are made of them)"""
+    cache_dir: str = "~/.cache/latentdiff"
+    """where latents, text states and scans are kept, addressed by content"""
+    num_workers: int = at_least(0, default=0)
+    """processes that prepare batches beside training"""
+
+    def check(self) -> None:
+        """Raise ValueError for settings that exclude each other."""
+        if self.buckets and self.resolution % self.bucket_multiple:
+            raise ValueError(
+                f"data.resolution={self.resolution} is not a multiple of data.bucket_multiple="
+                f"{self.bucket_multiple}; the bucket multiple is the VAE's factor times the "
+                "U-Net's, or a multiple of it"
+            )
+        if self.cache and self.num_crops == 0:
+            raise ValueError(
+                "data.num_crops=0 cuts at a new place each time, which cannot be cached: add "
+                "--data.cache=false, or give a number of places"
+            )

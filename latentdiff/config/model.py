@@ -1,0 +1,70 @@
+"""Settings of the networks: which to load, and the shape of those trained from scratch."""
+
+from dataclasses import dataclass, field
+
+from latentdiff.config.ranges import at_least, share
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A U-Net trained from scratch."""
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """width of each level, finest first"""
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    """which levels attend to the text"""
+    layers_per_block: int = at_least(1, default=2)
+    """residual blocks a level"""
+    head_dim: int = at_least(1, default=64)
+    """channels of one attention head"""
+    dropout: float = share(default=0.0)
+    """dropout inside the residual blocks"""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A text encoder trained from scratch together with the U-Net."""
+
+    width: int = at_least(1, default=256)
+    """width of the text states"""
+    num_layers: int = at_least(1, default=4)
+    """transformer layers"""
+    num_heads: int = at_least(1, default=4)
+    """attention heads"""
+    vocab_size: int = at_least(514, default=2048)
+    """entries of the byte-pair vocabulary trained on the captions (514 at the least)"""
+    max_tokens: int = at_least(3, default=32)
+    """tokens a caption may have, start and end included"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the parts come from. `pretrained` fine-tunes; without it the U-Net is new."""
+
+    pretrained: str = ""
+    """a Stable-Diffusion-format folder or hub id to fine-tune, or "latentdiff-mini", the small
+    model that ships; empty trains from scratch"""
+    vae: str = ""
+    """a VAE's folder; "latentdiff-mini" is that of the small model that ships with the package,
+    with 4 latent channels, "latentdiff-vae" one with 8"""
+    text_encoder: str = ""
+    """a folder with text_encoder/ and tokenizer/, kept frozen but for train.train_text_encoder;
+    empty trains a new tower"""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    fit_scaling_factor: bool = True
+    """from scratch: set the VAE's scaling_factor to 1 / the measured std of the latents"""
+
+    def check(self) -> None:
+        """Raise ValueError for settings that exclude each other."""
+        unet = self.unet
+        if len(unet.block_out_channels) != len(unet.attention_levels):
+            raise ValueError(
+                f"model.unet.attention_levels has {len(unet.attention_levels)} entries, expected "
+                f"one for each of the {len(unet.block_out_channels)} model.unet.block_out_channels"
+            )
+        if self.pretrained and (self.vae or self.text_encoder):
+            raise ValueError(
+                "model.pretrained brings its own VAE and text encoder; leave model.vae and "
+                "model.text_encoder empty, or model.pretrained for training from scratch"
+            )

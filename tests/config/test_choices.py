@@ -1,0 +1,28 @@
+"""The names that a setting may take are those that the code knows: adding one is two edits."""
+
+from typing import Any, get_args
+
+import pytest
+
+from latentdiff.config import choices
+from latentdiff.diffusion import ddpm, objectives, schedules
+from latentdiff.pipeline.schedulers import SCHEDULERS
+from latentdiff.training.finetune.methods import TRAINABLE
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        (choices.BetaSchedule, schedules.SCHEDULE_NAMES),
+        (choices.PredictionType, ddpm.PREDICTION_TYPES),
+        (choices.VarianceType, ddpm.VARIANCE_TYPES),
+        (choices.LossWeighting, objectives.WEIGHTINGS),
+        (choices.Scheduler, SCHEDULERS),
+    ],
+)
+def test_settings_offer_exactly_the_names_that_the_code_knows(names: Any, known: Any) -> None:
+    assert set(get_args(names)) == set(known)
+
+
+def test_every_partial_method_is_one_of_the_settings() -> None:
+    assert set(TRAINABLE) <= set(get_args(choices.FinetuneMethod))
