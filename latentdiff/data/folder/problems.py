@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from latentdiff.html import printable
+
 Severity = Literal["error", "skipped", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "skipped", "note")
 MAX_EXAMPLES = 10_000  # names kept per reason; the count goes on
@@ -144,11 +146,6 @@ class ProblemGroup:
         more = f"; and {rest:,} more" if rest else ""
         fix = f". Fix: {self.reason.fix}" if self.reason.fix else ""
         return f"{self.headline}: {names}{more}{fix}"
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would obey rather than show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Problems(Mapping[str, ProblemGroup]):

@@ -21,7 +21,8 @@ from latentdiff.data.arrow.columns import combined, has_extension, iter_py
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import cached_rows
 from latentdiff.data.folder.files import LISTING, Entry, Progress, is_image_name, is_utf8
-from latentdiff.data.folder.problems import Problems, printable
+from latentdiff.data.folder.problems import Problems
+from latentdiff.html import printable
 
 MEMBER_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".txt", ".json")
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")

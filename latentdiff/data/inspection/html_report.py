@@ -1,21 +1,21 @@
-"""A report as one HTML file with thumbnails: no scripts, nothing fetched, all text escaped."""
+"""A data report as one HTML file with thumbnails."""
 
-import base64
 import io
 import textwrap
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from latentdiff.atomic import write_text
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.folder.problems import SEVERITIES, printable
+from latentdiff.data.folder.problems import SEVERITIES
 from latentdiff.data.images import ImageError, ImageSource, load_thumbnail
 from latentdiff.data.inspection.inspect import DataReport
-from latentdiff.data.inspection.statistics import BucketRow, CaptionStats
+from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, LongCaption
 from latentdiff.data.inspection.text_report import (
     SEVERITY_TITLES,
     alike_sections,
@@ -23,6 +23,7 @@ from latentdiff.data.inspection.text_report import (
     size_text,
     time_text,
 )
+from latentdiff.html import figure, grid, inline_image, page, render, table
 
 NUM_SAMPLES, NUM_GROUPS, NUM_ALIKE, NUM_NAMES, NUM_IMAGES = 24, 12, 4, 200, 6
 SIDE = 128  # of a thumbnail in pixels
@@ -31,27 +32,30 @@ SHOWABLE = (
     *("too_small", "aspect_ratio", "no_caption", "unlisted"),
     *("animated", "wrong_extension", "turned"),
 )
-GONE = '<span class="soft">cannot be shown</span>'
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+GONE = Markup('<span class="soft">cannot be shown</span>')
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a7d3f; --bad: #b3261e }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-table { border-collapse: collapse; width: 100% } td, th { padding: .3rem .6rem; text-align: left;
-  border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
-td:first-child:not(.n) { min-width: 9rem }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .badge { color: white; border-radius: .3rem; padding: .1rem .5rem; font-size: .9rem }
 .good { background: var(--good) } .bad { background: var(--bad) }
-.grid { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 128px }
-figcaption, figcaption .soft { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }
-.group { border: 1px solid var(--line); border-radius: .3rem; padding: .4rem }
-img { background: var(--soft); border-radius: .2rem; display: block; max-width: 128px }
 .bars { display: flex; align-items: flex-end; gap: 2px; height: 5rem }
 .bars div { flex: 1; background: #4a7bd0; min-height: 1px } .ends { display: flex;
-  justify-content: space-between; font-size: .8rem } .soft { opacity: .7; font-size: .85rem }
+  justify-content: space-between; font-size: .8rem }
 del { color: var(--bad) } details ul { margin: .3rem 0; padding-left: 1.2rem; font-size: .85rem }
 """
+BODY = """\
+<h1>{{ root }} <span class="badge {{ kind }}">{{ verdict }}</span></h1>
+<p>{{ counts }}</p><ul>{% for reason in reasons %}<li>{{ reason }}</li>{% endfor %}</ul>
+{% for title, content in sections if content %}<h2>{{ title }}</h2>{{ content }}{% endfor %}"""
+TITLE_AND_FIX = '{{ title }}{% if fix %}<br><span class="soft">{{ fix }}</span>{% endif %}'
+EXAMPLES = """\
+<details{% if num_lines <= 10 %} open{% endif %}><summary>names</summary><ul>
+{% for example in examples %}
+<li>{{ example.where }}{% if example.detail %}: {{ example.detail }}{% endif %}</li>
+{% endfor %}
+{% if num_more %}<li>and {{ num_more }} more</li>{% endif %}
+</ul></details>{{ thumbnails }}"""
+BARS = """\
+<div class="bars">{% for height in heights %}<div style="height:{{ height }}%"></div>{% endfor %}
+</div><div class="ends">{% for label in labels %}<span>{{ label }}</span>{% endfor %}</div>"""
 
 
 def write_report_html(report: DataReport, folder: Folder, *, path: Path | str) -> None:
@@ -61,126 +65,87 @@ def write_report_html(report: DataReport, folder: Folder, *, path: Path | str) -
 
 def report_as_html(report: DataReport, folder: Folder) -> str:
     """Show a report and images of its folder as an HTML page."""
-    parts = [
-        _headline(report),
-        _section("Images", _samples(folder)),
-        _section("Problems", _problems(report, folder)),
-        _section("Sizes", _sizes(folder)),
-        _section("Captions", _captions(report.captions)),
-        _section("Buckets of the training images", _buckets(report.buckets, folder)),
-        _section("Alike", _alike(report, folder)),
-        _section("Cost", _cost(report)),
-    ]
-    head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{_safe(Path(report.root).name)}</title><style>{STYLE}</style>"
-    )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
-
-
-def _safe(text: object) -> str:
-    return escape(printable(str(text)))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{_safe(title)}</h2>{body}" if body else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: set[int]) -> str:
-    """Lay out cells that are HTML already; `numbers` are the columns set to the right."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        kinds = [' class="n"' if place in numbers else "" for place in range(len(cells))]
-        inner = (f"<{tag}{k}>{c}</{tag}>" for k, c in zip(kinds, cells, strict=True))
-        return f"<tr>{''.join(inner)}</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def _headline(report: DataReport) -> str:
-    kind, word = ("good", "usable") if report.is_usable else ("bad", "not usable")
     splits = " + ".join(f"{num:,} {name}" for name, num in report.splits.items() if num)
-    counts = f"{report.num_usable:,} of {report.num_found:,} images are usable: {splits}"
-    reasons = [*report.why_not, *filter(None, [leak_text(report)])]
-    why = "".join(f"<li>{_safe(reason)}</li>" for reason in reasons)
-    badge = f'<span class="badge {kind}">{word}</span>'
-    return f"<h1>{_safe(report.root)} {badge}</h1><p>{_safe(counts)}</p><ul>{why}</ul>"
+    body = render(
+        BODY,
+        root=report.root,
+        kind="good" if report.is_usable else "bad",
+        verdict="usable" if report.is_usable else "not usable",
+        counts=f"{report.num_usable:,} of {report.num_found:,} images are usable: {splits}",
+        reasons=[*report.why_not, *filter(None, [leak_text(report)])],
+        sections=[
+            ("Images", _samples(folder)),
+            ("Problems", _problems(report, folder)),
+            ("Sizes", _sizes(folder)),
+            ("Captions", _captions(report.captions)),
+            ("Buckets of the training images", _buckets(report.buckets, folder)),
+            ("Alike", _alike(report, folder)),
+            ("Cost", _cost(report)),
+        ],
+    )
+    return page(Path(report.root).name, body=body, style=STYLE)
 
 
-def _samples(folder: Folder) -> str:
+def _samples(folder: Folder) -> Markup:
     places = np.unique(np.linspace(0, len(folder) - 1, NUM_SAMPLES).astype(int))
     records = [folder[int(place)] for place in places] if len(folder) else []
-    return _grid(
-        _figure(_record_thumbnail(folder, record.id), record.id, _short(record.captions[0]))
+    return grid(
+        figure(
+            _record_thumbnail(folder, record.id),
+            label=textwrap.shorten(record.captions[0], MAX_CAPTION, placeholder=" …"),
+            note=record.id,
+        )
         for record in records
     )
 
 
-def _short(caption: str) -> str:
-    return textwrap.shorten(caption, MAX_CAPTION, placeholder=" …")
-
-
-def _grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
-def _figure(image: str, name: str, text: str = "") -> str:
-    caption = f"{_safe(text)}<br>" if text else ""
-    name = f'<span class="soft">{_safe(name)}</span>'
-    return f"<figure>{image}<figcaption>{caption}{name}</figcaption></figure>"
-
-
-def _record_thumbnail(folder: Folder, record_id: str) -> str:
+def _record_thumbnail(folder: Folder, record_id: str) -> Markup:
     try:
         return _thumbnail(io.BytesIO(folder.read_bytes_of(record_id)))
     except OSError:
         return GONE
 
 
-def _thumbnail(source: ImageSource) -> str:
+def _thumbnail(source: ImageSource) -> Markup:
     try:
-        return _img(load_thumbnail(source, side=SIDE))
+        return inline_image(load_thumbnail(source, side=SIDE), format="JPEG")
     except (ImageError, OSError):
         return GONE
 
 
-def _img(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    data = base64.b64encode(file.getvalue()).decode()
-    size = f'width="{image.width}" height="{image.height}"'
-    return f'<img alt="" {size} src="data:image/jpeg;base64,{data}">'
-
-
-def _problems(report: DataReport, folder: Folder) -> str:
-    rows = []
-    for severity in SEVERITIES:
-        for key, problem in report.problems.items():
-            if problem["severity"] != severity:
-                continue
-            names = [example["where"] for example in problem["examples"]]
-            lines = [
-                f"<li>{_safe(e['where'])}{': ' if e['detail'] else ''}{_safe(e['detail'])}</li>"
-                for e in problem["examples"][:NUM_NAMES]
-            ]
-            more = problem["count"] - len(lines)
-            lines += [f"<li>and {more:,} more</li>"] if more else []
-            is_open = " open" if len(lines) <= 10 else ""
-            shown = f"<details{is_open}><summary>names</summary><ul>{''.join(lines)}</ul></details>"
-            if key in SHOWABLE:
-                files = [folder.root / name for name in names[:NUM_IMAGES]]
-                shown += _grid(_thumbnail(file) for file in files)
-            fix = f'<br><span class="soft">{_safe(problem["fix"])}</span>' if problem["fix"] else ""
-            title = f"{_safe(problem['title'])}{fix}"
-            rows.append([SEVERITY_TITLES[severity], title, f"{problem['count']:,}", shown])
+def _problems(report: DataReport, folder: Folder) -> Markup:
+    rows = [
+        [
+            SEVERITY_TITLES[severity],
+            render(TITLE_AND_FIX, title=problem["title"], fix=problem["fix"]),
+            f"{problem['count']:,}",
+            _examples(key, problem, folder),
+        ]
+        for severity in SEVERITIES
+        for key, problem in report.problems.items()
+        if problem["severity"] == severity
+    ]
     head = ["", "reason", "count", "where"]
-    return _table(head, rows, numbers={2}) if rows else "<p>none</p>"
+    return table(head, rows, classes=("", "", "n", "")) if rows else Markup("<p>none</p>")
 
 
-def _sizes(folder: Folder) -> str:
+def _examples(key: str, problem: dict[str, Any], folder: Folder) -> Markup:
+    """List the names of a problem's files, with thumbnails where the files can be shown."""
+    examples = problem["examples"]
+    num_more = problem["count"] - len(examples[:NUM_NAMES])
+    names = [example["where"] for example in examples[:NUM_IMAGES]] if key in SHOWABLE else []
+    return render(
+        EXAMPLES,
+        examples=examples[:NUM_NAMES],
+        num_more=f"{num_more:,}" if num_more else "",
+        num_lines=len(examples[:NUM_NAMES]) + bool(num_more),
+        thumbnails=grid(_thumbnail(folder.root / name) for name in names) if names else "",
+    )
+
+
+def _sizes(folder: Folder) -> Markup:
     if not len(folder):
-        return ""
+        return Markup()
     shorter = np.minimum(folder.widths, folder.heights)
     aspect = np.log2(folder.widths / folder.heights)
     sides = [f"{shorter.min()} px", "shorter side", f"{shorter.max()} px"]
@@ -188,19 +153,17 @@ def _sizes(folder: Folder) -> str:
     return _bars(shorter, sides) + _bars(aspect, shapes)
 
 
-def _bars(numbers: np.ndarray, labels: Sequence[str]) -> str:
+def _bars(numbers: np.ndarray, labels: Sequence[str]) -> Markup:
     if numbers.min() == numbers.max():
-        return f"<p>{_safe(labels[1])}: {_safe(labels[0])}, all of them</p>"
+        return Markup("<p>{}: {}, all of them</p>").format(labels[1], labels[0])
     counts, _ = np.histogram(numbers, bins=32)
-    heights = 100 * counts / counts.max()
-    bars = "".join(f'<div style="height:{height:.1f}%"></div>' for height in heights)
-    ends = "".join(f"<span>{_safe(label)}</span>" for label in labels)
-    return f'<div class="bars">{bars}</div><div class="ends">{ends}</div>'
+    heights = [f"{height:.1f}" for height in 100 * counts / counts.max()]
+    return render(BARS, heights=heights, labels=labels)
 
 
-def _captions(captions: CaptionStats | None) -> str:
+def _captions(captions: CaptionStats | None) -> Markup:
     if captions is None:
-        return ""
+        return Markup()
     tokens = captions.tokens
     counts = f"{captions.num_captions:,} captions, {captions.num_different:,} different"
     counts += f", {captions.num_empty:,} empty; "
@@ -210,25 +173,24 @@ def _captions(captions: CaptionStats | None) -> str:
         else f"{tokens.spread.least:.0f} to {tokens.spread.most:.0f} tokens, median "
         f"{tokens.spread.median:.0f}; {tokens.num_over:,} over the limit of {tokens.limit}"
     )
-    body = f"<p>{_safe(counts)}</p>"
+    body = render("<p>{{ counts }}</p>", counts=counts)
     if tokens is not None and tokens.worst:
-        rows = [
-            [_safe(long.id), str(long.num_tokens), _with_cut(long.caption, long.cut)]
-            for long in tokens.worst
-        ]
-        body += _table(["image", "tokens", "caption, what is cut off"], rows, numbers={1})
+        rows = [[long.id, long.num_tokens, _with_cut(long)] for long in tokens.worst]
+        head = ["image", "tokens", "caption, what is cut off"]
+        body += table(head, rows, classes=("", "n", ""))
     if captions.repeated:
-        rows = [[f"{times:,}", _safe(caption)] for caption, times in captions.repeated]
-        body += _table(["times", "repeated caption"], rows, numbers={0})
+        repeated = [[f"{times:,}", caption] for caption, times in captions.repeated]
+        body += table(["times", "repeated caption"], repeated, classes=("n", ""))
     return body
 
 
-def _with_cut(caption: str, cut: str) -> str:
+def _with_cut(long: LongCaption) -> Markup:
+    caption, cut = long.caption, long.cut
     kept = caption[: len(caption) - len(cut)] if cut and caption.endswith(cut) else caption
-    return _safe(kept) + (f"<del>{_safe(cut)}</del>" if cut else "")
+    return render("{{ kept }}{% if cut %}<del>{{ cut }}</del>{% endif %}", kept=kept, cut=cut)
 
 
-def _buckets(rows: Sequence[BucketRow], folder: Folder) -> str:
+def _buckets(rows: Sequence[BucketRow], folder: Folder) -> Markup:
     head = ["", "width x height", "images", "batches", "last batch", "repeated", "enlarged"]
     head += ["cut off", "at worst"]
     lines = [
@@ -242,11 +204,12 @@ def _buckets(rows: Sequence[BucketRow], folder: Folder) -> str:
         ]
         for row in rows
     ]
-    note = '<p class="soft">No image is dropped. Shown: the image cut most, cut part dimmed.</p>'
-    return note + _table(head, lines, numbers=set(range(1, 9))) if lines else ""
+    note = "No image is dropped. Shown: the image cut most, cut part dimmed."
+    note = Markup('<p class="soft">{}</p>').format(note)
+    return note + table(head, lines, classes=("", *["n"] * 8)) if lines else Markup()
 
 
-def _cut_image(folder: Folder, row: BucketRow) -> str:
+def _cut_image(folder: Folder, row: BucketRow) -> Markup:
     """Show an image with what the bucket's centre crop cuts off dimmed."""
     try:
         data = folder.read_bytes_of(row.worst_id)
@@ -260,28 +223,28 @@ def _cut_image(folder: Folder, row: BucketRow) -> str:
     box = (left, top, left + width, top + height)
     shown = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), 0.75)
     shown.paste(image.crop(box), box)
-    return _img(shown)
+    return inline_image(shown, format="JPEG")
 
 
-def _alike(report: DataReport, folder: Folder) -> str:
+def _alike(report: DataReport, folder: Folder) -> Markup:
     if report.alike is None:
-        return "<p>not looked for</p>"
-    body = "" if report.alike else "<p>no image looks like another</p>"
+        return Markup("<p>not looked for</p>")
+    body = Markup("" if report.alike else "<p>no image looks like another</p>")
     for title, groups in alike_sections(report.alike):
-        body += f"<p>{_safe(title)} ({len(groups):,})</p>"
-        body += '<div class="grid">'
-        for group in groups[:NUM_GROUPS]:
-            names = group.ids[:NUM_ALIKE]
-            figures = (_figure(_record_thumbnail(folder, name), name) for name in names)
-            body += f'<div class="group">{_grid(figures)}</div>'
-        body += "</div>"
+        body += Markup("<p>{} ({:,})</p>").format(title, len(groups))
+        body += grid(_group(folder, group.ids[:NUM_ALIKE]) for group in groups[:NUM_GROUPS])
     return body
 
 
-def _cost(report: DataReport) -> str:
+def _group(folder: Folder, names: Sequence[str]) -> Markup:
+    figures = grid(figure(_record_thumbnail(folder, name), note=name) for name in names)
+    return Markup('<div class="group">{}</div>').format(figures)
+
+
+def _cost(report: DataReport) -> Markup:
     plan = report.plan
     if plan is None:
-        return ""
+        return Markup()
     encoded = (
         "the VAE was not measured"
         if plan.encode_rate is None
@@ -294,4 +257,4 @@ def _cost(report: DataReport) -> str:
         ["rates", f"{plan.load_rate:,.0f} images/s loaded, {encoded}"],
         ["time to read all once", time_text(plan.seconds)],
     ]
-    return _table(["", ""], rows, numbers=set())
+    return table(["", ""], rows)

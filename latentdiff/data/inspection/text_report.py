@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from latentdiff.data.folder.problems import printable
 from latentdiff.data.inspection.cost_estimate import CostEstimate
 from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
 from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, SizeStats, Summary
+from latentdiff.html import printable
 
 MUCH_CUT = 0.05  # of an image's area
 NUM_NAMES = 5  # shown of each kind; --json has the rest

@@ -10,11 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from latentdiff.atomic import write_text
-from latentdiff.data.folder.problems import printable
-from latentdiff.data.inspection.html_report import POLICY
-from latentdiff.data.inspection.html_report import STYLE as HOUSE_STYLE
 from latentdiff.evaluation.metrics.bootstrap import Interval
 from latentdiff.evaluation.report.section import LabelledImage, Row, Section
+from latentdiff.html import POLICY, printable
+from latentdiff.html import STYLE as HOUSE_STYLE
 
 SIDE = 128  # of an image on the page, in pixels
 MAX_CAPTION = 90  # letters under an image
