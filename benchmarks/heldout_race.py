@@ -34,10 +34,11 @@ from train_throughput import HEAD_DIM, TEXT_LAYERS, TEXT_WIDTH, TOKENS, WIDTHS
 from latentdiff.config.io import load_config
 from latentdiff.config.text_to_image import Config
 from latentdiff.cpu.fused_transformers import unfuse_transformers
-from latentdiff.data.images import load_image, to_pixels
+from latentdiff.data.images import to_pixels
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.metrics.heldout_loss import triple_losses
+from latentdiff.image_io import load_image
 from latentdiff.models.build import build_text_encoder
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.inputs.train_data import train_batches

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from latentdiff.data.cache.decode_ahead import CropPlan, Item
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.images import ImageError, load_alpha, load_image, resize_and_crop
+from latentdiff.data.images import resize_and_crop
+from latentdiff.image_io import ImageError, load_alpha, load_image
 
 MaskKind = Literal["alpha", "file"]
 

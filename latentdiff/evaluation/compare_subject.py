@@ -20,11 +20,12 @@ from torch import Tensor
 from latentdiff.atomic import atomic_file, write_text
 from latentdiff.config.evaluation import CompareSubjectOptions
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.images import load_image, to_pixels
+from latentdiff.data.images import to_pixels
 from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean
 from latentdiff.evaluation.metrics.features import MobileNet, load_features
 from latentdiff.evaluation.report.comparison import Comparison, compare
 from latentdiff.image_grid import draw_grid
+from latentdiff.image_io import load_image
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.sampling.sample import sample_each
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from latentdiff.config.evaluation import EvalModelOptions
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.images import ImageError, load_image, resize_and_crop, to_pixels
+from latentdiff.data.images import resize_and_crop, to_pixels
+from latentdiff.image_io import ImageError, load_image
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize

@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead, load_item
-from latentdiff.data.cache.latent_encoding import to_floats
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.images import to_pixels
+from latentdiff.data.images import to_pixels, uint8_to_pixels
 from latentdiff.evaluation.metrics.features import open_features
 from latentdiff.evaluation.metrics.memorization import (
     find_copies,
@@ -117,7 +116,7 @@ class NearestImages:
         plan = self.plan_of(folder)
         items = (plan.item(index, u=0.5, flip=False) for index in range(len(folder)))
         batches = decode_ahead(folder, items, digests=None, batch_size=AT_ONCE, num_threads=4)
-        parts = [self._embed(to_floats(pixels)) for _, pixels in batches]
+        parts = [self._embed(uint8_to_pixels(pixels)) for _, pixels in batches]
         return torch.cat(parts) if parts else torch.zeros(0, 1)
 
 

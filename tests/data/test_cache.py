@@ -24,7 +24,8 @@ from latentdiff.data.cache.prompt_cache import TextCache
 from latentdiff.data.cache.shard_file import as_keys, key_of, read_shard, write_shard
 from latentdiff.data.cache.tensor_store import StoreWriter, TensorStore
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.images import load_image, resize_and_crop, to_pixels
+from latentdiff.data.images import resize_and_crop, to_pixels
+from latentdiff.image_io import load_image
 from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer

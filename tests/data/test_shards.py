@@ -16,10 +16,10 @@ from latentdiff.data.buckets import make_buckets
 from latentdiff.data.folder import shards
 from latentdiff.data.folder.files import Entry, open_entry
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.images import load_image
 from latentdiff.data.inspection.html_report import report_as_html
 from latentdiff.data.inspection.inspect import make_data_report
 from latentdiff.data.inspection.near_duplicates import find_near_duplicates
+from latentdiff.image_io import load_image
 
 
 def encoded(seed: int = 0, image_format: str = "PNG", **kwargs) -> bytes:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.images import ImageError, load_image, resize_and_crop
+from latentdiff.data.images import resize_and_crop
+from latentdiff.image_io import ImageError, load_image
 
 BATCHES_AHEAD = 3
 

@@ -12,6 +12,7 @@ from latentdiff.data.arrow.columns import CHUNK
 from latentdiff.data.cache.decode_ahead import CropPlan, Item
 from latentdiff.data.cache.shard_file import as_keys, key_of
 from latentdiff.data.folder.folder import Folder
+from latentdiff.data.images import uint8_to_pixels
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.weights import weights_hash
 
@@ -65,7 +66,7 @@ def encode_moments(codec: LatentCodec, pixels: Tensor, *, dtype: torch.dtype) ->
     (B, 1, C, h, w) where every standard deviation is 0."""
     device = codec.vae.device
     with torch.autocast(device.type, enabled=False):
-        mean, std = codec.raw_moments(to_floats(pixels.to(device, non_blocking=True)))
+        mean, std = codec.raw_moments(uint8_to_pixels(pixels.to(device, non_blocking=True)))
     parts = [mean] if isinstance(codec.vae, AutoencoderTiny) else [mean, std]
     return torch.stack(parts, dim=1).to(dtype)
 
@@ -74,11 +75,6 @@ def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Take the moments of one image, (2, C, h, w) or (1, C, h, w), apart."""
     mean = moments[0]
     return mean, moments[1] if len(moments) == 2 else torch.zeros_like(mean)
-
-
-def to_floats(pixels: Tensor) -> Tensor:
-    """Turn (B, H, W, 3) uint8 into (B, 3, H, W) float32 in [-1, 1], as images.to_pixels does."""
-    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
 def check_finite(moments: Tensor, folder: Folder, items: list[Item]) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import cached_rows
 from latentdiff.data.folder.files import LISTING, Entry, Progress, open_entry
-from latentdiff.data.images import EXTENSIONS, ImageError, ImageFacts, load_image, read_header
+from latentdiff.image_io import EXTENSIONS, ImageError, ImageHeader, load_image, read_header
 
 NUM_THREADS = 4
 # problem and note are keys of problems.REASONS; an image with a problem is left out.
@@ -64,7 +64,7 @@ def read_image_header(root: Path, entry: Entry, *, full: bool) -> ImageHeaders:
     try:
         with open_entry(root, entry) as file:
             facts = read_header(file)
-            if full or not facts.looks_whole:
+            if full or not facts.looks_complete:
                 load_image(file)
     except ImageError as error:
         return 0, 0, error.reason, error.detail, None
@@ -73,9 +73,9 @@ def read_image_header(root: Path, entry: Entry, *, full: bool) -> ImageHeaders:
     return facts.width, facts.height, None, None, _note(entry.path, facts)
 
 
-def _note(path: str, facts: ImageFacts) -> str | None:
+def _note(path: str, facts: ImageHeader) -> str | None:
     if facts.is_animated:
         return "animated"
     if not path.lower().endswith(EXTENSIONS[facts.format]):
         return "wrong_extension"
-    return "turned" if facts.is_turned else None
+    return "turned" if facts.has_orientation else None

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 import torch
 
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.images import ImageError, load_image, resize_and_crop, to_pixels
+from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.data.inspection.statistics import BucketRow
+from latentdiff.image_io import ImageError, load_image
 
 TRIAL_IMAGES, TRIAL_SECONDS = 64, 3.0
 Encode = Callable[[torch.Tensor], object]

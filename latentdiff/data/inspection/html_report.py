@@ -13,7 +13,6 @@ from PIL import Image
 from latentdiff.atomic import write_text
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.folder.problems import SEVERITIES
-from latentdiff.data.images import ImageError, ImageSource, load_thumbnail
 from latentdiff.data.inspection.inspect import DataReport
 from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, LongCaption
 from latentdiff.data.inspection.text_report import (
@@ -24,6 +23,7 @@ from latentdiff.data.inspection.text_report import (
     time_text,
 )
 from latentdiff.html import figure, grid, inline_image, page, render, table
+from latentdiff.image_io import ImageError, ImageSource, load_thumbnail
 
 NUM_SAMPLES, NUM_GROUPS, NUM_ALIKE, NUM_NAMES, NUM_IMAGES = 24, 12, 4, 200, 6
 SIDE = 128  # of a thumbnail in pixels

@@ -32,7 +32,7 @@ from latentdiff.data.folder.files import (
     shard_of,
 )
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.images import ImageError, load_thumbnail
+from latentdiff.image_io import ImageError, load_thumbnail
 
 MAX_BITS = 4  # of 63 may differ
 MAX_RMS = 8.0  # of 255, root mean square over the 8 x 8 x 3 small image

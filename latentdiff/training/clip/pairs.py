@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, Sampler
 
 from latentdiff.data.captions import may_flip
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.images import load_image, resize_and_crop, to_pixels
+from latentdiff.data.images import resize_and_crop, to_pixels
+from latentdiff.image_io import load_image
 
 DRAWS_PER_PAIR = 8  # until a step makes do with fewer pairs
 

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from latentdiff.config.io import to_yaml
 from latentdiff.config.vae import VaeConfig
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.images import load_image, resize_and_crop, to_pixels
+from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.evaluation.metrics.features import load_features
+from latentdiff.image_io import load_image
 from latentdiff.models.build import build_vae
 from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec, measure_latents, set_scalar_scaling
