@@ -1,8 +1,9 @@
 """Text-to-image training from top to bottom: check, load, cache, train, keep, export.
 
-What optimiser step s sees is a function of the config and s alone (see samples.py), so a run that
-stops after k steps and goes on is the run that never stopped. Does not answer for: the mathematics
-(diffusion/), one step (engine.py), what a run is made of (run.py), its state (resume.py).
+What optimiser step s sees is a function of the config and s alone (see inputs/dataset.py), so a
+run that is stopped after k steps and resumed is the run that never stopped. Does not answer for:
+the mathematics (diffusion/), one step (train_step.py), what a run is made of (setup.py), its state
+(resume.py).
 """
 
 import logging
@@ -78,17 +79,21 @@ def train(config: Config) -> int:
 
 
 def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
-    """Train from first_step to the end; return whether a signal stopped it, its state saved."""
+    """Train from first_step to the end; return whether a signal stopped it, its state saved.
+
+    A round begins where `step` optimiser steps are done: it logs, evaluates, samples and saves that
+    state and then takes the next step, but for the last of the max_steps + 1 rounds.
+    """
     config, settings, accelerator = run.config, run.config.train, run.accelerator
-    ids = run.train_data.ids
-    batches = train_batches(
-        config, run.train_data, run.layout, first_step=first_step, accelerator=accelerator
+    batches = _Timed(
+        train_batches(
+            config, run.train_data, run.layout, first_step=first_step, accelerator=accelerator
+        )
     )
-    timed = _Timed(batches)
-    rate_is_known = False
-    num_timesteps = run.train_step.objective.schedule.num_timesteps
     window = Window(
-        accelerator, max_skipped_steps=settings.max_skipped_steps, num_timesteps=num_timesteps
+        accelerator,
+        max_skipped_steps=settings.max_skipped_steps,
+        num_timesteps=run.train_step.objective.schedule.num_timesteps,
     )
     bar = tqdm(
         initial=first_step,
@@ -96,71 +101,56 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
         unit="step",
         disable=None if accelerator.is_main_process else True,
     )
-    _measure_start(run, first_step)
-    _draw_where_stopped(run, first_step)
-    for step in range(first_step, settings.max_steps):
+    for step in range(first_step, settings.max_steps + 1):
+        is_new, last = step > first_step, step == settings.max_steps
+        stop = _any_process(signals.received is not None, accelerator) and not last
+        if is_new and _is_due(step, settings.log_every_steps, last or stop):
+            _log_window(run, window, step, bar=bar)
+        if is_new and _is_due(step, settings.posthoc_ema_every_steps, last):
+            save_posthoc_snapshots(run, step)
+        if stop:
+            if is_new:
+                save_state(run, step)
+            break
+        with window.paused():
+            is_best = _eval_heldout(run, step, last=last)
+            _save_samples(run, step, last=last)
+        if is_best or (is_new and _is_due(step, settings.checkpoint_every_steps, last)):
+            save_state(run, step)
+        if last:
+            break
         count = run.train_data.order.count(step)
         result = run.train_step.step(
-            timed, step=step, count=count, accumulation=run.layout.accumulation
+            batches, step=step, count=count, accumulation=run.layout.accumulation
         )
-        done = step + 1
-        window.add(result, num_samples=count, waited=timed.take())
+        window.add(result, num_samples=count, waited=batches.take())
         bar.update()
-        last = done == settings.max_steps
-        stop = _any_process(signals.received is not None, accelerator) and not last
-        if done % settings.log_every_steps == 0 or last or stop:
-            rate = run.train_step.lr_schedule.at(step - run.train_step.skipped)
-            figures, skipped = window.close(done, ids, rate=rate)
-            run.train_step.skipped += skipped
-            run.log.write(done, figures)
-            _log_save_error(run)
-            if not rate_is_known and accelerator.is_main_process:
-                log_throughput(
-                    figures["images_per_second"],
-                    num_images=(settings.max_steps - done) * settings.batch_size,
-                )
-                rate_is_known = True
-            bar.set_postfix(
-                loss=f"{figures['loss']:.4f}", img_s=f"{figures['images_per_second']:.1f}"
-            )
-        if _is_time(done, settings.posthoc_ema_every_steps, last):
-            save_posthoc_snapshots(run, done)
-        with window.paused():
-            is_best = not stop and _eval_heldout(run, done, last=last)
-        if stop or last or is_best or done % settings.checkpoint_every_steps == 0:
-            save_state(run, done)
-        if stop:
-            bar.close()
-            return True
-        with window.paused():
-            _save_samples(run, done, last=last)
     bar.close()
-    return False
+    return stop
 
 
-def _measure_start(run: Run, first_step: int) -> None:
-    """Measure what the run starts from: an untrained or a given model, the figure to beat.
-
-    After a resume this makes up for the measurement that the stop left out, so that no figure
-    depends on stops.
-    """
-    is_new = first_step not in run.heldout
-    if is_new and _eval_heldout(run, first_step, last=False) and first_step:
-        save_state(run, first_step)
-
-
-def _draw_where_stopped(run: Run, first_step: int) -> None:
-    """Draw the sheet that a stop right after a save left out."""
-    missing = first_step > 0 and not _sheet_path(run, first_step).exists()
-    if _any_process(missing, run.accelerator):
-        _save_samples(run, first_step, last=first_step == run.config.train.max_steps)
+def _log_window(run: Run, window: Window, step: int, *, bar: tqdm) -> None:
+    """Log the figures of the steps since the last line, and first how long the rest will take."""
+    rate = run.train_step.lr_schedule.at(step - 1 - run.train_step.skipped)
+    figures, skipped = window.close(step, run.train_data.ids, rate=rate)
+    run.train_step.skipped += skipped
+    run.log.write(step, figures)
+    _log_save_error(run)
+    if window.is_first and run.accelerator.is_main_process:
+        settings = run.config.train
+        num_images = (settings.max_steps - step) * settings.batch_size
+        log_throughput(figures["images_per_second"], num_images=num_images)
+    window.is_first = False
+    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_s=f"{figures['images_per_second']:.1f}")
 
 
 def _save_samples(run: Run, done: int, *, last: bool) -> None:
-    """Draw a sheet when it is time, with the EMA weights."""
+    """Write a sheet of images when it is due and not there yet, with the EMA weights."""
     preview = run.config.preview
-    if not _is_time(done, preview.every_steps, last):
+    if not done or not _is_due(done, preview.every_steps, last):
         return
+    if not _any_process(not _sheet_path(run, done).exists(), run.accelerator):
+        return  # made before the run was stopped
     with _evaluating(run):
         try:
             figures = write_sheet(
@@ -180,14 +170,16 @@ def _save_samples(run: Run, done: int, *, last: bool) -> None:
 
 
 def _eval_heldout(run: Run, done: int, *, last: bool) -> bool:
-    """Measure the held-out loss when it is time; return whether this state is the best to keep.
+    """Measure the held-out loss when it is due; return whether this state is the best to keep.
 
-    Beside it goes the loss of training images, whose gap to it tells overfitting. All processes
-    share in it, with the EMA weights. The log also has what captions are worth.
+    What a checkpoint has already measured is not measured again. Next to it goes the loss of
+    training images, whose gap to it tells overfitting. All processes share in it, with the EMA
+    weights. The log also has what captions are worth.
     """
     triples, trained = run.train_data.triples, run.train_data.train_triples
     objective = run.train_step.objective
-    if triples is None or trained is None or not _is_time(done, run.config.eval.every_steps, last):
+    is_due = done not in run.heldout and _is_due(done, run.config.eval.every_steps, last)
+    if triples is None or trained is None or not is_due:
         return False
 
     def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -270,7 +262,7 @@ def _sheet_path(run: Run, done: int) -> Path:
     return run.folder / "samples" / f"step-{done:09d}.png"
 
 
-def _is_time(done: int, every_steps: int, last: bool) -> bool:
+def _is_due(done: int, every_steps: int, last: bool) -> bool:
     return last or (every_steps > 0 and done % every_steps == 0)
 
 

@@ -81,6 +81,7 @@ class Window:
         self.accelerator, self.max_skipped_steps = accelerator, max_skipped_steps
         self.labels = bucket_labels(num_timesteps)
         self.bad_in_a_row = 0
+        self.is_first = True
         self._reset()
 
     def _reset(self) -> None:

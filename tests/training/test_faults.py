@@ -23,6 +23,7 @@ from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.train_data import read_data
 from latentdiff.training.loop import train
 from latentdiff.training.metrics_log import MetricsLog
+from latentdiff.training.preview import write_sheet
 from latentdiff.training.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -288,25 +289,53 @@ def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     assert figures["runs"] >= 1
 
 
-def test_sheet_that_a_kill_prevented_is_drawn_by_the_resumed_run(
+def test_sheet_that_a_kill_prevented_is_made_by_the_resumed_run(
     world: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    last = run / "checkpoints" / f"step-{STEPS:09d}"
+    settings = {"train__max_steps": STEPS, **OFTEN}
 
     def die(*_: object, **__: object) -> None:
-        while not last.exists():  # saved beside
-            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = start(
-        world, run, plant=lambda: setattr(loop, "write_sheet", die), train__max_steps=STEPS
-    )
+    child = start(world, run, plant=lambda: setattr(loop, "write_sheet", die), **settings)
     assert child.wait() == -signal.SIGKILL
-    assert train(make_config(world, run, train__max_steps=STEPS)) == 0
+    assert newest_step(run) == STEPS - 1
+    assert train(make_config(world, run, **settings)) == 0
     assert_same_state(run, whole, step=STEPS)
     assert sheet(run, STEPS) == sheet(whole, STEPS)
     assert (run / "pipeline").is_dir()
+
+
+def test_what_is_there_is_not_made_twice_and_what_a_stop_left_out_is_made(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out losses and sheets of every other step, over a stop at step 4 and a second end."""
+    settings = {"train__max_steps": 6, "eval__every_steps": 2, "preview__every_steps": 2, **OFTEN}
+    assert train(make_config(world, tmp_path / "whole", **settings)) == 0
+    run, clean, made = tmp_path / "run", TrainStep.step, []
+
+    def stopping(self: TrainStep, batches: Any, *, step: int, **others: Any) -> Any:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clean(self, batches, step=step, **others)
+
+    def counting(*args: Any, **others: Any) -> dict[str, float]:
+        made.append(args[2].name)
+        return write_sheet(*args, **others)
+
+    monkeypatch.setattr(loop, "write_sheet", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "step", stopping)
+        assert train(make_config(world, run, **settings)) == 143
+    assert list(read_metrics(run, "heldout_loss")) == [0, 2]
+    for _ in range(2):  # the second time at the end
+        assert train(make_config(world, run, **settings)) == 0
+    assert read_metrics(run, "heldout_loss") == read_metrics(tmp_path / "whole", "heldout_loss")
+    lines = (run / "metrics.jsonl").read_text()
+    assert lines.count('"heldout_loss":') == 4
+    assert made == [f"step-{step:09d}.png" for step in (2, 4, 6)]
+    assert_same_state(run, tmp_path / "whole", step=6)
 
 
 def test_log_line_has_null_for_what_is_no_number(tmp_path: Path) -> None:
