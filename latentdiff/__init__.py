@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from latentdiff.config.io import load_config
     from latentdiff.config.text_to_image import Config
     from latentdiff.pipeline import LatentDiffPipeline
-    from latentdiff.pipeline.provenance import read_settings
+    from latentdiff.pipeline.png_metadata import read_settings
 
 __version__ = "0.1.0"
 __all__ = ["Config", "LatentDiffPipeline", "__version__", "load_config", "read_settings"]
@@ -19,7 +19,7 @@ _HOMES = {
     "Config": "latentdiff.config.text_to_image",
     "load_config": "latentdiff.config.io",
     "LatentDiffPipeline": "latentdiff.pipeline",
-    "read_settings": "latentdiff.pipeline.provenance",
+    "read_settings": "latentdiff.pipeline.png_metadata",
 }
 
 

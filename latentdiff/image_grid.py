@@ -1,4 +1,4 @@
-"""A labelled sheet of images: what a run or a call has made, at one look."""
+"""Labelled grids of images, and pixels as floats, bytes and PIL images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from functools import cache
 from math import ceil
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 MARGIN = 8
 FONT_SIZE = 12
@@ -45,6 +47,22 @@ def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], *, columns: 
             top = y + image.height + MARGIN // 2 + number * _line_height()
             draw.text((x, top), line, fill=INK, font=_font())
     return sheet
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Turn uint8 into pixels in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Turn pixels in [-1, 1] into uint8; others are clamped."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Turn (3, H, W), uint8 or pixels in [-1, 1], into an image."""
+    values = image if image.dtype == torch.uint8 else to_uint8(image)
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

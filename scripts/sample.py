@@ -27,11 +27,11 @@ def main() -> int:
     quieten_libraries()
     from latentdiff.sampling.sample import sample
 
-    say = partial(print, file=sys.stderr, flush=True)
+    log = partial(print, file=sys.stderr, flush=True)
 
     model, prompts, as_json = given.pop("model"), given.pop("prompts"), given.pop("json")
     try:
-        for record in sample(model, prompts, SampleOptions(**given), say=say):
+        for record in sample(model, prompts, SampleOptions(**given), log=log):
             line = json.dumps(record) if as_json else f"wrote {record['kind']} {record['path']}"
             print(line, flush=True)
     except (ValueError, OSError) as error:

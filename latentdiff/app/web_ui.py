@@ -98,7 +98,7 @@ def _controls(gr: Any, playground: WebSession) -> dict[str, Any]:
     """Lay out the input side; return its components by name."""
     factor, most = playground.pipe.vae_scale_factor, playground.max_side_px
     height, width = denoiser.image_size(playground.pipe.unet, factor=factor)
-    own = default_guidance(playground.pipe.facts)
+    own = default_guidance(playground.pipe.model_info)
     found: dict[str, Any] = {}
 
     def text(name: str, label: str) -> None:

@@ -21,6 +21,7 @@ from latentdiff.atomic import atomic_file, write_text
 from latentdiff.config.evaluation import CompareSubjectOptions
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import to_pixels
+from latentdiff.device import choose_device
 from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean
 from latentdiff.evaluation.metrics.features import MobileNet, load_features
 from latentdiff.evaluation.report.comparison import Comparison, compare
@@ -99,7 +100,7 @@ def _generate_all(
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Let a model draw the subject by each seed, and each unrelated prompt by a seed of its own."""
     pipe = LatentDiffPipeline.from_pretrained(path)
-    pipe.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    pipe.to(choose_device())
     pipe.set_progress_bar_config(disable=True)
     num = options.num_seeds
     subject = _generate(pipe, [prompt] * num, range(num), options)

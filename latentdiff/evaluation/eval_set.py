@@ -16,6 +16,7 @@ from torch import Tensor
 from latentdiff.config.evaluation import EvalModelOptions
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import resize_and_crop, to_pixels
+from latentdiff.device import choose_device
 from latentdiff.image_io import ImageError, load_image
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.latents import LatentCodec
@@ -156,16 +157,3 @@ def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tenso
 def _states(components: Components, captions: Sequence[str]) -> Tensor:
     ids = tokenize(components.tokenizer, captions)
     return encode_text(components.text_encoder, ids).float().cpu()
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the best there is. ValueError where it cannot be used."""
-    if name is None:
-        best = torch.accelerator.current_accelerator(check_available=True)
-        return best if best is not None else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
-    return device

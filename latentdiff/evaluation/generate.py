@@ -6,13 +6,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.folder.splits import FOLDER_NAMES
 from latentdiff.evaluation.eval_set import EvalModel, read_pixels
-from latentdiff.pipeline.provenance import save_png
+from latentdiff.image_grid import from_uint8, to_uint8
+from latentdiff.pipeline.png_metadata import save_png
 from latentdiff.sampling.sample import sample_each
 
 
@@ -71,7 +71,7 @@ def read_real_images(
     """
     height, width = size
     pixels = [read_pixels(folder, i, height=height, width=width) for i in range(len(folder))]
-    stacked = torch.stack([to_bytes(one) for one in pixels])
+    stacked = torch.stack([to_uint8(one) for one in pixels])
     ids = tuple(record.id for record in folder)
     captions = tuple(record.captions[0] for record in folder)
     return ImageArrays(captions, ids, _classes(folder.root, ids, class_column), stacked)
@@ -120,23 +120,8 @@ def in_batches(
 
     The result is on the CPU.
     """
-    parts = (to_floats(part.to(device)) for part in images.split(size))
+    parts = (from_uint8(part.to(device)) for part in images.split(size))
     return torch.cat([function(pixels).cpu() for pixels in parts])
-
-
-def to_floats(images: Tensor) -> Tensor:
-    """Turn uint8 into pixels in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Turn pixels in [-1, 1] into uint8."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def to_image(image: Tensor) -> Image.Image:
-    """Turn (3, H, W) uint8 into an image."""
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def shuffled_places(num: int, *, seed: int) -> Tensor:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions, SweepOptions
-from latentdiff.evaluation.eval_set import EvalModel, choose_device, read_split, spread
+from latentdiff.device import choose_device
+from latentdiff.evaluation.eval_set import EvalModel, read_split, spread
 from latentdiff.evaluation.generate import (
     GeneratedImages,
     ImageArrays,
     generate,
     read_real_images,
-    to_image,
 )
 from latentdiff.evaluation.metrics.clip import Clip, load_clip, load_open_clip
 from latentdiff.evaluation.metrics.features import Features, open_features
@@ -32,6 +32,7 @@ from latentdiff.evaluation.report.heldout_loss import loss_section
 from latentdiff.evaluation.report.prompt_following import following_section, is_scene
 from latentdiff.evaluation.report.section import LabelledImage, Score, Section
 from latentdiff.evaluation.report.sweeps import check_sweep
+from latentdiff.image_grid import to_pil
 
 FEWEST_IMAGES = 8
 FEWEST_TRAIN = 3
@@ -281,9 +282,9 @@ def _sheet(drawn: GeneratedImages, asked: ImageArrays) -> Section:
     groups = []
     for i in range(count):
         m = i * len(drawn.captions) // count
-        real = LabelledImage(to_image(asked.bytes[m]), drawn.captions[m], "real")
+        real = LabelledImage(to_pil(asked.bytes[m]), drawn.captions[m], "real")
         made = [
-            LabelledImage(to_image(one), "", f"seed {drawn.first_seed + m * drawn.per_caption + k}")
+            LabelledImage(to_pil(one), "", f"seed {drawn.first_seed + m * drawn.per_caption + k}")
             for k, one in enumerate(drawn.bytes[m, :2])
         ]
         groups.append([real, *made])

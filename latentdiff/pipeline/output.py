@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
+from latentdiff.image_grid import to_pil
 from latentdiff.models.latents import LatentCodec
 
 
@@ -107,5 +108,4 @@ def preview(
         size = [max(1, side * max_cells // longest) for side in z0.shape[-2:]]
         z0 = F.interpolate(z0, size=size, mode="area")
     pixels = LatentCodec(vae).decode(z0.to(vae.device))
-    arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
+    return [to_pil(one) for one in pixels]

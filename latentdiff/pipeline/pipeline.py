@@ -48,8 +48,8 @@ from latentdiff.pipeline.initial_latents import (
     prepare_latents,
 )
 from latentdiff.pipeline.output import LatentDiffOutput, decode
+from latentdiff.pipeline.png_metadata import attach_settings, generation_metadata
 from latentdiff.pipeline.prompts import EncodePromptMixin, Text
-from latentdiff.pipeline.provenance import attach_settings, generation_metadata
 from latentdiff.pipeline.schedulers import make_scheduler
 
 
@@ -124,7 +124,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             requires_safety_checker=requires_safety_checker and safety_checker is not None
         )
         self.vae_scale_factor = LatentCodec(vae).factor if vae is not None else 8
-        self.facts = ModelInfo()
+        self.model_info = ModelInfo()
         self._guidance, self._guidance_scale = Guidance(), 1.0
         self._num_timesteps = 0
         self._interrupt = False
@@ -251,10 +251,10 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         self, scale: object, rescale: object, interval: object, *, guide: tuple[Any, object]
     ) -> None:
         function, times = guide
-        scale = default_guidance(self.facts) if scale is None else scale
+        scale = default_guidance(self.model_info) if scale is None else scale
         guidance = checks.guidance(scale, rescale, interval, guide=function, guide_scale=times)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
-        warn_if_guidance_untrained(self.facts, guidance.scale)
+        warn_if_guidance_untrained(self.model_info, guidance.scale)
 
     def _read_images(
         self, text: Text, image: object, mask_image: object, strength: object

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.image_grid import draw_grid
+from latentdiff.image_grid import draw_grid, to_pil
 from latentdiff.models.latents import LatentCodec
 
 MAX_COLUMNS = 8
@@ -57,8 +57,7 @@ class Trace:
 @torch.no_grad()
 def _decoded(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> list[Image.Image]:
     pixels = LatentCodec(vae).decode(latents.to(vae.device), chunk_size=1)
-    arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
+    return [to_pil(one) for one in pixels]
 
 
 def _norm(difference: Tensor, *, size: tuple[int, int]) -> Image.Image:

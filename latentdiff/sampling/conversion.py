@@ -6,13 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from latentdiff.device import DTYPES
 from latentdiff.pipeline.files.single_file import save_single_file
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.prompts import has_new_words
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CLIP_VOCABULARY = 49408
 
 PathLike = str | os.PathLike[str]

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from latentdiff.atomic import new_folder, write_text
+from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
-from latentdiff.pipeline.files.model_card import model_card
+from latentdiff.pipeline.files.model_info import model_card
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
-from latentdiff.sampling.conversion import DTYPES
 
 MB = 1_000_000
 HEADER = 200_000  # bytes that a shard has on top of its tensors, at the most
@@ -52,10 +52,10 @@ def pack_model(
     if out.exists():
         raise ValueError(f"{out} already exists, expected the name of a new folder")
     pipe = LatentDiffPipeline.from_pretrained(model)
-    base = _last_part(pipe.facts.base_model)
-    scale = pipe.facts.guidance_scale if guidance_scale is None else guidance_scale
-    pipe.facts = dataclasses.replace(pipe.facts, base_model=base, guidance_scale=scale)
-    text = card.read_text(encoding="utf-8") if card else model_card(pipe.facts, name=out.name)
+    base = _last_part(pipe.model_info.base_model)
+    scale = pipe.model_info.guidance_scale if guidance_scale is None else guidance_scale
+    pipe.model_info = dataclasses.replace(pipe.model_info, base_model=base, guidance_scale=scale)
+    text = card.read_text(encoding="utf-8") if card else model_card(pipe.model_info, name=out.name)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _shrink(name, part, DTYPES[dtype])

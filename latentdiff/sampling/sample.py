@@ -21,7 +21,12 @@ from latentdiff.pipeline import checks
 from latentdiff.pipeline.attention_maps import heat_map_grid, record_attention
 from latentdiff.pipeline.files.model_info import default_guidance
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.provenance import attach_settings, model_metadata, read_settings, save_png
+from latentdiff.pipeline.png_metadata import (
+    attach_settings,
+    model_metadata,
+    read_settings,
+    save_png,
+)
 from latentdiff.pipeline.trace import Trace
 from latentdiff.sampling.open_pipeline import compile_unet, open_pipeline
 from latentdiff.sampling.prompt_list import (
@@ -48,7 +53,7 @@ class BatchSampler:
     batch_size: int
     is_traced: bool
     is_compiled: bool
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def draw(self, jobs: Sequence[ImageJob]) -> Iterator[tuple[ImageJob, Image.Image, Extras]]:
         """Yield every job with its image and, when traced, its chain and heat maps."""
@@ -57,7 +62,7 @@ class BatchSampler:
         for place, batch in enumerate(work):
             filled = [*batch, *[batch[-1]] * (size - len(batch))]  # another size compiles anew
             if self.is_compiled and place == 0:
-                compile_unet(self.pipe, partial(self._warm_up, filled), say=self.say)
+                compile_unet(self.pipe, partial(self._warm_up, filled), log=self.log)
             yield from islice(self._draw_batch(filled), len(batch))
 
     def _draw_batch(
@@ -105,11 +110,11 @@ def sample(
     prompts: Sequence[str],
     options: SampleOptions,
     *,
-    say: Callable[[str], None] = logger.info,
+    log: Callable[[str], None] = logger.info,
 ) -> Iterator[dict[str, Any]]:
     """Make the images; yield a JSON object for each file when it is written.
 
-    say: gets a line before what takes minutes.
+    log: gets a line before steps that take minutes.
 
     Raises ValueError or OSError with one clear message for bad input, and never writes over a
     image that has other settings.
@@ -123,8 +128,8 @@ def sample(
     _jobs(lines, options, guidance_scale=1.0)  # refuses bad input before the model is opened
     batch_size = checks.count("batch_size", options.batch_size, most=checks.MAX_IMAGES)
     arguments, pipe = _arguments(options), _load(model, options)
-    jobs = _jobs(lines, options, guidance_scale=default_guidance(pipe.facts))
-    painter = BatchSampler(pipe, arguments, batch_size, options.trace, options.compile, say)
+    jobs = _jobs(lines, options, guidance_scale=default_guidance(pipe.model_info))
+    painter = BatchSampler(pipe, arguments, batch_size, options.trace, options.compile, log)
     if out.suffix:
         is_grid = len(jobs) > len({(job.row, job.seed) for job in jobs})
         columns = len(_list(options.guidance_scale)) * options.num_images if is_grid else COLUMNS

@@ -118,7 +118,7 @@ def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
     temporary = final.with_name(f".{final.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline = make_pipeline(components)
-    pipeline.facts = facts
+    pipeline.model_info = facts
     pipeline.save_pretrained(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)

@@ -163,7 +163,7 @@ def test_browser_draws_sees_the_image_change_and_is_told_of_bad_input(address, t
         image = page.request.get(first).body()
         path = tmp_path / "image.png"
         path.write_bytes(image)
-        from latentdiff.pipeline.provenance import read_settings
+        from latentdiff.pipeline.png_metadata import read_settings
 
         assert read_settings(path)["call"]["prompt"] == "a red heart"
         page.fill("#prompt textarea, #prompt input", "a green apple")

@@ -38,10 +38,10 @@ PARTS = ("unet", "vae", "text_encoder")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model as a run leaves it, with a local path in a config and in its facts."""
+    """A tiny model as a run leaves it, with a local path in a config and in its info."""
     folder = tmp_path_factory.mktemp("run") / "pipeline"
     pipe = tiny_pipeline()
-    pipe.facts = ModelInfo(
+    pipe.model_info = ModelInfo(
         base_model="/home/me/runs/base", dataset="shapes", caption_dropout=0.1, guidance_scale=4.0
     )
     pipe.save_pretrained(folder)
@@ -111,8 +111,8 @@ def test_packed_model_tells_nothing_of_this_machine(packed: Path, model: Path) -
         content = path.read_text(encoding="utf-8")
         assert "/home/" not in content
         assert str(model.parent) not in content
-    facts = read_model_info(packed)
-    assert (facts.base_model, facts.dataset, facts.caption_dropout) == ("base", "shapes", 0.1)
+    info = read_model_info(packed)
+    assert (info.base_model, info.dataset, info.caption_dropout) == ("base", "shapes", 0.1)
     assert "# packed" in (packed / "README.md").read_text()
 
 
@@ -189,7 +189,7 @@ def test_names_are_known_wherever_a_model_is(
     wanted = weights_hash(load_components(mini).unet)
     pipe = LatentDiffPipeline.from_pretrained(MINI)
     assert weights_hash(pipe.unet) == wanted
-    assert pipe.facts.dataset == "shapes"
+    assert pipe.model_info.dataset == "shapes"
     assert weights_hash(load_vae(MINI)) == weights_hash(pipe.vae)
     assert run_script("sample.py", MINI, "a cat", "--steps", 1, "--out", tmp_path / "cat.png") == 0
     world = make_world(tmp_path)
@@ -212,8 +212,8 @@ def test_shipped_model_is_fine_tuned_and_its_parts_are_built_upon(
     steps = {"train__max_steps": 1, "train__ema": False}
     tuned = {"model__pretrained": MINI, "model__vae": ""} | steps
     assert train(make_config(world, tmp_path / "tuned", **tuned)) == 0
-    facts = read_model_info(tmp_path / "tuned" / "pipeline")
-    assert (facts.base_model, facts.caption_dropout, facts.guidance_scale) == (MINI, 0.1, 4.0)
+    info = read_model_info(tmp_path / "tuned" / "pipeline")
+    assert (info.base_model, info.caption_dropout, info.guidance_scale) == (MINI, 0.1, 4.0)
     built = {"model__vae": MINI, "model__text_encoder": MINI} | steps
     assert train(make_config(world, tmp_path / "built", **built)) == 0
     after = load_components(tmp_path / "built" / "pipeline")

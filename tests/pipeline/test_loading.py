@@ -186,36 +186,37 @@ def test_what_is_no_model_is_said(tmp_path, monkeypatch):
         LatentDiffPipeline.from_pretrained(tmp_path, torch_dtyp=torch.float16)
 
 
-def test_facts_travel_with_the_folder_and_warn_of_guidance(tmp_path, caplog):
+def test_model_info_travels_with_the_folder_and_warn_of_guidance(tmp_path, caplog):
     pipe = tiny_pipeline()
-    pipe.facts = ModelInfo(caption_dropout=0.0, dataset="flowers", steps=10, metrics={"FD": 3.5})
+    info = ModelInfo(caption_dropout=0.0, dataset="flowers", steps=10, metrics={"FD": 3.5})
+    pipe.model_info = info
     pipe.save_pretrained(tmp_path)
     loaded = LatentDiffPipeline.from_pretrained(tmp_path)
-    assert loaded.facts == pipe.facts
+    assert loaded.model_info == pipe.model_info
     draw(loaded, guidance_scale=1)
     assert "caption dropout" not in caplog.text
     draw(loaded, guidance_scale=2)
     assert "trained without caption dropout" in caplog.text
 
 
-def test_hub_model_comes_with_its_facts(saved, tmp_path, monkeypatch):
+def test_hub_model_comes_with_its_info(saved, tmp_path, monkeypatch):
     fetched = shutil.copytree(saved, tmp_path / "snapshot")
     asked = []
 
-    def facts(repo_id, name, **where):
+    def model_info(repo_id, name, **where):
         asked.append((repo_id, name, where["revision"]))
         write_model_info(fetched, ModelInfo(steps=5))
 
     download = "latentdiff.pipeline.files.loading.DiffusionPipeline.download"
     monkeypatch.setattr(download, lambda repo_id, **options: str(fetched))
-    monkeypatch.setattr("latentdiff.pipeline.files.loading.hf_hub_download", facts)
+    monkeypatch.setattr("latentdiff.pipeline.files.loading.hf_hub_download", model_info)
     loaded = LatentDiffPipeline.from_pretrained("someone/cats", revision="v2")
     assert asked == [("someone/cats", "latentdiff.json", "v2")]
-    assert loaded.facts.steps == 5
+    assert loaded.model_info.steps == 5
     assert loaded.config["_name_or_path"] == "someone/cats"
 
 
-def test_facts_of_other_versions_are_read_and_broken_ones_are_named(tmp_path):
+def test_info_of_other_versions_is_read_and_broken_info_is_named(tmp_path):
     assert read_model_info(tmp_path) == ModelInfo()
     write_model_info(tmp_path, ModelInfo(steps=3))
     path = tmp_path / "latentdiff.json"
@@ -229,7 +230,7 @@ def test_facts_of_other_versions_are_read_and_broken_ones_are_named(tmp_path):
 
 def test_model_card_names_what_is_known_and_escapes_it(tmp_path):
     pipe = tiny_pipeline()
-    pipe.facts = ModelInfo(
+    pipe.model_info = ModelInfo(
         dataset="<b>my|data</b>", licence="cc-by-4.0", metrics={"FD (n=100)": 3.5}
     )
     pipe.save_pretrained(tmp_path)
@@ -262,7 +263,7 @@ def test_push_to_hub_uploads_the_folder_with_its_card(monkeypatch, caplog, capfd
 
     monkeypatch.setattr("latentdiff.pipeline.files.loading.HfApi", Hub)
     pipe = tiny_pipeline()
-    pipe.facts = ModelInfo(dataset="flowers", steps=7)
+    pipe.model_info = ModelInfo(dataset="flowers", steps=7)
     assert pipe.push_to_hub("cats", token="secret") == "https://hub/me/cats"
     assert {"README.md", "latentdiff.json", "model_index.json", "unet"} <= set(uploaded["files"])
     assert 'from_pretrained("me/cats")' in uploaded["card"]

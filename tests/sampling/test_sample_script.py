@@ -14,7 +14,7 @@ from fakes_scripts import run_script
 from PIL import Image
 
 from latentdiff.image_grid import draw_grid
-from latentdiff.pipeline.provenance import read_settings
+from latentdiff.pipeline.png_metadata import read_settings
 from latentdiff.sampling.open_pipeline import open_pipeline
 from latentdiff.sampling.prompt_list import PromptEntry, plan_jobs, read_prompt_entries
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.evaluation.generate import to_bytes, to_image
+from latentdiff.image_grid import to_pil
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian
 RANGE = 2.0  # pixels lie in [-1, 1]
@@ -76,4 +76,4 @@ def reconstruction_sheet(
             row = x[start : start + columns]
             blank = row.new_ones(columns - len(row), *row.shape[1:])
             rows.append(torch.cat([row, blank]).permute(1, 2, 0, 3).flatten(2))  # (3, H, columns W)
-    return to_image(to_bytes(torch.cat(rows, 1)).cpu())
+    return to_pil(torch.cat(rows, 1))

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.evaluation.generate import GeneratedImages, to_image
+from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metrics.bootstrap import Interval, Values, bootstrap_difference
 from latentdiff.evaluation.report.section import LabelledImage, Row, Score, Section, plain_interval
+from latentdiff.image_grid import to_pil
 
 NUM_SHOWN = 12
 
@@ -54,7 +55,7 @@ def _pairs(first: GeneratedImages, second: GeneratedImages) -> list[list[Labelle
     places = sorted({round(i * (count - 1) / (NUM_SHOWN - 1)) for i in range(NUM_SHOWN)})
     return [
         [
-            LabelledImage(to_image(drawn.bytes[m, 0]), first.captions[m], label)
+            LabelledImage(to_pil(drawn.bytes[m, 0]), first.captions[m], label)
             for drawn, label in ((first, "this model"), (second, "the other"))
         ]
         for m in places

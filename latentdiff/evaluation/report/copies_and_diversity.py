@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdiff.evaluation.generate import GeneratedImages, ImageArrays, to_image
+from latentdiff.evaluation.generate import GeneratedImages, ImageArrays
 from latentdiff.evaluation.metrics.bootstrap import bootstrap_mean
 from latentdiff.evaluation.metrics.features import Features
 from latentdiff.evaluation.metrics.memorization import Memorisation, find_copies, thumbnail_features
 from latentdiff.evaluation.report.fidelity import Embedded, embed_images
 from latentdiff.evaluation.report.section import LabelledImage, Row, Section, plain_interval
+from latentdiff.image_grid import to_pil
 
 NUM_SHOWN = 8
 THUMBNAILS = Features(thumbnail_features, "thumbnails of 16 pixels", "")
@@ -120,6 +121,6 @@ def _pair(
     told = f"{found.scores[i]:.0%} of the usual distance"
     word = "A COPY of " if found.is_copy[i] else ""
     return [
-        LabelledImage(to_image(drawn.flat[i]), drawn.captions[i // drawn.per_caption], told),
-        LabelledImage(to_image(train.bytes[place]), train.captions[place], word + train.ids[place]),
+        LabelledImage(to_pil(drawn.flat[i]), drawn.captions[i // drawn.per_caption], told),
+        LabelledImage(to_pil(train.bytes[place]), train.captions[place], word + train.ids[place]),
     ]

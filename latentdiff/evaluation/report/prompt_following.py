@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, RELATIONS, Scene, all_scenes
-from latentdiff.evaluation.generate import GeneratedImages, shuffled_places, to_image
+from latentdiff.evaluation.generate import GeneratedImages, shuffled_places
 from latentdiff.evaluation.metrics.shapes_judge import SceneReading, follows, judge_image
 from latentdiff.evaluation.report.section import (
     Row,
@@ -18,6 +18,7 @@ from latentdiff.evaluation.report.section import (
     plain_interval,
     share_by_caption,
 )
+from latentdiff.image_grid import to_pil
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ def following_section(
     figures: dict[str, Any] = {}
     rows, scores = [], {}
     for name, drawn in sets.items():
-        readings = [[judge_image(to_image(one)) for one in some] for some in drawn.bytes]
+        readings = [[judge_image(to_pil(one)) for one in some] for some in drawn.bytes]
         scenes = [scene_of(caption) for caption in drawn.captions]
         other = [scenes[i] for i in shuffled_places(len(scenes), seed=seed).tolist()]
         true, chance = (_answers(readings, asked) for asked in (scenes, other))

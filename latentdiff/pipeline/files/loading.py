@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,16 +27,18 @@ from latentdiff.models.bundled import resolve_model
 from latentdiff.models.compatibility import check_compatible
 from latentdiff.models.components import load_components
 from latentdiff.models.weights import PICKLES, check_weights
-from latentdiff.pipeline.files.model_card import model_card
-from latentdiff.pipeline.files.model_info import FILE_NAME as FACTS_FILE
-from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
+from latentdiff.pipeline.files.kohya_lora import warn_of_unused_layers
+from latentdiff.pipeline.files.model_info import (
+    FILE_NAME,
+    ModelInfo,
+    model_card,
+    read_model_info,
+    write_model_info,
+)
 from latentdiff.pipeline.files.single_file import config_folder
 
 STOCK_PIPELINE = "StableDiffusionPipeline"
 STOCK_INPAINTING = "StableDiffusionInpaintPipeline"
-LORA_MATRIX = re.compile(r"\.(lora_A|lora_B|lora|lora_linear_layer)\.|_lora\.")
-
-logger = logging.getLogger(__name__)
 
 STORED: Any = object()  # a component as the folder has it, where None means: without it
 
@@ -49,7 +48,7 @@ class LoadingMixin(
 ):
     """The loading and saving surface of a pipeline; a mixin beside DiffusionPipeline."""
 
-    facts: ModelInfo
+    model_info: ModelInfo
     vae: Any
     unet: Any
     text_encoder: Any
@@ -109,7 +108,7 @@ class LoadingMixin(
         chosen = {name: stored[name] if part is STORED else part for name, part in given.items()}
         pipe: Any = cls(**chosen)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
-        pipe.facts = read_model_info(path)
+        pipe.model_info = read_model_info(path)
         return pipe
 
     @classmethod
@@ -182,7 +181,11 @@ class LoadingMixin(
                 "without effect; was it trained for another kind of model?"
             )
         named, *_ = self.lora_state_dict(given, **where)
-        self._warn_of_unused(named, before)
+        added = {
+            getattr(self, part): set(names) - set(before.get(part, []))
+            for part, names in self._adapters().items()
+        }
+        warn_of_unused_layers(named, added)
         self._check_parts()
 
     def load_textual_inversion(
@@ -227,7 +230,7 @@ class LoadingMixin(
         variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:
-        """Write a folder that stock diffusers opens, with the model's facts and a model card.
+        """Write a folder that stock diffusers opens, with the model's info and a model card.
 
         A README.md that is there already stays as it is.
         """
@@ -235,11 +238,11 @@ class LoadingMixin(
             raise ValueError("safe_serialization=False would write pickles; leave it True")
         folder = Path(save_directory)
         super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
-        if self.facts != ModelInfo():
-            write_model_info(folder, self.facts)
+        if self.model_info != ModelInfo():
+            write_model_info(folder, self.model_info)
         readme = folder / "README.md"
         if not readme.exists():
-            readme.write_text(model_card(self.facts, name=folder.name), encoding="utf-8")
+            readme.write_text(model_card(self.model_info, name=folder.name), encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -255,7 +258,7 @@ class LoadingMixin(
         hub = HfApi(token=token)
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as scratch:
-            card = model_card(self.facts, name=repo_id)
+            card = model_card(self.model_info, name=repo_id)
             (Path(scratch) / "README.md").write_text(card, encoding="utf-8")
             self.save_pretrained(scratch, variant=variant)
             commit = hub.upload_folder(
@@ -269,22 +272,6 @@ class LoadingMixin(
     def _adapters(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = self.get_list_adapters()
         return {part: sorted(names) for part, names in found.items()}
-
-    def _warn_of_unused(self, weights: Mapping[str, Tensor], before: dict[str, list[str]]) -> None:
-        """Say how many of a LoRA's layers found no layer of this model to act on."""
-        given = {LORA_MATRIX.split(name)[0] for name in weights if LORA_MATRIX.search(name)}
-        used = 0
-        for part, names in self._adapters().items():
-            new = set(names) - set(before.get(part, []))
-            layers = [m.lora_A for m in getattr(self, part).modules() if hasattr(m, "lora_A")]
-            used += sum(bool(new & set(matrices)) for matrices in layers)
-        if used < len(given):
-            logger.warning(
-                "%d of the LoRA's %d layers have no place in this model and are without effect; it "
-                "was trained for another one",
-                len(given) - used,
-                len(given),
-            )
 
     def _check_parts(self) -> None:
         """Raise ValueError where components do not fit each other, or a weight is missing."""
@@ -300,7 +287,7 @@ class LoadingMixin(
 
 
 def _fetch(path_or_id: str, *, variant: str | None, **where: Any) -> str:
-    """Return the local folder of a hub repository, with its facts where it has some."""
+    """Return the local folder of a hub repository, with its latentdiff.json where it has one."""
     try:
         options = where | {"variant": variant, "use_safetensors": True}
         folder = DiffusionPipeline.download(path_or_id, **options)
@@ -308,8 +295,8 @@ def _fetch(path_or_id: str, *, variant: str | None, **where: Any) -> str:
         raise FileNotFoundError(
             f"{path_or_id!r} is no folder here and could not be fetched from the hub: {error}"
         ) from error
-    with contextlib.suppress(EntryNotFoundError):  # most models have no facts
-        hf_hub_download(path_or_id, FACTS_FILE, **where)
+    with contextlib.suppress(EntryNotFoundError):  # most models have none
+        hf_hub_download(path_or_id, FILE_NAME, **where)
     return os.fspath(folder)
 
 

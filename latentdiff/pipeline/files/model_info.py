@@ -1,7 +1,7 @@
-"""What a trained model's folder says of itself beside its weights: `latentdiff.json`.
+"""A model's origin, kept in its folder as `latentdiff.json`, and the model card made of it.
 
-Plain JSON that other programs may ignore. Training writes it; the pipeline warns from it, and the
-model card is made of it.
+Plain JSON that other programs may ignore. Training writes it; the pipeline warns from it; the card
+is the README.md of a folder that goes to the hub: data, licence, steps, metrics, use.
 """
 
 from __future__ import annotations
@@ -9,25 +9,64 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from latentdiff.atomic import write_text
 
 FILE_NAME = "latentdiff.json"
+UNKNOWN = "not recorded"  # in a card
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
+
+CARD = """---
+{head}
+---
+
+# {name}
+
+A text-to-image latent diffusion model in Stable Diffusion's format, trained with LatentDiff.
+
+## Training
+
+| | |
+|---|---|
+{rows}
+
+## Metrics
+
+{metrics}
+
+## Use
+
+```python
+from latentdiff import LatentDiffPipeline
+
+pipe = LatentDiffPipeline.from_pretrained({literal})
+pipe("a cat", num_inference_steps={steps}, seed=0).images[0].save("cat.png")
+```
+
+Plain `diffusers.StableDiffusionPipeline` opens it too.
+
+## Limits
+
+It draws what its training data shows, with that data's gaps and biases, and may repeat \
+training images.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """How a model came to be; None where it is not known.
+    """How a model was trained; None where that is not known.
 
     caption_dropout: part of the captions replaced by the empty one in training, 0 for none at all.
     steps: optimiser steps. metrics: name to value, with sample counts where they are estimates.
-    guidance_scale: what images are drawn with where a call does not say.
+    guidance_scale: of a call that gives none.
     """
 
     caption_dropout: float | None = None
@@ -42,7 +81,7 @@ class ModelInfo:
 
 
 def read_model_info(folder: str | os.PathLike[str]) -> ModelInfo:
-    """Read a folder's facts; all unknown where it has none.
+    """Read a folder's `latentdiff.json`; all fields are None where it has no such file.
 
     Entries of other programs or versions are ignored. Raises ValueError for a broken file.
     """
@@ -52,21 +91,21 @@ def read_model_info(folder: str | os.PathLike[str]) -> ModelInfo:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; delete or mend the file") from error
+        raise ValueError(f"{path} is not valid JSON: {error}; delete or fix the file") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
     known = {one.name for one in fields(ModelInfo)}
     return ModelInfo(**{name: value for name, value in entries.items() if name in known})
 
 
-def default_guidance(facts: ModelInfo) -> float:
-    """Return the scale of guidance where a call does not say: the model's own, else 7.5."""
-    return GUIDANCE_SCALE if facts.guidance_scale is None else facts.guidance_scale
+def default_guidance(info: ModelInfo) -> float:
+    """Return the guidance scale of a call that gives none: the model's own, else 7.5."""
+    return GUIDANCE_SCALE if info.guidance_scale is None else info.guidance_scale
 
 
-def warn_if_guidance_untrained(facts: ModelInfo, scale: float) -> None:
+def warn_if_guidance_untrained(info: ModelInfo, scale: float) -> None:
     """Warn where guidance is asked of a model that never saw the empty caption."""
-    if scale > 1 and facts.caption_dropout == 0:
+    if scale > 1 and info.caption_dropout == 0:
         logger.warning(
             "guidance_scale is %g, but this model was trained without caption dropout and has no "
             "unconditional prediction to guide from; use guidance_scale=1",
@@ -74,9 +113,66 @@ def warn_if_guidance_untrained(facts: ModelInfo, scale: float) -> None:
         )
 
 
-def write_model_info(folder: str | os.PathLike[str], facts: ModelInfo) -> Path:
-    """Write what is known to the folder's `latentdiff.json`, atomically; return the path."""
-    known = {name: value for name, value in asdict(facts).items() if value not in (None, {})}
+def write_model_info(folder: str | os.PathLike[str], info: ModelInfo) -> Path:
+    """Write the known fields to the folder's `latentdiff.json`, atomically; return the path."""
+    known = {name: value for name, value in asdict(info).items() if value not in (None, {})}
     path = Path(folder) / FILE_NAME
     write_text(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
+    """Return a model card in Markdown with its YAML head; unknown fields read "not recorded".
+
+    name: of the model, a hub id or a folder's. Text from outside is escaped.
+    """
+    rows = [
+        ("Base model", info.base_model or "none: trained from scratch, or not recorded"),
+        ("Training data", info.dataset),
+        ("Licence", info.licence),
+        ("Training steps", info.steps),
+        ("Resolution in pixels", info.resolution),
+        ("Prediction type", info.prediction_type),
+        ("Caption dropout", info.caption_dropout),
+    ]
+    shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]
+    return CARD.format(
+        head=_card_head(info).to_yaml(),
+        name=_escaped(name),
+        rows="\n".join(f"| {label} | {value} |" for label, value in shown),
+        metrics="\n".join(_metrics(info)),
+        literal=_literal(name),
+        steps=default_steps,
+    )
+
+
+def _card_head(info: ModelInfo) -> ModelCardData:
+    return ModelCardData(
+        license=info.licence if info.licence and _is_plain(info.licence) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["latentdiff", "stable-diffusion-diffusers", "text-to-image"],
+        datasets=[info.dataset] if info.dataset and _is_plain(info.dataset) else None,
+        base_model=info.base_model if info.base_model and _is_plain(info.base_model) else None,
+    )
+
+
+def _metrics(info: ModelInfo) -> list[str]:
+    if not info.metrics:
+        return [f"{UNKNOWN.capitalize()}."]
+    rows = [f"| {_escaped(key)} | {_escaped(value)} |" for key, value in info.metrics.items()]
+    return ["| metric | value |", "|---|---|", *rows]
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether a text can be an id in the card's head: no path, no markup."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None
+
+
+def _literal(text: str) -> str:
+    return '"' + re.sub(r'["\\`\s]', "_", text) + '"'
+
+
+def _escaped(value: object) -> str:
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", text)

@@ -1,24 +1,21 @@
 """Low-rank adapters (Hu et al. 2022): a layer gives W x + (alpha / r) B A x, and A and B learn.
 
-Answers for: adding them (peft's layers), their files in diffusers' and in kohya's naming, and the
-plain model with them merged in. In a file alpha is the rank, the scale being part of B, so that
-every reader lets them act alike.
+Answers for: adding them (peft's layers), their weights by diffusers' names, and the plain model
+with them merged in. In a file alpha is the rank, the scale being part of B, so that every reader
+lets them act alike. Their files are written by pipeline/files/kohya_lora.py.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from latentdiff.atomic import atomic_file
 from latentdiff.models.components import Components
 from latentdiff.models.weights import load_into_meta
 
@@ -74,30 +71,6 @@ def lora_weights(components: Components) -> dict[str, Tensor]:
             scaled = up.detach() * layer.scaling[ADAPTER]
             weights[f"{prefix}.{path}.lora_B.weight"] = scaled.contiguous()
     return weights
-
-
-def kohya_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same adapters by kohya's names, such as lora_unet_X_to_q.lora_down.weight."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        part, path = name.split(".", 1)
-        layer, matrix = path.removesuffix(".weight").rsplit(".", 1)
-        flat = f"{'lora_unet' if part == 'unet' else 'lora_te'}_{layer.replace('.', '_')}"
-        if matrix == "lora_A":
-            renamed[f"{flat}.lora_down.weight"] = tensor
-            renamed[f"{flat}.alpha"] = torch.tensor(float(len(tensor)))
-        else:
-            renamed[f"{flat}.lora_up.weight"] = tensor
-    return renamed
-
-
-def save_lora(weights: Mapping[str, Tensor], path: Path) -> int:
-    """Write adapters to a safetensors file as a whole; return its size in bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    on_cpu = {name: tensor.cpu() for name, tensor in weights.items()}
-    with atomic_file(path) as temporary:
-        save_file(on_cpu, temporary, metadata={"format": "pt"})
-    return path.stat().st_size
 
 
 def merged(components: Components) -> Components:

@@ -15,6 +15,7 @@ from latentdiff.config.choices import FinetuneMethod
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components
 from latentdiff.models.weights import weights_hash
+from latentdiff.pipeline.files.kohya_lora import kohya_weights, save_lora
 from latentdiff.training.finetune import lora, textual_inversion
 
 logger = logging.getLogger(__name__)
@@ -81,11 +82,11 @@ def save_adapters(components: Components, settings: FinetuneConfig, folder: Path
     if settings.method == "lora":
         weights = lora.lora_weights(components)
         path = folder / "lora" / lora.FILE_NAME
-        size = lora.save_lora(weights, path)
+        size = save_lora(weights, path)
         num = sum(tensor.numel() for tensor in weights.values())
         logger.info("%s: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
         if settings.lora_kohya:
-            lora.save_lora(lora.kohya_weights(weights), folder / "lora_kohya.safetensors")
+            save_lora(kohya_weights(weights), folder / "lora_kohya.safetensors")
     if settings.method == "textual_inversion":
         path = folder / textual_inversion.FILE_NAME
         size = textual_inversion.save_words(components, settings.token, path)

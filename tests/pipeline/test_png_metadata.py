@@ -5,7 +5,7 @@ import pytest
 from fakes_pipeline import tiny_pipeline
 from PIL import Image
 
-from latentdiff.pipeline.provenance import attach_settings, read_settings, save_png
+from latentdiff.pipeline.png_metadata import attach_settings, read_settings, save_png
 
 
 def test_plainly_saved_image_carries_its_settings_and_can_be_made_again(tmp_path):

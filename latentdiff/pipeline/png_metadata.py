@@ -78,7 +78,7 @@ def model_metadata(pipe: Any) -> dict[str, Any]:
     parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     return {
         "name": pipe.config.get("_name_or_path"),
-        "fingerprint": fingerprint(parts),
+        "fingerprint": model_fingerprint(parts),
         "dtype": str(pipe.unet.dtype),
     }
 
@@ -106,7 +106,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
+def model_fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
     """Return 16 hex digits that tell models apart, in milliseconds.
 
     None with weights that are offloaded, or spread over processes. Of each tensor its name, dtype,
