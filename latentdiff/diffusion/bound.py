@@ -16,13 +16,13 @@ from torch import Tensor
 
 from latentdiff.diffusion.ddpm import (
     Model,
-    Schedule,
-    check_objective,
     p_mean_variance,
     q_posterior_mean_variance,
     q_sample,
     standard_normal,
 )
+from latentdiff.diffusion.prediction import check_objective
+from latentdiff.diffusion.schedules import Schedule
 
 
 def prior_bits(schedule: Schedule, x0: Tensor) -> Tensor:

@@ -5,98 +5,26 @@ noisy step and x_{t-1} of t = 0 is the data x0 itself. Samples are (B, ...), tim
 the sample's device. A result has the sample's dtype, or float32 where that is narrower. A model is
 any callable `model(xt, t) -> output`.
 
-Not here: schedules (schedules.py), loss weights (objectives.py), the variational bound (bound.py).
+Not here: schedules and their tables (schedules.py), what the model predicts (prediction.py), loss
+weights (loss_weighting.py), the variational bound (bound.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.schedules import betas_from_alphas_cumprod
+from latentdiff.diffusion.prediction import check_objective, predict_x0
+from latentdiff.diffusion.schedules import Schedule, at_least_float32, extract
 
 Model = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 
 
 # --- Section 2: the forward chain ---
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """The chain's coefficients, one a timestep, each (T,). Made by `from_betas`, in float64."""
-
-    betas: Tensor
-    alphas: Tensor  # 1 - betas
-    alphas_cumprod: Tensor  # the paper's alpha-bar_t
-    sqrt_alphas_cumprod: Tensor  # signal
-    sqrt_one_minus_alphas_cumprod: Tensor  # noise
-    posterior_mean_x0: Tensor  # Eq. 7, the factor of x0
-    posterior_mean_xt: Tensor  # Eq. 7, the factor of xt
-    posterior_variance: Tensor  # Eq. 7, beta-tilde_t; 0 at t = 0
-    log_variance_small: Tensor  # log beta-tilde_t; at t = 0 that of t = 1, since log 0 is no use
-    log_variance_large: Tensor  # log beta_t
-    timesteps: Tensor  # what the model is told: 0..T-1 unless the chain was re-spaced
-
-    @classmethod
-    def from_betas(cls, betas: Tensor, *, timesteps: Tensor | None = None) -> "Schedule":
-        """Compute every table from betas, (T,) in (0, 1); the last may be 1 (zero terminal SNR)."""
-        betas = betas.detach().double()
-        _check_betas(betas)
-        alphas = 1 - betas
-        alphas_cumprod = torch.cumprod(alphas, 0)
-        previous = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
-        variance = betas * (1 - previous) / (1 - alphas_cumprod)
-        first = variance[1:2] if len(betas) > 1 else betas
-        if timesteps is None:
-            timesteps = torch.arange(len(betas), device=betas.device)
-        return cls(
-            betas=betas,
-            alphas=alphas,
-            alphas_cumprod=alphas_cumprod,
-            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),
-            sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),
-            posterior_mean_x0=betas * previous.sqrt() / (1 - alphas_cumprod),
-            posterior_mean_xt=alphas.sqrt() * (1 - previous) / (1 - alphas_cumprod),
-            posterior_variance=variance,
-            log_variance_small=torch.cat([first, variance[1:]]).log(),
-            log_variance_large=betas.log(),
-            timesteps=timesteps,
-        )
-
-    @property
-    def num_timesteps(self) -> int:
-        """T, the number of steps."""
-        return len(self.betas)
-
-    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> "Schedule":
-        """Move the tables to a device.
-
-        dtype: as they are unless the device has no float64 (MPS). float32 saves casts in training.
-        """
-        if dtype is None:
-            dtype = torch.float32 if torch.device(device).type == "mps" else self.betas.dtype
-        tables = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Schedule(
-            **{
-                name: (table.to(dtype) if table.is_floating_point() else table).to(device)
-                for name, table in tables.items()
-            }
-        )
-
-
-def respace(schedule: Schedule, kept: Tensor) -> Schedule:
-    """Return the shorter chain through some of the steps (Nichol & Dhariwal 2021, Eq. 19).
-
-    kept: (K,) int64, ascending. The model is still told the timesteps it was trained on.
-    """
-    betas = betas_from_alphas_cumprod(schedule.alphas_cumprod[kept])
-    return Schedule.from_betas(betas, timesteps=schedule.timesteps[kept])
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -120,78 +48,13 @@ def q_posterior_mean_variance(
     return mean, extract(schedule.posterior_variance, t, like=xt)
 
 
-# --- Section 3.2: what the network predicts, and what that says of x0 and eps ---
-
-
-def velocity(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Return v = signal * eps - noise * x0 (Salimans & Ho 2022, App. D). x0, eps: (B, ...)."""
-    signal = extract(schedule.sqrt_alphas_cumprod, t, like=x0)
-    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=x0)
-    return signal * eps - noise * x0
-
-
-def predict_x0(
-    schedule: Schedule, output: Tensor, xt: Tensor, t: Tensor, *, prediction_type: str
-) -> Tensor:
-    """Return the x0 that a model's output stands for (Eq. 15). output, xt: (B, ...).
-
-    prediction_type "epsilon" has no answer where alphas_cumprod is 0: see `check_objective`.
-    """
-    check_prediction_type(prediction_type)
-    if prediction_type == "sample":
-        return output.to(_wide(xt.dtype))
-    signal = extract(schedule.sqrt_alphas_cumprod, t, like=xt)
-    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt)
-    if prediction_type == "v_prediction":
-        return signal * xt - noise * output
-    return (xt - noise * output) / signal
-
-
-def predict_eps(
-    schedule: Schedule, output: Tensor, xt: Tensor, t: Tensor, *, prediction_type: str
-) -> Tensor:
-    """Return the noise that a model's output stands for. output, xt: (B, ...)."""
-    check_prediction_type(prediction_type)
-    if prediction_type == "epsilon":
-        return output.to(_wide(xt.dtype))
-    signal = extract(schedule.sqrt_alphas_cumprod, t, like=xt)
-    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt)
-    if prediction_type == "v_prediction":
-        return noise * xt + signal * output
-    return (xt - signal * output) / noise
-
-
-def check_prediction_type(prediction_type: str) -> None:
-    """Raise ValueError for a name that is not one of PREDICTION_TYPES."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"unknown prediction_type {prediction_type!r}:"
-            f" choose one of {', '.join(PREDICTION_TYPES)}"
-        )
-
-
-def check_objective(schedule: Schedule, prediction_type: str) -> None:
-    """Raise ValueError where a schedule and a prediction type cannot work together.
-
-    Call it once, before any work: it waits for the device. With zero terminal SNR the last xt holds
-    no x0, and its noise says nothing about x0 (Lin et al. 2023, Sec. 3.2).
-    """
-    check_prediction_type(prediction_type)
-    if prediction_type == "epsilon" and bool((schedule.alphas_cumprod == 0).any()):
-        raise ValueError(
-            "prediction_type 'epsilon' cannot be used with a zero-terminal-SNR schedule: its last"
-            " step is pure noise, from which predicted noise gives no image. Use prediction_type"
-            " 'v_prediction' (or 'sample'), or turn zero terminal SNR off."
-        )
-
-
 # --- Section 3.4: the simplified objective ---
 
 
 def simple_loss(schedule: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Return L_simple = mean (eps - model(xt, t))^2 of an epsilon model (Eq. 14), a scalar."""
     output = model(q_sample(schedule, x0, t, eps), schedule.timesteps[t])
-    return (output.to(_wide(output.dtype)) - eps).square().mean()
+    return (output.to(at_least_float32(output.dtype)) - eps).square().mean()
 
 
 # --- Section 3.2 and Algorithm 2: the reverse chain ---
@@ -266,7 +129,7 @@ def p_sample(reverse: PMeanVariance, t: Tensor, noise: Tensor) -> Tensor:
 
     reverse: of `p_mean_variance`; t: (B,); noise: (B, ...), standard normal.
     """
-    std = (0.5 * reverse.log_variance).exp() * (_expand(t, noise) != 0)
+    std = (0.5 * reverse.log_variance).exp() * (t.view(-1, *[1] * (noise.ndim - 1)) != 0)
     return reverse.mean + std * noise
 
 
@@ -344,7 +207,7 @@ def standard_normal(like: Tensor, *, generator: Generators) -> Tensor:
 
     Raises ValueError when a list of generators is not as long as the batch.
     """
-    dtype = _wide(like.dtype)
+    dtype = at_least_float32(like.dtype)
     if isinstance(generator, torch.Generator):
         noise = torch.randn(like.shape, generator=generator, device=generator.device, dtype=dtype)
         return noise.to(like.device)
@@ -354,29 +217,3 @@ def standard_normal(like: Tensor, *, generator: Generators) -> Tensor:
         torch.randn(like.shape[1:], generator=g, device=g.device, dtype=dtype) for g in generator
     ]
     return torch.stack(rows).to(like.device)
-
-
-# --- Looking a coefficient up ---
-
-
-def extract(table: Tensor, t: Tensor, *, like: Tensor) -> Tensor:
-    """Return table[t] as (B, 1, ...), to multiply `like`, in its dtype but at least float32."""
-    return _expand(table.gather(0, t).to(_wide(like.dtype)), like)
-
-
-def _expand(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _check_betas(betas: Tensor) -> None:
-    inside = bool(((betas > 0) & (betas <= 1)).all()) and bool((betas[:-1] < 1).all())
-    if betas.ndim != 1 or len(betas) == 0 or not inside:
-        raise ValueError(
-            "betas must be a non-empty 1-D tensor of values in (0, 1), of which only the last may"
-            f" be 1; got shape {tuple(betas.shape)}"
-            + (f", values in [{betas.min()}, {betas.max()}]" if betas.numel() else "")
-        )

@@ -9,15 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.ddpm import (
-    Model,
-    PMeanVariance,
-    Schedule,
-    check_objective,
-    extract,
-    predict_x0,
-    split_variance,
-)
+from latentdiff.diffusion.ddpm import Model, split_variance
+from latentdiff.diffusion.prediction import check_objective, parametrization, predict_x0
+from latentdiff.diffusion.schedules import Schedule, extract
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -74,24 +68,10 @@ def score_guidance(
     signal times the gradient. Pure noise, where signal is 0, says nothing of y: no move.
     output, gradient: (B, ...).
     """
-    sigma = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=output)
-    if prediction_type == "epsilon":
-        return output - sigma * gradient
+    noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=output)
     signal = extract(schedule.sqrt_alphas_cumprod, t, like=output)
     inverse = torch.where(signal > 0, 1 / signal, 0.0)
-    if prediction_type == "sample":
-        return output + sigma.square() * inverse * gradient
-    return output - sigma * inverse * gradient
-
-
-def shift_mean(reverse: PMeanVariance, gradient: Tensor) -> PMeanVariance:
-    """Move the mean of p(x_{t-1} | xt) by its variance times a gradient.
-
-    Dhariwal & Nichol 2021, Alg. 1, with the gradient of log p(y | xt). Also a product with a second
-    distribution r(x_t) (Sohl-Dickstein et al. 2015, Sec. 2.5), with
-    the gradient of log r. gradient: (B, ...), taken at the mean.
-    """
-    return reverse._replace(mean=reverse.mean + reverse.log_variance.exp() * gradient)
+    return output + parametrization(prediction_type).score_factor(noise, inverse) * gradient
 
 
 def with_score_guidance(

@@ -8,29 +8,9 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.bound import bound_term
-from latentdiff.diffusion.ddpm import (
-    Schedule,
-    check_prediction_type,
-    extract,
-    split_variance,
-    velocity,
-)
-
-WEIGHTINGS = ("none", "min_snr", "soft_min_snr", "p2")
-
-_DEFAULT_GAMMA = {"none": 1.0, "min_snr": 5.0, "soft_min_snr": 5.0, "p2": 1.0}
-
-
-def target(
-    schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor, *, prediction_type: str
-) -> Tensor:
-    """Return what the model should output for xt made of x0 and eps. x0, eps: (B, ...); t: (B,)."""
-    check_prediction_type(prediction_type)
-    if prediction_type == "epsilon":
-        return eps
-    if prediction_type == "sample":
-        return x0
-    return velocity(schedule, x0, eps, t)
+from latentdiff.diffusion.ddpm import split_variance
+from latentdiff.diffusion.prediction import target
+from latentdiff.diffusion.schedules import Schedule, extract
 
 
 def per_sample_loss(
@@ -55,47 +35,6 @@ def per_sample_loss(
         return loss.flatten(1).mean(1)
     kept = mask.float().expand_as(loss).flatten(1)
     return (loss.flatten(1) * kept).sum(1) / kept.sum(1).clamp(min=1e-6)
-
-
-def loss_weights(
-    schedule: Schedule,
-    t: Tensor,
-    *,
-    prediction_type: str,
-    weighting: str = "none",
-    gamma: float | None = None,
-) -> Tensor:
-    """Return the factor of each sample's loss, (B,) -> (B,) float32, positive and finite.
-
-    "none": 1. The others weigh an error of x0 the same whatever is predicted. As weights of the
-    epsilon loss, with gamma's default:
-    "min_snr": min(1, gamma / SNR), 5 (Hang et al. 2023, Sec. 3.4);
-    "soft_min_snr": gamma / (SNR + gamma), 5 (Crowson et al. 2024);
-    "p2": (1 + SNR)^-gamma, 1 (Choi et al. 2022, Eq. 8).
-    One unit of x0 error is SNR units of epsilon error and SNR + 1 of v. At SNR = 0 this would give
-    v and x0 weight 0 and leave the step where sampling begins untrained: there the weight is 1.
-    """
-    check_prediction_type(prediction_type)
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
-    gamma = _DEFAULT_GAMMA[weighting] if gamma is None else gamma
-    if gamma <= 0:
-        raise ValueError(f"gamma is {gamma}: it must be positive")
-    if weighting == "none":
-        return torch.ones(t.shape, device=t.device)
-    alphas_cumprod = schedule.alphas_cumprod.gather(0, t)
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    if weighting == "min_snr":
-        weights = (gamma / snr).clamp(max=1)
-    elif weighting == "soft_min_snr":
-        weights = gamma / (snr + gamma)
-    else:
-        weights = (1 + snr) ** -gamma
-    if prediction_type == "v_prediction":
-        weights = weights * alphas_cumprod  # SNR / (SNR + 1)
-    elif prediction_type == "sample":
-        weights = weights * snr
-    return torch.where(snr > 0, weights, 1.0).float()
 
 
 def variance_loss(

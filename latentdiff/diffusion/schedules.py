@@ -1,26 +1,59 @@
-"""Noise schedules: the betas of the forward chain, their logSNR, and shorter chains.
+"""Noise schedules: the betas of the forward chain, the tables made of them, shorter chains.
 
-Everything is float64. Names are those of diffusers where it has them. Sources: Ho et al. 2020
-(linear), Song et al. 2021 (quadratic), Rombach et al. 2022 (the same, as scaled linear), Nichol &
-Dhariwal 2021 (cosine, re-spacing), Xu et al. 2022 (sigmoid), Lin et al. 2023 (zero terminal SNR),
-Kingma et al. 2021 (logSNR).
+Everything is float64; BETA_SCHEDULES names the schedules, as diffusers does where it has them.
+Sources: Ho et al. 2020 (linear), Song et al. 2021 (quadratic), Rombach et al. 2022 (the same, as
+scaled linear), Nichol & Dhariwal 2021 (cosine, re-spacing), Xu et al. 2022 (sigmoid), Lin et al.
+2023 (zero terminal SNR), Kingma et al. 2021 (logSNR).
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-SCHEDULE_NAMES = (
-    "linear",
-    "scaled_linear",
-    "quadratic",
-    "squaredcos_cap_v2",
-    "cosine",
-    "sigmoid",
-)
-
 _MAX_BETA = 0.999  # Nichol & Dhariwal 2021, Sec. 3.2: keeps the last steps of the cosine finite
+
+
+def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Return evenly spaced betas (Ho et al. 2020, who use 1e-4 to 0.02)."""
+    _check_ends(beta_start, beta_end)
+    return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+
+
+def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Return betas linear in sqrt(beta): Stable Diffusion's, and DDIM's own "quadratic"."""
+    _check_ends(beta_start, beta_end)
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
+    return roots**2
+
+
+def cosine_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Return betas whose alphas_cumprod is a squared cosine (Nichol & Dhariwal 2021, Eq. 17).
+
+    beta_start and beta_end have no part in it.
+    """
+    s = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+    alphas_cumprod = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=_MAX_BETA)
+
+
+def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Return betas along a logistic curve (Xu et al. 2022)."""
+    _check_ends(beta_start, beta_end)
+    curve = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+    return beta_start + (beta_end - beta_start) * curve
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "quadratic": scaled_linear_betas,
+    "cosine": cosine_betas,
+    "squaredcos_cap_v2": cosine_betas,  # diffusers' name
+    "sigmoid": sigmoid_betas,
+}
 
 
 def make_betas(
@@ -30,39 +63,22 @@ def make_betas(
     beta_start: float = 0.00085,
     beta_end: float = 0.012,
 ) -> Tensor:
-    """Return the betas of a named schedule, (T,) float64, each in (0, 1).
-
-    "linear" is that of Ho et al. 2020, who use 1e-4 to 0.02. "scaled_linear" is linear in
-    sqrt(beta): Stable Diffusion's, and the same as DDPM's and DDIM's own "quadratic". "sigmoid"
-    runs along a logistic curve. "squaredcos_cap_v2", plainly "cosine", has no beta_start and
-    beta_end.
+    """Return the betas of a schedule named in BETA_SCHEDULES, (T,) float64, each in (0, 1).
 
     Raises ValueError for an unknown name, fewer than one step, or not 0 < start <= end < 1.
     """
-    if name not in SCHEDULE_NAMES:
-        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULE_NAMES)}")
+    if name not in BETA_SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(BETA_SCHEDULES)}")
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps is {num_timesteps}: a chain needs at least 1 step")
-    if name in ("squaredcos_cap_v2", "cosine"):
-        return _cosine_betas(num_timesteps)
+    return BETA_SCHEDULES[name](num_timesteps, beta_start, beta_end)
+
+
+def _check_ends(beta_start: float, beta_end: float) -> None:
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(
             f"beta_start={beta_start}, beta_end={beta_end}: need 0 < beta_start <= beta_end < 1"
         )
-    if name == "linear":
-        return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-    if name == "sigmoid":
-        curve = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
-        return beta_start + (beta_end - beta_start) * curve
-    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
-    return roots**2
-
-
-def _cosine_betas(num_timesteps: int) -> Tensor:
-    """Return betas whose alphas_cumprod is a squared cosine (Nichol & Dhariwal 2021, Eq. 17)."""
-    s = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
-    alphas_cumprod = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=_MAX_BETA)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -95,12 +111,84 @@ def alphas_cumprod_from_log_snr(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(log_snr)
 
 
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The chain's coefficients, one a timestep, each (T,). Made by `from_betas`, in float64."""
+
+    betas: Tensor
+    alphas: Tensor  # 1 - betas
+    alphas_cumprod: Tensor  # the paper's alpha-bar_t
+    sqrt_alphas_cumprod: Tensor  # signal
+    sqrt_one_minus_alphas_cumprod: Tensor  # noise
+    posterior_mean_x0: Tensor  # Eq. 7, the factor of x0
+    posterior_mean_xt: Tensor  # Eq. 7, the factor of xt
+    posterior_variance: Tensor  # Eq. 7, beta-tilde_t; 0 at t = 0
+    log_variance_small: Tensor  # log beta-tilde_t; at t = 0 that of t = 1, since log 0 is no use
+    log_variance_large: Tensor  # log beta_t
+    timesteps: Tensor  # given to the model: 0..T-1 unless the chain was re-spaced
+
+    @classmethod
+    def from_betas(cls, betas: Tensor, *, timesteps: Tensor | None = None) -> "Schedule":
+        """Compute every table from betas, (T,) in (0, 1); the last may be 1 (zero terminal SNR)."""
+        betas = betas.detach().double()
+        _check_betas(betas)
+        alphas = 1 - betas
+        alphas_cumprod = torch.cumprod(alphas, 0)
+        previous = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
+        variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        first = variance[1:2] if len(betas) > 1 else betas
+        if timesteps is None:
+            timesteps = torch.arange(len(betas), device=betas.device)
+        return cls(
+            betas=betas,
+            alphas=alphas,
+            alphas_cumprod=alphas_cumprod,
+            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),
+            sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),
+            posterior_mean_x0=betas * previous.sqrt() / (1 - alphas_cumprod),
+            posterior_mean_xt=alphas.sqrt() * (1 - previous) / (1 - alphas_cumprod),
+            posterior_variance=variance,
+            log_variance_small=torch.cat([first, variance[1:]]).log(),
+            log_variance_large=betas.log(),
+            timesteps=timesteps,
+        )
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of steps."""
+        return len(self.betas)
+
+    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> "Schedule":
+        """Move the tables to a device.
+
+        dtype: as they are unless the device has no float64 (MPS). float32 saves casts in training.
+        """
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "mps" else self.betas.dtype
+        tables = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Schedule(
+            **{
+                name: (table.to(dtype) if table.is_floating_point() else table).to(device)
+                for name, table in tables.items()
+            }
+        )
+
+
+def respace(schedule: Schedule, kept: Tensor) -> Schedule:
+    """Return the shorter chain through some of the steps (Nichol & Dhariwal 2021, Eq. 19).
+
+    kept: (K,) int64, ascending. The model still gets the timesteps it was trained on.
+    """
+    betas = betas_from_alphas_cumprod(schedule.alphas_cumprod[kept])
+    return Schedule.from_betas(betas, timesteps=schedule.timesteps[kept])
+
+
 def space_timesteps(spec: str, num_timesteps: int) -> Tensor:
     """Return the timesteps that a shorter chain keeps, ascending, (K,) int64 in [0, T).
 
     spec: "250" keeps 250 evenly spaced steps, first and last among them; "10,15,25" splits the
     chain into equal sections and keeps so many of each, noisiest last (Nichol & Dhariwal 2021);
-    "ddim25" keeps 25 at one whole stride from 0 (Song et al. 2021). Use with `ddpm.respace`.
+    "ddim25" keeps 25 at one whole stride from 0 (Song et al. 2021). Use with `respace`.
     Raises ValueError for a spec that cannot be read or asks for more steps than there are.
     """
     counts = spec.removeprefix("ddim").split(",")
@@ -132,3 +220,26 @@ def _evenly_spaced(start: int, end: int, count: int) -> Tensor:
     if count == 1:
         return torch.tensor([start])
     return torch.linspace(start, end - 1, count, dtype=torch.float64).round().long()
+
+
+# --- Looking a coefficient up ---
+
+
+def extract(table: Tensor, t: Tensor, *, like: Tensor) -> Tensor:
+    """Return table[t] as (B, 1, ...), to multiply `like`, in its dtype but at least float32."""
+    return table.gather(0, t).to(at_least_float32(like.dtype)).view(-1, *[1] * (like.ndim - 1))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in: the sample's, or float32 where that is narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _check_betas(betas: Tensor) -> None:
+    inside = bool(((betas > 0) & (betas <= 1)).all()) and bool((betas[:-1] < 1).all())
+    if betas.ndim != 1 or len(betas) == 0 or not inside:
+        raise ValueError(
+            "betas must be a non-empty 1-D tensor of values in (0, 1), of which only the last may"
+            f" be 1; got shape {tuple(betas.shape)}"
+            + (f", values in [{betas.min()}, {betas.max()}]" if betas.numel() else "")
+        )

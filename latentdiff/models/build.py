@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latentdiff.diffusion.ddpm import Schedule, check_objective
-from latentdiff.diffusion.schedules import make_betas
+from latentdiff.diffusion.prediction import check_objective
+from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.models.open_clip import clip_text_model
 
 DIFFUSERS_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import ddpm
+from latentdiff.diffusion.prediction import predict_x0
 from latentdiff.models.build import schedule_of
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.denoiser import Prediction
@@ -81,7 +81,7 @@ def predicted_z0(scheduler: Any, output: Tensor, xt: Tensor, t: Tensor) -> Tenso
     xt is the noisy latents at unit-variance scale, as every scheduler feeds the U-Net.
     """
     channels = xt.shape[1]
-    return ddpm.predict_x0(
+    return predict_x0(
         schedule_of(scheduler).to(xt.device),
         output[:, :channels],
         xt,

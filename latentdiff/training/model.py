@@ -20,7 +20,7 @@ from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.cpu.fused_transformers import fuse_transformers
-from latentdiff.diffusion.ddpm import check_objective
+from latentdiff.diffusion.prediction import check_objective
 from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler, schedule_of
 from latentdiff.models.bundled import resolve_model
 from latentdiff.models.compatibility import check_compatible, read_configs, read_json, unet_factor

@@ -16,10 +16,7 @@ from latentdiff.config.io import to_yaml
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.device import tune_malloc
-from latentdiff.diffusion.timesteps import (
-    LossSecondMomentSampler,
-    logit_normal_probabilities,
-)
+from latentdiff.diffusion.timesteps import LossSecondMomentSampler, logit_normal_probabilities
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec

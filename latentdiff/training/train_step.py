@@ -13,16 +13,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.diffusion.ddpm import Schedule, q_sample
+from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.guidance import drop_captions
+from latentdiff.diffusion.loss_weighting import loss_weights
 from latentdiff.diffusion.objectives import (
-    loss_weights,
     offset_noise,
     per_sample_loss,
     perturb_input,
-    target,
     variance_loss,
 )
+from latentdiff.diffusion.prediction import target
+from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import (
     LossSecondMomentSampler,
     logit_normal_timesteps,

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 
 from latentdiff.config import choices
-from latentdiff.diffusion import ddpm, objectives, schedules
+from latentdiff.diffusion import ddpm, loss_weighting, prediction, schedules
 from latentdiff.pipeline.schedulers import SCHEDULERS
 from latentdiff.training.finetune.methods import TRAINABLE
 
@@ -13,10 +13,10 @@ from latentdiff.training.finetune.methods import TRAINABLE
 @pytest.mark.parametrize(
     ("names", "known"),
     [
-        (choices.BetaSchedule, schedules.SCHEDULE_NAMES),
-        (choices.PredictionType, ddpm.PREDICTION_TYPES),
+        (choices.BetaSchedule, schedules.BETA_SCHEDULES),
+        (choices.PredictionType, prediction.PREDICTION_TYPES),
         (choices.VarianceType, ddpm.VARIANCE_TYPES),
-        (choices.LossWeighting, objectives.WEIGHTINGS),
+        (choices.LossWeighting, ("none", *loss_weighting.LOSS_WEIGHTINGS)),
         (choices.Scheduler, SCHEDULERS),
     ],
 )

@@ -16,8 +16,8 @@ from latentdiff.diffusion.bound import (
     per_timestep,
     prior_bits,
 )
-from latentdiff.diffusion.ddpm import Model, Schedule, q_sample
-from latentdiff.diffusion.schedules import make_betas, rescale_zero_terminal_snr
+from latentdiff.diffusion.ddpm import Model, q_sample
+from latentdiff.diffusion.schedules import Schedule, make_betas, rescale_zero_terminal_snr
 
 MEAN, VARIANCE = 0.3, 0.8
 ENTROPY_BITS = 0.5 * math.log2(2 * math.pi * math.e * VARIANCE)

@@ -16,8 +16,7 @@ from latentdiff.diffusion.bound import (
     per_timestep,
     prior_bits,
 )
-from latentdiff.diffusion.ddpm import Schedule
-from latentdiff.diffusion.schedules import make_betas
+from latentdiff.diffusion.schedules import Schedule, make_betas
 
 MEAN, VARIANCE = 0.3, 0.8
 

@@ -9,11 +9,14 @@ from fakes_diffusion import Mixture, gaussian, three_blobs
 from torch import Tensor
 
 from latentdiff.diffusion.bound import TimestepPlan, estimate, evaluate_bound
-from latentdiff.diffusion.ddpm import PREDICTION_TYPES, Schedule, p_sample_loop, respace
+from latentdiff.diffusion.ddpm import p_sample_loop
+from latentdiff.diffusion.prediction import PREDICTION_TYPES
 from latentdiff.diffusion.schedules import (
+    Schedule,
     log_snr,
     make_betas,
     rescale_zero_terminal_snr,
+    respace,
     space_timesteps,
 )
 from latentdiff.diffusion.theory.continuous_time import (

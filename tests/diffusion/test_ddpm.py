@@ -8,24 +8,30 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm import (
-    PREDICTION_TYPES,
     VARIANCE_TYPES,
-    Schedule,
-    check_objective,
     p_mean_variance,
     p_sample_loop,
     p_sample_steps,
-    predict_eps,
-    predict_x0,
     q_posterior_mean_variance,
     q_sample,
-    respace,
     simple_loss,
     split_variance,
     standard_normal,
+)
+from latentdiff.diffusion.prediction import (
+    PREDICTION_TYPES,
+    check_objective,
+    predict_eps,
+    predict_x0,
     velocity,
 )
-from latentdiff.diffusion.schedules import make_betas, rescale_zero_terminal_snr, space_timesteps
+from latentdiff.diffusion.schedules import (
+    Schedule,
+    make_betas,
+    rescale_zero_terminal_snr,
+    respace,
+    space_timesteps,
+)
 
 T = 1000
 TIMESTEPS = [0, 1, 2, 17, 500, 998, 999]

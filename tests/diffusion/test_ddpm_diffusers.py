@@ -8,17 +8,20 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm import (
-    PREDICTION_TYPES,
     VARIANCE_TYPES,
-    Schedule,
     p_mean_variance,
     p_sample,
     p_sample_loop,
     q_sample,
-    respace,
-    velocity,
 )
-from latentdiff.diffusion.schedules import make_betas, rescale_zero_terminal_snr, space_timesteps
+from latentdiff.diffusion.prediction import PREDICTION_TYPES, velocity
+from latentdiff.diffusion.schedules import (
+    Schedule,
+    make_betas,
+    rescale_zero_terminal_snr,
+    respace,
+    space_timesteps,
+)
 
 T = 1000
 TIMESTEPS = [0, 1, 2, 17, 500, 998, 999]

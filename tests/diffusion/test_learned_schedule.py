@@ -6,8 +6,7 @@ from fakes_diffusion import three_blobs
 from torch import Tensor
 
 from latentdiff.diffusion.bound import TimestepPlan, estimate, evaluate_bound
-from latentdiff.diffusion.ddpm import Schedule
-from latentdiff.diffusion.schedules import log_snr, make_betas
+from latentdiff.diffusion.schedules import Schedule, log_snr, make_betas
 from latentdiff.diffusion.theory.continuous_time import angle_at, angle_of_log_snr
 from latentdiff.diffusion.theory.learned_schedule import (
     MonotoneLogSNR,

@@ -3,8 +3,8 @@ import torch
 from fakes_diffusion import gaussian, three_blobs
 from torch import Tensor
 
-from latentdiff.diffusion.ddpm import Schedule, p_sample_loop
-from latentdiff.diffusion.schedules import make_betas
+from latentdiff.diffusion.ddpm import p_sample_loop
+from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.diffusion.theory.progressive_coding import interpolate, progressive_x0
 
 SCHEDULE = Schedule.from_betas(make_betas("cosine", 50))

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from latentdiff.diffusion.schedules import (
-    SCHEDULE_NAMES,
+    BETA_SCHEDULES,
     alphas_cumprod_from_log_snr,
     betas_from_alphas_cumprod,
     log_snr,
@@ -34,7 +34,7 @@ def test_cosine_is_its_plain_name_and_quadratic_is_scaled_linear() -> None:
     assert not torch.equal(make_betas("linear"), make_betas("scaled_linear"))
 
 
-@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
 @pytest.mark.parametrize("num_timesteps", [1, 2, 1000])
 def test_every_schedule_is_float64_inside_the_unit_interval(name: str, num_timesteps: int) -> None:
     betas = make_betas(name, num_timesteps)

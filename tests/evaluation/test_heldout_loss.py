@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.ddpm import Schedule
+from latentdiff.diffusion.schedules import Schedule
 from latentdiff.evaluation.metrics.heldout_loss import (
     TRIPLES_AT_ONCE,
     Triples,

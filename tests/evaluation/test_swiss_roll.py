@@ -13,8 +13,8 @@ from fakes_diffusion import Mixture
 from PIL import Image
 
 from latentdiff.config.evaluation import RollOptions
-from latentdiff.diffusion.ddpm import Model, Schedule
-from latentdiff.diffusion.schedules import make_betas
+from latentdiff.diffusion.ddpm import Model
+from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.evaluation.swiss_roll import (
     Clouds,
     SwissRoll,

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.ddpm import Model, Schedule
+from latentdiff.diffusion.ddpm import Model
+from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.theory.continuous_time import angle_at
 
 

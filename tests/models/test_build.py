@@ -6,8 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from fakes_models import make_text_encoder, make_unet, make_vae
 
-from latentdiff.diffusion.ddpm import Schedule
-from latentdiff.diffusion.schedules import make_betas, rescale_zero_terminal_snr
+from latentdiff.diffusion.schedules import Schedule, make_betas, rescale_zero_terminal_snr
 from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler, schedule_of
 from latentdiff.models.weights import weights_hash
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.diffusion.ddpm import Schedule, q_sample
+from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.objectives import hybrid_loss
-from latentdiff.diffusion.schedules import make_betas
+from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.diffusion.timesteps import uniform_timesteps
 from latentdiff.models.components import Components, load_components, load_vae
 from latentdiff.training.learned_variance import (

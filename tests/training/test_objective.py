@@ -7,10 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.timesteps import (
-    LossSecondMomentSampler,
-    logit_normal_probabilities,
-)
+from latentdiff.diffusion.timesteps import LossSecondMomentSampler, logit_normal_probabilities
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.training.train_step import Objective
 

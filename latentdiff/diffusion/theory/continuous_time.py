@@ -18,16 +18,14 @@ from latentdiff.diffusion.bound import bound_term
 from latentdiff.diffusion.ddpm import (
     Generators,
     Model,
-    Schedule,
-    check_objective,
-    extract,
     p_mean_variance,
     p_sample,
-    predict_eps,
     q_sample,
     split_variance,
     standard_normal,
 )
+from latentdiff.diffusion.prediction import check_objective, parametrization, predict_eps
+from latentdiff.diffusion.schedules import Schedule, extract
 
 
 def score(schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
@@ -88,12 +86,8 @@ def flow_velocity(
 ) -> Tensor:
     """Return v = dx / dphi at an angle, (B, ...). phi: a scalar tensor."""
     output = model(x, timestep_at(schedule, phi).expand(len(x)))
-    if prediction_type == "v_prediction":
-        return output
     signal, noise = phi.cos().to(x.dtype), phi.sin().to(x.dtype)
-    if prediction_type == "epsilon":
-        return (output - noise * x) / signal
-    return (signal * x - output) / noise
+    return parametrization(prediction_type).to_velocity(output, x, signal, noise)
 
 
 @torch.no_grad()

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.diffusion.ddpm import Schedule
-from latentdiff.diffusion.schedules import alphas_cumprod_from_log_snr, betas_from_alphas_cumprod
+from latentdiff.diffusion.schedules import (
+    Schedule,
+    alphas_cumprod_from_log_snr,
+    betas_from_alphas_cumprod,
+)
 from latentdiff.diffusion.theory.continuous_time import angle_of_log_snr, timestep_at
 
 

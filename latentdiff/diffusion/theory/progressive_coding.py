@@ -6,7 +6,8 @@ Rate and distortion along the chain are in bound.py (`per_timestep`).
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.ddpm import Generators, Model, Schedule, p_sample_steps, q_sample
+from latentdiff.diffusion.ddpm import Generators, Model, p_sample_steps, q_sample
+from latentdiff.diffusion.schedules import Schedule
 
 
 def progressive_x0(

@@ -15,8 +15,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.ddpm import Schedule, q_sample
-from latentdiff.diffusion.objectives import per_sample_loss, target
+from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.diffusion.objectives import per_sample_loss
+from latentdiff.diffusion.prediction import target
+from latentdiff.diffusion.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 Shard = tuple[int, int]  # (rank, number of processes)

@@ -24,8 +24,8 @@ from latentdiff.diffusion.bound import (
     evaluate_bound,
     per_timestep,
 )
-from latentdiff.diffusion.ddpm import VARIANCE_TYPES, Model, Schedule, respace
-from latentdiff.diffusion.schedules import space_timesteps
+from latentdiff.diffusion.ddpm import VARIANCE_TYPES, Model
+from latentdiff.diffusion.schedules import Schedule, respace, space_timesteps
 from latentdiff.evaluation.eval_set import CaptionedLatents, EvalModel
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.atomic import atomic_file
-from latentdiff.diffusion.ddpm import check_prediction_type
+from latentdiff.diffusion.prediction import parametrization
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.models.compatibility import read_json
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
@@ -99,7 +99,7 @@ def _check_complete(path: Path, shapes: Mapping[str, Shape], folder: Path) -> No
 
 
 def _set_prediction_type(configs: dict[str, dict[str, Any]], prediction_type: str) -> None:
-    check_prediction_type(prediction_type)
+    parametrization(prediction_type)  # ValueError for an unknown name
     configs["scheduler"]["prediction_type"] = prediction_type
     if prediction_type == "epsilon":  # Stable Diffusion 2's base models are of 512 pixels
         configs["unet"]["sample_size"] = BASE_SIZE
