@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.terminal import quieten_libraries
 from latentdiff.training import train_step as engine_module
 from latentdiff.training.inputs import dataset as samples_module
 from latentdiff.training.inputs.train_data import train_batches

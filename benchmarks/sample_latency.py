@@ -26,12 +26,12 @@ from common import machine, medians, ratio
 from diffusers import StableDiffusionPipeline
 
 from latentdiff import LatentDiffPipeline
+from latentdiff.cli.command import quieten_libraries
 from latentdiff.cpu.packed_unet import PackedUNet
 from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler
 from latentdiff.models.bundled import BUNDLED
 from latentdiff.models.components import load_vae
 from latentdiff.models.text import train_tokenizer
-from latentdiff.terminal import quieten_libraries
 
 PROMPT = "a large red star on a pink background"
 ERROR_PROMPTS = [PROMPT, "a red heart", "a cat", "a small blue circle on a white background"]

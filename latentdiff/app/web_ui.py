@@ -21,7 +21,7 @@ from latentdiff.app.web_session import (
     find_loras,
     painted_mask,
 )
-from latentdiff.config.sampling import PageOptions
+from latentdiff.config.sampling import WebUIOptions
 from latentdiff.models.components import load_vae
 from latentdiff.pipeline import denoiser
 from latentdiff.pipeline.files.model_info import default_guidance
@@ -35,7 +35,7 @@ MAX_QUEUE = 8
 MAX_UPLOAD = "10mb"
 
 
-def serve(model: str, options: PageOptions) -> None:
+def serve(model: str, options: WebUIOptions) -> None:
     """Open a model, a folder or a hub id, and serve its page until interrupted."""
     import gradio as gr
 

@@ -7,14 +7,16 @@ import dataclasses
 import difflib
 import logging
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from latentdiff.config.text_to_image import Config
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 Settings = TypeVar("Settings")
 
@@ -56,37 +58,37 @@ def load_config(
     if not Path(path).is_file():
         raise FileNotFoundError(f"the config file {path} does not exist")
     wanted: Any = kind or Config
-    return parse_arguments(wanted, ["--config", str(path), *overrides], exit_on_error=False)
+    return parse_arguments(wanted, ["--config", str(path), *overrides])
 
 
-def parse_arguments(
-    kind: type[Settings],
-    arguments: Sequence[str] | None = None,
-    *,
-    description: str | None = None,
-    exit_on_error: bool = True,
-) -> Settings:
-    """Parse a command line with --config, --print_config, --help and an option per setting.
+def parse_arguments(kind: type[Settings], arguments: Sequence[str]) -> Settings:
+    """Parse options such as "--train.seed=1" and --config into settings; see parse_settings."""
+    from jsonargparse import ArgumentParser
 
-    On bad usage: exit status 2 and one message on stderr, or ValueError without exit_on_error.
+    return parse_settings(ArgumentParser(exit_on_error=False), kind, arguments)[0]
+
+
+def parse_settings(
+    parser: "ArgumentParser", kind: type[Settings], arguments: Sequence[str]
+) -> tuple[Settings, dict[str, Any]]:
+    """Parse settings and the options that a parser has besides; return both.
+
+    Adds --config, --print_config and an option per setting to the parser. Raises ValueError with
+    one message for bad usage. An old name of a setting works and is logged once as a warning.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+    from jsonargparse import ArgumentError
 
-    arguments = _with_current_names(sys.argv[1:] if arguments is None else arguments, kind)
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    own = list(parser.get_defaults().keys())
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
     parser.add_class_arguments(kind)
     try:
-        parsed: Namespace = parser.parse_args(arguments)
+        parsed = parser.parse_args(_with_current_names(arguments, kind))
         values = parser.instantiate_classes(parsed).as_dict()
         values.pop("config", None)
-        return kind(**values)
+        options = {name: values.pop(name) for name in own if name in values}
+        return kind(**values), options
     except (ArgumentError, ValueError, TypeError) as error:
-        message = _readable(str(error), kind)
-        if not exit_on_error:
-            raise ValueError(message) from error
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise ValueError(_readable(str(error), [*own, *flat(kind())])) from error
 
 
 def _with_current_names(arguments: Sequence[str], kind: Any) -> list[str]:
@@ -168,8 +170,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _readable(message: str, kind: Any) -> str:
-    """Shorten jsonargparse's message and add the nearest name to an unknown key."""
+def _readable(message: str, names: Sequence[str]) -> str:
+    """Shorten jsonargparse's message and add the nearest of the known names to an unknown key."""
     message = re.sub(r"\s+", " ", message).strip()
     unknown = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", message) or re.search(
         r"[Uu]nrecognized arguments: --([\w.]+)", message
@@ -177,7 +179,6 @@ def _readable(message: str, kind: Any) -> str:
     inside = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     wrong = f"{inside[1]}.{inside[2]}" if inside else unknown[1] if unknown else ""
     if wrong:
-        names = list(flat(kind()))
         near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
         return f"unknown setting {wrong}; {hint}"

@@ -71,7 +71,7 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
-class PageOptions:
+class WebUIOptions:
     """How the playground's page is served.
 
     Args:

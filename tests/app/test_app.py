@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentdiff.app.web_session import NO_LORA, OWN_SAMPLER, WebSession, find_loras, painted_mask
 from latentdiff.app.web_ui import MAX_UPLOAD, serve
-from latentdiff.config.sampling import PageOptions
+from latentdiff.config.sampling import WebUIOptions
 from latentdiff.pipeline.output import LatentDiffOutput
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_the_page_stays_on_this_machine_and_is_bounded(tmp_path, monkeypatch):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     seen = {}
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **given: seen.update(given))
-    serve(str(tmp_path / "model"), PageOptions(device="cpu"))
+    serve(str(tmp_path / "model"), WebUIOptions(device="cpu"))
     assert (seen["server_name"], seen["share"]) == ("127.0.0.1", False)
     assert seen["max_file_size"] == MAX_UPLOAD
 

@@ -1,33 +1,66 @@
-"""--help of every script answers at once: it waits for none of the large libraries."""
+"""--help of every command answers at once, by its name or by its script's."""
 
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
+from fakes_scripts import SCRIPTS, run_script
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+from latentdiff.cli.main import COMMANDS, main
+
 HEAVY = ("torch", "diffusers", "transformers", "open_clip", "gradio", "matplotlib")
 PROBE = """
-import runpy, sys
-script, *heavy = sys.argv[1:]
-sys.argv = [script, "--help"]
-try:
-    runpy.run_path(script, run_name="__main__")
-except SystemExit as end:
-    assert not end.code
-print("loaded:", *(name for name in heavy if name in sys.modules))
+import sys
+from latentdiff.cli.main import COMMANDS, main
+for name in COMMANDS:
+    try:
+        main([name, "--help"])
+    except SystemExit as end:
+        assert not end.code
+print("loaded:", *(name for name in sys.argv[1:] if name in sys.modules))
 """
+NAMES = sorted(path.name for path in SCRIPTS.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_loads_nothing_heavy(name: str) -> None:
+def test_help_of_no_command_loads_anything_heavy() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(ROOT / "scripts" / name), *HEAVY],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", PROBE, *HEAVY], capture_output=True, text=True, check=True
     )
-    assert "usage:" in done.stdout
-    assert done.stdout.splitlines()[-1].strip() == "loaded:"
+    lines = done.stdout.splitlines()
+    usages = [line.split()[1:3] for line in lines if line.startswith("usage: ")]
+    assert usages == [["latentdiff", name] for name in COMMANDS]
+    assert lines[-1].strip() == "loaded:"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+def test_help_answers_within_half_a_second(arguments: list[str]) -> None:
+    command, seconds = [sys.executable, "-m", "latentdiff", *arguments], []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+        assert "usage: latentdiff" in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_is_a_command_under_its_own_name(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(name, "--help") == 0
+    assert capsys.readouterr().out.split()[:2] == ["usage:", name]
+
+
+def test_every_command_has_a_script() -> None:
+    texts = [(SCRIPTS / name).read_text() for name in NAMES]
+    started = [text.partition('run_as_script("')[2].partition('"')[0] for text in texts]
+    assert sorted(started) == sorted(COMMANDS)
+
+
+def test_help_lists_every_command_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert usage.startswith("usage: latentdiff COMMAND")
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    assert all(line.strip().endswith(".") for line in lines if line.startswith("  "))

@@ -57,7 +57,7 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
 )
 def test_bad_settings_are_named(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_arguments(Config, [argument], exit_on_error=False)
+        parse_arguments(Config, [argument])
 
 
 def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
 
 def test_a_model_cannot_be_both_fine_tuned_and_new() -> None:
     with pytest.raises(ValueError, match=r"model\.pretrained brings its own"):
-        parse_arguments(Config, ["--model.pretrained=a", "--model.vae=b"], exit_on_error=False)
+        parse_arguments(Config, ["--model.pretrained=a", "--model.vae=b"])
 
 
 def test_missing_file_is_said() -> None:

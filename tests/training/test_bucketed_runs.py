@@ -226,7 +226,7 @@ def test_states_made_in_the_step_are_those_of_the_cache(
 )
 def test_settings_that_do_not_fit_are_named(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_arguments(Config, arguments, exit_on_error=False)
+        parse_arguments(Config, arguments)
 
 
 def test_a_damaged_image_is_named_at_the_step_that_reads_it(world: Path, tmp_path: Path) -> None:

@@ -52,9 +52,7 @@ def test_attention_kernels_give_the_same() -> None:
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        start_accelerator(
-            parse_arguments(Config, [argument, "--train.mixed_precision=fp32"], exit_on_error=False)
-        )
+        start_accelerator(parse_arguments(Config, [argument, "--train.mixed_precision=fp32"]))
 
 
 def test_xformers_that_is_not_there_or_does_not_run_is_told(

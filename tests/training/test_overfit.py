@@ -70,7 +70,6 @@ def test_two_captions_give_each_its_own_image(tmp_path: Path) -> None:
             "--preview.every_steps=0",
             "--preview.num_steps=1",
         ],
-        exit_on_error=False,
     )
     assert train(config) == 0
     pipeline = LatentDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")

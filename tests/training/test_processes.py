@@ -35,7 +35,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 import test_processes
 from latentdiff.config.io import load_config
-from latentdiff.terminal import quieten_libraries
+from latentdiff.cli.command import quieten_libraries
 from latentdiff.training.loop import train
 quieten_libraries()
 assert os.environ["WORLD_SIZE"] == "2"

@@ -1,0 +1,82 @@
+"""Commands on captioned folders: inspect one, cache its encodings, merge several."""
+
+import json
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from latentdiff.cli.command import quieten_libraries
+from latentdiff.config.io import load_config, parse_settings
+from latentdiff.config.text_to_image import Config
+
+
+def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Report a captioned folder's content and its problems; exit code 1 where it is not usable."""
+    parser.add_argument("root", type=str, metavar="FOLDER")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--html", type=str, help="also write the report to this file")
+    parser.add_argument("--full", action="store_true", help="decode every image, known or not")
+    parser.add_argument("--quick", action="store_true", help="skip the search for near-duplicates")
+    parser.add_argument("--tokenizer", type=str, default="", help="folder of a tokenizer, to count")
+    parser.add_argument("--vae", type=str, default="", help="folder of a VAE, to time its encoder")
+    config, options = parse_settings(parser, Config, arguments)
+    quieten_libraries()
+    from latentdiff.data.folder.folder import read_folder
+    from latentdiff.data.inspection.html_report import write_report_html
+    from latentdiff.data.inspection.inspect import chosen, inspect_folder, progress_bar
+    from latentdiff.data.inspection.text_report import report_as_text
+
+    settings = {**vars(config.train), **vars(config.data), **options}
+    folder = read_folder(**chosen(settings, read_folder), progress=progress_bar())
+    report = inspect_folder(folder, **chosen(settings, inspect_folder), progress=progress_bar())
+    if options["html"]:
+        write_report_html(report, folder, path=options["html"])
+    print(json.dumps(report.to_json(), indent=2) if options["json"] else report_as_text(report))
+    return 0 if report.is_usable else 1
+
+
+def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Build, verify or prune the cache of a config's encoded images and captions.
+
+    verify: exit code 1 where cached latents differ from the VAE's.
+    """
+    actions = ("build", "verify", "prune")
+    parser.add_argument("action", nargs="?", choices=actions, default="build")
+    parser.add_argument("--also", type=str, nargs="+", default=[], help="prune: configs in use")
+    parser.add_argument("--delete", action="store_true", help="prune: delete, not only list")
+    config, options = parse_settings(parser, Config, arguments)
+    quieten_libraries()
+    from latentdiff.training.inputs import cache_commands
+
+    if options["action"] == "build":
+        from latentdiff.training.setup import start_accelerator
+
+        accelerator = start_accelerator(config)
+        for built in cache_commands.build_caches(config, accelerator=accelerator):
+            print(built, flush=True)
+    elif options["action"] == "verify":
+        is_sound = True
+        for verified in cache_commands.verify_caches(config):
+            print(verified, flush=True)
+            is_sound &= verified.is_sound
+        return 0 if is_sound else 1
+    else:
+        configs = [config, *map(load_config, options["also"])]
+        found = cache_commands.prune_caches(configs, delete=options["delete"])
+        print(*cache_commands.describe_pruned(found, deleted=options["delete"]), sep="\n")
+    return 0
+
+
+def merge_folders_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Merge captioned folders into one, each with train/ and test/ and a metadata.jsonl in them."""
+    parser.add_argument("out", type=str, help="the new folder")
+    parser.add_argument(
+        "folders", type=str, nargs="+", metavar="DIR", help="a folder with train/ and test/"
+    )
+    args = parser.parse_args(arguments)
+    from latentdiff.data.merge_folders import merge_folders
+
+    for name, splits in merge_folders(args.out, args.folders).items():
+        print(f"{name}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items()))
+    print(f"wrote {args.out}; train on all of its captions with --data.caption_column=captions")
+    return 0

@@ -1,0 +1,157 @@
+"""The two demos: fine-tune the bundled model on a new style, and train a model from scratch."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from latentdiff.cli.command import quieten_libraries
+from latentdiff.config.io import load_config
+from latentdiff.config.sampling import SampleOptions
+
+ROOT = Path(__file__).parents[2]
+CONFIG, CONFIG_SCRATCH = (ROOT / "configs" / name for name in ("demo.yaml", "demo_scratch.yaml"))
+FOLDER_SCRATCH = Path("demo-scratch-run")
+STYLE = "smiling"
+KNOWN = (  # emoji, flowers and shapes, as the bundled model's training captions call them
+    *("a red apple", "a cat face", "a slice of pizza", "a smiling face with sunglasses"),
+    *("a green heart", "a sunflower", "a snow-capped mountain", "a full moon"),
+    *("a photo of a sunflower", "a close-up photo of a rose", "a photograph of daisies"),
+    *("an image of tulips outdoors", "a large red star on a pink background"),
+    *("a large blue circle on a white background", "a small yellow square on a black background"),
+    "a large green triangle on a gray background",
+)
+UNRELATED = ("a red apple", "a cat face", "a photo of a sunflower", KNOWN[13])
+NUM_NEW, NUM_STEPS, GUIDANCE = 8, 25, 3.0
+
+
+def demo_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Fine-tune the bundled model on shapes with a face; write images of before and after.
+
+    Settings of training, such as --train.max_steps=100, are passed on to it.
+    """
+    parser.add_argument("--model", type=str, default="latentdiff-mini", help="the base model")
+    parser.add_argument("--out", type=str, default="demo-run", help="the folder to write")
+    parser.add_argument("--num_train", type=int, default=1000, help="number of training images")
+    settings = [text for text in arguments if "." in text.partition("=")[0] and text[:2] == "--"]
+    args = parser.parse_args([text for text in arguments if text not in settings])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quieten_libraries()
+    return demo(args.model, Path(args.out), num_train=args.num_train, settings=settings)
+
+
+def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ()) -> int:
+    """Fine-tune `model` on shapes with a face in out/model, with sheets of before and after.
+
+    settings: of training, besides those of configs/demo.yaml. Returns training's exit code.
+    """
+    from latentdiff.data.shapes import in_style, split_scenes, write_shapes
+
+    clock = _Clock()
+    unseen = in_style(split_scenes()[1], STYLE)
+    prompts = [scene.caption for scene in unseen[:: len(unseen) // NUM_NEW][:NUM_NEW]]
+    prompts += UNRELATED
+    known, before = _generate(model, KNOWN), _generate(model, prompts)
+    _save_sheet(known, KNOWN, out / "before.png")
+    clock.print(f"{out / 'before.png'}: {len(KNOWN)} images of {model}, and {len(prompts)} more")
+    root = write_shapes(out / STYLE, num_train=num_train, num_test=64, style=STYLE)
+    paths = {"output_dir": out / "model", "data.root": root, "data.cache_dir": out / "cache"}
+    options = [f"--model.pretrained={model}", *(f"--{name}={path}" for name, path in paths.items())]
+    if status := _train(CONFIG, [*options, *settings]):
+        return status
+    clock.print(f"fine-tuned on {num_train} images of {root / 'train'}")
+    tuned = out / "model" / "pipeline"
+    after = _generate(str(tuned), prompts)
+    pairs = [image for pair in zip(before, after, strict=True) for image in pair]
+    labels = [label for prompt in prompts for label in (f"before: {prompt}", "after")]
+    _save_sheet(pairs, labels, out / "sheet.png")
+    clock.print(f"{out / 'sheet.png'}: {len(prompts)} prompts before and after, seeds equal")
+    print(_next_steps(tuned, out))
+    return 0
+
+
+def _next_steps(tuned: Path, out: Path) -> str:
+    """Explain the sheets and list commands to try."""
+    return (
+        f"\nThe first {NUM_NEW} prompts of {out / 'sheet.png'} ask for shapes with a face whose "
+        "combination of kind, colour and background was in no training image;\n"
+        f"the last {len(UNRELATED)} for subjects that the model knew before.\n"
+        f'Another image:    .venv/bin/python scripts/sample.py {tuned} "a smiling large red '
+        'circle on a pink background" --guidance_scale 3 --out circle.png\n'
+        f'The model as it is: .venv/bin/python scripts/sample.py latentdiff-mini "a cat" '
+        "--guidance_scale 3 --out cat.png\n"
+        "Your own images:  .venv/bin/python scripts/inspect_data.py DIR\n"
+        "                    .venv/bin/python scripts/train_t2i.py --config configs/demo.yaml "
+        "--data.root=DIR --output_dir=runs/mine\n"
+        "All from scratch:   make demo-scratch"
+    )
+
+
+def demo_scratch_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Train a model from scratch on coloured shapes; sample captions that it was never shown."""
+    parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quieten_libraries()
+    from latentdiff.data.shapes import split_scenes, write_shapes
+    from latentdiff.sampling.sample import sample
+
+    root = write_shapes(FOLDER_SCRATCH / "shapes", num_train=3000, num_test=100)
+    if status := _train(CONFIG_SCRATCH, []):
+        return status
+    prompts = [scene.caption for scene in split_scenes()[1]][::3][:16]
+    sheet = FOLDER_SCRATCH / "sheet.png"
+    options = SampleOptions(out=str(sheet), steps=NUM_STEPS, guidance_scale=GUIDANCE, seed=0)
+    model = Path(load_config(CONFIG_SCRATCH).output_dir) / "pipeline"
+    for record in sample(str(model), prompts, options):
+        print(f"wrote {record['kind']} {record['path']}")
+    print(
+        f"\n{sheet} shows {len(prompts)} captions whose combination was never in {root}/train.\n"
+        f'Another image:   .venv/bin/python scripts/sample.py {model} "a large red star on a '
+        'pink background" --out star.png\n'
+        "Your own folder:   .venv/bin/python scripts/inspect_data.py DIR\n"
+        "                   .venv/bin/accelerate launch scripts/train_t2i.py "
+        "--config configs/emoji.yaml --data.root=DIR --model.vae=latentdiff-vae"
+    )
+    return 0
+
+
+def _train(config: Path, settings: Sequence[str]) -> int:
+    """Train in processes of its own; return the exit code."""
+    from latentdiff.training.distributed import launch
+
+    return launch(ROOT / "scripts" / "train_t2i.py", ["--config", str(config), *settings])
+
+
+def _generate(model: str, prompts: Sequence[str]) -> list[Any]:
+    """Generate an image of each prompt; its seed is its index."""
+    from latentdiff.sampling.open_pipeline import open_pipeline
+
+    pipe = open_pipeline(model)
+    pipe.set_progress_bar_config(leave=False)
+    seeds = list(range(len(prompts)))
+    settings: dict[str, Any] = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE}
+    output: Any = pipe(list(prompts), seed=seeds, **settings)
+    return list(output.images)
+
+
+def _save_sheet(images: Sequence[Any], labels: Sequence[str], path: Path) -> None:
+    """Write a sheet of eight images a row."""
+    from latentdiff.image_grid import draw_grid
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(images, labels, columns=8).save(path)
+
+
+class _Clock:
+    """Prints lines with the seconds since the line before and since the start."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+
+    def print(self, message: str) -> None:
+        now = time.monotonic()
+        print(f"[{now - self.last:4.0f} s, {now - self.start:4.0f} s in all] {message}", flush=True)
+        self.last = now

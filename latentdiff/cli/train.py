@@ -1,0 +1,46 @@
+"""Commands that train: text-to-image models, autoencoders and CLIPs."""
+
+import logging
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from latentdiff.cli.command import quieten_libraries
+from latentdiff.config.clip import ClipConfig
+from latentdiff.config.io import parse_settings
+from latentdiff.config.text_to_image import Config
+from latentdiff.config.vae import VaeConfig
+
+
+def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Train or fine-tune a text-to-image latent diffusion model on a captioned folder."""
+    config, _ = parse_settings(parser, Config, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    quieten_libraries()
+    from latentdiff.training.loop import train
+
+    return train(config)
+
+
+def train_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Train an AutoencoderKL on folders of images and report its PSNR on held-out ones."""
+    config, _ = parse_settings(parser, VaeConfig, arguments)
+    quieten_libraries()
+    from latentdiff.training.vae.train_vae import train_vae
+
+    report = train_vae(config)
+    print(f"wrote {config.output_dir}/vae: {report}")
+    return 0
+
+
+def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Train a small CLIP on captioned folders and report its recall on held-out pairs."""
+    config, _ = parse_settings(parser, ClipConfig, arguments)
+    quieten_libraries()
+    from latentdiff.training.clip.train_clip import train_clip
+
+    for name, value in train_clip(config).items():
+        if not name.endswith(("/low", "/high")):
+            print(f"{name}: {value:.4g}")
+    print(f"wrote {config.output_dir}/clip (for the CLIP score), text_encoder and tokenizer")
+    return 0
