@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentdiff.data.arrow.content_hash import image_hashes
 from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead
 from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.latent_encoding import encode_moments
 from latentdiff.data.cache.shard_file import as_keys, key_of
 from latentdiff.data.cache.tensor_store import StoreWriter
+from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.models.bundled import BUNDLED
 from latentdiff.models.components import load_vae

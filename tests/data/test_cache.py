@@ -14,7 +14,6 @@ from fakes_data import captioned_folder, save_image
 from fakes_models import CAPTIONS, make_text_encoder, make_tiny_vae, make_vae
 from safetensors.torch import load_file
 
-from latentdiff.data.arrow import content_hash
 from latentdiff.data.cache import latent_cache as cache_module
 from latentdiff.data.cache import tensor_store
 from latentdiff.data.cache.decode_ahead import CropPlan
@@ -23,6 +22,7 @@ from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.cache.prompt_cache import TextCache
 from latentdiff.data.cache.shard_file import as_keys, key_of, read_shard, write_shard
 from latentdiff.data.cache.tensor_store import StoreWriter, TensorStore
+from latentdiff.data.folder import content_hash
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.image_io import load_image

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from fakes_data import captioned_folder, save_image
 
+from latentdiff.data.arrow.listing import Entry
 from latentdiff.data.arrow.scan_index import ScanIndex, map_table
 from latentdiff.data.folder import image_headers, sidecars
-from latentdiff.data.folder.files import Entry
 from latentdiff.data.folder.folder import read_folder
 
 

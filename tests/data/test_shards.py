@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from fakes_data import noise_image, png_header
 
+from latentdiff.data.arrow.listing import Entry, open_entry
 from latentdiff.data.buckets import make_buckets
 from latentdiff.data.folder import shards
-from latentdiff.data.folder.files import Entry, open_entry
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.inspection.html_report import report_as_html
 from latentdiff.data.inspection.inspect import make_data_report

@@ -20,6 +20,13 @@ def combined(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
+def fixed_bytes(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """View a column of fixed-width bytes as (N, width) uint8; rows that are null hold anything."""
+    array = combined(column)
+    data = np.frombuffer(array.buffers()[1], np.uint8)
+    return data[array.offset * width :][: len(array) * width].reshape(-1, width)
+
+
 class StringIndex:
     """Finds texts among others by their hashes: 16 bytes a text, a seventh of arrow's own table."""
 

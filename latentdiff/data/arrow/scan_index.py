@@ -25,7 +25,7 @@ class ScanIndex:
     """What is known about the folder `root`, under `cache_dir`, by table name."""
 
     def __init__(self, cache_dir: Path | str, root: Path) -> None:
-        key = fingerprint({"root": os.path.realpath(root), "version": VERSION})
+        key = settings_hash({"root": os.path.realpath(root), "version": VERSION})
         self.folder = (
             Path(cache_dir).expanduser() / "scan" / f"{root.resolve().name or 'root'}-{key[:12]}"
         )
@@ -83,7 +83,7 @@ def map_table(path: Path) -> pa.Table | None:
         return None
 
 
-def fingerprint(settings: Mapping[str, Any]) -> str:
+def settings_hash(settings: Mapping[str, Any]) -> str:
     """Hash plain settings to a hexadecimal SHA-256."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

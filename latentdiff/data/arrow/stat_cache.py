@@ -1,7 +1,12 @@
-"""What is known of files by path, size and time, so that only changed ones are read."""
+"""Rows known of files by path, size and time, so that only changed files are read.
+
+Ours: a library's disk cache holds pickled objects and looks them up one at a time; rows of
+millions of files are columns here, matched at once and mapped into memory.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentdiff.data.arrow.columns import CHUNK, find_strings, release_memory, take_rows
+from latentdiff.data.arrow.listing import LISTING, Entry, Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.folder.files import LISTING, Entry, Progress
 
 SAVE_SECONDS = 60.0
 FILES_AT_ONCE = 1024
-Read = Callable[[list[Entry]], list[tuple[Any, ...]]]
+FILES_PER_TASK = 16
+Read = Callable[[Entry], tuple[Any, ...]]
 
 
 def cached_rows(
@@ -25,32 +31,32 @@ def cached_rows(
     schema: pa.Schema,
     index: ScanIndex | None = None,
     again: bool = False,
+    num_threads: int = 1,
     progress: Progress | None = None,
 ) -> pa.Table:
     """Give a row of `schema` for each of `files`; both start with the columns of LISTING.
 
-    `read` turns some files into the cells of the further columns. It is called for files that the
-    table `name` of `index` does not know or knows otherwise, or for all if `again`; the index then
-    learns them, also while this goes on.
+    `read` turns one file into the values of the further columns. It is called, in threads, for
+    files that the table `name` of `index` does not know or knows otherwise, or for all if `again`;
+    the index then learns them, also while files are being read.
     """
     known = index.load(name, schema) if index is not None else None
-    known = schema.empty_table() if known is None else known
-    num_known = len(known)
-    at = np.full(len(files), -1, np.int32) if again else find_unchanged(files, known)
+    tables = [schema.empty_table() if known is None else known]
+    num_known = len(tables[0])
+    at = np.full(len(files), -1, np.int32) if again else find_unchanged(files, tables[0])
     unknown = np.flatnonzero(at < 0).astype(np.int32)
-    fresh = take_rows(files, unknown)
-    learnt: list[pa.Table] = []
     saved = time.monotonic()
-    for start in range(0, len(fresh), FILES_AT_ONCE):
-        learnt.append(_read_chunk(fresh.slice(start, FILES_AT_ONCE), read, schema))
+    fresh = take_rows(files, unknown)
+    for rows in _read_chunks(fresh, read, schema=schema, num_threads=num_threads):
+        tables.append(rows)
         if progress is not None:
-            progress(start + len(learnt[-1]), len(fresh))
+            progress(sum(map(len, tables)) - num_known, len(unknown))
         if index is not None and time.monotonic() - saved > SAVE_SECONDS:
-            _save(pa.concat_tables([known, *learnt]), name, index)
+            _save(pa.concat_tables(tables), name, index)
             saved = time.monotonic()
     at[unknown] = np.arange(num_known, num_known + len(unknown), dtype=np.int32)
-    table = take_rows(pa.concat_tables([known, *learnt]), at)
-    del known, learnt, fresh
+    table = take_rows(pa.concat_tables(tables), at)
+    del known, tables, fresh
     if index is None or not (len(unknown) or num_known != len(table)):
         return table
     _save(table, name, index)
@@ -73,12 +79,25 @@ def find_unchanged(files: pa.Table, known: pa.Table) -> np.ndarray:
     return at
 
 
-def _read_chunk(files: pa.Table, read: Read, schema: pa.Schema) -> pa.Table:
-    columns = (files[name].to_pylist() for name in ("path", "size", "offset"))
-    cells = zip(*read([Entry(*row) for row in zip(*columns, strict=True)]), strict=True)
+def _read_chunks(
+    files: pa.Table, read: Read, *, schema: pa.Schema, num_threads: int
+) -> Iterator[pa.Table]:
+    """Read files in threads and yield their rows, FILES_AT_ONCE at a time."""
+
+    def read_some(entries: list[Entry]) -> list[tuple[Any, ...]]:
+        return [read(entry) for entry in entries]
+
     fields = list(schema)[len(LISTING) :]
-    arrays = [pa.array(cell, field.type) for cell, field in zip(cells, fields, strict=True)]
-    return pa.table([*files.columns, *arrays], schema=schema)
+    with ThreadPoolExecutor(num_threads) as threads:
+        for start in range(0, len(files), FILES_AT_ONCE):
+            chunk = files.slice(start, FILES_AT_ONCE)
+            columns = (chunk[name].to_pylist() for name in ("path", "size", "offset"))
+            entries = [Entry(*row) for row in zip(*columns, strict=True)]
+            tasks = [entries[i : i + FILES_PER_TASK] for i in range(0, len(chunk), FILES_PER_TASK)]
+            read_rows = [row for rows in threads.map(read_some, tasks) for row in rows]
+            values = zip(*read_rows, strict=True)
+            arrays = [pa.array(one, field.type) for one, field in zip(values, fields, strict=True)]
+            yield pa.table([*chunk.columns, *arrays], schema=schema)
 
 
 def _save(table: pa.Table, name: str, index: ScanIndex) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.arrow.content_hash import image_hashes
+from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead
 from latentdiff.data.cache.latent_encoding import (
@@ -25,7 +25,7 @@ from latentdiff.data.cache.latent_encoding import (
     mean_and_std,
 )
 from latentdiff.data.cache.tensor_store import MISSING, CachedVariants, StoreWriter, TensorStore
-from latentdiff.data.folder.files import Progress
+from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import Folder
 from latentdiff.models.latents import LatentCodec
 

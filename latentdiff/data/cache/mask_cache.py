@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.arrow.content_hash import image_hashes, mask_hashes
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.cache.latent_encoding import cut_keys
 from latentdiff.data.cache.tensor_store import CachedVariants, StoreWriter, TensorStore
+from latentdiff.data.folder.content_hash import image_hashes, mask_hashes
 from latentdiff.data.masks import Masks
 
 MASKS_AT_ONCE = 256

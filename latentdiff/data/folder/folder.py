@@ -25,9 +25,9 @@ from latentdiff.data.arrow.columns import (
     release_memory,
     system_memory,
 )
+from latentdiff.data.arrow.listing import Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.caption_tables import CaptionRules
-from latentdiff.data.folder.files import Entry, Progress, read_entry
 from latentdiff.data.folder.record_table import (
     RECORDS,
     ReadRules,

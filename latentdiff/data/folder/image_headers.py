@@ -1,18 +1,17 @@
-"""What each image's file holds, by its header or by decoding it."""
+"""The size and kind of each image, by its header or by decoding it; problems are named."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 
+from latentdiff.data.arrow.listing import LISTING, Entry, Progress, open_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import cached_rows
-from latentdiff.data.folder.files import LISTING, Entry, Progress, open_entry
 from latentdiff.image_io import EXTENSIONS, ImageError, ImageHeader, load_image, read_header
 
 NUM_THREADS = 4
 # problem and note are keys of problems.REASONS; an image with a problem is left out.
-HEADERS_FILE = pa.schema(
+HEADERS = pa.schema(
     [
         *LISTING,
         pa.field("width", pa.int32()),
@@ -34,48 +33,40 @@ def read_image_headers(
     full: bool = False,
     progress: Progress | None = None,
 ) -> pa.Table:
-    """Find the facts of the images in `files` (columns of LISTING), one row of FACTS each.
+    """Read the headers of the images in `files` (columns of LISTING), one row of HEADERS each.
 
     Headers are read, and files whose end looks wrong are decoded; `full` decodes all, also those
     that the index knows. name: of the table that the index remembers them in.
     """
-
-    def read_some(entries: list[Entry]) -> list[ImageHeaders]:
-        return [read_image_header(root, entry, full=full) for entry in entries]
-
-    def read(entries: list[Entry]) -> list[ImageHeaders]:
-        parts = [entries[i : i + 64] for i in range(0, len(entries), 64)]
-        return [facts for some in threads.map(read_some, parts) for facts in some]
-
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
-        return cached_rows(
-            files,
-            read,
-            name=name,
-            schema=HEADERS_FILE,
-            index=index,
-            again=full,
-            progress=progress,
-        )
+    return cached_rows(
+        files,
+        lambda entry: read_image_header(root, entry, full=full),
+        name=name,
+        schema=HEADERS,
+        index=index,
+        again=full,
+        num_threads=NUM_THREADS,
+        progress=progress,
+    )
 
 
 def read_image_header(root: Path, entry: Entry, *, full: bool) -> ImageHeaders:
     """Read one image's (width, height, problem, detail, note)."""
     try:
         with open_entry(root, entry) as file:
-            facts = read_header(file)
-            if full or not facts.looks_complete:
+            header = read_header(file)
+            if full or not header.looks_complete:
                 load_image(file)
     except ImageError as error:
         return 0, 0, error.reason, error.detail, None
     except OSError as error:
         return 0, 0, "unreadable", error.strerror or str(error), None
-    return facts.width, facts.height, None, None, _note(entry.path, facts)
+    return header.width, header.height, None, None, _note(entry.path, header)
 
 
-def _note(path: str, facts: ImageHeader) -> str | None:
-    if facts.is_animated:
+def _note(path: str, header: ImageHeader) -> str | None:
+    if header.is_animated:
         return "animated"
-    if not path.lower().endswith(EXTENSIONS[facts.format]):
+    if not path.lower().endswith(EXTENSIONS[header.format]):
         return "wrong_extension"
-    return "turned" if facts.has_orientation else None
+    return "turned" if header.has_orientation else None

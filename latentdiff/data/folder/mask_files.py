@@ -17,8 +17,9 @@ from latentdiff.data.arrow.columns import (
     stems,
     take_rows,
 )
+from latentdiff.data.arrow.listing import LISTING, Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.folder.files import IMAGE_EXTENSIONS, LISTING, Progress
+from latentdiff.data.folder.files import IMAGE_EXTENSIONS
 from latentdiff.data.folder.image_headers import read_image_headers
 from latentdiff.data.folder.problems import Problems
 

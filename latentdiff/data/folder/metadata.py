@@ -24,7 +24,7 @@ MAX_WAITING = 10_000  # rows after which a column that none has is missing
 COLUMN_HINTS = ("text", "caption", "captions", "prompt", "prompts", "description", "label")
 
 
-class Row(NamedTuple):
+class MetadataRow(NamedTuple):
     """A row of a caption table: its number, the image (below the root) and its captions."""
 
     number: int
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 def read_metadata(
     root: Path, name: str, *, caption_column: str, file_column: str, problems: Problems
-) -> Iterator[Row]:
+) -> Iterator[MetadataRow]:
     """Yield the good rows of the table `root / name`; `name` is a posix path relative to `root`."""
     reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[Path(name).suffix]
     folder = posixpath.dirname(name)
@@ -47,7 +47,7 @@ def read_metadata(
         path = _path(file_name, folder, where, problems)
         captions = _captions(caption, where, caption_column, str(file_name), problems=problems)
         if path is not None and captions is not None:
-            yield Row(number, path, captions)
+            yield MetadataRow(number, path, captions)
 
 
 def decoded_lines(file: Iterable[bytes]) -> Iterator[str]:

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from latentdiff.data.arrow.columns import CAPTIONS, CHUNK, iter_py, release_memory, take_rows
-from latentdiff.data.arrow.scan_index import ScanIndex, fingerprint, map_table, table_digest
+from latentdiff.data.arrow.listing import Progress
+from latentdiff.data.arrow.scan_index import ScanIndex, map_table, settings_hash, table_digest
 from latentdiff.data.folder.caption_tables import CaptionRules
-from latentdiff.data.folder.files import Progress, list_files
+from latentdiff.data.folder.files import list_files
 from latentdiff.data.folder.image_headers import read_image_headers
 from latentdiff.data.folder.mask_files import FOUND, match_masks, no_masks, part_masks
 from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
@@ -180,9 +181,9 @@ def map_records(path: Path) -> RecordTable | None:
 
 
 def _prefix(rules: ReadRules) -> str:
-    return f"records-{fingerprint(asdict(rules))[:16]}"
+    return f"records-{settings_hash(asdict(rules))[:16]}"
 
 
 def _caption_digest(listing: pa.Table, problems: Problems) -> str:
     seen = {"files": table_digest(listing), "problems": problems.to_json()}
-    return fingerprint(seen)[:16]
+    return settings_hash(seen)[:16]

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentdiff.data.arrow.columns import combined, has_extension, iter_py
+from latentdiff.data.arrow.listing import LISTING, Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import cached_rows
-from latentdiff.data.folder.files import LISTING, Entry, Progress, is_image_name, is_utf8
+from latentdiff.data.folder.files import is_image_name, is_utf8
 from latentdiff.data.folder.problems import Problems
 from latentdiff.html import printable
 
@@ -63,12 +64,15 @@ def expand_shards(
         return listing
     loose = listing.filter(pa.array(~is_shard))
     _refuse_mixture(loose, problems)
-
-    def read(entries: list[Entry]) -> list[tuple[object, ...]]:
-        return [_read_shard(root, entry.path) for entry in entries]
-
     tars = listing.filter(pa.array(is_shard)).combine_chunks()
-    shards = cached_rows(tars, read, name="shards", schema=SHARDS, index=index, progress=progress)
+    shards = cached_rows(
+        tars,
+        lambda entry: _read_shard(root, entry.path),
+        name="shards",
+        schema=SHARDS,
+        index=index,
+        progress=progress,
+    )
     for name in iter_py(combined(shards["path"].filter(shards["problem"].is_valid()))):
         problems.add("unreadable", name)
     for found in shards["problems"].to_pylist():

@@ -3,7 +3,7 @@
 import io
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,11 @@ from latentdiff.data.arrow.columns import (
     iter_py,
     stems,
 )
-from latentdiff.data.arrow.scan_index import ScanIndex, fingerprint
+from latentdiff.data.arrow.listing import LISTING, Entry, read_entry
+from latentdiff.data.arrow.scan_index import ScanIndex, settings_hash
 from latentdiff.data.arrow.stat_cache import cached_rows
 from latentdiff.data.captions import clean_caption
-from latentdiff.data.folder.files import LISTING, TEXT_EXTENSIONS, Entry, read_entry
+from latentdiff.data.folder.files import TEXT_EXTENSIONS
 from latentdiff.data.folder.metadata import decoded_lines, no_column, to_texts
 from latentdiff.data.folder.problems import Problems
 
@@ -64,10 +65,10 @@ def read_beside(
     beside[~is_wanted] = NONE
     used = np.setdiff1d(beside, [NONE])
 
-    def read(entries: list[Entry]) -> list[tuple[Any, ...]]:
-        return [_read(root, entry, caption_column, lines) for entry in entries]
+    def read(entry: Entry) -> _Cells:
+        return _read(root, entry, caption_column, lines)
 
-    name = f"sidecars-{fingerprint({'column': caption_column, 'lines': lines})[:8]}"
+    name = f"sidecars-{settings_hash({'column': caption_column, 'lines': lines})[:8]}"
     chosen = files.take(pa.array(used)).combine_chunks()
     texts = cached_rows(chosen, read, name=name, schema=SIDECARS, index=index)
     at = np.full(len(files) + 2, NONE, np.int64)  # at[NONE], from the end, stays NONE

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.buckets import Bucket, Partial, make_buckets
-from latentdiff.data.folder.files import Progress
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.folder.splits import SPLITS
 from latentdiff.data.inspection.cost_estimate import CacheShape, CostEstimate, Encode, estimate_cost

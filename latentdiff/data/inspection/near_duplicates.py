@@ -8,36 +8,24 @@ than a few percent and mirrored images are not found.
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from latentdiff.data.arrow.columns import combined
+from latentdiff.data.arrow.columns import fixed_bytes
+from latentdiff.data.arrow.listing import LISTING, Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.arrow.stat_cache import cached_rows
-from latentdiff.data.folder.files import (
-    ALONE,
-    LISTING,
-    Columns,
-    Entry,
-    Progress,
-    read_entry,
-    shard_of,
-)
+from latentdiff.data.folder.content_hash import hash_files
 from latentdiff.data.folder.folder import Folder
 from latentdiff.image_io import ImageError, load_thumbnail
 
 MAX_BITS = 4  # of 63 may differ
 MAX_RMS = 8.0  # of 255, root mean square over the 8 x 8 x 3 small image
-NUM_THREADS = 4
-HASHES_FILE = pa.schema(
+PERCEPTUAL_HASHES = pa.schema(
     [
         *LISTING,
         pa.field("digest", pa.binary(16)),
@@ -64,13 +52,13 @@ def find_near_duplicates(
     Every image is decoded once, and `index` remembers it. A near group holds one image of each
     set of equal files, so the two kinds of groups can be read apart.
     """
-    looks = perceptual_hashes(folder, index=index, progress=progress)
-    digests = _rows(looks["digest"], 16).view("V16").ravel()
+    hashes = perceptual_hashes(folder, index=index, progress=progress)
+    digests = fixed_bytes(hashes["digest"], 16).view("V16").ravel()
     _, first, which = np.unique(digests, return_index=True, return_inverse=True)
     exact = [DuplicateGroup(group, True) for group in _groups(which)]
-    can_decode = looks["small"].is_valid().to_numpy()
+    can_decode = hashes["small"].is_valid().to_numpy()
     seen = np.sort(first[can_decode[first]])
-    pairs = _close_pairs(looks["hash"].to_numpy()[seen], _rows(looks["small"], 192)[seen])
+    pairs = _close_pairs(hashes["hash"].to_numpy()[seen], fixed_bytes(hashes["small"], 192)[seen])
     labels = _connect(pairs, num=len(seen))
     near = [DuplicateGroup(tuple(seen[list(group)].tolist()), False) for group in _groups(labels)]
     return exact + near
@@ -79,25 +67,16 @@ def find_near_duplicates(
 def perceptual_hashes(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> pa.Table:
-    """Read each image's digest, perceptual hash and 8 x 8 colours: rows of LOOKS."""
-    columns = Columns()
-    for entry in folder.entries():
-        alone = entry.offset == ALONE
-        file = folder.root / (entry.path if alone else shard_of(entry.path))
-        time = os.stat(file).st_mtime_ns
-        columns.add(entry.path, size=entry.size, mtime_ns=time, offset=entry.offset)
-
-    def read_some(entries: list[Entry]) -> list[tuple[Any, ...]]:
-        return [_hash_image(read_entry(folder.root, entry)) for entry in entries]
-
-    def read(entries: list[Entry]) -> list[tuple[Any, ...]]:
-        parts = [entries[i : i + 16] for i in range(0, len(entries), 16)]
-        return [look for some in threads.map(read_some, parts) for look in some]
-
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
-        return cached_rows(
-            columns.table(), read, name="looks", schema=HASHES_FILE, index=index, progress=progress
-        )
+    """Read each image's digest, perceptual hash and 8 x 8 colours: rows of PERCEPTUAL_HASHES."""
+    return hash_files(
+        folder,
+        _hash_image,
+        entries=folder.entries(),
+        name="looks",  # the table's name in a scan index of any version
+        schema=PERCEPTUAL_HASHES,
+        index=index,
+        progress=progress,
+    )
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -117,13 +96,6 @@ def _hash_image(data: bytes) -> tuple[bytes, int, bytes | None]:
         return digest, 0, None
     small = image.resize((8, 8), Image.Resampling.BOX)
     return digest, perceptual_hash(image), small.tobytes()
-
-
-def _rows(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """View a column of fixed-width bytes as (N, width) uint8; rows that are null hold anything."""
-    array = combined(column)
-    data = np.frombuffer(array.buffers()[1], np.uint8)
-    return data[array.offset * width :][: len(array) * width].reshape(-1, width)
 
 
 def _close_pairs(hashes: np.ndarray, small: np.ndarray) -> np.ndarray:

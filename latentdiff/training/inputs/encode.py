@@ -19,7 +19,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config.data import DataConfig
 from latentdiff.data.arrow.columns import iter_py
-from latentdiff.data.arrow.content_hash import image_hashes
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.buckets import Bucket, assign_buckets, make_buckets
 from latentdiff.data.cache.decode_ahead import CropPlan
@@ -28,6 +27,7 @@ from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.cache.prompt_cache import TextCache, encode_captions
 from latentdiff.data.captions import CaptionTransform
+from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.masks import Masks
 from latentdiff.models.components import Components

@@ -1,0 +1,109 @@
+"""Hashes of each record's file, read once and remembered by path, size and time."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentdiff.data.arrow.columns import fixed_bytes
+from latentdiff.data.arrow.listing import (
+    ALONE,
+    LISTING,
+    Entry,
+    ListingBuilder,
+    Progress,
+    read_entry,
+    shard_of,
+)
+from latentdiff.data.arrow.scan_index import ScanIndex, settings_hash
+from latentdiff.data.arrow.stat_cache import cached_rows
+from latentdiff.data.folder.folder import Folder
+
+CONTENT_HASHES = pa.schema([*LISTING, pa.field("digest", pa.binary(32))])
+NUM_THREADS = 4
+
+
+def image_hashes(
+    folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """Give the SHA-256 of each record's image file: (N, 32) uint8.
+
+    Files that `index` knows, unchanged, are not opened. Raises OSError for one that cannot be read.
+    """
+    return _sha256(folder, folder.entries, kind="digests", index=index, progress=progress)
+
+
+def mask_hashes(
+    folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """Give the SHA-256 of each record's mask file, as `image_hashes` does of images."""
+    return _sha256(folder, folder.mask_entries, kind="mask-digests", index=index, progress=progress)
+
+
+def hash_files(
+    folder: Folder,
+    hash_content: Callable[[bytes], tuple[Any, ...]],
+    *,
+    entries: Iterator[Entry],
+    name: str,
+    schema: pa.Schema,
+    index: ScanIndex | None = None,
+    progress: Progress | None = None,
+) -> pa.Table:
+    """Give a row of `schema` for each entry: LISTING, then the hashes of the file's content.
+
+    Only files that the table `name` of `index` does not know, unchanged, are read.
+    """
+    listing = ListingBuilder()
+    for entry, time_ns in _with_times(folder, entries):
+        listing.add(entry.path, size=entry.size, mtime_ns=time_ns, offset=entry.offset)
+    return cached_rows(
+        listing.table(),
+        lambda entry: hash_content(read_entry(folder.root, entry)),
+        name=name,
+        schema=schema,
+        index=index,
+        num_threads=NUM_THREADS,
+        progress=progress,
+    )
+
+
+def _sha256(
+    folder: Folder,
+    entries_of: Callable[[], Iterator[Entry]],
+    *,
+    kind: str,
+    index: ScanIndex | None,
+    progress: Progress | None,
+) -> np.ndarray:
+    if not len(folder):
+        return np.zeros((0, 32), np.uint8)
+    selection = {"num": len(folder), "first": folder[0].id, "last": folder[-1].id}
+    table = hash_files(
+        folder,
+        lambda content: (hashlib.sha256(content).digest(),),
+        entries=entries_of(),
+        name=f"{kind}-{settings_hash(selection)[:8]}",
+        schema=CONTENT_HASHES,
+        index=index,
+        progress=progress,
+    )
+    if index is not None:
+        index.prune(f"{kind}-")
+    return fixed_bytes(table["digest"], 32)
+
+
+def _with_times(folder: Folder, entries: Iterator[Entry]) -> Iterator[tuple[Entry, int]]:
+    """Yield entries with the time of their file, or of the shard that holds them."""
+    shard, shard_time = "", 0
+    for entry in entries:
+        if entry.offset == ALONE:
+            yield entry, os.stat(folder.root / entry.path).st_mtime_ns
+            continue
+        if shard_of(entry.path) != shard:  # members of a shard follow one another
+            shard = shard_of(entry.path)
+            shard_time = os.stat(folder.root / shard).st_mtime_ns
+        yield entry, shard_time
