@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.device import tune_malloc
 from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.diffusion.timesteps import SamplingOptions, build_timestep_sampler
 from latentdiff.models.build import (
     build_text_encoder,
     build_unet,
@@ -148,6 +149,7 @@ class OurLoop(Loop):
                 schedule_of(parts.scheduler).to("cpu", dtype=torch.float32),
                 prediction_type="epsilon",
                 null_text=states[:1].float(),
+                sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(1000)),
             ),
             accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
             lr_schedule=LRSchedule(1e-4, 1e-4, "constant", 0, 1000),

@@ -1,13 +1,86 @@
-"""Which timestep a training sample is noised to.
+"""The timesteps that training samples are noised to; TIMESTEP_SAMPLINGS names the choices.
 
 Every function turns uniform draws u, (B,) in [0, 1), into timesteps, so that the caller decides
 where randomness comes from. Nothing here waits for the device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+TimestepSampler = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Takes u (B,), each sample's index in the optimiser step (B,) int64 and the step's number of
+samples; returns timesteps (B,) int64 and the weights (B,) of their losses."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What a timestep sampler is built from; mean, std and is_unbiased are those of logit_normal.
+
+    is_unbiased: sample a tenth of the timesteps uniformly and weigh the losses, so that what is
+    minimised is what uniform timesteps minimise.
+    """
+
+    num_timesteps: int
+    mean: float = 0.0
+    std: float = 1.0
+    is_unbiased: bool = False
+    device: torch.device | str = "cpu"
+
+
+def build_timestep_sampler(name: str, options: SamplingOptions) -> TimestepSampler:
+    """Return the sampler of that name in TIMESTEP_SAMPLINGS; ValueError for an unknown one."""
+    if name not in TIMESTEP_SAMPLINGS:
+        known = ", ".join(TIMESTEP_SAMPLINGS)
+        raise ValueError(f"unknown timestep sampling {name!r}: choose one of {known}")
+    return TIMESTEP_SAMPLINGS[name](options)
+
+
+def _uniform(options: SamplingOptions) -> TimestepSampler:
+    def sample(u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return uniform_timesteps(u, options.num_timesteps), _equal_weights(u)
+
+    return sample
+
+
+def _stratified(options: SamplingOptions) -> TimestepSampler:
+    def sample(u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        u = stratify(u, index_in_step, num_places=count)
+        return uniform_timesteps(u, options.num_timesteps), _equal_weights(u)
+
+    return sample
+
+
+def _logit_normal(options: SamplingOptions) -> TimestepSampler:
+    num, mean, std = options.num_timesteps, options.mean, options.std
+    if options.is_unbiased:
+        p = logit_normal_probabilities(num, mean=mean, std=std).to(options.device)
+
+    def sample(u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if options.is_unbiased:
+            t, weights = sample_from(p, u)
+            return t, weights.float()
+        return logit_normal_timesteps(u, num, mean=mean, std=std), _equal_weights(u)
+
+    return sample
+
+
+def _loss_aware(options: SamplingOptions) -> TimestepSampler:
+    return LossSecondMomentSampler(options.num_timesteps, device=options.device)
+
+
+TIMESTEP_SAMPLINGS: dict[str, Callable[[SamplingOptions], TimestepSampler]] = {
+    "uniform": _uniform,
+    "stratified": _stratified,
+    "logit_normal": _logit_normal,
+    "loss_aware": _loss_aware,
+}
+
+
+def _equal_weights(u: Tensor) -> Tensor:
+    return torch.ones_like(u, dtype=torch.float32)
 
 
 def uniform_timesteps(u: Tensor, num_timesteps: int) -> Tensor:
@@ -31,7 +104,7 @@ def logit_normal_timesteps(
 def logit_normal_probabilities(
     num_timesteps: int, *, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.1
 ) -> Tensor:
-    """Return p_t of a logit-normal mixed with uniform draws, (T,) float64, for `draw_by`.
+    """Return p_t of a logit-normal mixed with uniform draws, (T,) float64, for `sample_from`.
 
     No p_t is below uniform_share / T, so no weight is above 1 / uniform_share.
     """
@@ -96,7 +169,11 @@ class LossSecondMomentSampler:
         ready = (self._counts.min() >= history) & (size.sum() > 0)
         return torch.where(ready, p, 1 / num_timesteps)
 
-    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Sample as a TimestepSampler does."""
+        return self.sample(u)
+
+    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return timesteps (B,) int64 and the weights (B,) of their losses. u: (B,) in [0, 1)."""
         return sample_from(self.probabilities(), u)
 
@@ -124,7 +201,7 @@ class LossSecondMomentSampler:
         for name, own in (("losses", self._losses[:-1]), ("counts", self._counts)):
             if name not in state:
                 raise ValueError(
-                    f"there is no timestep sampler state {name!r}: the run did not draw timesteps"
+                    f"there is no timestep sampler state {name!r}: the run did not sample timesteps"
                     " by their losses"
                 )
             if state[name].shape != own.shape:

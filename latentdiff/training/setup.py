@@ -12,11 +12,16 @@ import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
 from latentdiff.atomic import write_text
+from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.io import to_yaml
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.device import tune_malloc
-from latentdiff.diffusion.timesteps import LossSecondMomentSampler, logit_normal_probabilities
+from latentdiff.diffusion.timesteps import (
+    SamplingOptions,
+    TimestepSampler,
+    build_timestep_sampler,
+)
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
@@ -265,16 +270,13 @@ def build_train_step(
         schedule_of(components.scheduler).to(device, dtype=torch.float32),
         prediction_type=components.scheduler.config["prediction_type"],
         null_text=train_data.null_text.to(device),
+        sample_timesteps=_timestep_sampler(diffusion, components, device),
         weighting=diffusion.loss_weighting,
         snr_gamma=diffusion.snr_gamma or None,
         huber_delta=diffusion.huber_delta if diffusion.loss == "huber" else None,
-        timesteps=diffusion.timestep_sampling,
-        logit_normal=(diffusion.logit_normal_mean, diffusion.logit_normal_std),
-        probabilities=_probabilities(config, components, device),
         offset_noise=diffusion.offset_noise,
         input_perturbation=diffusion.input_perturbation,
         learned_variance=diffusion.learned_variance,
-        loss_aware=_loss_aware(config, components, device),
     )
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
@@ -325,25 +327,14 @@ def make_nearest_images(
     )
 
 
-def _probabilities(
-    config: Config, components: Components, device: torch.device
-) -> torch.Tensor | None:
-    """Return the p_t that timesteps are drawn by and weighed against; None where neither is so."""
-    diffusion = config.diffusion
-    if not diffusion.logit_normal_unbiased:
-        return None
-    return logit_normal_probabilities(
+def _timestep_sampler(
+    diffusion: DiffusionConfig, components: Components, device: torch.device
+) -> TimestepSampler:
+    options = SamplingOptions(
         components.scheduler.config["num_train_timesteps"],
         mean=diffusion.logit_normal_mean,
         std=diffusion.logit_normal_std,
-    ).to(device)
-
-
-def _loss_aware(
-    config: Config, components: Components, device: torch.device
-) -> LossSecondMomentSampler | None:
-    if config.diffusion.timestep_sampling != "loss_aware":
-        return None
-    return LossSecondMomentSampler(
-        components.scheduler.config["num_train_timesteps"], device=device
+        is_unbiased=diffusion.logit_normal_unbiased,
+        device=device,
     )
+    return build_timestep_sampler(diffusion.timestep_sampling, options)

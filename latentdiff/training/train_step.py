@@ -24,13 +24,7 @@ from latentdiff.diffusion.objectives import (
 )
 from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
-from latentdiff.diffusion.timesteps import (
-    LossSecondMomentSampler,
-    logit_normal_timesteps,
-    sample_from,
-    stratify,
-    uniform_timesteps,
-)
+from latentdiff.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
 from latentdiff.training.learned_variance import VLB_WEIGHT
 from latentdiff.training.model import TextToImage
@@ -54,35 +48,19 @@ class Objective:
     schedule: Schedule
     prediction_type: str
     null_text: Tensor  # (1, L) ids or (1, L, D) states
+    sample_timesteps: TimestepSampler
     weighting: str = "none"
     snr_gamma: float | None = None  # None: the weighting's own
     huber_delta: float | None = None  # None: squared errors
-    timesteps: str = "uniform"
-    logit_normal: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
-    probabilities: Tensor | None = None  # (T,), drawn by these and made up for by weights
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     learned_variance: bool = False
-    loss_aware: LossSecondMomentSampler | None = None  # its history is part of a run's state
 
-    def sample_timesteps(self, u: Tensor, place: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-        """Turn uniform draws u (B,) into timesteps (B,) int64 and their importance (B,).
-
-        place, count: of the whole step's samples.
-        """
-        num = self.schedule.num_timesteps
-        if self.loss_aware is not None:
-            return self.loss_aware.draw(u)
-        if self.probabilities is not None:
-            t, weights = sample_from(self.probabilities, u)
-            return t, weights.float()
-        if self.timesteps == "stratified":
-            u = stratify(u, place, num_places=count)
-        even = torch.ones_like(u, dtype=torch.float32)
-        if self.timesteps == "logit_normal":
-            mean, std = self.logit_normal
-            return logit_normal_timesteps(u, num, mean=mean, std=std), even
-        return uniform_timesteps(u, num), even
+    @property
+    def loss_aware(self) -> LossSecondMomentSampler | None:
+        """The timestep sampler whose history is part of a run's state; None for any other."""
+        sampler = self.sample_timesteps
+        return sampler if isinstance(sampler, LossSecondMomentSampler) else None
 
     def text_with_dropout(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the captions' ids or states with dropped ones replaced by the null caption."""
@@ -97,9 +75,7 @@ class Objective:
         Where the batch has a mask (B, 1, h, w), a sample's loss is the mean over what it keeps.
         """
         z0, eps = batch["z0"], batch["eps"]
-        t, importance_weight = self.sample_timesteps(
-            batch["u"], batch["index_in_step"], count=count
-        )
+        t, importance_weight = self.sample_timesteps(batch["u"], batch["index_in_step"], count)
         if self.offset_noise:
             eps = offset_noise(eps, batch["offset"], strength=self.offset_noise)
         zt = q_sample(self.schedule, z0, t, eps)

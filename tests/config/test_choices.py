@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 
 from latentdiff.config import choices
-from latentdiff.diffusion import ddpm, loss_weighting, prediction, schedules
+from latentdiff.diffusion import ddpm, loss_weighting, prediction, schedules, timesteps
 from latentdiff.pipeline.schedulers import SCHEDULERS
 from latentdiff.training.finetune.methods import TRAINABLE
 
@@ -17,6 +17,7 @@ from latentdiff.training.finetune.methods import TRAINABLE
         (choices.PredictionType, prediction.PREDICTION_TYPES),
         (choices.VarianceType, ddpm.VARIANCE_TYPES),
         (choices.LossWeighting, ("none", *loss_weighting.LOSS_WEIGHTINGS)),
+        (choices.TimestepSampling, timesteps.TIMESTEP_SAMPLINGS),
         (choices.Scheduler, SCHEDULERS),
     ],
 )

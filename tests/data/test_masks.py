@@ -21,6 +21,7 @@ from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.masks import Masks
+from latentdiff.diffusion.timesteps import SamplingOptions, build_timestep_sampler
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.loop import train
@@ -215,6 +216,7 @@ def test_outside_the_mask_there_is_no_gradient() -> None:
         schedule_of(make_ddpm_scheduler()),
         prediction_type="epsilon",
         null_text=torch.zeros(1, 2, 3),
+        sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(1000)),
     )
     batch = {
         "z0": z0,

@@ -72,7 +72,7 @@ def test_losses_of_nothing_but_zero_stay_uniform() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     sampler, expected = _trained()
-    t, weights = sampler.draw(GRID)
+    t, weights = sampler.sample(GRID)
     torch.testing.assert_close(
         t.bincount(minlength=8) / len(t), expected, rtol=0, atol=2 / len(GRID)
     )
@@ -90,7 +90,7 @@ def test_gradient_estimate_is_unbiased() -> None:
         assert w.grad is not None
         return float(w.grad)
 
-    t, weights = sampler.draw(GRID)
+    t, weights = sampler.sample(GRID)
     every = gradient(torch.arange(8), torch.ones(8))
     assert gradient(t, weights.double()) == pytest.approx(every, rel=1e-3)
     assert abs(gradient(t, torch.ones(len(t))) / every - 1) > 0.1  # what weights are for
@@ -114,7 +114,7 @@ def test_draws_follow_probabilities_thinner_than_float32_tells() -> None:
     sampler.update(torch.arange(1000), losses)
     p = float(sampler.probabilities()[999])
     u = 1 - torch.linspace(0, 2 * p, 2001, dtype=torch.float64)[1:]
-    assert float((sampler.draw(u)[0] == 999).double().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float((sampler.sample(u)[0] == 999).double().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def _one_by_one(t: Tensor, losses: Tensor, num_timesteps: int, history: int) -> list[list[float]]:
@@ -147,7 +147,7 @@ def test_state_comes_back_and_wrong_state_is_refused() -> None:
     assert torch.equal(copy.probabilities(), sampler.probabilities())
     with pytest.raises(ValueError, match="num_timesteps or history"):
         LossSecondMomentSampler(9, history=3).load_state_dict(sampler.state_dict())
-    with pytest.raises(ValueError, match="did not draw timesteps by their losses"):
+    with pytest.raises(ValueError, match="did not sample timesteps by their losses"):
         LossSecondMomentSampler(8).load_state_dict({})
     with pytest.raises(ValueError, match="uniform_share"):
         LossSecondMomentSampler(9, uniform_share=0.0)
@@ -157,6 +157,6 @@ def test_sampler_never_waits_for_the_device() -> None:
     """On the meta device there are no values: looking at one, as a wait would, is an error."""
     sampler = LossSecondMomentSampler(10, device="meta")
     u = torch.empty(4, device="meta")
-    t, weights = sampler.draw(u)
+    t, weights = sampler.sample(u)
     sampler.update(t, u)
     assert t.device.type == weights.device.type == "meta"

@@ -16,7 +16,11 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.objectives import hybrid_loss
 from latentdiff.diffusion.schedules import Schedule, make_betas
-from latentdiff.diffusion.timesteps import uniform_timesteps
+from latentdiff.diffusion.timesteps import (
+    SamplingOptions,
+    build_timestep_sampler,
+    uniform_timesteps,
+)
 from latentdiff.models.components import Components, load_components, load_vae
 from latentdiff.training.learned_variance import (
     fit_variance,
@@ -98,7 +102,11 @@ def test_prediction_only_is_for_a_while(learned: Components) -> None:
 def test_objective_is_the_hybrid_loss() -> None:
     schedule = Schedule.from_betas(make_betas("scaled_linear"))
     objective = Objective(
-        schedule, prediction_type="v_prediction", null_text=torch.zeros(1, 3), learned_variance=True
+        schedule,
+        prediction_type="v_prediction",
+        null_text=torch.zeros(1, 3),
+        sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(1000)),
+        learned_variance=True,
     )
     z0, eps, output = torch.randn(3, 5, 4, 2, 2).unbind(0)
     output = torch.cat([output, 0.1 * eps], 1).requires_grad_()

@@ -7,13 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.timesteps import LossSecondMomentSampler, logit_normal_probabilities
+from latentdiff.diffusion.timesteps import (
+    LossSecondMomentSampler,
+    SamplingOptions,
+    build_timestep_sampler,
+    logit_normal_probabilities,
+)
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.training.train_step import Objective
 
 T, B = 1000, 6
 SCHEDULE = schedule_of(make_ddpm_scheduler())
-PLAIN = Objective(SCHEDULE, prediction_type="epsilon", null_text=torch.zeros(1, 2, 3))
+PLAIN = Objective(
+    SCHEDULE,
+    prediction_type="epsilon",
+    null_text=torch.zeros(1, 2, 3),
+    sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(T)),
+)
 SNR = SCHEDULE.alphas_cumprod / (1 - SCHEDULE.alphas_cumprod)
 
 
@@ -93,9 +103,10 @@ def test_offset_noise_is_seen_and_is_the_target() -> None:
 
 
 def test_logit_normal_takes_its_mean_and_deviation_from_the_settings() -> None:
-    objective = replace(PLAIN, timesteps="logit_normal", logit_normal=(0.7, 0.5))
+    options = SamplingOptions(T, mean=0.7, std=0.5)
+    sampler = build_timestep_sampler("logit_normal", options)
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    t, importance = objective.sample_timesteps(u, torch.arange(20_000), count=20_000)
+    t, importance = sampler(u, torch.arange(20_000), 20_000)
     logit = torch.logit((t + 0.5) / T)
     assert float(logit.mean()) == pytest.approx(0.7, abs=1e-2)
     assert float(logit.std()) == pytest.approx(0.5, abs=1e-2)
@@ -106,12 +117,12 @@ def loss_aware() -> Objective:
     sampler = LossSecondMomentSampler(T, history=2)
     steps = torch.arange(T).repeat(2)
     sampler.update(steps, 1 / (1 + steps))
-    return replace(PLAIN, loss_aware=sampler)
+    return replace(PLAIN, sample_timesteps=sampler)
 
 
 def unbiased_logit_normal() -> Objective:
-    p = logit_normal_probabilities(T, mean=0.5, std=0.7)
-    return replace(PLAIN, timesteps="logit_normal", probabilities=p)
+    options = SamplingOptions(T, mean=0.5, std=0.7, is_unbiased=True)
+    return replace(PLAIN, sample_timesteps=build_timestep_sampler("logit_normal", options))
 
 
 @pytest.mark.parametrize("make", [loss_aware, unbiased_logit_normal])
@@ -133,7 +144,7 @@ def test_gradients_of_importance_sampling_are_unbiased(make: Any) -> None:
             return (scale[0] * x + scale[1]) * zt
 
         found = losses_of(objective, given, model)
-        (found.loss * (found.importance if weighs else 1)).mean().backward()
+        (found.loss * (found.importance_weight if weighs else 1)).mean().backward()
         assert scale.grad is not None
         return scale.grad
 

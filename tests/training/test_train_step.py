@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.timesteps import LossSecondMomentSampler
+from latentdiff.diffusion.timesteps import (
+    LossSecondMomentSampler,
+    SamplingOptions,
+    TimestepSampler,
+    build_timestep_sampler,
+)
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.training.inputs.dataset import SMALL_BYTES, collate
 from latentdiff.training.train_step import Objective
@@ -13,20 +18,20 @@ NUM_TIMESTEPS = 8
 N = 80_000
 
 
-def objective(timesteps: str, sampler: LossSecondMomentSampler | None = None) -> Objective:
+def objective(sampler: TimestepSampler) -> Objective:
     return Objective(
         schedule_of(make_ddpm_scheduler(num_timesteps=NUM_TIMESTEPS)),
         prediction_type="epsilon",
         null_text=torch.zeros(1, 2, 3),
-        timesteps=timesteps,
-        loss_aware=sampler,
+        sample_timesteps=sampler,
     )
 
 
 @pytest.mark.parametrize("count", [4, 8])  # 4: an epoch's last batch, half as large
 def test_every_batch_is_stratified_over_the_whole_chain(count: int) -> None:
     u, place = torch.rand(count, dtype=torch.float64), torch.randperm(count)
-    t, importance_weight = objective("stratified").sample_timesteps(u, place, count=count)
+    sampler = build_timestep_sampler("stratified", SamplingOptions(NUM_TIMESTEPS))
+    t, importance_weight = sampler(u, place, count)
     assert torch.equal(t * count // NUM_TIMESTEPS, place)
     assert torch.equal(importance_weight, torch.ones(count))
 
@@ -48,7 +53,7 @@ def test_importance_keeps_the_mean_loss_that_of_uniform_timesteps() -> None:
         "text": torch.zeros(N, 2, 3),
         "dropped": torch.zeros(N, dtype=torch.bool),
     }
-    losses = objective("loss_aware", sampler).losses(err_with_time, batch, count=N)
+    losses = objective(sampler).losses(err_with_time, batch, count=N)
     seen = losses.t.bincount(minlength=NUM_TIMESTEPS) / N
     assert seen[-1] > 2 * seen[0]
     uniform_mean = (NUM_TIMESTEPS + 1) / 2  # of t + 1
