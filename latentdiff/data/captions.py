@@ -42,7 +42,7 @@ class CaptionTransform:
     shuffle_tags: bool = False
     keep_tags: int = 0
     tag_dropout: float = 0.0
-    trigger: str = ""
+    trigger_word: str = ""
     prefix: str = ""
     suffix: str = ""
 
@@ -51,7 +51,7 @@ class CaptionTransform:
         """Whether a caption reads otherwise each time, so that its states cannot be kept."""
         return self.shuffle_tags or self.tag_dropout != 0
 
-    def draw(self, captions: Sequence[str], rng: np.random.Generator) -> str:
+    def sample(self, captions: Sequence[str], rng: np.random.Generator) -> str:
         """Choose and edit one of an image's captions.
 
         The number of draws from `rng` depends on the captions and the settings alone.
@@ -67,11 +67,11 @@ class CaptionTransform:
                 keep=self.keep_tags,
                 dropout=self.tag_dropout,
             )
-        return self.settle(caption)
+        return self.fixed(caption)
 
-    def settle(self, caption: str) -> str:
+    def fixed(self, caption: str) -> str:
         """Give a caption all edits but those of its tags: how held-out images are asked for."""
-        return f"{self.prefix}{with_trigger(caption, self.trigger)}{self.suffix}"
+        return f"{self.prefix}{with_trigger(caption, self.trigger_word)}{self.suffix}"
 
 
 def edit_tags(
@@ -94,11 +94,13 @@ def edit_tags(
     return ", ".join(fixed + free)
 
 
-def with_trigger(caption: str, trigger: str) -> str:
+def with_trigger(caption: str, trigger_word: str) -> str:
     """Put the trigger word first, as a tag, unless the caption already holds it as whole words."""
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if not trigger_word or re.search(
+        rf"(?<!\w){re.escape(trigger_word)}(?!\w)", caption, re.IGNORECASE
+    ):
         return caption
-    return f"{trigger}, {caption}" if caption else trigger
+    return f"{trigger_word}, {caption}" if caption else trigger_word
 
 
 def may_flip(captions: Sequence[str], *, side_words: Sequence[str] = SIDE_WORDS) -> bool:

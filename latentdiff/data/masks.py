@@ -1,9 +1,8 @@
-"""Masks that say which part of an image counts: its own alpha channel, or a file beside it.
+"""Loss masks, which part of an image counts: its own alpha channel, or a file next to it.
 
-NAME.mask.png beside NAME.jpg is as large as the image as it is seen; white counts, black does
-not, grey in part. A mask goes the way of its image, resized, cropped and mirrored, and is then
-averaged over each latent's cell. Answers for what can be wrong with mask files; mask_cache.py keeps
-the averages.
+NAME.mask.png next to NAME.jpg has the size of the image as it is seen; white counts, black does
+not, grey in part. A mask is resized, cropped and mirrored as its image is, and then averaged over
+each latent pixel. Answers for faults of mask files; mask_cache.py keeps the averages.
 """
 
 import hashlib
@@ -26,9 +25,9 @@ MaskKind = Literal["alpha", "file"]
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a folder's images, decoded and cut as a plan says when they are asked for.
+    """The masks of a folder's images, decoded and cropped by a plan when one is read.
 
-    factor: pixels of a latent's cell a side.
+    factor: the VAE's; a latent pixel covers factor x factor pixels.
     """
 
     folder: Folder
@@ -40,15 +39,15 @@ class Masks:
         return len(self.folder)
 
     def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
-        """Return how much of each latent of record `index` counts: (1, h, w) float32 in [0, 1].
+        """Return the weight of each latent pixel of record `index`: (1, h, w) float32 in [0, 1].
 
         Raises ValueError naming a mask that cannot be read or is not as large as its image.
         """
-        cells = self.cells(self.plan.item(index, u=crop, flip=False), digest=None)
-        return cells.flip(-1) if flipped else cells
+        mask = self.latent_mask(self.plan.item(index, u=crop, flip=False), digest=None)
+        return mask.flip(-1) if flipped else mask
 
-    def cells(self, item: Item, *, digest: bytes | None) -> Tensor:
-        """Decode one cut, not mirrored: (1, h, w). digest: of the file, to notice a change."""
+    def latent_mask(self, item: Item, *, digest: bytes | None) -> Tensor:
+        """Decode one crop, not mirrored: (1, h, w). digest: of the file, to notice a change."""
         record = self.folder[item.index]
         try:
             data = self._read(item.index)
@@ -71,7 +70,7 @@ class Masks:
 
 
 def downsample_to_latents(mask: Image.Image, item: Item, *, factor: int) -> Tensor:
-    """Cut a mask ("L") as its image is and average it over cells: (1, h, w) float32 in [0, 1]."""
+    """Crop a mask ("L") as its image and average it over latent pixels: (1, h, w) in [0, 1]."""
     cut = resize_and_crop(
         mask,
         height=item.height,

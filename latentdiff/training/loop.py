@@ -243,7 +243,7 @@ def _default_prompts(train_data: TrainData) -> list[str]:
     folder = train_data.heldout if len(train_data.heldout) else train_data.train
     looked_at = min(NUM_LOOKED_AT, len(folder))
     places = [len(folder) * k // looked_at for k in range(looked_at)]
-    settled = (train_data.edits.settle(folder[place].captions[0]) for place in places)
+    settled = (train_data.edits.fixed(folder[place].captions[0]) for place in places)
     distinct = list(dict.fromkeys(settled))
     num = min(8, len(distinct))
     return [distinct[len(distinct) * k // num] for k in range(num)]

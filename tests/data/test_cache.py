@@ -19,7 +19,7 @@ from latentdiff.data.cache import tensor_store
 from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.cache.latent_cache import LatentCache, prune_cache, verify_cache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
-from latentdiff.data.cache.prompt_cache import TextCache
+from latentdiff.data.cache.prompt_cache import PromptCache
 from latentdiff.data.cache.shard_file import as_keys, key_of, read_shard, write_shard
 from latentdiff.data.cache.tensor_store import StoreWriter, TensorStore
 from latentdiff.data.folder import content_hash
@@ -79,7 +79,7 @@ def test_moments_are_those_of_the_images_encoded_alone(root, cache_dir, make):
     plan = CropPlan(sizes, (0.0, 0.7), background=(9, 9, 9))
     cache = build(root, codec, cache_dir, plan=plan, flips=True, batch_size=2)
     assert len(cache) == 9
-    assert cache.encoded == 36
+    assert cache.num_encoded == 36
     views = [(i, flip, place) for i in range(9) for flip in (False, True) for place in plan.places]
     for i, flip, place in views:
         height, width = sizes[i].tolist()
@@ -102,7 +102,7 @@ def test_another_scaling_is_followed_without_encoding(root, cache_dir, codec):
     codec.vae.register_to_config(scaling_factor=2.0, shift_factor=0.25)
     cache.use_scaling_of(codec)
     torch.testing.assert_close(cache.moments(0), ((raw[0] - 0.25) * 2.0, raw[1] * 2.0))
-    assert build(root, codec, cache_dir).encoded == 0
+    assert build(root, codec, cache_dir).num_encoded == 0
 
 
 def test_a_cache_goes_to_another_process(root, cache_dir, codec):
@@ -117,7 +117,7 @@ def test_half_precision_is_another_cache_and_half_the_size(root, cache_dir, code
     full = build(root, codec, cache_dir)
     size = sum(path.stat().st_size for path in shards(cache_dir))
     half = build(root, codec, cache_dir, dtype=dtype)
-    assert half.encoded == 9
+    assert half.num_encoded == 9
     assert sum(path.stat().st_size for path in shards(cache_dir)) < 1.6 * size
     torch.testing.assert_close(half.moments(0), full.moments(0), atol=error, rtol=error)
 
@@ -137,7 +137,7 @@ def test_images_without_room_are_cut_once(root, cache_dir, codec):
     has_room = np.arange(9) < 2
     plan = square(read_folder(root), places=(0.0, 0.5, 1.0), has_room=has_room)
     cache = build(root, codec, cache_dir, plan=plan)
-    assert cache.encoded == 7 + 2 * 3
+    assert cache.num_encoded == 7 + 2 * 3
     for i in range(9):
         ends = [cache.raw_moments(i, crop=crop)[0] for crop in (0.0, 0.99)]
         assert torch.equal(*ends) != has_room[i]
@@ -173,18 +173,18 @@ def test_opening_encodes_nothing(root, cache_dir, codec):
     assert LatentCache.open(folder, codec, **settings).num_missing == 9
     built = build(root, codec, cache_dir)
     opened = LatentCache.open(folder, codec, **settings)
-    assert opened.num_missing == opened.encoded == 0
+    assert opened.num_missing == opened.num_encoded == 0
     assert torch.equal(opened.moments(3)[0], built.moments(3)[0])
 
 
 def test_only_what_changed_is_encoded_again(root, cache_dir, codec):
-    assert build(root, codec, cache_dir).encoded == 9
-    assert build(root, codec, cache_dir).encoded == 0
+    assert build(root, codec, cache_dir).num_encoded == 9
+    assert build(root, codec, cache_dir).num_encoded == 0
     before = build(root, codec, cache_dir).moments(0)
     for i in (1, 4, 8):
         repaint(root / f"{i}.png", 100 + i)
     cache = build(root, codec, cache_dir)
-    assert cache.encoded == 3
+    assert cache.num_encoded == 3
     torch.testing.assert_close(cache.moments(0), before, atol=0, rtol=0)
     assert verify_cache(cache, read_folder(root), codec) < 1e-5
 
@@ -193,20 +193,20 @@ def test_moved_renamed_and_touched_files_are_known_by_content(root, cache_dir, c
     build(root, codec, cache_dir)
     moved = captioned_folder(tmp_path / "elsewhere", 9)
     os.utime(moved / "0.png", ns=(1, 1))
-    assert build(moved, codec, cache_dir).encoded == 0
+    assert build(moved, codec, cache_dir).num_encoded == 0
 
 
 def test_equal_images_are_encoded_once(root, cache_dir, codec):
     for i in range(1, 9):
         (root / f"{i}.png").write_bytes((root / "0.png").read_bytes())
-    assert build(root, codec, cache_dir, flips=True).encoded == 2
+    assert build(root, codec, cache_dir, flips=True).num_encoded == 2
 
 
 def test_one_changed_weight_encodes_all_again(root, cache_dir, codec):
     build(root, codec, cache_dir)
     with torch.no_grad():
         codec.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
-    assert build(root, codec, cache_dir).encoded == 9
+    assert build(root, codec, cache_dir).num_encoded == 9
 
 
 @pytest.mark.parametrize("change", ["size", "crop", "background", "flips"])
@@ -220,8 +220,8 @@ def test_another_cut_is_encoded_and_the_first_stays(root, cache_dir, codec, chan
         "flips": square(folder),
     }
     settings = {"plan": plans[change], "flips": change == "flips"}
-    assert build(root, codec, cache_dir, **settings).encoded == 9
-    assert build(root, codec, cache_dir).encoded == 0
+    assert build(root, codec, cache_dir, **settings).num_encoded == 9
+    assert build(root, codec, cache_dir).num_encoded == 0
 
 
 def test_unchanged_files_are_not_even_opened(root, cache_dir, codec, monkeypatch):
@@ -232,7 +232,7 @@ def test_unchanged_files_are_not_even_opened(root, cache_dir, codec, monkeypatch
     again = LatentCache.build(
         folder, codec, cache_dir=cache_dir, plan=square(folder), progress=False
     )
-    assert again.encoded == 0
+    assert again.num_encoded == 0
 
 
 # faults
@@ -252,7 +252,7 @@ def test_an_interrupted_build_goes_on(root, cache_dir, codec, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build(root, codec, cache_dir, batch_size=2)
     monkeypatch.undo()
-    assert build(root, codec, cache_dir, batch_size=2).encoded == 9 - 4
+    assert build(root, codec, cache_dir, batch_size=2).num_encoded == 9 - 4
 
 
 def test_a_image_that_breaks_late_is_named_and_the_others_kept(root, cache_dir, codec):
@@ -263,7 +263,7 @@ def test_a_image_that_breaks_late_is_named_and_the_others_kept(root, cache_dir, 
     with pytest.raises(ValueError, match=r"8\.png cannot be encoded"):
         LatentCache.build(folder, codec, batch_size=2, **settings)
     save_image(path, 8)
-    assert LatentCache.build(folder, codec, **settings).encoded == 1
+    assert LatentCache.build(folder, codec, **settings).num_encoded == 1
 
 
 def test_a_image_that_vanishes_is_named(root, cache_dir, codec, monkeypatch):
@@ -325,7 +325,7 @@ def test_a_damaged_shard_is_set_aside_said_and_encoded_again(
     (path,) = shards(cache_dir)
     path.write_bytes(damage(bytearray(path.read_bytes())))
     cache = build(root, codec, cache_dir)
-    assert cache.encoded == 9
+    assert cache.num_encoded == 9
     assert f"{path} is damaged" in caplog.text
     torch.testing.assert_close(cache.moments(5), wanted)
 
@@ -338,12 +338,12 @@ def test_a_damaged_row_stops_the_reader_and_the_next_build_mends_it(root, cache_
     data[shard.start + 2 * shard.row_bytes + 5] ^= 1
     path.write_bytes(data)
     cache = build(root, codec, cache_dir)
-    assert cache.encoded == 0  # rows are not read until they are wanted
+    assert cache.num_encoded == 0  # rows are not read until they are wanted
     cache.moments(0)
     with pytest.raises(ValueError, match="another checksum"):
         cache.moments(2)
     mended = build(root, codec, cache_dir)
-    assert mended.encoded == 9
+    assert mended.num_encoded == 9
     torch.testing.assert_close(mended.moments(2), before)
     assert verify_cache(mended, read_folder(root), codec) < 1e-5
 
@@ -356,7 +356,7 @@ def test_check_rows_finds_and_mends_a_damaged_row_at_once(root, cache_dir, codec
     data[shard.start] ^= 1
     path.write_bytes(data)
     cache = build(root, codec, cache_dir, check_rows=True)
-    assert cache.encoded == 9
+    assert cache.num_encoded == 9
     assert verify_cache(cache, read_folder(root), codec) < 1e-5
 
 
@@ -388,13 +388,13 @@ def test_settings_that_do_not_fit_are_refused(root, cache_dir, codec):
 
 def test_processes_share_the_work_and_find_each_others(root, cache_dir, codec):
     first = build(root, codec, cache_dir, shard=(0, 2), flips=True)
-    assert 0 < first.encoded < 18
-    assert first.num_missing == 18 - first.encoded
+    assert 0 < first.num_encoded < 18
+    assert first.num_missing == 18 - first.num_encoded
     other = int(np.flatnonzero(first._rows[0] < 0)[0])
     with pytest.raises(ValueError, match="not in the cache"):
         first.moments(other)
     second = build(root, codec, cache_dir, shard=(1, 2), flips=True)
-    assert second.encoded == 18 - first.encoded
+    assert second.num_encoded == 18 - first.num_encoded
     assert first.num_missing == second.num_missing == 0
     torch.testing.assert_close(first.moments(other), second.moments(other))
 
@@ -405,7 +405,7 @@ def test_two_unshared_builds_at_once_leave_a_whole_cache(root, cache_dir, codec,
 
     def run() -> None:
         cache = build(root, codec, cache_dir, batch_size=1)
-        counts.append((cache.encoded, cache.num_missing))
+        counts.append((cache.num_encoded, cache.num_missing))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
@@ -414,9 +414,9 @@ def test_two_unshared_builds_at_once_leave_a_whole_cache(root, cache_dir, codec,
         thread.join()
     assert len(counts) == 3
     assert all(missing == 0 for _, missing in counts)
-    assert sum(encoded for encoded, _ in counts) > 9  # they did overlap
+    assert sum(num_encoded for num_encoded, _ in counts) > 9  # they did overlap
     cache = build(root, codec, cache_dir)
-    assert cache.encoded == 0
+    assert cache.num_encoded == 0
     assert verify_cache(cache, read_folder(root), codec) < 1e-5
 
 
@@ -502,15 +502,15 @@ def test_prune_lists_what_nothing_uses_and_removes_it_only_when_told(root, cache
     assert prune_cache(cache_dir, [used.keys]) == wanted
     assert prune_cache(cache_dir, [used.keys], delete=True) == wanted
     assert sorted(p.name for p in (cache_dir / "latents").iterdir()) == [kept.name, "new.tmp"]
-    assert build(root, codec, cache_dir).encoded == 0
+    assert build(root, codec, cache_dir).num_encoded == 0
     assert prune_cache(cache_dir / "nowhere", []) == []
 
 
 # text
 
 
-def build_text(captions, tokenizer, text_encoder, cache_dir: Path, **settings) -> TextCache:
-    return TextCache.build(
+def build_text(captions, tokenizer, text_encoder, cache_dir: Path, **settings) -> PromptCache:
+    return PromptCache.build(
         captions, tokenizer, text_encoder, cache_dir=cache_dir, progress=False, **settings
     )
 
@@ -519,33 +519,33 @@ def test_text_states_are_those_of_the_tower_null_caption_included(
     tokenizer, text_encoder, cache_dir
 ):
     cache = build_text(CAPTIONS * 3, tokenizer, text_encoder, cache_dir, batch_size=2)
-    assert cache.encoded == len(cache) == len(CAPTIONS) + 1
+    assert cache.num_encoded == len(cache) == len(CAPTIONS) + 1
     with torch.no_grad():
         wanted = encode_text(text_encoder, tokenize(tokenizer, [*CAPTIONS, ""]))
-    got = torch.stack([*(cache.states(caption) for caption in CAPTIONS), cache.null])
+    got = torch.stack([*(cache.prompt_embeds(caption) for caption in CAPTIONS), cache.null_embeds])
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="'unheard of' is not in the cache"):
-        cache.states("unheard of")
+        cache.prompt_embeds("unheard of")
 
 
 def test_only_new_captions_are_encoded(tokenizer, text_encoder, cache_dir):
     build_text(CAPTIONS, tokenizer, text_encoder, cache_dir)
-    assert build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).encoded == 0
-    assert build_text([*CAPTIONS, "new"], tokenizer, text_encoder, cache_dir).encoded == 1
+    assert build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).num_encoded == 0
+    assert build_text([*CAPTIONS, "new"], tokenizer, text_encoder, cache_dir).num_encoded == 1
     copy = pickle.loads(pickle.dumps(build_text(CAPTIONS, tokenizer, text_encoder, cache_dir)))
-    assert copy.null.shape == (16, 16)
+    assert copy.null_embeds.shape == (16, 16)
 
 
 def test_another_tower_or_tokenizer_encodes_all_captions(tokenizer, text_encoder, cache_dir):
-    num = build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).encoded
+    num = build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).num_encoded
     tokenize(tokenizer, ["a call that sets padding"])
     tokenizer(["and one that does not"])
-    assert build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).encoded == 0
+    assert build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).num_encoded == 0
     other = train_tokenizer(CAPTIONS[:2], vocab_size=560, max_length=16)
-    assert build_text(CAPTIONS, other, text_encoder, cache_dir).encoded == num
+    assert build_text(CAPTIONS, other, text_encoder, cache_dir).num_encoded == num
     torch.manual_seed(1)
     tower = make_text_encoder(tokenizer)
-    assert build_text(CAPTIONS, tokenizer, tower, cache_dir).encoded == num
+    assert build_text(CAPTIONS, tokenizer, tower, cache_dir).num_encoded == num
 
 
 def test_captions_are_shared_out_and_interruption_keeps_what_was_done(
@@ -554,10 +554,10 @@ def test_captions_are_shared_out_and_interruption_keeps_what_was_done(
     captions = [f"image {i}" for i in range(20)]
     first = build_text(captions, tokenizer, text_encoder, cache_dir, shard=(0, 2))
     second = build_text(captions, tokenizer, text_encoder, cache_dir, shard=(1, 2))
-    assert 0 < first.encoded < 21
-    assert first.encoded + second.encoded == 21
+    assert 0 < first.num_encoded < 21
+    assert first.num_encoded + second.num_encoded == 21
     for caption in captions:
-        assert torch.equal(first.states(caption), second.states(caption))
+        assert torch.equal(first.prompt_embeds(caption), second.prompt_embeds(caption))
 
     def endless():
         yield from (f"other {i}" for i in range(6000))
@@ -590,7 +590,7 @@ def test_flowers_are_encoded_once_and_three_touched_ones_again(shared_dir, tmp_p
             folder, codec, cache_dir=tmp_path / "cache", plan=square(folder, 64), progress=False
         )
         assert verify_cache(cache, folder, codec, num_samples=3) < 1e-4
-        return cache.encoded
+        return cache.num_encoded
 
     assert again() == len(names)
     assert again() == 0

@@ -144,25 +144,25 @@ def test_the_flowers_are_encoded_once_then_three_then_all(shared_dir, tmp_path):
     make_vae().save_pretrained(tmp_path / "vae")
     (tmp_path / "config.json").write_text("data: {resolution: 16, heldout_fraction: 0}")
 
-    def encoded(vae: Path, **overrides: object) -> int:
+    def num_encoded(vae: Path, **overrides: object) -> int:
         given = arguments(tmp_path, tmp_path / "run", model__vae=vae, **overrides)
         config = load_config(tmp_path / "config.json", given)
         folder, _ = read_data(config.data)
         cache = cache_latents(folder, load_vae(vae), config.data, accelerator=accelerator)
         assert len(cache) == 900
         assert cache.num_missing == 0
-        return cache.encoded
+        return cache.num_encoded
 
     accelerator = start_accelerator(load_config(tmp_path / "config.json"))
-    assert encoded(tmp_path / "vae") == 900
-    assert encoded(tmp_path / "vae") == 0
-    assert encoded(tmp_path / "vae", train__learning_rate=0.5) == 0
+    assert num_encoded(tmp_path / "vae") == 900
+    assert num_encoded(tmp_path / "vae") == 0
+    assert num_encoded(tmp_path / "vae", train__learning_rate=0.5) == 0
     for path in sorted((tmp_path / "data" / "train").glob("*.jpg"))[::300]:
         path.write_bytes(path.read_bytes() + b"\0")
-    assert encoded(tmp_path / "vae") == 3
+    assert num_encoded(tmp_path / "vae") == 3
     vae = make_vae()
     vae.load_state_dict(load_vae(tmp_path / "vae").state_dict())
     with torch.no_grad():
         next(iter(vae.parameters())).view(-1)[0] += 1e-3
     vae.save_pretrained(tmp_path / "other")
-    assert encoded(tmp_path / "other") == 900
+    assert num_encoded(tmp_path / "other") == 900

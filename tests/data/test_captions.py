@@ -40,10 +40,10 @@ def test_cleaning_removes_what_no_person_typed(raw, clean, had_controls):
 
 def test_choice_among_captions_is_even_and_keyed():
     captions = ("a", "b", "c")
-    chosen = [CaptionTransform().draw(captions, rng(seed)) for seed in range(600)]
+    chosen = [CaptionTransform().sample(captions, rng(seed)) for seed in range(600)]
     assert {chosen.count(c) > 150 for c in captions} == {True}
-    assert [CaptionTransform().draw(captions, rng(seed)) for seed in range(600)] == chosen
-    assert {CaptionTransform(choice="first").draw(captions, rng(seed)) for seed in range(9)} == {
+    assert [CaptionTransform().sample(captions, rng(seed)) for seed in range(600)] == chosen
+    assert {CaptionTransform(choice="first").sample(captions, rng(seed)) for seed in range(9)} == {
         "a"
     }
 
@@ -71,7 +71,7 @@ def test_tags_drop_out_at_the_asked_rate_but_for_the_kept_ones():
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
 def test_tag_dropout_out_of_range_is_refused(dropout):
     with pytest.raises(ValueError, match="tag_dropout must be in"):
-        CaptionTransform(tag_dropout=dropout).draw(["a, b"], rng())
+        CaptionTransform(tag_dropout=dropout).sample(["a, b"], rng())
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_the_trigger_word_comes_once(caption, expected):
 
 
 def test_prefix_and_suffix_go_around_everything():
-    edits = CaptionTransform(trigger="sks", prefix="photo, ", suffix=", 4k")
-    assert edits.draw(["dog"], rng()) == edits.settle("dog") == "photo, sks, dog, 4k"
+    edits = CaptionTransform(trigger_word="sks", prefix="photo, ", suffix=", 4k")
+    assert edits.sample(["dog"], rng()) == edits.fixed("dog") == "photo, sks, dog, 4k"
 
 
 def test_the_caption_is_left_alone_by_default():
     caption = "two cats,  one red ,, the other not"
-    assert CaptionTransform().draw([caption], rng()) == caption
+    assert CaptionTransform().sample([caption], rng()) == caption
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def broken_folder(tmp_path: Path, name: str, data: bytes) -> Folder:
     folder = read_folder(tmp_path)
     assert len(folder) == 4
     assert folder.num_found == 5
-    assert folder.bad_fraction == 0.2
+    assert folder.invalid_fraction == 0.2
     with pytest.raises(ValueError, match=name):
         folder.check(max_invalid_fraction=0.1)
     folder.check(max_invalid_fraction=0.2)
@@ -391,7 +391,7 @@ def test_a_image_without_a_caption_is_skipped_or_gets_an_empty_one(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     folder = read_folder(tmp_path)
     assert problem(folder, "no_caption") == (1, "b.png: ")
-    assert folder.bad_fraction == 0.5
+    assert folder.invalid_fraction == 0.5
     folder = read_folder(tmp_path, missing_caption="empty")
     assert [record.captions for record in folder] == [("a",), ("",)]
     assert problem(folder, "empty_caption")[0] == 1

@@ -63,7 +63,7 @@ def test_bad_masks_are_named_and_their_images_left_out(tmp_path: Path) -> None:
         "stray_mask": ["gone.mask.png"],
     }
     assert "41 x 32, its image 40 x 32" in folder.problems["mask_size"].line()
-    assert folder.bad_fraction == 0.5
+    assert folder.invalid_fraction == 0.5
     with pytest.raises(ValueError, match="image without a mask"):
         folder.check()
 
@@ -102,15 +102,15 @@ def test_an_index_knows_masks_and_sees_one_change(tmp_path: Path) -> None:
 def test_a_mask_is_cut_and_mirrored_as_its_image(
     tmp_path: Path, crop: float, flipped: bool
 ) -> None:
-    """Where nothing is resized, the mask's cells are the image's, averaged."""
+    """Where nothing is resized, the mask's latent pixels are the image's, averaged."""
     folder = read_folder(masked_folder(tmp_path / "data"), mask="file")
     plan = square(folder, places=())
-    cells = Masks(folder, plan, FACTOR, "file").mask(1, flipped=flipped, crop=crop)
+    mask = Masks(folder, plan, FACTOR, "file").mask(1, flipped=flipped, crop=crop)
     item = plan.item(1, u=crop, flip=flipped)
     grey = np.asarray(Image.fromarray(load_item(folder, item, digest=None)).convert("L"))
     expected = grey.reshape(8, FACTOR, 8, FACTOR).mean((1, 3)) / 255
-    assert cells.shape == (1, 8, 8)
-    np.testing.assert_allclose(cells[0], expected, atol=1e-6)
+    assert mask.shape == (1, 8, 8)
+    np.testing.assert_allclose(mask[0], expected, atol=1e-6)
 
 
 def test_a_resized_mask_keeps_its_place_and_its_area(tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_a_resized_mask_keeps_its_place_and_its_area(tmp_path: Path) -> None:
     mask[32:64, 64:96] = 255
     Image.fromarray(mask).save(root / "0.mask.png")
     folder = read_folder(root, mask="file")
-    cells = Masks(folder, square(folder), FACTOR, "file").mask(0, flipped=False, crop=0.5)[0]
-    assert float(cells.mean()) == pytest.approx(1 / 16, rel=0.02)
-    assert (cells[2:4, 4:6] > 0.9).all()
-    assert float(cells[:, :3].max()) == float(cells[5:].max()) == 0
+    mask = Masks(folder, square(folder), FACTOR, "file").mask(0, flipped=False, crop=0.5)[0]
+    assert float(mask.mean()) == pytest.approx(1 / 16, rel=0.02)
+    assert (mask[2:4, 4:6] > 0.9).all()
+    assert float(mask[:, :3].max()) == float(mask[5:].max()) == 0
 
 
 def test_alpha_is_the_mask_and_opaque_where_there_is_none(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_a_turned_image_and_its_upright_mask_agree(tmp_path: Path) -> None:
     upright.transpose(Image.Transpose.ROTATE_90).save(root / "0.png", exif=exif)
     upright.convert("L").save(root / "0.mask.png")
     folder = read_folder(root, mask="file")
-    cells = Masks(folder, square(folder), FACTOR, "file").mask(0, flipped=False, crop=0.5)[0]
+    mask = Masks(folder, square(folder), FACTOR, "file").mask(0, flipped=False, crop=0.5)[0]
     expected = np.asarray(upright.convert("L").crop((0, 4, 32, 36)))
-    np.testing.assert_allclose(cells, expected.reshape(8, 4, 8, 4).mean((1, 3)) / 255, atol=1e-6)
+    np.testing.assert_allclose(mask, expected.reshape(8, 4, 8, 4).mean((1, 3)) / 255, atol=1e-6)
 
 
 def test_masks_in_shards_are_those_of_the_folder(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_masks_in_shards_are_those_of_the_folder(tmp_path: Path) -> None:
         )
         for folder in folders
     ]
-    assert [cache.made for cache in caches] == [3, 0]
+    assert [cache.num_read for cache in caches] == [3, 0]
     assert np.array_equal(caches[0].keys, caches[1].keys)
 
 
@@ -191,7 +191,7 @@ def test_cached_masks_are_those_read_and_only_a_changed_one_is_read_again(
         return cache, masks, LatentCache.build(folder, codec, plan=plan, **settings)
 
     cache, masks, _ = build()
-    assert cache.made == 8
+    assert cache.num_read == 8
     for crop in (0.1, 0.9):
         for flipped in (False, True):
             kept = cache.mask(2, flipped=flipped, crop=crop)
@@ -201,8 +201,8 @@ def test_cached_masks_are_those_read_and_only_a_changed_one_is_read_again(
         return
     noise_image(7).convert("L").save(root / "2.mask.png")
     again, masks, latents = build()
-    assert again.made == 2  # both places of the one image
-    assert latents.encoded == 0
+    assert again.num_read == 2  # both places of the one image
+    assert latents.num_encoded == 0
     assert torch.equal(again.mask(2, flipped=False, crop=0.0), masks.mask(2, flipped=False, crop=0))
 
 

@@ -253,7 +253,7 @@ def test_a_broken_image_in_a_shard_is_skipped_by_name(tmp_path):
     folder = read_folder(tmp_path)
     assert told(folder, "truncated")[0].startswith("a.tar/b.png: ")
     assert told(folder, "empty_file") == ["a.tar/c.png: 0 bytes"]
-    assert folder.bad_fraction == pytest.approx(2 / 3)
+    assert folder.invalid_fraction == pytest.approx(2 / 3)
 
 
 def test_shards_beside_loose_images_are_refused(tmp_path):

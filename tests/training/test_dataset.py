@@ -163,7 +163,7 @@ def test_draws_hang_on_epoch_sample_and_place_and_not_on_the_seat() -> None:
 
 
 def test_captions_are_edited_and_sides_never_mirrored() -> None:
-    edits = CaptionTransform(shuffle_tags=True, keep_tags=1, trigger="sks", suffix=", photo")
+    edits = CaptionTransform(shuffle_tags=True, keep_tags=1, trigger_word="sks", suffix=", photo")
     samples, latents, asked = make_samples(edits)
     for place in range(60):
         samples[SampleKey(place % 3, 0, place, 0, 1.0)]

@@ -112,7 +112,7 @@ def test_shards_are_cached_as_the_folder_of_their_members(tmp_path):
                 progress=False,
             )
         )
-    assert [cache.encoded for cache in caches] == [5, 0]
+    assert [cache.num_encoded for cache in caches] == [5, 0]
     np.testing.assert_array_equal(caches[0].keys, caches[1].keys)
 
 

@@ -49,7 +49,7 @@ class LatentCache(CachedVariants):
         codec: LatentCodec,
     ) -> None:
         super().__init__(store, keys, plan=plan, flips=flips)
-        self.encoded, self.factor, self.channels = 0, codec.factor, codec.channels
+        self.num_encoded, self.factor, self.channels = 0, codec.factor, codec.channels
         self.use_scaling_of(codec)
 
     @classmethod
@@ -136,7 +136,7 @@ class LatentCache(CachedVariants):
                     bar.update(len(items))
             finally:
                 writer.flush()
-        cache.encoded = len(todo)
+        cache.num_encoded = len(todo)
         cache._refresh()
         return cache
 
@@ -146,7 +146,7 @@ class LatentCache(CachedVariants):
         self._refresh()
         return len(np.unique(self.keys[self._rows == MISSING], axis=0))
 
-    def complete(self) -> np.ndarray:
+    def complete_records(self) -> np.ndarray:
         """List the records of which everything is encoded, rising."""
         self._refresh()
         return np.flatnonzero((self._rows != MISSING).all(axis=0))
@@ -196,7 +196,7 @@ def verify_cache(
     """
     if len(cache) != len(folder):
         raise ValueError(f"the cache has {len(cache):,} records and the folder {len(folder):,}")
-    there = cache.complete()
+    there = cache.complete_records()
     chosen = np.linspace(0, len(there) - 1, min(num_samples, len(there))).astype(int)
     places = there[np.unique(chosen)]
     flips = range(1 + cache.flips)
@@ -225,7 +225,7 @@ def prune_cache(
     unused: list[Path] = []
     for name in ("latents", "masks", "text"):
         folder = Path(cache_dir) / name
-        unused += TensorStore(folder).without(keep)
+        unused += TensorStore(folder).unreferenced_shards(keep)
         unused += sorted(folder.glob("*.damaged"))
         old = time.time() - LEFTOVER_SECONDS
         unused += [path for path in sorted(folder.glob("*.tmp")) if path.stat().st_mtime < old]

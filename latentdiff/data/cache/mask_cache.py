@@ -1,7 +1,7 @@
-"""Masks averaged over latents' cells, kept on disk beside the latents and addressed by content.
+"""Masks averaged over latent pixels, kept on disk next to the latents and addressed by content.
 
-A key is the hash of the mask's file, the cut and the cell: a mask that changes is read again, and
-nothing else is; no latent depends on it.
+A key is the hash of the mask's file, the crop and the VAE's factor: a mask that changes is read
+again, and nothing else is; no latent depends on a mask.
 """
 
 import json
@@ -24,14 +24,15 @@ MASKS_AT_ONCE = 256
 
 
 class MaskCache(CachedVariants):
-    """The mask of every record of a folder; what is read is mapped from disk.
+    """The mask of every record of a folder, mapped from disk.
 
-    made: how many this process had to read. No mask is kept mirrored: it is turned when it is read.
+    num_read: masks that this process had to read. No mask is stored mirrored: it is mirrored when
+    it is read.
     """
 
     def __init__(self, store: TensorStore, keys: np.ndarray, *, plan: CropPlan) -> None:
         super().__init__(store, keys, plan=plan, flips=False)
-        self.made = 0
+        self.num_read = 0
 
     @classmethod
     def open(cls, masks: Masks, *, cache_dir: Path | str) -> "MaskCache":
@@ -60,7 +61,7 @@ class MaskCache(CachedVariants):
         writer = StoreWriter(cache._store.folder)
 
         def read(place: tuple[int, int]) -> Tensor:
-            return masks.cells(cache._item(*place), digest=digests[place[1]].tobytes())
+            return masks.latent_mask(cache._item(*place), digest=digests[place[1]].tobytes())
 
         with (
             tqdm(total=len(todo), desc="masks", unit="img", disable=not progress) as bar,
@@ -68,22 +69,22 @@ class MaskCache(CachedVariants):
         ):
             try:
                 for places in _of_one_size(todo, masks.plan.sizes):
-                    cells = torch.stack(list(threads.map(read, places.tolist())))
-                    writer.add(cache.keys[places[:, 0], places[:, 1]], cells)
+                    rows = torch.stack(list(threads.map(read, places.tolist())))
+                    writer.add(cache.keys[places[:, 0], places[:, 1]], rows)
                     bar.update(len(places))
             finally:
                 writer.flush()
-        cache.made = len(todo)
+        cache.num_read = len(todo)
         cache._refresh()
         return cache
 
     def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
-        """Return how much of each latent of record `index` counts: (1, h, w) float32 in [0, 1].
+        """Return the weight of each latent pixel of record `index`: (1, h, w) float32 in [0, 1].
 
-        ValueError names one that no process has read.
+        ValueError names a mask that no process has read.
         """
-        cells = self._row(index, flipped=False, crop=crop, name="the mask of record")
-        return cells.flip(-1) if flipped else cells
+        mask = self._row(index, flipped=False, crop=crop, name="the mask of record")
+        return mask.flip(-1) if flipped else mask
 
 
 def mask_keys(masks: Masks, digests: np.ndarray) -> np.ndarray:

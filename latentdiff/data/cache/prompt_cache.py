@@ -26,12 +26,14 @@ T = TypeVar("T")
 CHUNK = 4096  # captions looked up at a time
 
 
-class TextCache:
+class PromptCache:
     """The text states of captions, by caption. encoded: how many this process had to encode; keys:
     (M, 2) uint64, those of the captions it was built for."""
 
-    def __init__(self, store: TensorStore, start: bytes, *, keys: np.ndarray, encoded: int) -> None:
-        self.keys, self.encoded = keys, encoded
+    def __init__(
+        self, store: TensorStore, start: bytes, *, keys: np.ndarray, num_encoded: int
+    ) -> None:
+        self.keys, self.num_encoded = keys, num_encoded
         self._store = store
         self._start = start
 
@@ -48,12 +50,12 @@ class TextCache:
         shard: tuple[int, int] = (0, 1),
         check_rows: bool = False,
         progress: bool = True,
-    ) -> "TextCache":
+    ) -> "PromptCache":
         """Encode the captions, and the null caption, that the cache lacks, and open the result.
 
         Captions may repeat. shard, check_rows and interruption: as in LatentCache.build.
         """
-        start = text_hash(tokenizer, text_encoder, dtype=dtype)
+        start = encoder_hash(tokenizer, text_encoder, dtype=dtype)
         store = TensorStore(Path(cache_dir) / "text", check_all=check_rows)
         writer = StoreWriter(store.folder)
         seen: list[np.ndarray] = []
@@ -67,25 +69,25 @@ class TextCache:
                     todo = {keys[i]: chunk[i] for i in mine if keys[i] not in encoded}
                     for batch in _chunks(todo.items(), batch_size):
                         texts = [caption for _, caption in batch]
-                        states = encode_captions(tokenizer, text_encoder, texts).to(dtype)
-                        writer.add(as_keys(key for key, _ in batch), states)
+                        prompt_embeds = encode_captions(tokenizer, text_encoder, texts).to(dtype)
+                        writer.add(as_keys(key for key, _ in batch), prompt_embeds)
                     encoded |= todo.keys()
                     bar.update(len(chunk))
             finally:
                 writer.flush()
         store.refresh()
         keys_seen = np.unique(np.concatenate(seen), axis=0)
-        return cls(store, start, keys=keys_seen, encoded=len(encoded))
+        return cls(store, start, keys=keys_seen, num_encoded=len(encoded))
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
-    def null(self) -> Tensor:
+    def null_embeds(self) -> Tensor:
         """The null caption's states (L, D)."""
-        return self.states(NULL_CAPTION)
+        return self.prompt_embeds(NULL_CAPTION)
 
-    def states(self, caption: str) -> Tensor:
+    def prompt_embeds(self, caption: str) -> Tensor:
         """Return the text states (L, D) of a caption, in the dtype that is kept.
 
         Raises ValueError for a caption that was not built, and for a damaged file.
@@ -103,7 +105,7 @@ class TextCache:
         return self._store.read(row)
 
 
-def text_keys(
+def prompt_keys(
     captions: Iterable[str],
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
@@ -111,11 +113,11 @@ def text_keys(
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """Hash what the states of captions, and of the null caption, depend on: (M, 2) uint64."""
-    start = text_hash(tokenizer, text_encoder, dtype=dtype)
+    start = encoder_hash(tokenizer, text_encoder, dtype=dtype)
     return as_keys(key_of(start, text.encode()) for text in chain([NULL_CAPTION], captions))
 
 
-def text_hash(
+def encoder_hash(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, *, dtype: torch.dtype
 ) -> bytes:
     """Hash everything but the caption that text states depend on."""

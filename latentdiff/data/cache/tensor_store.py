@@ -90,7 +90,7 @@ class TensorStore:
         # Keys that differ and yet share their first 64 bits count as missing; none ever did.
         return np.where((self._keys[rows] == keys).all(axis=1), rows, MISSING)
 
-    def without(self, keys: np.ndarray) -> list[Path]:
+    def unreferenced_shards(self, keys: np.ndarray) -> list[Path]:
         """List the shards that hold none of the keys (N, 2)."""
         wanted = np.zeros(len(self), bool)
         rows = self.find(keys)

@@ -151,7 +151,7 @@ class Folder(Sequence[Record]):
         """The records at `indices`, in that order; the problems stay those of the whole folder."""
         return Folder(self.root, self._found, rows=self._rows[indices])
 
-    def captioned(self, captions: Sequence[str]) -> "Folder":
+    def with_captions(self, captions: Sequence[str]) -> "Folder":
         """The same records, each with these captions in place of its own."""
         table = self._found.table
         column = pa.array([list(captions)] * len(table), type=CAPTIONS)
@@ -168,7 +168,7 @@ class Folder(Sequence[Record]):
         return validation if len(validation) else self.split("test")
 
     @property
-    def bad_fraction(self) -> float:
+    def invalid_fraction(self) -> float:
         """Skipped images over images found, in [0, 1]."""
         return self.problems.count("skipped") / max(1, self.num_found)
 
@@ -178,10 +178,10 @@ class Folder(Sequence[Record]):
         max_invalid_fraction: share of the images found that may be skipped, in [0, 1].
         """
         lines = [group.headline for group in self.problems.groups("error")]
-        if self.bad_fraction > max_invalid_fraction:
+        if self.invalid_fraction > max_invalid_fraction:
             lines.append(
                 f"{self.problems.count('skipped'):,} of {self.num_found:,} images "
-                f"({self.bad_fraction:.1%}) are left out, more than "
+                f"({self.invalid_fraction:.1%}) are left out, more than "
                 f"data.max_invalid_fraction={max_invalid_fraction:g} allows"
             )
         return lines
@@ -192,7 +192,7 @@ class Folder(Sequence[Record]):
             return
         lines = [f"the data folder {self.root} cannot be used:"]
         lines += [f"  {group.line()}" for group in self.problems.groups("error")]
-        if self.bad_fraction > max_invalid_fraction:
+        if self.invalid_fraction > max_invalid_fraction:
             lines.append(f"  {self.refusals(max_invalid_fraction=max_invalid_fraction)[-1]}:")
             lines += [f"    {group.line()}" for group in self.problems.groups("skipped")]
         lines.append(f"  python scripts/inspect_data.py {self.root} shows everything")

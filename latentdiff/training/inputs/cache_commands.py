@@ -16,7 +16,7 @@ from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.latent_cache import LatentCache, prune_cache, verify_cache
 from latentdiff.data.cache.mask_cache import MaskCache
-from latentdiff.data.cache.prompt_cache import text_keys
+from latentdiff.data.cache.prompt_cache import prompt_keys
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import size_text
 from latentdiff.models.bundled import resolve_model
@@ -89,16 +89,16 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
     for name, folder, data in _parts(config, train, heldout):
         cache = cache_latents(folder, vae, data, accelerator=accelerator)
         assert isinstance(cache, LatentCache)
-        yield Built(f"{name} images", len(cache), cache.encoded)
+        yield Built(f"{name} images", len(cache), cache.num_encoded)
         factor = cache.factor
         masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
         if isinstance(masks, MaskCache):
-            yield Built(f"{name} masks", len(masks), masks.made)
+            yield Built(f"{name} masks", len(masks), masks.num_read)
     if (tower := _text_tower(config)) is not None:
         text_encoder, tokenizer = tower
         captions = unique_captions((train, heldout), caption_transform(config.data))
         texts = cache_text(captions, tokenizer, text_encoder, config.data, accelerator=accelerator)
-        yield Built("captions", len(texts), texts.encoded)
+        yield Built("captions", len(texts), texts.num_encoded)
 
 
 def verify_caches(
@@ -110,7 +110,7 @@ def verify_caches(
     for name, folder, data in _parts(config, train, heldout):
         cache = _opened(folder, codec, data)
         worst = verify_cache(cache, folder, codec, num_samples=num_samples)
-        num_seen = min(num_samples, len(cache.complete()))
+        num_seen = min(num_samples, len(cache.complete_records()))
         yield Verified(f"{name} images", len(cache), cache.num_missing, num_seen, worst)
 
 
@@ -149,7 +149,7 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
                 yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
     if (tower := _text_tower(config)) is not None:
         captions = unique_captions(folders, caption_transform(config.data))
-        yield text_keys(captions, tower[1], tower[0])
+        yield prompt_keys(captions, tower[1], tower[0])
 
 
 def _checked(config: Config) -> tuple[Folder, Folder]:

@@ -214,7 +214,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             "eps": standard_normal(rng("noise"), shape),
             "offset": standard_normal(rng("offset"), (shape[0], 1, 1)),
             "u": torch.tensor(rng("timestep").random(), dtype=torch.float64),
-            "text": self.text(self.edits.draw(captions, rng("caption"))),
+            "text": self.text(self.edits.sample(captions, rng("caption"))),
             "dropped": torch.tensor(rng("dropout").random() < self.caption_dropout),
             "weight": torch.tensor(key.weight, dtype=torch.float32),
             "index_in_step": torch.tensor(key.index_in_step, dtype=torch.int64),

@@ -25,7 +25,7 @@ from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
-from latentdiff.data.cache.prompt_cache import TextCache, encode_captions
+from latentdiff.data.cache.prompt_cache import PromptCache, encode_captions
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import Folder
@@ -142,9 +142,9 @@ def cache_text(
     data: DataConfig,
     *,
     accelerator: Accelerator,
-) -> TextCache:
+) -> PromptCache:
     """Encode the captions that the cache lacks, shared out over the processes, and open it."""
-    cache = TextCache.build(
+    cache = PromptCache.build(
         captions,
         tokenizer,
         text_encoder.to(accelerator.device),
@@ -185,7 +185,7 @@ def caption_transform(data: DataConfig) -> CaptionTransform:
         shuffle_tags=data.shuffle_tags,
         keep_tags=data.keep_tags,
         tag_dropout=data.tag_dropout,
-        trigger=data.trigger_word,
+        trigger_word=data.trigger_word,
         prefix=data.caption_prefix,
         suffix=data.caption_suffix,
     )
@@ -195,7 +195,7 @@ def unique_captions(folders: Iterable[Folder], edits: CaptionTransform) -> Itera
     """Yield the different captions of folders, edited as far as that is the same each time."""
     for folder in folders:
         for caption in iter_py(pc.unique(folder.captions.flatten())):
-            yield edits.settle(caption)
+            yield edits.fixed(caption)
 
 
 class TokenIds:
@@ -220,15 +220,15 @@ class TokenIds:
 class CachedPromptEmbeds:
     """Captions as states (L, D) of a frozen text encoder, encoded once."""
 
-    def __init__(self, cache: TextCache) -> None:
+    def __init__(self, cache: PromptCache) -> None:
         self.cache = cache
 
     def text(self, caption: str) -> Tensor:
-        return self.cache.states(caption)
+        return self.cache.prompt_embeds(caption)
 
     def settled(self, captions: Sequence[str]) -> Tensor:
         """Return states (n, L, D)."""
-        return torch.stack([self.cache.states(caption) for caption in captions])
+        return torch.stack([self.cache.prompt_embeds(caption) for caption in captions])
 
 
 class OnlinePromptEmbeds:

@@ -122,7 +122,7 @@ def read_data(
         trust_index=trust_index,
     )
     folder.check(max_invalid_fraction=data.max_invalid_fraction)
-    folder = folder.captioned(prompts) if prompts else folder
+    folder = folder.with_captions(prompts) if prompts else folder
     train = folder.split("train")
     if not len(train):
         raise ValueError(f"the data folder {data.root} has no image in its training split")
@@ -320,7 +320,7 @@ def _triples(
         eps.append(standard_normal(sample_generator(seed, 0, index, i, purpose), mean.shape))
         if masks is not None:
             kept.append(masks.mask(index, flipped=False, crop=0.5))
-    captions = [edits.settle(folder[int(indices[i])].captions[0]) for i in places]
+    captions = [edits.fixed(folder[int(indices[i])].captions[0]) for i in places]
     return Triples(
         z0=z0,
         eps=eps,
