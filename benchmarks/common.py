@@ -1,4 +1,4 @@
-"""What benchmarks share: taking turns, the machine's name, and its measured limit."""
+"""Shared by the benchmarks: taking turns, the machine's name, and its measured peak."""
 
 import multiprocessing
 import os
@@ -25,13 +25,13 @@ def take_turns(works, *, rounds, warm_up=1):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= warm_up:
-                is_told = isinstance(seconds, float)
-                times[name].append(seconds if is_told else time.perf_counter() - started)
+                is_measured = isinstance(seconds, float)
+                times[name].append(seconds if is_measured else time.perf_counter() - started)
     return times
 
 
-class Apart:
-    """An object in a process of its own: what it sets for its process holds for it alone."""
+class OwnProcess:
+    """An object in a process of its own, whose settings hold for it alone."""
 
     def __init__(self, make, *arguments, **named):
         spawn = multiprocessing.get_context("spawn")
@@ -43,7 +43,7 @@ class Apart:
         theirs.close()
 
     def call(self, method, *arguments):
-        """Return what the object's method returns."""
+        """Call the object's method; return its result."""
         self._pipe.send((method, arguments))
         return self._pipe.recv()
 
@@ -64,7 +64,7 @@ def _serve(pipe, make):
 
 
 def own_seconds():
-    """Return a clock: a process's own time where it has one thread, so that others do not count."""
+    """Return the process's CPU time where it has one thread, so that other jobs do not count."""
     if torch.get_num_threads() == 1 and not torch.cuda.is_available():
         return time.process_time()
     return time.perf_counter()
@@ -82,14 +82,14 @@ def medians(times):
 
 
 def peak_tflops(*, size=2048, device="cpu"):
-    """Return what a large bf16 matrix product reaches, in TFLOP/s."""
+    """Return the speed of a large bf16 matrix product, in TFLOP/s."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     seconds = min(take_turns({"mm": lambda: a @ a}, rounds=5)["mm"])
     return 2 * size**3 / seconds / 1e12
 
 
 def machine():
-    """Return where this ran."""
+    """Describe the machine that this ran on."""
     model = "unknown"
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:

@@ -2,16 +2,17 @@
 
     OMP_NUM_THREADS=1 python benchmarks/heldout_race.py [--minutes 20] [--steps 600] [--decay both]
 
-The baseline does what diffusers' text-to-image example does: it reads images, encodes them and
+The baseline does the same as diffusers' text-to-image example: it reads images, encodes them and
 their captions at every step, and takes torch.optim.AdamW, here in its better settings
-(channels_last, fused). Ours is a run as train_t2i.py prepares it, and its clock starts before the
-folder is read and the caches are built. The two start from equal weights, take the same images in
-the same order and have the same VAE, text encoder, batch, peak rate, weight decay and precision;
-ours has stratified timesteps, a beta2 of 0.99, and Muon in AdamW's place with --optimizer muon. Its
-rate falls as half a cosine over --steps, where it ends; the example's rate is constant, or falls
-over its minutes with --decay both. Each in a process of its own, they take turns of a 24th of
---minutes; after each turn the loss of the raw weights is measured on the same (image, timestep,
-noise) triples, off the clock. With one thread the clock is processor time.
+(channels_last, fused). Ours is a run as `latentdiff train` prepares it, and its clock starts before
+the folder is read and the caches are built. The two start from equal weights, take the same images
+in the same order and have the same VAE, text encoder, batch, peak learning rate, weight decay and
+precision; ours has stratified timesteps, a beta2 of 0.99, and Muon in AdamW's place with
+--optimizer muon. Its learning rate falls as half a cosine over --steps, where it ends; the
+example's is constant, or falls over its minutes with --decay both. Each in a process of its own,
+they take turns of a 24th of --minutes; after each turn the loss of the raw weights is measured on
+the same (image, timestep, noise) triples, off the clock. With one thread the clock is processor
+time.
 
 Prints one JSON line with both curves, [seconds, steps, loss] each. The target is the baseline's
 loss at the end; it is reached where it is first met. Both losses are medians of the last three
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Apart, machine, own_seconds
+from common import OwnProcess, machine, own_seconds
 from train_throughput import HEAD_DIM, TEXT_LAYERS, TEXT_WIDTH, TOKENS, WIDTHS
 
 from latentdiff.config.io import load_config
@@ -89,7 +90,7 @@ def make_config(folder: Path, args: argparse.Namespace) -> Config:
 
 
 class Side:
-    """One that races: its U-Net, its clock, its curve, and how it is measured."""
+    """One side of the race: its U-Net, its clock, its curve, and its measurement."""
 
     def __init__(self):
         self.seconds, self.num_steps, self.curve = 0.0, 0, []
@@ -162,16 +163,16 @@ class Ours(Side):
 
 
 class Baseline(Side):
-    """The example's loop in our own words, from what a prepared run wrote before it trained."""
+    """The example's loop, written anew, from the file that a prepared run wrote."""
 
     def __init__(self, file, decay_seconds):
-        """decay_seconds: over which the rate falls; infinite: it stays."""
+        """decay_seconds: over which the learning rate falls; infinite: it is constant."""
         super().__init__()
         self.decay_seconds = decay_seconds
         vars(self).update(torch.load(file, weights_only=False))
         for part in (self.unet, self.vae):
             part.to(memory_format=torch.channels_last)
-        self.draw = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator().manual_seed(1)
         decay, rate = self.settings.weight_decay, self.settings.learning_rate
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), lr=rate, weight_decay=decay, fused=True
@@ -180,7 +181,7 @@ class Baseline(Side):
 
     @torch.no_grad()
     def inputs(self):
-        """Return latents and text states of this step's images."""
+        """Return latents and prompt embeds of this step's images."""
         paths, captions = zip(
             *(self.images[i] for i in self.order.batch(self.num_steps).indices), strict=True
         )
@@ -188,17 +189,17 @@ class Baseline(Side):
         ids = tokenize(self.tokenizer, captions)
         with torch.autocast("cpu", torch.bfloat16):
             moments = self.vae.encode(pixels.contiguous(memory_format=torch.channels_last))
-            states = encode_text(self.text_encoder, ids)
-        z0 = moments.latent_dist.sample(self.draw) * self.vae.config.scaling_factor
-        return z0.float(), states
+            prompt_embeds = encode_text(self.text_encoder, ids)
+        z0 = moments.latent_dist.sample(self.generator) * self.vae.config.scaling_factor
+        return z0.float(), prompt_embeds
 
     def step(self):
-        z0, states = self.inputs()
-        t = torch.randint(0, self.schedule.num_timesteps, (len(z0),), generator=self.draw)
-        eps = torch.randn(z0.shape, generator=self.draw)
+        z0, prompt_embeds = self.inputs()
+        t = torch.randint(0, self.schedule.num_timesteps, (len(z0),), generator=self.generator)
+        eps = torch.randn(z0.shape, generator=self.generator)
         zt = q_sample(self.schedule, z0, t, eps)
         with torch.autocast("cpu", torch.bfloat16):
-            output = self.unet(zt, t, states, return_dict=False)[0]
+            output = self.unet(zt, t, prompt_embeds, return_dict=False)[0]
         F.mse_loss(output.float(), eps).backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.settings.max_grad_norm)
         rise = min(1.0, (self.num_steps + 1) / self.settings.lr_warmup_steps)
@@ -215,7 +216,7 @@ def smooth(curve, place):
 
 
 def result(ours, baseline):
-    """Say when ours had the loss that the baseline ends with. Both are curves."""
+    """Find where our curve reaches the loss that the baseline's curve ends with."""
     target = smooth(baseline, len(baseline) - 1)
     end, end_steps, _ = baseline[-1]
     met = [k for k in range(len(ours)) if smooth(ours, k) <= target]
@@ -239,7 +240,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=20, help="of the baseline's training")
     parser.add_argument("--steps", type=int, default=600, help="of ours")
     parser.add_argument(
-        "--decay", choices=("ours", "both"), default="ours", help="whose rate falls"
+        "--decay", choices=("ours", "both"), default="ours", help="whose learning rate falls"
     )
     parser.add_argument("--px", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -250,10 +251,10 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="race-") as name:
         folder, file = Path(name), Path(name) / "equal.pt"
-        ours = Apart(Ours, make_config(folder, args), file)
+        ours = OwnProcess(Ours, make_config(folder, args), file)
         curves = {"latentdiff": ours.call("train_until", 0)}
         decay_seconds = 60 * args.minutes if args.decay == "both" else math.inf
-        baseline = Apart(Baseline, file, decay_seconds)
+        baseline = OwnProcess(Baseline, file, decay_seconds)
         for turn in range(1, TURNS + 1):
             seconds = turn / TURNS * args.minutes * 60
             curves["baseline"] = baseline.call("train_until", seconds)

@@ -1,10 +1,10 @@
-"""Peak memory of training, by configuration, beside what the plan says ahead of it.
+"""Measure the peak memory of training by configuration, next to the estimate ahead of it.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [demo] [emoji] [17m]
 
 Each configuration trains two steps in a process of its own, on shapes it writes. `added_gb` is the
-peak of the process while it trains, less what it held once libraries were imported and the data
-encoded, so it compares with `estimate_gb`: weights, gradients, optimiser, averages, activations.
+peak of the process while it trains, less its memory once libraries were imported and the data
+encoded, so it compares with `estimate_gb`: weights, gradients, optimiser, EMA, activations.
 Linux only; prints one JSON line. For the size of Stable Diffusion 1.5 see sd15_size.py.
 """
 
@@ -31,8 +31,8 @@ NUM_IMAGES = 64
 
 def rss_bytes(line):
     """Return the process's VmRSS (now) or VmHWM (at most, since the last reset)."""
-    told = Path("/proc/self/status").read_text().split(f"{line}:")[1]
-    return int(told.split()[0]) * 1024
+    value = Path("/proc/self/status").read_text().split(f"{line}:")[1]
+    return int(value.split()[0]) * 1024
 
 
 def probe(name):
@@ -115,8 +115,8 @@ def main():
     rows = {}
     for name in args.names or CASES:
         command = [sys.executable, __file__, "--probe", name]
-        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows[name] = json.loads(told.splitlines()[-1])
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows[name] = json.loads(output.splitlines()[-1])
     print(json.dumps({"benchmark": "memory", "configurations": rows} | machine()))
 
 

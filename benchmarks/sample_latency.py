@@ -5,12 +5,12 @@
 Calls take turns: the stock pipeline as it comes (float32) and in channels_last, both in bf16 too,
 ours in float32 and bf16 with `fast_cpu.is_on`. Without MODEL a model of the demo's size with
 random weights is made. Prints one JSON line a batch size. Seconds are the process' CPU time, which
-on one thread is what the clock shows on an idle machine, and stays that beside other jobs.
+on one thread is what the clock shows on an idle machine, and stays so next to other jobs.
 `error_255`: the largest difference of ours to the stock image in float32; `bf16_error_ratio`:
 mean error of our bf16 images to the float32 ones over that of the stock bf16 images, to be
 below 1.1, over 16 seeds of each of four prompts, with `bf16_error_interval` its 95 % bootstrap
-interval over the images, drawn 16 at once. `two_passes`: what a pass for each caption takes of
-the time of one pass for both, in our bf16. Several pipelines in one process fill oneDNN's cache of
+interval over the images, generated 16 at once. `two_passes`: the time of a pass for each caption
+over that of one pass for both, in our bf16. Several pipelines in one process fill oneDNN's cache of
 kernels: set ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192.
 """
 
@@ -92,7 +92,7 @@ def take_cpu_turns(works, *, rounds):
     return times
 
 
-def draw(pipeline, size, *, steps, prompt=PROMPT):
+def generate(pipeline, size, *, steps, prompt=PROMPT):
     """Return images (B, H, W, 3) in [0, 1]."""
     generators = [torch.Generator().manual_seed(k) for k in range(size)]
     return pipeline(
@@ -108,14 +108,14 @@ def error_ratio(pipelines, *, steps):
     """Return how much farther our bf16 images are from float32 than stock's, and its interval."""
     gaps = {"stock_bf16": [], "ours_bf16": []}
     for prompt in ERROR_PROMPTS:
-        exact = draw(pipelines["stock"], ERROR_SEEDS, steps=steps, prompt=prompt)
+        exact = generate(pipelines["stock"], ERROR_SEEDS, steps=steps, prompt=prompt)
         for name, found in gaps.items():
-            images = draw(pipelines[name], ERROR_SEEDS, steps=steps, prompt=prompt)
+            images = generate(pipelines[name], ERROR_SEEDS, steps=steps, prompt=prompt)
             found.append(np.abs(images - exact).mean((1, 2, 3)))
     stock, ours = (np.concatenate(found) for found in gaps.values())
     picks = np.random.default_rng(0).integers(len(stock), size=(2000, len(stock)))
-    spread = ours[picks].sum(1) / stock[picks].sum(1)
-    low, high = np.quantile(spread, [0.025, 0.975])
+    ratios = ours[picks].sum(1) / stock[picks].sum(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return round(float(ours.sum() / stock.sum()), 3), [round(float(low), 3), round(float(high), 3)]
 
 
@@ -123,14 +123,14 @@ def error_ratio(pipelines, *, steps):
 def two_passes(pipeline, size, *, rounds=9):
     """Return the seconds of a pass for each caption over those of one pass for both."""
     unet = pipeline.unet
-    cells, width = unet.config.sample_size, unet.config.cross_attention_dim
-    x = torch.randn(size, unet.config.in_channels, cells, cells, dtype=unet.dtype)
+    latent_size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    x = torch.randn(size, unet.config.in_channels, latent_size, latent_size, dtype=unet.dtype)
     tokens = pipeline.tokenizer.model_max_length
-    states, t = torch.randn(2 * size, tokens, width, dtype=unet.dtype), torch.tensor(500)
+    prompt_embeds, t = torch.randn(2 * size, tokens, width, dtype=unet.dtype), torch.tensor(500)
     whole = PackedUNet(unet, torch.Size([2 * size, *x.shape[1:]]))
-    halves = [(PackedUNet(unet, x.shape), own) for own in states.chunk(2)]
+    halves = [(PackedUNet(unet, x.shape), own) for own in prompt_embeds.chunk(2)]
     works = {
-        "one": lambda: whole(x, t, states),
+        "one": lambda: whole(x, t, prompt_embeds),
         "two": lambda: [packed(x, t, own) for packed, own in halves],
     }
     return ratio(take_cpu_turns(works, rounds=rounds), "two", "one")
@@ -152,7 +152,7 @@ def main():
         images = {}
 
         def work(name, size=size, images=images):
-            images[name] = draw(pipelines[name], size, steps=args.steps)
+            images[name] = generate(pipelines[name], size, steps=args.steps)
 
         works = {name: lambda name=name: work(name) for name in pipelines}
         times = take_cpu_turns(works, rounds=args.rounds)

@@ -1,6 +1,6 @@
 """CPU seconds of a guided step of Stable Diffusion 1.5's size at 512 px: ours, stock, OpenVINO.
 
-    OMP_NUM_THREADS=1 python benchmarks/sample_sd15.py [--rounds 3] [--cells 64] [--no_decode]
+    OMP_NUM_THREADS=1 python benchmarks/sample_sd15.py [--rounds 3] [--latent_size 64] [--no_decode]
 
 One U-Net of 860 M parameters with random weights in bf16, batch 2 (both captions of one image),
 takes turns: diffusers' forward pass, contiguous and in channels_last, and the packed one of
@@ -67,13 +67,13 @@ def make_vae():
     return vae.eval().to(torch.bfloat16).to(memory_format=torch.channels_last)
 
 
-def inputs(cells):
-    """Return latents (2, 4, cells, cells), a timestep and text states (2, 77, 768) in bf16.
+def inputs(latent_size):
+    """Return latents (2, 4, latent_size, latent_size), a timestep, prompt embeds (2, 77, 768).
 
-    As in a guided step the latents are the same twice, and the states of two captions.
+    As in a guided step the latents are the same twice, and the prompt embeds are of two captions.
     """
     torch.manual_seed(1)
-    x = torch.randn(1, 4, cells, cells, dtype=torch.bfloat16).repeat(2, 1, 1, 1)
+    x = torch.randn(1, 4, latent_size, latent_size, dtype=torch.bfloat16).repeat(2, 1, 1, 1)
     return x, torch.tensor(500), torch.randn(2, 77, 768, dtype=torch.bfloat16)
 
 
@@ -85,11 +85,11 @@ def openvino_pass(unet, example):
             super().__init__()
             self.unet = unet
 
-        def forward(self, x, t, states):
-            return self.unet(x, t, encoder_hidden_states=states, return_dict=False)[0]
+        def forward(self, x, t, prompt_embeds):
+            return self.unet(x, t, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
-    x, t, states = example
-    example = (x.float(), t, states.float())
+    x, t, prompt_embeds = example
+    example = (x.float(), t, prompt_embeds.float())
     converted = openvino.convert_model(
         Traced(unet), example_input=example, input=[one.shape for one in example]
     )
@@ -103,13 +103,13 @@ def openvino_pass(unet, example):
     return lambda: torch.from_numpy(compiled(arrays)[0])
 
 
-def error_ratio(unet, packed, *, cells):
+def error_ratio(unet, packed, *, latent_size):
     """Return how far our bf16 pass is from the float32 one, over how far the stock bf16 pass is."""
-    x, t, states = inputs(cells)
-    ours = packed(x[:1], t, states).float()
-    stock = unet(x, t, encoder_hidden_states=states, return_dict=False)[0].float()
+    x, t, prompt_embeds = inputs(latent_size)
+    ours = packed(x[:1], t, prompt_embeds).float()
+    stock = unet(x, t, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
     exact = copy.deepcopy(unet).float()(
-        x.float(), t, encoder_hidden_states=states.float(), return_dict=False
+        x.float(), t, encoder_hidden_states=prompt_embeds.float(), return_dict=False
     )[0]
     errors = [float((one - exact).abs().mean()) for one in (ours, stock)]
     return errors[0] / errors[1], errors[1] / float(exact.abs().mean())
@@ -120,32 +120,32 @@ def main():
     """Take turns and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cells", type=int, default=64)
+    parser.add_argument("--latent_size", type=int, default=64)
     parser.add_argument("--no_decode", action="store_true")
     args = parser.parse_args()
     unet = make_unet()
-    x, t, states = inputs(args.cells)
+    x, t, prompt_embeds = inputs(args.latent_size)
     packed = PackedUNet(unet, x.shape)
     channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
     works = {
-        "ours": lambda: packed(x[:1], t, states),
-        "stock": lambda: unet(x, t, encoder_hidden_states=states),
-        "stock_cl": lambda: channels_last(x, t, encoder_hidden_states=states),
+        "ours": lambda: packed(x[:1], t, prompt_embeds),
+        "stock": lambda: unet(x, t, encoder_hidden_states=prompt_embeds),
+        "stock_cl": lambda: channels_last(x, t, encoder_hidden_states=prompt_embeds),
     }
     with FlopCounterMode(display=False) as counter:
         works["stock"]()
     teraflop, peak = counter.get_total_flops() / 1e12, peak_tflops()
-    off, relative = error_ratio(unet, packed, cells=args.cells // 2)
+    error, relative = error_ratio(unet, packed, latent_size=args.latent_size // 2)
     memory = {"before_openvino": peak_gb()}
     if openvino is not None:
-        works["openvino"] = openvino_pass(copy.deepcopy(unet).float(), (x, t, states))
+        works["openvino"] = openvino_pass(copy.deepcopy(unet).float(), (x, t, prompt_embeds))
         memory["with_openvino"] = peak_gb()
     times = take_cpu_turns(works, rounds=args.rounds)
     seconds = medians(times)
-    decode = None if args.no_decode else decode_seconds(args.cells)
+    decode = None if args.no_decode else decode_seconds(args.latent_size)
     figures = {
         "benchmark": "sample_sd15",
-        "cells": args.cells,
+        "latent_size": args.latent_size,
         "ratio_to_channels_last": ratio(times, "stock_cl", "ours"),
         "ratio_to_contiguous": ratio(times, "stock", "ours"),
         "ratio_to_openvino": ratio(times, "openvino", "ours") if openvino else None,
@@ -154,7 +154,7 @@ def main():
         "call_cpu_seconds": decode and {n: STEPS * s + decode for n, s in seconds.items()},
         "teraflop_per_step": round(teraflop, 3),
         "part_of_peak": {n: round(teraflop / s / peak, 3) for n, s in seconds.items()},
-        "error_ratio": round(off, 3),
+        "error_ratio": round(error, 3),
         "stock_relative_error": round(relative, 4),
         "peak_memory_gb": memory,
         "openvino": openvino and openvino.__version__,
@@ -163,14 +163,14 @@ def main():
 
 
 def peak_gb():
-    """Return the most memory that this process has held, in GB."""
+    """Return the peak memory of this process, in GB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
-def decode_seconds(cells):
-    """Return the CPU seconds of one decoding, 8 pixels a cell."""
+def decode_seconds(latent_size):
+    """Return the CPU seconds of one decoding, 8 pixels a latent pixel."""
     codec = LatentCodec(make_vae())
-    z = torch.randn(1, 4, cells, cells)
+    z = torch.randn(1, 4, latent_size, latent_size)
     started = time.process_time()
     codec.decode(z)
     return round(time.process_time() - started, 2)

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rounds 3] [--processes '[1,2]']
 
-The demo's U-Net, forward and backward in bf16, in large steps and in diffusers' own; prints one
-JSON line with images a second and the ratio for each. --processes measures whole runs of
+The demo's U-Net, forward and backward in bf16, with fused operations and with diffusers' own;
+prints one JSON line with images a second and the ratio for each. --processes measures whole runs of
 configs/demo_scratch.yaml instead, with AdamW and with Muon, by the clock and with nothing else
 running. For the data set's size see folder_index.py.
 """
@@ -27,14 +27,14 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo_scratch.yaml"
 RUN_STEPS = 80
 OPTIMIZERS = ("adamw", "muon")
-PLACES = {"batch": [(4, 8), (16, 8), (32, 8), (64, 8)], "cells": [(16, 16), (4, 32)]}
+CASES = {"batch": [(4, 8), (16, 8), (32, 8), (64, 8)], "latent_size": [(16, 16), (4, 32)]}
 
 
-def make_step(batch, cells, *, fused):
-    """Return a forward and backward pass on random latents of cells x cells."""
+def make_step(batch, latent_size, *, fused):
+    """Return a forward and backward pass on random latents of latent_size x latent_size."""
     torch.manual_seed(0)
     unet = build_unet(
-        sample_size=cells,
+        sample_size=latent_size,
         in_channels=8,
         block_out_channels=(64, 128),
         attention_levels=(True, True),
@@ -44,7 +44,7 @@ def make_step(batch, cells, *, fused):
     ).train()
     if fused:
         fuse_transformers(unet)
-    zt, text = torch.randn(batch, 8, cells, cells), torch.randn(batch, 20, 128)
+    zt, text = torch.randn(batch, 8, latent_size, latent_size), torch.randn(batch, 20, 128)
     t = torch.randint(0, 1000, (batch,))
 
     def step():
@@ -57,7 +57,7 @@ def make_step(batch, cells, *, fused):
 
 
 def run_images_per_second(folder, *, processes, optimizer):
-    """Return the median rate of a run's second half, which each of its log lines tells."""
+    """Return the median rate of a run's second half, as its log lines have it."""
     run = folder / f"{optimizer}-{processes}"
     settings = {
         "output_dir": run,
@@ -98,18 +98,18 @@ def process_rows(counts):
 def step_rows(rounds):
     """Return a row for each batch and size of latents."""
     rows = []
-    for batch, cells in PLACES["batch"] + PLACES["cells"]:
+    for batch, latent_size in CASES["batch"] + CASES["latent_size"]:
         works = {
-            "plain": make_step(batch, cells, fused=False),
-            "large_steps": make_step(batch, cells, fused=True),
+            "plain": make_step(batch, latent_size, fused=False),
+            "fused": make_step(batch, latent_size, fused=True),
         }
         times = take_turns(works, rounds=rounds)
         seconds = medians(times)
         rows.append(
             {
                 "batch": batch,
-                "cells": cells,
-                "ratio": ratio(times, "plain", "large_steps"),
+                "latent_size": latent_size,
+                "ratio": ratio(times, "plain", "fused"),
                 "images_per_second": {k: round(batch / s, 1) for k, s in seconds.items()},
             }
         )

@@ -1,9 +1,9 @@
 """Fine-tune a folder of Stable Diffusion 1.5's shape and random weights for a few steps.
 
 Makes the folder (860 M U-Net, CLIP ViT-L text encoder, AutoencoderKL), trains three steps of batch
-1 in bf16 with gradient checkpointing and no EMA, exports, draws an image, and prints one JSON line
-with the peak memory. The whole U-Net at 256 px needs about 20 GB of memory, a LoRA at 512 px far
-less; 12 GB of disk; on two CPU cores some minutes.
+1 in bf16 with gradient checkpointing and no EMA, exports, generates an image, and prints one JSON
+line with the peak memory. The whole U-Net at 256 px needs about 20 GB of memory, a LoRA at 512 px
+far less; 12 GB of disk; on two CPU cores some minutes.
 
 python benchmarks/sd15_size.py [--method full|lora] [--folder DIR]
 """
@@ -62,10 +62,10 @@ def make_folder(path: Path) -> None:
 
 
 def main() -> int:
-    """Make, train, export, draw, report."""
+    """Build, train, export, generate, report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
-    parser.add_argument("--method", choices=METHODS, default="full", help="what is trained")
+    parser.add_argument("--method", choices=METHODS, default="full", help="the trained weights")
     given = parser.parse_args()
     name, size_px = METHODS[given.method]
     folder = given.folder or Path(tempfile.mkdtemp(prefix="sd15-size-"))

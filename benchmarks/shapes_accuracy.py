@@ -1,10 +1,10 @@
-"""How many images of the shapes world show all that their captions ask, over training time.
+"""Measure the share of shapes images that show all that their captions ask, over training time.
 
     make demo-scratch && python benchmarks/shapes_accuracy.py demo-scratch-run/model
 
-RUN: a run's folder. Its pipeline/ draws --num captions of seen and as many of held-out
-combinations, from fixed seeds; each checkpoint that is left (train.keep_every_steps) draws --curve
-of each with its EMA weights. The judge is metrics/shapes_judge.py: geometry and colour, nothing
+RUN: a run's folder. Its pipeline/ generates --num captions of seen and as many of held-out
+combinations, from fixed seeds; each kept checkpoint (train.keep_every_steps) generates --curve of
+each with its EMA weights. metrics/shapes_judge.py judges the images by geometry and colour, nothing
 learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each image against
 another's caption.
 """
@@ -35,7 +35,7 @@ def scenes_for(num):
     return chosen
 
 
-def judge_model(pipe, num, args):
+def model_accuracy(pipe, num, args):
     """Return the share of images that show each attribute and all of them."""
     found = {}
     for name, scenes in scenes_for(num).items():
@@ -69,8 +69,8 @@ def seconds_at(run):
 
 
 @torch.no_grad()
-def take(pipe, checkpoint):
-    """Put a checkpoint's EMA weights into the pipeline's U-Net and text encoder."""
+def load_ema(pipe, checkpoint):
+    """Copy a checkpoint's EMA weights into the pipeline's U-Net and text encoder."""
     for key, tensor in load_file(checkpoint / "ema.safetensors").items():
         part, _, name = key.partition(".")
         if name and name in (own := dict(getattr(pipe, part).named_parameters())):
@@ -78,7 +78,7 @@ def take(pipe, checkpoint):
 
 
 def main():
-    """Judge the run and its checkpoints; print the line."""
+    """Measure the run and its checkpoints; print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--num", type=int, default=256, help="captions of each set")
@@ -89,14 +89,14 @@ def main():
     args = parser.parse_args()
     pipe = LatentDiffPipeline.from_pretrained(str(args.run / "pipeline"))
     pipe.set_progress_bar_config(disable=True)
-    final, passed = judge_model(pipe, args.num, args), seconds_at(args.run)
+    final, passed = model_accuracy(pipe, args.num, args), seconds_at(args.run)
     curve = []
     for checkpoint in sorted((args.run / "checkpoints").glob("step-*"))[:-1]:
         step = int(checkpoint.name.removeprefix("step-"))
-        take(pipe, checkpoint)
+        load_ema(pipe, checkpoint)
         logged = max((one for one in passed if one <= step), default=0)
         point = {"step": step, "training_s": round(passed.get(logged, 0.0))}
-        shares = judge_model(pipe, args.curve, args)
+        shares = model_accuracy(pipe, args.curve, args)
         curve.append(point | {name: shares[name]["all"] for name in shares})
     print(
         json.dumps(

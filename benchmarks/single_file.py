@@ -4,7 +4,7 @@
 
 Writes a .safetensors file of the family's shapes in CompVis' naming with random fp16 weights (a 2.x
 file has OpenCLIP's text encoder, its unused last layer too), opens it with `from_single_file`,
-compares every weight, draws one step at 64 px in bf16, and prints one JSON line a family. Needs
+compares every weight, takes one step at 64 px in bf16, and prints one JSON line a family. Needs
 about 8 GB of memory and 3 GB of disk, and reads nothing from the network.
 """
 
@@ -106,7 +106,7 @@ def write_file(path: Path, family: str) -> int:
     """Write a whole model of a family; return the number of its U-Net's parameters."""
     modules = make_modules(family)
     weights = named(modules, family)
-    if family == "sd2":  # what such files hold beside what is used
+    if family == "sd2":  # such files hold unused weights too
         last = f"{OPEN_CLIP_PREFIX}transformer.resblocks.22."
         weights |= {
             key.replace(".22.", ".23."): value
@@ -130,7 +130,7 @@ def num_different(path: Path, pipe: LatentDiffPipeline, family: str) -> int:
 
 
 def measure(family: str, folder: Path) -> dict[str, Any]:
-    """Write, open, compare and draw."""
+    """Write, open, compare and generate."""
     path = folder / f"{family}.safetensors"
     num = write_file(path, family)
     started = time.perf_counter()

@@ -52,7 +52,7 @@ def options_of(folder, num_train):
 
 
 def probe(options, started):
-    """Train as told; print when what happened, in seconds. started: the process's, of the clock."""
+    """Train; print the seconds of each phase. started: the time of the process's start."""
     moments = {"python": time.time()}
     from latentdiff.config.io import load_config
     from latentdiff.training import loop
@@ -60,17 +60,17 @@ def probe(options, started):
 
     prepare, step = loop.setup, TrainStep.step
 
-    def prepared(*args, **kwargs):
+    def setup_and_note(*args, **kwargs):
         found = prepare(*args, **kwargs)
         moments["models"] = time.time()
         return found
 
-    def stepped(*args, **kwargs):
+    def step_and_note(*args, **kwargs):
         done = step(*args, **kwargs)
         moments["second step" if "first step" in moments else "first step"] = time.time()
         return done
 
-    loop.setup, TrainStep.step = prepared, stepped
+    loop.setup, TrainStep.step = setup_and_note, step_and_note
     loop.train(load_config(ROOT / "configs" / "demo_scratch.yaml", options))
     times = [started, *moments.values()]
     print(json.dumps({name: b - a for name, a, b in zip(moments, times, times[1:], strict=False)}))
@@ -92,8 +92,8 @@ def main():
 
         def train():
             given = [*options, f"--output_dir={name}/run{len(seen)}"]
-            told = run(__file__, "--probe", str(time.time()), *(f" {x}" for x in given))
-            seen.append(json.loads(told.splitlines()[-1]))
+            printed = run(__file__, "--probe", str(time.time()), *(f" {x}" for x in given))
+            seen.append(json.loads(printed.splitlines()[-1]))
 
         works = {"import": lambda: run("-c", "import latentdiff"), "python": lambda: run("-c", "")}
         for script in SCRIPTS:

@@ -3,14 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/train_throughput.py [--rounds 5] [--batch_size 16]
 
 Loops, each in a process of its own, take turns on equal images: `baseline` encodes images and
-captions at every step and takes torch.optim.AdamW as it comes; `baseline_best` is that with
+captions at every step and takes torch.optim.AdamW's defaults; `baseline_best` is that with
 channels_last and fused AdamW, `baseline_best_kept` that with our setting of malloc too;
-`inner_plain` is the U-Net's part of the baseline alone, on latents and text states that lie ready;
-`latentdiff` is the training engine (clip, masked update, EMA) on the same, in the layout that is
-faster on this CPU (contiguous). With one thread, seconds are of processor time. Prints one JSON
-line: ratios are medians over rounds. The cache that the engine reads from is measured in
-cache_build.py, its supply of data in engine_overhead.py. torch.compile is left out of the baseline:
-on one core it takes five minutes.
+`inner_plain` is the U-Net's part of the baseline alone, on precomputed latents and prompt embeds;
+`latentdiff` is our training step (clip, check of the gradients, EMA) on the same, in the layout
+that is faster on this CPU (contiguous). With one thread, seconds are of processor time. Prints one
+JSON line: ratios are medians over rounds. cache_build.py measures our cache, train_step_overhead.py
+our reading of data. The baseline does without torch.compile: on one core it takes five minutes.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from common import Apart, machine, medians, own_seconds, peak_tflops, ratio, take_turns
+from common import OwnProcess, machine, medians, own_seconds, peak_tflops, ratio, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.device import tune_malloc
@@ -76,7 +75,7 @@ class Loop:
         self.ids = torch.randint(0, 500, (batch_size, TOKENS))
 
     def encode(self):
-        """Return latents and text states."""
+        """Return latents and prompt embeds."""
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             z0 = self.parts.vae.encode(self.pixels).latent_dist.sample()
             return z0.float(), encode_text(self.parts.text_encoder, self.ids)
@@ -95,11 +94,11 @@ class Loop:
 
 
 class PlainLoop(Loop):
-    """The example's step in our own words. encodes: at every step, or once."""
+    """The example's step, written anew. encodes: at every step, or once."""
 
-    def __init__(self, batch_size, *, best=False, encodes=True, keeps=False):
+    def __init__(self, batch_size, *, best=False, encodes=True, tunes_malloc=False):
         super().__init__(batch_size)
-        if keeps:
+        if tunes_malloc:
             tune_malloc()
         if best:
             for part in (self.parts.unet, self.parts.vae):
@@ -111,12 +110,12 @@ class PlainLoop(Loop):
         self.schedule = schedule_of(self.parts.scheduler).to("cpu", dtype=torch.float32)
 
     def step(self):
-        z0, states = self.ready or self.encode()
+        z0, prompt_embeds = self.ready or self.encode()
         t = torch.randint(0, 1000, (len(z0),))
         eps = torch.randn_like(z0)
         zt = q_sample(self.schedule, z0, t, eps)
         with torch.autocast("cpu", torch.bfloat16):
-            output = self.parts.unet(zt, t, states, return_dict=False)[0]
+            output = self.parts.unet(zt, t, prompt_embeds, return_dict=False)[0]
         F.mse_loss(output.float(), eps).backward()
         torch.nn.utils.clip_grad_norm_(self.parts.unet.parameters(), 1.0)
         self.optimizer.step()
@@ -124,11 +123,11 @@ class PlainLoop(Loop):
 
 
 class OurLoop(Loop):
-    """The training engine on latents and text states that lie ready."""
+    """Our training step on precomputed latents and prompt embeds."""
 
     def __init__(self, batch_size):
         super().__init__(batch_size)
-        parts, (z0, states) = self.parts, self.encode()
+        parts, (z0, prompt_embeds) = self.parts, self.encode()
         tune_malloc()
         model = TextToImage(parts, trains_text_encoder=False)
         cells = RESOLUTION // 8
@@ -137,7 +136,7 @@ class OurLoop(Loop):
         self.size = size = len(z0)
         self.batch = {
             "z0": z0,
-            "text": states.float(),
+            "text": prompt_embeds.float(),
             "dropped": torch.zeros(size, dtype=torch.bool),
             "index_in_step": torch.arange(size),
             "weight": torch.ones(size),
@@ -148,8 +147,8 @@ class OurLoop(Loop):
             objective=Objective(
                 schedule_of(parts.scheduler).to("cpu", dtype=torch.float32),
                 prediction_type="epsilon",
-                null_text=states[:1].float(),
                 sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(1000)),
+                null_text=prompt_embeds[:1].float(),
             ),
             accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
             lr_schedule=LRSchedule(1e-4, 1e-4, "constant", 0, 1000),
@@ -163,8 +162,8 @@ class OurLoop(Loop):
         )
 
     def step(self):
-        drawn = {"eps": torch.randn_like(self.batch["z0"]), "u": torch.rand(self.size).double()}
-        self.train_step.step(iter([self.batch | drawn]), step=0, count=self.size, accumulation=1)
+        sampled = {"eps": torch.randn_like(self.batch["z0"]), "u": torch.rand(self.size).double()}
+        self.train_step.step(iter([self.batch | sampled]), step=0, count=self.size, accumulation=1)
 
 
 def main():
@@ -175,11 +174,11 @@ def main():
     args = parser.parse_args()
     size = args.batch_size
     loops = {
-        "baseline": Apart(PlainLoop, size),
-        "baseline_best": Apart(PlainLoop, size, best=True),
-        "baseline_best_kept": Apart(PlainLoop, size, best=True, keeps=True),
-        "inner_plain": Apart(PlainLoop, size, encodes=False),
-        "latentdiff": Apart(OurLoop, size),
+        "baseline": OwnProcess(PlainLoop, size),
+        "baseline_best": OwnProcess(PlainLoop, size, best=True),
+        "baseline_best_kept": OwnProcess(PlainLoop, size, best=True, tunes_malloc=True),
+        "inner_plain": OwnProcess(PlainLoop, size, encodes=False),
+        "latentdiff": OwnProcess(OurLoop, size),
     }
     works = {name: partial(loop.call, "timed_step") for name, loop in loops.items()}
     times = take_turns(works, rounds=args.rounds)

@@ -1,7 +1,4 @@
-"""What scripts/sample.py may be told; imports nothing heavy, so that --help is quick.
-
-What scripts/app.py may be told; imports nothing heavy, so that --help is quick.
-"""
+"""Options of the commands `sample` and `app`; imports nothing heavy, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What to draw besides the prompts.
+    """Options of sampling, besides the prompts.
 
     Args:
         out: a .png file for one labelled sheet, or a folder for a file an image; a folder that
@@ -20,28 +17,28 @@ class SampleOptions:
         steps: number of steps, or a list such as [10,20] for a grid.
         guidance_scale: scale of guidance, or a list for a grid; by default the model's own, or 7.5.
         seed: of the first image; the next prompts count up from it.
-        negative_prompt: what not to draw.
+        negative_prompt: a description of what the images should not show.
         num_images: images a prompt.
         batch_size: images made at once; lower it when memory runs out.
         sampler: by name, such as dpm++2m-karras; the model's own by default.
         height: in pixels.
         width: in pixels.
         image: an image to start from.
-        mask: an image that is white where to paint.
+        mask: an image that is white where `image` is to be repainted.
         strength: in (0, 1], how much of the image is made anew.
         guidance_rescale: in [0, 1].
-        guidance_interval: part of the chain that is guided, such as [0.1,0.8].
+        guidance_interval: guided part of the chain, such as [0.1,0.8].
         long_prompts: "cut" or "chunks".
         lora: a LoRA file or folder.
         lora_scale: how strongly it acts.
         dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
-        fast: on a CPU take packed layers, in float32 within 1/255 of diffusers' own; false: its
-            own.
+        fast: on a CPU use packed layers, whose float32 images are within 1/255 of diffusers'
+            layers; false: diffusers' layers.
         compile: compile the U-Net by torch.compile before the first image, which takes minutes
             and is kept for later runs; a guidance_interval or scales of 1 and more compile twice.
             Meant for GPUs: on a CPU `fast` alone is faster.
         device: cpu, cuda, mps; the best there is by default.
-        trace: also write each image's chain and each word's heat map beside it.
+        trace: also write each image's chain and each word's heat map next to it.
     """
 
     out: str
@@ -72,10 +69,10 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class WebUIOptions:
-    """How the playground's page is served.
+    """Options of the web UI.
 
     Args:
-        host: address to listen on; 0.0.0.0 lets others in.
+        host: address to listen on; 0.0.0.0 admits other machines.
         port: to listen on.
         loras: a folder of LoRA files to choose from.
         preview_vae: a small VAE of the same latent space, such as TAESD, for previews.

@@ -1,4 +1,4 @@
-"""Each benchmark says how it is run, and its smallest run prints one JSON line."""
+"""Each benchmark documents its options, and its smallest run prints one JSON line."""
 
 import importlib
 import json
@@ -41,7 +41,7 @@ def figures_of(printed: str) -> dict:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
-    """Let modules build a U-Net and a text encoder of next to nothing."""
+    """Let modules build a U-Net and a text encoder of a few thousand parameters."""
     monkeypatch.syspath_prepend(str(FOLDER))
     small = {"WIDTHS": (32, 32), "TEXT_WIDTH": 32, "TEXT_LAYERS": 1, "HEAD_DIM": 16}
     for name in modules:
@@ -50,8 +50,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
             monkeypatch.setattr(module, constant, value)
 
 
-class Here:
-    """Stands for common.Apart in the test's own process."""
+class SameProcess:
+    """Stands for common.OwnProcess in the test's own process."""
 
     def __init__(self, make, *arguments, **named) -> None:
         self.made = make(*arguments, **named)
@@ -70,7 +70,7 @@ def test_training_loops_are_compared(benchmark, monkeypatch: pytest.MonkeyPatch)
         *("--rounds", "1", "--batch_size", "2"),
         RESOLUTION=32,
         VAE_WIDTHS=(32, 32, 32, 32),
-        Apart=Here,
+        OwnProcess=SameProcess,
         peak_tflops=lambda: 1.0,
     )
     figures = figures_of(printed)
@@ -85,7 +85,7 @@ def test_the_race_measures_both_sides_on_equal_terms(
     sizes = {"minutes": 0.02, "steps": 30, "decay": "both", "px": 32, "batch_size": 4}
     sizes |= {"num_train": 16, "num_heldout": 8}
     options = [f"--{name}={value}" for name, value in sizes.items()]
-    figures = figures_of(benchmark("heldout_race", *options, TURNS=2, Apart=Here))
+    figures = figures_of(benchmark("heldout_race", *options, TURNS=2, OwnProcess=SameProcess))
     curves = figures["curves"]
     (_, steps, first), *_ = curves["baseline"]
     assert (steps, first) == (0, pytest.approx(curves["latentdiff"][0][2], abs=0.02))
@@ -96,9 +96,9 @@ def test_the_race_measures_both_sides_on_equal_terms(
 
 
 def test_growth_with_the_batch_is_measured(benchmark) -> None:
-    places = {"batch": [(2, 4)], "cells": []}
-    (row,) = figures_of(benchmark("scaling", "--rounds", "1", PLACES=places))["rows"]
-    assert (row["batch"], row["cells"]) == (2, 4)
+    cases = {"batch": [(2, 4)], "latent_size": []}
+    (row,) = figures_of(benchmark("scaling", "--rounds", "1", CASES=cases))["rows"]
+    assert (row["batch"], row["latent_size"]) == (2, 4)
 
 
 def test_growth_with_the_processes_is_measured_in_whole_runs(benchmark) -> None:
@@ -116,8 +116,8 @@ def test_a_vae_is_measured_by_dtype_and_layout(benchmark) -> None:
 
 def test_the_wait_for_a_first_step_is_measured(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    told = {"python": 1.0, "models": 2.0, "first step": 3.0, "second step": 0.5}
-    monkeypatch.setattr("startup.run", lambda *arguments: json.dumps(told))
+    seconds = {"python": 1.0, "models": 2.0, "first step": 3.0, "second step": 0.5}
+    monkeypatch.setattr("startup.run", lambda *arguments: json.dumps(seconds))
     figures = figures_of(benchmark("startup", "--rounds", "1", "--num_train", "8", SCRIPTS=("a",)))
-    assert figures["train"] == told
+    assert figures["train"] == seconds
     assert "a --help" in figures["seconds"]

@@ -1,9 +1,9 @@
-"""What a preview at every step costs, beside a step of a Stable-Diffusion-1-size U-Net.
+"""Measure a preview at every step against a step of a U-Net of Stable Diffusion 1's size.
 
-    python benchmarks/preview.py PATH_TO_TAESD
+    python benchmarks/preview_latency.py PATH_TO_TAESD
 
 Prints one JSON line. The U-Net has random weights in bf16 and channels_last, and runs a guided
-step (batch 2) at 64 x 64 cells; the preview is TAESD's in float32.
+step (batch 2) at 64 x 64 latents; the preview is TAESD's in float32.
 """
 
 import json
@@ -41,10 +41,15 @@ def main():
         parameter.normal_(0, 0.02)
     vae = load_vae(sys.argv[1])
     xt, t = torch.randn(2, 4, 64, 64, dtype=torch.bfloat16), torch.tensor(500)
-    states, z0 = torch.randn(2, 77, 768, dtype=torch.bfloat16), torch.randn(1, 4, 64, 64)
-    step = seconds(lambda: unet(xt.contiguous(memory_format=torch.channels_last), t, states))
+    prompt_embeds, z0 = torch.randn(2, 77, 768, dtype=torch.bfloat16), torch.randn(1, 4, 64, 64)
+    step = seconds(lambda: unet(xt.contiguous(memory_format=torch.channels_last), t, prompt_embeds))
     decode = seconds(lambda: preview(vae, z0))
-    result = {"preview_s": decode, "step_s": step, "preview_over_step": decode / step}
+    result = {
+        "benchmark": "preview_latency",
+        "preview_s": decode,
+        "step_s": step,
+        "preview_over_step": decode / step,
+    }
     result |= {"threads": torch.get_num_threads(), "cpu": platform.processor()}
     print(json.dumps(result | {"torch": torch.__version__}))
 

@@ -1,12 +1,12 @@
-"""What keyed random numbers cost: per image in a data worker, and in the training process.
+"""Measure the cost of keyed random numbers: per image in a data worker, and in training's process.
 
-    python benchmarks/draws.py [--cells 64] [--workers 2]
+    python benchmarks/keyed_randomness.py [--latent_size 64] [--workers 2]
 
-Prints one JSON line. Draws are made beside the images, in data workers; what the training process
-pays is taking a finished batch from them, here told in its CPU time. At 1,000 images/s an image has
-1,000 us, and 2 % of that are 20 us: `share_of_step` is what draws add to the training process at
-that speed, over batches of latents and captions alone, to be below 0.02; `workers_needed` is how
-many workers keep up, on cores like this one's.
+Prints one JSON line. Data workers make the random numbers of a sample; the training process only
+takes a finished batch, which is measured in its CPU time. At 1,000 images/s an image has 1,000 us,
+and 2 % of that are 20 us: `share_of_step` is the time that random numbers add to the training
+process at that speed, over batches of latents and captions alone, to be below 0.02;
+`workers_needed` is the number of workers that keep up, on cores like this one's.
 """
 
 import argparse
@@ -29,10 +29,10 @@ IMAGES_PER_SECOND = 1000
 
 
 class ZeroLatents:
-    """Latents that cost nothing, so that draws are all that is measured."""
+    """Latents that cost nothing, so that only random numbers are measured."""
 
-    def __init__(self, cells):
-        self.zero = torch.zeros(CHANNELS, cells, cells)
+    def __init__(self, latent_size):
+        self.zero = torch.zeros(CHANNELS, latent_size, latent_size)
 
     def shape(self, index):
         return tuple(self.zero.shape)
@@ -41,8 +41,8 @@ class ZeroLatents:
         return {"z0": self.zero + noise}
 
 
-class Undrawn(Dataset):
-    """Samples without what is drawn for them."""
+class WithoutRandomness(Dataset):
+    """Samples without their random numbers."""
 
     def __init__(self, samples):
         self.sample = samples[SampleKey(0, 0, 0, 0, 1.0)]
@@ -64,13 +64,13 @@ def microseconds(work, *, repeats=200):
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", type=int, default=64, help="latent cells a side")
+    parser.add_argument("--latent_size", type=int, default=64, help="latent pixels a side")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = Record("0.png", "0.png", ("a red star", "a star"), 512, 512, "train")
     samples = LatentDataset(
-        ZeroLatents(args.cells),
+        ZeroLatents(args.latent_size),
         [record],
         lambda caption: torch.zeros(77, dtype=torch.int64),
         seed=0,
@@ -82,10 +82,10 @@ def main():
     shape = samples.latents.shape(0)
     sample = microseconds(lambda: samples[key])
     process = _in_the_training_process(samples, num_workers=args.workers)
-    undrawn = _in_the_training_process(Undrawn(samples), num_workers=args.workers)
+    without = _in_the_training_process(WithoutRandomness(samples), num_workers=args.workers)
     result = {
-        "benchmark": "sample_generator",
-        "cells": args.cells,
+        "benchmark": "keyed_randomness",
+        "latent_size": args.latent_size,
         "key_us": microseconds(lambda: sample_generator(0, 1, 2, 3, "timestep").random()),
         "noise_us": microseconds(
             lambda: standard_normal(sample_generator(0, 1, 2, 3, "noise"), shape)
@@ -94,8 +94,8 @@ def main():
         "images_per_second_a_worker": 1e6 / sample,
         "workers_needed": -(-sample * IMAGES_PER_SECOND // 1e6),
         "process_us_per_image": process,
-        "process_us_per_image_undrawn": undrawn,
-        "share_of_step": (process - undrawn) * IMAGES_PER_SECOND / 1e6,
+        "process_us_per_image_without_randomness": without,
+        "share_of_step": (process - without) * IMAGES_PER_SECOND / 1e6,
         "workers": args.workers,
         "batch_size": BATCH_SIZE,
         "machine": platform.platform(),

@@ -1,15 +1,16 @@
-"""What the training engine costs beside the bare loop that it stands for, on the same model.
+"""Measure a training step's overhead over the bare loop that it stands for, on the same model.
 
-    OMP_NUM_THREADS=1 python benchmarks/engine_overhead.py [--steps 20] [--batch_size 16] [--small]
+    OMP_NUM_THREADS=1 python benchmarks/train_step_overhead.py [--steps 20] [--batch_size 16]
+        [--small]
 
-Steps of both loops take turns in one process. The engine: data supply with its keyed draws, masked
-update, EMA, log and checkpoints as in a training run, held-out figures and sheets off. The bare
-loop: one batch that lies on the device, forward, loss, backward, clip, fused AdamW. What happens
-now and then is spread over the steps: a log line over `train.log_every_steps`, a checkpoint, as if
-nothing of it ran beside training, over `train.checkpoint_every_steps`. Prints one JSON line:
-`overhead` is the engine's step over the bare one of the same turn, less 1, the median of all turns,
-and its quartiles; `parts` split it up, as shares of a bare step; `rest` is what is in none (copies
-to the device, sums for the log, captions dropped) and the noise of the measurement.
+Steps of both loops take turns in one process. The full loop: training data with keyed random
+numbers, update of finite gradients only, EMA, log and checkpoints as in a training run, held-out
+loss and samples off. The bare loop: one batch that lies on the device, forward, loss, backward,
+clip, fused AdamW. Rare work counts in shares: a log line over `train.log_every_steps`, a
+checkpoint, as if no part of it ran in parallel, over `train.checkpoint_every_steps`. Prints one
+JSON line: `overhead` is the full loop's step over the bare one of the same turn, less 1, the median
+of all turns, and its quartiles; `parts` split it up, as shares of a bare step; `rest` is all other
+work (copies to the device, sums for the log, caption dropout) and the noise of the measurement.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.training import train_step as engine_module
-from latentdiff.training.inputs import dataset as samples_module
+from latentdiff.training import train_step as train_step_module
+from latentdiff.training.inputs import dataset as dataset_module
 from latentdiff.training.inputs.train_data import train_batches
 from latentdiff.training.metrics_log import Window
 from latentdiff.training.model import TextToImage
@@ -67,7 +68,7 @@ def settings(folder, *, small, batch_size, workers):
 
 
 class Clock:
-    """Seconds by part; `watch` times every call of a function. of_cpu: the process's, not wall."""
+    """Seconds by part; `watch` times every call of a function. of_cpu: CPU time, not wall time."""
 
     def __init__(self, device, *, of_cpu):
         self.device, self.seconds = device, defaultdict(float)
@@ -101,10 +102,10 @@ class FullLoop:
         self.window = Window(run.accelerator, max_skipped_steps=20, num_timesteps=1000)
         clock.watch(self, "next_batch", "train_data")
         clock.watch(run.train_step.ema, "update", "ema")
-        clock.watch(engine_module, "clip_gradients", "clip_and_mask")
-        clock.watch(engine_module, "masked_step", "clip_and_mask")
-        for name in ("draws", "normal"):
-            clock.watch(samples_module, name, "draws")
+        clock.watch(train_step_module, "clip_gradients", "clip_and_check")
+        clock.watch(train_step_module, "step_if_finite", "clip_and_check")
+        for name in ("sample_generator", "standard_normal"):
+            clock.watch(dataset_module, name, "random_numbers")
 
     def next_batch(self):
         return next(self.batches)
@@ -130,9 +131,10 @@ class FullLoop:
 
 
 class BareLoop:
-    """What a person writes first: one batch, forward, loss, backward, clip, step.
+    """The simplest loop: one batch, forward, loss, backward, clip, step.
 
-    It moves the engine's own weights: copies elsewhere in memory can be 5 % slower or faster.
+    It updates the training run's own weights: copies elsewhere in memory can be 5 % slower or
+    faster.
     """
 
     def __init__(self, run, clock, batch):
@@ -159,18 +161,18 @@ class BareLoop:
 
 
 def seconds(clock, work):
-    """Return how long a call takes, the device's part included."""
+    """Return the seconds of a call, with those of the device."""
     started = clock.now()
     work()
     return clock.now() - started
 
 
 def measure(full, bare, clock, *, steps):
-    """Take turns; return the seconds of each step of both, and of each part of the former."""
+    """Take turns; return the seconds of each step of both loops, and of the full loop's parts."""
     times = defaultdict(list)
     for number in range(WARM_UP + steps):
         clock.seconds.clear()
-        # Who comes second finds the other's memory in the caches: that takes turns too.
+        # The second loop finds the memory of the first in the caches, so the order alternates.
         loops = [("full", full), ("bare", bare)][:: 1 if number % 2 else -1]
         turn = {name: seconds(clock, loop.step) for name, loop in loops} | clock.seconds
         if number >= WARM_UP:
@@ -188,13 +190,13 @@ def report(run, full, bare, clock, *, steps):
     log = seconds(clock, full.log) / train.log_every_steps
     checkpoint = seconds(clock, full.checkpoint) / train.checkpoint_every_steps
     bare_step = medians["bare"]
-    now_and_then = (log + checkpoint) / bare_step
-    overhead = statistics.median(ratios) - 1 + now_and_then
+    rare_work = (log + checkpoint) / bare_step
+    overhead = statistics.median(ratios) - 1 + rare_work
     parts = {
         "ema": medians["ema"],
-        "draws": medians.get("draws", 0.0),
-        "train_data": medians["train_data"] - medians.get("draws", 0.0),
-        "clip_and_mask": medians["clip_and_mask"] - medians["bare_update"],
+        "random_numbers": medians.get("random_numbers", 0.0),
+        "train_data": medians["train_data"] - medians.get("random_numbers", 0.0),
+        "clip_and_check": medians["clip_and_check"] - medians["bare_update"],
         "log": log,
         "checkpoint": checkpoint,
     }
@@ -202,9 +204,9 @@ def report(run, full, bare, clock, *, steps):
     shares["rest"] = overhead - sum(shares.values())
     quartiles = statistics.quantiles(ratios, n=4)
     return {
-        "benchmark": "engine_overhead",
+        "benchmark": "train_step_overhead",
         "overhead": round(overhead, 4),
-        "overhead_quartiles": [round(q - 1 + now_and_then, 4) for q in quartiles[::2]],
+        "overhead_quartiles": [round(q - 1 + rare_work, 4) for q in quartiles[::2]],
         "parts": {name: round(share, 4) for name, share in shares.items()},
         "step_s": round(medians["full"], 4),
         "bare_step_s": round(bare_step, 4),
@@ -230,7 +232,7 @@ def main():
     args = parser.parse_args()
     quieten_libraries()
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="engine-overhead-") as name:
+    with tempfile.TemporaryDirectory(prefix="train-step-overhead-") as name:
         folder = Path(name)
         write_shapes(folder / "data", num_train=4 * args.batch_size, num_test=1, size_px=128)
         given = settings(folder, small=args.small, batch_size=args.batch_size, workers=args.workers)
