@@ -23,12 +23,14 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     quieten_libraries()
     from latentdiff.data.folder.folder import read_folder
     from latentdiff.data.inspection.html_report import write_report_html
-    from latentdiff.data.inspection.inspect import chosen, inspect_folder, progress_bar
+    from latentdiff.data.inspection.inspect import inspect_folder, matching_settings, progress_bar
     from latentdiff.data.inspection.text_report import report_as_text
 
     settings = {**vars(config.train), **vars(config.data), **options}
-    folder = read_folder(**chosen(settings, read_folder), progress=progress_bar())
-    report = inspect_folder(folder, **chosen(settings, inspect_folder), progress=progress_bar())
+    folder = read_folder(**matching_settings(settings, read_folder), progress=progress_bar())
+    report = inspect_folder(
+        folder, **matching_settings(settings, inspect_folder), progress=progress_bar()
+    )
     if options["html"]:
         write_report_html(report, folder, path=options["html"])
     print(json.dumps(report.to_json(), indent=2) if options["json"] else report_as_text(report))

@@ -1,4 +1,4 @@
-"""The report: figures that are right, planted faults named, text and HTML that are safe to show."""
+"""The data report: right figures, planted faults by name, text and HTML safe to show."""
 
 import html.parser
 import json
@@ -60,17 +60,17 @@ def test_counts_sizes_and_captions(tmp_path):
     assert report.splits == {"train": 4, "validation": 0, "test": 2}
     assert report.sizes is not None
     assert (report.sizes.num_wide, report.sizes.num_tall, report.sizes.num_square) == (4, 1, 1)
-    assert report.sizes.shorter.least == 32
-    assert report.sizes.aspect.most == 2.0
+    assert report.sizes.shorter.min == 32
+    assert report.sizes.aspect.max == 2.0
     assert report.captions is not None
     assert report.captions.num_captions == 9
     assert report.captions.num_different == 5
     assert report.captions.num_empty == 1
-    assert report.captions.most_per_image == 2
+    assert report.captions.max_per_image == 2
     assert sorted(report.captions.repeated) == [("a cat", 3), ("a dog", 3)]
 
 
-def test_tokens_are_counted_and_what_is_cut_is_told(tmp_path):
+def test_tokens_are_counted_and_the_part_cut_off_is_shown(tmp_path):
     captioned_folder(tmp_path, 3)
     long = "image " + "very " * 30 + "last"
     rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(["a", long, "b"])]
@@ -84,10 +84,10 @@ def test_tokens_are_counted_and_what_is_cut_is_told(tmp_path):
     assert worst.num_tokens > 32
     assert worst.caption.endswith(worst.cut)
     assert worst.cut.endswith("very last")
-    assert tokens.spread.least == 3
+    assert tokens.lengths.min == 3
 
 
-def test_buckets_tell_what_they_hold_cut_repeat_and_enlarge(tmp_path):
+def test_bucket_rows_count_images_repeats_enlargements_and_crop_loss(tmp_path):
     sizes = [(64, 64)] * 5 + [(32, 32), (80, 40)]
     captioned_folder(tmp_path, len(sizes))
     for i, (width, height) in enumerate(sizes):
@@ -95,36 +95,36 @@ def test_buckets_tell_what_they_hold_cut_repeat_and_enlarge(tmp_path):
     square, wide = report_on(tmp_path, partial="fill").buckets
     assert (square.width, square.height, square.num_images) == (64, 64, 6)
     assert (square.num_batches, square.last_batch, square.num_repeats) == (2, 4, 2)
-    assert (square.num_enlarged, square.mean_cut) == (1, 0.0)
+    assert (square.num_enlarged, square.mean_crop_loss) == (1, 0.0)
     assert (wide.width, wide.height, wide.worst_id) == (80, 48, "6.png")
-    assert wide.worst_cut == pytest.approx(1 - (80 / 48) / 2)
+    assert wide.max_crop_loss == pytest.approx(1 - (80 / 48) / 2)
     kept = report_on(tmp_path, partial="keep").buckets[0]
     assert (kept.num_batches, kept.last_batch, kept.num_repeats) == (2, 2, 0)
 
 
-def test_the_plan_counts_steps_and_bytes(tmp_path):
+def test_the_cost_counts_steps_and_bytes(tmp_path):
     captioned_folder(tmp_path, 10, width=64, height=64)
     shape = CacheShape(
         latent_factor=8, latent_channels=4, text_tokens=7, text_width=5, value_bytes=2
     )
     calls = []
     report = report_on(tmp_path, cache=shape, encode=lambda pixels: calls.append(pixels.shape))
-    plan = report.plan
-    assert plan.steps_per_epoch == 3
-    assert plan.latent_bytes == 10 * 2 * 4 * 8 * 8 * 2
-    assert plan.text_bytes == 11 * 7 * 5 * 2  # ten captions and the null caption
+    cost = report.cost
+    assert cost.steps_per_epoch == 3
+    assert cost.latent_bytes == 10 * 2 * 4 * 8 * 8 * 2
+    assert cost.text_bytes == 11 * 7 * 5 * 2  # ten captions and the null caption
     assert set(calls) == {(1, 3, 64, 64)}
-    assert plan.seconds == pytest.approx(10 / plan.load_rate + 10 / plan.encode_rate)
-    assert report_on(tmp_path).plan.encode_rate is None
+    assert cost.seconds == pytest.approx(10 / cost.load_rate + 10 / cost.encode_rate)
+    assert report_on(tmp_path).cost.encode_rate is None
 
 
-def test_alike_images_and_leaks_are_told(tmp_path):
+def test_duplicates_and_leaks_are_reported(tmp_path):
     captioned_folder(tmp_path / "train", 3, width=64, height=64)
     captioned_folder(tmp_path / "test", 1, width=64, height=64)  # its 0.png is train's
     noise_image(1, width=64, height=64).save(tmp_path / "train/2.png", compress_level=1)
     folder = read_folder(tmp_path)
-    report = report_on(tmp_path, alike=find_near_duplicates(folder))
-    assert [(g.ids, g.is_exact, g.is_leak) for g in report.alike] == [
+    report = report_on(tmp_path, duplicates=find_near_duplicates(folder))
+    assert [(g.ids, g.is_exact, g.is_leak) for g in report.duplicates] == [
         (["test/0.png", "train/0.png"], True, True),
         (["train/1.png", "train/2.png"], False, False),
     ]
@@ -138,16 +138,16 @@ def test_alike_images_and_leaks_are_told(tmp_path):
 
 
 def planted(root: Path) -> dict[str, str]:
-    """Plant faults in a copy of a good folder: reason -> the name that must be told."""
+    """Plant faults in a copy of a good folder: reason -> the name that the report must show."""
     captioned_folder(root, 40, width=64, height=64)
     lines = (root / "metadata.jsonl").read_text().splitlines()
-    told = {}
+    planted_names = {}
 
     def spoil(number: int, reason: str, data: bytes | None = None, **row: object) -> None:
         if data is not None:
             (root / f"{number}.png").write_bytes(data)
         lines[number] = json.dumps({**json.loads(lines[number]), **row})
-        told[reason] = f"metadata.jsonl:{number + 1}" if row else f"{number}.png"
+        planted_names[reason] = f"metadata.jsonl:{number + 1}" if row else f"{number}.png"
 
     whole = (root / "0.png").read_bytes()
     spoil(0, "truncated", whole[:-40])
@@ -160,33 +160,33 @@ def planted(root: Path) -> dict[str, str]:
     spoil(7, "missing_file", file_name="gone.png")
     save_image(root / "8.png", width=10, height=10)
     save_image(root / "9.png", width=640, height=64)
-    told |= {"too_small": "8.png", "aspect_ratio": "9.png"}
+    planted_names |= {"too_small": "8.png", "aspect_ratio": "9.png"}
     noise_image().save(root / "10.png", "JPEG")
     save_image(root / "extra.png", 77)
     (root / "link.png").symlink_to("/etc/hostname")
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     noise_image(12, width=64, height=64).save(root / "12.png", exif=turned)
-    told |= {"wrong_extension": "10.png", "turned": "12.png", "unlisted": "extra.png"}
-    told["link_leaves"] = "link.png"
+    planted_names |= {"wrong_extension": "10.png", "turned": "12.png", "unlisted": "extra.png"}
+    planted_names["link_leaves"] = "link.png"
     lines += [lines[11], "{broken"]
-    told |= {"listed_twice": "11.png", "broken_metadata": "metadata.jsonl:42"}
+    planted_names |= {"listed_twice": "11.png", "broken_metadata": "metadata.jsonl:42"}
     (root / "metadata.jsonl").write_text("\n".join(lines))
-    return told
+    return planted_names
 
 
 def test_planted_faults_are_all_found_by_name(tmp_path, monkeypatch, capsys):
-    told = planted(tmp_path)
+    planted_names = planted(tmp_path)
     code, out, _ = run(monkeypatch, capsys, str(tmp_path), "--json", "--data.min_size=32")
     assert code == 1
     report = json.loads(out)
     assert not report["is_usable"]
-    for reason, name in told.items():
+    for reason, name in planted_names.items():
         assert name in [e["where"] for e in report["problems"][reason]["examples"]], reason
-    assert len(told) == 16
+    assert len(planted_names) == 16
     code, out, _ = run(monkeypatch, capsys, str(tmp_path), "--data.min_size=32")
     assert code == 1
-    for name in told.values():
+    for name in planted_names.values():
         assert name in out
     assert "NOT USABLE:\n  link that leaves the folder (1)" in out
     assert "\x1b" not in out
@@ -224,10 +224,10 @@ def test_the_fix_a_message_gives_works_as_it_is_printed(tmp_path, monkeypatch, c
     assert run(monkeypatch, capsys, str(tmp_path), fix)[0] == 0
 
 
-def test_quick_skips_the_comparison_and_says_so(tmp_path, monkeypatch, capsys):
+def test_quick_skips_the_search_for_duplicates(tmp_path, monkeypatch, capsys):
     captioned_folder(tmp_path, 2)
     _, out, _ = run(monkeypatch, capsys, str(tmp_path), "--quick")
-    assert "not looked for" in out
+    assert "not searched" in out
     assert "--tokenizer=FOLDER" in out
 
 
@@ -277,9 +277,9 @@ def test_html_escapes_everything_and_fetches_nothing(tmp_path):
 def test_html_is_written_whole_with_thumbnails_of_broken_folders_too(tmp_path):
     planted(tmp_path / "data")
     folder = read_folder(tmp_path / "data", min_size=32)
-    alike = find_near_duplicates(folder)
+    duplicates = find_near_duplicates(folder)
     buckets = make_buckets(64, multiple=16)
-    report = make_data_report(folder, buckets=buckets, batch_size=4, alike=alike)
+    report = make_data_report(folder, buckets=buckets, batch_size=4, duplicates=duplicates)
     write_report_html(report, folder, path=tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert text.endswith("</body></html>")
@@ -321,7 +321,7 @@ def test_json_is_plain_data(tmp_path):
     captioned_folder(tmp_path, 3)
     report = report_on(tmp_path)
     assert json.loads(json.dumps(report.to_json())) == json.loads(json.dumps(report.to_json()))
-    assert not np.isnan(report.plan.load_rate)
+    assert not np.isnan(report.cost.load_rate)
 
 
 @needs_shared
@@ -345,7 +345,7 @@ def test_a_real_leak_is_found():
     near = [ids.index(name) for name in pair] + list(range(0, len(ids), 40))
     some = folder.select(np.unique(near))
     groups = find_near_duplicates(some)
-    assert [[some[i].id for i in group.places] for group in groups] == [pair]
+    assert [[some[i].id for i in group.indices] for group in groups] == [pair]
 
 
 def test_the_script_reports_the_buckets_that_training_would_use(tmp_path, monkeypatch, capsys):
@@ -357,10 +357,10 @@ def test_the_script_reports_the_buckets_that_training_would_use(tmp_path, monkey
     for more in ([], ["--data.buckets=true", "--data.num_crops=3", "--data.random_flip=true"]):
         report = json.loads(run(monkeypatch, capsys, *args, *more)[1])
         sizes.append([(row["width"], row["height"]) for row in report["buckets"]])
-        latent_bytes.append(report["plan"]["latent_bytes"])
+        latent_bytes.append(report["cost"]["latent_bytes"])
     assert sizes == [[(64, 64)], [(48, 80), (64, 64), (80, 48)]]
     assert latent_bytes[1] > 5 * latent_bytes[0]
     report = json.loads(run(monkeypatch, capsys, *args, "--data.cache=false")[1])
-    assert report["plan"]["latent_bytes"] == 0
+    assert report["cost"]["latent_bytes"] == 0
     _, out, _ = run(monkeypatch, capsys, *(arg for arg in args if arg != "--json"))
     assert "--data.buckets=true keeps images nearer" in out

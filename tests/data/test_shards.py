@@ -307,12 +307,12 @@ def test_reports_and_comparisons_work_on_shards(tmp_path):
     write_shard(tmp_path / "test-0.tar", [("x.jpg", encoded(0, "JPEG", **big)), ("x.txt", b"x")])
     folder = read_folder(tmp_path)
     groups = find_near_duplicates(folder)
-    assert [[folder[i].id for i in g.places] for g in groups] == [
+    assert [[folder[i].id for i in g.indices] for g in groups] == [
         ["test-0.tar/x.jpg", "train-0.tar/0000.png"]
     ]
     buckets = make_buckets(32, multiple=16)
-    report = make_data_report(folder, buckets=buckets, batch_size=2, alike=groups)
-    assert report.alike[0].is_leak
+    report = make_data_report(folder, buckets=buckets, batch_size=2, duplicates=groups)
+    assert report.duplicates[0].is_leak
     assert report_as_html(report, folder).count("<img ") >= 6
 
 

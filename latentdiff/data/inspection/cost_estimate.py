@@ -1,4 +1,4 @@
-"""What training on a folder costs: steps, bytes of the cache, and the time to build it."""
+"""The cost of training on a folder: steps, bytes of the cache, and the time to build it."""
 
 import io
 import time
@@ -20,7 +20,7 @@ Encode = Callable[[torch.Tensor], object]
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What an epoch and the cache cost. Bytes and seconds are estimates; rates were measured."""
+    """Cost of an epoch and of the cache. Bytes and seconds are estimates; rates were measured."""
 
     batch_size: int
     steps_per_epoch: int
@@ -33,7 +33,7 @@ class CostEstimate:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What is cached of an image and of a caption, for the estimate of bytes."""
+    """Shapes of the latents and prompt embeddings cached of an image and a caption."""
 
     latent_factor: int = 8
     latent_channels: int = 4
@@ -51,9 +51,9 @@ def estimate_cost(
     cache: CacheShape,
     encode: Encode | None = None,
 ) -> CostEstimate:
-    """Work out what training on a folder costs.
+    """Estimate the cost of training on a folder.
 
-    rows: the buckets of the training split. encode: what the VAE does with pixels (1, 3, H, W) in
+    rows: the buckets of the training split. encode: the VAE's encoder of pixels (1, 3, H, W) in
     [-1, 1]. The folder must not be empty.
     """
     pixels = sum(row.num_images * row.width * row.height for row in rows)
@@ -77,7 +77,7 @@ def estimate_cost(
 def measure_rates(
     folder: Folder, *, size: tuple[int, int], encode: Encode | None
 ) -> tuple[float, float | None]:
-    """Measure images a second, loaded and then encoded, on some spread over the folder.
+    """Measure images a second, loaded and then encoded, on a subsample of the folder.
 
     size: (height, width) in pixels. Each rate is taken over at most three seconds and 64 images.
     """

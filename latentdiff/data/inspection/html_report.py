@@ -17,7 +17,7 @@ from latentdiff.data.inspection.inspect import DataReport
 from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, LongCaption
 from latentdiff.data.inspection.text_report import (
     SEVERITY_TITLES,
-    alike_sections,
+    duplicate_sections,
     leak_text,
     size_text,
     time_text,
@@ -25,7 +25,7 @@ from latentdiff.data.inspection.text_report import (
 from latentdiff.html import figure, grid, inline_image, page, render, table
 from latentdiff.image_io import ImageError, ImageSource, load_thumbnail
 
-NUM_SAMPLES, NUM_GROUPS, NUM_ALIKE, NUM_NAMES, NUM_IMAGES = 24, 12, 4, 200, 6
+NUM_SAMPLES, NUM_GROUPS, NUM_IN_GROUP, NUM_NAMES, NUM_IMAGES = 24, 12, 4, 200, 6
 SIDE = 128  # of a thumbnail in pixels
 MAX_CAPTION = 90  # letters under a thumbnail
 SHOWABLE = (
@@ -79,7 +79,7 @@ def report_as_html(report: DataReport, folder: Folder) -> str:
             ("Sizes", _sizes(folder)),
             ("Captions", _captions(report.captions)),
             ("Buckets of the training images", _buckets(report.buckets, folder)),
-            ("Alike", _alike(report, folder)),
+            ("Duplicates", _duplicates(report, folder)),
             ("Cost", _cost(report)),
         ],
     )
@@ -170,8 +170,8 @@ def _captions(captions: CaptionStats | None) -> Markup:
     counts += (
         "tokens were not counted: no tokenizer was given"
         if tokens is None
-        else f"{tokens.spread.least:.0f} to {tokens.spread.most:.0f} tokens, median "
-        f"{tokens.spread.median:.0f}; {tokens.num_over:,} over the limit of {tokens.limit}"
+        else f"{tokens.lengths.min:.0f} to {tokens.lengths.max:.0f} tokens, median "
+        f"{tokens.lengths.median:.0f}; {tokens.num_over:,} over the limit of {tokens.limit}"
     )
     body = render("<p>{{ counts }}</p>", counts=counts)
     if tokens is not None and tokens.worst:
@@ -195,12 +195,12 @@ def _buckets(rows: Sequence[BucketRow], folder: Folder) -> Markup:
     head += ["cut off", "at worst"]
     lines = [
         [
-            _cut_image(folder, row),
+            _bucket_thumbnail(folder, row),
             f"{row.width} x {row.height}",
             *(f"{n:,}" for n in (row.num_images, row.num_batches, row.last_batch)),
             *(f"{n:,}" for n in (row.num_repeats, row.num_enlarged)),
-            f"{row.mean_cut:.1%}",
-            f"{row.worst_cut:.1%}",
+            f"{row.mean_crop_loss:.1%}",
+            f"{row.max_crop_loss:.1%}",
         ]
         for row in rows
     ]
@@ -209,8 +209,8 @@ def _buckets(rows: Sequence[BucketRow], folder: Folder) -> Markup:
     return note + table(head, lines, classes=("", *["n"] * 8)) if lines else Markup()
 
 
-def _cut_image(folder: Folder, row: BucketRow) -> Markup:
-    """Show an image with what the bucket's centre crop cuts off dimmed."""
+def _bucket_thumbnail(folder: Folder, row: BucketRow) -> Markup:
+    """Show an image with the part that its bucket's centre crop cuts off dimmed."""
     try:
         data = folder.read_bytes_of(row.worst_id)
         image = load_thumbnail(io.BytesIO(data), side=SIDE)
@@ -226,13 +226,13 @@ def _cut_image(folder: Folder, row: BucketRow) -> Markup:
     return inline_image(shown, format="JPEG")
 
 
-def _alike(report: DataReport, folder: Folder) -> Markup:
-    if report.alike is None:
-        return Markup("<p>not looked for</p>")
-    body = Markup("" if report.alike else "<p>no image looks like another</p>")
-    for title, groups in alike_sections(report.alike):
+def _duplicates(report: DataReport, folder: Folder) -> Markup:
+    if report.duplicates is None:
+        return Markup("<p>not searched</p>")
+    body = Markup("" if report.duplicates else "<p>none</p>")
+    for title, groups in duplicate_sections(report.duplicates):
         body += Markup("<p>{} ({:,})</p>").format(title, len(groups))
-        body += grid(_group(folder, group.ids[:NUM_ALIKE]) for group in groups[:NUM_GROUPS])
+        body += grid(_group(folder, group.ids[:NUM_IN_GROUP]) for group in groups[:NUM_GROUPS])
     return body
 
 
@@ -242,19 +242,19 @@ def _group(folder: Folder, names: Sequence[str]) -> Markup:
 
 
 def _cost(report: DataReport) -> Markup:
-    plan = report.plan
-    if plan is None:
+    cost = report.cost
+    if cost is None:
         return Markup()
     encoded = (
         "the VAE was not measured"
-        if plan.encode_rate is None
-        else f"{plan.encode_rate:,.1f} images/s encoded"
+        if cost.encode_rate is None
+        else f"{cost.encode_rate:,.1f} images/s encoded"
     )
     rows = [
-        ["steps an epoch", f"{plan.steps_per_epoch:,} in batches of {plan.batch_size}"],
-        ["cached latents", size_text(plan.latent_bytes)],
-        ["cached text states", size_text(plan.text_bytes)],
-        ["rates", f"{plan.load_rate:,.0f} images/s loaded, {encoded}"],
-        ["time to read all once", time_text(plan.seconds)],
+        ["steps an epoch", f"{cost.steps_per_epoch:,} in batches of {cost.batch_size}"],
+        ["cached latents", size_text(cost.latent_bytes)],
+        ["cached prompt embeddings", size_text(cost.text_bytes)],
+        ["rates", f"{cost.load_rate:,.0f} images/s loaded, {encoded}"],
+        ["time to read all once", time_text(cost.seconds)],
     ]
     return table(["", ""], rows)

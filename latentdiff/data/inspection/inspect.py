@@ -1,9 +1,7 @@
-"""What a captioned folder holds, what is wrong with it, and what training on it would mean.
+"""A report on a captioned folder: its content, its problems, and the cost of training on it.
 
-`make_report` measures; `report_text` and `report_html` show. A report is plain data: `to_json` of
-it is what `scripts/inspect_data.py --json` prints.
-
-A whole inspection of a folder: what `scripts/inspect_data.py` does.
+`inspect_folder` measures by a run's settings; text_report and html_report show the result. A
+report is plain data: `scripts/inspect_data.py --json` prints its `to_json`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +36,7 @@ from latentdiff.models.latents import LatentCodec
 
 @dataclass(frozen=True)
 class DuplicateNames:
-    """Records that are the same image or nearly; `is_leak` if both trained on and held out."""
+    """Ids of images that are equal or nearly so; `is_leak` if both trained on and held out."""
 
     ids: list[str]
     is_exact: bool
@@ -54,11 +52,11 @@ class DataReport:
     num_usable: int
     splits: dict[str, int]
     problems: dict[str, dict[str, Any]]
-    sizes: SizeStats | None  # None of an empty folder, as are captions and plan
+    sizes: SizeStats | None  # None of an empty folder, as are captions and cost
     captions: CaptionStats | None
     buckets: list[BucketRow]
-    alike: list[DuplicateNames] | None  # None where it was not asked for
-    plan: CostEstimate | None
+    duplicates: list[DuplicateNames] | None  # None where they were not searched
+    cost: CostEstimate | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,15 +70,14 @@ def make_data_report(
     partial: Partial = "keep",
     max_invalid_fraction: float = 0.0,
     tokenizer: CLIPTokenizer | None = None,
-    alike: Sequence[DuplicateGroup] | None = None,
+    duplicates: Sequence[DuplicateGroup] | None = None,
     cache: CacheShape | None = None,
     encode: Encode | None = None,
 ) -> DataReport:
     """Measure a folder.
 
-    alike: what `similar.find_alike` found among the folder's records. encode: what the VAE does
-    with pixels (1, 3, H, W) in [-1, 1], to measure its rate. Buckets and steps are those of the
-    training split.
+    duplicates: from `find_near_duplicates`. encode: the VAE's encoder of pixels (1, 3, H, W) in
+    [-1, 1], to measure its speed. Buckets and steps are those of the training split.
     """
     why_not = folder.refusals(max_invalid_fraction=max_invalid_fraction)
     num_in_split = np.bincount(folder.splits, minlength=len(SPLITS)).tolist()
@@ -97,8 +94,8 @@ def make_data_report(
         sizes=size_stats(folder) if len(folder) else None,
         captions=caption_stats(folder, tokenizer) if len(folder) else None,
         buckets=rows,
-        alike=None if alike is None else _duplicate_groups(folder, alike),
-        plan=estimate_cost(
+        duplicates=None if duplicates is None else _duplicate_groups(folder, duplicates),
+        cost=estimate_cost(
             folder, rows, batch_size=batch_size, cache=cache or CacheShape(), encode=encode
         )
         if len(folder)
@@ -107,18 +104,18 @@ def make_data_report(
 
 
 def _problems(folder: Folder) -> dict[str, dict[str, Any]]:
-    told = {}
+    problems = {}
     for key, group in folder.problems.items():
         examples = [{"where": where, "detail": detail} for where, detail in group.examples]
-        told[key] = {**asdict(group.reason), "count": group.count, "examples": examples}
-    return told
+        problems[key] = {**asdict(group.reason), "count": group.count, "examples": examples}
+    return problems
 
 
-def _duplicate_groups(folder: Folder, alike: Sequence[DuplicateGroup]) -> list[DuplicateNames]:
+def _duplicate_groups(folder: Folder, duplicates: Sequence[DuplicateGroup]) -> list[DuplicateNames]:
     is_train = folder.splits == SPLITS.index("train")
     groups = []
-    for group in alike:
-        places = list(group.places)
+    for group in duplicates:
+        places = list(group.indices)
         is_leak = bool(is_train[places].any() and not is_train[places].all())
         groups.append(DuplicateNames([folder[i].id for i in places], group.is_exact, is_leak))
     return sorted(groups, key=lambda group: (not group.is_leak, not group.is_exact, group.ids))
@@ -143,12 +140,11 @@ def inspect_folder(
     cache_dir: str = "",
     progress: Progress | None = None,
 ) -> DataReport:
-    """Report on a folder as training with these settings would meet it.
+    """Report on a folder as training with these settings would read it.
 
-    tokenizer: a folder with a CLIP tokenizer, or a Stable-Diffusion folder that holds one. vae: a
-    folder with a VAE, to measure its rate. random_flip, num_crops, cache: what is cached of each
-    image. quick: do not look for images that are alike, which decodes every image once.
-    cache_dir: where the scan index is, so that it is done once ever. The rest: see DataConfig.
+    tokenizer: folder of a CLIP tokenizer or a Stable-Diffusion model. vae: folder of a VAE, whose
+    speed is measured. quick: skip the search for duplicates, which decodes every image once.
+    cache_dir: of the scan index, so that each image is decoded once ever. The rest: DataConfig.
     """
     sizes: tuple[Bucket, ...] = (Bucket(resolution, resolution),)
     if buckets:
@@ -162,14 +158,16 @@ def inspect_folder(
         partial=partial_batches,
         max_invalid_fraction=max_invalid_fraction,
         tokenizer=load_tokenizer(Path(tokenizer)) if tokenizer else None,
-        alike=None if quick else find_near_duplicates(folder, index=index, progress=progress),
+        duplicates=None if quick else find_near_duplicates(folder, index=index, progress=progress),
         cache=replace(shape, copies=(1 + random_flip) * num_crops * cache),
         encode=encode,
     )
 
 
-def chosen(settings: Mapping[str, Any], function: Callable[..., object]) -> dict[str, Any]:
-    """Choose from many settings those that a function has parameters for."""
+def matching_settings(
+    settings: Mapping[str, Any], function: Callable[..., object]
+) -> dict[str, Any]:
+    """Select from many settings those that a function has parameters for."""
     return {name: settings[name] for name in signature(function).parameters if name in settings}
 
 
@@ -202,7 +200,7 @@ def load_tokenizer(path: Path) -> CLIPTokenizer:
 
 
 def _vae_costs(path: str) -> tuple[CacheShape, Encode]:
-    """Load a VAE, to say how large its latents are and how long it takes."""
+    """Load a VAE; return the shape of its latents and its encoder."""
     codec = LatentCodec(load_vae(path))
 
     @torch.no_grad()

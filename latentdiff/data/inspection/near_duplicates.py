@@ -2,8 +2,9 @@
 
 The hash is the sign pattern of the lowest cosine frequencies of the grey image (Zauner 2010): it
 survives another size, format or JPEG quality. Because it is blind to colour and to fine detail,
-alike hashes count only if the images, shrunk to 8 x 8 in colour, are alike too. Crops of more
-than a few percent and mirrored images are not found.
+close hashes count only if the images, shrunk to 8 x 8 in colour, are close too. Crops of more
+than a few percent and mirrored images are not found. Ours: the hashing
+libraries do not check colour, nor remember files between runs as a scan index does.
 """
 
 import hashlib
@@ -38,9 +39,9 @@ COSINES = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)  # (8
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Images that are alike, as places in the list asked about, rising."""
+    """Equal or nearly equal images, by their indices in the folder, rising."""
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     is_exact: bool  # the files are equal byte for byte
 
 
@@ -49,8 +50,8 @@ def find_near_duplicates(
 ) -> list[DuplicateGroup]:
     """Group the images of a folder that are the same or nearly so.
 
-    Every image is decoded once, and `index` remembers it. A near group holds one image of each
-    set of equal files, so the two kinds of groups can be read apart.
+    Every image is decoded once, and `index` remembers its hashes. A near group holds one image
+    of each set of equal files, so that the two kinds of groups do not overlap.
     """
     hashes = perceptual_hashes(folder, index=index, progress=progress)
     digests = fixed_bytes(hashes["digest"], 16).view("V16").ravel()

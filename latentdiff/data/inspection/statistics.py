@@ -1,4 +1,4 @@
-"""Figures of a folder: sizes, captions and their tokens, and what each bucket does."""
+"""Figures of a folder: image sizes, captions and their tokens, and the use of each bucket."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ NUM_SHOWN = 20  # longest captions, most repeated captions
 class Summary:
     """Five numbers of a distribution."""
 
-    least: float
+    min: float
     low: float  # 5 %
     median: float
     high: float  # 95 %
-    most: float
+    max: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SizeStats:
 
 @dataclass(frozen=True)
 class LongCaption:
-    """A caption that does not fit: its record, how many tokens it has, and what is cut off."""
+    """A caption over the token limit: its record, its number of tokens, and the part cut off."""
 
     id: str
     num_tokens: int
@@ -51,7 +51,7 @@ class LongCaption:
 class TokenStats:
     """Tokens per caption with the start and end token, and the captions over the limit."""
 
-    spread: Summary
+    lengths: Summary
     limit: int
     num_over: int
     worst: list[LongCaption]
@@ -62,7 +62,7 @@ class CaptionStats:
     num_captions: int
     num_different: int
     num_empty: int
-    most_per_image: int
+    max_per_image: int
     repeated: list[tuple[str, int]]  # a caption and how often, most often first
     tokens: TokenStats | None  # None without a tokenizer
 
@@ -78,8 +78,8 @@ class BucketRow:
     last_batch: int  # images in the last batch
     num_repeats: int  # images shown twice in an epoch to fill it
     num_enlarged: int
-    mean_cut: float
-    worst_cut: float
+    mean_crop_loss: float
+    max_crop_loss: float
     worst_id: str
 
 
@@ -103,7 +103,7 @@ def caption_stats(folder: Folder, tokenizer: CLIPTokenizer | None) -> CaptionSta
         num_captions=int(counts.sum()),
         num_different=len(counts),
         num_empty=int(counts[is_empty].sum()),
-        most_per_image=int(pc.max(pc.list_value_length(lists)).as_py()),
+        max_per_image=int(pc.max(pc.list_value_length(lists)).as_py()),
         repeated=repeated,
         tokens=None if tokenizer is None else token_stats(folder, tokenizer),
     )
@@ -132,7 +132,7 @@ def token_stats(folder: Folder, tokenizer: CLIPTokenizer) -> TokenStats:
 def bucket_rows(
     folder: Folder, buckets: Sequence[Bucket], *, batch_size: int, partial: Partial
 ) -> list[BucketRow]:
-    """Say for each bucket in use what it holds, cuts off, enlarges and repeats."""
+    """Count for each bucket in use its images, batches and repeats, and measure its crops."""
     widths, heights = folder.widths, folder.heights
     bucket_of = assign_buckets(widths, heights, buckets=buckets)
     cuts = crop_loss(widths, heights, bucket_of=bucket_of, buckets=buckets)
@@ -155,8 +155,8 @@ def bucket_rows(
                 last_batch=batch_size if is_filled else left,
                 num_repeats=batch_size - left if is_filled else 0,
                 num_enlarged=int(small.sum()),
-                mean_cut=float(cuts[members].mean()),
-                worst_cut=float(cuts[worst]),
+                mean_crop_loss=float(cuts[members].mean()),
+                max_crop_loss=float(cuts[worst]),
                 worst_id=folder[int(worst)].id,
             )
         )
@@ -164,5 +164,5 @@ def bucket_rows(
 
 
 def summarize(numbers: np.ndarray) -> Summary:
-    """Take the least, 5 %, 50 %, 95 % and most of some numbers."""
+    """Take the minimum, 5 %, 50 %, 95 % and maximum of some numbers."""
     return Summary(*(float(x) for x in np.percentile(numbers, [0, 5, 50, 95, 100])))

@@ -7,9 +7,9 @@ from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
 from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, SizeStats, Summary
 from latentdiff.html import printable
 
-MUCH_CUT = 0.05  # of an image's area
+HIGH_CROP_LOSS = 0.05  # of an image's area
 NUM_NAMES = 5  # shown of each kind; --json has the rest
-SEVERITY_TITLES = {"error": "must be mended", "skipped": "left out", "note": "worth knowing"}
+SEVERITY_TITLES = {"error": "must be fixed", "skipped": "skipped", "note": "worth knowing"}
 
 
 def report_as_text(report: DataReport) -> str:
@@ -20,8 +20,8 @@ def report_as_text(report: DataReport) -> str:
         ["SIZES", *_sizes(report.sizes)] if report.sizes else [],
         ["CAPTIONS", *_captions(report.captions)] if report.captions else [],
         ["BUCKETS of the training images", *_buckets(report.buckets)] if report.buckets else [],
-        ["ALIKE", *_alike(report.alike)],
-        ["COST", *_plan(report.plan)] if report.plan else [],
+        ["DUPLICATES", *_duplicates(report.duplicates)],
+        ["COST", *_cost(report.cost)] if report.cost else [],
         [_verdict(report)],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -80,14 +80,14 @@ def _sizes(sizes: SizeStats) -> Iterator[str]:
     yield f"  {sizes.num_wide:,} wide, {sizes.num_tall:,} tall, {sizes.num_square:,} square"
 
 
-def _range(spread: Summary, form: str) -> str:
-    if spread.least == spread.most:
-        return f"{spread.least:{form}}"
-    return f"{spread.least:{form}} to {spread.most:{form}}, median {spread.median:{form}}"
+def _range(numbers: Summary, form: str) -> str:
+    if numbers.min == numbers.max:
+        return f"{numbers.min:{form}}"
+    return f"{numbers.min:{form}} to {numbers.max:{form}}, median {numbers.median:{form}}"
 
 
 def _captions(captions: CaptionStats) -> Iterator[str]:
-    per = captions.most_per_image
+    per = captions.max_per_image
     several = f", up to {per} an image" if per > 1 else ""
     num = counted(captions.num_captions, "caption")
     yield f"  {num}, {captions.num_different:,} different{several}"
@@ -98,7 +98,7 @@ def _captions(captions: CaptionStats) -> Iterator[str]:
         yield "  tokens: not counted; --tokenizer=FOLDER names the tokenizer to count with"
     else:
         over = f"{tokens.num_over:,} over" if tokens.num_over else "none over"
-        yield f"  tokens: {_range(tokens.spread, '.0f')}; {over} the limit of {tokens.limit}"
+        yield f"  tokens: {_range(tokens.lengths, '.0f')}; {over} the limit of {tokens.limit}"
         for long in tokens.worst[:NUM_NAMES]:
             name = printable(long.id)
             yield f"    {name}: {long.num_tokens} tokens, loses {_short(long.cut)}"
@@ -118,20 +118,21 @@ def _buckets(rows: Sequence[BucketRow]) -> Iterator[str]:
         size = f"{row.width} x {row.height}"
         yield (
             f"  {size:>14}  {row.num_images:>8,}  {row.num_batches:>7,}  {row.last_batch:>10,}"
-            f"  {row.num_repeats:>8,}  {row.num_enlarged:>8,}  {row.mean_cut:>7.1%}"
-            f"  {row.worst_cut:>8.1%}" + (f" {printable(row.worst_id)}" if row.worst_cut else "")
+            f"  {row.num_repeats:>8,}  {row.num_enlarged:>8,}  {row.mean_crop_loss:>7.1%}"
+            f"  {row.max_crop_loss:>8.1%}"
+            + (f" {printable(row.worst_id)}" if row.max_crop_loss else "")
         )
     yield "  no image is dropped; cut off: the share of an image outside its bucket's shape"
-    if len(rows) == 1 and rows[0].mean_cut > MUCH_CUT:
+    if len(rows) == 1 and rows[0].mean_crop_loss > HIGH_CROP_LOSS:
         yield "  --data.buckets=true keeps images nearer to their own shape"
 
 
-def _alike(groups: Sequence[DuplicateNames] | None) -> Iterator[str]:
+def _duplicates(groups: Sequence[DuplicateNames] | None) -> Iterator[str]:
     if groups is None:
-        yield "  not looked for (--quick)"
+        yield "  not searched (--quick)"
     elif not groups:
-        yield "  no image looks like another"
-    for title, chosen in alike_sections(groups or []):
+        yield "  none"
+    for title, chosen in duplicate_sections(groups or []):
         yield f"  {title} ({len(chosen):,})"
         for group in chosen[:NUM_NAMES]:
             rest = f" and {len(group.ids) - 4:,} more" if len(group.ids) > 4 else ""
@@ -140,8 +141,8 @@ def _alike(groups: Sequence[DuplicateNames] | None) -> Iterator[str]:
             yield f"    and {len(chosen) - NUM_NAMES:,} more"
 
 
-def alike_sections(groups: Sequence[DuplicateNames]) -> list[tuple[str, list[DuplicateNames]]]:
-    """Sort groups into titled sections, the gravest first; sections without groups are left out."""
+def duplicate_sections(groups: Sequence[DuplicateNames]) -> list[tuple[str, list[DuplicateNames]]]:
+    """Sort groups into titled sections, the gravest first; empty sections are skipped."""
     titles = {
         (True, True): "equal files, both trained on and held out",
         (True, False): "nearly equal images, both trained on and held out",
@@ -155,23 +156,25 @@ def alike_sections(groups: Sequence[DuplicateNames]) -> list[tuple[str, list[Dup
     return [(title, chosen) for title, chosen in sections if chosen]
 
 
-def _plan(plan: CostEstimate) -> Iterator[str]:
-    yield f"  {counted(plan.steps_per_epoch, 'step')} an epoch in batches of {plan.batch_size}"
-    total = size_text(plan.latent_bytes + plan.text_bytes)
-    parts = f"latents {size_text(plan.latent_bytes)}, text states {size_text(plan.text_bytes)}"
+def _cost(cost: CostEstimate) -> Iterator[str]:
+    yield f"  {counted(cost.steps_per_epoch, 'step')} an epoch in batches of {cost.batch_size}"
+    total = size_text(cost.latent_bytes + cost.text_bytes)
+    parts = (
+        f"latents {size_text(cost.latent_bytes)}, prompt embeddings {size_text(cost.text_bytes)}"
+    )
     yield f"  the cache takes about {total}: {parts}"
-    rate = f"{plan.load_rate:,.0f} images/s"
-    if plan.encode_rate is None:
-        yield f"  loading all images once takes {time_text(plan.seconds)} ({rate});"
+    rate = f"{cost.load_rate:,.0f} images/s"
+    if cost.encode_rate is None:
+        yield f"  loading all images once takes {time_text(cost.seconds)} ({rate});"
         yield "  encoding them comes on top, --vae=FOLDER measures it"
     else:
-        rate = f"loads {rate}, encodes {plan.encode_rate:,.1f} images/s"
-        yield f"  building it takes {time_text(plan.seconds)} (one process {rate})"
+        rate = f"loads {rate}, encodes {cost.encode_rate:,.1f} images/s"
+        yield f"  building it takes {time_text(cost.seconds)} (one process {rate})"
 
 
 def leak_text(report: DataReport) -> str:
-    """Say that images are both trained on and held out; "" where none is."""
-    if not (num := sum(group.is_leak for group in report.alike or [])):
+    """Warn of images that are both trained on and held out; "" where none is."""
+    if not (num := sum(group.is_leak for group in report.duplicates or [])):
         return ""
     are = "is" if num == 1 else "are"
     return f"{counted(num, 'image')} {are} both trained on and held out: held-out figures flatter"
