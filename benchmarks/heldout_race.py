@@ -42,7 +42,6 @@ from latentdiff.evaluation.metrics.heldout_loss import triple_losses
 from latentdiff.image_io import load_image
 from latentdiff.models.build import build_text_encoder
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
-from latentdiff.training.inputs.train_data import train_batches
 from latentdiff.training.setup import setup, start_accelerator
 
 TURNS = 24
@@ -137,11 +136,11 @@ class Ours(Side):
         started = own_seconds()
         accelerator = start_accelerator(config)
         self.run = run = setup(config, Path(config.output_dir), accelerator, start=None)
-        self.batches = train_batches(
-            config, run.train_data, run.layout, first_step=0, accelerator=accelerator
+        self.batches = run.train_data.batches(
+            run.layout, first_step=0, last_step=config.train.max_steps, accelerator=accelerator
         )
         self.seconds = own_seconds() - started
-        self.unet, self.triples = run.components.unet, run.train_data.triples
+        self.unet, self.triples = run.components.unet, run.train_data.heldout_triples
         self.schedule = run.train_step.objective.schedule
         self._write(file)
         self.measure()

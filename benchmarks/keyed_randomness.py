@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.folder.folder import Record
-from latentdiff.training.inputs.dataset import LatentDataset, SampleKey, collate
-from latentdiff.training.inputs.randomness import sample_generator, standard_normal
+from latentdiff.training.inputs.batches import collate
+from latentdiff.training.inputs.dataset import LatentDataset
+from latentdiff.training.inputs.randomness import SampleKey, sample_generator, standard_normal
 
 CHANNELS, BATCH_SIZE, NUM_BATCHES = 4, 64, 20
 IMAGES_PER_SECOND = 1000
@@ -72,11 +73,11 @@ def main():
     samples = LatentDataset(
         ZeroLatents(args.latent_size),
         [record],
-        lambda caption: torch.zeros(77, dtype=torch.int64),
+        encode_caption=lambda caption: torch.zeros(77, dtype=torch.int64),
         seed=0,
         caption_dropout=0.1,
         random_flip=True,
-        edits=CaptionTransform(),
+        transform=CaptionTransform(),
     )
     key = SampleKey(index=0, epoch=1, index_in_epoch=5, index_in_step=5, weight=1.0)
     shape = samples.latents.shape(0)

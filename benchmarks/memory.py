@@ -42,7 +42,7 @@ def probe(name):
     from latentdiff.config.io import load_config
     from latentdiff.data.shapes import write_shapes
     from latentdiff.training.inputs.encode import cache_latents
-    from latentdiff.training.inputs.train_data import read_data, train_batches
+    from latentdiff.training.inputs.train_data import read_data
     from latentdiff.training.model import load_vae_of
     from latentdiff.training.plan import estimate_memory
     from latentdiff.training.setup import setup, start_accelerator
@@ -73,8 +73,8 @@ def probe(name):
         before = rss_bytes("VmRSS")
         run = setup(config, folder / "run", accelerator, start=None)
         estimate = estimate_memory(run)
-        batches = train_batches(
-            config, run.train_data, run.layout, first_step=0, accelerator=accelerator
+        batches = run.train_data.batches(
+            run.layout, first_step=0, last_step=config.train.max_steps, accelerator=accelerator
         )
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         for step in range(2):

@@ -33,7 +33,7 @@ from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.training import train_step as train_step_module
 from latentdiff.training.inputs import dataset as dataset_module
-from latentdiff.training.inputs.train_data import train_batches
+from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.metrics_log import Window
 from latentdiff.training.model import TextToImage
 from latentdiff.training.resume import save_state
@@ -96,16 +96,19 @@ class FullLoop:
 
     def __init__(self, run, clock):
         self.run, self.clock, self.done = run, clock, 0
-        self.batches = train_batches(
-            run.config, run.train_data, run.layout, first_step=0, accelerator=run.accelerator
+        self.batches = run.train_data.batches(
+            run.layout,
+            first_step=0,
+            last_step=run.config.train.max_steps,
+            accelerator=run.accelerator,
         )
         self.window = Window(run.accelerator, max_skipped_steps=20, num_timesteps=1000)
         clock.watch(self, "next_batch", "train_data")
         clock.watch(run.train_step.ema, "update", "ema")
         clock.watch(train_step_module, "clip_gradients", "clip_and_check")
         clock.watch(train_step_module, "step_if_finite", "clip_and_check")
-        for name in ("sample_generator", "standard_normal"):
-            clock.watch(dataset_module, name, "random_numbers")
+        clock.watch(dataset_module, "standard_normal", "random_numbers")
+        clock.watch(SampleKey, "generator", "random_numbers")
 
     def next_batch(self):
         return next(self.batches)

@@ -1,4 +1,4 @@
-"""Guidance: dropping captions while training, and steering while sampling.
+"""Guidance: steering samples towards a prompt, or up the gradient of any score.
 
 Classifier-free guidance (Ho & Salimans 2022), its rescaling (Lin et al. 2023), its interval
 (Kynkäänniemi et al. 2024), and guidance by the gradient of any score (Dhariwal & Nichol 2021).
@@ -14,14 +14,6 @@ from latentdiff.diffusion.prediction import check_objective, parametrization, pr
 from latentdiff.diffusion.schedules import Schedule, extract
 
 Score = Callable[[Tensor, Tensor], Tensor]
-
-
-def drop_captions(text_states: Tensor, null_states: Tensor, dropped: Tensor) -> Tensor:
-    """Put the null caption's states where a caption is dropped (Ho & Salimans 2022, Alg. 1).
-
-    text_states: (B, L, D); null_states: (1, L, D) or (B, L, D); dropped: (B,) bool.
-    """
-    return torch.where(dropped.view(-1, 1, 1), null_states.to(text_states.dtype), text_states)
 
 
 def classifier_free(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 from latentdiff.training.checkpoint import best_step
 from latentdiff.training.export import averaged, export
 from latentdiff.training.fsdp import is_sharded
-from latentdiff.training.inputs.train_data import TrainData, train_batches
+from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.inputs.workers import report_worker_crash
 from latentdiff.training.learned_variance import prediction_only
 from latentdiff.training.metrics_log import Window
@@ -62,7 +62,7 @@ def train(config: Config) -> int:
         run = setup(config, folder, accelerator, start=start)
         with (
             StopSignals() as signals,
-            report_worker_crash(run.train_data.samples, run.train_data.ids),
+            report_worker_crash(run.train_data.dataset, run.train_data.ids),
         ):
             first_step = resume(run, start)
             log_plan(run, first_step)
@@ -84,10 +84,13 @@ def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
     A round begins where `step` optimiser steps are done: it logs, evaluates, samples and saves that
     state and then takes the next step, but for the last of the max_steps + 1 rounds.
     """
-    config, settings, accelerator = run.config, run.config.train, run.accelerator
+    settings, accelerator = run.config.train, run.accelerator
     batches = _Timed(
-        train_batches(
-            config, run.train_data, run.layout, first_step=first_step, accelerator=accelerator
+        run.train_data.batches(
+            run.layout,
+            first_step=first_step,
+            last_step=settings.max_steps,
+            accelerator=accelerator,
         )
     )
     window = Window(
@@ -176,7 +179,7 @@ def _eval_heldout(run: Run, done: int, *, last: bool) -> bool:
     training images, whose gap to it tells overfitting. All processes share in it, with the EMA
     weights. The log also has what captions are worth.
     """
-    triples, trained = run.train_data.triples, run.train_data.train_triples
+    triples, trained = run.train_data.heldout_triples, run.train_data.train_triples
     objective = run.train_step.objective
     is_due = done not in run.heldout and _is_due(done, run.config.eval.every_steps, last)
     if triples is None or trained is None or not is_due:
@@ -243,7 +246,7 @@ def _default_prompts(train_data: TrainData) -> list[str]:
     folder = train_data.heldout if len(train_data.heldout) else train_data.train
     looked_at = min(NUM_LOOKED_AT, len(folder))
     places = [len(folder) * k // looked_at for k in range(looked_at)]
-    settled = (train_data.edits.fixed(folder[place].captions[0]) for place in places)
+    settled = (train_data.transform.fixed(folder[place].captions[0]) for place in places)
     distinct = list(dict.fromkeys(settled))
     num = min(8, len(distinct))
     return [distinct[len(distinct) * k // num] for k in range(num)]

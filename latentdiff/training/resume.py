@@ -186,7 +186,7 @@ def save_posthoc_snapshots(run: Run, done: int) -> None:
 
 
 def _num_heldout(run: Run) -> int:
-    return 0 if run.train_data.triples is None else len(run.train_data.triples)
+    return 0 if run.train_data.heldout_triples is None else len(run.train_data.heldout_triples)
 
 
 def run_key(config: Config) -> dict[str, object]:

@@ -30,7 +30,7 @@ from latentdiff.training.distributed import MIXED
 from latentdiff.training.finetune.dreambooth import generate_class_images
 from latentdiff.training.finetune.methods import add_adapters, base_weights_hash, set_trainable
 from latentdiff.training.finetune.textual_inversion import check_captions_have_token
-from latentdiff.training.inputs.dataset import BatchLayout
+from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import (
     cache_latents,
     caption_transform,
@@ -52,8 +52,10 @@ from latentdiff.training.model import (
     use_fused_transformers,
 )
 from latentdiff.training.nearest_images import NearestImages
+from latentdiff.training.objective import Objective
+from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.optim.optimizer import check_optimizer
-from latentdiff.training.train_step import LRSchedule, Objective, TrainStep
+from latentdiff.training.train_step import TrainStep
 
 UNDER_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by accelerate launch
 UNSUPPORTED = {
@@ -159,7 +161,6 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
         )
-    trains_text = trains_text_encoder(config)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", to_yaml(config))
@@ -184,11 +185,10 @@ def setup(config: Config, folder: Path, accelerator: Accelerator, *, start: Path
         heldout,
         components=components,
         latents=latents,
-        trains_text_encoder=trains_text,
         accelerator=accelerator,
-        prior=base.prior if base else None,
+        class_images=base.class_images if base else None,
     )
-    if config.train.keep_best and train_data.triples is None:
+    if config.train.keep_best and train_data.heldout_triples is None:
         raise ValueError(
             "train.keep_best needs held-out images and there are none; set data.heldout_fraction"
         )
@@ -218,7 +218,7 @@ class _BaseModel(NamedTuple):
     """A pretrained model, ready for what learns: its class images, and the weights it had."""
 
     components: Components
-    prior: Folder | None
+    class_images: Folder | None
     weights_hash: str | None  # None where nothing of a run depends on it
 
 
@@ -271,7 +271,7 @@ def build_train_step(
         prediction_type=components.scheduler.config["prediction_type"],
         null_text=train_data.null_text.to(device),
         sample_timesteps=_timestep_sampler(diffusion, components, device),
-        weighting=diffusion.loss_weighting,
+        loss_weighting=diffusion.loss_weighting,
         snr_gamma=diffusion.snr_gamma or None,
         huber_delta=diffusion.huber_delta if diffusion.loss == "huber" else None,
         offset_noise=diffusion.offset_noise,

@@ -25,7 +25,7 @@ from latentdiff.diffusion.timesteps import SamplingOptions, build_timestep_sampl
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.loop import train
-from latentdiff.training.train_step import Objective
+from latentdiff.training.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

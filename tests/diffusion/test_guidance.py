@@ -6,7 +6,6 @@ from torch import Tensor
 from latentdiff.diffusion.ddpm import p_mean_variance, p_sample_loop
 from latentdiff.diffusion.guidance import (
     classifier_free,
-    drop_captions,
     is_guided,
     rescale,
     score_guidance,
@@ -18,30 +17,6 @@ from latentdiff.diffusion.schedules import Schedule, make_betas, rescale_zero_te
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("null_batch", [1, 3])
-def test_dropped_captions_become_the_null_caption(null_batch: int) -> None:
-    text, null = _randn(3, 5, 2, seed=1), _randn(null_batch, 5, 2, seed=2)
-    states = drop_captions(text, null, torch.tensor([False, True, False]))
-    assert torch.equal(states[0], text[0])
-    assert torch.equal(states[1], null.expand(3, 5, 2)[1])
-    assert torch.equal(states[2], text[2])
-
-
-def test_gradients_reach_only_what_was_kept() -> None:
-    text, null = _randn(2, 1, 1).requires_grad_(), _randn(1, 1, 1, seed=2).requires_grad_()
-    drop_captions(text, null, torch.tensor([True, False])).sum().backward()
-    assert text.grad is not None
-    assert null.grad is not None
-    assert text.grad.flatten().tolist() == [0, 1]
-    assert null.grad.flatten().tolist() == [1]
-
-
-def test_dropping_keeps_the_text_states_dtype() -> None:
-    text = _randn(2, 3, 4).to(torch.bfloat16)
-    states = drop_captions(text, _randn(1, 3, 4), torch.tensor([True, False]))
-    assert states.dtype == torch.bfloat16
 
 
 def test_scale_zero_one_and_beyond() -> None:

@@ -30,7 +30,7 @@ from latentdiff.training.learned_variance import (
 )
 from latentdiff.training.loop import train
 from latentdiff.training.model import new_components, pretrained_components
-from latentdiff.training.train_step import Objective
+from latentdiff.training.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -97,7 +97,7 @@ def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) ->
     )
     train_data, heldout = read_data(config.data)
     train_data: Any = SimpleNamespace(
-        train=train_data, heldout=heldout, edits=caption_transform(config.data)
+        train=train_data, heldout=heldout, transform=caption_transform(config.data)
     )
     prompts = _default_prompts(train_data)
     assert len(set(prompts)) == len(prompts)
@@ -201,7 +201,7 @@ def test_states_made_in_the_step_are_those_of_the_cache(
         "data__trigger_word": "sks",
     }
     assert train(make_config(world, tmp_path / "kept", **settings)) == 0
-    assert "text states come from the cache" in caplog.text
+    assert "prompt embeddings come from the cache" in caplog.text
     assert train(make_config(world, tmp_path / "made", **settings, data__shuffle_tags="true")) == 0
     assert "tags change, so the frozen text encoder runs at every step" in caplog.text
     assert_same_losses(tmp_path / "made", tmp_path / "kept", rel=1e-5)

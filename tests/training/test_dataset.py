@@ -1,123 +1,18 @@
-"""Which samples a step takes: one bucket at a time, whatever the layout, and every image."""
+"""One training sample: a function of its key, its caption edited and its sides never mirrored."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.folder.folder import Record
-from latentdiff.training.inputs.dataset import (
-    BatchLayout,
-    EpochOrder,
-    LatentDataset,
-    SampleKey,
-    StepBatchSampler,
-)
-from latentdiff.training.inputs.randomness import epoch_order
-
-BUCKET_OF = np.random.default_rng(0).integers(0, 4, 53).astype(np.int16)
-
-
-def slots_of(
-    order: EpochOrder, layout: BatchLayout, first: int, last: int
-) -> list[list[SampleKey]]:
-    """The slots of each step over all processes, padding left out, by seat."""
-    shares = [
-        list(StepBatchSampler(layout, order, first_step=first, last_step=last, rank=rank))
-        for rank in range(layout.num_processes)
-    ]
-    steps = []
-    for step in range(last - first):
-        part = slice(step * layout.accumulation, (step + 1) * layout.accumulation)
-        seats = [key for share in shares for batch in share[part] for key in batch]
-        steps.append(sorted((s for s in seats if s.weight), key=lambda key: key.index_in_step))
-    return steps
-
-
-def test_without_buckets_the_order_is_the_epochs_permutation() -> None:
-    order = EpochOrder(np.zeros(53, np.int16), batch_size=8, seed=3)
-    assert order.steps_per_epoch == 7
-    for step in (0, 6, 7, 20):
-        epoch, place = divmod(step, 7)
-        batch = order.batch(step)
-        assert (batch.epoch, batch.start) == (epoch, place * 8)
-        wanted = epoch_order(3, epoch, 53)[place * 8 : place * 8 + 8]
-        np.testing.assert_array_equal(batch.indices, wanted)
-    assert order.count(6) == 53 - 48
-
-
-@pytest.mark.parametrize("partial", ["keep", "fill"])
-def test_batches_hold_one_bucket_and_an_epoch_every_image(partial: Any) -> None:
-    order = EpochOrder(BUCKET_OF, batch_size=8, seed=3, partial=partial)
-    for epoch in range(3):
-        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-        batches = [order.batch(step) for step in steps]
-        assert all(batch.epoch == epoch for batch in batches)
-        assert all(len(set(BUCKET_OF[batch.indices])) == 1 for batch in batches)
-        assert [order.count(step) for step in steps] == [len(b.indices) for b in batches]
-        assert batches[0].start == 0
-        for one, following in pairwise(batches):
-            assert following.start == one.start + len(one.indices)
-        seen = np.concatenate([batch.indices for batch in batches])
-        assert set(seen) == set(range(53))
-        if partial == "keep":
-            assert len(seen) == 53
-        else:
-            assert {len(batch.indices) for batch in batches} == {8}
-
-
-def test_an_epochs_order_differs_from_the_last_and_is_found_again() -> None:
-    order, other = (EpochOrder(BUCKET_OF, batch_size=8, seed=3) for _ in range(2))
-    steps = list(range(3 * order.steps_per_epoch))
-    forward = [order.batch(step).indices.tolist() for step in steps]
-    backward = [other.batch(step).indices.tolist() for step in reversed(steps)]
-    assert forward == backward[::-1]
-    assert forward[: len(steps) // 3] != forward[len(steps) // 3 : 2 * len(steps) // 3]
-    assert len(order._epochs) <= 2, "memory stays that of two epochs"
-
-
-@pytest.mark.parametrize("layout", [(8, 0, 1), (8, 3, 1), (8, 1, 2), (8, 2, 3), (8, 8, 4)])
-def test_any_layout_seats_the_same_samples(layout: tuple[int, int, int]) -> None:
-    order = EpochOrder(BUCKET_OF, batch_size=8, seed=1)
-    steps = slots_of(order, BatchLayout.of(*layout), 0, 2 * order.steps_per_epoch)
-    for step, keys in enumerate(steps):
-        batch = order.batch(step)
-        assert [key.index for key in keys] == batch.indices.tolist()
-        assert [key.index_in_step for key in keys] == list(range(len(batch.indices)))
-        assert [key.index_in_epoch - batch.start for key in keys] == [
-            key.index_in_step for key in keys
-        ]
-        assert {key.epoch for key in keys} == {batch.epoch}
-
-
-def test_a_resumed_order_goes_on_in_the_middle_of_an_epoch() -> None:
-    layout = BatchLayout.of(8, 2, 2)
-    whole = slots_of(EpochOrder(BUCKET_OF, batch_size=8, seed=1), layout, 0, 30)
-    for first in (1, 8, 13):
-        assert (
-            slots_of(EpochOrder(BUCKET_OF, batch_size=8, seed=1), layout, first, 30)
-            == whole[first:]
-        )
-
-
-def test_padding_is_of_the_steps_own_bucket_and_counts_nothing() -> None:
-    order, layout = EpochOrder(BUCKET_OF, batch_size=8, seed=1), BatchLayout.of(8, 3, 2)
-    for rank in range(2):
-        keys = StepBatchSampler(layout, order, first_step=0, last_step=20, rank=rank)
-        batches = list(keys)
-        assert len(batches) == len(keys)
-        for number, batch in enumerate(batches):
-            step = order.batch(number // layout.accumulation)
-            assert len(batch) == 3
-            assert {BUCKET_OF[key.index] for key in batch} == {BUCKET_OF[step.indices[0]]}
+from latentdiff.training.inputs.dataset import LatentDataset
+from latentdiff.training.inputs.randomness import SampleKey
 
 
 class Zeros:
-    """Latents that tell how they were asked for."""
+    """Latents that record how they were asked for."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, bool, float]] = []
@@ -132,8 +27,8 @@ class Zeros:
         return {"z0": noise}
 
 
-def make_samples(
-    edits: CaptionTransform, **settings: Any
+def make_dataset(
+    transform: CaptionTransform, **settings: Any
 ) -> tuple[LatentDataset, Zeros, list[str]]:
     captions = [("red, small, round", "a ball"), ("to the left",), ("blue, large, flat",)]
     records = [Record(f"{i}", Path(f"{i}"), c, 8, 8, "train") for i, c in enumerate(captions)]
@@ -144,14 +39,18 @@ def make_samples(
         return torch.zeros(1)
 
     settings = {"seed": 5, "caption_dropout": 0.5, "random_flip": True} | settings
-    return LatentDataset(latents, records, text, edits=edits, **settings), latents, asked
+    return (
+        LatentDataset(latents, records, encode_caption=text, transform=transform, **settings),
+        latents,
+        asked,
+    )
 
 
-def test_draws_hang_on_epoch_sample_and_place_and_not_on_the_seat() -> None:
-    samples, latents, asked = make_samples(CaptionTransform(shuffle_tags=True))
-    first = samples[SampleKey(0, 1, 9, 0, 1.0)]
-    again = samples[SampleKey(0, 1, 9, 3, 0.0)]
-    other = samples[SampleKey(0, 2, 9, 0, 1.0)]
+def test_draws_depend_on_epoch_sample_and_index_in_epoch_and_not_on_index_in_step() -> None:
+    dataset, latents, asked = make_dataset(CaptionTransform(shuffle_tags=True))
+    first = dataset[SampleKey(0, 1, 9, 0, 1.0)]
+    again = dataset[SampleKey(0, 1, 9, 3, 0.0)]
+    other = dataset[SampleKey(0, 2, 9, 0, 1.0)]
     for name in ("z0", "eps", "offset", "u", "dropped"):
         assert torch.equal(first[name], again[name])
     assert not torch.equal(first["eps"], other["eps"])
@@ -163,10 +62,12 @@ def test_draws_hang_on_epoch_sample_and_place_and_not_on_the_seat() -> None:
 
 
 def test_captions_are_edited_and_sides_never_mirrored() -> None:
-    edits = CaptionTransform(shuffle_tags=True, keep_tags=1, trigger_word="sks", suffix=", photo")
-    samples, latents, asked = make_samples(edits)
+    transform = CaptionTransform(
+        shuffle_tags=True, keep_tags=1, trigger_word="sks", suffix=", photo"
+    )
+    dataset, latents, asked = make_dataset(transform)
     for place in range(60):
-        samples[SampleKey(place % 3, 0, place, 0, 1.0)]
+        dataset[SampleKey(place % 3, 0, place, 0, 1.0)]
     assert {caption.split(", ")[1] for caption in asked[2::3]} == {"blue"}
     assert set(asked[2::3]) == {
         f"sks, blue, {rest}, photo" for rest in ("large, flat", "flat, large")

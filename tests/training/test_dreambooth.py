@@ -12,8 +12,7 @@ from fakes_models import make_components
 from fakes_training import read_metrics
 
 from latentdiff.training.finetune.dreambooth import PairedOrder, generate_class_images
-from latentdiff.training.inputs.dataset import EpochOrder
-from latentdiff.training.inputs.train_data import train_batches
+from latentdiff.training.inputs.batches import EpochOrder
 from latentdiff.training.loop import train
 from latentdiff.training.resume import first_checkpoint
 from latentdiff.training.setup import setup
@@ -79,8 +78,8 @@ def test_class_samples_weigh_and_speak_as_they_should(world, tmp_path, cache):
         world, tmp_path / "run", **DREAM, data__cache=cache, train__train_text_encoder="true"
     )
     run = setup(config, tmp_path / "run", Accelerator(cpu=True), start=None)
-    batches = train_batches(
-        config, run.train_data, run.layout, first_step=0, accelerator=run.accelerator
+    batches = run.train_data.batches(
+        run.layout, first_step=0, last_step=config.train.max_steps, accelerator=run.accelerator
     )
     batch = next(batches)
     num = len(run.train_data.train)

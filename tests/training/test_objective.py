@@ -14,7 +14,7 @@ from latentdiff.diffusion.timesteps import (
     logit_normal_probabilities,
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
-from latentdiff.training.train_step import Objective
+from latentdiff.training.objective import Objective
 
 T, B = 1000, 6
 SCHEDULE = schedule_of(make_ddpm_scheduler())
@@ -69,7 +69,7 @@ def test_huber() -> None:
 )
 def test_weights_by_timestep(weighting: str, gamma: float | None, expected: Any) -> None:
     given = batch()
-    found = losses_of(replace(PLAIN, weighting=weighting, snr_gamma=gamma), given)
+    found = losses_of(replace(PLAIN, loss_weighting=weighting, snr_gamma=gamma), given)
     plain = losses_of(PLAIN, given).loss
     torch.testing.assert_close(found.loss / plain, expected(SNR[found.t]).float())
 
@@ -106,11 +106,11 @@ def test_logit_normal_takes_its_mean_and_deviation_from_the_settings() -> None:
     options = SamplingOptions(T, mean=0.7, std=0.5)
     sampler = build_timestep_sampler("logit_normal", options)
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    t, importance = sampler(u, torch.arange(20_000), 20_000)
+    t, importance_weight = sampler(u, torch.arange(20_000), 20_000)
     logit = torch.logit((t + 0.5) / T)
     assert float(logit.mean()) == pytest.approx(0.7, abs=1e-2)
     assert float(logit.std()) == pytest.approx(0.5, abs=1e-2)
-    assert (importance == 1).all()
+    assert (importance_weight == 1).all()
 
 
 def loss_aware() -> Objective:

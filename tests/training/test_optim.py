@@ -1,4 +1,4 @@
-"""Rates as functions of the step; updates that can be skipped; states that come back bitwise."""
+"""Updates that can be skipped; optimiser states that come back bitwise."""
 
 import sys
 from collections.abc import Callable
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
+from latentdiff.training.optim.lr import set_learning_rate
 from latentdiff.training.optim.optimizer import (
     AmpStep,
     build_optimizer,
     clip_gradients,
-    learning_rate,
     parameter_groups,
-    set_learning_rate,
     step_if_finite,
 )
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
@@ -47,38 +46,6 @@ def names_of(module: nn.Module) -> dict[Tensor, str]:
 def everything(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     tensors, _ = optimizer_tensors(optimizer, names_of(module))
     return {name: t.clone() for name, t in {**module.state_dict(), **tensors}.items()}
-
-
-def rate(step: int, schedule: Any, **changed: Any) -> float:
-    options = {"base": 2.0, "lr_warmup_steps": 10, "max_steps": 110, "final_fraction": 0.1}
-    return learning_rate(step, schedule=schedule, **{**options, **changed})
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_rate_rises_to_its_base_and_ends_where_it_should(schedule: str) -> None:
-    assert rate(0, schedule) == pytest.approx(0.2)
-    assert rate(9, schedule) == pytest.approx(2.0)
-    assert rate(10, schedule) == pytest.approx(2.0)
-    middle = {"constant": 2.0, "cosine": 1.1, "linear": 1.1}[schedule]
-    end = {"constant": 2.0, "cosine": 0.2, "linear": 0.2}[schedule]
-    assert rate(60, schedule) == pytest.approx(middle)
-    assert rate(110, schedule) == pytest.approx(end)
-    assert rate(9999, schedule) == pytest.approx(end)
-    assert rate(0, schedule, lr_warmup_steps=0) == pytest.approx(2.0)
-    falls = [rate(step, schedule) for step in range(10, 111)]
-    assert falls == sorted(falls, reverse=True)
-
-
-def test_cosine_equals_torch_and_unknown_schedule_is_refused() -> None:
-    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=2.0)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, eta_min=0.2)
-    for step in range(50):
-        ours = rate(step, "cosine", lr_warmup_steps=0, max_steps=50)
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        reference.step()
-    with pytest.raises(ValueError, match="schedule is 'polynomial'"):
-        rate(0, "polynomial")
 
 
 def test_norms_and_biases_do_not_decay() -> None:

@@ -11,8 +11,8 @@ from latentdiff.diffusion.timesteps import (
     build_timestep_sampler,
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
-from latentdiff.training.inputs.dataset import SMALL_BYTES, collate
-from latentdiff.training.train_step import Objective
+from latentdiff.training.inputs.batches import SMALL_BYTES, collate
+from latentdiff.training.objective import Objective
 
 NUM_TIMESTEPS = 8
 N = 80_000

@@ -33,7 +33,8 @@ from latentdiff.models.text import tokenize, train_tokenizer
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs, collate_pairs
 from latentdiff.training.distributed import single_process_accelerator
 from latentdiff.training.metrics_log import LossLog
-from latentdiff.training.optim.optimizer import AmpStep, TimedRate, parameter_groups
+from latentdiff.training.optim.lr import TimedRate
+from latentdiff.training.optim.optimizer import AmpStep, parameter_groups
 
 LARGEST_SCALE = math.log(100)  # Radford et al. 2021, Sec. 2.5
 RECALLS = (1, 5, 10)

@@ -1,8 +1,8 @@
-"""Prior preservation (Ruiz et al. 2023): the model's own images of a class beside the subject's.
+"""Prior preservation (Ruiz et al. 2023): the model's own images of a class next to the subject's.
 
-The base model draws them once, each by a seed of its own, into a captioned folder that is named by
-model, prompt and sampling settings; they are kept, used again, and topped up. Half of each step's
-images are then of the class, weighed by prior_loss_weight.
+The base model generates the class images once, each from a seed of its own, into a captioned folder
+named by model, prompt and sampling settings; a later run uses them again and adds missing ones.
+Half of each step's images are then of the class, weighted by prior_loss_weight.
 """
 
 import hashlib
@@ -23,14 +23,16 @@ from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.models.components import Components
-from latentdiff.training.inputs.dataset import EpochOrder, LatentDataset, SampleKey, StepBatch
+from latentdiff.training.inputs.batches import EpochOrder, StepBatch
+from latentdiff.training.inputs.dataset import LatentDataset
+from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.preview import IMAGES_AT_ONCE, make_pipeline, prompt_seed
 
 logger = logging.getLogger(__name__)
 
 
 class SubjectAndClassDataset(Dataset[dict[str, Tensor]]):
-    """The subject's samples, and after them those of the class, which weigh prior_loss_weight."""
+    """The subject's samples, then those of the class, weighted by prior_loss_weight."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class SubjectAndClassDataset(Dataset[dict[str, Tensor]]):
         self.num_subject, self.prior_loss_weight = num_subject, prior_loss_weight
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
-        """Return the sample of a slot, as Samples does."""
+        """Return the sample of a key, as LatentDataset does."""
         if key.index < self.num_subject:
             return self.subject[key]
         sample = self.prior[replace(key, index=key.index - self.num_subject)]
@@ -53,14 +55,14 @@ class SubjectAndClassDataset(Dataset[dict[str, Tensor]]):
 
 
 class PairedOrder:
-    """An Order of steps that take as many images of the class as of the subject."""
+    """The order of steps that take as many images of the class as of the subject."""
 
     def __init__(self, subject: EpochOrder, prior: EpochOrder) -> None:
         self.subject, self.prior = subject, prior
         self.bucket_of, self.steps_per_epoch = subject.bucket_of, subject.steps_per_epoch
 
     def batch(self, step: int) -> StepBatch:
-        """Return what optimiser step `step` takes; epochs are the subject's."""
+        """Return the records of optimiser step `step`; epochs are the subject's."""
         own, others = self.subject.batch(step), self.prior.batch(step)
         paired = len(self.bucket_of) + others.indices[: len(own.indices)]
         return StepBatch(own.epoch, own.start, np.concatenate([own.indices, paired]))
@@ -81,9 +83,9 @@ class AllOnesMasks:
         return torch.ones(self.shape)
 
 
-def prior_seed(seed: int) -> int:
-    """Return the seed that class images' noise, timesteps and order depend on."""
-    return prompt_seed(seed, "class pictures")  # a key, not prose: it fixes the draws
+def class_seed(seed: int) -> int:
+    """Return the seed of the class images' noise, timesteps and order."""
+    return prompt_seed(seed, "class pictures")  # a key, not prose: it fixes random numbers
 
 
 def generate_class_images(
@@ -94,10 +96,10 @@ def generate_class_images(
     run_folder: Path,
     accelerator: Accelerator,
 ) -> Folder:
-    """Let the model draw the class images that are missing; return all of them as a folder.
+    """Generate the class images that are missing; return all of them as a folder.
 
-    Shared out over the processes. Image k is the same, but for rounding, whatever their number
-    and however many are there already.
+    Shared out over the processes. Image k is the same, but for rounding, for any number of
+    processes and of images that exist already.
     """
     settings = config.finetune
     made_by = {
@@ -114,12 +116,12 @@ def generate_class_images(
     names = [f"{k:05d}.png" for k in range(settings.num_class_images)]
     missing = [k for k, name in enumerate(names) if not (root / name).is_file()]
     if missing and accelerator.is_main_process:
-        logger.info("drawing %d images of %r into %s", len(missing), settings.class_prompt, root)
+        logger.info("generating %d images of %r into %s", len(missing), settings.class_prompt, root)
     accelerator.wait_for_everyone()  # all have seen the same files
     _generate(config, components, root, missing, accelerator=accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        made = sorted(path.name for path in root.glob("*.png"))  # maybe more than are asked for
+        made = sorted(path.name for path in root.glob("*.png"))  # maybe more than asked for
         rows = [{"file_name": name, "text": settings.class_prompt} for name in made]
         write_text(root / "metadata.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     accelerator.wait_for_everyone()
@@ -137,7 +139,7 @@ def _generate(
     *,
     accelerator: Accelerator,
 ) -> None:
-    """Draw this process's share of the missing images, by their numbers, into `root`."""
+    """Generate this process's share of the missing images, by their numbers, into `root`."""
     settings, size = config.finetune, config.data.resolution
     if not missing:
         return

@@ -1,8 +1,9 @@
 """A run's images and captions, encoded as its settings ask: buckets and crops, latents, text.
 
-Images are encoded once into the cache, or at every step without it. Captions become token ids
-for a text encoder that learns, states from the cache for a frozen one, and states made in the step
-where shuffled tags make every caption a new one.
+Images are encoded once into the cache, or at every step without it. Captions become token ids for
+a text encoder in training and prompt embeddings for a frozen one: from the cache, or made in the
+step where shuffled tags make every caption a new one. The caches are ours as the libraries' hold
+one run's tensors by index; these are addressed by content, so that runs share and resume them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,11 +33,11 @@ from latentdiff.data.folder.folder import Folder
 from latentdiff.data.masks import Masks
 from latentdiff.models.components import Components
 from latentdiff.models.latents import Autoencoder, LatentCodec, LatentStats, set_scalar_scaling
-from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
+from latentdiff.models.text import encode_text, tokenize
 
-MEASURED_IMAGES = 1000  # enough for the std of latents to three digits
-ENCODED_PIXELS = 1 << 20  # of one batch for the VAE
-REMEMBERED_CAPTIONS = 100_000  # whose token ids are kept
+NUM_SCALING_IMAGES = 1000  # enough for the std of latents to three digits
+PIXELS_PER_BATCH = 1 << 20  # for the VAE
+MAX_TOKENIZED = 100_000  # captions whose token ids are kept
 LatentSource: TypeAlias = LatentCache | OnlineLatentEncoder
 MaskSource: TypeAlias = MaskCache | Masks
 
@@ -51,36 +52,36 @@ def bucket_sizes(data: DataConfig) -> tuple[Bucket, ...]:
 
 
 def bucket_ids(folder: Folder, data: DataConfig) -> np.ndarray:
-    """Give each image its place in `buckets_of`, (N,)."""
+    """Return the index in `bucket_sizes` of each image's bucket, (N,)."""
     return assign_buckets(folder.widths, folder.heights, buckets=bucket_sizes(data))
 
 
 def crop_plan(folder: Folder, data: DataConfig) -> CropPlan:
-    """Say how each image of a folder is cut."""
+    """Return how each image of a folder is cropped."""
     table = np.array([(bucket.height, bucket.width) for bucket in bucket_sizes(data)], np.int32)
     sizes = table[bucket_ids(folder, data)]
     originals = np.stack([folder.heights, folder.widths], axis=1)
     scale = (sizes / originals).max(axis=1, initial=0, keepdims=True)
-    many = tuple(np.linspace(0, 1, data.num_crops).tolist())
+    positions = tuple(np.linspace(0, 1, data.num_crops).tolist())
     return CropPlan(
         sizes=sizes,
-        places=(0.5,) if data.num_crops == 1 else many,
+        places=(0.5,) if data.num_crops == 1 else positions,
         has_room=(np.rint(originals * scale) > sizes).any(axis=1),
         background=data.background,
     )
 
 
 def eval_crop_config(data: DataConfig) -> DataConfig:
-    """The settings that held-out images are read with: cut in the centre, never mirrored."""
+    """Return the settings that held-out images are read with: centre crops, never mirrored."""
     return replace(data, num_crops=1, random_flip=False)
 
 
 def cache_latents(
     folder: Folder, vae: Autoencoder, data: DataConfig, *, accelerator: Accelerator
 ) -> LatentSource:
-    """Encode what the cache lacks, shared out over the processes, and open it.
+    """Encode the latents that the cache lacks, shared out over the processes, and open it.
 
-    Without data.cache nothing is encoded before it is asked for.
+    Without data.cache an image is encoded each time it is read.
     """
     codec, plan = LatentCodec(vae.to(accelerator.device)), crop_plan(folder, data)
     if not data.cache:
@@ -94,7 +95,7 @@ def cache_latents(
         cache_dir=cache_dir(data),
         plan=plan,
         flips=data.random_flip,
-        batch_size=max(1, min(32, ENCODED_PIXELS // data.resolution**2)),
+        batch_size=max(1, min(32, PIXELS_PER_BATCH // data.resolution**2)),
         shard=(accelerator.process_index, accelerator.num_processes),
         progress=accelerator.is_local_main_process,
     )
@@ -103,9 +104,9 @@ def cache_latents(
 
 
 def make_masks(folder: Folder, data: DataConfig, *, factor: int) -> Masks | None:
-    """Return the masks of a folder's images, cut as these; None where the settings ask for none.
+    """Return the masks of a folder's images, cropped alike; None where the settings ask for none.
 
-    factor: pixels of a latent's cell a side.
+    factor: image pixels a side of one latent pixel.
     """
     if data.mask == "none":
         return None
@@ -115,9 +116,9 @@ def make_masks(folder: Folder, data: DataConfig, *, factor: int) -> Masks | None
 def cache_masks(
     folder: Folder, data: DataConfig, *, factor: int, accelerator: Accelerator
 ) -> MaskSource | None:
-    """Read what the cache of masks lacks, shared out over the processes, and open it.
+    """Read the masks that the cache lacks, shared out over the processes, and open it.
 
-    Without data.cache none is read before it is asked for.
+    Without data.cache a mask is read each time its image is.
     """
     masks = make_masks(folder, data, factor=factor)
     if masks is None or not data.cache:
@@ -158,7 +159,7 @@ def cache_text(
 
 def set_scaling_factor(vae: Autoencoder, latents: LatentSource) -> LatentStats:
     """Set the VAE's scaling_factor to 1 / std of the latents (Rombach et al. 2022, D.1)."""
-    chosen = np.linspace(0, len(latents) - 1, min(len(latents), MEASURED_IMAGES)).astype(int)
+    chosen = np.linspace(0, len(latents) - 1, min(len(latents), NUM_SCALING_IMAGES)).astype(int)
     means, squares = [], []
     for index in chosen.tolist():
         mean, std = latents.raw_moments(index)
@@ -179,7 +180,7 @@ def set_scaling_factor(vae: Autoencoder, latents: LatentSource) -> LatentStats:
 
 
 def caption_transform(data: DataConfig) -> CaptionTransform:
-    """Collect what becomes of captions."""
+    """Return how captions are chosen and edited."""
     return CaptionTransform(
         choice=data.caption_choice,
         shuffle_tags=data.shuffle_tags,
@@ -192,73 +193,88 @@ def caption_transform(data: DataConfig) -> CaptionTransform:
 
 
 def unique_captions(folders: Iterable[Folder], edits: CaptionTransform) -> Iterator[str]:
-    """Yield the different captions of folders, edited as far as that is the same each time."""
+    """Yield the unique captions of folders, with those edits that are the same each time."""
     for folder in folders:
         for caption in iter_py(pc.unique(folder.captions.flatten())):
             yield edits.fixed(caption)
 
 
 class TokenIds:
-    """Captions as token ids (L,) int64, for a text encoder that learns."""
+    """Captions as token ids, for a text encoder in training."""
 
     def __init__(self, components: Components) -> None:
         self._tokenizer = components.tokenizer
         self._known: dict[str, Tensor] = {}
 
-    def text(self, caption: str) -> Tensor:
+    def item(self, caption: str) -> Tensor:
+        """Return ids (L,) int64."""
         if caption not in self._known:
-            if len(self._known) >= REMEMBERED_CAPTIONS:
+            if len(self._known) >= MAX_TOKENIZED:
                 self._known.clear()
             self._known[caption] = tokenize(self._tokenizer, [caption])[0]
         return self._known[caption]
 
-    def settled(self, captions: Sequence[str]) -> Tensor:
+    def batch(self, captions: Sequence[str]) -> Tensor:
         """Return ids (n, L)."""
         return tokenize(self._tokenizer, captions)
 
 
 class CachedPromptEmbeds:
-    """Captions as states (L, D) of a frozen text encoder, encoded once."""
+    """Captions as prompt embeddings of a frozen text encoder, encoded once."""
 
     def __init__(self, cache: PromptCache) -> None:
         self.cache = cache
 
-    def text(self, caption: str) -> Tensor:
+    def item(self, caption: str) -> Tensor:
+        """Return embeddings (L, D)."""
         return self.cache.prompt_embeds(caption)
 
-    def settled(self, captions: Sequence[str]) -> Tensor:
-        """Return states (n, L, D)."""
+    def batch(self, captions: Sequence[str]) -> Tensor:
+        """Return embeddings (n, L, D)."""
         return torch.stack([self.cache.prompt_embeds(caption) for caption in captions])
 
 
 class OnlinePromptEmbeds:
-    """Captions as token ids (L,) that a frozen text encoder turns into states in the step."""
+    """Captions as token ids that a frozen text encoder turns into prompt embeddings in the step."""
 
     def __init__(self, components: Components, device: torch.device) -> None:
         self._ids, self._tokenizer = TokenIds(components), components.tokenizer
-        self._tower = components.text_encoder.to(device)
-        self.text = self._ids.text
+        self._text_encoder = components.text_encoder.to(device)
+        self.item = self._ids.item
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> Tensor:
-        """Return states (B, L, D) of ids (B, L), where the tower is."""
-        device = self._tower.device
+        """Return embeddings (B, L, D) of ids (B, L), on the text encoder's device."""
+        device = self._text_encoder.device
         with torch.autocast(device.type, enabled=False):
-            return encode_text(self._tower, ids.to(device, non_blocking=True))
+            return encode_text(self._text_encoder, ids.to(device, non_blocking=True))
 
-    def settled(self, captions: Sequence[str]) -> Tensor:
-        """Return states (n, L, D) on the CPU."""
+    def batch(self, captions: Sequence[str]) -> Tensor:
+        """Return embeddings (n, L, D) on the CPU."""
         parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
-        states = [encode_captions(self._tokenizer, self._tower, part) for part in parts]
-        return torch.cat(states)
+        embeds = [encode_captions(self._tokenizer, self._text_encoder, part) for part in parts]
+        return torch.cat(embeds)
 
 
 TextSource: TypeAlias = TokenIds | CachedPromptEmbeds | OnlinePromptEmbeds
 
 
-def null_text(source: TextSource) -> Tensor:
-    """Return the null caption's ids (1, L) or states (1, L, D)."""
-    return source.settled([NULL_CAPTION])
+def text_source(
+    captions: Iterable[str],
+    components: Components,
+    data: DataConfig,
+    *,
+    trains_text_encoder: bool,
+    accelerator: Accelerator,
+) -> TextSource:
+    """Return how captions reach the model; a cache is filled with `captions` where one is used."""
+    if trains_text_encoder:
+        return TokenIds(components)
+    if caption_transform(data).edits_tags:
+        return OnlinePromptEmbeds(components, accelerator.device)
+    tokenizer, text_encoder = components.tokenizer, components.text_encoder
+    cache = cache_text(list(captions), tokenizer, text_encoder, data, accelerator=accelerator)
+    return CachedPromptEmbeds(cache)
 
 
 def cache_dir(data: DataConfig) -> Path:

@@ -8,11 +8,27 @@ What depends on history, such as loss-aware timesteps, is not drawn here but sav
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """Which sample a step takes, where in the epoch and in the step, and whether it counts."""
+
+    index: int  # sample id
+    epoch: int
+    index_in_epoch: int
+    index_in_step: int
+    weight: float  # 0 for the padding of a partial batch
+
+    def generator(self, purpose: str, *, seed: int) -> np.random.Generator:
+        """Return the sample's generator for one purpose: index_in_step plays no part."""
+        return sample_generator(seed, self.epoch, self.index, self.index_in_epoch, purpose)
 
 
 def sample_generator(

@@ -1,20 +1,18 @@
-"""What a run trains on, made ready: folder -> latents and text on disk -> batches and triples.
+"""A run's training data, made ready: folder -> latents and text on disk -> batches and triples.
 
-The folder is read and judged before any weight is loaded. How images and captions are encoded is
-encoding.py's business, what a sample is samples.py's.
+The folder is read and checked before any weight is loaded. How images and captions are encoded is
+encode.py's business, one sample dataset.py's, a batch batches.py's.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
@@ -28,15 +26,16 @@ from latentdiff.training.finetune.dreambooth import (
     AllOnesMasks,
     PairedOrder,
     SubjectAndClassDataset,
-    prior_seed,
+    class_seed,
 )
-from latentdiff.training.inputs.dataset import (
+from latentdiff.training.inputs.batches import (
     BatchLayout,
     EpochOrder,
-    LatentDataset,
     StepBatchSampler,
-    collate,
+    train_batches,
 )
+from latentdiff.training.inputs.caption_dropout import null_text
+from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.encode import (
     CachedPromptEmbeds,
     LatentSource,
@@ -49,48 +48,68 @@ from latentdiff.training.inputs.encode import (
     cache_dir,
     cache_latents,
     cache_masks,
-    cache_text,
     caption_transform,
     eval_crop_config,
-    null_text,
+    text_source,
     unique_captions,
 )
 from latentdiff.training.inputs.randomness import sample_generator, standard_normal
-from latentdiff.training.inputs.workers import TrackedDataset, ignore_signals
+from latentdiff.training.inputs.workers import TrackedDataset
+from latentdiff.training.model import trains_text_encoder
 
 logger = logging.getLogger(__name__)
-NUM_SHOWN = 6  # buckets named in the plan
+MAX_BUCKETS_LOGGED = 6
 MIN_TRIPLES = 64  # so that a handful of held-out images still covers the chain
-JUDGED_MASKS = 500
+NUM_CHECKED_MASKS = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainData:
-    """The training samples, their order, and the fixed held-out triples of a run.
-
-    encoder, states: what makes latents of pixels and states of token ids in the step, where a cache
-    does not hold them.
-    """
+    """The training samples, their order, and the fixed held-out triples of a run."""
 
     train: Folder
     heldout: Folder
-    samples: TrackedDataset
+    class_images: Folder | None  # besides the subject's, for prior preservation
+    latents: LatentSource  # of the training images
+    source: TextSource
+    dataset: TrackedDataset
     order: EpochOrder | PairedOrder
-    edits: CaptionTransform
-    null_text: Tensor  # (1, L) ids or (1, L, D) states
-    triples: Triples | None
-    prior: Folder | None = None  # class images beside the subject's
-    train_triples: Triples | None = None  # of training images, with the timesteps of `triples`
-    encoder: OnlineLatentEncoder | None = None
-    states: OnlinePromptEmbeds | None = None
+    transform: CaptionTransform
+    heldout_triples: Triples | None
+    train_triples: Triples | None  # of training images, with the timesteps of the held-out ones
+
+    @cached_property
+    def null_text(self) -> Tensor:
+        """The null prompt's ids (1, L) or prompt embeddings (1, L, D)."""
+        return null_text(self.source)
 
     @property
     def ids(self) -> Sequence[str]:
         """Names of the samples by index."""
-        if self.prior is None:
+        if self.class_images is None:
             return self.train.ids
-        own, others = self.train.ids.to_pylist(), self.prior.ids.to_pylist()
-        return own + [f"{self.prior.root}/{name}" for name in others]
+        own, others = self.train.ids.to_pylist(), self.class_images.ids.to_pylist()
+        return own + [f"{self.class_images.root}/{name}" for name in others]
+
+    def batches(
+        self, layout: BatchLayout, *, first_step: int, last_step: int, accelerator: Accelerator
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield this process's micro-batches from optimiser step first_step up to last_step."""
+        sampler = StepBatchSampler(
+            layout,
+            self.order,
+            first_step=first_step,
+            last_step=last_step,
+            rank=accelerator.process_index,
+        )
+        latents, source = self.latents, self.source
+        return train_batches(
+            self.dataset,
+            sampler,
+            device=accelerator.device,
+            latent_encoder=latents if isinstance(latents, OnlineLatentEncoder) else None,
+            text_encoder=source if isinstance(source, OnlinePromptEmbeds) else None,
+        )
 
 
 def read_data(
@@ -129,6 +148,15 @@ def read_data(
     return train, folder.heldout()
 
 
+@dataclass(frozen=True)
+class _Images:
+    """A folder's images, encoded; masks: where the loss has any."""
+
+    folder: Folder
+    latents: LatentSource
+    masks: MaskSource | None
+
+
 def build_train_data(
     config: Config,
     train: Folder,
@@ -136,212 +164,189 @@ def build_train_data(
     *,
     components: Components,
     latents: LatentSource,
-    trains_text_encoder: bool,
     accelerator: Accelerator,
-    prior: Folder | None = None,
+    class_images: Folder | None = None,
 ) -> TrainData:
-    """Put caches, draws and captions together, and say what comes of them.
+    """Encode what the caches lack; put samples, their order and the fixed triples together.
 
-    prior: class images, of which each step takes as many as of the subject's.
+    latents: of the training images. class_images: each step takes as many as of the subject's.
     """
-    data, edits = config.data, caption_transform(config.data)
-    source: TextSource
-    if trains_text_encoder:
-        source = TokenIds(components)
-    elif edits.edits_tags:
-        source = OnlinePromptEmbeds(components, accelerator.device)
-    else:
-        captions = [
-            *unique_captions((train, heldout), edits),
-            *((config.finetune.class_prompt,) if prior is not None else ()),
-        ]
-        tokenizer, tower = components.tokenizer, components.text_encoder
-        cache = cache_text(captions, tokenizer, tower, data, accelerator=accelerator)
-        source = CachedPromptEmbeds(cache)
-    encoder = latents if isinstance(latents, OnlineLatentEncoder) else None
-    factor = LatentCodec(components.vae).factor
-    masks = cache_masks(train, data, factor=factor, accelerator=accelerator)
-    if masks is not None:
-        _check_masks(masks, data)
-    samples = LatentDataset(
-        latents.images if isinstance(latents, OnlineLatentEncoder) else latents,
-        train,
-        source.text,
-        seed=config.train.seed,
-        caption_dropout=config.diffusion.caption_dropout,
-        random_flip=data.random_flip,
-        edits=edits,
-        masks=masks,
-        perturbs=config.diffusion.input_perturbation > 0,
+    captions = _captions(config, train, heldout, class_images)
+    source = text_source(
+        captions,
+        components,
+        config.data,
+        trains_text_encoder=trains_text_encoder(config),
+        accelerator=accelerator,
     )
-    order = EpochOrder(
-        bucket_ids(train, data),
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        partial=data.partial_batches,
-    )
-    mixed: LatentDataset | SubjectAndClassDataset = samples
-    paired: EpochOrder | PairedOrder = order
-    if prior is not None:
-        shown = cache_latents(prior, components.vae, data, accelerator=accelerator)
-        mixed, paired = _with_prior(config, prior, samples, order, latents=shown)
-    triples = train_triples = None
+    encode = partial(_encode, components=components, accelerator=accelerator)
+    images = encode(train, config.data, latents=latents)
+    without_masks = replace(config.data, mask="none")
+    classes = None if class_images is None else encode(class_images, without_masks)
+    dataset, order = _samples(config, images, classes, source=source)
+    heldout_triples = train_triples = None
     if len(heldout):
-        kept = cache_latents(
-            heldout, components.vae, eval_crop_config(data), accelerator=accelerator
+        heldout_images = encode(heldout, eval_crop_config(config.data))
+        num_timesteps = components.scheduler.config["num_train_timesteps"]
+        heldout_triples, train_triples = _fixed_triples(
+            config, heldout_images, images, source=source, num_timesteps=num_timesteps
         )
-        kept_masks = cache_masks(
-            heldout, eval_crop_config(data), factor=factor, accelerator=accelerator
-        )
-        n = min(config.eval.num_heldout, max(len(heldout), MIN_TRIPLES))
-        t = stratified_timesteps(n, components.scheduler.config["num_train_timesteps"])
-        fix = partial(_triples, config, source=source, edits=edits, t=t)
-        in_turn = np.arange(n) % len(heldout)
-        triples = fix(heldout, in_turn, latents=kept, masks=kept_masks, purpose="held out")
-        spread = np.arange(n) * max(len(train), n) // n % len(train)
-        train_triples = fix(train, spread, latents=latents, masks=masks, purpose="trained")
     if accelerator.is_main_process:
-        _log_data_plan(data, paired, source, is_cached=encoder is None)
+        _log_data_plan(config.data, order, source)
     return TrainData(
-        train,
-        heldout,
-        TrackedDataset(mixed, num_workers=data.num_workers),
-        paired,
-        edits,
-        null_text(source),
-        triples,
-        prior,
-        train_triples,
-        encoder,
-        source if isinstance(source, OnlinePromptEmbeds) else None,
+        train=train,
+        heldout=heldout,
+        class_images=class_images,
+        latents=latents,
+        source=source,
+        dataset=TrackedDataset(dataset, num_workers=config.data.num_workers),
+        order=order,
+        transform=caption_transform(config.data),
+        heldout_triples=heldout_triples,
+        train_triples=train_triples,
     )
 
 
-def _with_prior(
-    config: Config,
-    prior: Folder,
-    samples: LatentDataset,
-    order: EpochOrder,
+def _captions(
+    config: Config, train: Folder, heldout: Folder, class_images: Folder | None
+) -> Iterator[str]:
+    """Yield the captions that a run shows its model, as far as they are the same each time."""
+    yield from unique_captions((train, heldout), caption_transform(config.data))
+    if class_images is not None:
+        yield config.finetune.class_prompt
+
+
+def _encode(
+    folder: Folder,
+    data: DataConfig,
     *,
-    latents: LatentSource,
-) -> tuple[SubjectAndClassDataset, PairedOrder]:
-    """Add class images, half of each step, to the subject's samples and their order."""
-    data, num_subject = config.data, len(samples.records)
-    images = latents.images if isinstance(latents, OnlineLatentEncoder) else latents
-    seed, half = prior_seed(config.train.seed), config.train.batch_size // 2
-    others = LatentDataset(
-        images,
-        prior,
-        samples.text,
-        seed=seed,
-        caption_dropout=samples.caption_dropout,
-        random_flip=samples.random_flip,
-        edits=CaptionTransform(),
-        masks=None if samples.masks is None else AllOnesMasks(images.shape(0)),
-        perturbs=samples.perturbs,
-    )
-    own = EpochOrder(
-        order.bucket_of,
-        batch_size=config.train.batch_size - half,
-        seed=config.train.seed,
-        partial=order.partial,
-    )
-    weight = config.finetune.prior_loss_weight
-    mixed = SubjectAndClassDataset(
-        samples, others, num_subject=num_subject, prior_loss_weight=weight
-    )
-    classes = EpochOrder(bucket_ids(prior, data), batch_size=half, seed=seed, partial="fill")
-    return mixed, PairedOrder(own, classes)
-
-
-def train_batches(
-    config: Config,
-    train_data: TrainData,
-    layout: BatchLayout,
-    *,
-    first_step: int,
+    components: Components,
     accelerator: Accelerator,
-) -> Iterator[dict[str, Tensor]]:
-    """Yield this process's micro-batches from optimiser step `first_step` to the last."""
-    keys = StepBatchSampler(
-        layout,
-        train_data.order,
-        first_step=first_step,
-        last_step=config.train.max_steps,
-        rank=accelerator.process_index,
+    latents: LatentSource | None = None,
+) -> _Images:
+    """Encode the latents, unless given, and the masks that the caches lack."""
+    vae, factor = components.vae, LatentCodec(components.vae).factor
+    if latents is None:
+        latents = cache_latents(folder, vae, data, accelerator=accelerator)
+    masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
+    return _Images(folder, latents, masks)
+
+
+def _samples(
+    config: Config, images: _Images, classes: _Images | None, *, source: TextSource
+) -> tuple[LatentDataset | SubjectAndClassDataset, EpochOrder | PairedOrder]:
+    """Return a run's samples and their order; class images are half of each step."""
+    if images.masks is not None:
+        _check_masks(images.masks, config.data)
+    seed, batch_size = config.train.seed, config.train.batch_size
+    transform, partial_batches = caption_transform(config.data), config.data.partial_batches
+    subject = _dataset(config, images, source=source, transform=transform, seed=seed)
+    buckets = bucket_ids(images.folder, config.data)
+    if classes is None:
+        order = EpochOrder(buckets, batch_size=batch_size, seed=seed, partial=partial_batches)
+        return subject, order
+    half, seed_of_class = batch_size // 2, class_seed(seed)
+    prior = _dataset(
+        config, classes, source=source, transform=CaptionTransform(), seed=seed_of_class
     )
-    loader = DataLoader(
-        train_data.samples,
-        batch_sampler=keys,
-        num_workers=config.data.num_workers,
-        collate_fn=collate,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=False,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # the global one is what dropout draws from
+    if images.masks is not None:
+        prior.masks = AllOnesMasks(prior.latents.shape(0))
+    dataset = SubjectAndClassDataset(
+        subject,
+        prior,
+        num_subject=len(images.folder),
+        prior_loss_weight=config.finetune.prior_loss_weight,
     )
-    for packed in loader:
-        batch = {name: torch.as_tensor(x) for name, x in packed.items()}
-        if train_data.encoder is not None:
-            z0 = train_data.encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))
-            batch["z0"] = z0.contiguous()  # as from the cache: dropout draws in memory's order
-        if train_data.states is not None:
-            batch["text"] = train_data.states.encode(batch["text"])
-        yield batch
+    order = EpochOrder(buckets, batch_size=batch_size - half, seed=seed, partial=partial_batches)
+    class_buckets = bucket_ids(classes.folder, config.data)
+    class_order = EpochOrder(class_buckets, batch_size=half, seed=seed_of_class, partial="fill")
+    return dataset, PairedOrder(order, class_order)
+
+
+def _dataset(
+    config: Config,
+    images: _Images,
+    *,
+    source: TextSource,
+    transform: CaptionTransform,
+    seed: int,
+) -> LatentDataset:
+    latents = images.latents
+    return LatentDataset(
+        latents.images if isinstance(latents, OnlineLatentEncoder) else latents,
+        images.folder,
+        encode_caption=source.item,
+        transform=transform,
+        seed=seed,
+        caption_dropout=config.diffusion.caption_dropout,
+        random_flip=config.data.random_flip,
+        masks=images.masks,
+        perturbs_input=config.diffusion.input_perturbation > 0,
+    )
+
+
+def _fixed_triples(
+    config: Config, heldout: _Images, train: _Images, *, source: TextSource, num_timesteps: int
+) -> tuple[Triples, Triples]:
+    """Return held-out triples, and as many of training images with the same timesteps."""
+    num_heldout, num_train = len(heldout.folder), len(train.folder)
+    n = min(config.eval.num_heldout, max(num_heldout, MIN_TRIPLES))
+    t = stratified_timesteps(n, num_timesteps)
+    fix = partial(_triples, config, source=source, t=t)
+    repeated = np.arange(n) % num_heldout
+    subsample = np.arange(n) * max(num_train, n) // n % num_train
+    return (
+        fix(heldout, indices=repeated, purpose="held out"),
+        fix(train, indices=subsample, purpose="trained"),
+    )
 
 
 def _triples(
     config: Config,
-    folder: Folder,
-    indices: np.ndarray,
+    images: _Images,
     *,
-    latents: LatentSource,
-    masks: MaskSource | None,
+    indices: np.ndarray,
     source: TextSource,
-    edits: CaptionTransform,
     t: Tensor,
     purpose: str,
 ) -> Triples:
     """Fix n (image, timestep, noise) triples of the records at `indices` (n,) and t (n,).
 
-    Those of one bucket stand together. purpose: what keys their draws.
+    Those of one bucket stand together. purpose: keys their random numbers.
     """
-    seed = config.train.seed
-    places = np.argsort(bucket_ids(folder, config.data)[indices], kind="stable").tolist()
-    z0, eps, kept = [], [], []
-    for i in places:
+    folder, seed = images.folder, config.train.seed
+    order = np.argsort(bucket_ids(folder, config.data)[indices], kind="stable").tolist()
+    z0, eps, masks = [], [], []
+    for i in order:
         index = int(indices[i])
-        mean, std = latents.moments(index)
-        z0.append(
-            mean
-            + std
-            * standard_normal(sample_generator(seed, 0, index, i, f"{purpose} vae"), mean.shape)
-        )
+        mean, std = images.latents.moments(index)
+        vae_noise = sample_generator(seed, 0, index, i, f"{purpose} vae")
+        z0.append(mean + std * standard_normal(vae_noise, mean.shape))
         eps.append(standard_normal(sample_generator(seed, 0, index, i, purpose), mean.shape))
-        if masks is not None:
-            kept.append(masks.mask(index, flipped=False, crop=0.5))
-    captions = [edits.fixed(folder[int(indices[i])].captions[0]) for i in places]
+        if images.masks is not None:
+            masks.append(images.masks.mask(index, flipped=False, crop=0.5))
+    transform = caption_transform(config.data)
+    captions = [transform.fixed(folder[int(indices[i])].captions[0]) for i in order]
     return Triples(
         z0=z0,
         eps=eps,
-        t=t[places],
-        text=source.settled(captions),
+        t=t[order],
+        text=source.batch(captions),
         null_text=null_text(source),
-        mask=kept or None,
+        mask=masks or None,
     )
 
 
 def _check_masks(masks: MaskSource, data: DataConfig) -> None:
-    """Say what masks keep, on images spread over the folder; ValueError where that is all, or
-    nothing."""
-    chosen = np.linspace(0, len(masks) - 1, min(len(masks), JUDGED_MASKS)).astype(int)
+    """Log the share that masks keep, on a subsample; ValueError where that is all, or nothing."""
+    chosen = np.linspace(0, len(masks) - 1, min(len(masks), NUM_CHECKED_MASKS)).astype(int)
     kept = [float(masks.mask(i, flipped=False, crop=0.5).mean()) for i in chosen.tolist()]
     share = float(np.mean(kept))
     if share in (0.0, 1.0):
-        told = "no image has transparency" if share else "the masks are black all over"
+        reason = "no image has transparency" if share else "the masks are black all over"
         raise ValueError(
-            f"data.mask={data.mask} and {told}, where {len(kept):,} of them are cut; leave it out, "
-            "or make masks in which what is to be learned is opaque, or white"
+            f"data.mask={data.mask} and {reason}, of {len(kept):,} checked; leave it out, or "
+            "make masks in which the subject to learn is opaque, or white"
         )
     logger.info(
         "masks keep %.0f %% of the latents; %d of %d keep nothing, and teach nothing",
@@ -351,15 +356,17 @@ def _check_masks(masks: MaskSource, data: DataConfig) -> None:
     )
 
 
-def _log_data_plan(
-    data: DataConfig, order: EpochOrder | PairedOrder, source: TextSource, *, is_cached: bool
-) -> None:
-    """Say how images and captions come to the model, before the first step."""
+def _log_data_plan(data: DataConfig, order: EpochOrder | PairedOrder, source: TextSource) -> None:
+    """Log how images and captions reach the model, before the first step."""
     if data.buckets:
         used, counts = np.unique(order.bucket_of, return_counts=True)
         buckets = bucket_sizes(data)
-        shown = [f"{buckets[b]}: {n:,}" for b, n in zip(used, counts, strict=True)][:NUM_SHOWN]
-        rest = f" and {len(used) - NUM_SHOWN} more" if len(used) > NUM_SHOWN else ""
+        shown = [f"{buckets[b]}: {n:,}" for b, n in zip(used, counts, strict=True)][
+            :MAX_BUCKETS_LOGGED
+        ]
+        rest = (
+            f" and {len(used) - MAX_BUCKETS_LOGGED} more" if len(used) > MAX_BUCKETS_LOGGED else ""
+        )
         last = "kept smaller" if data.partial_batches == "keep" else "filled with images again"
         logger.info(
             "%d buckets (images each) %s%s; a bucket's last batch is %s",
@@ -372,14 +379,14 @@ def _log_data_plan(
         data.num_crops, f"cropped at {data.num_crops} places"
     )
     how = {
-        TokenIds: "text encoder learns from token ids",
-        CachedPromptEmbeds: "text states come from the cache",
+        TokenIds: "the text encoder is trained on token ids",
+        CachedPromptEmbeds: "prompt embeddings come from the cache",
         OnlinePromptEmbeds: "tags change, so the frozen text encoder runs at every step",
     }[type(source)]
     logger.info(
         "images %s%s, latents %s; %s",
         views,
         ", half of them mirrored" if data.random_flip else "",
-        "come from the cache" if is_cached else "are encoded at every step (data.cache=false)",
+        "come from the cache" if data.cache else "are encoded at every step (data.cache=false)",
         how,
     )

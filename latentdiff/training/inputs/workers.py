@@ -1,7 +1,7 @@
-"""Data workers: signals are their trainer's to answer, and one that dies is named with its sample.
+"""Data workers: signals are left to the trainer, and a crash is reported with the sample it hit.
 
-What is read lies in memory that the workers share with the trainer, so that it can be told though
-nothing of the worker is left. Does not answer for: what a sample is (samples.py).
+The index of the sample that a worker reads lies in memory shared with the trainer, so that it is
+known when nothing else of the worker is left. One sample is made in dataset.py.
 """
 
 import os
@@ -14,43 +14,43 @@ from types import FrameType
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from latentdiff.training.inputs.dataset import SampleKey
+from latentdiff.training.inputs.randomness import SampleKey
 
 IDLE = -1  # index of the sample that a worker between two samples reads
 
 
 class DeadWorkerError(RuntimeError):
-    """A data worker went without a word, such as by the system when memory ran out."""
+    """A data worker died without an error of its own, as when the system runs out of memory."""
 
 
 class TrackedDataset(Dataset[dict[str, Tensor]]):
-    """Samples, with a note in shared memory of which one each data worker is reading."""
+    """A dataset that notes in shared memory which sample each data worker is reading."""
 
-    def __init__(self, samples: Dataset[dict[str, Tensor]], *, num_workers: int) -> None:
-        self.samples = samples
+    def __init__(self, dataset: Dataset[dict[str, Tensor]], *, num_workers: int) -> None:
+        self.dataset, self.num_workers = dataset, num_workers
         self._reading = RawArray("q", [IDLE] * num_workers)
         self._pids = RawArray("q", num_workers)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
-        """Return samples[slot]."""
+        """Return dataset[key]."""
         worker = get_worker_info()
         if worker is None:
-            return self.samples[key]
+            return self.dataset[key]
         self._pids[worker.id], self._reading[worker.id] = os.getpid(), key.index
-        sample = self.samples[key]
+        sample = self.dataset[key]
         self._reading[worker.id] = IDLE
         return sample
 
     def in_flight_indices(self) -> list[int]:
-        """Return the samples that workers were reading who are no longer alive."""
+        """Return the indices of the samples that workers no longer alive were reading."""
         alive = {process.pid for process in active_children()}
         dead = [k for k, pid in enumerate(self._pids) if pid and pid not in alive]
         return [self._reading[k] for k in dead if self._reading[k] != IDLE]
 
 
 @contextmanager
-def report_worker_crash(watched: TrackedDataset, ids: Sequence[str]) -> Iterator[None]:
-    """Raise DeadWorkerError with what it was reading when a data worker dies inside the block.
+def report_worker_crash(dataset: TrackedDataset, ids: Sequence[str]) -> Iterator[None]:
+    """Raise DeadWorkerError with the samples being read when a data worker dies inside the block.
 
     ids: names of the samples by index. torch raises in the main thread, whatever that is doing.
     """
@@ -59,7 +59,7 @@ def report_worker_crash(watched: TrackedDataset, ids: Sequence[str]) -> Iterator
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        names = ", ".join(str(ids[index]) for index in watched.in_flight_indices())
+        names = ", ".join(str(ids[index]) for index in dataset.in_flight_indices())
         where = f"while it read {names}" if names else "between two samples"
         reason = str(error).split(". ")[0]
         raise DeadWorkerError(
@@ -71,8 +71,8 @@ def report_worker_crash(watched: TrackedDataset, ids: Sequence[str]) -> Iterator
 def ignore_signals(worker_id: int) -> None:
     """Let a data worker outlive a signal that is sent to all processes at once.
 
-    torchrun, systemd, Slurm and a terminal's Ctrl-C do so; the trainer needs its workers to finish
-    the step. A second SIGTERM ends the worker. For a DataLoader's worker_init_fn.
+    torchrun, systemd, Slurm and a terminal's Ctrl-C send one; the trainer needs its workers to
+    finish the step. A second SIGTERM ends the worker. For a DataLoader's worker_init_fn.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _let_one_pass)

@@ -1,14 +1,9 @@
-"""The optimiser, its learning rate, and the update that is skipped where numbers went wrong.
+"""The optimiser, its parameter groups, and the update that non-finite gradients skip.
 
-The rate is a pure function of the optimiser step, so nothing of it is saved, and neither
-accumulation nor the number of processes can bend it. No function here waits for the device, but
-for `masked_step` with an optimiser that has no fused form.
-
-A learning rate that ends with the steps or with the minutes, whichever comes first.
+No function here waits for the device, but for `step_if_finite` with an optimiser that has no fused
+form.
 """
 
-import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,39 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from latentdiff.training.optim.lr import set_learning_rate
 from latentdiff.training.optim.muon import Muon, is_muon_param
 
-Schedule = Literal["constant", "cosine", "linear"]
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 FUSED_DEVICES = ("cpu", "cuda")  # whose fused AdamW knows how to skip an update
-
-
-def learning_rate(
-    step: int,
-    *,
-    base: float,
-    schedule: Schedule,
-    lr_warmup_steps: int,
-    max_steps: int,
-    final_fraction: float = 0.0,
-) -> float:
-    """Return the rate of optimiser step `step`, counted from 0.
-
-    It rises linearly to `base` over lr_warmup_steps and then stays, or falls as half a cosine
-    (Loshchilov & Hutter 2017, Eq. 5) or a line, to final_fraction * base at max_steps.
-    """
-    warmup = min(1.0, (step + 1) / lr_warmup_steps) if lr_warmup_steps > 0 else 1.0
-    done = (step - lr_warmup_steps) / max(1, max_steps - lr_warmup_steps)
-    done = min(1.0, max(0.0, done))
-    if schedule == "constant":
-        left = 1.0
-    elif schedule == "cosine":
-        left = (1 + math.cos(math.pi * done)) / 2
-    elif schedule == "linear":
-        left = 1 - done
-    else:
-        raise ValueError(f"schedule is {schedule!r}, expected constant, cosine or linear")
-    return base * warmup * (final_fraction + (1 - final_fraction) * left)
 
 
 def parameter_groups(
@@ -121,12 +88,6 @@ def build_optimizer(
         weight_decay=weight_decay,
         fused=True if fused else None,
     )
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every parameter group the rate of this step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 class AmpStep:
@@ -214,25 +175,3 @@ def _adamw8bit_class() -> Any:
             "pip install 'latentdiff[8bit]', or take adamw"
         ) from error
     return AdamW8bit
-
-
-class TimedRate:
-    """A linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, Eq. 5)."""
-
-    def __init__(
-        self, base: float, *, lr_warmup_steps: int, max_steps: int, max_minutes: float = 0.0
-    ) -> None:
-        """max_minutes: counted from here; 0: no limit."""
-        self.base, self.lr_warmup_steps = base, lr_warmup_steps
-        self.max_steps, self.max_minutes = max_steps, max_minutes
-        self._started = time.monotonic()
-
-    def at(self, step: int) -> float | None:
-        """Return the rate of step `step`, counted from 0, or None when the run is at its end."""
-        minutes = (time.monotonic() - self._started) / 60
-        by_time = minutes / self.max_minutes if self.max_minutes else 0.0
-        done = max(step / self.max_steps, by_time)
-        if done >= 1.0:
-            return None
-        warm = min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
-        return self.base * warm * (1 + math.cos(math.pi * done)) / 2

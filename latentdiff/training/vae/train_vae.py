@@ -31,7 +31,7 @@ from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec, measure_latents, set_scalar_scaling
 from latentdiff.training.distributed import single_process_accelerator
 from latentdiff.training.metrics_log import LossLog
-from latentdiff.training.optim.optimizer import TimedRate
+from latentdiff.training.optim.lr import TimedRate
 from latentdiff.training.vae.pca import keep_principal
 from latentdiff.training.vae.reconstruction_report import heldout_report
 from latentdiff.training.vae.vae_step import VaeTrainStep

@@ -1,0 +1,90 @@
+"""The objective: from a batch to the loss of each sample (Ho et al. 2020, Alg. 1, on latents).
+
+Drop captions, draw timesteps, add noise, predict, weigh the error. The mathematics is diffusion/'s;
+the update that follows is train_step.py's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.diffusion.loss_weighting import loss_weights
+from latentdiff.diffusion.objectives import (
+    offset_noise,
+    per_sample_loss,
+    perturb_input,
+    variance_loss,
+)
+from latentdiff.diffusion.prediction import target
+from latentdiff.diffusion.schedules import Schedule
+from latentdiff.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler
+from latentdiff.training.inputs.caption_dropout import drop_captions
+from latentdiff.training.learned_variance import VLB_WEIGHT
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The terms of the loss, on the device: see config.DiffusionConfig for their meaning."""
+
+    schedule: Schedule
+    prediction_type: str
+    null_text: Tensor  # (1, L) ids or (1, L, D) prompt embeddings
+    sample_timesteps: TimestepSampler
+    loss_weighting: str = "none"
+    snr_gamma: float | None = None  # None: the weighting's default
+    huber_delta: float | None = None  # None: squared errors
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    learned_variance: bool = False
+
+    @property
+    def loss_aware(self) -> LossSecondMomentSampler | None:
+        """The timestep sampler whose history is part of a run's state; None for any other."""
+        sampler = self.sample_timesteps
+        return sampler if isinstance(sampler, LossSecondMomentSampler) else None
+
+    def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> "Losses":
+        """Return the weighted loss of each sample, of `count` in the whole step.
+
+        Where the batch has a mask (B, 1, h, w), a sample's loss is the mean weighted by the mask.
+        """
+        z0, eps = batch["z0"], batch["eps"]
+        t, importance_weight = self.sample_timesteps(batch["u"], batch["index_in_step"], count)
+        if self.offset_noise:
+            eps = offset_noise(eps, batch["offset"], strength=self.offset_noise)
+        zt = q_sample(self.schedule, z0, t, eps)
+        if self.input_perturbation:
+            strength = self.input_perturbation
+            zt = perturb_input(self.schedule, zt, t, batch["perturbation"], strength=strength)
+        text = drop_captions(batch["text"], self.null_text, batch["dropped"])
+        output = model(zt, t, text)
+        wanted = target(self.schedule, z0, eps, t, prediction_type=self.prediction_type)
+        weights = loss_weights(
+            self.schedule,
+            t,
+            prediction_type=self.prediction_type,
+            weighting=self.loss_weighting,
+            gamma=self.snr_gamma,
+        )
+        loss = weights * per_sample_loss(
+            output[:, : z0.shape[1]],
+            wanted,
+            huber_delta=self.huber_delta,
+            mask=batch.get("mask"),
+        )
+        if self.learned_variance:
+            loss = loss + VLB_WEIGHT * variance_loss(
+                self.schedule, output, z0, zt, t, prediction_type=self.prediction_type
+            )
+        return Losses(loss, t, importance_weight)
+
+
+class Losses(NamedTuple):
+    """The losses of a forward pass by sample: (B,) each."""
+
+    loss: Tensor  # float32, with the objective's weight of its timestep
+    t: Tensor
+    importance_weight: Tensor  # 1 / (T p_t) where timesteps are not uniform
