@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from latentdiff.models.components import load_vae
-from latentdiff.pipeline.output import preview
+from latentdiff.pipeline.callbacks import preview_images
 
 
 def seconds(work, *, repeats=5):
@@ -43,7 +43,7 @@ def main():
     xt, t = torch.randn(2, 4, 64, 64, dtype=torch.bfloat16), torch.tensor(500)
     prompt_embeds, z0 = torch.randn(2, 77, 768, dtype=torch.bfloat16), torch.randn(1, 4, 64, 64)
     step = seconds(lambda: unet(xt.contiguous(memory_format=torch.channels_last), t, prompt_embeds))
-    decode = seconds(lambda: preview(vae, z0))
+    decode = seconds(lambda: preview_images(vae, z0))
     result = {
         "benchmark": "preview_latency",
         "preview_s": decode,

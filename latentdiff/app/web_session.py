@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from latentdiff.pipeline import checks
-from latentdiff.pipeline.output import LatentDiffOutput, preview
+from latentdiff.pipeline.callbacks import preview_images
+from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
 OWN_SAMPLER, NO_LORA = "the model's own", "none"
@@ -52,7 +53,7 @@ class WebSession:
 
         def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
             pipe._interrupt = stop.is_set()
-            events.put((i, preview(vae, tensors["predicted_z0"])))
+            events.put((i, preview_images(vae, tensors["predicted_z0"])))
             return {}
 
         def work() -> None:
@@ -83,13 +84,13 @@ class WebSession:
         for name in ("prompt", "negative_prompt"):
             if len(call[name] or "") > MAX_CHARACTERS:
                 raise ValueError(f"{name} has more than {MAX_CHARACTERS} characters; shorten it")
-        for name, most in (
+        for name, maximum in (
             ("num_inference_steps", MAX_STEPS),
             ("num_images_per_prompt", MAX_IMAGES),
             ("height", self.max_side_px),
             ("width", self.max_side_px),
         ):
-            checks.count(name, call[name], most=most)
+            checks.count(name, call[name], maximum=maximum)
 
     def _choose(self, *, sampler: str, lora: str) -> None:
         """Make a sampler and a LoRA current; ValueError for a name that is not on the page."""

@@ -23,8 +23,8 @@ from latentdiff.app.web_session import (
 )
 from latentdiff.config.sampling import WebUIOptions
 from latentdiff.models.components import load_vae
-from latentdiff.pipeline import denoiser
 from latentdiff.pipeline.files.model_info import default_guidance
+from latentdiff.pipeline.initial_latents import trained_size_px
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.schedulers import scheduler_names
 from latentdiff.sampling.open_pipeline import open_pipeline
@@ -97,7 +97,7 @@ def build(playground: WebSession) -> Any:
 def _controls(gr: Any, playground: WebSession) -> dict[str, Any]:
     """Lay out the input side; return its components by name."""
     factor, most = playground.pipe.vae_scale_factor, playground.max_side_px
-    height, width = denoiser.image_size(playground.pipe.unet, factor=factor)
+    height, width = trained_size_px(playground.pipe.unet, factor=factor)
     own = default_guidance(playground.pipe.model_info)
     found: dict[str, Any] = {}
 

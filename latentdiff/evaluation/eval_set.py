@@ -22,7 +22,7 @@ from latentdiff.models.components import Components, load_components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.denoiser import image_size
+from latentdiff.pipeline.initial_latents import trained_size_px
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class EvalModel:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels that the model was trained at."""
-        return image_size(self.components.unet, factor=LatentCodec(self.components.vae).factor)
+        return trained_size_px(self.components.unet, factor=LatentCodec(self.components.vae).factor)
 
     def pipeline(self) -> LatentDiffPipeline:
         """Return a pipeline of the components, without a progress bar."""
@@ -100,7 +100,7 @@ def encode_folder(
 ) -> CaptionedLatents:
     """Encode a folder's images, with their first captions, at the U-Net's own size."""
     codec = LatentCodec(components.vae)
-    height, width = image_size(components.unet, factor=codec.factor)
+    height, width = trained_size_px(components.unet, factor=codec.factor)
     captions = tuple(record.captions[0] for record in folder)
     generator = torch.Generator().manual_seed(seed)
     z0, text = [], []

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from latentdiff.image_grid import draw_grid
-from latentdiff.pipeline.prompts import tokenize_prompts
+from latentdiff.pipeline.prompts import parse_prompt, tokenize_prompt
 
 HEAT_SHARE = 0.6
 COLD, HOT = np.array([16.0, 16.0, 96.0]), np.array([255.0, 220.0, 0.0])
@@ -85,7 +85,7 @@ def heat_map_grid(
     """
     window = tokenizer.model_max_length - 2
     panels, labels = [image.convert("RGB")], [prompt]
-    for index, token in enumerate(tokenize_prompts(tokenizer, prompt).ids):
+    for index, token in enumerate(tokenize_prompt(tokenizer, parse_prompt(prompt)).ids):
         position = 1 + index + 2 * (index // window)  # each window has a start and an end token
         if position >= len(heat):
             break

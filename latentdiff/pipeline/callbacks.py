@@ -1,18 +1,26 @@
-"""What a caller may see and change after each step of the chain."""
+"""Step callbacks: the tensors a caller may see and change after each step, traces and previews."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 from torch import Tensor
 
-from latentdiff.diffusion.prediction import predict_x0
-from latentdiff.models.build import schedule_of
+from latentdiff.image_grid import draw_grid, to_pil
+from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.denoiser import Prediction
+from latentdiff.pipeline.schedulers import predicted_z0
+
+MAX_COLUMNS = 8
+PREVIEW_SIZE = 32  # in latent pixels
 
 StepFunction: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -20,8 +28,8 @@ TENSORS = (
     "latents",  # (B, C, h, w) after the step
     "prompt_embeds",  # (B, L, D), or (2B, L, D) under guidance with the negative prompts first
     "negative_prompt_embeds",  # (B, L, D), None without guidance
-    "predicted_z0",  # (B, C, h, w), the clean latents that the step's prediction stands for
-    "guidance_difference",  # (B, C, h, w), conditional minus unconditional; None without guidance
+    "predicted_z0",  # (B, C, h, w), the clean latents that the step predicts
+    "cfg_delta",  # (B, C, h, w), conditional minus unconditional; None without guidance
 )
 
 
@@ -37,7 +45,7 @@ class StepEndCallback:
 
     @classmethod
     def checked(cls, function: StepFunction | None, names: object) -> StepEndCallback:
-        """Return the callback; ValueError where it cannot be called or asks for what is not."""
+        """Return the callback; ValueError where it cannot be called or a tensor is unknown."""
         return cls(function, tuple(checks.callback(function, names, known=TENSORS)))
 
     def __call__(
@@ -47,15 +55,15 @@ class StepEndCallback:
         t: Tensor,
         *,
         latents: Tensor,
-        states: Tensor,
+        prompt_embeds: Tensor,
         xt: Tensor,
         prediction: Prediction,
     ) -> tuple[Tensor, Tensor]:
-        """Return the latents and text states to go on with."""
+        """Return latents and prompt embeddings for the next step."""
         if self.function is None:
-            return latents, states
-        is_guided = len(states) == 2 * len(latents)
-        negative = states.chunk(2)[0] if is_guided else None
+            return latents, prompt_embeds
+        is_guided = len(prompt_embeds) == 2 * len(latents)
+        negative = prompt_embeds.chunk(2)[0] if is_guided else None
         tensors: dict[str, Tensor | None] = {}
         for name in self.names:
             if name == "predicted_z0":
@@ -63,34 +71,78 @@ class StepEndCallback:
             else:
                 tensors[name] = {
                     "latents": latents,
-                    "prompt_embeds": states,
+                    "prompt_embeds": prompt_embeds,
                     "negative_prompt_embeds": negative,
-                    "guidance_difference": prediction.difference,
+                    "cfg_delta": prediction.cfg_delta,
                 }[name]
         changed = self.function(pipe, i, t, tensors) or {}
-        states = changed.get("prompt_embeds", states)
+        prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
         negative_now = changed.get("negative_prompt_embeds")
         if negative_now is not None and negative_now is not negative:
-            states = torch.cat([negative_now, states[-len(latents) :]])
-        return changed.get("latents", latents), states
+            prompt_embeds = torch.cat([negative_now, prompt_embeds[-len(latents) :]])
+        return changed.get("latents", latents), prompt_embeds
 
 
-def predicted_z0(scheduler: Any, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-    """Return the clean latents (B, C, h, w) that a prediction stands for (Ho et al. 2020, Eq. 15).
+@torch.no_grad()
+def preview_images(
+    vae: AutoencoderKL | AutoencoderTiny, z0: Tensor, *, max_side: int = PREVIEW_SIZE
+) -> list[Image.Image]:
+    """Return small images of latents z0 (B, C, h, w), cheap enough for every step.
 
-    xt is the noisy latents at unit-variance scale, as every scheduler feeds the U-Net.
+    vae: one of the same latent space; a small one such as TAESD is many times faster. Latents of
+    more than max_side latent pixels along a side are shrunk before decoding.
     """
-    channels = xt.shape[1]
-    return predict_x0(
-        schedule_of(scheduler).to(xt.device),
-        output[:, :channels],
-        xt,
-        nearest_steps(scheduler, t, count=len(xt)).to(xt.device),
-        prediction_type=scheduler.config.prediction_type,
-    ).float()
+    longest = max(z0.shape[-2:])
+    if longest > max_side:
+        size = [max(1, side * max_side // longest) for side in z0.shape[-2:]]
+        z0 = F.interpolate(z0, size=size, mode="area")
+    pixels = LatentCodec(vae).decode(z0.to(vae.device))
+    return [to_pil(one) for one in pixels]
 
 
-def nearest_steps(scheduler: Any, t: Tensor, *, count: int) -> Tensor:
-    """Return the training timestep nearest to t, which some samplers have in between, (count,)."""
-    last = scheduler.config.num_train_timesteps - 1
-    return t.round().long().clamp(0, last).expand(count)
+@dataclass
+class Trace:
+    """A step callback that keeps the chain for `grid`; pass it as callback_on_step_end."""
+
+    tensor_inputs: tuple[str, ...] = ("latents", "predicted_z0", "cfg_delta")
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, pipe: Any, i: int, t: Tensor, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep one step's tensors on the CPU."""
+        kept = {name: None if v is None else v.cpu() for name, v in tensors.items()}
+        self.steps.append(kept | {"t": float(t)})
+        return {}
+
+    def grid(self, vae: AutoencoderKL | AutoencoderTiny, *, image: int = 0) -> Image.Image:
+        """Return one image's chain: a row each for xt after the step, predicted x0, guidance.
+
+        Guidance is the norm of cfg_delta over channels, dark to bright in each panel on its own.
+        At most eight steps are shown, evenly spaced, the last one always.
+        """
+        if not self.steps:
+            raise ValueError("nothing was traced; pass the trace as callback_on_step_end")
+        chosen = np.linspace(0, len(self.steps) - 1, min(MAX_COLUMNS, len(self.steps)))
+        shown = [self.steps[round(index)] for index in chosen]
+        panels: list[Image.Image] = []
+        labels: list[str] = []
+        for name, title in (("latents", "xt"), ("predicted_z0", "x0")):
+            latents = torch.stack([step[name][image] for step in shown])
+            panels += _decoded(vae, latents)
+            labels += [f"{title}, t={step['t']:.0f}" for step in shown]
+        if all(step["cfg_delta"] is not None for step in shown):
+            size = panels[0].size
+            panels += [_norm(step["cfg_delta"][image], size=size) for step in shown]
+            labels += [f"guidance, t={step['t']:.0f}" for step in shown]
+        return draw_grid(panels, labels, columns=len(shown))
+
+
+@torch.no_grad()
+def _decoded(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> list[Image.Image]:
+    pixels = LatentCodec(vae).decode(latents.to(vae.device), chunk_size=1)
+    return [to_pil(one) for one in pixels]
+
+
+def _norm(cfg_delta: Tensor, *, size: tuple[int, int]) -> Image.Image:
+    norm = cfg_delta.float().norm(dim=0)
+    shares = (norm / norm.max().clamp(min=1e-12) * 255).round().byte().numpy()
+    return Image.fromarray(shares).resize(size, Image.Resampling.NEAREST).convert("RGB")

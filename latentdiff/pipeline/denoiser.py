@@ -1,10 +1,13 @@
-"""One evaluation of the U-Net, with classifier-free guidance."""
+"""The denoiser of one call: the U-Net, its inputs and guidance in one object, made once a call.
+
+Classifier-free guidance (Ho & Salimans 2022) is applied here and nowhere else in the pipeline.
+Does not answer for: the gradient of a score (gradient_guidance.py), the scheduler's step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,80 +16,131 @@ from torch import Tensor
 
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.diffusion.guidance import classifier_free, is_guided, rescale
-from latentdiff.pipeline.prompts import apply_lora_scale
+from latentdiff.pipeline import checks
+from latentdiff.pipeline.gradient_guidance import ScoreFunction, apply_score_guidance
+from latentdiff.pipeline.initial_latents import InpaintState
+from latentdiff.pipeline.lora_scale import apply_lora_scale
 
-Guide: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # z0 (B, C, h, w) and t to scores (B,)
+MAX_GUIDANCE = 1000.0
+MAX_SCORE_SCALE = 1e6
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Guidance of one call. scale: of classifier-free guidance, 1 is none.
 
-    rescale: in [0, 1], how far the guided prediction's spread is pulled back. interval: the part of
-    the chain that is guided, from 0 (pure noise) to 1 (clean). guide: a score of the predicted
-    clean latents whose gradient is climbed, guide_scale times; see guide.py.
+    rescale: in [0, 1], how far the guided prediction's standard deviation is pulled back. interval:
+    the part of the chain that is guided, from 0 (pure noise) to 1 (clean). score_fn: a score of the
+    predicted clean latents; its gradient guides too, times score_scale (gradient_guidance.py).
     """
 
     scale: float = 1.0
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
-    guide: Guide | None = None
-    guide_scale: float = 1.0
+    score_fn: ScoreFunction | None = None
+    score_scale: float = 1.0
 
-    def acts_at(self, t: Tensor, *, num_timesteps: int) -> bool:
-        """Say whether a timestep is guided."""
+    @classmethod
+    def checked(
+        cls, scale: object, rescale: object, interval: object, *, score: tuple[Any, object]
+    ) -> Guidance:
+        """Return the guidance; ValueError for a bad value. score: (score_fn, score_scale)."""
+        score_fn, score_scale = score
+        if score_fn is not None and not callable(score_fn):
+            raise ValueError(
+                "score_fn must be a function (z0, t) -> scores, one an image, got "
+                f"{checks.kind(score_fn)}"
+            )
+        return cls(
+            checks.in_range("guidance_scale", scale, low=0.0, high=MAX_GUIDANCE),
+            checks.in_range("guidance_rescale", rescale, low=0.0, high=1.0),
+            checks.interval("guidance_interval", interval),
+            score_fn,
+            checks.in_range("score_scale", score_scale, low=-MAX_SCORE_SCALE, high=MAX_SCORE_SCALE),
+        )
+
+    def is_active(self, t: Tensor, *, num_timesteps: int) -> bool:
+        """Return whether a timestep is guided."""
         start, end = self.interval
         is_whole = (start, end) == (0.0, 1.0)
         return is_whole or is_guided(int(t), start=start, end=end, num_timesteps=num_timesteps)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the U-Net says at one step, float32.
+class Prediction(NamedTuple):
+    """The U-Net's prediction at one step, guided, float32."""
 
-    output: (B, C, h, w), or (B, 2C, h, w) with learned variance, guided. difference: the
-    conditional minus the unconditional output (B, C, h, w), None without guidance.
+    output: Tensor  # (B, C, h, w), or (B, 2C, h, w) with learned variance
+    cfg_delta: Tensor | None  # (B, C, h, w), conditional minus unconditional; None without guidance
+
+
+class Denoiser:
+    """The U-Net of one call with all it needs to predict from xt at a timestep, guided.
+
+    prompt_embeds: (B, L, D), or (2B, L, D) with the negative prompts first, then classifier-free
+    guidance applies. They and the guidance may be replaced between steps.
     """
 
-    output: Tensor
-    difference: Tensor | None
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        inputs: InpaintState,
+        guidance: Guidance,
+        *,
+        prompt_embeds: Tensor,
+        scheduler: Any,
+        fast_cpu: FastCPU,
+        lora_scale: float | None = None,
+    ) -> None:
+        self.unet, self.inputs, self.guidance = unet, inputs, guidance
+        self.prompt_embeds, self.lora_scale = prompt_embeds, lora_scale
+        self.scheduler, self.fast_cpu = scheduler, fast_cpu
+        self.num_channels = inputs.noise.shape[1]
+        self.dtype = unet.dtype  # read once: diffusers walks over all parameters for it
 
+    def __call__(self, xt: Tensor, t: Tensor) -> Prediction:
+        """Predict from xt (B, C, h, w) at timestep t (), guided where t lies in the interval."""
+        guidance = self.guidance
+        num_timesteps = self.scheduler.config.num_train_timesteps
+        if not guidance.is_active(t, num_timesteps=num_timesteps):
+            return self._predict(xt, t, self.prompt_embeds[-len(xt) :])
+        if guidance.score_fn is None:
+            return self._predict(xt, t, self.prompt_embeds)
+        guided = apply_score_guidance(
+            guidance.score_fn,
+            lambda x: self._predict(x, t, self.prompt_embeds),
+            xt=xt,
+            t=t,
+            scale=guidance.score_scale,
+            scheduler=self.scheduler,
+        )
+        return Prediction(*guided)
 
-def predict(
-    unet: UNet2DConditionModel,
-    unet_input: Tensor,
-    *,
-    t: Tensor,
-    states: Tensor,
-    guidance: Guidance,
-    channels: int,
-    lora_scale: float | None = None,
-    forward: FastCPU,
-    dtype: torch.dtype,
-) -> Prediction:
-    """Run the U-Net once by `forward`, for both captions at once, and guide its prediction.
+    def _predict(self, xt: Tensor, t: Tensor, prompt_embeds: Tensor) -> Prediction:
+        """Run the U-Net once, for both prompts at once, with classifier-free guidance.
 
-    unet_input: (B, C_in, h, w). states: (B, L, D), or (2B, L, D) with the negative prompts first,
-    then guidance acts. Of a learned variance (outputs after the first `channels`) the conditional
-    one is kept: guidance extrapolates predictions only. dtype: the U-Net's, which is slow to ask.
-    """
-    has_two = len(states) == 2 * len(unet_input)
-    with apply_lora_scale(unet, lora_scale):
-        output = forward(
-            unet,
-            unet_input.to(dtype),
-            t,
-            states.to(dtype),
-            scale=guidance_embedding(unet, guidance.scale, like=unet_input),
-        ).float()
-    if not has_two:
-        return Prediction(output, None)
-    uncond, cond = output.chunk(2)
-    mean, variance = cond[:, :channels], cond[:, channels:]
-    guided = classifier_free(uncond[:, :channels], mean, guidance.scale)
-    if guidance.rescale > 0:
-        guided = rescale(guided, mean, guidance.rescale)
-    return Prediction(torch.cat([guided, variance], dim=1), mean - uncond[:, :channels])
+        Of a learned variance (outputs after the first C) the conditional one is kept: guidance
+        extrapolates predictions only.
+        """
+        with apply_lora_scale(self.unet, self.lora_scale):
+            output = self.fast_cpu(
+                self.unet,
+                self.inputs.unet_input(xt).to(self.dtype),
+                t,
+                prompt_embeds.to(self.dtype),
+                scale=guidance_embedding(self.unet, self.guidance.scale, like=xt),
+            ).float()
+        if len(prompt_embeds) != 2 * len(xt):
+            return Prediction(output, None)
+        uncond, cond = output.chunk(2)
+        uncond, cond, variance = (
+            uncond[:, : self.num_channels],
+            cond[:, : self.num_channels],
+            cond[:, self.num_channels :],
+        )
+        guided = classifier_free(uncond, cond, self.guidance.scale)
+        if self.guidance.rescale > 0:
+            guided = rescale(guided, cond, self.guidance.rescale)
+        return Prediction(torch.cat([guided, variance], dim=1), cond - uncond)
 
 
 def guidance_embedding(unet: UNet2DConditionModel, scale: float, *, like: Tensor) -> Tensor | None:
@@ -97,10 +151,3 @@ def guidance_embedding(unet: UNet2DConditionModel, scale: float, *, like: Tensor
     scales = torch.full((len(like),), (scale - 1) * 1000.0, device=like.device)
     embedding: Tensor = get_timestep_embedding(scales, width, downscale_freq_shift=1)
     return embedding.to(unet.dtype)
-
-
-def image_size(unet: UNet2DConditionModel, *, factor: int) -> tuple[int, int]:
-    """Return (height, width) in pixels that the U-Net was trained at."""
-    size = unet.config.sample_size or 64
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    return int(height) * factor, int(width) * factor

@@ -1,4 +1,4 @@
-"""The caller's images and masks, read before any compute.
+"""The caller's images and masks, checked and read before any compute.
 
 PIL images (turned upright by their EXIF tag, transparency on white), arrays (H, W, 3) or
 (B, H, W, 3) and tensors (3, H, W) or (B, 3, H, W), floating in [0, 1] as `output_type="np"` and
@@ -27,7 +27,7 @@ DEFAULT_STRENGTH = 0.8
 class ImageInputs:
     """The images and masks of a call, each a list of PIL images or a tensor (B, C, H, W).
 
-    strength: the part of the chain that is walked, None without an image.
+    strength: the part of the chain that is denoised, None without an image.
     """
 
     image: ImageList | None = None
@@ -48,7 +48,7 @@ class ImageInputs:
         """Return images as (num_images, 3, height, width) in [-1, 1], resized where needed."""
         processor = VaeImageProcessor(vae_scale_factor=1, vae_latent_channels=0)
         pixels: Tensor = processor.preprocess(self.image, height=height, width=width)
-        return _spread(pixels.float(), num_images)
+        return _repeat(pixels.float(), num_images)
 
     def binary_mask(self, height: int, width: int, *, num_images: int) -> Tensor | None:
         """Return masks as (num_images, 1, height, width) of 0 and 1."""
@@ -62,7 +62,7 @@ class ImageInputs:
             do_convert_grayscale=True,
         )
         mask = self.mask[:, 0] if isinstance(self.mask, Tensor) else self.mask
-        return _spread(processor.preprocess(mask, height=height, width=width).float(), num_images)
+        return _repeat(processor.preprocess(mask, height=height, width=width).float(), num_images)
 
 
 def read_image_inputs(
@@ -93,7 +93,7 @@ def read_image_inputs(
     given = ImageInputs(
         _read("image", image, 3),
         _read("mask_image", mask_image, 1),
-        checks.number("strength", strength, least=0.0, most=1.0),
+        checks.in_range("strength", strength, low=0.0, high=1.0),
     )
     for name, images in (("image", given.image), ("mask_image", given.mask)):
         if images is not None and len(images) not in (1, num_prompts, num_images):
@@ -174,5 +174,5 @@ def _check_tensor(name: str, value: Tensor, channels: int) -> Tensor:
     return value.detach().cpu()
 
 
-def _spread(batch: Tensor, num_images: int) -> Tensor:
+def _repeat(batch: Tensor, num_images: int) -> Tensor:
     return batch.repeat_interleave(num_images // len(batch), dim=0)

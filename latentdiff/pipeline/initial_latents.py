@@ -1,12 +1,11 @@
-"""What a chain starts from and must keep: nothing, an image, or an image and where to paint it.
+"""Initial latents: noise alone, or an image under noise, with a mask where it is inpainted.
 
 Image-to-image (SDEdit, Meng et al. 2022), inpainting by putting the known part back after each
 step (RePaint's first half, Lugmayr et al. 2022), and inpainting U-Nets that read the mask and the
-masked image as five more channels (Rombach et al. 2022, 4.5). Text to image is an empty canvas.
+masked image as five more channels (Rombach et al. 2022, 4.5).
 
-The random numbers of a call: each image has its own generator and can be made again alone.
-
-Generators live on the CPU, so that one seed gives one image on every device.
+Each image has its own generator, so that it can be made again alone. Generators live on the CPU, so
+that one seed gives one image on every device.
 """
 
 from __future__ import annotations
@@ -17,13 +16,15 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.image_inputs import ImageInputs
+
+Generators: TypeAlias = torch.Generator | list[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,24 @@ class InpaintState:
         return latents
 
     def unet_input(self, xt: Tensor) -> Tensor:
-        """Return what the U-Net reads: xt, for an inpainting U-Net with mask and masked image."""
+        """Return the U-Net's input: xt, for an inpainting U-Net with mask and masked image."""
         if self.masked_z0 is None:
             return xt
         assert self.mask is not None
         return torch.cat([xt, self.mask, self.masked_z0], dim=1)  # (B, 2C + 1, h, w)
 
-    def keep(self, scheduler: Any, latents: Tensor, later: Tensor) -> Tensor:
+    def paste_known(self, scheduler: Any, latents: Tensor, later: Tensor) -> Tensor:
         """Put the image back where it is not painted, at the noise of the next timestep."""
         if self.z0 is None or self.mask is None or self.masked_z0 is not None:
             return latents
-        kept = self.z0
+        known = self.z0
         if len(later):
-            kept = scheduler.add_noise(self.z0, self.noise, later[:1])
-        return (1 - self.mask) * kept + self.mask * latents
+            known = scheduler.add_noise(self.z0, self.noise, later[:1])
+        return (1 - self.mask) * known + self.mask * latents
 
 
 def prepare_latents(
-    given: ImageInputs,
+    images: ImageInputs,
     noise: Tensor | None,
     *,
     shape: Sequence[int],
@@ -75,24 +76,24 @@ def prepare_latents(
     device: torch.device,
     reads_mask: bool,
 ) -> InpaintState:
-    """Encode the caller's image and draw the noise (B, C, h, w) unless it is given.
+    """Encode the caller's images and sample the noise (B, C, h, w) unless it is given.
 
     Random numbers are drawn in stock diffusers' order, so that its seeds and ours agree: image,
-    noise, masked image; a U-Net that reads the mask needs no image where all is noise.
+    noise, masked image; a U-Net that reads the mask needs no image at strength 1.
     """
     noise = None if noise is None else noise.to(device, torch.float32)
-    if given.image is None:
+    if images.image is None:
         return InpaintState(randn(shape, generator, device=device) if noise is None else noise)
     num_images, size = shape[0], [side * codec.factor for side in shape[-2:]]
-    pixels = given.pixels(*size, num_images=num_images)
-    mask = given.binary_mask(*size, num_images=num_images)
+    pixels = images.pixels(*size, num_images=num_images)
+    mask = images.binary_mask(*size, num_images=num_images)
 
     def encode(part: Tensor) -> Tensor:
         is_random = not isinstance(codec.vae, AutoencoderTiny)
         eps = randn(shape, generator, device=device) if is_random else None
         return codec.encode(part.to(device), eps)
 
-    z0 = None if reads_mask and given.strength == 1 else encode(pixels)
+    z0 = None if reads_mask and images.strength == 1 else encode(pixels)
     noise = randn(shape, generator, device=device) if noise is None else noise
     if mask is None:
         return InpaintState(noise, z0)
@@ -103,11 +104,8 @@ def prepare_latents(
         z0,
         small,
         masked_z0 if reads_mask else None,
-        is_all_noise=given.strength == 1,
+        is_all_noise=images.strength == 1,
     )
-
-
-Generators: TypeAlias = torch.Generator | list[torch.Generator]
 
 
 def generators_for(
@@ -115,7 +113,7 @@ def generators_for(
 ) -> tuple[list[int] | None, Generators]:
     """Return one seed and one CPU generator an image, or the caller's own generators and no seeds.
 
-    Raises ValueError as `checks.seeds` says.
+    Raises ValueError as `checks.seeds` does.
     """
     seeds = checks.seeds(seed, generator, num_images=num_images)
     if seeds is None:
@@ -125,11 +123,18 @@ def generators_for(
 
 
 def randn(shape: Sequence[int], generator: Generators, *, device: torch.device) -> Tensor:
-    """Draw standard normal float32 noise (B, C, h, w), image k from generator k alone.
+    """Sample standard normal float32 noise (B, C, h, w), image k from generator k alone.
 
-    One generator (no list) draws the whole batch in turn, as diffusers does.
+    One generator (no list) samples the whole batch in turn, as diffusers does.
     """
     noise: Tensor = randn_tensor(
         tuple(shape), generator=generator, device=device, dtype=torch.float32
     )
     return noise
+
+
+def trained_size_px(unet: UNet2DConditionModel, *, factor: int) -> tuple[int, int]:
+    """Return (height, width) in pixels that the U-Net was trained at; factor: the VAE's."""
+    size = unet.config.sample_size or 64
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return int(height) * factor, int(width) * factor

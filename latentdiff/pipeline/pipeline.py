@@ -1,7 +1,7 @@
-"""LatentDiffPipeline: a prompt becomes an image, in the numbered steps of `__call__`.
+"""LatentDiffPipeline: from a prompt to an image, in the numbered steps of `__call__`.
 
-Latents are kept in float32 through the chain whatever the networks' dtype is. Every argument is
-checked in checks.py before any compute.
+Latents stay in float32 through the chain whatever the networks' dtype is. Every argument is checked
+before any compute (checks.py).
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from transformers import (
 
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.models.latents import LatentCodec
-from latentdiff.pipeline import checks, denoiser, schedulers
+from latentdiff.pipeline import checks, schedulers
 from latentdiff.pipeline.callbacks import TENSORS, StepEndCallback, StepFunction
-from latentdiff.pipeline.denoiser import Guidance, Guide, Prediction
+from latentdiff.pipeline.denoiser import Denoiser, Guidance
 from latentdiff.pipeline.files.loading import LoadingMixin
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
     default_guidance,
     warn_if_guidance_untrained,
 )
-from latentdiff.pipeline.gradient_guidance import score_step
+from latentdiff.pipeline.gradient_guidance import ScoreFunction
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
 from latentdiff.pipeline.initial_latents import (
     Generators,
     InpaintState,
     generators_for,
     prepare_latents,
+    trained_size_px,
 )
 from latentdiff.pipeline.output import LatentDiffOutput, decode
 from latentdiff.pipeline.png_metadata import attach_settings, generation_metadata
-from latentdiff.pipeline.prompts import EncodePromptMixin, Text
+from latentdiff.pipeline.prompts import EncodePromptMixin, PromptInputs
 from latentdiff.pipeline.schedulers import make_scheduler
 
 
@@ -57,25 +58,25 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     """Text to image, image to image and inpainting with any Stable Diffusion 1.x / 2.x model.
 
     `LatentDiffPipeline.from_pretrained(path_or_id)("a cat").images[0]` is a PIL image. What
-    `save_pretrained` writes is opened by stock diffusers, and draws the same.
+    `save_pretrained` writes is opened by stock diffusers, which then makes the same images.
 
-    Arguments of a call, all but the prompt by keyword; nonsense is a ValueError that names it:
+    Arguments of a call, all but the prompt by keyword; a bad one is a ValueError that names it:
     - prompt, negative_prompt: a text or a list; "(red:1.3) apple" weighs words. prompt_embeds,
-      negative_prompt_embeds (B, L, D) stand for them. long_prompts: "cut" warns of what does not
-      fit, "chunks" reads it all. clip_skip: layers of the text encoder that are left out.
+      negative_prompt_embeds (B, L, D) stand for them. long_prompts: "truncate" warns of words that
+      do not fit, "chunks" reads all. clip_skip: layers of the text encoder that are skipped.
     - image, strength in (0, 1]: start from an image; mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.
-    - num_inference_steps, eta (DDIM's randomness); the sampler is `scheduler`: `set_scheduler`.
+    - num_inference_steps, eta (DDIM's randomness); `set_scheduler` changes the scheduler.
     - guidance_scale, 1 is none, by default the model's own or 7.5; guidance_rescale in [0, 1];
       guidance_interval: (start, end), the part of the chain that is guided, from 0, noise, to 1.
-    - guide: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); the
-      chain climbs its gradient, guide_scale times, beside the guidance above (see guide.py).
+    - score_fn: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); its
+      gradient, times score_scale, guides the chain too (gradient_guidance.py).
     - num_images_per_prompt; seed: one number s, counted up over the images, or a list of one a
       image; generator: a torch.Generator, or a list, as in diffusers; latents: the noise.
     - lora_scale: how strongly loaded LoRAs act.
     - output_type: "pil", "np", "pt" (both in [0, 1]) or "latent"; return_dict: False for a tuple.
     - callback_on_step_end(pipe, i, t, tensors) after each step, with the tensors that
-      callback_on_step_end_tensor_inputs names (see step_end.py); what it returns replaces them.
+      callback_on_step_end_tensor_inputs names (callbacks.py); tensors it returns replace them.
     """
 
     vae: AutoencoderKL | AutoencoderTiny
@@ -145,8 +146,8 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-        guide: Guide | None = None,
-        guide_scale: float = 1.0,
+        score_fn: ScoreFunction | None = None,
+        score_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         seed: int | list[int] | None = None,
         generator: Generators | None = None,
@@ -154,7 +155,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        long_prompts: str = "cut",
+        long_prompts: str = "truncate",
         clip_skip: int | None = None,
         lora_scale: float | None = None,
         output_type: str = "pil",
@@ -163,53 +164,36 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
         """Make images for a prompt, or for each prompt of a list; see the class."""
-        # 1. Refuse nonsense before any compute
+        # 1. Checks, all before any compute
         checks.output(output_type, return_dict)
         step_end = StepEndCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._set_guidance(
-            guidance_scale, guidance_rescale, guidance_interval, guide=(guide, guide_scale)
-        )
-        text = Text(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            num_images_per_prompt,
-            long_prompts=long_prompts,
-            clip_skip=clip_skip,
-            lora_scale=lora_scale,
-        )
-        text = checks.text(text, unet=self.unet, text_encoder=self.text_encoder)
-        given = self._read_images(text, image, mask_image, strength)
-        shape = self._latent_shape(text.num_images, given, height, width)
+        score, interval = (score_fn, score_scale), guidance_interval
+        guidance = self._read_guidance(guidance_scale, guidance_rescale, interval, score=score)
+        texts, embeds = (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds)
+        options = {"long_prompts": long_prompts, "clip_skip": clip_skip, "lora_scale": lora_scale}
+        prompts = self._read_prompts(texts, embeds, num_images_per_prompt, options=options)
+        images = self._read_images(prompts, image, mask_image, strength=strength)
+        shape = self._latent_shape(prompts.num_images, images, height=height, width=width)
         checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
-        seeds, generator = generators_for(seed, generator, num_images=text.num_images)
-        device = self._execution_device
-        timesteps = self._timesteps(num_inference_steps, given.strength, device)
+        seeds, generator = generators_for(seed, generator, num_images=prompts.num_images)
+        timesteps = self._timesteps(num_inference_steps, images.strength)
         step_options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
-
-        # 2. Read the prompts
-        states = self._text_states(text, device)
-
-        # 3. Start from noise, or from an image under noise, each with its own generator
-        canvas = self._canvas(given, latents, shape, generator, device)
-
-        # 4. Walk the chain from noise to clean latents
-        latents = self._walk(
-            timesteps, canvas, states, step_end, step_options, lora_scale=text.lora_scale
-        )
-
-        # 5. Decode, and write into each image what made it
+        # 2. Prompts, encoded
+        embeddings = self._prompt_embeds(prompts)
+        # 3. Denoiser: U-Net, initial latents, prompts and guidance in one object
+        inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
+        denoiser = self._denoiser(inputs, guidance, embeddings, lora_scale=prompts.lora_scale)
+        # 4. Scheduler, step by step from noise to clean latents
+        z0 = self.denoise_loop(denoiser, timesteps, step_end=step_end, step_options=step_options)
+        # 5. Output: images, with the settings that make them again
         settings = generation_metadata(
-            self, text, seeds, given=given, shape=shape, steps=num_inference_steps, eta=eta
+            self, prompts, images, seeds=seeds, shape=shape, steps=num_inference_steps, eta=eta
         )
-        images, flagged = self._decode(latents, output_type, settings)
-        self.maybe_free_model_hooks()
-        output = LatentDiffOutput(images, flagged, seeds, settings)
-        return output if return_dict else (images, flagged)
+        output = self._output(z0, settings, seeds=seeds, output_type=output_type)
+        return output if return_dict else (output.images, output.nsfw_content_detected)
 
     def set_scheduler(self, name: str) -> None:
-        """Change the sampler by a name people know, such as "dpm++2m-karras"; see samplers.py."""
+        """Change the scheduler by name, such as "dpm++2m-karras"; see schedulers.py."""
         self.scheduler = make_scheduler(name, trained=self.scheduler)
 
     @property
@@ -247,151 +231,137 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         """Channels of a latent."""
         return 4 if self.vae is None else int(self.vae.config.latent_channels)
 
-    def _set_guidance(
-        self, scale: object, rescale: object, interval: object, *, guide: tuple[Any, object]
-    ) -> None:
-        function, times = guide
+    def _read_guidance(
+        self, scale: object, rescale: object, interval: object, *, score: tuple[Any, object]
+    ) -> Guidance:
+        """Check guidance, by default of the model's own scale, and make it the pipeline's."""
         scale = default_guidance(self.model_info) if scale is None else scale
-        guidance = checks.guidance(scale, rescale, interval, guide=function, guide_scale=times)
+        guidance = Guidance.checked(scale, rescale, interval, score=score)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_if_guidance_untrained(self.model_info, guidance.scale)
+        return guidance
 
     def _read_images(
-        self, text: Text, image: object, mask_image: object, strength: object
+        self, prompts: PromptInputs, image: object, mask_image: object, *, strength: object
     ) -> ImageInputs:
         return read_image_inputs(
             image,
             mask_image,
             strength=strength,
-            num_prompts=text.num_prompts,
-            num_images=text.num_images,
+            num_prompts=prompts.num_prompts,
+            num_images=prompts.num_images,
             needs_mask=self._reads_mask,
         )
 
     def _latent_shape(
-        self, num_images: int, given: ImageInputs, height: object, width: object
+        self, num_images: int, images: ImageInputs, *, height: object, width: object
     ) -> tuple[int, int, int, int]:
         """Return (B, C, h, w) of a size in pixels, by default the image's or the trained one."""
         factor = self.vae_scale_factor
-        default = given.size(multiple=factor) or denoiser.image_size(self.unet, factor=factor)
-        rows, columns = checks.image_size(height, width, default=default, multiple=factor)
+        default = images.size(multiple=factor) or trained_size_px(self.unet, factor=factor)
+        rows, columns = checks.size_px(height, width, default=default, multiple=factor)
         return num_images, self.num_channels, rows // factor, columns // factor
 
-    def _timesteps(
-        self, num_inference_steps: object, strength: float | None, device: torch.device
-    ) -> Tensor:
+    def _timesteps(self, num_inference_steps: object, strength: float | None) -> Tensor:
+        """Set the scheduler's steps and return its timesteps, those of the strength if any."""
         out_channels = self.unet.config.out_channels
         schedulers.check_variance(
             self.scheduler, out_channels=out_channels, channels=self.num_channels
         )
+        device = self._execution_device
         timesteps = schedulers.set_timesteps(
             self.scheduler, num_inference_steps, strength=strength, device=device
         )
         self._num_timesteps = len(timesteps)
         return timesteps
 
-    def _text_states(self, text: Text, device: torch.device) -> Tensor:
+    def _prompt_embeds(self, prompts: PromptInputs) -> Tensor:
         """Return (B, L, D), or under guidance (2B, L, D) with the negative prompts first."""
-        states, negative = self.encode_prompt(
-            text.prompt,
-            device,
-            text.num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            text.negative_prompt,
-            text.prompt_embeds,
-            text.negative_prompt_embeds,
-            text.lora_scale,
-            text.clip_skip,
-            text.long_prompts,
-        )
-        return states if negative is None else torch.cat([negative, states])
+        is_guided = self.do_classifier_free_guidance
+        embeds, negative = self._encode_inputs(prompts, self._execution_device, is_guided=is_guided)
+        return embeds if negative is None else torch.cat([negative, embeds])
 
-    def _canvas(
+    def _initial_latents(
         self,
-        given: ImageInputs,
+        images: ImageInputs,
         noise: Tensor | None,
+        *,
         shape: Sequence[int],
         generator: Generators,
-        device: torch.device,
     ) -> InpaintState:
         return prepare_latents(
-            given,
+            images,
             noise,
             shape=shape,
             generator=generator,
             codec=LatentCodec(self.vae),
-            device=device,
+            device=self._execution_device,
             reads_mask=self._reads_mask,
         )
 
-    def _walk(
+    def _denoiser(
         self,
-        timesteps: Tensor,
-        canvas: InpaintState,
-        states: Tensor,
-        step_end: StepEndCallback,
-        step_options: dict[str, Any],
+        inputs: InpaintState,
+        guidance: Guidance,
+        prompt_embeds: Tensor,
         *,
         lora_scale: float | None,
+    ) -> Denoiser:
+        return Denoiser(
+            self.unet,
+            inputs,
+            guidance,
+            prompt_embeds=prompt_embeds,
+            scheduler=self.scheduler,
+            fast_cpu=self.fast_cpu,
+            lora_scale=lora_scale,
+        )
+
+    def denoise_loop(
+        self,
+        denoiser: Denoiser,
+        timesteps: Tensor,
+        *,
+        step_options: dict[str, Any],
+        step_end: StepEndCallback,
     ) -> Tensor:
-        """Return the clean latents (B, C, h, w) at the chain's end, or where a callback stopped."""
-        latents = canvas.start(self.scheduler, timesteps)
-        may_change = step_end.function is not None or lora_scale is not None
+        """Return clean latents (B, C, h, w), or those of the step at which a callback stopped."""
+        inputs = denoiser.inputs
+        latents = inputs.start(self.scheduler, timesteps)
+        may_change = step_end.function is not None or denoiser.lora_scale is not None
         self.fast_cpu.look_again()
-        dtype = self.unet.dtype
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
                 xt = self.scheduler.scale_model_input(latents, t)
-                prediction = self._predict(canvas, xt, t, states, lora_scale, dtype=dtype)
+                denoiser.guidance = replace(self._guidance, scale=self._guidance_scale)
+                prediction = denoiser(xt, t)
                 latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
-                latents = canvas.keep(self.scheduler, latents, timesteps[i + 1 :])
-                latents, states = step_end(
-                    self, i, t, latents=latents, states=states, xt=xt, prediction=prediction
+                latents = inputs.paste_known(self.scheduler, latents, timesteps[i + 1 :])
+                latents, denoiser.prompt_embeds = step_end(
+                    self,
+                    i,
+                    t,
+                    latents=latents,
+                    prompt_embeds=denoiser.prompt_embeds,
+                    xt=xt,
+                    prediction=prediction,
                 )
                 if may_change:
                     self.fast_cpu.look_again()
                 bar.update()
         return latents
 
-    def _predict(
+    def _output(
         self,
-        canvas: InpaintState,
-        xt: Tensor,
-        t: Tensor,
-        states: Tensor,
-        lora_scale: float | None,
+        latents: Tensor,
+        settings: list[dict[str, Any]],
         *,
-        dtype: torch.dtype,
-    ) -> Prediction:
-        guidance = replace(self._guidance, scale=self._guidance_scale)
-        num_timesteps = self.scheduler.config.num_train_timesteps
-        acts = guidance.acts_at(t, num_timesteps=num_timesteps)
-
-        def predict(xt: Tensor) -> Prediction:
-            return denoiser.predict(
-                self.unet,
-                canvas.unet_input(xt),
-                t=t,
-                states=states if acts else states[-len(xt) :],
-                guidance=guidance,
-                channels=self.num_channels,
-                lora_scale=lora_scale,
-                forward=self.fast_cpu,
-                dtype=dtype,
-            )
-
-        if guidance.guide is None or not acts:
-            return predict(xt)
-        return score_step(
-            guidance.guide, predict, xt, t, scale=guidance.guide_scale, scheduler=self.scheduler
-        )
-
-    def _decode(
-        self, latents: Tensor, output_type: str, settings: list[dict[str, Any]]
-    ) -> tuple[Any, list[bool] | None]:
-        """Return images, PIL images with their settings, and the safety checker's verdicts."""
+        seeds: list[int] | None,
+        output_type: str,
+    ) -> LatentDiffOutput:
+        """Decode to images, PIL images with their settings, past the safety checker."""
         if output_type != "latent":
             latents = self.fast_cpu.lay_out(latents)
         images, flagged = decode(
@@ -403,4 +373,5 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         )
         if output_type == "pil":
             images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
-        return images, flagged
+        self.maybe_free_model_hooks()
+        return LatentDiffOutput(images, flagged, seeds, settings)

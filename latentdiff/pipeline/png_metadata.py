@@ -1,6 +1,6 @@
-"""What made an image: enough to make it again, as plain JSON values.
+"""PNG metadata: the settings that make an image again, as JSON in the image's own PNG file.
 
-An image's settings in its own PNG file: written with the image, read back later.
+Written with the image, read back by `read_settings`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch.distributed.tensor import DTensor
 
 from latentdiff.atomic import atomic_file
 from latentdiff.pipeline.image_inputs import ImageInputs
-from latentdiff.pipeline.prompts import Text
+from latentdiff.pipeline.prompts import Prompt, PromptInputs
 
 SAMPLED_VALUES = 64
 
 
 def generation_metadata(
     pipe: Any,
-    text: Text,
-    seeds: Sequence[int] | None,
+    prompts: PromptInputs,
+    images: ImageInputs,
     *,
-    given: ImageInputs,
+    seeds: Sequence[int] | None,
     shape: Sequence[int],
     steps: int,
     eta: float,
 ) -> list[dict[str, Any]]:
     """Return one JSON object an image; `pipe(**settings["call"])` makes that image alone.
 
-    shape: (B, C, h, w) of the latents. Where the caller gave text states, generators, images or
-    a guide, those are missing.
+    shape: (B, C, h, w) of the latents. The caller's embeddings, generators, images and score
+    functions are not recorded.
     """
     guidance = pipe.guidance
     common = {
@@ -50,31 +50,36 @@ def generation_metadata(
         "guidance_scale": guidance.scale,
         "guidance_rescale": guidance.rescale,
         "guidance_interval": list(guidance.interval),
-        "strength": given.strength,
+        "strength": images.strength,
         "eta": float(eta),
-        "long_prompts": text.long_prompts,
-        "clip_skip": text.clip_skip,
-        "lora_scale": text.lora_scale,
+        "long_prompts": prompts.long_prompts,
+        "clip_skip": prompts.clip_skip,
+        "lora_scale": prompts.lora_scale,
     }
-    made_by = {
+    made_by = environment_metadata(pipe)
+    settings = []
+    for k in range(prompts.num_images):
+        own = {
+            "prompt": _text(prompts.prompts, k // prompts.num_images_per_prompt),
+            "negative_prompt": _text(prompts.negative_prompts, k // prompts.num_images_per_prompt),
+            "seed": None if seeds is None else seeds[k],
+        }
+        call = {key: value for key, value in (own | common).items() if value is not None}
+        settings.append({"call": call, **made_by})
+    return settings
+
+
+def environment_metadata(pipe: Any) -> dict[str, Any]:
+    """Return the scheduler, the model and the versions of the libraries."""
+    return {
         "scheduler": scheduler_metadata(pipe.scheduler),
         "model": model_metadata(pipe),
         "versions": versions(),
     }
-    made = []
-    for index in range(text.num_images):
-        own = {
-            "prompt": _entry(text.prompt, index // text.num_images_per_prompt),
-            "negative_prompt": _entry(text.negative_prompt, index // text.num_images_per_prompt),
-            "seed": None if seeds is None else seeds[index],
-        }
-        call = {key: value for key, value in (own | common).items() if value is not None}
-        made.append({"call": call, **made_by})
-    return made
 
 
 def model_metadata(pipe: Any) -> dict[str, Any]:
-    """Return where a pipeline's model came from, its fingerprint and dtype."""
+    """Return the name or path, fingerprint and dtype of a pipeline's model."""
     parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     return {
         "name": pipe.config.get("_name_or_path"),
@@ -96,7 +101,7 @@ def scheduler_metadata(scheduler: Any) -> dict[str, Any]:
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of the libraries that compute."""
     found = {}
     for name in ("latentdiff", "diffusers", "transformers", "torch"):
         try:
@@ -109,7 +114,7 @@ def versions() -> dict[str, str]:
 def model_fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
     """Return 16 hex digits that tell models apart, in milliseconds.
 
-    None with weights that are offloaded, or spread over processes. Of each tensor its name, dtype,
+    None with weights that are offloaded, or sharded over processes. Of each tensor its name, dtype,
     shape and up to 64 evenly spaced values count, so training, merging or loading an adapter all
     change it. No protection against a forger.
     """
@@ -129,10 +134,10 @@ def model_fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _entry(texts: str | list[str] | None, index: int) -> str | None:
-    if texts is None or isinstance(texts, str):
-        return texts
-    return texts[index if len(texts) > 1 else 0]
+def _text(prompts: Sequence[Prompt] | None, index: int) -> str | None:
+    if prompts is None:
+        return None
+    return prompts[index if len(prompts) > 1 else 0].text
 
 
 KEY = "latentdiff"

@@ -1,33 +1,32 @@
-r"""Prompts to text states (B, L, D): what was cut is said, weights and long prompts are possible.
+r"""Prompts to prompt embeddings (B, L, D), with weights and prompts of any length.
 
-"(red:1.3) apple" weighs the states of "red" by 1.3: state = null + 1.3 * (state - null), where null
-is the state of the empty prompt at the same place. Only "(text:number)" is read so; all other
-brackets are text, and "\(" is always a bracket.
+A prompt is checked and parsed once, into `Prompt`; "(red:1.3) apple" weighs the embeddings of "red"
+by 1.3: embedding = null + 1.3 * (embedding - null), where null is the embedding of the empty prompt
+at the same place. Only "(text:number)" is read so; all other brackets are text, and "\(" is always
+a bracket.
 
-A prompt longer than the text encoder's window is cut with a warning, or read in chunks, each with
-its own start and end token, set side by side. Prompts of unequal length in one batch are repeated
-to a common length: a softmax over keys that are all repeated k times is the softmax over them
-once, so no image depends on its neighbours.
-
-Prompts to text states, with the surface that Stable Diffusion's pipelines have.
+A prompt longer than the text encoder's window is truncated with a warning, or read in chunks, each
+with its own start and end token, put next to each other. Prompts of unequal length in one batch are
+repeated to a common length: a softmax over keys that are all repeated k times is the softmax over
+them once, so no image depends on the others of its batch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.models.text import NULL_CAPTION
 from latentdiff.pipeline import checks
+from latentdiff.pipeline.lora_scale import apply_lora_scale
 
 MAX_WEIGHT = 10.0
 MAX_REPEATS = 64
@@ -38,11 +37,19 @@ _WEIGHTED = re.compile(r"(?<!\\)\(([^()]*?[^()\\]):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)
 
 
 @dataclass(frozen=True)
-class Text:
-    """What a call says to the text encoder: prompts, or their text states, and how to read them."""
+class Prompt:
+    """A prompt as it was given, and its (text, weight) parts."""
 
-    prompt: str | list[str] | None
-    negative_prompt: str | list[str] | None
+    text: str
+    parts: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """The prompts of one call, checked and parsed, or their embeddings, and how to encode them."""
+
+    prompts: Sequence[Prompt] | None
+    negative_prompts: Sequence[Prompt] | None
     prompt_embeds: Tensor | None
     negative_prompt_embeds: Tensor | None
     num_images_per_prompt: int
@@ -55,12 +62,160 @@ class Text:
         """Number of prompts."""
         if self.prompt_embeds is not None:
             return len(self.prompt_embeds)
-        return 1 if self.prompt is None or isinstance(self.prompt, str) else len(self.prompt)
+        return 0 if self.prompts is None else len(self.prompts)
 
     @property
     def num_images(self) -> int:
         """Number of images to make."""
         return self.num_prompts * self.num_images_per_prompt
+
+
+class EncodePromptMixin:
+    """Prompt checking and encoding of a pipeline; a mixin for DiffusionPipeline."""
+
+    tokenizer: Any
+    text_encoder: Any
+    unet: Any
+    maybe_convert_prompt: Any
+
+    def encode_prompt(  # noqa: PLR0917  (Stable Diffusion's signature)
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        long_prompts: str = "truncate",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings of prompts and, for guidance, of negative prompts, each (B, L, D).
+
+        The arguments are Stable Diffusion's, in its order, and long_prompts; B counts
+        num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone.
+        """
+        inputs = PromptInputs(
+            None if prompt_embeds is not None else self._parsed("prompt", prompt),
+            self._parsed("negative_prompt", negative_prompt) if negative_prompt else None,
+            prompt_embeds,
+            negative_prompt_embeds,
+            num_images_per_prompt,
+            checks.long_prompts(long_prompts),
+            clip_skip,
+            lora_scale,
+        )
+        return self._encode_inputs(inputs, device, is_guided=do_classifier_free_guidance)
+
+    def _read_prompts(
+        self,
+        texts: tuple[object, object],
+        embeds: tuple[Any, Any],
+        num_images_per_prompt: object,
+        *,
+        options: Mapping[str, object],
+    ) -> PromptInputs:
+        """Check and parse prompt and negative prompt, or check their embeddings.
+
+        texts, embeds: of the prompt and of the negative prompt, which may be one for all or one a
+        prompt. options: long_prompts, clip_skip and lora_scale.
+        """
+        (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds) = texts, embeds
+        width = self.unet.config.cross_attention_dim
+        if (prompt is None) == (prompt_embeds is None):
+            got = "neither" if prompt is None else "both"
+            raise ValueError(
+                f"pass one of prompt (a str or a list of str) and prompt_embeds, got {got}"
+            )
+        prompts = None if prompt is None else self._parsed("prompt", prompt)
+        if prompts is None:
+            checks.prompt_embeds("prompt_embeds", prompt_embeds, width=width)
+        elif self.text_encoder is None:
+            raise ValueError(
+                "prompt needs a text encoder, and this pipeline has none; pass prompt_embeds"
+            )
+        return PromptInputs(
+            prompts,
+            self._read_negative(negative_prompt, embeds, num_prompts=len(prompts or prompt_embeds)),
+            prompt_embeds,
+            negative_prompt_embeds,
+            long_prompts=checks.long_prompts(options["long_prompts"]),
+            num_images_per_prompt=checks.count(
+                "num_images_per_prompt", num_images_per_prompt, maximum=checks.MAX_IMAGES
+            ),
+            clip_skip=checks.clip_skip(options["clip_skip"], text_encoder=self.text_encoder),
+            lora_scale=checks.lora_scale(options["lora_scale"]),
+        )
+
+    def _read_negative(
+        self, negative_prompt: object, embeds: tuple[Any, Any], *, num_prompts: int
+    ) -> list[Prompt] | None:
+        """Check and parse the negative prompt; check its embeddings, which need the prompt's."""
+        prompt_embeds, negative_prompt_embeds = embeds
+        if negative_prompt_embeds is not None:
+            if negative_prompt is not None:
+                raise ValueError(
+                    "got both negative_prompt and negative_prompt_embeds; pass one of them"
+                )
+            if prompt_embeds is None:
+                raise ValueError("negative_prompt_embeds needs prompt_embeds; pass both or neither")
+            width, shape = self.unet.config.cross_attention_dim, prompt_embeds.shape
+            checks.prompt_embeds(
+                "negative_prompt_embeds", negative_prompt_embeds, width=width, shape=shape
+            )
+        if negative_prompt is None:
+            return None
+        prompts = self._parsed("negative_prompt", negative_prompt)
+        if len(prompts) not in (1, num_prompts):
+            raise ValueError(
+                f"negative_prompt has {len(prompts)} texts but there are {num_prompts} prompts; "
+                "pass one text for all of them or one for each"
+            )
+        return prompts
+
+    def _parsed(self, name: str, value: object) -> list[Prompt]:
+        """Check and parse one text or a list of them, multi-vector tokens of new words expanded."""
+        prompts = []
+        for text in checks.texts(name, value):
+            expanded = text
+            if self.tokenizer is not None and has_new_words(self.tokenizer):
+                expanded = self.maybe_convert_prompt(text, self.tokenizer)
+            prompts.append(Prompt(text, tuple(weighted_parts(expanded))))
+        return prompts
+
+    def _encode_inputs(
+        self, inputs: PromptInputs, device: torch.device, *, is_guided: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return prompt embeddings and, for guidance, negative ones, each (B, L, D)."""
+
+        def embed(name: str, prompts: Sequence[Prompt], clip_skip: int | None) -> Tensor:
+            if self.text_encoder is None:
+                raise ValueError(f"this pipeline has no text encoder; pass {name}_embeds")
+            return encode(
+                prompts,
+                tokenizer=self.tokenizer,
+                text_encoder=self.text_encoder,
+                device=device,
+                clip_skip=clip_skip,
+                long_prompts=inputs.long_prompts,
+            )
+
+        embeds, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
+        with apply_lora_scale(self.text_encoder, inputs.lora_scale):
+            if embeds is None:
+                embeds = embed("prompt", inputs.prompts or (), inputs.clip_skip)
+            if is_guided and negative is None:
+                prompts = inputs.negative_prompts or [parse_prompt(NULL_CAPTION)]
+                negative = embed("negative_prompt", prompts, None)
+        owner = self.text_encoder or self.unet
+        dtype = embeds.dtype if owner is None else owner.dtype
+        num_images, embeds = inputs.num_images_per_prompt, embeds.to(device, dtype)
+        if negative is None or not is_guided:
+            return embeds.repeat_interleave(num_images, dim=0), None
+        return repeat_to_common_length(
+            embeds, negative.to(device, dtype), num_images_per_prompt=num_images
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +224,11 @@ class Tokens:
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+
+
+def parse_prompt(text: str) -> Prompt:
+    """Split a prompt into parts with their weights; ValueError for a weight above 10."""
+    return Prompt(text, tuple(weighted_parts(text)))
 
 
 def weighted_parts(prompt: str) -> list[tuple[str, float]]:
@@ -91,11 +251,11 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
     return parts or [("", 1.0)]
 
 
-def tokenize_prompts(tokenizer: CLIPTokenizer, prompt: str) -> Tokens:
+def tokenize_prompt(tokenizer: CLIPTokenizer, prompt: Prompt) -> Tokens:
     """Return the prompt's token ids and weights, however long it is."""
     ids: list[int] = []
     weights: list[float] = []
-    for text, weight in weighted_parts(prompt):
+    for text, weight in prompt.parts:
         part = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         ids += part
         weights += [weight] * len(part)
@@ -103,112 +263,67 @@ def tokenize_prompts(tokenizer: CLIPTokenizer, prompt: str) -> Tokens:
 
 
 def encode(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
     device: torch.device,
-    long_prompts: str = "cut",
+    long_prompts: str = "truncate",
     clip_skip: int | None = None,
 ) -> Tensor:
-    """Return text states (B, L, D) on the device, L a multiple of the tokenizer's length.
+    """Return prompt embeddings (B, L, D) on the device, L a multiple of the tokenizer's length.
 
-    clip_skip k takes the states k layers before the last. Raises ValueError for a weight out of
+    clip_skip k takes the embeddings k layers before the last. Raises ValueError for a weight out of
     range, or for lengths in one batch that have no common multiple below 64 windows.
     """
     window = tokenizer.model_max_length - 2
-    tokens = [tokenize_prompts(tokenizer, prompt) for prompt in prompts]
-    if long_prompts == "cut":
-        _warn_of_cuts(tokenizer, tokens, window)
+    tokens = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    if long_prompts == "truncate":
+        _warn_of_truncation(tokenizer, tokens, window)
         tokens = [Tokens(t.ids[:window], t.weights[:window]) for t in tokens]
     windows = [_windows(tokenizer, one, window) for one in tokens]
     ids = torch.cat([ids for ids, _ in windows]).to(device)  # (windows of all prompts, window + 2)
     weights = torch.cat([weights for _, weights in windows]).to(device)
-    states = _forward(text_encoder, ids, clip_skip)  # (windows, window + 2, D)
+    embeds = _forward(text_encoder, ids, clip_skip)  # (windows, window + 2, D)
     if bool((weights != 1).any()):
         null_ids, _ = _windows(tokenizer, Tokens((), ()), window)
         null = _forward(text_encoder, null_ids.to(device), clip_skip)  # (1, window + 2, D)
-        states = torch.where(
-            weights[..., None] == 1, states, null + weights[..., None].to(states) * (states - null)
+        embeds = torch.where(
+            weights[..., None] == 1, embeds, null + weights[..., None].to(embeds) * (embeds - null)
         )
-    by_prompt = states.split([len(ids) for ids, _ in windows])
+    by_prompt = embeds.split([len(ids) for ids, _ in windows])
     return torch.stack(common_length([one.flatten(0, 1) for one in by_prompt]))
 
 
 def has_new_words(tokenizer: CLIPTokenizer) -> bool:
-    """Say whether textual inversion has added words."""
+    """Return whether textual inversion has added words."""
     return bool(set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens))
 
 
-def common_length(states: Sequence[Tensor]) -> list[Tensor]:
-    """Repeat states (..., L_k, D) along L to one length, which leaves cross-attention as it is.
+def common_length(embeds: Sequence[Tensor]) -> list[Tensor]:
+    """Repeat embeddings (..., L_k, D) along L to one length, which leaves cross-attention as it is.
 
     Raises ValueError where the least common multiple of the lengths is above 64 of the shortest.
     """
-    lengths = [one.shape[-2] for one in states]
+    lengths = [one.shape[-2] for one in embeds]
     length = math.lcm(*lengths)
     if length > MAX_REPEATS * min(lengths):
         raise ValueError(
             f"prompt lists texts of {sorted(set(lengths))} tokens, whose common multiple is too "
             "long; call once for each length"
         )
-    return [torch.cat([one] * (length // one.shape[-2]), dim=-2) for one in states]
+    return [torch.cat([one] * (length // one.shape[-2]), dim=-2) for one in embeds]
 
 
 def repeat_to_common_length(
-    states: Tensor, negative: Tensor, *, num_images_per_prompt: int
+    embeds: Tensor, negative: Tensor, *, num_images_per_prompt: int
 ) -> tuple[Tensor, Tensor]:
-    """Return states and negative states, one or one a prompt, of one length for each image."""
-    states, negative = common_length([states, negative.expand(len(states), -1, -1)])
+    """Return embeddings and negative ones, one or one a prompt, of one length for each image."""
+    embeds, negative = common_length([embeds, negative.expand(len(embeds), -1, -1)])
     return (
-        states.repeat_interleave(num_images_per_prompt, dim=0),
+        embeds.repeat_interleave(num_images_per_prompt, dim=0),
         negative.repeat_interleave(num_images_per_prompt, dim=0),
     )
-
-
-@contextlib.contextmanager
-def apply_lora_scale(module: nn.Module | None, scale: float | None) -> Iterator[None]:
-    """Let all LoRAs of a module act `scale` times as strongly for a while.
-
-    At 0 the module is the one without them, bit for bit. Each LoRA keeps its own weight beside the
-    others.
-    """
-    if module is None or scale is None:
-        yield
-        return
-    with _without_loras(module) if scale == 0 else _scaled(module, scale):
-        yield
-
-
-@contextlib.contextmanager
-def _without_loras(module: nn.Module) -> Iterator[None]:
-    """Put the layers that LoRAs stand beside in their places, so that fast paths see them plain."""
-    found: list[tuple[Any, str, Any]] = [
-        (parent, key, child)
-        for parent in module.modules()
-        for key, child in parent.named_children()
-        if hasattr(child, "lora_A")
-    ]
-    for parent, key, child in found:
-        parent._modules[key] = child.base_layer
-    try:
-        yield
-    finally:
-        for parent, key, child in found:
-            parent._modules[key] = child
-
-
-@contextlib.contextmanager
-def _scaled(module: nn.Module, scale: float) -> Iterator[None]:
-    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
-    own = [dict(layer.scaling) for layer in layers]
-    for layer in layers:
-        layer.scaling.update({name: s * scale for name, s in layer.scaling.items()})
-    try:
-        yield
-    finally:
-        for layer, scaling in zip(layers, own, strict=True):
-            layer.scaling.update(scaling)
 
 
 def _windows(tokenizer: CLIPTokenizer, tokens: Tokens, window: int) -> tuple[Tensor, Tensor]:
@@ -227,15 +342,15 @@ def _windows(tokenizer: CLIPTokenizer, tokens: Tokens, window: int) -> tuple[Ten
 
 def _forward(text_encoder: CLIPTextModel, input_ids: Tensor, clip_skip: int | None) -> Tensor:
     if not clip_skip:
-        states: Tensor = text_encoder(input_ids).last_hidden_state
-        return states
+        embeds: Tensor = text_encoder(input_ids).last_hidden_state
+        return embeds
     layers = text_encoder(input_ids, output_hidden_states=True).hidden_states
     text_model = getattr(text_encoder, "text_model", text_encoder)
     normed: Tensor = text_model.final_layer_norm(layers[-(clip_skip + 1)])
     return normed
 
 
-def _warn_of_cuts(tokenizer: CLIPTokenizer, tokens: Sequence[Tokens], window: int) -> None:
+def _warn_of_truncation(tokenizer: CLIPTokenizer, tokens: Sequence[Tokens], window: int) -> None:
     for index, one in enumerate(tokens):
         if len(one.ids) > window:
             logger.warning(
@@ -254,60 +369,3 @@ def _readable(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:
 
 def _unescape(text: str) -> str:
     return text.replace("\\(", "(").replace("\\)", ")")
-
-
-class EncodePromptMixin:
-    """What a pipeline does with prompts; a mixin beside DiffusionPipeline."""
-
-    tokenizer: Any
-    text_encoder: Any
-    unet: Any
-    maybe_convert_prompt: Any
-
-    def encode_prompt(  # noqa: PLR0917  (Stable Diffusion's signature)
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-        long_prompts: str = "cut",
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the text states of prompts and, for guidance, of negative prompts, each (B, L, D).
-
-        The arguments are Stable Diffusion's, in its order, and long_prompts; B counts
-        num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone.
-        """
-
-        def read(name: str, value: object, skipped: int | None) -> Tensor:
-            texts = checks.texts(name, value)
-            if self.text_encoder is None:
-                raise ValueError(f"this pipeline has no text encoder; pass {name}_embeds")
-            if has_new_words(self.tokenizer):
-                texts = self.maybe_convert_prompt(texts, self.tokenizer)
-            return encode(
-                texts,
-                tokenizer=self.tokenizer,
-                text_encoder=self.text_encoder,
-                device=device,
-                clip_skip=skipped,
-                long_prompts=long_prompts,
-            )
-
-        with apply_lora_scale(self.text_encoder, lora_scale):
-            states = read("prompt", prompt, clip_skip) if prompt_embeds is None else prompt_embeds
-            negative = negative_prompt_embeds
-            if do_classifier_free_guidance and negative is None:
-                negative = read("negative_prompt", negative_prompt or NULL_CAPTION, None)
-        owner = self.text_encoder or self.unet
-        dtype = states.dtype if owner is None else owner.dtype
-        if negative is None or not do_classifier_free_guidance:
-            return states.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0), None
-        negative = negative.to(device, dtype)
-        return repeat_to_common_length(
-            states.to(device, dtype), negative, num_images_per_prompt=num_images_per_prompt
-        )

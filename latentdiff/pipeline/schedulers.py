@@ -1,6 +1,6 @@
-"""Any diffusers scheduler, driven alike.
+"""Schedulers: every one of diffusers' driven alike, and the names people know them by.
 
-Samplers by the names people know: "ddim", "euler a", "DPM++ 2M Karras", "unipc", "lcm" ...
+Names such as "ddim", "euler a", "DPM++ 2M Karras", "unipc", "lcm".
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.prediction import predict_x0
+from latentdiff.models.build import schedule_of
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.initial_latents import Generators
 
@@ -27,12 +29,12 @@ def set_timesteps(
 ) -> Tensor:
     """Set a scheduler's chain of num_inference_steps and return its timesteps, noisiest first.
 
-    A strength, of an image that is given, keeps that last part of the chain. Schedulers of second
-    order return more timesteps than steps. Raises ValueError for a number outside 1..the number of
-    training timesteps, one that the scheduler cannot do, or a strength that leaves no step.
+    strength: of image-to-image, keeps that last part of the chain. Schedulers of second order
+    return more timesteps than steps. Raises ValueError for a number of steps outside 1..the number
+    of training timesteps or unknown to the scheduler, or a strength that leaves no step.
     """
-    most = scheduler.config.num_train_timesteps
-    steps = checks.count("num_inference_steps", num_inference_steps, most=most)
+    maximum = scheduler.config.num_train_timesteps
+    steps = checks.count("num_inference_steps", num_inference_steps, maximum=maximum)
     kept = steps if strength is None else int(steps * strength)
     if kept < 1:
         raise ValueError(
@@ -62,11 +64,32 @@ def check_variance(scheduler: Any, *, out_channels: int, channels: int) -> None:
 
 
 def step_options(scheduler: Any, *, eta: object, generator: Generators) -> dict[str, Any]:
-    """Return those of eta and generator that the scheduler's step reads, and the tuple form."""
-    options = {"eta": checks.number("eta", eta, least=0.0, most=1.0), "generator": generator}
+    """Return eta and generator where the scheduler's step takes them, and return_dict=False."""
+    options = {"eta": checks.in_range("eta", eta, low=0.0, high=1.0), "generator": generator}
     known = inspect.signature(scheduler.step).parameters
     read = {name: value for name, value in options.items() if name in known}
     return read | {"return_dict": False}
+
+
+def predicted_z0(scheduler: Any, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """Return the clean latents (B, C, h, w) that a prediction stands for (Ho et al. 2020, Eq. 15).
+
+    xt is the noisy latents at unit-variance scale, as every scheduler feeds the U-Net.
+    """
+    channels = xt.shape[1]
+    return predict_x0(
+        schedule_of(scheduler).to(xt.device),
+        output[:, :channels],
+        xt,
+        nearest_timesteps(scheduler, t, count=len(xt)).to(xt.device),
+        prediction_type=scheduler.config.prediction_type,
+    ).float()
+
+
+def nearest_timesteps(scheduler: Any, t: Tensor, *, count: int) -> Tensor:
+    """Return the training timestep nearest to t, (count,); some schedulers have t in between."""
+    last = scheduler.config.num_train_timesteps - 1
+    return t.round().long().clamp(0, last).expand(count)
 
 
 KARRAS = {"use_karras_sigmas": True}
@@ -124,7 +147,7 @@ def make_scheduler(name: str, *, trained: Any) -> Any:
         settings = settings | {"variance_type": trained.config["variance_type"]}
     if config.get("rescale_betas_zero_snr") and not _knows(cls, {"rescale_betas_zero_snr": True}):
         raise ValueError(
-            f"sampler {name!r} ({cls.__name__}) cannot start from pure noise, and this model was "
+            f"scheduler {name!r} ({cls.__name__}) cannot start from pure noise, and this model was "
             "trained with zero terminal SNR; take ddim, euler, dpm++2m or unipc"
         )
     latents_are_unbounded = {"clip_sample": False, "set_alpha_to_one": False}
@@ -146,7 +169,7 @@ def _find(name: str) -> tuple[type[Any], dict[str, Any]]:
                 return cls, settings | KARRAS
     near = difflib.get_close_matches(str(name), scheduler_names(), n=1)
     meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"no sampler {name!r}; {meant}known: {', '.join(scheduler_names())}")
+    raise ValueError(f"no scheduler {name!r}; {meant}known: {', '.join(scheduler_names())}")
 
 
 def _squeezed(name: str) -> str:

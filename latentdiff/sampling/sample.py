@@ -19,6 +19,7 @@ from latentdiff.config.sampling import SampleOptions
 from latentdiff.image_grid import draw_grid
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.attention_maps import heat_map_grid, record_attention
+from latentdiff.pipeline.callbacks import Trace
 from latentdiff.pipeline.files.model_info import default_guidance
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import (
@@ -27,7 +28,6 @@ from latentdiff.pipeline.png_metadata import (
     read_settings,
     save_png,
 )
-from latentdiff.pipeline.trace import Trace
 from latentdiff.sampling.open_pipeline import compile_unet, open_pipeline
 from latentdiff.sampling.prompt_list import (
     ImageJob,
@@ -76,7 +76,7 @@ class BatchSampler:
             extras: Extras = {}
             if trace is not None and maps is not None:
                 heat, words = maps.mean()[index], self.pipe.tokenizer
-                extras["trace"] = trace.draw(self.pipe.vae, image=index)
+                extras["trace"] = trace.grid(self.pipe.vae, image=index)
                 extras["attention"] = heat_map_grid(image, heat, tokenizer=words, prompt=job.prompt)
             yield job, image, extras
 
@@ -126,7 +126,7 @@ def sample(
         raise ValueError("trace reads each attention, which compiled code hides: leave one out")
     lines = _lines(prompts, options)
     _jobs(lines, options, guidance_scale=1.0)  # refuses bad input before the model is opened
-    batch_size = checks.count("batch_size", options.batch_size, most=checks.MAX_IMAGES)
+    batch_size = checks.count("batch_size", options.batch_size, maximum=checks.MAX_IMAGES)
     arguments, pipe = _arguments(options), _load(model, options)
     jobs = _jobs(lines, options, guidance_scale=default_guidance(pipe.model_info))
     painter = BatchSampler(pipe, arguments, batch_size, options.trace, options.compile, log)
@@ -232,7 +232,7 @@ def _jobs(
         negative_prompt=options.negative_prompt,
         steps=_list(options.steps),
         guidance_scales=[guidance_scale] if scales is None else [float(s) for s in _list(scales)],
-        num_images=checks.count("num_images", options.num_images, most=checks.MAX_IMAGES),
+        num_images=checks.count("num_images", options.num_images, maximum=checks.MAX_IMAGES),
     )
 
 

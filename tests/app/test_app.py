@@ -62,7 +62,7 @@ def test_a_caller_that_stops_listening_stops_the_chain():
         ({"num_images_per_prompt": 9}, "num_images_per_prompt"),
         ({"prompt": "x" * 2001}, "prompt has more than"),
         ({"prompt": "(red:99) apple"}, "prompt weighs"),
-        ({"sampler": "nonsense"}, "no sampler"),
+        ({"sampler": "nonsense"}, "no scheduler"),
         ({"lora": "../../secret"}, "no LoRA"),
     ],
 )

@@ -208,7 +208,7 @@ def test_guide_and_switch_go_the_plain_way():
     def brighter(z0, t):
         return z0.mean(dim=(1, 2, 3))
 
-    fast, plain = draw(pipe, guide=brighter), draw(pipe, guide=brighter, fast=False)
+    fast, plain = draw(pipe, score_fn=brighter), draw(pipe, score_fn=brighter, fast=False)
     assert np.abs(fast - plain).max() <= 1 / 255
     assert not is_packed(pipe)
     draw(pipe)

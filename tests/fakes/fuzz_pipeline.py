@@ -1,8 +1,8 @@
 """Random arguments of a call: a valid image or an error that names an argument, nothing else.
 
-    python tests/fuzz_pipeline.py 10000 [FIRST]
+    python tests/fakes/fuzz_pipeline.py 10000 [FIRST]
 
-The tests run a few hundred of them. FIRST goes on where another run stopped.
+The tests run a few hundred of them. FIRST continues where another run stopped.
 """
 
 import functools
@@ -68,8 +68,8 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "guidance_scale": st.floats(0, 30),
     "guidance_rescale": st.floats(0, 1),
     "guidance_interval": st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    "guide": st.sampled_from([dark, dark, shapeless]),
-    "guide_scale": st.floats(0, 100),
+    "score_fn": st.sampled_from([dark, dark, shapeless]),
+    "score_scale": st.floats(0, 100),
     "num_images_per_prompt": st.integers(1, 2),
     "seed": st.one_of(st.integers(0, 2**63 - 3), st.lists(st.integers(0, 9), max_size=3)),
     "generator": st.builds(torch.Generator),
@@ -82,14 +82,14 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     ),
     "mask_image": st.sampled_from([noise_image(32).convert("L"), torch.ones(8, 8), np.eye(9)]),
     "strength": st.floats(0, 1),
-    "long_prompts": st.sampled_from(["cut", "chunks"]),
+    "long_prompts": st.sampled_from(["truncate", "cut", "chunks"]),
     "clip_skip": st.integers(0, 1),
     "lora_scale": st.floats(-1, 2),
     "output_type": st.sampled_from(["pil", "np", "pt", "latent"]),
     "return_dict": st.booleans(),
     "callback_on_step_end": st.just(changed_latents),
     "callback_on_step_end_tensor_inputs": st.lists(
-        st.sampled_from(["latents", "prompt_embeds", "predicted_z0", "guidance_difference"])
+        st.sampled_from(["latents", "prompt_embeds", "predicted_z0", "cfg_delta"])
     ),
 }
 RIVALS = [

@@ -72,7 +72,7 @@ def _unreachable(*_, **__):
         ({"output_type": None}, "output_type"),
         ({"output_type": []}, "output_type"),
         ({"output_type": np.zeros(3)}, "output_type"),
-        ({"long_prompts": torch.zeros(2)}, "long_prompts must be one of cut, chunks"),
+        ({"long_prompts": torch.zeros(2)}, "long_prompts must be one of truncate, chunks"),
         ({"return_dict": "yes"}, "return_dict"),
         ({"callback_on_step_end": 3}, "callback_on_step_end must be callable"),
         ({"callback_on_step_end_tensor_inputs": ["nonsense"]}, "nonsense"),

@@ -67,7 +67,7 @@ def test_skipped_layers_equal_stock():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"long_prompts": "all"}, "long_prompts must be one of cut, chunks"),
+        ({"long_prompts": "all"}, "long_prompts must be one of truncate, chunks"),
         ({"clip_skip": 2}, r"clip_skip must be an int in 0\.\.1"),
         ({"clip_skip": 0.5}, "clip_skip"),
         ({"lora_scale": float("nan")}, "lora_scale"),

@@ -64,30 +64,30 @@ def test_hook_is_guidance_by_gradient_of_the_guided_model(
         xt = pipe.scheduler.step(guided(xt, t.expand(2)), t, xt)[0].detach()
     arguments = CALL | {"latents": noise(), "guidance_scale": guidance_scale}
     prompts = ["a red heart", "a cat"]
-    ours, _ = pipe(prompts, guide=quadratic, guide_scale=0.2, **arguments)
+    ours, _ = pipe(prompts, score_fn=quadratic, score_scale=0.2, **arguments)
     torch.testing.assert_close(ours, xt, rtol=1e-3, atol=1e-4)
     plain, _ = pipe(prompts, **arguments)
     assert float(quadratic(ours, xt).mean()) > float(quadratic(plain, xt).mean())
-    unguided, _ = pipe(prompts, guide=quadratic, guide_scale=0.0, **arguments)
+    unguided, _ = pipe(prompts, score_fn=quadratic, score_scale=0.0, **arguments)
     torch.testing.assert_close(unguided, plain)
     assert not ours.requires_grad
 
 
 @pytest.mark.parametrize(
-    "sampler", ["ddpm", "euler", "euler-a", "dpm++2m-karras", "unipc", "heun", "lcm"]
+    "name", ["ddpm", "euler", "euler-a", "dpm++2m-karras", "unipc", "heun", "lcm"]
 )
-def test_every_sampler_climbs(sampler: str) -> None:
+def test_every_scheduler_raises_the_score(name: str) -> None:
     """A linear score, whose gradient cannot overshoot."""
     pipe = tiny_pipeline(scheduler=ddim(prediction_type="v_prediction"))
-    pipe.set_scheduler(sampler)
-    call = CALL | {"seed": 1, "guide": lambda z0, t: z0.flatten(1).sum(1)}
-    low, middle, high = (pipe("a cat", **call, guide_scale=s)[0].mean() for s in (-0.1, 0.0, 0.1))
+    pipe.set_scheduler(name)
+    call = CALL | {"seed": 1, "score_fn": lambda z0, t: z0.flatten(1).sum(1)}
+    low, middle, high = (pipe("a cat", **call, score_scale=s)[0].mean() for s in (-0.1, 0.0, 0.1))
     assert low < middle < high
 
 
 def test_image_of_a_guided_batch_equals_the_image_made_alone() -> None:
     pipe = tiny_pipeline()
-    call = CALL | {"guide": quadratic, "guide_scale": 0.2}
+    call = CALL | {"score_fn": quadratic, "score_scale": 0.2}
     together, _ = pipe(["a red heart", "a cat"], seed=[4, 9], **call)
     alone, _ = pipe("a cat", seed=9, **call)
     torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
@@ -101,7 +101,7 @@ def test_interval_bounds_the_guide_too() -> None:
         return quadratic(z0, t)
 
     pipe = tiny_pipeline()
-    pipe("a cat", guide=guide, guidance_interval=(0.4, 1.0), **CALL)
+    pipe("a cat", score_fn=guide, guidance_interval=(0.4, 1.0), **CALL)
     assert seen
     assert seen == [t for t in pipe.scheduler.timesteps.tolist() if t < 600]
 
@@ -120,7 +120,7 @@ def test_learned_variance_is_left_alone() -> None:
             return step(output, *rest, **options)
 
         chain.step = functools.update_wrapper(spy, step)
-        pipe("a cat", seed=1, guide=guide, **CALL | {"num_inference_steps": 1})
+        pipe("a cat", seed=1, score_fn=guide, **CALL | {"num_inference_steps": 1})
     plain, guided = outputs["plain"][0], outputs["guided"][0]
     assert torch.equal(plain[:, 4:], guided[:, 4:])
     assert not torch.allclose(plain[:, :4], guided[:, :4])
@@ -129,14 +129,17 @@ def test_learned_variance_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"guide": 3}, "guide must be a function"),
-        ({"guide": quadratic, "guide_scale": float("nan")}, "guide_scale"),
-        ({"guide": quadratic, "guide_scale": "much"}, "guide_scale"),
-        ({"guide": lambda z0, t: z0.sum()}, r"guide must return .*shape \(1,\).*got \(\)"),
-        ({"guide": lambda z0, t: 1.0}, "guide must return .*got float"),
-        ({"guide": lambda z0, t: quadratic(z0, t).detach()}, "no_grad and detach"),
-        ({"guide": lambda z0, t: torch.ones(1, requires_grad=True) * 2}, "do not depend on z0"),
-        ({"guide": lambda z0, t: quadratic(z0, t) * torch.nan}, "guide's gradient became NaN"),
+        ({"score_fn": 3}, "score_fn must be a function"),
+        ({"score_fn": quadratic, "score_scale": float("nan")}, "score_scale"),
+        ({"score_fn": quadratic, "score_scale": "much"}, "score_scale"),
+        ({"score_fn": lambda z0, t: z0.sum()}, r"score_fn must return .*shape \(1,\).*got \(\)"),
+        ({"score_fn": lambda z0, t: 1.0}, "score_fn must return .*got float"),
+        ({"score_fn": lambda z0, t: quadratic(z0, t).detach()}, "no_grad and detach"),
+        ({"score_fn": lambda z0, t: torch.ones(1, requires_grad=True) * 2}, "do not depend on z0"),
+        (
+            {"score_fn": lambda z0, t: quadratic(z0, t) * torch.nan},
+            "score_fn's gradient became NaN",
+        ),
     ],
 )
 def test_nonsense_is_named(arguments: dict[str, Any], message: str) -> None:
@@ -154,7 +157,7 @@ def test_clip_guidance_raises_the_clip_score_of_the_images() -> None:
     call: dict[str, Any] = {"seed": 1, "num_inference_steps": 6, "output_type": "pt"}
     scores = []
     for scale in (0.0, 300.0):
-        pixels = pipe(captions, guide=guide, guide_scale=scale, **call).images * 2 - 1
+        pixels = pipe(captions, score_fn=guide, score_scale=scale, **call).images * 2 - 1
         scores.append(clip.score(pixels, captions))
     assert bool((scores[1] > scores[0] + 0.02).all()), scores
 

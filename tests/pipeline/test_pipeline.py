@@ -221,7 +221,7 @@ def test_callback_sees_and_changes_the_tensors():
         "prompt_embeds": (2, 16, 16),
         "negative_prompt_embeds": (1, 16, 16),
         "predicted_z0": (1, 4, 8, 8),
-        "guidance_difference": (1, 4, 8, 8),
+        "cfg_delta": (1, 4, 8, 8),
     }
     assert not result.images.any()
 

@@ -1,4 +1,4 @@
-"""Prompts become text states: weights, long prompts, and the plain case as Stable Diffusion's."""
+"""Prompts become embeddings: weights, long prompts, and the plain case as Stable Diffusion's."""
 
 import logging
 
@@ -9,23 +9,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.models.text import encode_text, tokenize
-from latentdiff.pipeline.prompts import common_length, encode, tokenize_prompts, weighted_parts
+from latentdiff.pipeline.prompts import (
+    common_length,
+    encode,
+    parse_prompt,
+    tokenize_prompt,
+    weighted_parts,
+)
 
 CPU = torch.device("cpu")
 LONG = "a red heart a green apple a yellow cat the blue sea the sky a table a face"
 
 
 @pytest.fixture(scope="module")
-def tower():
+def encoder():
     tokenizer = tiny_tokenizer()
     return {"tokenizer": tokenizer, "text_encoder": tiny_text_encoder(tokenizer), "device": CPU}
 
 
-def test_plain_prompts_read_as_captions_do(tower):
+def embed(prompts, **options):
+    return encode([parse_prompt(prompt) for prompt in prompts], **options)
+
+
+def test_plain_prompts_read_as_captions_do(encoder):
     prompts = ["a red heart", "", "the (yellow) face of a cat: blue", LONG]
     with torch.no_grad():
-        states = encode(prompts, **tower)
-        expected = encode_text(tower["text_encoder"], tokenize(tower["tokenizer"], prompts))
+        states = embed(prompts, **encoder)
+        expected = encode_text(encoder["text_encoder"], tokenize(encoder["tokenizer"], prompts))
     torch.testing.assert_close(states, expected)
 
 
@@ -61,39 +71,39 @@ def test_any_text_is_split_without_loss(text):
         assert "".join(part for part, _ in parts) == text
 
 
-def test_weight_moves_states_along_the_line_from_the_null_caption(tower):
+def test_weight_moves_states_along_the_line_from_the_null_caption(encoder):
     with torch.no_grad():
-        plain, null = encode(["red apple"], **tower), encode([""], **tower)
+        plain, null = embed(["red apple"], **encoder), embed([""], **encoder)
         heavy, same, zero = (
-            encode([f"(red:{weight}) apple"], **tower) for weight in ("1.5", "1.0", "0")
+            embed([f"(red:{weight}) apple"], **encoder) for weight in ("1.5", "1.0", "0")
         )
     torch.testing.assert_close(same, plain)
-    num_red = len(tokenize_prompts(tower["tokenizer"], "red").ids)
+    num_red = len(tokenize_prompt(encoder["tokenizer"], parse_prompt("red")).ids)
     red = slice(1, 1 + num_red)
     torch.testing.assert_close(zero[:, red], null[:, red])
     torch.testing.assert_close(heavy[:, red], null[:, red] + 1.5 * (plain - null)[:, red])
     torch.testing.assert_close(heavy[:, 1 + num_red :], plain[:, 1 + num_red :])
 
 
-def test_cut_part_is_said(tower, caplog):
+def test_truncated_part_is_logged(encoder, caplog):
     with caplog.at_level(logging.WARNING, logger="latentdiff"):
-        encode(["a cat", LONG], **tower)
-    window = tower["tokenizer"].model_max_length - 2
-    tokens = tokenize_prompts(tower["tokenizer"], LONG).ids
-    cut = tower["tokenizer"].decode(tokens[window:]).replace("</w>", " ").strip()
+        embed(["a cat", LONG], **encoder)
+    window = encoder["tokenizer"].model_max_length - 2
+    tokens = tokenize_prompt(encoder["tokenizer"], parse_prompt(LONG)).ids
+    cut = encoder["tokenizer"].decode(tokens[window:]).replace("</w>", " ").strip()
     assert len(caplog.records) == 1
     assert repr(cut) in caplog.text
     assert "prompt 1" in caplog.text
 
 
-def test_chunks_read_the_whole_prompt(tower):
-    window = tower["tokenizer"].model_max_length - 2
-    ids = tokenize_prompts(tower["tokenizer"], LONG).ids
+def test_chunks_read_the_whole_prompt(encoder):
+    window = encoder["tokenizer"].model_max_length - 2
+    ids = tokenize_prompt(encoder["tokenizer"], parse_prompt(LONG)).ids
     num_chunks = -(-len(ids) // window)
     assert num_chunks > 1
     with torch.no_grad():
-        states = encode([LONG], **tower, long_prompts="chunks")
-        first = encode([LONG], **tower)
+        states = embed([LONG], **encoder, long_prompts="chunks")
+        first = embed([LONG], **encoder)
     assert states.shape[1] == num_chunks * (window + 2)
     torch.testing.assert_close(states[:, : window + 2], first)
 

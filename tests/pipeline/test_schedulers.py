@@ -10,7 +10,7 @@ from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
 
 
 @pytest.mark.parametrize("name", scheduler_names())
-def test_every_sampler_draws_in_few_steps_and_by_image(name):
+def test_every_scheduler_makes_images_in_few_steps_and_by_image(name):
     pipe = tiny_pipeline()
     pipe.set_scheduler(name)
     for steps in (1, 3):
@@ -31,12 +31,12 @@ def test_every_sampler_draws_in_few_steps_and_by_image(name):
     ],
 )
 def test_names_are_read_as_people_write_them(name, cls):
-    sampler = make_scheduler(name, trained=ddim())
-    assert type(sampler).__name__ == cls
-    assert bool(sampler.config.get("use_karras_sigmas")) == ("arras" in name)
+    scheduler = make_scheduler(name, trained=ddim())
+    assert type(scheduler).__name__ == cls
+    assert bool(scheduler.config.get("use_karras_sigmas")) == ("arras" in name)
 
 
-def test_sampler_keeps_what_training_fixed_and_nothing_of_the_last_sampler():
+def test_scheduler_keeps_what_training_fixed_and_nothing_of_the_last_scheduler():
     trained = ddim(prediction_type="v_prediction", beta_end=0.02, timestep_spacing="trailing")
     karras = make_scheduler("dpm++2m-sde-karras", trained=trained)
     back = make_scheduler("dpm++2m", trained=karras)
@@ -49,7 +49,7 @@ def test_sampler_keeps_what_training_fixed_and_nothing_of_the_last_sampler():
 
 @pytest.mark.parametrize("name", ["dpmpp", "ddmi", "", None, 3, "ddim-karras"])
 def test_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"no sampler .*known: ddpm, ddim"):
+    with pytest.raises(ValueError, match=r"no scheduler .*known: ddpm, ddim"):
         make_scheduler(name, trained=ddim())
 
 
@@ -58,7 +58,7 @@ def test_misspelt_name_is_answered_with_the_nearest():
         make_scheduler("dpm++2m-karas", trained=ddim())
 
 
-def test_zero_terminal_snr_needs_a_sampler_that_can_start_from_noise():
+def test_zero_terminal_snr_needs_a_scheduler_that_can_start_from_noise():
     trained = ddim(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match=r"heun.* cannot start from pure noise"):
         make_scheduler("heun", trained=trained)

@@ -44,7 +44,7 @@ def test_sheet_is_written_and_said(model, tmp_path, capsys):
         (["--steps", "0"], "num_inference_steps"),
         (["--guidance_scale", "nan"], "guidance_scale"),
         (["--seed", "-4"], "seed"),
-        (["--sampler", "ddmi"], "no sampler 'ddmi'"),
+        (["--sampler", "ddmi"], "no scheduler 'ddmi'"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
         (["--dtype", "int8"], "dtype"),

@@ -1,8 +1,8 @@
 """How well an image fits its text by CLIP (Radford et al. 2021), as a score that can be climbed.
 
-`ClipGuide` is a guide of LatentDiffPipeline: it decodes the predicted clean latents, embeds the
+`ClipGuide` is a `score_fn` of LatentDiffPipeline: it decodes predicted clean latents, embeds the
 image, and returns the cosine to its text. CLIP's own logit is about 100 times the cosine, so a
-guide_scale of some hundreds is where guidance begins to show.
+score_scale of some hundreds is where guidance begins to show.
 
 Does a CLIP find the caption of an image, and the image of a caption? Recall at k.
 """
@@ -142,7 +142,7 @@ def preprocess(
 
 
 class ClipGuide:
-    """Scores predicted clean latents by CLIP: pass one as `guide` of a LatentDiffPipeline."""
+    """Scores predicted clean latents by CLIP: pass one as `score_fn` of a LatentDiffPipeline."""
 
     def __init__(self, clip: Clip, vae: Autoencoder, captions: Sequence[str]) -> None:
         """captions: one for all images of a call, or one an image, in their order."""

@@ -1,4 +1,4 @@
-"""Looking into a sample: traces, attention maps and previews change nothing and show the truth."""
+"""Traces, attention maps and previews show the chain as it is and change nothing."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,8 @@ from fakes_pipeline import SIZE, tiny_pipeline, tiny_vae
 from PIL import Image
 
 from latentdiff.pipeline.attention_maps import AttentionMaps, heat_map_grid, record_attention
-from latentdiff.pipeline.output import Preview, preview
-from latentdiff.pipeline.prompts import tokenize_prompts
-from latentdiff.pipeline.trace import Trace
+from latentdiff.pipeline.callbacks import Trace, preview_images
+from latentdiff.pipeline.prompts import parse_prompt, tokenize_prompt
 
 CALL = {"prompt": ["a red heart", "a cat"], "seed": 1, "num_inference_steps": 3}
 
@@ -22,11 +21,11 @@ def test_tracing_changes_nothing_and_keeps_every_step():
     assert torch.equal(plain, traced)
     assert len(trace.steps) == 3
     assert torch.equal(trace.steps[-1]["latents"], traced)
-    strip = trace.draw(pipe.vae, image=1)
+    strip = trace.grid(pipe.vae, image=1)
     assert strip.width > 3 * SIZE
     unguided = Trace()
     pipe(**CALL, guidance_scale=1, callback_on_step_end=unguided)
-    assert unguided.draw(pipe.vae).height < strip.height
+    assert unguided.grid(pipe.vae).height < strip.height
 
 
 def test_long_traces_show_at_most_eight_columns():
@@ -35,9 +34,9 @@ def test_long_traces_show_at_most_eight_columns():
     pipe("a cat", num_inference_steps=20, seed=1, callback_on_step_end=trace)
     short = Trace()
     pipe("a cat", num_inference_steps=8, seed=1, callback_on_step_end=short)
-    assert trace.draw(pipe.vae).size == short.draw(pipe.vae).size
+    assert trace.grid(pipe.vae).size == short.grid(pipe.vae).size
     with pytest.raises(ValueError, match="nothing was traced"):
-        Trace().draw(pipe.vae)
+        Trace().grid(pipe.vae)
 
 
 @pytest.mark.parametrize(("height", "width"), [(SIZE, SIZE), (20, 44)])
@@ -79,20 +78,26 @@ def test_heat_maps_have_a_panel_a_token():
     pipe = tiny_pipeline()
     with record_attention(pipe.unet, num_images=1) as maps:
         image = pipe("a red heart", seed=1, num_inference_steps=1).images[0]
-    count = len(tokenize_prompts(pipe.tokenizer, "a red heart").ids)
+    count = len(tokenize_prompt(pipe.tokenizer, parse_prompt("a red heart")).ids)
     sheet = heat_map_grid(
         image, maps.mean()[0], tokenizer=pipe.tokenizer, prompt="a red heart", columns=count + 1
     )
     assert sheet.width >= (count + 1) * 128
 
 
-def test_preview_shows_the_predicted_image_at_every_step():
+def test_preview_shows_latents_small():
     pipe = tiny_pipeline()
     shown = []
-    callback = Preview(tiny_vae(), lambda i, images: shown.append((i, images)), every_steps=2)
-    pipe("a cat", num_inference_steps=4, seed=1, callback_on_step_end=callback)
-    assert [i for i, _ in shown] == [1, 3]
-    assert shown[0][1][0].size == (SIZE, SIZE)
-    small = preview(tiny_vae(), torch.zeros(1, 4, 64, 32))
+    pipe(
+        "a cat",
+        num_inference_steps=2,
+        seed=1,
+        callback_on_step_end=lambda pipe, i, t, tensors: shown.append(
+            preview_images(tiny_vae(), tensors["predicted_z0"])
+        ),
+        callback_on_step_end_tensor_inputs=["predicted_z0"],
+    )
+    assert [images[0].size for images in shown] == [(SIZE, SIZE)] * 2
+    small = preview_images(tiny_vae(), torch.zeros(1, 4, 64, 32))
     assert small[0].size == (64, 128)
     assert isinstance(small[0], Image.Image)
