@@ -2,13 +2,17 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("train_throughput", "heldout_race", "scaling", "vae", "startup", "memory")
+NAMES = (
+    *("train_throughput", "train_step_overhead", "heldout_race", "scaling"),
+    *("vae", "startup", "memory", "keyed_randomness"),
+)
 
 
 @pytest.fixture
@@ -93,6 +97,24 @@ def test_the_race_measures_both_sides_on_equal_terms(
     assert curves["latentdiff"][0][0] > 0  # reading and caching are on its clock
     assert curves["baseline"][-1][1] > 0
     assert curves["latentdiff"][-1][1] <= 30
+
+
+def test_the_overhead_of_a_training_step_is_split_into_its_parts() -> None:
+    """In a process of its own: it wraps functions of training and turns logging off."""
+    command = [sys.executable, str(FOLDER / "train_step_overhead.py"), "--small"]
+    command += ["--steps", "2", "--batch_size", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    figures = figures_of(done.stdout)
+    parts = figures["parts"]
+    assert sum(parts.values()) == pytest.approx(figures["overhead"], abs=1e-3)
+    assert parts["random_numbers"] > 0
+    assert parts["train_data"] > 0
+
+
+def test_the_cost_of_keyed_random_numbers_is_measured(benchmark) -> None:
+    sizes = ("--latent_size", "8", "--workers", "1")
+    figures = figures_of(benchmark("keyed_randomness", *sizes, NUM_BATCHES=2))
+    assert figures["sample_us"] > figures["noise_us"] > 0
 
 
 def test_growth_with_the_batch_is_measured(benchmark) -> None:
