@@ -92,15 +92,17 @@ def card_sheets_command(parser: ArgumentParser, arguments: Sequence[str]) -> int
 
 
 def _write_card_sheets(args: Namespace) -> int:
-    from latentdiff.evaluation.card_sheets import Lots, Sampling, write_card_sheets
+    from latentdiff.evaluation.card_sheets import SheetCounts, SheetSampling, write_card_sheets
 
-    counts = [args.seen, args.unseen, args.questions]
-    counts = [numbers or [0] * len(args.data) for numbers in counts]
+    given = [args.seen, args.unseen, args.questions]
+    counts = [numbers or [0] * len(args.data) for numbers in given]
     if not args.model or not args.data or any(len(one) != len(args.data) for one in counts):
         raise ValueError("expected a model, --data, and one number a folder in each of the others")
-    lots = [Lots(*row) for row in zip(args.data, *counts, strict=True)]
-    sampling, out = Sampling(args.steps, args.guidance_scale, args.seed), Path(args.out)
-    write_card_sheets(args.model, lots, out, sampling=sampling, caption_column=args.caption_column)
+    sheets = [SheetCounts(*row) for row in zip(args.data, *counts, strict=True)]
+    sampling, out = SheetSampling(args.steps, args.guidance_scale, args.seed), Path(args.out)
+    write_card_sheets(
+        args.model, sheets, out, sampling=sampling, caption_column=args.caption_column
+    )
     print(f"wrote {out}; show readers {out / 'reader'} and nothing else")
     return 0
 
@@ -121,8 +123,8 @@ def swiss_roll_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default="docs", help="the folder for both files")
     parser.add_class_arguments(RollOptions)
     values = parser.parse_args(arguments).as_dict()
-    from latentdiff.evaluation.report.plots import check_matplotlib, plot_clouds
-    from latentdiff.evaluation.swiss_roll import swiss_roll
+    from latentdiff.evaluation.report.plots import check_matplotlib
+    from latentdiff.evaluation.swiss_roll import plot_clouds, swiss_roll
 
     check_matplotlib()
     figures, clouds = swiss_roll(take_options(RollOptions, values))

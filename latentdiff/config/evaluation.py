@@ -1,9 +1,4 @@
-"""What scripts/evaluate.py may be told; imports nothing heavy, so that --help is quick.
-
-What scripts/compare_subject.py may be told; imports nothing heavy.
-
-What scripts/swiss_roll.py may be told; imports nothing heavy.
-"""
+"""Options of evaluate, compare_subject and swiss_roll; torch-free, so that --help is quick."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,18 +6,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EvalModelOptions:
-    """What is evaluated, and on which images.
+    """The images that a model is evaluated on, and how they are read.
 
     Args:
         data: a captioned folder.
-        split: "heldout" takes test/ or validation/, or what training held out by hash; "all" is
-            for a folder that the model has never seen.
-        num_heldout: images at the most, spread evenly over the split.
+        split: "heldout" takes test/ or validation/, or the images that training held out by hash;
+            "all" is for a folder that the model has never seen.
+        num_heldout: real images at most, evenly spaced over the split.
         caption_column: column of the metadata file that holds the caption.
-        heldout_fraction: the training's, where no folder is named test or validation.
+        heldout_fraction: as in training, where no folder is named test or validation.
         batch_size: images at once; lower it when memory runs out.
-        seed: of every draw.
-        device: cpu, cuda, mps; the best there is by default.
+        seed: of every random draw.
+        device: cpu, cuda, mps; the best available one by default.
     """
 
     data: str
@@ -37,21 +32,21 @@ class EvalModelOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is drawn, and who judges it.
+    """The images that the model generates, and the networks that score them.
 
     Args:
-        num_images: images drawn for held-out captions; 0 draws none.
-        images_per_caption: of these, for one caption; more where captions are few.
+        num_images: images generated for held-out captions; 0 generates none.
+        images_per_caption: generated images of one caption; more where captions are few.
         steps: sampling steps.
-        guidance_scale: scale of classifier-free guidance, of both models alike; by default what the
-            folder of the first names, or 7.5.
+        guidance_scale: scale of classifier-free guidance, of both models alike; by default the
+            scale that the first model's folder names, or 7.5.
         features: folder of a feature network (a MobileNet's arch.json, a transformers vision model
             or a CLIP): fidelity, and better features for copies and diversity.
         clip: folder of a transformers CLIP, or the name of an open_clip model: CLIP score.
         clip_weights: safetensors file of that open_clip model.
-        num_train: training images at the most among which copies are looked for.
+        num_train: training images at most that are searched for copies.
         class_column: column of the metadata file that names an image's class; by default, folders.
-        compare: another model, which draws the same captions from the same seeds.
+        compare: another model, for the same captions and seeds.
         step_sweep: numbers of sampling steps such as [5,10,25,50]; none by default.
     """
 
@@ -70,17 +65,17 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """How the bound is estimated and what is drawn.
+    """How the bound is estimated, and on how many steps its sheets are sampled.
 
     Args:
         chain: bound a shorter chain, such as "25" or "ddim50"; the model's own by default.
         variance_type: fixed_small, fixed_large or learned_range; the model's own by default.
         draws: timesteps drawn for each estimate of an image, by importance and in strata.
-        repeats: estimates of each image; two or more tell noise from the spread of images.
+        repeats: estimates of each image; two or more separate noise from the variation of images.
         pilot: images whose every step is evaluated first, to choose the timesteps.
         compare_variance: chains, such as ["25","100"], on which a learned variance is compared
             with the two fixed ones.
-        image_steps: steps of the chains that are shown; 0 draws none.
+        image_steps: steps of the sheets' chains; 0 makes no sheets.
     """
 
     chain: str = ""
@@ -94,7 +89,7 @@ class BoundOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Which guidance scales are tried.
+    """The guidance scales of the sweep, and the images of both sweeps.
 
     Args:
         guidance_sweep: scales such as [1,2,4,8]; none by default.
@@ -131,14 +126,14 @@ UNRELATED = (
 
 @dataclass(frozen=True)
 class CompareSubjectOptions:
-    """What is drawn, and how.
+    """The prompts of both models, and their sampling settings.
 
     Args:
-        prompt: what the tuned model calls the subject, such as "a photo of sks dog".
-        base_prompt: what the base model is asked for; empty: the same.
-        unrelated: prompts that should not have changed; ten or more.
+        prompt: the tuned model's prompt for the subject, such as "a photo of sks dog".
+        base_prompt: the base model's prompt for the subject; empty: the same.
+        unrelated: prompts whose images should not have changed; ten or more.
         num_seeds: images of the subject by each model.
-        num_steps: sampling steps.
+        steps: sampling steps.
         guidance_scale: classifier-free guidance.
     """
 
@@ -146,21 +141,21 @@ class CompareSubjectOptions:
     base_prompt: str = ""
     unrelated: tuple[str, ...] = UNRELATED
     num_seeds: int = 16
-    num_steps: int = 30
+    steps: int = 30
     guidance_scale: float = 5.0
 
 
 @dataclass(frozen=True)
 class RollOptions:
-    """How large the example is.
+    """The size of the example.
 
     Args:
         steps: optimiser steps.
         num_timesteps: length of the chain.
         num_points: of each cloud, and of the bound.
-        known: what the first coordinate is known to be.
-        tolerance: its standard deviation.
-        seed: of every draw.
+        known: the known value of the first coordinate.
+        tolerance: standard deviation of `known`.
+        seed: of every random draw.
     """
 
     steps: int = 6000

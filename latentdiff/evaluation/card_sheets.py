@@ -1,9 +1,9 @@
-"""Sheets for a model's card, and a test by readers who see its images alone.
+"""Sheets for a model card, and a test of the model by readers who see its images alone.
 
-Nothing is chosen by hand: prompts are drawn at random from the captions of captioned folders, a lot
-for each folder and purpose, and each has one image a seed. A reader's question shows three
-images of one training caption and names eight captions of the same folder, one of them the right
-one; the answers lie apart from the questions.
+Prompts are sampled from the captions of captioned folders, by a key of folder and purpose, and each
+has one image a seed. A reader's question shows three images of one training caption and lists eight
+captions of the same folder, one of them the right one; the answers are kept apart from the
+questions.
 """
 
 import json
@@ -22,15 +22,15 @@ from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.sampling.open_pipeline import open_pipeline
 from latentdiff.sampling.sample import sample_each
 
-COLUMNS, AT_ONCE = 8, 8
+COLUMNS, BATCH_SIZE = 8, 8
 NUM_CHOICES, IMAGES_A_QUESTION = 8, 3
 MAX_BYTES = 1_000_000  # of the two sheets together
 QUALITIES = (92, 85, 75, 65, 50)
 
 
 @dataclass(frozen=True)
-class Lots:
-    """How many captions of a folder stand on each sheet and in the readers' test."""
+class SheetCounts:
+    """How many captions of a folder go to each sheet and to the readers' test."""
 
     folder: str
     num_seen: int
@@ -44,12 +44,12 @@ class Question:
 
     name: str
     choices: tuple[str, ...]
-    right: int  # place in choices
+    right: int  # index into choices
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How every image is drawn; seed: of the lots too."""
+class SheetSampling:
+    """The settings of every image; seed: of the captions too."""
 
     num_steps: int = 50
     guidance_scale: float = 3.0
@@ -57,49 +57,58 @@ class Sampling:
 
 
 def write_card_sheets(
-    model: str, lots: Sequence[Lots], out: Path, *, sampling: Sampling, caption_column: str = "text"
+    model: str,
+    counts: Sequence[SheetCounts],
+    out: Path,
+    *,
+    sampling: SheetSampling,
+    caption_column: str = "text",
 ) -> None:
     """Write out/seen.jpg, out/unseen.jpg, out/prompts.json, out/reader/ and out/key.json.
 
     seen: captions of training images; unseen: of held-out ones, and of no training image.
-    Raises ValueError for a folder with too few captions, before anything is drawn.
+    Raises ValueError for a folder with too few captions, before any image is generated.
     """
     seen: list[str] = []
     unseen: list[str] = []
-    asked: list[Question] = []
-    for lot in lots:
-        folder = read_folder(lot.folder, caption_column=caption_column)
+    questions: list[Question] = []
+    for count in counts:
+        folder = read_folder(count.folder, caption_column=caption_column)
         folder.check()
         known, new = _captions(folder)
-        seen += _draw_lots(known, lot.num_seen, f"{sampling.seed}|{folder.root.name}|seen")
-        unseen += _draw_lots(new, lot.num_unseen, f"{sampling.seed}|{folder.root.name}|unseen")
-        asked += _questions(known, lot.num_questions, f"{sampling.seed}|{folder.root.name}|reader")
-    questions = _in_order(asked, seed=sampling.seed)
+        seen += _sample_captions(known, count.num_seen, f"{sampling.seed}|{folder.root.name}|seen")
+        unseen += _sample_captions(
+            new, count.num_unseen, f"{sampling.seed}|{folder.root.name}|unseen"
+        )
+        questions += _questions(
+            known, count.num_questions, f"{sampling.seed}|{folder.root.name}|reader"
+        )
+    questions = _shuffled(questions, seed=sampling.seed)
     pipe = open_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     out.mkdir(parents=True, exist_ok=True)
     sheets = {}
     for name, prompts in (("seen", seen), ("unseen", unseen)):
-        seeds = [sampling.seed + place for place in range(len(prompts))]
-        images = _draw(pipe, prompts, seeds, sampling)
+        seeds = [sampling.seed + i for i in range(len(prompts))]
+        images = _generate(pipe, prompts, seeds, sampling)
         if images:
             sheets[name] = draw_grid(images, prompts, columns=COLUMNS)
     _save_small(sheets, out)
-    drawn = {"model": Path(model).name, "seen": seen, "unseen": unseen}
-    write_text(out / "prompts.json", _json(drawn | asdict(sampling)))
+    settings = {"model": Path(model).name, "seen": seen, "unseen": unseen}
+    write_text(out / "prompts.json", _json(settings | asdict(sampling)))
     _write_questions(pipe, questions, out, sampling)
 
 
 def score_answers(key: Path, answers: Path) -> Interval:
-    """Return the share of questions answered right; an answer is a place in the choices, from 1.
+    """Return the share of questions answered right; an answer is a number of the choices, from 1.
 
-    key: the key.json of a test. answers: a JSON object of places by question. Raises ValueError
+    key: the key.json of a test. answers: a JSON object of numbers by question. Raises ValueError
     where a question has no answer.
     """
     right, given = (json.loads(path.read_text(encoding="utf-8")) for path in (key, answers))
     if missing := sorted(right.keys() - given.keys()):
         raise ValueError(f"{answers} has no answer to {', '.join(missing)}, expected one to each")
-    return proportion(sum(given[name] == place for name, place in right.items()), len(right))
+    return proportion(sum(given[name] == number for name, number in right.items()), len(right))
 
 
 def _captions(folder: Folder) -> tuple[list[str], list[str]]:
@@ -110,33 +119,33 @@ def _captions(folder: Folder) -> tuple[list[str], list[str]]:
     return sorted(known), sorted(heldout - known)
 
 
-def _draw_lots(captions: Sequence[str], num: int, lot: str) -> list[str]:
+def _sample_captions(captions: Sequence[str], num: int, key: str) -> list[str]:
     if num > len(captions):
-        what = lot.split("|", 1)[1].replace("|", ", ")
-        raise ValueError(f"{num} captions wanted ({what}) and there are {len(captions)}")
-    return random.Random(lot).sample(list(captions), num)
+        purpose = key.split("|", 1)[1].replace("|", ", ")
+        raise ValueError(f"{num} captions wanted ({purpose}) and there are {len(captions)}")
+    return random.Random(key).sample(list(captions), num)
 
 
-def _questions(captions: Sequence[str], num: int, lot: str) -> list[Question]:
-    """Draw captions to ask for, and others of the folder to choose from."""
-    asked = []
-    for caption in _draw_lots(captions, num, lot):
+def _questions(captions: Sequence[str], num: int, key: str) -> list[Question]:
+    """Sample right captions, and for each others of the folder to choose from."""
+    questions = []
+    for caption in _sample_captions(captions, num, key):
         others = [one for one in captions if one != caption]
-        choices = [caption, *_draw_lots(others, NUM_CHOICES - 1, f"{lot}|{caption}")]
-        random.Random(f"{lot}|{caption}|order").shuffle(choices)
-        asked.append(Question("", tuple(choices), choices.index(caption)))
-    return asked
+        choices = [caption, *_sample_captions(others, NUM_CHOICES - 1, f"{key}|{caption}")]
+        random.Random(f"{key}|{caption}|order").shuffle(choices)
+        questions.append(Question("", tuple(choices), choices.index(caption)))
+    return questions
 
 
-def _in_order(asked: Sequence[Question], *, seed: int) -> list[Question]:
-    """Mix the folders' questions and give them names that say nothing."""
-    mixed = list(asked)
+def _shuffled(questions: Sequence[Question], *, seed: int) -> list[Question]:
+    """Shuffle the folders' questions and number them."""
+    mixed = list(questions)
     random.Random(f"{seed}|order").shuffle(mixed)
     return [Question(f"q{n:02d}", one.choices, one.right) for n, one in enumerate(mixed, start=1)]
 
 
-def _draw(
-    pipe: LatentDiffPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+def _generate(
+    pipe: LatentDiffPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: SheetSampling
 ) -> list[Image.Image]:
     return sample_each(
         pipe,
@@ -144,13 +153,13 @@ def _draw(
         seeds,
         num_steps=sampling.num_steps,
         guidance_scale=sampling.guidance_scale,
-        at_once=AT_ONCE,
-        desc="drawing",
+        at_once=BATCH_SIZE,
+        desc="images",
     )
 
 
 def _save_small(sheets: Mapping[str, Image.Image], out: Path) -> None:
-    """Write the sheets as JPG, as good as the bytes allow."""
+    """Write the sheets as JPG at the best quality within MAX_BYTES."""
     for quality in QUALITIES:
         for name, sheet in sheets.items():
             with atomic_file(out / f"{name}.jpg") as temporary:
@@ -160,14 +169,14 @@ def _save_small(sheets: Mapping[str, Image.Image], out: Path) -> None:
 
 
 def _write_questions(
-    pipe: LatentDiffPipeline, questions: Sequence[Question], out: Path, sampling: Sampling
+    pipe: LatentDiffPipeline, questions: Sequence[Question], out: Path, sampling: SheetSampling
 ) -> None:
-    """Write reader/qNN.png and reader/questions.md, and key.json beside reader/."""
+    """Write reader/qNN.png and reader/questions.md, and key.json next to reader/."""
     if not questions:
         return
     prompts = [q.choices[q.right] for q in questions for _ in range(IMAGES_A_QUESTION)]
     first = sampling.seed + 1000
-    images = _draw(pipe, prompts, list(range(first, first + len(prompts))), sampling)
+    images = _generate(pipe, prompts, list(range(first, first + len(prompts))), sampling)
     (out / "reader").mkdir(exist_ok=True)
     lines = [
         "Each image file shows three images of one text. Which of the eight texts is it?",
@@ -179,7 +188,7 @@ def _write_questions(
         with atomic_file(out / "reader" / f"{question.name}.png") as temporary:
             sheet.save(temporary, format="PNG")
         lines += ["", f"## {question.name}.png", ""]
-        lines += [f"{place}. {text}" for place, text in enumerate(question.choices, start=1)]
+        lines += [f"{i}. {text}" for i, text in enumerate(question.choices, start=1)]
     write_text(out / "reader" / "questions.md", "\n".join(lines) + "\n")
     write_text(out / "key.json", _json({q.name: q.right + 1 for q in questions}))
 

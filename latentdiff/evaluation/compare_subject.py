@@ -1,9 +1,9 @@
-"""What fine-tuning on a subject has done: nearer to its photographs, and how far from all else.
+"""Compare a model before and after fine-tuning on a subject: similarity to photographs, and drift.
 
 Similarity of an image is the mean cosine of its features to those of the photographs (as CLIP-I
 in Ruiz et al. 2023), base and tuned model being given the same seeds. Drift of an unrelated prompt
 is 1 - cosine between the two models' images of it from one seed; the same between the base's
-images of two unlike prompts tells how large that is.
+images of two unlike prompts gives the scale.
 """
 
 import json
@@ -22,8 +22,9 @@ from latentdiff.config.evaluation import CompareSubjectOptions
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import to_pixels
 from latentdiff.device import choose_device
+from latentdiff.evaluation.metric_nets import load_mobilenet
 from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean
-from latentdiff.evaluation.metrics.features import MobileNet, load_features
+from latentdiff.evaluation.metrics.features import MobileNet
 from latentdiff.evaluation.report.comparison import Comparison, compare
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import load_image
@@ -31,7 +32,7 @@ from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.sampling.sample import sample_each
 
 COLUMNS = 8
-AT_ONCE = 4
+BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -42,36 +43,34 @@ class SubjectReport:
     similarity_after: float
     gain: Comparison  # after less before, seed by seed
     drift: Interval  # over the unrelated prompts
-    unlike: float  # the same between the base's images of two unlike prompts
+    unlike: float  # mean 1 - cosine between the base's images of two unlike prompts
     num_photos: int
 
 
 def compare_subject(
     base: str, tuned: str, photos: str, out: Path, *, features: str, options: CompareSubjectOptions
 ) -> SubjectReport:
-    """Draw, measure, write out/subject.json and out/subject.png; return the figures.
+    """Generate, measure, write out/subject.json and out/subject.png; return the figures.
 
     base, tuned: model folders. photos: a folder of the subject's photographs. features: a folder
-    that features.load_features reads. Raises ValueError or FileNotFoundError for what is missing.
+    that load_mobilenet reads. Raises ValueError or FileNotFoundError for what is missing.
     """
     if options.num_seeds < 2 or len(options.unrelated) < 2:
         raise ValueError(
             f"{options.num_seeds} seeds and {len(options.unrelated)} unrelated prompts, expected "
-            "at least 2 of each (10 or more say something)"
+            "at least 2 of each (10 or more for a useful interval)"
         )
-    network = load_features(features)
+    network = load_mobilenet(features)
     folder = read_folder(photos, missing_caption="empty")
     folder.check()
     prompts = [options.base_prompt or options.prompt, options.prompt]
-    drawn = [
+    images = [
         _generate_all(path, p, options) for path, p in zip((base, tuned), prompts, strict=True)
     ]
-    real = _photographs(folder, size=drawn[0][0][0].size)
-    report = measure_subject(
-        [_features(network, images) for images in (real, *drawn[0], *drawn[1])]
-    )
+    real = _photographs(folder, size=images[0][0][0].size)
+    report = measure_subject([_features(network, some) for some in (real, *images[0], *images[1])])
     out.mkdir(parents=True, exist_ok=True)
-    _write_sheet(out / "subject.png", real, drawn, options)
+    _write_sheet(out / "subject.png", real, images, options)
     figures = asdict(report) | {"base": base, "tuned": tuned, "options": asdict(options)}
     write_text(out / "subject.json", json.dumps(figures, indent=2) + "\n")
     return report
@@ -98,7 +97,7 @@ def measure_subject(features: Sequence[Tensor]) -> SubjectReport:
 def _generate_all(
     path: str, prompt: str, options: CompareSubjectOptions
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Let a model draw the subject by each seed, and each unrelated prompt by a seed of its own."""
+    """Generate the subject from each seed, and each unrelated prompt from a seed of its own."""
     pipe = LatentDiffPipeline.from_pretrained(path)
     pipe.to(choose_device())
     pipe.set_progress_bar_config(disable=True)
@@ -115,14 +114,14 @@ def _generate(
         pipe,
         prompts,
         seeds,
-        num_steps=options.num_steps,
+        num_steps=options.steps,
         guidance_scale=options.guidance_scale,
-        at_once=AT_ONCE,
+        at_once=BATCH_SIZE,
     )
 
 
 def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:
-    """Return the photographs, scaled and cut about the centre to the size that the models draw."""
+    """Return the photographs, scaled and cut about the centre to the models' size."""
     images = (load_image(record.path, background=(255, 255, 255)) for record in folder)
     return [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in images]
 
@@ -134,10 +133,10 @@ def _features(network: MobileNet, images: Sequence[Image.Image]) -> Tensor:
 
 
 def _write_sheet(
-    path: Path, real: list[Image.Image], drawn: Any, options: CompareSubjectOptions
+    path: Path, real: list[Image.Image], generated: Any, options: CompareSubjectOptions
 ) -> None:
-    """Draw photographs, the subject before and after, and unrelated images before and after."""
-    (before, before_other), (after, after_other) = drawn
+    """Lay out photographs, then the subject and unrelated images before and after."""
+    (before, before_other), (after, after_other) = generated
     rows: list[tuple[list[Image.Image], list[str]]] = [
         ([real[k % len(real)] for k in range(COLUMNS)], ["photograph"] * COLUMNS),
         (before[:COLUMNS], [f"before: {options.base_prompt or options.prompt}"] * COLUMNS),

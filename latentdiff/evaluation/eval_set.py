@@ -1,12 +1,13 @@
-"""A model and held-out captioned images as it sees them: latents and text states.
+"""The model under test and the captioned images of its evaluation: pixels, latents, prompt embeds.
 
-Answers for: which images of a folder are taken, and that they are cut and encoded as in training.
+Answers for: which images of a folder are taken, and that they are cropped and encoded as in
+training.
 """
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from latentdiff.config.evaluation import EvalModelOptions
 from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.data.folder.splits import FOLDER_NAMES
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.device import choose_device
+from latentdiff.evaluation.metrics.vlb import CaptionedLatents
+from latentdiff.image_grid import to_uint8
 from latentdiff.image_io import ImageError, load_image
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.latents import LatentCodec
@@ -26,31 +30,34 @@ from latentdiff.pipeline.initial_latents import trained_size_px
 
 
 @dataclass(frozen=True, eq=False)
-class CaptionedLatents:
-    """N images as latents with their text states, on the CPU."""
+class RealImages:
+    """N images of the folder, cropped to the model's size."""
 
     captions: tuple[str, ...]
-    z0: Tensor  # (N, C, h, w) normalised, one sample of the VAE's posterior each
-    text: Tensor  # (N, L, D)
-    null_text: Tensor  # (1, L, D)
+    ids: tuple[str, ...]
+    classes: tuple[str, ...]  # "" where there are none
+    bytes: Tensor  # (N, 3, H, W) uint8
 
     def __len__(self) -> int:
-        return len(self.z0)
+        return len(self.ids)
 
-    def select(self, indices: Sequence[int]) -> "CaptionedLatents":
+    def select(self, indices: Sequence[int]) -> "RealImages":
         """Return some of the images, in that order."""
-        chosen = list(indices)
-        return replace(
-            self,
-            captions=tuple(self.captions[i] for i in chosen),
-            z0=self.z0[chosen],
-            text=self.text[chosen],
-        )
+        names = (self.captions, self.ids, self.classes)
+        captions, ids, classes = (tuple(each[i] for i in indices) for each in names)
+        return RealImages(captions, ids, classes, self.bytes[list(indices)])
+
+    def subsample(self, num: int) -> "RealImages":
+        """Return at most num images of different captions, evenly spaced."""
+        index = {caption: i for i, caption in reversed(list(enumerate(self.captions)))}
+        first = sorted(index.values())
+        chosen = np.linspace(0, len(first) - 1, min(num, len(first))).round().astype(int)
+        return self.select([first[i] for i in chosen])
 
 
 @dataclass(frozen=True, eq=False)
 class EvalModel:
-    """A model on its device, and the images that it is evaluated on."""
+    """A model on its device with the images of its evaluation."""
 
     components: Components
     latents: CaptionedLatents
@@ -79,11 +86,11 @@ class EvalModel:
 
 
 def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
-    """Open a pipeline folder and encode the images. ValueError or OSError says what is wrong."""
+    """Load a pipeline folder and encode the images. ValueError or OSError says what is wrong."""
     for name in ("num_heldout", "batch_size"):
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name}={value}, expected at least 1")
-    folder = subsample_indices(options)
+    folder = read_eval_folder(options)
     components = load_components(model)
     device = choose_device(options.device)
     for part in (components.unet, components.vae, components.text_encoder):
@@ -103,31 +110,31 @@ def encode_folder(
     height, width = trained_size_px(components.unet, factor=codec.factor)
     captions = tuple(record.captions[0] for record in folder)
     generator = torch.Generator().manual_seed(seed)
-    z0, text = [], []
+    z0, prompt_embeds = [], []
     for start in range(0, len(folder), batch_size):
         part = range(start, min(start + batch_size, len(folder)))
         pixels = torch.stack([read_pixels(folder, i, height=height, width=width) for i in part])
         mean, std = codec.moments(pixels.to(device))
         eps = torch.randn(mean.shape, generator=generator)
         z0.append(mean.cpu() + std.cpu() * eps)
-        text.append(_states(components, captions[part.start : part.stop]))
-    null = _states(components, [NULL_CAPTION])
-    return CaptionedLatents(captions, torch.cat(z0), torch.cat(text), null)
+        prompt_embeds.append(_prompt_embeds(components, captions[part.start : part.stop]))
+    null = _prompt_embeds(components, [NULL_CAPTION])
+    return CaptionedLatents(captions, torch.cat(z0), torch.cat(prompt_embeds), null)
 
 
-def subsample_indices(options: EvalModelOptions) -> Folder:
-    """Read the folder and take images of the split. ValueError where there is none."""
+def read_eval_folder(options: EvalModelOptions) -> Folder:
+    """Read the folder and subsample the split. ValueError where the split has no image."""
     folder = read_split(options, options.split)
     if not len(folder):
         raise ValueError(
             f"{options.data} has no image in its {options.split} split; name a folder test/ or "
             "validation/, raise --heldout_fraction, or take --split all"
         )
-    return spread(folder, options.num_heldout)
+    return subsample(folder, options.num_heldout)
 
 
 def read_split(options: EvalModelOptions, split: Literal["heldout", "train", "all"]) -> Folder:
-    """Read the folder and take all images of a split, which may be none."""
+    """Read the folder and return all images of a split, which may be empty."""
     folder = read_folder(
         Path(options.data).expanduser(),
         caption_column=options.caption_column,
@@ -139,10 +146,26 @@ def read_split(options: EvalModelOptions, split: Literal["heldout", "train", "al
     return folder.heldout() if split == "heldout" else folder.split("train")
 
 
-def spread(folder: Folder, num: int) -> Folder:
-    """Take at most num records, evenly spread."""
+def subsample(folder: Folder, num: int) -> Folder:
+    """Return at most num records, evenly spaced."""
     kept = np.linspace(0, len(folder) - 1, min(num, len(folder)))
     return folder.select(kept.round().astype(np.int64))
+
+
+def read_real_images(
+    folder: Folder, *, size: tuple[int, int], class_column: str = ""
+) -> RealImages:
+    """Read a folder's images, cropped as in training; size: (height, width) in pixels.
+
+    class_column: column of the metadata that names an image's class; by default its folder, where
+    there are several below the split's.
+    """
+    height, width = size
+    pixels = [read_pixels(folder, i, height=height, width=width) for i in range(len(folder))]
+    stacked = torch.stack([to_uint8(one) for one in pixels])
+    ids = tuple(record.id for record in folder)
+    captions = tuple(record.captions[0] for record in folder)
+    return RealImages(captions, ids, _classes(folder.root, ids, class_column), stacked)
 
 
 def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tensor:
@@ -154,6 +177,19 @@ def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tenso
     return to_pixels(resize_and_crop(image, height=height, width=width).image)
 
 
-def _states(components: Components, captions: Sequence[str]) -> Tensor:
+def _prompt_embeds(components: Components, captions: Sequence[str]) -> Tensor:
     ids = tokenize(components.tokenizer, captions)
     return encode_text(components.text_encoder, ids).float().cpu()
+
+
+def _classes(root: Path, ids: Sequence[str], column: str) -> tuple[str, ...]:
+    if column:
+        named = read_folder(root, caption_column=column)
+        known = {record.id: record.captions[0] for record in named}
+        if not known:
+            raise ValueError(f"{root} has no column {column!r}; check --class_column")
+        return tuple(known.get(name, "") for name in ids)
+    folders = [PurePosixPath(name).parent.parts for name in ids]
+    below = [parts[1:] if parts and parts[0] in FOLDER_NAMES else parts for parts in folders]
+    classes = tuple(parts[0] if parts else "" for parts in below)
+    return classes if len(set(classes)) > 1 else ("",) * len(classes)

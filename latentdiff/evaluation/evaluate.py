@@ -1,9 +1,11 @@
-"""`evaluate.py`: everything that can be measured of a model with what is given, in one report."""
+"""`evaluate.py`: every metric that the given inputs allow, in metrics.json and one HTML report."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from latentdiff.atomic import write_text
 from latentdiff.config.evaluation import (
     BoundOptions,
     EvalModelOptions,
@@ -11,24 +13,19 @@ from latentdiff.config.evaluation import (
     SweepOptions,
 )
 from latentdiff.evaluation.eval_set import open_eval_model
-from latentdiff.evaluation.report.comparison import against_section
+from latentdiff.evaluation.metric_nets import load_metric_nets
+from latentdiff.evaluation.report.comparison import comparison_section
 from latentdiff.evaluation.report.heldout_loss import comparable
 from latentdiff.evaluation.report.html_report import write_evaluation_report
-from latentdiff.evaluation.report.json_sections import (
-    bound_section,
+from latentdiff.evaluation.report.section import Section
+from latentdiff.evaluation.report.sweeps import (
+    guidance_report,
     guidance_section,
+    step_report,
     steps_section,
 )
-from latentdiff.evaluation.report.section import Section
-from latentdiff.evaluation.report.sweeps import step_report, sweep_report
-from latentdiff.evaluation.report.vlb import bound_report, write_metrics
-from latentdiff.evaluation.run import (
-    EvalResult,
-    EvalRun,
-    check_options,
-    load_metric_nets,
-    run_evaluation,
-)
+from latentdiff.evaluation.report.vlb import bound_report, bound_section
+from latentdiff.evaluation.run import EvalResult, EvalRun, check_options, run_evaluation
 from latentdiff.models.bundled import resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
@@ -43,112 +40,151 @@ def evaluate(
     bound: BoundOptions | None,
     sweep: SweepOptions,
 ) -> Path:
-    """Measure a model, write out/metrics.json and out/report.html; return the latter.
+    """Evaluate a model, write out/metrics.json and out/report.html; return the report's path.
 
-    bound: None leaves the bound out. ValueError or OSError says before any image is drawn what
-    cannot be done; FloatingPointError is a model whose numbers are none.
+    bound: None skips the bound. ValueError or OSError names what cannot be done before any image is
+    generated; FloatingPointError where the model's outputs are not finite.
     """
     check_options(options, sweep)
     scale = options.guidance_scale
     if scale is None:
         scale = default_guidance(read_model_info(resolve_model(model)))
-    judges = load_metric_nets(options, data)
-    exam = EvalRun(open_eval_model(model, data), judges, out / "images", data, options, scale)
+    nets = load_metric_nets(options, data)
+    run = EvalRun(open_eval_model(model, data), nets, out / "images", data, options, scale)
     other = None
     if options.compare is not None:
-        subject = open_eval_model(options.compare, data)
-        other = replace(exam, subject=subject, folder=out / "images-other")
-    of_chain = _chain_sections(exam, out, bound=bound, sweep=sweep)
-    measured = run_evaluation(exam)
-    sections = measured.sections + of_chain
+        other_model = open_eval_model(options.compare, data)
+        other = replace(run, eval_model=other_model, folder=out / "images-other")
+    chain_sections = _chain_sections(run, out, bound=bound, sweep=sweep)
+    result = run_evaluation(run)
+    sections = result.sections + chain_sections
     if other is not None:
-        place = 0 if measured.drawn is None else 1
-        sections.insert(place, _against(str(options.compare), (exam, measured), other))
-    facts = _facts(exam, measured)
-    left_out = measured.left_out | _not_asked_for(options, bound=bound, sweep=sweep)
+        index = 0 if result.generated is None else 1
+        sections.insert(index, _comparison(run, result, name=str(options.compare), other=other))
+    skipped = result.skipped | _not_requested(options, bound=bound, sweep=sweep)
+    return _write(model, out, run=run, result=result, sections=sections, skipped=skipped)
+
+
+def _write(
+    model: str,
+    out: Path,
+    *,
+    run: EvalRun,
+    result: EvalResult,
+    sections: list[Section],
+    skipped: dict[str, str],
+) -> Path:
+    """Write metrics.json and report.html; return the latter's path."""
+    settings = _settings(run, result)
     figures = {section.name: section.figures for section in sections if section.figures}
-    metrics = {"model": model, "data": data.data, "settings": facts, "left_out": left_out}
+    metrics = {"model": model, "data": run.data.data, "settings": settings, "left_out": skipped}
     write_metrics(out, metrics | figures)
     return write_evaluation_report(
         out / "report.html",
         title=f"Evaluation of {model}",
-        facts=_told(facts),
+        facts=_facts(settings),
         sections=sections,
-        left_out=left_out,
+        skipped=skipped,
     )
 
 
+def write_metrics(out: Path, metrics: dict[str, Any]) -> Path:
+    """Put sections of figures into out/metrics.json besides the ones it has; return its path.
+
+    Sections of another model or other data are dropped. ValueError where the file is no JSON
+    object.
+    """
+    path = out / "metrics.json"
+    known: Any = {}
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}; delete it") from error
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(known).__name__}; delete it")
+    if any(known.get(name) != metrics.get(name) for name in ("model", "data")):
+        known = {}
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(known | metrics, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+    return path
+
+
 def _chain_sections(
-    exam: EvalRun, out: Path, *, bound: BoundOptions | None, sweep: SweepOptions
+    run: EvalRun, out: Path, *, bound: BoundOptions | None, sweep: SweepOptions
 ) -> list[Section]:
-    """Measure what was asked for of the chain itself."""
-    subject, clip, sections = exam.subject, exam.judges.clip, []
+    """Evaluate the bound and the sweeps, where requested."""
+    eval_model, clip, sections = run.eval_model, run.nets.clip, []
     if bound is not None:
-        sections.append(bound_section(bound_report(subject, out, bound), out))
+        sections.append(bound_section(bound_report(eval_model, out, bound), out))
     if sweep.guidance_sweep:
-        sections.append(guidance_section(sweep_report(subject, out, sweep, clip=clip), out))
-    if exam.options.step_sweep:
-        scale, steps = exam.guidance_scale, exam.options.step_sweep
-        figures = step_report(subject, out, steps, options=sweep, guidance_scale=scale, clip=clip)
+        sections.append(guidance_section(guidance_report(eval_model, out, sweep, clip=clip), out))
+    if run.options.step_sweep:
+        scale, steps = run.guidance_scale, run.options.step_sweep
+        figures = step_report(
+            eval_model, out, steps, options=sweep, guidance_scale=scale, clip=clip
+        )
         sections.append(steps_section(figures, out))
     return sections
 
 
-def _against(name: str, first: tuple[EvalRun, EvalResult], other: EvalRun) -> Section:
-    """Measure the other model alike, and compare."""
-    exam, measured = first
+def _comparison(run: EvalRun, result: EvalResult, *, name: str, other: EvalRun) -> Section:
+    """Evaluate the other model in the same way, and compare."""
     second = run_evaluation(other)
-    why = comparable(exam.subject, other.subject)
-    a, b = measured.drawn, second.drawn
-    section = against_section(
+    why = comparable(run.eval_model, other.eval_model)
+    a, b = result.generated, second.generated
+    section = comparison_section(
         name,
-        measured.scores,
+        result.scores,
         second.scores,
         images=None if a is None or b is None else (a, b),
-        left_out={"heldout": why} if why else {},
+        skipped={"heldout": why} if why else {},
     )
     own = {each.name: each.figures for each in second.sections if each.figures}
     return replace(section, figures=section.figures | {"of_the_other": own})
 
 
-def _not_asked_for(
+def _not_requested(
     options: EvaluationOptions, *, bound: BoundOptions | None, sweep: SweepOptions
 ) -> dict[str, str]:
-    """Say what else could be measured, and how to ask for it."""
-    asked = {
+    """Name each metric that was not requested, with its option."""
+    requested = {
         "compare": options.compare is not None,
         "bound": bound is not None,
         "guidance_sweep": bool(sweep.guidance_sweep),
         "step_sweep": bool(options.step_sweep),
     }
-    return {name: f"not asked for (--{name})" for name, is_asked in asked.items() if not is_asked}
+    return {name: f"not requested (--{name})" for name, is_on in requested.items() if not is_on}
 
 
-def _facts(exam: EvalRun, measured: EvalResult) -> dict[str, Any]:
-    """Return what the figures rest on, as JSON values."""
-    subject, drawn = exam.subject, measured.drawn
-    return asdict(exam.data) | {
-        "device": str(subject.device),
-        "unet_sha256": weights_hash(subject.components.unet),
-        "num_real_images": len(subject.latents),
-        "size": list(subject.size),
-        "num_captions": 0 if drawn is None else len(drawn.captions),
-        "num_images": 0 if drawn is None else len(drawn.flat),
-        "steps": exam.num_steps,
-        "guidance_scale": exam.guidance_scale,
+def _settings(run: EvalRun, result: EvalResult) -> dict[str, Any]:
+    """Return the settings of the evaluation as JSON values."""
+    eval_model, generated = run.eval_model, result.generated
+    return asdict(run.data) | {
+        "device": str(eval_model.device),
+        "unet_sha256": weights_hash(eval_model.components.unet),
+        "num_real_images": len(eval_model.latents),
+        "size": list(eval_model.size),
+        "num_captions": 0 if generated is None else len(generated.captions),
+        "num_images": 0 if generated is None else len(generated.flat),
+        "steps": run.num_steps,
+        "guidance_scale": run.guidance_scale,
     }
 
 
-def _told(facts: dict[str, Any]) -> dict[str, str]:
-    """Say the facts in words."""
-    height, width = facts["size"]
-    split = facts["split"].replace("_", "-")
-    drawn = f"{facts['num_images']} of {facts['num_captions']} captions, {height} x {width} px"
-    sampled = f"{facts['steps']} steps, guidance {facts['guidance_scale']:g}, seeds from "
+def _facts(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the settings as text for the report."""
+    height, width = settings["size"]
+    split = settings["split"].replace("_", "-")
+    images = (
+        f"{settings['num_images']} of {settings['num_captions']} captions, {height} x {width} px"
+    )
+    sampled = f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}, seeds from "
     return {
-        "data": facts["data"],
-        "real images": f"{facts['num_real_images']:,} of the {split} split",
-        "drawn images": drawn if facts["num_images"] else "none",
-        "sampling": f"{sampled}{facts['seed']}",
-        "U-Net": f"sha256 {facts['unet_sha256'][:16]}",
+        "data": settings["data"],
+        "real images": f"{settings['num_real_images']:,} of the {split} split",
+        "generated images": images if settings["num_images"] else "none",
+        "sampling": f"{sampled}{settings['seed']}",
+        "U-Net": f"sha256 {settings['unet_sha256'][:16]}",
     }

@@ -1,8 +1,6 @@
-"""What an evaluation draws and by whom it is judged, as a person asks for it.
+"""Evaluate one model: generate its images once, and apply every metric whose network is given.
 
-Draw a model's images once and let every judge that is there look at them.
-
-What cannot be measured is named with the reason.
+Metrics that cannot be computed are named with the reason.
 """
 
 from collections.abc import Sequence
@@ -10,56 +8,95 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions, SweepOptions
-from latentdiff.device import choose_device
-from latentdiff.evaluation.eval_set import EvalModel, read_split, spread
-from latentdiff.evaluation.generate import (
-    GeneratedImages,
-    ImageArrays,
-    generate,
+from latentdiff.evaluation.eval_set import (
+    EvalModel,
+    RealImages,
     read_real_images,
+    read_split,
+    subsample,
 )
-from latentdiff.evaluation.metrics.clip import Clip, load_clip, load_open_clip
-from latentdiff.evaluation.metrics.features import Features, open_features
+from latentdiff.evaluation.generate import GeneratedImages, generate
+from latentdiff.evaluation.metric_nets import MetricNets
+from latentdiff.evaluation.metrics.features import THUMBNAILS, FeatureSets, embed_sets
 from latentdiff.evaluation.report.clip_score import clip_section
-from latentdiff.evaluation.report.copies_and_diversity import (
-    as_thumbnails,
-    copies_section,
-    diversity_section,
-    unit_length,
-)
-from latentdiff.evaluation.report.fidelity import FEWEST, Embedded, embed_images, fidelity_section
-from latentdiff.evaluation.report.heldout_loss import loss_section
-from latentdiff.evaluation.report.prompt_following import following_section, is_scene
+from latentdiff.evaluation.report.diversity import diversity_section
+from latentdiff.evaluation.report.fidelity import MIN_IMAGES, fidelity_section
+from latentdiff.evaluation.report.heldout_loss import heldout_loss_section
+from latentdiff.evaluation.report.memorization import memorization_section
+from latentdiff.evaluation.report.prompt_following import is_scene, prompt_following_section
 from latentdiff.evaluation.report.section import LabelledImage, Score, Section
 from latentdiff.evaluation.report.sweeps import check_sweep
 from latentdiff.image_grid import to_pil
 
-FEWEST_IMAGES = 8
-FEWEST_TRAIN = 3
+MIN_GENERATED = 8
+MIN_TRAIN = 3
+NUM_SHOWN = 16
+OF_IMAGES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
 
 
 @dataclass(frozen=True, eq=False)
-class MetricNets:
-    """The networks that judge images."""
+class EvalRun:
+    """A model with the networks that score it, and the folder for its images."""
 
-    clip: Clip | None
-    features: Features | None
+    eval_model: EvalModel
+    nets: MetricNets
+    folder: Path
+    data: EvalModelOptions
+    options: EvaluationOptions
+    guidance_scale: float
+
+    @property
+    def num_captions(self) -> int:
+        """How many captions are sampled at most."""
+        return self.options.num_images // self.options.images_per_caption
+
+    @property
+    def num_steps(self) -> int:
+        """Sampling steps, at most those of the chain."""
+        num_timesteps = int(self.eval_model.components.scheduler.config["num_train_timesteps"])
+        return min(self.options.steps, num_timesteps)
+
+    def generate(
+        self, captions: Sequence[str], *, suffix: str = "", skip_seeds: int = 0
+    ) -> GeneratedImages:
+        """Generate images of captions; suffix: of the folder's name."""
+        return generate(
+            self.eval_model.pipeline(),
+            captions,
+            per_caption=max(
+                self.options.images_per_caption, self.options.num_images // len(captions)
+            ),
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            first_seed=self.data.seed + skip_seeds,
+            batch_size=self.eval_model.batch_size,
+            folder=self.folder.with_name(self.folder.name + suffix),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EvalResult:
+    """The figures of one model; sections and scores are added one by one."""
+
+    sections: list[Section]
+    scores: dict[str, Score]
+    skipped: dict[str, str]  # why, by the section's name
+    generated: GeneratedImages | None
 
 
 def check_options(options: EvaluationOptions, sweep: SweepOptions) -> None:
     """Raise ValueError for options out of range."""
     num, each = options.num_images, options.images_per_caption
-    if num and num < FEWEST_IMAGES:
-        raise ValueError(f"num_images={num}, expected 0 or at least {FEWEST_IMAGES}")
+    if num and num < MIN_GENERATED:
+        raise ValueError(f"num_images={num}, expected 0 or at least {MIN_GENERATED}")
     if each < 1 or (num and 2 * each > num):
         raise ValueError(
             f"images_per_caption={each}, expected at least 1, and num_images={num} to give two "
             "captions or more"
         )
-    lowest = {"steps": 1, "num_train": FEWEST_TRAIN}
-    for name, least in lowest.items():
-        if (value := getattr(options, name)) < least:
-            raise ValueError(f"{name}={value}, expected at least {least}")
+    for name, lowest in (("steps", 1), ("num_train", MIN_TRAIN)):
+        if (value := getattr(options, name)) < lowest:
+            raise ValueError(f"{name}={value}, expected at least {lowest}")
     if min(options.step_sweep, default=1) < 1:
         raise ValueError(f"step_sweep={options.step_sweep}, expected at least one step each")
     if options.clip_weights and not options.clip:
@@ -68,225 +105,164 @@ def check_options(options: EvaluationOptions, sweep: SweepOptions) -> None:
         check_sweep(sweep)
 
 
-def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> MetricNets:
-    """Open the networks that are given; ValueError or FileNotFoundError says what is wrong."""
-    device = choose_device(data.device)
-    clip = None
-    if options.clip and options.clip_weights:
-        clip = load_open_clip(options.clip, options.clip_weights, device=device)
-    elif options.clip:
-        clip = load_clip(options.clip, device=device)
-    features = open_features(options.features, device=device) if options.features else None
-    return MetricNets(clip, features)
-
-
-NUM_SHOWN = 16
-OF_IMAGES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
-
-
-@dataclass(frozen=True, eq=False)
-class EvalRun:
-    """A model, who judges it and how, and the folder for its images."""
-
-    subject: EvalModel
-    judges: MetricNets
-    folder: Path
-    data: EvalModelOptions
-    options: EvaluationOptions
-    guidance_scale: float
-
-    @property
-    def num_captions(self) -> int:
-        """How many captions are asked for at the most."""
-        return self.options.num_images // self.options.images_per_caption
-
-    @property
-    def num_steps(self) -> int:
-        """Sampling steps, no more than the chain has."""
-        num_timesteps = int(self.subject.components.scheduler.config["num_train_timesteps"])
-        return min(self.options.steps, num_timesteps)
-
-    def draw(
-        self, captions: Sequence[str], *, kind: str = "", skip_seeds: int = 0
-    ) -> GeneratedImages:
-        """Draw captions; kind goes to the folder's name."""
-        return generate(
-            self.subject,
-            captions,
-            per_caption=max(
-                self.options.images_per_caption, self.options.num_images // len(captions)
-            ),
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-            first_seed=self.data.seed + skip_seeds,
-            folder=self.folder.with_name(self.folder.name + kind),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class EvalResult:
-    """What was found of one model; sections and scores are added one by one."""
-
-    sections: list[Section]
-    scores: dict[str, Score]
-    left_out: dict[str, str]
-    drawn: GeneratedImages | None
-
-
-def run_evaluation(exam: EvalRun) -> EvalResult:
-    """Draw, and let every judge look; the held-out loss needs no images."""
-    subject, options = exam.subject, exam.options
-    loss, score = loss_section(subject)
-    heldout = read_real_images(subject.folder, size=subject.size, class_column=options.class_column)
+def run_evaluation(run: EvalRun) -> EvalResult:
+    """Generate the images and apply every metric; the held-out loss needs no images."""
+    eval_model, options = run.eval_model, run.options
+    loss, score = heldout_loss_section(eval_model)
+    heldout = read_real_images(
+        eval_model.folder, size=eval_model.size, class_column=options.class_column
+    )
     captions = len(set(heldout.captions))
     if not options.num_images or captions < 2:
-        why = "nothing was drawn (--num_images 0)"
+        why = "no image was generated (--num_images 0)"
         if options.num_images:
             why = f"the data has {captions} different caption, two or more are needed"
         return EvalResult([loss], {"heldout": score}, dict.fromkeys(OF_IMAGES, why), None)
-    asked = heldout.spread(exam.num_captions)
-    drawn = exam.draw(asked.captions)
-    measured = EvalResult([_sheet(drawn, asked)], {}, {}, drawn)
-    _add_prompt_following(measured, exam, drawn)
-    _add_clip_score(measured, exam, drawn, asked)
-    measured.sections.append(loss)
-    measured.scores["heldout"] = score
-    _add_fidelity(measured, exam, drawn, asked, heldout)
-    return measured
+    real_images = heldout.subsample(run.num_captions)
+    generated = run.generate(real_images.captions)
+    result = EvalResult([_images_section(generated, real_images)], {}, {}, generated)
+    _add_prompt_following(result, run, generated)
+    _add_clip_score(result, run, generated, real_images)
+    result.sections.append(loss)
+    result.scores["heldout"] = score
+    _add_image_comparisons(result, run, generated, real_images, heldout)
+    return result
 
 
-def _add_prompt_following(measured: EvalResult, exam: EvalRun, drawn: GeneratedImages) -> None:
-    """Judge the images by geometry, where the captions are of the shapes world."""
-    if not all(is_scene(caption) for caption in drawn.captions):
-        measured.left_out["following"] = "the captions are not of the built-in shapes world"
+def _add_prompt_following(result: EvalResult, run: EvalRun, generated: GeneratedImages) -> None:
+    """Score the images by geometry, where the captions are of the shapes world."""
+    if not all(is_scene(caption) for caption in generated.captions):
+        result.skipped["following"] = "the captions are not of the built-in shapes world"
         return
-    sets = _by_seen_caption(exam, drawn)
+    sets = _by_seen_caption(run, generated)
     if not sets:
-        measured.left_out["following"] = "it needs two captions or more"
+        result.skipped["following"] = "it needs two captions or more"
         return
-    section, scores = following_section(sets, seed=exam.data.seed)
-    measured.sections.append(section)
-    measured.scores.update({f"following_{name}": score for name, score in scores.items()})
+    section, scores = prompt_following_section(sets, seed=run.data.seed)
+    result.sections.append(section)
+    result.scores.update({f"following_{name}": score for name, score in scores.items()})
 
 
 def _add_clip_score(
-    measured: EvalResult, exam: EvalRun, drawn: GeneratedImages, asked: ImageArrays
+    result: EvalResult, run: EvalRun, generated: GeneratedImages, real_images: RealImages
 ) -> None:
-    """Judge the images by a CLIP, where one is given."""
-    if exam.judges.clip is None:
-        measured.left_out["clip_score"] = "no CLIP was given (--clip)"
+    """Score the images by a CLIP, where one is given."""
+    if run.nets.clip is None:
+        result.skipped["clip_score"] = "no CLIP was given (--clip)"
         return
     section, score = clip_section(
-        exam.judges.clip,
-        drawn,
-        asked,
-        batch_size=exam.data.batch_size,
-        device=exam.subject.device,
-        seed=exam.data.seed,
+        run.nets.clip,
+        generated,
+        real_images,
+        batch_size=run.data.batch_size,
+        device=run.eval_model.device,
+        seed=run.data.seed,
     )
-    measured.sections.append(section)
-    measured.scores["clip_score"] = score
+    result.sections.append(section)
+    result.scores["clip_score"] = score
 
 
-def _add_fidelity(
-    measured: EvalResult,
-    exam: EvalRun,
-    drawn: GeneratedImages,
-    asked: ImageArrays,
-    heldout: ImageArrays,
+def _add_image_comparisons(
+    result: EvalResult,
+    run: EvalRun,
+    generated: GeneratedImages,
+    real_images: RealImages,
+    heldout: RealImages,
 ) -> None:
-    """Compare the drawn images with real ones and with each other."""
-    train, num_in_all = _train_images(exam)
-    embedded = _embedded(exam, drawn, heldout, train)
-    if exam.judges.features is None:
-        measured.left_out["fidelity"] = "no feature network was given (--features)"
-    elif len(heldout) < FEWEST:
-        measured.left_out["fidelity"] = f"there are only {len(heldout)} real images"
+    """Compare the generated images with real ones and with each other."""
+    train, num_train_in_all = _train_images(run)
+    features = _features(run, generated, heldout, train)
+    if run.nets.features is None:
+        result.skipped["fidelity"] = "no feature network was given (--features)"
+    elif len(heldout) < MIN_IMAGES:
+        result.skipped["fidelity"] = f"there are only {len(heldout)} real images"
     else:
-        classes = [name for name in asked.classes for _ in range(drawn.per_caption)]
-        section = fidelity_section(embedded, classes=classes, real_classes=heldout.classes)
-        measured.sections.append(section)
-    if exam.judges.features is not None:
-        embedded = unit_length(embedded)
+        classes = [name for name in real_images.classes for _ in range(generated.per_caption)]
+        section = fidelity_section(features, classes=classes, real_classes=heldout.classes)
+        result.sections.append(section)
+    if run.nets.features is not None:
+        features = features.unit_length()
     if train is None:
-        measured.left_out["memorisation"] = (
-            "it needs a training split beside the held-out one, with three images or more"
+        result.skipped["memorisation"] = (
+            "it needs a training split besides the held-out one, with three images or more"
         )
     else:
-        section = copies_section(embedded, drawn, train, num_train_in_all=num_in_all)
-        measured.sections.append(section)
-    if drawn.per_caption > 1:
-        measured.sections.append(diversity_section(embedded, drawn))
+        section = memorization_section(
+            features, generated, train, num_train_in_all=num_train_in_all
+        )
+        result.sections.append(section)
+    if generated.per_caption > 1:
+        section = diversity_section(features, per_caption=generated.per_caption)
+        result.sections.append(section)
     else:
-        measured.left_out["diversity"] = "it needs two images a caption (--images_per_caption)"
+        result.skipped["diversity"] = "it needs two images a caption (--images_per_caption)"
 
 
-def _embedded(
-    exam: EvalRun, drawn: GeneratedImages, heldout: ImageArrays, train: ImageArrays | None
-) -> Embedded:
-    """Turn all images into features, or into thumbnails where no network is given."""
-    if exam.judges.features is None:
-        return as_thumbnails(drawn, heldout, train)
-    return embed_images(
-        exam.judges.features,
-        drawn,
-        heldout,
-        train,
-        batch_size=exam.data.batch_size,
-        device=exam.subject.device,
+def _features(
+    run: EvalRun, generated: GeneratedImages, heldout: RealImages, train: RealImages | None
+) -> FeatureSets:
+    """Embed all images by the given network, or as thumbnails without one."""
+    return embed_sets(
+        run.nets.features or THUMBNAILS,
+        generated.flat,
+        heldout.bytes,
+        None if train is None else train.bytes,
+        batch_size=run.data.batch_size,
+        device=run.eval_model.device,
     )
 
 
-def _train_images(exam: EvalRun) -> tuple[ImageArrays | None, int]:
-    """Return some of the training images, and how many there are."""
-    if exam.data.split != "heldout":
+def _train_images(run: EvalRun) -> tuple[RealImages | None, int]:
+    """Return a subsample of the training images, and how many there are."""
+    if run.data.split != "heldout":
         return None, 0
-    folder = read_split(exam.data, "train")
-    if len(folder) < FEWEST_TRAIN:
+    folder = read_split(run.data, "train")
+    if len(folder) < MIN_TRAIN:
         return None, len(folder)
-    chosen = spread(folder, exam.options.num_train)
-    return read_real_images(chosen, size=exam.subject.size), len(folder)
+    chosen = subsample(folder, run.options.num_train)
+    return read_real_images(chosen, size=run.eval_model.size), len(folder)
 
 
-def _by_seen_caption(exam: EvalRun, drawn: GeneratedImages) -> dict[str, GeneratedImages]:
-    """Keep images of captions that no training image has; draw others that some have.
+def _by_seen_caption(run: EvalRun, generated: GeneratedImages) -> dict[str, GeneratedImages]:
+    """Split the images by caption: keep those of unseen captions, generate others of seen ones.
 
-    A set of fewer than two captions is left out.
+    A seen caption is one that a training image has. A set of fewer than two captions is dropped.
     """
-    if exam.data.split == "train":
-        return {"seen": drawn}
-    known = _train_captions(exam)
+    if run.data.split == "train":
+        return {"seen": generated}
+    known = _train_captions(run)
     trained = sorted(known)
-    new = [m for m, caption in enumerate(drawn.captions) if caption not in known]
+    new = [m for m, caption in enumerate(generated.captions) if caption not in known]
     sets = {}
     if len(new) > 1:
-        captions = tuple(drawn.captions[m] for m in new)
-        sets["heldout"] = replace(drawn, captions=captions, bytes=drawn.bytes[new])
+        captions = tuple(generated.captions[m] for m in new)
+        sets["heldout"] = replace(generated, captions=captions, bytes=generated.bytes[new])
     if len(trained) > 1:
-        count = min(exam.num_captions, len(trained))
+        count = min(run.num_captions, len(trained))
         seen = [trained[i * len(trained) // count] for i in range(count)]
-        sets["seen"] = exam.draw(seen, kind="-seen", skip_seeds=len(drawn.flat))
+        sets["seen"] = run.generate(seen, suffix="-seen", skip_seeds=len(generated.flat))
     return sets
 
 
-def _train_captions(exam: EvalRun) -> set[str]:
+def _train_captions(run: EvalRun) -> set[str]:
     """Return the captions of the shapes world that training images have."""
-    if exam.data.split != "heldout":
+    if run.data.split != "heldout":
         return set()
-    return set(filter(is_scene, read_split(exam.data, "train").each_caption()))
+    return set(filter(is_scene, read_split(run.data, "train").each_caption()))
 
 
-def _sheet(drawn: GeneratedImages, asked: ImageArrays) -> Section:
-    """Show real images beside what was drawn for their captions."""
-    count = min(NUM_SHOWN, len(drawn.captions))
+def _images_section(generated: GeneratedImages, real_images: RealImages) -> Section:
+    """Show real images next to the images generated for their captions."""
+    count = min(NUM_SHOWN, len(generated.captions))
     groups = []
     for i in range(count):
-        m = i * len(drawn.captions) // count
-        real = LabelledImage(to_pil(asked.bytes[m]), drawn.captions[m], "real")
-        made = [
-            LabelledImage(to_pil(one), "", f"seed {drawn.first_seed + m * drawn.per_caption + k}")
-            for k, one in enumerate(drawn.bytes[m, :2])
+        m = i * len(generated.captions) // count
+        real = LabelledImage(to_pil(real_images.bytes[m]), generated.captions[m], "real")
+        first_seed = generated.first_seed + m * generated.per_caption
+        others = [
+            LabelledImage(to_pil(one), "", f"seed {first_seed + k}")
+            for k, one in enumerate(generated.bytes[m, :2])
         ]
-        groups.append([real, *made])
-    notes = ["Held-out captions, spread evenly, not chosen. All images drawn are in images/."]
-    return Section("images", "ImageArrays", {}, (), notes, groups)
+        groups.append([real, *others])
+    notes = ["Held-out captions, evenly spaced, not chosen. All generated images are in images/."]
+    return Section("images", "Images", {}, (), notes, groups)

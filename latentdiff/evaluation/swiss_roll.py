@@ -1,13 +1,14 @@
 """The thermodynamic view in the plane (Sohl-Dickstein et al. 2015, Fig. 1 and Sec. 2.5).
 
 Data is a noisy swiss roll, of which density and entropy are known, so that the bound of a small
-trained network can be held against the truth: no model can describe the roll in fewer bits.
+trained network can be compared with the truth: no model can describe the roll in fewer bits.
 Multiplying the roll with a second distribution, "the first coordinate is about y", is sampled by
 the gradient of its logarithm along the chain: inpainting in two dimensions.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from latentdiff.diffusion.objectives import hybrid_loss
 from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.diffusion.theory.continuous_time import flow_bits
 from latentdiff.diffusion.timesteps import stratify, uniform_timesteps
+from latentdiff.evaluation.metrics.vlb import Z_95
+from latentdiff.evaluation.report import plots
 
 PREDICTION, LEARNED = "v_prediction", "learned_range"
-SHOWN = (0.0, 0.1, 0.3, 1.0)  # moments of each chain
+SHOWN = (0.0, 0.1, 0.3, 1.0)  # times of each chain that are plotted, of T
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class SwissRoll:
         return torch.stack([angle.cos(), angle.sin()], 1) * angle[:, None] / 7
 
     def sample(self, num: int, *, generator: torch.Generator) -> Tensor:
-        """Draw (num, 2), float32."""
+        """Sample (num, 2), float32."""
         u = torch.rand(num, generator=generator)
         angle = self.first_angle + (self.last_angle - self.first_angle) * u
         return self.curve(angle) + self.noise * torch.randn(num, 2, generator=generator)
@@ -122,14 +125,14 @@ def train_denoiser(
 
 @dataclass(frozen=True, eq=False)
 class Clouds:
-    """What the figure shows; clouds are (N, 2)."""
+    """The point clouds of the plot, (N, 2) each."""
 
     times: list[int]  # in [0, T]: how many steps from the data
     forward: list[Tensor]
     reverse: list[Tensor]  # at the same times
-    posterior: Tensor  # drawn by the guided chain
+    posterior: Tensor  # sampled by the guided chain
     posterior_exact: Tensor  # the roll, resampled by the second distribution
-    known: float  # of the first coordinate
+    known: float  # mean of the second distribution over the first coordinate
 
 
 def swiss_roll(options: RollOptions) -> tuple[dict[str, Any], Clouds]:
@@ -137,15 +140,15 @@ def swiss_roll(options: RollOptions) -> tuple[dict[str, Any], Clouds]:
 
     ValueError for options out of range.
     """
-    for name, least in (("steps", 1), ("num_timesteps", 8), ("num_points", 100)):
-        if (value := getattr(options, name)) < least:
-            raise ValueError(f"{name}={value}, expected at least {least}")
+    for name, lowest in (("steps", 1), ("num_timesteps", 8), ("num_points", 100)):
+        if (value := getattr(options, name)) < lowest:
+            raise ValueError(f"{name}={value}, expected at least {lowest}")
     if not options.tolerance > 0:
         raise ValueError(f"tolerance={options.tolerance}, expected a number above 0")
     roll = SwissRoll()
     schedule = Schedule.from_betas(make_betas("cosine", options.num_timesteps))
     model = train_denoiser(roll, schedule, num_steps=options.steps, seed=options.seed)
-    clouds = draw_clouds(roll, schedule, model, options)
+    clouds = sample_clouds(roll, schedule, model, options)
     distance, chance = posterior_distance(clouds, roll, options)
     figures = bounds(roll, schedule, model, options) | {
         "posterior_distance": distance,
@@ -158,9 +161,9 @@ def swiss_roll(options: RollOptions) -> tuple[dict[str, Any], Clouds]:
 def bounds(
     roll: SwissRoll, schedule: Schedule, model: Model, options: RollOptions
 ) -> dict[str, Any]:
-    """Return the entropy and each bound on it, bits per dimension, with standard errors."""
+    """Return the entropy and each bound on it in bits per dimension, with standard errors."""
     x0 = roll.sample(options.num_points, generator=torch.Generator().manual_seed(options.seed + 1))
-    own = -roll.log_prob(x0) / 2 / math.log(2)  # of these very points: its noise is the bound's
+    own = -roll.log_prob(x0) / 2 / math.log(2)  # of these points, so that their noise cancels
     figures: dict[str, Any] = {
         "entropy": roll.entropy_bits(),
         "gaussian": 0.5 * math.log2(2 * math.pi * math.e) + 0.25 * math.log2(x0.T.cov().det()),
@@ -168,7 +171,7 @@ def bounds(
     for variance_type in VARIANCE_TYPES:
         total = evaluate_bound(
             schedule,
-            _reader(model, variance_type),
+            _with_outputs(model, variance_type),
             x0,
             generator=torch.Generator().manual_seed(options.seed + 2),
             prediction_type=PREDICTION,
@@ -178,7 +181,7 @@ def bounds(
     few = x0[: max(100, options.num_points // 8)]
     flow = flow_bits(
         schedule,
-        _reader(model, "fixed_small"),
+        _with_outputs(model, "fixed_small"),
         few,
         generator=torch.Generator().manual_seed(options.seed + 3),
         prediction_type=PREDICTION,
@@ -196,14 +199,16 @@ def _figures(total: Estimate, gap: Estimate) -> dict[str, float]:
     }
 
 
-def _reader(model: Model, variance_type: str) -> Model:
-    """Return the model with those outputs that a variance type reads."""
+def _with_outputs(model: Model, variance_type: str) -> Model:
+    """Return the model with the outputs that a variance type reads."""
     num_outputs = 4 if variance_type == LEARNED else 2
     return lambda xt, t: model(xt, t)[:, :num_outputs]
 
 
-def draw_clouds(roll: SwissRoll, schedule: Schedule, model: Model, options: RollOptions) -> Clouds:
-    """Walk the chain forth and back, and back again towards the known coordinate."""
+def sample_clouds(
+    roll: SwissRoll, schedule: Schedule, model: Model, options: RollOptions
+) -> Clouds:
+    """Sample the chain forward, in reverse, and in reverse guided to the known coordinate."""
     generator = torch.Generator().manual_seed(options.seed + 4)
     num, last = options.num_points, schedule.num_timesteps
     times = [round(part * last) for part in SHOWN]
@@ -236,8 +241,8 @@ def sample_posterior(
 ) -> Tensor:
     """Sample p(x0) r(x0) / Z, r = N(first coordinate; known, tolerance^2), (N, 2).
 
-    The score at t is that of r widened by what xt leaves open of x0, 1 - alphas_cumprod for data of
-    unit variance (Song et al. 2023, Pseudoinverse-guided diffusion, Eq. 7).
+    The score at t is that of r widened by the variance of x0 given xt, 1 - alphas_cumprod for data
+    of unit variance (Song et al. 2023, Pseudoinverse-guided diffusion, Eq. 7).
     """
 
     def log_r(x0: Tensor, t: Tensor) -> Tensor:
@@ -262,7 +267,7 @@ def posterior_distance(
 ) -> tuple[float, float]:
     """Return the total variation of the second coordinate to the exact posterior's.
 
-    Of the guided samples and, to compare, of unguided ones; in [0, 1], over bins of 3 noises.
+    Of the guided samples and, to compare, of unguided ones; in [0, 1], over bins of width 3 noise.
     """
     points, area = roll.grid()
     log_r = -0.5 * ((points[:, 0] - options.known) / options.tolerance) ** 2
@@ -278,7 +283,55 @@ def posterior_distance(
 
 
 def _shares(values: Tensor, edges: Tensor, *, weights: Tensor | None = None) -> Tensor:
-    """Return the share of values by bin; what is outside counts at the ends."""
+    """Return the share of values by bin; values outside count in the end bins."""
     weights = torch.full_like(values, 1 / len(values)) if weights is None else weights
     sums = torch.zeros(len(edges) + 1, dtype=torch.float64)
     return sums.index_add_(0, torch.bucketize(values.contiguous(), edges), weights)
+
+
+def plot_clouds(clouds: Clouds, figures: dict[str, Any], path: Path) -> Path:
+    """Plot the chains, the posterior and the bounds; figures: of `swiss_roll`."""
+    figure, axes = plots.new_figure(rows=3, columns=len(clouds.times), panel=(3.0, 3.0))
+    rows = (
+        ("forward, t = {}", clouds.forward, plots.BLUE),
+        ("reverse, t = {}", clouds.reverse, plots.ORANGE),
+    )
+    for row, (title, shown, colour) in zip(axes, rows, strict=False):
+        for axis, time, cloud in zip(row, clouds.times, shown, strict=True):
+            _cloud(axis, cloud, title.format(time), colour=colour)
+    exact, sampled, marginal, bars = axes[2]
+    for axis, cloud, title, colour in (
+        (exact, clouds.posterior_exact, "roll times second distribution", plots.BLUE),
+        (sampled, clouds.posterior, "sampled by its gradient", plots.ORANGE),
+    ):
+        _cloud(axis, cloud, title, colour=colour)
+        axis.axvline(clouds.known, color=plots.GREEN, linewidth=0.8)
+    for cloud, label, colour in (
+        (clouds.posterior_exact, "exact", plots.BLUE),
+        (clouds.posterior, "sampled", plots.ORANGE),
+    ):
+        marginal.hist(
+            cloud[:, 1].numpy(), bins=40, density=True, histtype="step", color=colour, label=label
+        )
+    marginal.set(title="second coordinate", yticks=[])
+    marginal.legend(frameon=False, fontsize="small")
+    _bars(bars, figures)
+    return plots.save(figure, path)
+
+
+def _cloud(axis: Any, cloud: Any, title: str, *, colour: str) -> None:
+    axis.scatter(cloud[:, 0], cloud[:, 1], s=1, color=colour, alpha=0.4, linewidths=0)
+    axis.set(title=title, xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
+
+
+def _bars(axis: Any, figures: dict[str, Any]) -> None:
+    """Plot each bound next to the entropy, which is its minimum."""
+    names = ("learned_range", "fixed_small", "fixed_large", "flow")
+    bits = [figures[name]["bits_per_dim"] for name in names]
+    error = [Z_95 * figures[name]["se"] for name in names]
+    axis.bar([name.replace("_", "\n") for name in names], bits, yerr=error, color=plots.BLUE)
+    axis.axhline(figures["entropy"], color=plots.GREEN, label="entropy")
+    axis.axhline(figures["gaussian"], color=plots.INK, linestyle=":", label="one Gaussian")
+    axis.set(title="bits per dimension")
+    axis.tick_params(axis="x", labelsize="x-small")
+    axis.legend(frameon=False, fontsize="small")

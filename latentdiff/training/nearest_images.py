@@ -19,12 +19,9 @@ from torch import Tensor
 from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead, load_item
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import to_pixels, uint8_to_pixels
-from latentdiff.evaluation.metrics.features import open_features
-from latentdiff.evaluation.metrics.memorization import (
-    find_copies,
-    relative_distances,
-    thumbnail_features,
-)
+from latentdiff.evaluation.metric_nets import load_features
+from latentdiff.evaluation.metrics.features import thumbnail_features
+from latentdiff.evaluation.metrics.memorization import find_copies, relative_distances
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 16
@@ -84,9 +81,9 @@ class NearestImages:
         train, heldout = self._embedded
         copies: list[bool | None] = [None] * len(samples)
         if len(heldout) and len(train) >= FEWEST:
-            judged = find_copies(found, train, heldout=heldout)
-            scores, distances, places = judged.scores, judged.distances, judged.places
-            copies = judged.is_copy.tolist()
+            result = find_copies(found, train, heldout=heldout)
+            scores, distances, places = result.scores, result.distances, result.indices
+            copies = result.is_copy.tolist()
         else:
             scores, distances, places = relative_distances(found, train)
         plan = self.plan_of(self.train)
@@ -128,7 +125,7 @@ def embedder(features: str, *, device: torch.device) -> Embed:
     """
     if not features:
         return thumbnail_features
-    network = open_features(features, device=device)
+    network = load_features(features, device=device)
     return lambda pixels: F.normalize(network.embed(pixels.to(device)), dim=1).cpu()
 
 

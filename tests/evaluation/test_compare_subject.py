@@ -10,7 +10,7 @@ from fakes_training import make_world
 
 from latentdiff.config.evaluation import CompareSubjectOptions
 from latentdiff.evaluation.compare_subject import compare_subject, measure_subject
-from latentdiff.evaluation.metrics.features import load_features
+from latentdiff.evaluation.metric_nets import load_mobilenet
 
 
 def features(seed: int, num: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_the_same_model_gains_nothing_and_does_not_drift(shared_dir, sd_folder, 
         prompt="a red circle",
         unrelated=("a green square", "two small yellow triangles"),
         num_seeds=2,
-        num_steps=2,
+        steps=2,
     )
     report = compare_subject(
         str(sd_folder),
@@ -61,9 +61,9 @@ def test_features_are_those_of_the_networks_own_reader(shared_dir):
     spec.loader.exec_module(reader)
     pixels = torch.rand(2, 3, 65, 80) * 2 - 1
     expected = reader.MobileNetTF(str(folder)).features(pixels)
-    torch.testing.assert_close(load_features(folder)(pixels), expected)
+    torch.testing.assert_close(load_mobilenet(folder)(pixels), expected)
 
 
 def test_folder_without_a_network_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"arch\.json"):
-        load_features(tmp_path)
+        load_mobilenet(tmp_path)

@@ -21,8 +21,8 @@ from latentdiff.config.evaluation import EvalModelOptions
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.eval_set import EvalModel, open_eval_model
-from latentdiff.evaluation.report.comparison import against_section
-from latentdiff.evaluation.report.heldout_loss import comparable, loss_section
+from latentdiff.evaluation.report.comparison import comparison_section
+from latentdiff.evaluation.report.heldout_loss import comparable, heldout_loss_section
 from latentdiff.evaluation.report.section import Score
 from latentdiff.models.build import schedule_of
 
@@ -61,10 +61,10 @@ def test_everything_that_is_given_is_measured_in_one_page(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, model = tmp_path / "out", folders / "model"
-    judges = ["--clip", folders / "clip", "--features", folders / "clip", "--compare", model]
+    nets = ["--clip", folders / "clip", "--features", folders / "clip", "--compare", model]
     sweeps = ["--step_sweep", "[1,2]", "--sweep_captions", 2, "--sweep_images", 2]
     data = ["--data", folders / "data", "--out", out]
-    assert run(model, *data, *QUICK, *judges, *sweeps) == 0
+    assert run(model, *data, *QUICK, *nets, *sweeps) == 0
     assert "report.html" in capsys.readouterr().out
     figures = json.loads((out / "metrics.json").read_text())
     assert set(figures["left_out"]) == {"bound", "guidance_sweep"}
@@ -89,7 +89,9 @@ def test_everything_that_is_given_is_measured_in_one_page(
     assert page.count("data:image/png") > 20
 
 
-def test_without_judges_it_says_what_is_left_out_and_why(folders: Path, tmp_path: Path) -> None:
+def test_without_networks_it_names_the_skipped_metrics_and_why(
+    folders: Path, tmp_path: Path
+) -> None:
     each = ["--images_per_caption", 1]
     data = ["--data", folders / "data", "--out", tmp_path]
     assert run(folders / "model", *data, *QUICK, *each) == 0
@@ -98,7 +100,7 @@ def test_without_judges_it_says_what_is_left_out_and_why(folders: Path, tmp_path
     assert "--clip" in figures["left_out"]["clip_score"]
     assert figures["memorisation"]["features"].startswith("thumbnails")
     page = (tmp_path / "report.html").read_text()
-    assert "Left out" in page
+    assert "Skipped" in page
     assert "--features" in page
 
 
@@ -161,37 +163,39 @@ def test_bad_input_is_named(
 def stages(folders: Path) -> tuple[EvalModel, EvalModel]:
     """A model trained on its images, and the same one half way."""
     options = EvalModelOptions(data=str(folders / "data"), split="all", device="cpu")
-    subject = open_eval_model(str(folders / "model"), options)
-    unet = subject.components.unet.requires_grad_(True).train()
-    latents, schedule = subject.latents, schedule_of(subject.components.scheduler)
+    eval_model = open_eval_model(str(folders / "model"), options)
+    unet = eval_model.components.unet.requires_grad_(True).train()
+    latents, schedule = eval_model.latents, schedule_of(eval_model.components.scheduler)
     optimiser = torch.optim.Adam(unet.parameters(), lr=3e-3)
-    generator, half = subject.generator(), unet
+    generator, half = eval_model.generator(), unet
     for step in range(60):
         if step == 15:
             half = copy.deepcopy(unet)
         eps = torch.randn(latents.z0.shape, generator=generator)
         t = torch.randint(1000, (len(latents),), generator=generator)
         zt = q_sample(schedule, latents.z0, t, eps)
-        loss = (unet(zt, t, latents.text).sample - eps).square().mean()
+        loss = (unet(zt, t, latents.prompt_embeds).sample - eps).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     trained, half = (one.eval().requires_grad_(False) for one in (unet, half))
     return (
-        replace(subject, components=replace(subject.components, unet=trained)),
-        replace(subject, components=replace(subject.components, unet=half)),
+        replace(eval_model, components=replace(eval_model.components, unet=trained)),
+        replace(eval_model, components=replace(eval_model.components, unet=half)),
     )
 
 
 def verdict(first: Score, second: Score) -> str:
-    section = against_section("other", {"loss": first}, {"loss": second}, images=None, left_out={})
+    section = comparison_section(
+        "other", {"loss": first}, {"loss": second}, images=None, skipped={}
+    )
     return str(section.figures["loss"]["verdict"])
 
 
 def test_trained_model_is_better_than_half_trained_and_not_than_itself(
     stages: tuple[EvalModel, EvalModel],
 ) -> None:
-    trained, half = (loss_section(subject)[1] for subject in stages)
+    trained, half = (heldout_loss_section(eval_model)[1] for eval_model in stages)
     assert verdict(trained, half) == "better"
     assert verdict(half, trained) == "worse"
     assert verdict(trained, trained) == "cannot tell"
@@ -207,6 +211,6 @@ def test_losses_of_other_latents_do_not_compare(stages: tuple[EvalModel, EvalMod
 def test_a_model_that_gives_no_numbers_is_named(stages: tuple[EvalModel, EvalModel]) -> None:
     broken = copy.deepcopy(stages[0].components.unet)
     broken.conv_out.weight.data.fill_(float("nan"))
-    subject = replace(stages[0], components=replace(stages[0].components, unet=broken))
+    eval_model = replace(stages[0], components=replace(stages[0].components, unet=broken))
     with pytest.raises(FloatingPointError, match="NaN"):
-        loss_section(subject)
+        heldout_loss_section(eval_model)

@@ -17,17 +17,17 @@ from latentdiff.config.evaluation import EvalModelOptions
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.bound import difference, estimate, evaluate_bound, per_timestep
 from latentdiff.evaluation.eval_set import EvalModel, open_eval_model
+from latentdiff.evaluation.evaluate import write_metrics
 from latentdiff.evaluation.metrics.vlb import (
     LEARNED,
     CaptionBound,
     Chain,
+    bound_samples,
     caption_bound,
-    conditional_bound,
-    denoiser,
     pilot_plan,
     timestep_bins,
+    unet_model,
 )
-from latentdiff.evaluation.report.vlb import write_metrics
 from latentdiff.models.build import build_unet, make_ddpm_scheduler
 
 pytest.importorskip("matplotlib")
@@ -62,18 +62,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def subject(model: Path, data: Path) -> EvalModel:
+def eval_model(model: Path, data: Path) -> EvalModel:
     return open_eval_model(str(model), EvalModelOptions(data=str(data), batch_size=4, device="cpu"))
 
 
 @pytest.fixture(scope="module")
-def bound(subject: EvalModel) -> CaptionBound:
+def bound(eval_model: EvalModel) -> CaptionBound:
     """The full sum, twice."""
-    return caption_bound(Chain.of(subject.components), subject, plan=None, repeats=2)
+    chain = Chain.of(eval_model.components)
+    return caption_bound(chain, eval_model.latents, plan=None, repeats=2, batch_size=4, seed=0)
 
 
 def run(*arguments: object) -> int:
-    """Run the script in this process, drawing no images; return its exit status."""
+    """Run the script in this process, generating no images; return its exit status."""
     return int(run_script("evaluate.py", *arguments, "--num_images", "0") or 0)
 
 
@@ -87,12 +88,12 @@ def test_bound_report_holds_figures_plots_and_images(
     figures = json.loads((out / "metrics.json").read_text())["bound"]
     assert figures["num_images"] == 6
     assert figures["variance_type"] == LEARNED
-    worth = figures["caption_bits_per_dim"]
+    caption_bits = figures["caption_bits_per_dim"]
     parts = [figures[name]["bits_per_dim"]["mean"] for name in ("unconditional", "conditional")]
-    assert worth["mean"] == pytest.approx(parts[0] - parts[1])
-    assert worth["interval_95"][0] < worth["mean"] < worth["interval_95"][1]
+    assert caption_bits["mean"] == pytest.approx(parts[0] - parts[1])
+    assert caption_bits["interval_95"][0] < caption_bits["mean"] < caption_bits["interval_95"][1]
     dims = math.prod(figures["latent_shape"])
-    assert figures["caption_bits_per_image"]["mean"] == pytest.approx(dims * worth["mean"])
+    assert figures["caption_bits_per_image"]["mean"] == pytest.approx(dims * caption_bits["mean"])
     conditional = figures["conditional"]
     terms = sum(conditional[name]["mean"] for name in ("L_T", "sum_L_t", "L_0"))
     assert terms == pytest.approx(conditional["bits_per_dim"]["mean"])
@@ -108,15 +109,15 @@ def test_bound_report_holds_figures_plots_and_images(
 
 
 def test_folder_bound_is_that_of_the_library_on_the_same_draws(
-    subject: EvalModel, bound: CaptionBound
+    eval_model: EvalModel, bound: CaptionBound
 ) -> None:
-    chain = Chain.of(subject.components)
-    first = subject.latents.select(range(4))  # of a batch of four
+    chain = Chain.of(eval_model.components)
+    first = eval_model.latents.select(range(4))  # of a batch of four
     by_hand = evaluate_bound(
         chain.schedule,
-        denoiser(subject.components.unet, first.text, num_outputs=8),
+        unet_model(eval_model.components.unet, first.prompt_embeds, num_outputs=8),
         first.z0,
-        generator=subject.generator(),
+        generator=eval_model.generator(),
         prediction_type="epsilon",
         variance_type=LEARNED,
     )
@@ -126,44 +127,48 @@ def test_folder_bound_is_that_of_the_library_on_the_same_draws(
 
 
 def test_estimate_from_a_few_draws_agrees_with_the_full_sum(
-    subject: EvalModel, bound: CaptionBound
+    eval_model: EvalModel, bound: CaptionBound
 ) -> None:
-    chain, full = Chain.of(subject.components), estimate(bound.conditional.total())
-    plan = pilot_plan(chain, subject, num_draws=4, num_pilot=3)
+    chain, full = Chain.of(eval_model.components), estimate(bound.conditional.total())
+    latents = eval_model.latents
+    plan = pilot_plan(chain, latents, num_draws=4, num_pilot=3, batch_size=4, seed=0)
     assert plan is not None
-    total = estimate(conditional_bound(chain, subject, plan=plan, repeats=8).total())
+    samples = bound_samples(
+        chain, latents.z0, latents.prompt_embeds, plan=plan, repeats=8, batch_size=4, seed=0
+    )
+    total = estimate(samples.total())
     apart = (full.se_noise**2 + total.se_noise**2) ** 0.5
     assert abs(total.mean - full.mean) < 4 * apart
-    assert pilot_plan(chain, subject, num_draws=15, num_pilot=3) is None
+    assert pilot_plan(chain, latents, num_draws=15, num_pilot=3, batch_size=4, seed=0) is None
 
 
-def test_stretches_sum_to_the_bound_and_meet_the_profile(bound: CaptionBound) -> None:
+def test_bins_sum_to_the_bound_and_meet_the_profile(bound: CaptionBound) -> None:
     profile = per_timestep(bound.conditional, 16)
     along = timestep_bins(bound, 16, count=6)
     assert [s.first for s in along[1:]] == [s.last + 1 for s in along[:-1]]
     assert (along[0].first, along[-1].last) == (1, 15)
-    for stretch in along:
-        part = slice(stretch.first, stretch.last + 1)
-        assert stretch.conditional.mean == pytest.approx(float(profile.bits[part].sum()))
-        assert stretch.x0_rmse**2 == pytest.approx(float(profile.x0_rmse[part].square().mean()))
-        assert stretch.rate == pytest.approx(float(profile.rate[part].mean()))
-        apart = stretch.unconditional.mean - stretch.conditional.mean
-        assert stretch.caption.mean == pytest.approx(apart)
+    for one in along:
+        part = slice(one.first, one.last + 1)
+        assert one.conditional.mean == pytest.approx(float(profile.bits[part].sum()))
+        assert one.x0_rmse**2 == pytest.approx(float(profile.x0_rmse[part].square().mean()))
+        assert one.rate == pytest.approx(float(profile.rate[part].mean()))
+        apart = one.unconditional.mean - one.conditional.mean
+        assert one.caption.mean == pytest.approx(apart)
     assert len(timestep_bins(bound, 16, count=100)) == 15
 
 
-def test_fixed_variance_of_a_learned_model_reads_the_mean_alone(subject: EvalModel) -> None:
-    text, t = subject.latents.text[:2], torch.tensor([3, 14])
+def test_fixed_variance_of_a_learned_model_reads_the_mean_alone(eval_model: EvalModel) -> None:
+    text, t = eval_model.latents.prompt_embeds[:2], torch.tensor([3, 14])
     xt = torch.randn(2, 4, 8, 8)
-    both: Tensor = denoiser(subject.components.unet, text, num_outputs=8)(xt, t)
-    mean: Tensor = denoiser(subject.components.unet, text, num_outputs=4)(xt, t)
+    both: Tensor = unet_model(eval_model.components.unet, text, num_outputs=8)(xt, t)
+    mean: Tensor = unet_model(eval_model.components.unet, text, num_outputs=4)(xt, t)
     assert both.shape[1] == 8
     assert torch.equal(mean, both[:, :4])
-    assert Chain.of(subject.components, variance_type="fixed_large").num_outputs == 4
+    assert Chain.of(eval_model.components, variance_type="fixed_large").num_outputs == 4
 
 
-def test_shorter_chains_tell_the_model_its_own_timesteps(subject: EvalModel) -> None:
-    chain = Chain.of(subject.components, steps="5")
+def test_shorter_chains_tell_the_model_its_own_timesteps(eval_model: EvalModel) -> None:
+    chain = Chain.of(eval_model.components, steps="5")
     assert chain.schedule.timesteps.tolist() == [0, 4, 8, 11, 15]
 
 
@@ -197,9 +202,9 @@ def test_bad_input_is_named_and_status_two(
 ) -> None:
     assert run(model, "--data", data, "--out", data / "never", *arguments) == 2
     assert not (data / "never").exists()
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert "Traceback" not in stderr
 
 
 def test_missing_folder_model_and_split_are_named(

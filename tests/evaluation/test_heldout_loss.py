@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.evaluation.metrics.heldout_loss import (
-    TRIPLES_AT_ONCE,
+    BATCH_SIZE,
     Triples,
     bucket_labels,
     rank_batches,
@@ -19,7 +19,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 
-N, NUM_TIMESTEPS = 2 * TRIPLES_AT_ONCE + 5, 1000
+N, NUM_TIMESTEPS = 2 * BATCH_SIZE + 5, 1000
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def test_planted_copies_are_found_and_nothing_else(strength):
     samples = torch.cat([near(TRAIN[planted], strength=strength), FRESH])
     found = find_copies(samples, TRAIN, heldout=HELD_OUT)
     assert found.is_copy.tolist() == [True] * 30 + [False] * 200
-    assert torch.equal(found.places[:30], planted)
+    assert torch.equal(found.indices[:30], planted)
     assert found.copies.estimate == pytest.approx(30 / 230)
     assert (found.false_alarms.estimate, found.false_alarms.num_samples) == (0, 200)
     assert (found.scores <= found.threshold).equal(found.is_copy)
@@ -62,18 +62,18 @@ def test_a_twin_among_the_heldout_does_not_hide_copies():
 
 
 def test_relative_distances_do_not_depend_on_the_unit():
-    scores, distances, places = relative_distances(FRESH, TRAIN)
+    scores, distances, indices = relative_distances(FRESH, TRAIN)
     scaled, longer, same = relative_distances(5 * FRESH, 5 * TRAIN)
     torch.testing.assert_close(scaled, scores)
     torch.testing.assert_close(longer, 5 * distances)
-    assert torch.equal(places, same)
+    assert torch.equal(indices, same)
     assert 0 < scores.min() <= scores.max() <= 1
 
 
 def test_a_relative_distance_is_to_the_median_neighbour():
     train = torch.tensor([[1.0], [2.0], [4.0], [8.0], [100.0]])
-    scores, distances, places = relative_distances(torch.zeros(1, 1), train, num_neighbours=3)
-    assert (scores.item(), distances.item(), places.item()) == (0.5, 1.0, 0)
+    scores, distances, indices = relative_distances(torch.zeros(1, 1), train, num_neighbours=3)
+    assert (scores.item(), distances.item(), indices.item()) == (0.5, 1.0, 0)
     scores, _, _ = relative_distances(torch.zeros(1, 1), train)
     assert scores.item() == 0.25
 

@@ -18,8 +18,8 @@ from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.evaluation.swiss_roll import (
     Clouds,
     SwissRoll,
-    draw_clouds,
     posterior_distance,
+    sample_clouds,
     swiss_roll,
 )
 
@@ -91,7 +91,7 @@ def test_product_with_a_second_distribution_is_sampled() -> None:
     """With the best denoiser nothing but the widened score is approximate."""
     roll, schedule = SwissRoll(), Schedule.from_betas(make_betas("cosine", 100))
     options = RollOptions(num_timesteps=100, num_points=1000, known=0.5, tolerance=0.1)
-    clouds = draw_clouds(roll, schedule, exact_denoiser(roll, schedule), options)
+    clouds = sample_clouds(roll, schedule, exact_denoiser(roll, schedule), options)
     guided, unguided = posterior_distance(clouds, roll, options)
     assert guided < 0.2
     assert unguided > 0.4

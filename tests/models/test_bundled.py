@@ -80,8 +80,8 @@ def test_model_says_what_guidance_calls_take_by_default(tmp_path: Path) -> None:
         opened("a cat", num_inference_steps=1, output_type="latent")
         assert opened.guidance_scale == expected
         options = SampleOptions(out=str(tmp_path / f"{name}-drawn"), steps=1)
-        drawn = next(sample(str(tmp_path / name), ["a cat"], options))
-        assert (drawn["kind"], drawn["guidance_scale"]) == ("image", expected)
+        generated = next(sample(str(tmp_path / name), ["a cat"], options))
+        assert (generated["kind"], generated["guidance_scale"]) == ("image", expected)
         opened("a cat", num_inference_steps=1, output_type="latent", guidance_scale=2.0)
         assert opened.guidance_scale == 2.0
 
@@ -193,8 +193,8 @@ def test_names_are_known_wherever_a_model_is(
     assert weights_hash(load_vae(MINI)) == weights_hash(pipe.vae)
     assert run_script("sample.py", MINI, "a cat", "--steps", 1, "--out", tmp_path / "cat.png") == 0
     world = make_world(tmp_path)
-    subject = open_eval_model(MINI, EvalModelOptions(data=str(world / "data"), num_heldout=2))
-    assert weights_hash(subject.components.unet) == wanted
+    eval_model = open_eval_model(MINI, EvalModelOptions(data=str(world / "data"), num_heldout=2))
+    assert weights_hash(eval_model.components.unet) == wanted
     assert resolve_model("me/cats") == Path("me/cats")
     assert resolve_model("./latentdiff-mini") != mini
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import CLIPImageProcessor
 
 from latentdiff.diffusion.guidance import classifier_free, with_score_guidance
+from latentdiff.evaluation.metric_nets import load_clip
 from latentdiff.evaluation.metrics.clip import (
     ClipGuide,
-    clip_score_from_open_clip,
-    clip_score_from_transformers,
-    load_clip,
     preprocess,
+    wrap_open_clip,
+    wrap_transformers_clip,
 )
 from latentdiff.models.build import schedule_of
 from latentdiff.models.text import train_tokenizer
@@ -151,7 +151,7 @@ def test_nonsense_is_named(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_clip_guidance_raises_the_clip_score_of_the_images() -> None:
-    pipe, clip = tiny_pipeline(), clip_score_from_transformers(random_clip(), tiny_tokenizer())
+    pipe, clip = tiny_pipeline(), wrap_transformers_clip(random_clip(), tiny_tokenizer())
     captions = ["a red heart", "blue sea, sky"]
     guide = ClipGuide(clip, pipe.vae, captions)
     call: dict[str, Any] = {"seed": 1, "num_inference_steps": 6, "output_type": "pt"}
@@ -163,7 +163,7 @@ def test_clip_guidance_raises_the_clip_score_of_the_images() -> None:
 
 
 def test_one_caption_serves_all_images_and_other_counts_are_refused() -> None:
-    pipe, clip = tiny_pipeline(), clip_score_from_transformers(random_clip(), tiny_tokenizer())
+    pipe, clip = tiny_pipeline(), wrap_transformers_clip(random_clip(), tiny_tokenizer())
     z0 = noise(3)
     one = ClipGuide(clip, pipe.vae, ["a cat"])(z0, torch.tensor(0))
     three = ClipGuide(clip, pipe.vae, ["a cat"] * 3)(z0, torch.tensor(0))
@@ -207,7 +207,7 @@ def test_open_clip_model_is_wrapped_too() -> None:
         rows = [[30, *[len(word) for word in text.split()][:6], 31] for text in texts]
         return torch.tensor([row + [0] * (8 - len(row)) for row in rows])
 
-    clip = clip_score_from_open_clip(model, tokens)  # type: ignore[arg-type]
+    clip = wrap_open_clip(model, tokens)  # type: ignore[arg-type]
     pixels = (torch.rand(2, 3, 24, 24) * 2 - 1).requires_grad_()
     embedded = clip.embed_pixels(pixels)
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(2))

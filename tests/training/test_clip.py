@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config.clip import ClipConfig
 from latentdiff.data.folder.folder import read_folder
-from latentdiff.evaluation.metrics.clip import load_clip
+from latentdiff.evaluation.metric_nets import load_clip
 from latentdiff.models.open_clip import clip_from_open_clip
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs

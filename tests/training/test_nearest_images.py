@@ -15,7 +15,7 @@ from PIL import Image
 from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import resize_and_crop, to_pixels
-from latentdiff.evaluation.metrics.memorization import thumbnail_features
+from latentdiff.evaluation.metrics.features import thumbnail_features
 from latentdiff.training.loop import train
 from latentdiff.training.nearest_images import NearestImages, figures_of
 

@@ -1,0 +1,1 @@
+"""The mathematics of each metric: pure functions of tensors, without files."""

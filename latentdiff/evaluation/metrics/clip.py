@@ -1,26 +1,21 @@
-"""How well an image fits its text by CLIP (Radford et al. 2021), as a score that can be climbed.
+"""CLIP (Radford et al. 2021): the score of an image with its text, recall at k, and a guide.
 
 `ClipGuide` is a `score_fn` of LatentDiffPipeline: it decodes predicted clean latents, embeds the
 image, and returns the cosine to its text. CLIP's own logit is about 100 times the cosine, so a
-score_scale of some hundreds is where guidance begins to show.
-
-Does a CLIP find the caption of an image, and the image of a caption? Recall at k.
+score_scale of some hundreds is where guidance begins to show. Models are loaded in metric_nets.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from latentdiff.evaluation.metrics.bootstrap import Interval, proportion
 from latentdiff.models.latents import Autoencoder, LatentCodec
-from latentdiff.models.weights import weights_hash
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,49 +36,7 @@ class Clip:
         return (self.embed_pixels(pixels) * self.embed_texts(captions)).sum(1)
 
 
-def load_clip(folder: str | Path, *, device: torch.device | str = "cpu") -> Clip:
-    """Open a folder that holds a transformers CLIPModel and its tokenizer; safetensors only."""
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a CLIP model")
-    model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"the CLIP in {folder} lacks weights: {sorted(info['missing_keys'])[:8]}")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    known = model.config.text_config.vocab_size
-    if len(tokenizer) > known:
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens and its CLIP knows {known}: "
-            "they are not of one model"
-        )
-    clip = clip_score_from_transformers(model.eval().requires_grad_(False).to(device), tokenizer)
-    return replace(clip, name=Path(folder).resolve().name, hash=weights_hash(model))
-
-
-def load_open_clip(name: str, weights: str | Path, *, device: torch.device | str = "cpu") -> Clip:
-    """Open a named open_clip model, such as "ViT-B-32", with weights from a safetensors file.
-
-    ValueError or FileNotFoundError says what does not fit; pickle files are not opened.
-    """
-    import open_clip
-
-    if name not in open_clip.list_models():
-        raise ValueError(f"{name!r} is no open_clip model, expected one of open_clip.list_models()")
-    path = Path(weights)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file; pickle files are not opened")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, expected the weights of {name}")
-    model = open_clip.create_model(name)
-    try:
-        model.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
-    model = model.eval().requires_grad_(False).to(device)
-    clip = clip_score_from_open_clip(model, open_clip.get_tokenizer(name))
-    return replace(clip, name=f"open_clip {name}", hash=weights_hash(model))
-
-
-def clip_score_from_transformers(model: CLIPModel, tokenizer: CLIPTokenizer) -> Clip:
+def wrap_transformers_clip(model: CLIPModel, tokenizer: CLIPTokenizer) -> Clip:
     """Wrap a transformers CLIP."""
     size = model.config.vision_config.image_size
 
@@ -106,7 +59,7 @@ def clip_score_from_transformers(model: CLIPModel, tokenizer: CLIPTokenizer) -> 
     return Clip(embed_pixels, embed_texts)
 
 
-def clip_score_from_open_clip(model: Any, tokenize: Callable[[Sequence[str]], Tensor]) -> Clip:
+def wrap_open_clip(model: Any, tokenize: Callable[[Sequence[str]], Tensor]) -> Clip:
     """Wrap an open_clip model and its tokenizer (`open_clip.get_tokenizer`)."""
     size = model.visual.image_size
     mean = getattr(model.visual, "image_mean", None) or MEAN
@@ -132,13 +85,13 @@ def preprocess(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
 ) -> Tensor:
-    """Resize pixels (B, 3, H, W) in [-1, 1] to what a CLIP sees, and normalise them."""
+    """Resize pixels (B, 3, H, W) in [-1, 1] to a CLIP's input size, and normalise them."""
     target = (size, size) if isinstance(size, int) else tuple(size)
     shown = (pixels.clamp(-1, 1) + 1) / 2
     if tuple(shown.shape[-2:]) != target:
         shown = F.interpolate(shown, size=target, mode="bicubic", antialias=True).clamp(0, 1)
-    centre, spread = (pixels.new_tensor(x).view(1, 3, 1, 1) for x in (mean, std))
-    return (shown - centre) / spread
+    centre, scale = (pixels.new_tensor(x).view(1, 3, 1, 1) for x in (mean, std))
+    return (shown - centre) / scale
 
 
 class ClipGuide:
@@ -176,11 +129,11 @@ def recall_at(
         raise ValueError(
             f"{len(images)} images, {len(texts)} texts and {len(captions)} captions, expected pairs"
         )
-    first = {caption: place for place, caption in reversed(list(enumerate(captions)))}
+    first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
     names = sorted(first)
     if not 1 <= k <= len(names):
         raise ValueError(f"k={k}, expected 1 to {len(names)}, the number of captions")
-    number = {name: place for place, name in enumerate(names)}
+    number = {name: i for i, name in enumerate(names)}
     own = torch.tensor([number[caption] for caption in captions], device=images.device)
     candidates = texts[torch.tensor([first[name] for name in names], device=texts.device)]
     scores = images @ candidates.T  # (N, number of captions)

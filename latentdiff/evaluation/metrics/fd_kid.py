@@ -1,9 +1,12 @@
-"""How far two sets of images lie apart, as sets of feature vectors. Nothing is loaded here.
+"""Distances between two sets of images as sets of feature vectors: FD, KID, precision, recall.
 
 FD: Frechet distance of two Gaussians fitted to them (Heusel et al. 2017, FID is its name for one
 network's features). KID: squared maximum mean discrepancy under a polynomial kernel (Binkowski et
 al. 2018), unbiased, so fit for small sets. Precision and recall: how much of either set lies in the
 other's neighbourhood (Kynkäänniemi et al. 2019).
+
+Ours and not torchmetrics': its KID averages random subsets without an interval, and its metrics
+take images with a network; here any features go in, all pairs count, and estimates have intervals.
 """
 
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ CHUNK_PAIRS = 2**24  # kernel values or distances held at once: 128 MiB in float
 
 @dataclass(frozen=True)
 class FrechetDistance:
-    """FD, and how far it is to be believed."""
+    """FD with the sample counts that limit its accuracy."""
 
     value: float
     num_a: int
@@ -29,13 +32,13 @@ class FrechetDistance:
 
     @property
     def caution(self) -> str:
-        """Say that FD is biased, and warn where the samples are too few for the features."""
+        """Return a note on FD's bias, and a warning where samples are too few for the features."""
         note = "FD is biased upwards in small samples: compare only figures of equal sample counts"
-        fewest, wanted = min(self.num_a, self.num_b), SAMPLES_PER_FEATURE * self.num_features
-        if fewest >= wanted:
+        lowest, wanted = min(self.num_a, self.num_b), SAMPLES_PER_FEATURE * self.num_features
+        if lowest >= wanted:
             return note
         return (
-            f"warning: {fewest} samples are too few for {self.num_features} features (10 x "
+            f"warning: {lowest} samples are too few for {self.num_features} features (10 x "
             f"features are {wanted}); trust KID instead. {note}"
         )
 
@@ -121,7 +124,7 @@ def precision_recall(
 
 
 def nearest(points: Tensor, others: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    """Return distances, rising, and places of each point's k nearest others. Both (N, k).
+    """Return distances, rising, and indices of each point's k nearest others. Both (N, k).
 
     points: (N, D), others: (M, D). A point that is among the others finds itself.
     """

@@ -1,59 +1,127 @@
-"""Images as feature vectors: a network's pooled last layer, read from a folder.
+"""Images as feature vectors, by a network or as thumbnails. Networks are loaded in metric_nets.py.
 
-The folder holds either arch.json, a list of layers in their order, and model.safetensors: a
-MobileNet (Howard et al. 2017) with its batch norms folded into its convolutions; or a transformers
-vision model or CLIP. Nothing is unpickled. Any other torch module goes through `from_module`.
+`MobileNet` (Howard et al. 2017) has its batch norms folded into its convolutions; any other torch
+module becomes `Features` through `features_from_module`, a transformers vision model through
+`features_from_vision_model`.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latentdiff.evaluation.metrics.clip import preprocess
+from latentdiff.image_grid import from_uint8
 from latentdiff.models.weights import weights_hash
 
 INPUT_SIZE = 224
-OPERATIONS = ("conv", "dw", "pool")
+THUMBNAIL = 16  # pixels a side
 
 
 @dataclass(frozen=True)
 class Features:
-    """A network as a function, and which one it is."""
+    """A network as a function, with its name."""
 
     embed: Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D) float32
     name: str
     hash: str  # sha256 of the weights
 
 
-def open_features(folder: str | Path, *, device: torch.device | str = "cpu") -> Features:
-    """Open a folder with a MobileNet, a transformers vision model, or a CLIP's image encoder.
+@dataclass(frozen=True, eq=False)
+class FeatureSets:
+    """Features of the generated (M K, D), held-out (H, D) and training (T, D) images."""
 
-    FileNotFoundError or ValueError says what the folder lacks.
+    name: str
+    hash: str
+    generated: Tensor
+    heldout: Tensor
+    train: Tensor  # (0, D) where there are none
+
+    def unit_length(self) -> "FeatureSets":
+        """Return the features scaled to length 1."""
+        sets = (F.normalize(x, dim=1) for x in (self.generated, self.heldout, self.train))
+        return FeatureSets(self.name, self.hash, *sets)
+
+
+def embed_sets(
+    features: Features,
+    generated: Tensor,
+    heldout: Tensor,
+    train: Tensor | None,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> FeatureSets:
+    """Embed three sets of images (N, 3, H, W) uint8; train: None where there are none."""
+    sets = [generated, heldout] + ([] if train is None else [train])
+    found = [embed_in_batches(features.embed, x, size=batch_size, device=device) for x in sets]
+    of_train = found[2] if train is not None else torch.zeros(0, found[0].shape[1])
+    return FeatureSets(features.name, features.hash, found[0], found[1], of_train)
+
+
+def embed_in_batches(
+    embed: Callable[[Tensor], Tensor], images: Tensor, *, size: int, device: torch.device
+) -> Tensor:
+    """Apply a function of pixels (B, 3, H, W) in [-1, 1] on a device to (N, 3, H, W) uint8.
+
+    The result is on the CPU.
     """
-    folder = Path(folder)
-    if (folder / "config.json").is_file() and not (folder / "arch.json").is_file():
-        return _from_transformers(folder, torch.device(device))
-    return from_module(load_features(folder).to(device), folder.resolve().name)
+    parts = (from_uint8(part.to(device)) for part in images.split(size))
+    return torch.cat([embed(pixels).cpu() for pixels in parts])
 
 
-def from_module(module: nn.Module, name: str) -> Features:
+def thumbnail_features(pixels: Tensor) -> Tensor:
+    """Return thumbnails of pixels (B, 3, H, W) in [-1, 1] as features (B, 768) on the CPU.
+
+    The distance of two is the root mean square difference of their values, in [0, 2]. Thumbnails
+    need no network, and find copies and near copies, not images of the same thing.
+    """
+    small = F.adaptive_avg_pool2d(pixels.float(), THUMBNAIL).flatten(1).cpu()
+    return small / small.shape[1] ** 0.5
+
+
+THUMBNAILS = Features(thumbnail_features, "thumbnails of 16 pixels", "")
+
+
+def features_from_module(module: nn.Module, name: str) -> Features:
     """Wrap a module on its device that maps pixels (B, 3, H, W) in [-1, 1] to features (B, ...)."""
     module.eval()
-    place = next((x.device for x in module.state_dict().values()), torch.device("cpu"))
+    device = next((x.device for x in module.state_dict().values()), torch.device("cpu"))
 
     @torch.no_grad()
     def embed(pixels: Tensor) -> Tensor:
-        with torch.autocast(place.type, enabled=False):
-            found: Tensor = module(pixels.to(place)).float()
+        with torch.autocast(device.type, enabled=False):
+            found: Tensor = module(pixels.to(device)).float()
         return found.flatten(1)
 
     return Features(embed, name, weights_hash(module))
+
+
+def features_from_vision_model(
+    model: Any,
+    name: str,
+    *,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Features:
+    """Wrap a transformers vision model: the mean of its last hidden state over places or tokens.
+
+    size: of its images in pixels; mean, std: of pixels in [0, 1] that it was trained with.
+    """
+
+    @torch.no_grad()
+    def embed(pixels: Tensor) -> Tensor:
+        seen = preprocess(pixels.to(model.device), size=size, mean=mean, std=std)
+        hidden: Tensor = model(pixel_values=seen).last_hidden_state
+        if hidden.ndim == 4:  # (B, D, h, w) of a convolutional network
+            return hidden.float().mean((2, 3))
+        return hidden.float().mean(1)  # (B, L, D) of a transformer
+
+    return Features(embed, name, weights_hash(model))
 
 
 class MobileNet(nn.Module):
@@ -86,59 +154,7 @@ class MobileNet(nn.Module):
         return y.clamp(0, 6) if layer["relu6"] else y
 
 
-def load_features(folder: str | Path) -> MobileNet:
-    """Read the network. FileNotFoundError or ValueError says what the folder lacks."""
-    folder = Path(folder)
-    for name in ("arch.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}, expected a feature network's folder")
-    layers = json.loads((folder / "arch.json").read_text(encoding="utf-8"))
-    if odd := {layer["op"] for layer in layers} - set(OPERATIONS):
-        raise ValueError(f"{folder}/arch.json has the operation {odd.pop()}, known: {OPERATIONS}")
-    return MobileNet(layers, load_file(folder / "model.safetensors")).eval()
-
-
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Return the padding before and after, as TensorFlow's "SAME" has it."""
     padding = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return padding // 2, padding - padding // 2
-
-
-def _from_transformers(folder: Path, device: torch.device) -> Features:
-    """Open a vision model, its mean last state as features; a CLIP gives its embedding."""
-    from transformers import AutoConfig, AutoModel
-
-    from latentdiff.evaluation.metrics.clip import load_clip, preprocess
-
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type == "clip":
-        clip = load_clip(folder, device=device)
-        return Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
-    model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ValueError(f"the network in {folder} lacks weights: {missing[:8]}")
-    if info["missing_keys"]:
-        model.pooler = None  # not needed, and made of random numbers
-    model = model.eval().requires_grad_(False).to(device)
-    size = getattr(config, "image_size", INPUT_SIZE)
-    mean, std = _preparation(folder)
-
-    @torch.no_grad()
-    def embed(pixels: Tensor) -> Tensor:
-        seen = preprocess(pixels.to(device), size=size, mean=mean, std=std)
-        output = model(pixel_values=seen)
-        hidden: Tensor = output.last_hidden_state
-        if hidden.ndim == 4:  # (B, D, h, w) of a convolutional network
-            return hidden.float().mean((2, 3))
-        return hidden.float().mean(1)  # (B, L, D) of a transformer
-
-    return Features(embed, folder.resolve().name, weights_hash(model))
-
-
-def _preparation(folder: Path) -> tuple[list[float], list[float]]:
-    """Read the mean and std, of pixels in [0, 1], that a network was trained with."""
-    path = folder / "preprocessor_config.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    half = [0.5, 0.5, 0.5]
-    return known.get("image_mean", half), known.get("image_std", half)

@@ -1,11 +1,11 @@
-"""Held-out loss that means something, and how much the model uses its captions.
+"""The held-out loss on fixed triples, and how much the model uses its captions.
 
 A fixed set of (image, timestep, noise) triples, timesteps stratified over the chain, is measured
 again and again, so two figures differ by the model alone. The same triples under shuffled and null
-captions show what a caption is worth: a model that ignores captions has a caption use of 0. Triples
-of training images with the same timesteps show overfitting as a gap. All of it is squared errors,
-whatever loss is trained, so that runs compare.
-Several processes share the work out in batches that do not depend on their number.
+captions show the worth of a caption: a model that ignores captions has a caption use of 0. Triples
+of training images with the same timesteps show overfitting as a gap. All figures are squared
+errors, whatever the training loss is, so that runs compare.
+Several processes share the work in batches that do not depend on their number.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,19 +20,19 @@ from latentdiff.diffusion.objectives import per_sample_loss
 from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 Shard = tuple[int, int]  # (rank, number of processes)
 CAPTIONS = ("true", "shuffled", "null")
 NUM_BUCKETS = 4
-TRIPLES_AT_ONCE = 8  # under three captions each; a constant, so that no layout changes the figures
+BATCH_SIZE = 8  # under three captions each; a constant, so that no layout changes the figures
 
 
 @dataclass(frozen=True)
 class Triples:
-    """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, text (n, ...) ids or states.
+    """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, text (n, ...) ids or prompt embeds.
 
     mask: n times (1, h, w) in [0, 1] where only a part of each image is trained on. Latents
-    differ in size between aspect-ratio buckets; keep those of one size together.
+    differ in size between aspect-ratio buckets; keep latents of one size together.
     """
 
     z0: Tensor | Sequence[Tensor]
@@ -47,7 +47,7 @@ class Triples:
 
     @property
     def order(self) -> Tensor:
-        """Places of the triples by their timesteps, rising: what pairs them with others."""
+        """Indices of the triples by rising timestep, which pair the triples of two sets."""
         return self.t.argsort(stable=True)
 
 
@@ -64,7 +64,7 @@ def stratified_timesteps(n: int, num_timesteps: int) -> Tensor:
 
 @torch.no_grad()
 def triple_losses(
-    denoise: Denoiser,
+    denoise: DenoiseFn,
     schedule: Schedule,
     triples: Triples,
     *,
@@ -75,15 +75,15 @@ def triple_losses(
 ) -> dict[str, Tensor]:
     """Return the loss of each triple, (n,) float32 on the device, under each of `captions`.
 
-    Shuffled: each triple gets the caption of the one before it. shard: of the processes that share
-    the work; a process leaves 0 where another one measures, so their sum is the result.
+    Shuffled: each triple gets the caption of the triple before it. shard: this process among those
+    that share the work; it leaves 0 where another one measures, so their sum is the result.
     """
     losses = torch.zeros(len(captions), len(triples), device=device)
     shuffled = triples.text.roll(1, 0)
     n = len(captions)
-    parts = _parts(triples)
-    for batch, counts in rank_batches(len(parts), shard):
-        part = parts[batch]
+    batches = _batches(triples)
+    for index, counts in rank_batches(len(batches), shard):
+        part = batches[index]
         z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
         t = triples.t[part].to(device)
         null = triples.null_text.expand_as(triples.text[part])
@@ -100,22 +100,22 @@ def triple_losses(
     return dict(zip(captions, losses, strict=True))
 
 
-def _parts(triples: Triples) -> list[slice]:
-    """Cut triples into parts of one latent size, of TRIPLES_AT_ONCE at the most."""
-    parts, start = [], 0
+def _batches(triples: Triples) -> list[slice]:
+    """Split triples into batches of one latent size, of BATCH_SIZE at most."""
+    batches, start = [], 0
     for end in range(1, len(triples) + 1):
-        full = end == len(triples) or end - start == TRIPLES_AT_ONCE
+        full = end == len(triples) or end - start == BATCH_SIZE
         if full or triples.z0[end].shape != triples.z0[start].shape:
-            parts.append(slice(start, end))
+            batches.append(slice(start, end))
             start = end
-    return parts
+    return batches
 
 
 def rank_batches(num: int, shard: Shard) -> Iterator[tuple[int, bool]]:
-    """Deal out pieces of work 0 .. num - 1: yield each of this process's, and whether it counts.
+    """Deal out batches 0 .. num - 1: yield each of this rank's, and whether it counts.
 
-    Every process gets equally many, as passes through weights that are spread over processes need;
-    where there are too few, one is done again in vain.
+    Every rank gets equally many, as passes through sharded weights need; where there are too few, a
+    batch is repeated and does not count.
     """
     rank, num_processes = shard
     for first in range(0, num, num_processes):
@@ -128,7 +128,8 @@ def summarize_losses(
     """Return the figures of a log line: loss by timestep bucket, caption use, standard errors.
 
     Paired by triple: caption_use is (null - true) / null, caption_match (shuffled - true) /
-    shuffled. Standard errors are those of plain sampling, which stratified timesteps stay below.
+    shuffled. Standard errors are those of plain sampling; with stratified timesteps the true ones
+    are smaller.
     """
     losses = {name: values.double().cpu() for name, values in losses.items()}
     true = losses["true"]
@@ -145,10 +146,10 @@ def summarize_losses(
 
 
 def summarize_gap(heldout: Tensor, trained: Tensor) -> dict[str, float]:
-    """Return the loss of training triples and how much larger the held-out one is, for the log.
+    """Return the loss of training triples and the gap to the held-out one, for the log.
 
-    heldout, trained: (n,) losses, in the order of one set of timesteps, which pairs them. Zero
-    for a model that does as well on images that it has never seen; it grows with overfitting.
+    heldout, trained: (n,) losses, in the order of one set of timesteps, which pairs them. The gap
+    is zero for a model that does as well on unseen images, and grows with overfitting.
     """
     heldout, trained = heldout.double().cpu(), trained.double().cpu()
     figures = _estimate(trained, "train_loss_fixed", "train_se_fixed")

@@ -1,15 +1,14 @@
-"""Which samples are copies of training images, told from features. Nothing is loaded here.
+"""Which samples are copies of training images, by their features.
 
 A sample is suspicious if its nearest training image is far nearer than the training images
 around it (after Carlini et al. 2023, "Extracting training data from diffusion models"): relative
-distances adapt to crowded and to sparse regions. What is far nearer is learned from held-out
-images, which cannot be copies.
+distances adapt to crowded and to sparse regions. The threshold is calibrated on held-out images,
+which cannot be copies.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from latentdiff.evaluation.metrics.bootstrap import Interval, proportion
@@ -17,16 +16,15 @@ from latentdiff.evaluation.metrics.fd_kid import nearest
 
 QUANTILE = 0.01  # of held-out images: some may have a twin in the training set
 MARGIN = 0.5
-THUMBNAIL = 16  # pixels a side
 
 
 @dataclass(frozen=True)
-class Memorisation:
-    """What was found for each of N samples, and how far it is to be believed."""
+class Memorization:
+    """The nearest training image of each of N samples, and the rates of copies and false alarms."""
 
-    places: Tensor  # (N,) int64, the nearest training image
-    distances: Tensor  # (N,) to it
-    scores: Tensor  # (N,) the same as a fraction of the usual distance around there
+    indices: Tensor  # (N,) int64, the nearest training image
+    distances: Tensor  # (N,) to the nearest training image
+    scores: Tensor  # (N,) distances as a fraction of the usual distance around there
     is_copy: Tensor  # (N,) bool, scores <= threshold
     threshold: float
     copies: Interval  # the fraction of samples that are copies
@@ -40,7 +38,7 @@ def find_copies(
     heldout: Tensor,
     num_neighbours: int = 50,
     level: float = 0.95,
-) -> Memorisation:
+) -> Memorization:
     """Compare samples (N, D) with the training images (M, D), and calibrate on held-out (H, D).
 
     A copy is at most half as far from its nearest training image, relative to the median of the
@@ -51,10 +49,10 @@ def find_copies(
     _check(samples, train, heldout)
     unseen, _, _ = relative_distances(heldout, train, num_neighbours=num_neighbours)
     threshold = MARGIN * float(unseen.quantile(QUANTILE))
-    scores, distances, places = relative_distances(samples, train, num_neighbours=num_neighbours)
+    scores, distances, indices = relative_distances(samples, train, num_neighbours=num_neighbours)
     is_copy = scores <= threshold
-    return Memorisation(
-        places,
+    return Memorization(
+        indices,
         distances,
         scores,
         is_copy,
@@ -64,40 +62,30 @@ def find_copies(
     )
 
 
-def thumbnail_features(pixels: Tensor) -> Tensor:
-    """Return thumbnails of pixels (B, 3, H, W) in [-1, 1] as features (B, 768) on the CPU.
-
-    The distance of two is the root mean square difference of their values, in [0, 2]. They need no
-    network, and find copies and near copies, not images of the same thing.
-    """
-    small = F.adaptive_avg_pool2d(pixels.float(), THUMBNAIL).flatten(1).cpu()
-    return small / small.shape[1] ** 0.5
-
-
 def relative_distances(
     points: Tensor, train: Tensor, *, num_neighbours: int = 50
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return relative and plain distances to the nearest training image, and its place. (N,) all.
+    """Return relative and plain distances to the nearest training image, and its index. (N,) each.
 
-    Relative to the median distance to the num_neighbours nearest, or to all if they are fewer; in
-    [0, 1].
+    Relative to the median distance to the num_neighbours nearest, or to all training images if
+    there are fewer; in [0, 1].
     """
     k = min(num_neighbours, len(train))
-    distances, places = nearest(points, train, k=k)
+    distances, indices = nearest(points, train, k=k)
     usual = distances.median(dim=1).values.clamp(min=torch.finfo(distances.dtype).tiny)
-    return distances[:, 0] / usual, distances[:, 0], places[:, 0]
+    return distances[:, 0] / usual, distances[:, 0], indices[:, 0]
 
 
 def _check(samples: Tensor, train: Tensor, heldout: Tensor) -> None:
-    for name, x, fewest in (
+    for name, x, lowest in (
         ("samples", samples, 1),
         ("train", train, 3),
         ("heldout", heldout, 1),
     ):
-        if x.ndim != 2 or len(x) < fewest or x.shape[1] != train.shape[1]:
+        if x.ndim != 2 or len(x) < lowest or x.shape[1] != train.shape[1]:
             raise ValueError(
-                f"{name} must be features (N, D) with N of {fewest} or more and one D for all, got "
-                f"{tuple(x.shape)} beside train {tuple(train.shape)}"
+                f"{name} must be features (N, D) with N of {lowest} or more and one D for all, got "
+                f"{tuple(x.shape)} next to train {tuple(train.shape)}"
             )
         if not x.isfinite().all():
             raise ValueError(f"{name} holds features that are not finite")

@@ -1,4 +1,4 @@
-"""What a VAE keeps of an image, and how its latents are spread: PSNR, SSIM, moments, a sheet."""
+"""The reconstruction error of a VAE, and the moments of its latents: PSNR, SSIM, kurtosis."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ RANGE = 2.0  # pixels lie in [-1, 1]
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """How one latent channel is spread over images and places."""
+    """The distribution of one latent channel over images and latent pixels."""
 
     mean: float
     std: float
@@ -31,8 +31,8 @@ def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
 def ssim(reconstruction: Tensor, pixels: Tensor) -> Tensor:
     """Return the structural similarity of each image, 1 for equal ones (Wang et al. 2004).
 
-    (B, 3, H, W) in [-1, 1], at least 11 pixels a side; the mean over channels and over every place
-    where the window of 11 x 11 (sigma 1.5) fits.
+    (B, 3, H, W) in [-1, 1], at least 11 pixels a side; the mean over channels and over every
+    position where the window of 11 x 11 (sigma 1.5) fits.
     """
     if min(pixels.shape[2:]) < WINDOW:
         raise ValueError(f"images are {tuple(pixels.shape[2:])}, expected {WINDOW} a side or more")
@@ -41,15 +41,15 @@ def ssim(reconstruction: Tensor, pixels: Tensor) -> Tensor:
     var_x, var_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
     covariance = _blurred(x * y) - mean_x * mean_y
     small_mean, small_var = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
-    likeness = (2 * mean_x * mean_y + small_mean) / (mean_x**2 + mean_y**2 + small_mean)
+    luminance = (2 * mean_x * mean_y + small_mean) / (mean_x**2 + mean_y**2 + small_mean)
     structure = (2 * covariance + small_var) / (var_x + var_y + small_var)
-    return (likeness * structure).mean((1, 2, 3))
+    return (luminance * structure).mean((1, 2, 3))
 
 
 def _blurred(x: Tensor) -> Tensor:
     """Average over the window, where it fits."""
-    places = torch.arange(WINDOW, device=x.device) - WINDOW // 2
-    line = torch.exp(-(places**2) / (2 * SIGMA**2)).to(x)
+    offsets = torch.arange(WINDOW, device=x.device) - WINDOW // 2
+    line = torch.exp(-(offsets**2) / (2 * SIGMA**2)).to(x)
     line = (line / line.sum()).repeat(x.shape[1], 1, 1, 1)  # (C, 1, 1, WINDOW)
     x = F.conv2d(x, line, groups=x.shape[1])
     return F.conv2d(x, line.transpose(2, 3), groups=x.shape[1])

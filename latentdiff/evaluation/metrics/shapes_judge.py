@@ -1,6 +1,6 @@
 """The judge of the built-in shapes world: reads a scene back from its image.
 
-Geometry and colour alone, nothing learned, so a model's prompt-following accuracy does not depend
+Geometry and colour alone, without a network, so a model's prompt-following accuracy does not depend
 on another model. Background and colours are the nearest named ones; the outline is normalised by
 centroid and area and compared with those that data/shapes.py draws, sharp and soft.
 """
@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, SIZES, Scene, render
 
-SIDE = 64  # every image is judged at this size
+SIDE = 64  # every image is read at this size
 MAX_COLOUR_DISTANCE = 70.0  # of 255, Euclidean in RGB, to the nearest named colour
 MIN_CONTRAST = 40.0  # of 255; the palest pair, green on teal, has 87
 MIN_AREA = 40.0  # pixels; the smallest shape, a star of radius 12, has 170
@@ -30,9 +30,10 @@ MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 @dataclass(frozen=True)
 class SceneReading:
-    """What an image shows; None is unreadable or absent. Two shapes: the first is left or above.
+    """The scene that an image shows; None is unreadable or absent.
 
-    The sizes of two shapes are not read, since their captions do not name them.
+    Of two shapes, the first is the left or upper one; their sizes are not read, since their
+    captions do not name them.
     """
 
     kind: str | None = None
@@ -94,14 +95,14 @@ def follows(reading: SceneReading, scene: Scene) -> dict[str, bool]:
 
     Two shapes are read in the order that agrees best: "a left of b" is "b right of a".
     """
-    asked = asdict(scene)
+    wanted = asdict(scene)
     if scene.relation is None:
         names = ["kind", "colour", "size", "background"]
         orders = [reading]
     else:
         names = ["kind", "colour", "background", "relation", "other_kind", "other_colour"]
         orders = [reading, _mirrored(reading)]
-    answers = [{name: getattr(order, name) == asked[name] for name in names} for order in orders]
+    answers = [{name: getattr(order, name) == wanted[name] for name in names} for order in orders]
     best = max(answers, key=lambda answer: sum(answer.values()))
     return {**best, "all": all(best.values())}
 
@@ -238,8 +239,8 @@ def _soft_mask(
 def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, tuple[float, float]]:
     """Return the mask (MASK_PX, MASK_PX) at unit area and centred; its area and centroid, px."""
     area = float(mask.sum())
-    places = np.arange(SIDE) + 0.5
-    x, y = float(mask.sum(axis=0) @ places) / area, float(mask.sum(axis=1) @ places) / area
+    positions = np.arange(SIDE) + 0.5
+    x, y = float(mask.sum(axis=0) @ positions) / area, float(mask.sum(axis=1) @ positions) / area
     reach = REACH * area**0.5
     margin = 2 * SIDE
     padded = Image.fromarray(np.pad(mask.astype(np.float32), margin))
@@ -252,8 +253,8 @@ def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, tuple[float, float]
 def _outlines() -> tuple[np.ndarray, np.ndarray]:
     """Return normalised masks (kinds, variants, MASK_PX, MASK_PX) and mean areas (kinds, sizes).
 
-    They come from rendered images by the way that leads from any image to its mask; the mean
-    over places and radii is the outline of a size and softness.
+    Rendered images give them by the same steps as any image gives its mask; the mean over
+    positions and radii is the outline of a size and softness.
     """
     rng = np.random.default_rng(0)
     masks = np.zeros((len(KINDS), len(SIZES), len(SOFTNESS_PX), MASK_PX, MASK_PX))

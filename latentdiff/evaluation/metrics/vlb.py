@@ -6,8 +6,8 @@ same latents mean something. The mathematics is in diffusion/bound.py; here it m
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,18 +26,18 @@ from latentdiff.diffusion.bound import (
 )
 from latentdiff.diffusion.ddpm import VARIANCE_TYPES, Model
 from latentdiff.diffusion.schedules import Schedule, respace, space_timesteps
-from latentdiff.evaluation.eval_set import CaptionedLatents, EvalModel
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 
 LEARNED = "learned_range"
-WIDTH = 1.96  # standard errors of a 95 % interval
+Z_95 = 1.96  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """The reverse chain that is bounded."""
 
+    unet: UNet2DConditionModel
     schedule: Schedule
     prediction_type: str
     variance_type: str
@@ -64,23 +64,46 @@ class Chain:
         if steps:
             schedule = respace(schedule, space_timesteps(steps, schedule.num_timesteps))
         prediction_type = components.scheduler.config["prediction_type"]
-        return cls(schedule, prediction_type, chosen, channels)
+        return cls(components.unet, schedule, prediction_type, chosen, channels)
 
     @property
     def num_outputs(self) -> int:
-        """Channels that are read of the U-Net's output."""
+        """Channels of the U-Net's output that the variance type reads."""
         return self.channels * (2 if self.variance_type == LEARNED else 1)
 
 
-def denoiser(unet: UNet2DConditionModel, text: Tensor, *, num_outputs: int) -> Model:
-    """Return a U-Net as a model (xt, t) -> output under text states (B, L, D) or (1, L, D)."""
+def unet_model(unet: UNet2DConditionModel, prompt_embeds: Tensor, *, num_outputs: int) -> Model:
+    """Return a U-Net as a model (xt, t) -> output under prompt embeds (B, L, D) or (1, L, D)."""
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
-        states = text.to(xt.device, unet.dtype).expand(len(xt), -1, -1)
+        states = prompt_embeds.to(xt.device, unet.dtype).expand(len(xt), -1, -1)
         output: Tensor = unet(xt.to(unet.dtype), t, states, return_dict=False)[0]
         return output[:, :num_outputs].float()
 
     return model
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionedLatents:
+    """N images as latents with their prompt embeds, on the CPU."""
+
+    captions: tuple[str, ...]
+    z0: Tensor  # (N, C, h, w) normalised, one sample of the VAE's posterior each
+    prompt_embeds: Tensor  # (N, L, D)
+    null_prompt_embeds: Tensor  # (1, L, D), of the empty caption
+
+    def __len__(self) -> int:
+        return len(self.z0)
+
+    def select(self, indices: Sequence[int]) -> "CaptionedLatents":
+        """Return some of the images, in that order."""
+        chosen = list(indices)
+        return replace(
+            self,
+            captions=tuple(self.captions[i] for i in chosen),
+            z0=self.z0[chosen],
+            prompt_embeds=self.prompt_embeds[chosen],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,70 +116,71 @@ class CaptionBound:
 
 def caption_bound(
     chain: Chain,
-    subject: EvalModel,
+    latents: CaptionedLatents,
     *,
     plan: TimestepPlan | None,
     repeats: int,
-    latents: CaptionedLatents | None = None,
+    batch_size: int,
+    seed: int,
 ) -> CaptionBound:
-    """Evaluate both bounds of each image `repeats` times.
-
-    plan: None calls the U-Net for all T steps. latents: others than the subject's.
-    """
-    latents = subject.latents if latents is None else latents
-    null = latents.null_text
-    return CaptionBound(
-        _samples(chain, subject, latents, lambda part: null, plan=plan, repeats=repeats),
-        _samples(chain, subject, latents, lambda part: part.text, plan=plan, repeats=repeats),
+    """Evaluate both bounds of each image `repeats` times; plan: None takes all T steps."""
+    without, conditional = (
+        bound_samples(
+            chain, latents.z0, embeds, plan=plan, repeats=repeats, batch_size=batch_size, seed=seed
+        )
+        for embeds in (latents.null_prompt_embeds, latents.prompt_embeds)
     )
-
-
-def conditional_bound(
-    chain: Chain, subject: EvalModel, *, plan: TimestepPlan | None, repeats: int
-) -> BoundSamples:
-    """Evaluate the bound with captions alone; the same draws as in `caption_bound`."""
-    return _samples(
-        chain, subject, subject.latents, lambda part: part.text, plan=plan, repeats=repeats
-    )
+    return CaptionBound(without, conditional)
 
 
 def pilot_plan(
-    chain: Chain, subject: EvalModel, *, num_draws: int, num_pilot: int
+    chain: Chain,
+    latents: CaptionedLatents,
+    *,
+    num_draws: int,
+    num_pilot: int,
+    batch_size: int,
+    seed: int,
 ) -> TimestepPlan | None:
     """Return how to draw `num_draws` timesteps an image, from every step of a few images.
 
-    None where the chain is not longer than that: then all its steps are taken.
+    None where the chain is not longer than num_draws: then all its steps are taken.
     """
     if chain.schedule.num_timesteps - 1 <= num_draws:
         return None
-    count = min(num_pilot, len(subject.latents))
-    spread = torch.linspace(0, len(subject.latents) - 1, count).round().long()
-    few = subject.latents.select(spread.tolist())
-    pilot = _samples(chain, subject, few, lambda part: part.text, plan=None, repeats=1)
+    spaced = torch.linspace(0, len(latents) - 1, min(num_pilot, len(latents))).round().long()
+    few = latents.select(spaced.tolist())
+    pilot = bound_samples(
+        chain, few.z0, few.prompt_embeds, plan=None, repeats=1, batch_size=batch_size, seed=seed
+    )
     return TimestepPlan.from_pilot(pilot, num_draws=num_draws)
 
 
-def _samples(
+def bound_samples(
     chain: Chain,
-    subject: EvalModel,
-    latents: CaptionedLatents,
-    text_of: Callable[[CaptionedLatents], Tensor],
+    z0: Tensor,
+    prompt_embeds: Tensor,
     *,
     plan: TimestepPlan | None,
     repeats: int,
+    batch_size: int,
+    seed: int,
 ) -> BoundSamples:
-    """Evaluate batch by batch; every call draws the same timesteps and noise."""
-    schedule, generator = chain.schedule.to(subject.device), subject.generator()
-    unet = subject.components.unet
+    """Evaluate the bound of z0 (N, C, h, w) under prompt_embeds (N, L, D) or (1, L, D) in batches.
+
+    Calls with one seed draw the same timesteps and noise.
+    """
+    device, generator = chain.unet.device, torch.Generator().manual_seed(seed)
+    schedule, embeds = chain.schedule.to(device), prompt_embeds.expand(len(z0), -1, -1)
     batches = []
-    for start in tqdm(range(0, len(latents), subject.batch_size), desc="bound", leave=False):
-        stop = min(start + subject.batch_size, len(latents))
-        part = latents.select(range(start, stop))
+    for start in tqdm(range(0, len(z0), batch_size), desc="bound", leave=False):
+        part = slice(start, start + batch_size)
+        model = unet_model(chain.unet, embeds[part].to(device), num_outputs=chain.num_outputs)
         batches.append(
             evaluate_bound(
                 schedule,
-                denoiser(unet, text_of(part).to(subject.device), num_outputs=chain.num_outputs),
-                part.z0.to(subject.device),
+                model,
+                z0[part].to(device),
                 generator=generator,
                 prediction_type=chain.prediction_type,
                 variance_type=chain.variance_type,
@@ -171,19 +195,19 @@ def _samples(
 
 
 class TimestepBin(NamedTuple):
-    """A stretch of timesteps first..last, its terms summed; bits per dimension."""
+    """Timesteps first..last with their terms summed, in bits per dimension."""
 
     first: int
     last: int
     unconditional: Estimate
     conditional: Estimate
-    caption: Estimate  # their difference: at which noise the caption helps
-    x0_rmse: float  # distortion of the x0 predicted there, with captions; NaN where none was drawn
-    rate: float  # bits spent on x_t in the middle of the stretch, with captions
+    caption: Estimate  # unconditional less conditional: at which noise the caption helps
+    x0_rmse: float  # distortion of the predicted x0, with captions; NaN where no t was drawn
+    rate: float  # bits spent on x_t in the middle of the bin, with captions
 
 
 def timestep_bins(bound: CaptionBound, num_timesteps: int, *, count: int = 40) -> list[TimestepBin]:
-    """Spread the terms of t = 1 .. T-1 over at most `count` stretches of about equal length."""
+    """Sum the terms of t = 1 .. T-1 over at most `count` bins of about equal length."""
     count = min(count, num_timesteps - 1)
     edges = torch.linspace(1, num_timesteps, count + 1).round().long()
     without, with_captions = (
@@ -209,7 +233,7 @@ def timestep_bins(bound: CaptionBound, num_timesteps: int, *, count: int = 40) -
 
 
 def _by_timestep_bin(t: Tensor, values: Tensor, edges: Tensor) -> Tensor:
-    """Sum each estimate's values by stretch. t, values: (N, R, K) -> (count, N, R)."""
+    """Sum each estimate's values by bin. t, values: (N, R, K) -> (count, N, R)."""
     index = torch.bucketize(t, edges[1:-1], right=True)
     sums = torch.zeros(*t.shape[:2], len(edges) - 1, dtype=values.dtype)
     return sums.scatter_add_(2, index, values).permute(2, 0, 1)
@@ -219,22 +243,22 @@ def _by_timestep_bin(t: Tensor, values: Tensor, edges: Tensor) -> Tensor:
 
 
 def to_json(value: Estimate, *, factor: float = 1.0) -> dict[str, Any]:
-    """Return an estimate with its 95 % interval as JSON values, None where it is not known.
+    """Return an estimate with its 95 % interval as JSON values, None where it is unknown.
 
-    FloatingPointError where the estimate itself is no number.
+    FloatingPointError where the estimate itself is not finite.
     """
     if not math.isfinite(value.mean):
         raise FloatingPointError(
             "the model's output became NaN or Inf, so it has no bound; is the folder damaged?"
         )
     mean, se, noise = (x * factor if math.isfinite(x) else None for x in value)
-    interval = None if se is None else [mean - WIDTH * se, mean + WIDTH * se]  # type: ignore[operator]
+    interval = None if se is None else [mean - Z_95 * se, mean + Z_95 * se]  # type: ignore[operator]
     return {"mean": mean, "se": se, "se_noise": noise, "interval_95": interval}
 
 
 def summary(bound: CaptionBound, *, num_dims: int) -> dict[str, Any]:
     """Return the figures of both bounds as JSON values. num_dims: of a latent, C h w."""
-    worth = estimate(difference(bound.unconditional, bound.conditional))
+    caption_bits = estimate(difference(bound.unconditional, bound.conditional))
     parts = {
         name: {
             "bits_per_dim": to_json(estimate(samples.total())),
@@ -245,6 +269,6 @@ def summary(bound: CaptionBound, *, num_dims: int) -> dict[str, Any]:
         for name, samples in vars(bound).items()
     }
     return parts | {
-        "caption_bits_per_dim": to_json(worth),
-        "caption_bits_per_image": to_json(worth, factor=num_dims),
+        "caption_bits_per_dim": to_json(caption_bits),
+        "caption_bits_per_image": to_json(caption_bits, factor=num_dims),
     }

@@ -1,7 +1,4 @@
-"""Is a model better than another one? Both drew the same captions from the same seeds.
-
-Is one model better than another? Their scores on the same prompts and seeds, pair by pair.
-"""
+"""Is one model better than another? Their scores on the same captions and seeds, pair by pair."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,58 +8,62 @@ import numpy as np
 
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metrics.bootstrap import Interval, Values, bootstrap_difference
-from latentdiff.evaluation.report.section import LabelledImage, Row, Score, Section, plain_interval
+from latentdiff.evaluation.report.section import (
+    LabelledImage,
+    ReportRow,
+    Score,
+    Section,
+    interval_json,
+)
 from latentdiff.image_grid import to_pil
 
 NUM_SHOWN = 12
+MIN_PAIRS = 10  # with fewer, bootstrap intervals are too narrow
 
 
-def against_section(
+def comparison_section(
     name: str,
     first: Mapping[str, Score],
     second: Mapping[str, Score],
     *,
     images: tuple[GeneratedImages, GeneratedImages] | None,
-    left_out: Mapping[str, str],
+    skipped: Mapping[str, str],
 ) -> Section:
     """Compare the first model's scores with those of the second, which is called `name`.
 
-    left_out: why a score cannot be compared, by its key.
+    skipped: why a score cannot be compared, by its key.
     """
-    figures: dict[str, Any] = {"other": name, "left_out": dict(left_out)}
+    figures: dict[str, Any] = {"other": name, "left_out": dict(skipped)}
     rows = []
     for key, score in first.items():
-        if key in left_out or key not in second:
+        if key in skipped or key not in second:
             continue
         result = compare(score.values, second[key].values, higher_is_better=score.higher_is_better)
-        figures[key] = asdict(result) | {"difference": plain_interval(result.difference)}
+        figures[key] = asdict(result) | {"difference": interval_json(result.difference)}
         note = f"{result.num_wins} won, {result.num_losses} lost of {len(score.values)}"
         better = "more" if score.higher_is_better else "less"
         label = f"Against the other, {score.name}: {result.verdict}"
-        rows.append(Row(label, result.difference, f"{note}; {better} is better"))
+        rows.append(ReportRow(label, result.difference, f"{note}; {better} is better"))
     notes = [
         f"This model less {name}, pair by pair on the same captions, seeds, timesteps and noise. "
         "“Cannot tell” where the interval holds 0, or where there are fewer than "
         f"{MIN_PAIRS} pairs."
     ]
-    notes += [f"Not compared: {key}, because {why}." for key, why in left_out.items()]
+    notes += [f"Not compared: {key}, because {why}." for key, why in skipped.items()]
     groups = [] if images is None else _pairs(*images)
     return Section("compare", f"Against {name}", figures, rows, notes, groups)
 
 
 def _pairs(first: GeneratedImages, second: GeneratedImages) -> list[list[LabelledImage]]:
     count = len(first.captions)
-    places = sorted({round(i * (count - 1) / (NUM_SHOWN - 1)) for i in range(NUM_SHOWN)})
+    indices = sorted({round(i * (count - 1) / (NUM_SHOWN - 1)) for i in range(NUM_SHOWN)})
     return [
         [
-            LabelledImage(to_pil(drawn.bytes[m, 0]), first.captions[m], label)
-            for drawn, label in ((first, "this model"), (second, "the other"))
+            LabelledImage(to_pil(generated.bytes[m, 0]), first.captions[m], label)
+            for generated, label in ((first, "this model"), (second, "the other"))
         ]
-        for m in places
+        for m in indices
     ]
-
-
-MIN_PAIRS = 10  # fewer say nothing: their bootstrap intervals are too narrow
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Comparison:
     num_losses: int
 
     def __str__(self) -> str:
-        """Say the verdict with the figures it rests on."""
+        """Return the verdict with its figures."""
         d = self.difference
         return (
             f"{self.verdict}: {d.estimate:+.4g} [{d.low:+.4g}, {d.high:+.4g}] at {d.level:.0%}, "

@@ -1,7 +1,7 @@
-"""The held-out loss of fixed triples, and what the model makes of captions, for a report.
+"""The held-out loss on fixed triples, and the model's use of captions, for a report.
 
 Every image is measured at several timesteps, stratified over the chain, under its own caption,
-another image's and none (heldout.py). Intervals are over images.
+another image's and none (metrics/heldout_loss.py). Intervals are over images.
 """
 
 from typing import Any
@@ -19,36 +19,36 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     stratified_timesteps,
     triple_losses,
 )
-from latentdiff.evaluation.metrics.vlb import Chain, denoiser
-from latentdiff.evaluation.report.section import Row, Score, Section, plain_interval
+from latentdiff.evaluation.metrics.vlb import Chain, unet_model
+from latentdiff.evaluation.report.section import ReportRow, Score, Section, interval_json
 
-FEWEST_TRIPLES = 512
+MIN_TRIPLES = 512
 
 
-def loss_section(subject: EvalModel) -> tuple[Section, Score]:
-    """Measure the model on its subject's images; FloatingPointError where a loss is no number."""
-    chain = Chain.of(subject.components)
+def heldout_loss_section(eval_model: EvalModel) -> tuple[Section, Score]:
+    """Measure the loss on the model's images; FloatingPointError where a loss is not finite."""
+    chain = Chain.of(eval_model.components)
     num_timesteps = chain.schedule.num_timesteps
-    triples = fixed_triples(subject, num_timesteps=num_timesteps)
-    losses = _losses(chain, subject, triples)
-    num = len(subject.latents)
+    triples = fixed_triples(eval_model, num_timesteps=num_timesteps)
+    losses = _losses(chain, eval_model, triples)
+    num = len(eval_model.latents)
     true, shuffled, null = (losses[name].view(-1, num).mean(0) for name in CAPTIONS)  # (N,) each
     intervals = {
         "loss": bootstrap_mean(true),
         "caption_use": bootstrap_mean((null - true) / null.mean()),
         "caption_match": bootstrap_mean((shuffled - true) / shuffled.mean()),
     }
-    told = (
+    labels = (
         ("Held-out loss", f"{len(triples)} triples"),
-        ("Worth of the caption against none", "share of the loss without one that it saves"),
-        ("Worth of the right caption against another", "0 for a model that ignores captions"),
+        ("Caption use, against no caption", "share of the loss that the caption saves"),
+        ("Caption match, against another caption", "0 for a model that ignores captions"),
     )
     rows = [
-        Row(label, interval, note, is_share=name != "loss")
-        for (name, interval), (label, note) in zip(intervals.items(), told, strict=True)
+        ReportRow(label, interval, note, is_share=name != "loss")
+        for (name, interval), (label, note) in zip(intervals.items(), labels, strict=True)
     ]
     by_timestep, some = _by_timestep(losses, triples.t, num_timesteps)
-    figures: dict[str, Any] = {name: plain_interval(x) for name, x in intervals.items()}
+    figures: dict[str, Any] = {name: interval_json(x) for name, x in intervals.items()}
     figures |= {
         "by_timestep": by_timestep,
         "prediction_type": chain.prediction_type,
@@ -63,37 +63,38 @@ def loss_section(subject: EvalModel) -> tuple[Section, Score]:
     return section, Score("held-out loss", true, higher_is_better=False)
 
 
-def _losses(chain: Chain, subject: EvalModel, triples: Triples) -> dict[str, Tensor]:
+def _losses(chain: Chain, eval_model: EvalModel, triples: Triples) -> dict[str, Tensor]:
     """Return each triple's loss under each caption, (n,) float64 on the CPU."""
 
     def denoise(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return denoiser(subject.components.unet, text, num_outputs=chain.channels)(zt, t)
+        return unet_model(eval_model.components.unet, text, num_outputs=chain.channels)(zt, t)
 
     losses = triple_losses(
         denoise,
-        chain.schedule.to(subject.device),
+        chain.schedule.to(eval_model.device),
         triples,
         prediction_type=chain.prediction_type,
-        device=subject.device,
+        device=eval_model.device,
     )
     if not all(bool(values.isfinite().all()) for values in losses.values()):
         raise FloatingPointError("the held-out loss became NaN or Inf; is the folder damaged?")
     return {name: values.double().cpu() for name, values in losses.items()}
 
 
-def fixed_triples(subject: EvalModel, *, num_timesteps: int) -> Triples:
-    """Return every image as often as makes FEWEST_TRIPLES, with its own timesteps and noise."""
-    latents = subject.latents
-    repeats = -(-FEWEST_TRIPLES // len(latents))
+def fixed_triples(eval_model: EvalModel, *, num_timesteps: int) -> Triples:
+    """Return every image as often as makes MIN_TRIPLES, with its own timesteps and noise."""
+    latents = eval_model.latents
+    repeats = -(-MIN_TRIPLES // len(latents))
     z0 = latents.z0.repeat(repeats, 1, 1, 1)
-    eps = torch.randn(z0.shape, generator=subject.generator())
+    eps = torch.randn(z0.shape, generator=eval_model.generator())
     t = stratified_timesteps(len(z0), num_timesteps)
-    return Triples(z0, eps, t, latents.text.repeat(repeats, 1, 1), latents.null_text)
+    prompt_embeds = latents.prompt_embeds.repeat(repeats, 1, 1)
+    return Triples(z0, eps, t, prompt_embeds, latents.null_prompt_embeds)
 
 
 def comparable(first: EvalModel, second: EvalModel) -> str:
-    """Say why two models' losses do not compare; empty where they do."""
-    a, b = (Chain.of(subject.components) for subject in (first, second))
+    """Return why two models' losses do not compare; empty where they do."""
+    a, b = (Chain.of(one.components) for one in (first, second))
     if a.prediction_type != b.prediction_type:
         return f"one predicts {a.prediction_type}, the other {b.prediction_type}"
     if not torch.equal(a.schedule.alphas_cumprod, b.schedule.alphas_cumprod):
@@ -106,8 +107,8 @@ def comparable(first: EvalModel, second: EvalModel) -> str:
 
 def _by_timestep(
     losses: dict[str, Tensor], t: Tensor, num_timesteps: int
-) -> tuple[dict[str, Any], list[Row]]:
-    """Return the loss, and what the caption saves of it, by quarter of the chain."""
+) -> tuple[dict[str, Any], list[ReportRow]]:
+    """Return the loss, and the part that the caption saves, by quarter of the chain."""
     figures: dict[str, Any] = {}
     rows = []
     true, null = losses["true"], losses["null"]
@@ -117,8 +118,8 @@ def _by_timestep(
         if here.sum() < 2:
             continue
         loss = bootstrap_mean(true[here])
-        worth = bootstrap_difference(null[here], true[here])
-        figures[label] = {"loss": plain_interval(loss), "caption": plain_interval(worth)}
-        note = f"the caption saves {worth.estimate:.3g} [{worth.low:.3g}, {worth.high:.3g}]"
-        rows.append(Row(f"Loss at {label}", loss, note))
+        saved = bootstrap_difference(null[here], true[here])
+        figures[label] = {"loss": interval_json(loss), "caption": interval_json(saved)}
+        note = f"the caption saves {saved.estimate:.3g} [{saved.low:.3g}, {saved.high:.3g}]"
+        rows.append(ReportRow(f"Loss at {label}", loss, note))
     return figures, rows

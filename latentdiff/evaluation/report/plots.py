@@ -1,17 +1,16 @@
-"""Figures of the evaluation, drawn with matplotlib (pip install "latentdiff[plots]")."""
+"""Plots of the evaluation by matplotlib (pip install "latentdiff[plots]")."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.atomic import atomic_file
-from latentdiff.evaluation.metrics.vlb import WIDTH, TimestepBin
-from latentdiff.evaluation.swiss_roll import Clouds
+from latentdiff.evaluation.metrics.vlb import Z_95, TimestepBin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, BLUE, ORANGE, GREEN = "#333333", "#0072b2", "#d55e00", "#009e73"
+INK, BLUE, ORANGE, GREEN = "#333333", "#0072b2", "#d55e00", "#009e73"  # Okabe & Ito 2008
 
 
 def check_matplotlib() -> None:
@@ -24,11 +23,11 @@ def check_matplotlib() -> None:
         ) from error
 
 
-def new_figure(*, columns: int, rows: int = 1, cell: tuple[float, float] = (5.0, 3.6)) -> Any:
-    """Return a figure without any window, and its (rows, columns) axes."""
+def new_figure(*, columns: int, rows: int = 1, panel: tuple[float, float] = (5.0, 3.6)) -> Any:
+    """Return a figure without a window, and its (rows, columns) axes; panel: inches of each."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(cell[0] * columns, cell[1] * rows), layout="constrained")
+    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -41,18 +40,18 @@ def save(figure: "Figure", path: Path) -> Path:
 
 
 def plot_terms(along: Sequence[TimestepBin], path: Path) -> Path:
-    """Draw the bound's terms by timestep, and what the caption is worth at each."""
+    """Plot the bound's terms and the caption's information by timestep."""
     figure, axes = new_figure(columns=2)
-    terms, worth = axes[0]
+    terms, information = axes[0]
     t = [(s.first + s.last) / 2 for s in along]
     length = [s.last - s.first + 1 for s in along]
     for name, colour in (("unconditional", ORANGE), ("conditional", BLUE)):
         _band(terms, t, [getattr(s, name) for s in along], length, colour=colour, label=name)
     terms.set(yscale="log", xlabel="t", ylabel="$L_{t-1}$ (bits per dimension)")
     terms.legend(frameon=False)
-    _band(worth, t, [s.caption for s in along], length, colour=GREEN, label="")
-    worth.axhline(0, color=INK, linewidth=0.8)
-    worth.set(xlabel="t", ylabel="worth of the caption (bits per dim)")
+    _band(information, t, [s.caption for s in along], length, colour=GREEN, label="")
+    information.axhline(0, color=INK, linewidth=0.8)
+    information.set(xlabel="t", ylabel="caption information (bits per dim)")
     return save(figure, path)
 
 
@@ -65,9 +64,9 @@ def _band(
     colour: str,
     label: str,
 ) -> None:
-    """Draw means a step with their 95 % intervals."""
+    """Plot means a step with their 95 % intervals."""
     mean = [v.mean / n for v, n in zip(values, length, strict=True)]
-    half = [WIDTH * v.se_images / n for v, n in zip(values, length, strict=True)]
+    half = [Z_95 * v.se_images / n for v, n in zip(values, length, strict=True)]
     axes.plot(t, mean, color=colour, label=label)
     low = [m - h for m, h in zip(mean, half, strict=True)]
     high = [m + h for m, h in zip(mean, half, strict=True)]
@@ -75,8 +74,8 @@ def _band(
 
 
 def plot_rate_distortion(along: Sequence[TimestepBin], path: Path) -> Path:
-    """Draw distortion and rate along the reverse chain, and one against the other."""
-    figure, axes = new_figure(columns=3, cell=(4.2, 3.4))
+    """Plot distortion and rate along the reverse chain, and one against the other."""
+    figure, axes = new_figure(columns=3, panel=(4.2, 3.4))
     t = [(s.first + s.last) / 2 for s in along]
     rate, distortion = [s.rate for s in along], [s.x0_rmse for s in along]
     panels = (
@@ -92,8 +91,8 @@ def plot_rate_distortion(along: Sequence[TimestepBin], path: Path) -> Path:
     return save(figure, path)
 
 
-def plot_sweep(points: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Draw fidelity against diversity by guidance scale; points of `guidance_sweep`."""
+def plot_guidance(points: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Plot fidelity against diversity by guidance scale; points of `guidance_sweep`."""
     figure, axes = new_figure(columns=1)
     axis = axes[0][0]
     x = [p["diversity"]["mean"] for p in points]
@@ -101,8 +100,8 @@ def plot_sweep(points: Sequence[dict[str, Any]], path: Path) -> Path:
     axis.errorbar(
         x,
         y,
-        xerr=[WIDTH * (p["diversity"]["se"] or 0) for p in points],
-        yerr=[WIDTH * (p["fidelity"]["se"] or 0) for p in points],
+        xerr=[Z_95 * (p["diversity"]["se"] or 0) for p in points],
+        yerr=[Z_95 * (p["fidelity"]["se"] or 0) for p in points],
         color=BLUE,
         marker="o",
     )
@@ -114,7 +113,7 @@ def plot_sweep(points: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def plot_steps(points: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Draw what more sampling steps change; points of `step_sweep`."""
+    """Plot distance and fidelity by number of steps; points of `step_report`."""
     figure, axes = new_figure(columns=2)
     x = [p["num_steps"] for p in points]
     panels = (
@@ -123,54 +122,9 @@ def plot_steps(points: Sequence[dict[str, Any]], path: Path) -> Path:
     )
     for axis, (name, label, colour) in zip(axes[0], panels, strict=True):
         mean = [p[name]["mean"] for p in points]
-        error = [WIDTH * (p[name]["se"] or 0) for p in points]
+        error = [Z_95 * (p[name]["se"] or 0) for p in points]
         axis.errorbar(x, mean, yerr=error, color=colour, marker="o")
         axis.set(xscale="log", xlabel="sampling steps", ylabel=label, xticks=x)
         axis.set_xticklabels([str(num) for num in x])
         axis.minorticks_off()
     return save(figure, path)
-
-
-def plot_clouds(clouds: Clouds, figures: dict[str, Any], path: Path) -> Path:
-    """Draw the swiss roll's chains, its posterior and its bounds; figures of `swiss_roll`."""
-    figure, axes = new_figure(rows=3, columns=len(clouds.times), cell=(3.0, 3.0))
-    rows = (("forward, t = {}", clouds.forward, BLUE), ("reverse, t = {}", clouds.reverse, ORANGE))
-    for row, (title, shown, colour) in zip(axes, rows, strict=False):
-        for axis, time, cloud in zip(row, clouds.times, shown, strict=True):
-            _cloud(axis, cloud, title.format(time), colour=colour)
-    exact, drawn, marginal, bars = axes[2]
-    for axis, cloud, title, colour in (
-        (exact, clouds.posterior_exact, "roll times second distribution", BLUE),
-        (drawn, clouds.posterior, "sampled by its gradient", ORANGE),
-    ):
-        _cloud(axis, cloud, title, colour=colour)
-        axis.axvline(clouds.known, color=GREEN, linewidth=0.8)
-    for cloud, label, colour in (
-        (clouds.posterior_exact, "exact", BLUE),
-        (clouds.posterior, "sampled", ORANGE),
-    ):
-        marginal.hist(
-            cloud[:, 1].numpy(), bins=40, density=True, histtype="step", color=colour, label=label
-        )
-    marginal.set(title="second coordinate", yticks=[])
-    marginal.legend(frameon=False, fontsize="small")
-    _bars(bars, figures)
-    return save(figure, path)
-
-
-def _cloud(axis: Any, cloud: Any, title: str, *, colour: str) -> None:
-    axis.scatter(cloud[:, 0], cloud[:, 1], s=1, color=colour, alpha=0.4, linewidths=0)
-    axis.set(title=title, xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
-
-
-def _bars(axis: Any, figures: dict[str, Any]) -> None:
-    """Draw each bound beside the entropy that it cannot go below."""
-    names = ("learned_range", "fixed_small", "fixed_large", "flow")
-    bits = [figures[name]["bits_per_dim"] for name in names]
-    error = [WIDTH * figures[name]["se"] for name in names]
-    axis.bar([name.replace("_", "\n") for name in names], bits, yerr=error, color=BLUE)
-    axis.axhline(figures["entropy"], color=GREEN, label="entropy")
-    axis.axhline(figures["gaussian"], color=INK, linestyle=":", label="one Gaussian")
-    axis.set(title="bits per dimension")
-    axis.tick_params(axis="x", labelsize="x-small")
-    axis.legend(frameon=False, fontsize="small")

@@ -1,4 +1,4 @@
-"""Do drawn images show what their captions say? Read back by the judge of the shapes world."""
+"""Whether generated images show their captions' scenes, by the judge of the shapes world."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, RELATIONS, Scene, all_scenes
-from latentdiff.evaluation.generate import GeneratedImages, shuffled_places
+from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metrics.shapes_judge import SceneReading, follows, judge_image
 from latentdiff.evaluation.report.section import (
-    Row,
+    ReportRow,
     Score,
     Section,
-    plain_interval,
+    derangement,
+    interval_json,
     share_by_caption,
 )
 from latentdiff.image_grid import to_pil
@@ -23,43 +24,47 @@ from latentdiff.image_grid import to_pil
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """For each attribute, and "all", what the images of M captions show."""
+    """Which images of M captions show their captions' attributes, by attribute and for "all"."""
 
     shown: dict[str, Tensor]  # (M, K) bool
-    named: dict[str, Tensor]  # (M,) bool, which captions name the attribute
+    named: dict[str, Tensor]  # (M,) bool, the captions that name the attribute
 
 
-def following_section(
+def prompt_following_section(
     sets: dict[str, GeneratedImages], *, seed: int
 ) -> tuple[Section, dict[str, Score]]:
-    """Judge sets of images, such as those of seen and of held-out combinations, by name.
+    """Score sets of images by name, such as those of seen and of held-out combinations.
 
-    All captions must be scenes. Chance is judged with the captions shuffled within their set.
+    All captions must be scenes. Chance is the score with the captions shuffled within their set.
     """
     figures: dict[str, Any] = {}
     rows, scores = [], {}
-    for name, drawn in sets.items():
-        readings = [[judge_image(to_pil(one)) for one in some] for some in drawn.bytes]
-        scenes = [scene_of(caption) for caption in drawn.captions]
-        other = [scenes[i] for i in shuffled_places(len(scenes), seed=seed).tolist()]
-        true, chance = (_answers(readings, asked) for asked in (scenes, other))
+    for name, generated in sets.items():
+        readings = [[judge_image(to_pil(one)) for one in some] for some in generated.bytes]
+        scenes = [scene_of(caption) for caption in generated.captions]
+        other = [scenes[i] for i in derangement(len(scenes), seed=seed).tolist()]
+        true, chance = (_answers(readings, wanted) for wanted in (scenes, other))
         figures[name] = _figures(true) | {"shuffled_captions": _figures(chance)}
-        figures[name] |= {"num_captions": len(scenes), "num_images": len(drawn.flat)}
+        figures[name] |= {"num_captions": len(scenes), "num_images": len(generated.flat)}
         title = name.replace("_", "-")
         for attribute in sorted(true.shown, key=lambda one: one != "all"):
             share = _share(true, attribute)
             note = f"chance {_share(chance, attribute).estimate:.1%}"
             label = "everything right" if attribute == "all" else attribute.replace("_", " ")
-            rows.append(Row(f"{title.capitalize()} captions: {label}", share, note, is_share=True))
+            rows.append(
+                ReportRow(f"{title.capitalize()} captions: {label}", share, note, is_share=True)
+            )
         label = f"{title.capitalize()} captions, shuffled: everything right"
-        rows.append(Row(label, _share(chance, "all"), f"{len(drawn.flat)} images", is_share=True))
+        rows.append(
+            ReportRow(label, _share(chance, "all"), f"{len(generated.flat)} images", is_share=True)
+        )
         values = true.shown["all"].double().mean(1)
         scores[name] = Score(f"everything right, {title} captions", values, higher_is_better=True)
     notes = [
-        "Read back by geometry and colour alone, nothing learned. Held-out "
+        "Read back by geometry and colour alone, without a network. Held-out "
         "combinations of attributes are in no training image. Intervals are over captions."
     ]
-    section = Section("following", "What captions ask for (shapes)", figures, rows, notes)
+    section = Section("following", "Prompt following (shapes)", figures, rows, notes)
     return section, scores
 
 
@@ -97,4 +102,4 @@ def _share(answers: Answers, attribute: str) -> Any:
 
 
 def _figures(answers: Answers) -> dict[str, Any]:
-    return {name: plain_interval(_share(answers, name)) for name in answers.shown}
+    return {name: interval_json(_share(answers, name)) for name in answers.shown}

@@ -1,10 +1,11 @@
-"""What a part of the evaluation hands over: figures for metrics.json, and what the report shows."""
+"""One part of the evaluation: figures for metrics.json, rows and images for the report."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean, pr
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a table: a figure with its interval, or words."""
+class ReportRow:
+    """A line of a table: a figure with its interval, or text."""
 
     label: str
     value: Interval | str
@@ -23,7 +24,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image and what stands under it."""
+    """An image with its label and note."""
 
     image: Image.Image
     label: str
@@ -34,13 +35,13 @@ class LabelledImage:
 class Section:
     """One part of the evaluation. `figures` holds JSON values.
 
-    The first row is what stands at the page's top, unless there is no headline.
+    The first row appears at the top of the page, unless the section has no headline.
     """
 
     name: str  # in metrics.json
     title: str
     figures: dict[str, Any]
-    rows: Sequence[Row] = ()
+    rows: Sequence[ReportRow] = ()
     notes: Sequence[str] = ()
     groups: Sequence[Sequence[LabelledImage]] = ()  # images that belong side by side
     plots: Sequence[Path] = ()
@@ -49,23 +50,31 @@ class Section:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """A measure of N independent things, prompts or images, by which models are compared."""
+    """The values of N independent prompts or images, by which models are compared."""
 
     name: str
     values: Tensor  # (N,)
     higher_is_better: bool
 
 
-def plain_interval(value: Interval) -> dict[str, Any]:
+def interval_json(value: Interval) -> dict[str, Any]:
     """Return an interval as JSON values."""
     return asdict(value)
 
 
-def share_by_caption(answers: Tensor) -> Interval:
-    """Estimate how often images of M captions do something. answers: (M, K) bool.
+def row_value(estimate: dict[str, Any], num_samples: int) -> Interval | str:
+    """Read an estimate of vlb.to_json as an interval, or as text where it has none."""
+    if estimate["interval_95"] is None:
+        return f"{estimate['mean']:.4g}"
+    low, high = estimate["interval_95"]
+    return Interval(estimate["mean"], low, high, 0.95, num_samples)
 
-    Images of one caption are alike, so the captions are what is sampled; where all of them agree,
-    the interval is that of M answers.
+
+def share_by_caption(answers: Tensor) -> Interval:
+    """Estimate the share of true answers over the images of M captions. answers: (M, K) bool.
+
+    Images of one caption are alike, so the interval is over captions; where all of them agree, it
+    is the interval of M answers.
     """
     if len(answers) == 1:
         return proportion(int(answers.sum()), answers.numel())
@@ -73,3 +82,11 @@ def share_by_caption(answers: Tensor) -> Interval:
     if answers.shape[1] == 1 or bool((shares == shares[0]).all() and shares[0] in (0, 1)):
         return proportion(int(shares.sum()), len(shares))
     return bootstrap_mean(shares)
+
+
+def derangement(num: int, *, seed: int) -> Tensor:
+    """Return a random cycle through num >= 2 indices, (num,) int64: no index maps to itself."""
+    circle = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+    other = torch.empty_like(circle)
+    other[circle] = circle.roll(1)
+    return other

@@ -24,7 +24,7 @@ from latentdiff.config.io import to_yaml
 from latentdiff.config.vae import VaeConfig
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import resize_and_crop, to_pixels
-from latentdiff.evaluation.metrics.features import load_features
+from latentdiff.evaluation.metric_nets import load_mobilenet
 from latentdiff.image_io import load_image
 from latentdiff.models.build import build_vae
 from latentdiff.models.components import load_vae
@@ -61,7 +61,7 @@ def train_vae(config: VaeConfig) -> dict[str, float]:
             pixels = (batch.to(average.device) for batch in crops.some(config))
             set_scalar_scaling(average, measure_latents(codec, pixels))
     report = {"steps": float(steps), "scaling_factor": codec.scale}
-    network = load_features(config.features).to(average.device) if config.features else None
+    network = load_mobilenet(config.features).to(average.device) if config.features else None
     if accelerator.is_main_process:
         for root, folder in zip(config.roots, folders, strict=True):
             if len(heldout := folder.heldout()):

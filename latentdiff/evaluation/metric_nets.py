@@ -1,0 +1,147 @@
+"""Load the networks that metrics need: CLIP for the score, a feature network for fidelity.
+
+The mathematics is in metrics/, which reads no file. Weights come from safetensors alone; nothing is
+unpickled.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
+
+from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions
+from latentdiff.device import choose_device
+from latentdiff.evaluation.metrics.clip import Clip, wrap_open_clip, wrap_transformers_clip
+from latentdiff.evaluation.metrics.features import (
+    INPUT_SIZE,
+    Features,
+    MobileNet,
+    features_from_module,
+    features_from_vision_model,
+)
+from latentdiff.models.weights import weights_hash
+
+OPERATIONS = ("conv", "dw", "pool")
+
+
+@dataclass(frozen=True, eq=False)
+class MetricNets:
+    """The networks that score images; None where none is given."""
+
+    clip: Clip | None
+    features: Features | None
+
+
+def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> MetricNets:
+    """Load the given networks; ValueError or FileNotFoundError says what is wrong."""
+    device = choose_device(data.device)
+    clip = None
+    if options.clip and options.clip_weights:
+        clip = load_open_clip_scorer(options.clip, options.clip_weights, device=device)
+    elif options.clip:
+        clip = load_clip(options.clip, device=device)
+    features = load_features(options.features, device=device) if options.features else None
+    return MetricNets(clip, features)
+
+
+def load_clip(folder: str | Path, *, device: torch.device | str = "cpu") -> Clip:
+    """Load a transformers CLIPModel and its tokenizer from a folder; safetensors only."""
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a CLIP model")
+    model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"the CLIP in {folder} lacks weights: {sorted(info['missing_keys'])[:8]}")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    known = model.config.text_config.vocab_size
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens and its CLIP knows {known}: "
+            "they are not of one model"
+        )
+    clip = wrap_transformers_clip(model.eval().requires_grad_(False).to(device), tokenizer)
+    return replace(clip, name=Path(folder).resolve().name, hash=weights_hash(model))
+
+
+def load_open_clip_scorer(
+    name: str, weights: str | Path, *, device: torch.device | str = "cpu"
+) -> Clip:
+    """Load a named open_clip model, such as "ViT-B-32", with weights from a safetensors file.
+
+    ValueError or FileNotFoundError says what does not fit; pickle files are not opened.
+    """
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise ValueError(f"{name!r} is no open_clip model, expected one of open_clip.list_models()")
+    path = Path(weights)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file; pickle files are not opened")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the weights of {name}")
+    model = open_clip.create_model(name)
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
+    model = model.eval().requires_grad_(False).to(device)
+    clip = wrap_open_clip(model, open_clip.get_tokenizer(name))
+    return replace(clip, name=f"open_clip {name}", hash=weights_hash(model))
+
+
+def load_features(folder: str | Path, *, device: torch.device | str = "cpu") -> Features:
+    """Load a folder's network: a MobileNet, a transformers vision model, or a CLIP's image encoder.
+
+    FileNotFoundError or ValueError says what the folder lacks.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file() and not (folder / "arch.json").is_file():
+        return _load_vision_features(folder, torch.device(device))
+    return features_from_module(load_mobilenet(folder).to(device), folder.resolve().name)
+
+
+def load_mobilenet(folder: str | Path) -> MobileNet:
+    """Read a MobileNet from arch.json, its layers in their order, and model.safetensors.
+
+    FileNotFoundError or ValueError says what the folder lacks.
+    """
+    folder = Path(folder)
+    for name in ("arch.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}, expected a feature network's folder")
+    layers = json.loads((folder / "arch.json").read_text(encoding="utf-8"))
+    if odd := {layer["op"] for layer in layers} - set(OPERATIONS):
+        raise ValueError(f"{folder}/arch.json has the operation {odd.pop()}, known: {OPERATIONS}")
+    return MobileNet(layers, load_file(folder / "model.safetensors")).eval()
+
+
+def _load_vision_features(folder: Path, device: torch.device) -> Features:
+    """Load a vision model, its mean last state as features; a CLIP gives its embedding."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "clip":
+        clip = load_clip(folder, device=device)
+        return Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
+    model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(f"the network in {folder} lacks weights: {missing[:8]}")
+    if info["missing_keys"]:
+        model.pooler = None  # not needed, and made of random numbers
+    mean, std = _mean_and_std(folder)
+    return features_from_vision_model(
+        model.eval().requires_grad_(False).to(device),
+        folder.resolve().name,
+        size=getattr(config, "image_size", INPUT_SIZE),
+        mean=mean,
+        std=std,
+    )
+
+
+def _mean_and_std(folder: Path) -> tuple[list[float], list[float]]:
+    """Read the mean and std, of pixels in [0, 1], that a network was trained with."""
+    path = folder / "preprocessor_config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    half = [0.5, 0.5, 0.5]
+    return known.get("image_mean", half), known.get("image_std", half)
