@@ -21,7 +21,7 @@ def names(path: Path) -> set[str]:
 
 
 def test_every_row_of_the_table_is_read() -> None:
-    rows = [line for line in TEXT.splitlines() if line.startswith("|") and "`" in line]
+    rows = [line for line in TEXT.splitlines() if re.search(r"\| `[\w/]+\.py:", line)]
     assert len(ROWS) == len(rows) > 20
 
 
