@@ -4,8 +4,8 @@
 
 Prints one JSON line. Builds into an empty cache and runs of the VAE alone take turns; `ratio` is
 the median over rounds of build over VAE. A build hashes, decodes, cuts, encodes and writes; `parts`
-has what these cost alone, in seconds for the same images. Without VAE the small one that ships is
-used. Run it with nothing else running.
+has the seconds of each alone, for the same images. Without VAE the bundled one is used. Run it
+with nothing else running.
 """
 
 import argparse

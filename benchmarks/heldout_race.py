@@ -128,7 +128,7 @@ class Side:
 
 
 class Ours(Side):
-    """A prepared run, step by step. The file is where the other side finds what is equal."""
+    """A prepared run, step by step. The file holds the parts that both sides share."""
 
     def __init__(self, config, file):
         super().__init__()

@@ -117,7 +117,7 @@ def step_rows(rounds):
 
 
 def main():
-    """Measure what is asked for and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=json.loads, help="numbers of processes, such as [1,2]")

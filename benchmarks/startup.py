@@ -27,7 +27,7 @@ PROMPT = "a large red circle on a white background"
 
 
 def run(*arguments):
-    """Run Python with arguments; return what it prints."""
+    """Run Python with arguments; return its output."""
     done = subprocess.run(
         [sys.executable, *arguments], check=False, capture_output=True, cwd=ROOT, text=True
     )

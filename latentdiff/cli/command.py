@@ -1,4 +1,4 @@
-"""What every command shares: its signature, exit codes, options as dataclasses, quiet libraries."""
+"""The frame of every command: signature, exit codes, options as dataclasses, quiet libraries."""
 
 from __future__ import annotations
 

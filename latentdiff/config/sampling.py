@@ -28,9 +28,9 @@ class SampleOptions:
         strength: in (0, 1], how much of the image is made anew.
         guidance_rescale: in [0, 1].
         guidance_interval: guided part of the chain, such as [0.1,0.8].
-        long_prompts: "cut" or "chunks".
+        long_prompts: "truncate", or "chunks" to encode long prompts in parts.
         lora: a LoRA file or folder.
-        lora_scale: how strongly it acts.
+        lora_scale: strength of the LoRA; 1 as trained.
         dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
         fast: on a CPU use packed layers, whose float32 images are within 1/255 of diffusers'
             layers; false: diffusers' layers.
@@ -57,7 +57,7 @@ class SampleOptions:
     strength: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: list[float] | None = None
-    long_prompts: str = "cut"
+    long_prompts: str = "truncate"
     lora: str | None = None
     lora_scale: float | None = None
     dtype: str = "auto"

@@ -17,7 +17,7 @@ NAMES = (
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a benchmark's main() with its module's constants changed; return what it printed."""
+    """Run a benchmark's main() with its module's constants changed; return its output."""
     monkeypatch.syspath_prepend(str(FOLDER))
 
     def run(name, *arguments, **constants):
