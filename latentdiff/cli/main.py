@@ -36,9 +36,12 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run `latentdiff COMMAND ...` and return its exit code; `latentdiff --help` lists commands."""
-    name, *rest = arguments or ["--help"]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `latentdiff COMMAND ...` and return its exit code; `latentdiff --help` lists commands.
+
+    arguments: by default those of the process.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(overview())
         return 0
