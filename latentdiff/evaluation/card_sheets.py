@@ -51,7 +51,7 @@ class Question:
 class SheetSampling:
     """The settings of every image; seed: of the captions too."""
 
-    num_steps: int = 50
+    num_inference_steps: int = 50
     guidance_scale: float = 3.0
     seed: int = 0
 
@@ -76,24 +76,15 @@ def write_card_sheets(
         folder = read_folder(count.folder, caption_column=caption_column)
         folder.check()
         known, new = _captions(folder)
-        seen += _sample_captions(known, count.num_seen, f"{sampling.seed}|{folder.root.name}|seen")
-        unseen += _sample_captions(
-            new, count.num_unseen, f"{sampling.seed}|{folder.root.name}|unseen"
-        )
-        questions += _questions(
-            known, count.num_questions, f"{sampling.seed}|{folder.root.name}|reader"
-        )
+        key = f"{sampling.seed}|{folder.root.name}"
+        seen += _sample_captions(known, count.num_seen, f"{key}|seen")
+        unseen += _sample_captions(new, count.num_unseen, f"{key}|unseen")
+        questions += _questions(known, count.num_questions, f"{key}|reader")
     questions = _shuffled(questions, seed=sampling.seed)
     pipe = open_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     out.mkdir(parents=True, exist_ok=True)
-    sheets = {}
-    for name, prompts in (("seen", seen), ("unseen", unseen)):
-        seeds = [sampling.seed + i for i in range(len(prompts))]
-        images = _generate(pipe, prompts, seeds, sampling)
-        if images:
-            sheets[name] = draw_grid(images, prompts, columns=COLUMNS)
-    _save_small(sheets, out)
+    _write_sheets(pipe, {"seen": seen, "unseen": unseen}, out, sampling)
     settings = {"model": Path(model).name, "seen": seen, "unseen": unseen}
     write_text(out / "prompts.json", _json(settings | asdict(sampling)))
     _write_questions(pipe, questions, out, sampling)
@@ -151,15 +142,25 @@ def _generate(
         pipe,
         prompts,
         seeds,
-        num_steps=sampling.num_steps,
+        num_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         at_once=BATCH_SIZE,
         desc="images",
     )
 
 
-def _save_small(sheets: Mapping[str, Image.Image], out: Path) -> None:
-    """Write the sheets as JPG at the best quality within MAX_BYTES."""
+def _write_sheets(
+    pipe: LatentDiffPipeline,
+    captions: Mapping[str, Sequence[str]],
+    out: Path,
+    sampling: SheetSampling,
+) -> None:
+    """Write a sheet of each list of captions as JPG, at the best quality within MAX_BYTES."""
+    sheets = {}
+    for name, prompts in captions.items():
+        seeds = [sampling.seed + i for i in range(len(prompts))]
+        if images := _generate(pipe, prompts, seeds, sampling):
+            sheets[name] = draw_grid(images, prompts, columns=COLUMNS)
     for quality in QUALITIES:
         for name, sheet in sheets.items():
             with atomic_file(out / f"{name}.jpg") as temporary:

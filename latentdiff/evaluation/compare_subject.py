@@ -53,7 +53,7 @@ def compare_subject(
     """Generate, measure, write out/subject.json and out/subject.png; return the figures.
 
     base, tuned: model folders. photos: a folder of the subject's photographs. features: a folder
-    that load_mobilenet reads. Raises ValueError or FileNotFoundError for what is missing.
+    that load_mobilenet reads. Raises ValueError or FileNotFoundError for a missing part.
     """
     if options.num_seeds < 2 or len(options.unrelated) < 2:
         raise ValueError(

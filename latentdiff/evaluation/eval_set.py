@@ -86,7 +86,7 @@ class EvalModel:
 
 
 def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
-    """Load a pipeline folder and encode the images. ValueError or OSError says what is wrong."""
+    """Load a pipeline folder and encode the images. ValueError or OSError names the fault."""
     for name in ("num_heldout", "batch_size"):
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name}={value}, expected at least 1")

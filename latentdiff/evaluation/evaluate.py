@@ -42,8 +42,8 @@ def evaluate(
 ) -> Path:
     """Evaluate a model, write out/metrics.json and out/report.html; return the report's path.
 
-    bound: None skips the bound. ValueError or OSError names what cannot be done before any image is
-    generated; FloatingPointError where the model's outputs are not finite.
+    bound: None skips the bound. An impossible request raises ValueError or OSError before any image
+    is generated; FloatingPointError where the model's outputs are not finite.
     """
     check_options(options, sweep)
     scale = options.guidance_scale
@@ -168,7 +168,7 @@ def _settings(run: EvalRun, result: EvalResult) -> dict[str, Any]:
         "size": list(eval_model.size),
         "num_captions": 0 if generated is None else len(generated.captions),
         "num_images": 0 if generated is None else len(generated.flat),
-        "steps": run.num_steps,
+        "steps": run.num_inference_steps,
         "guidance_scale": run.guidance_scale,
     }
 
@@ -176,7 +176,7 @@ def _settings(run: EvalRun, result: EvalResult) -> dict[str, Any]:
 def _facts(settings: dict[str, Any]) -> dict[str, str]:
     """Return the settings as text for the report."""
     height, width = settings["size"]
-    split = settings["split"].replace("_", "-")
+    split = settings["split"].replace("heldout", "held-out")
     images = (
         f"{settings['num_images']} of {settings['num_captions']} captions, {height} x {width} px"
     )

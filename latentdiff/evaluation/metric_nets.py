@@ -36,7 +36,7 @@ class MetricNets:
 
 
 def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> MetricNets:
-    """Load the given networks; ValueError or FileNotFoundError says what is wrong."""
+    """Load the given networks; ValueError or FileNotFoundError names the fault."""
     device = choose_device(data.device)
     clip = None
     if options.clip and options.clip_weights:
@@ -70,7 +70,7 @@ def load_open_clip_scorer(
 ) -> Clip:
     """Load a named open_clip model, such as "ViT-B-32", with weights from a safetensors file.
 
-    ValueError or FileNotFoundError says what does not fit; pickle files are not opened.
+    ValueError or FileNotFoundError names the mismatch; pickle files are not opened.
     """
     import open_clip
 
@@ -94,7 +94,7 @@ def load_open_clip_scorer(
 def load_features(folder: str | Path, *, device: torch.device | str = "cpu") -> Features:
     """Load a folder's network: a MobileNet, a transformers vision model, or a CLIP's image encoder.
 
-    FileNotFoundError or ValueError says what the folder lacks.
+    FileNotFoundError or ValueError names the part that the folder lacks.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file() and not (folder / "arch.json").is_file():
@@ -105,7 +105,7 @@ def load_features(folder: str | Path, *, device: torch.device | str = "cpu") -> 
 def load_mobilenet(folder: str | Path) -> MobileNet:
     """Read a MobileNet from arch.json, its layers in their order, and model.safetensors.
 
-    FileNotFoundError or ValueError says what the folder lacks.
+    FileNotFoundError or ValueError names the part that the folder lacks.
     """
     folder = Path(folder)
     for name in ("arch.json", "model.safetensors"):

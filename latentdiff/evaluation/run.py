@@ -19,12 +19,11 @@ from latentdiff.evaluation.generate import GeneratedImages, generate
 from latentdiff.evaluation.metric_nets import MetricNets
 from latentdiff.evaluation.metrics.features import THUMBNAILS, FeatureSets, embed_sets
 from latentdiff.evaluation.report.clip_score import clip_section
-from latentdiff.evaluation.report.diversity import diversity_section
-from latentdiff.evaluation.report.fidelity import MIN_IMAGES, fidelity_section
+from latentdiff.evaluation.report.fidelity import MIN_IMAGES, diversity_section, fidelity_section
 from latentdiff.evaluation.report.heldout_loss import heldout_loss_section
 from latentdiff.evaluation.report.memorization import memorization_section
 from latentdiff.evaluation.report.prompt_following import is_scene, prompt_following_section
-from latentdiff.evaluation.report.section import LabelledImage, Score, Section
+from latentdiff.evaluation.report.section import LabelledImage, PairedScore, Section
 from latentdiff.evaluation.report.sweeps import check_sweep
 from latentdiff.image_grid import to_pil
 
@@ -51,7 +50,7 @@ class EvalRun:
         return self.options.num_images // self.options.images_per_caption
 
     @property
-    def num_steps(self) -> int:
+    def num_inference_steps(self) -> int:
         """Sampling steps, at most those of the chain."""
         num_timesteps = int(self.eval_model.components.scheduler.config["num_train_timesteps"])
         return min(self.options.steps, num_timesteps)
@@ -66,7 +65,7 @@ class EvalRun:
             per_caption=max(
                 self.options.images_per_caption, self.options.num_images // len(captions)
             ),
-            num_steps=self.num_steps,
+            num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             first_seed=self.data.seed + skip_seeds,
             batch_size=self.eval_model.batch_size,
@@ -79,7 +78,7 @@ class EvalResult:
     """The figures of one model; sections and scores are added one by one."""
 
     sections: list[Section]
-    scores: dict[str, Score]
+    scores: dict[str, PairedScore]
     skipped: dict[str, str]  # why, by the section's name
     generated: GeneratedImages | None
 

@@ -22,10 +22,10 @@ from latentdiff.diffusion.objectives import hybrid_loss
 from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.diffusion.theory.continuous_time import flow_bits
 from latentdiff.diffusion.timesteps import stratify, uniform_timesteps
-from latentdiff.evaluation.metrics.vlb import Z_95
+from latentdiff.evaluation.metrics.vlb import LEARNED, Z_95
 from latentdiff.evaluation.report import plots
 
-PREDICTION, LEARNED = "v_prediction", "learned_range"
+PREDICTION = "v_prediction"
 SHOWN = (0.0, 0.1, 0.3, 1.0)  # times of each chain that are plotted, of T
 
 

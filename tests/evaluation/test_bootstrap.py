@@ -13,7 +13,7 @@ from latentdiff.evaluation.metrics.bootstrap import bootstrap_difference, bootst
 RNG = np.random.default_rng(0)
 SKEWED = RNG.lognormal(0, 0.8, 60)
 NUM_CASES = 400
-DRAWS = {
+SAMPLERS = {
     "normal": (lambda rng: rng.normal(2, 3, 50), 2.0),
     "uniform": (lambda rng: rng.uniform(0, 1, 40), 0.5),
     "skewed": (lambda rng: rng.gamma(2.0, 1.0, 100), 2.0),
@@ -41,11 +41,11 @@ def test_a_mean_s_interval_is_efron_s_bca_on_the_same_resamples():
     assert (interval.num_samples, interval.level) == (60, 0.95)
 
 
-@pytest.mark.parametrize("case", DRAWS)
+@pytest.mark.parametrize("case", SAMPLERS)
 def test_an_interval_for_a_mean_holds_the_truth_in_95_percent_of_cases(case):
-    draw, truth = DRAWS[case]
+    sample, truth = SAMPLERS[case]
     rng = np.random.default_rng(7)
-    intervals = [bootstrap_mean(draw(rng), num_resamples=1000, seed=i) for i in range(NUM_CASES)]
+    intervals = [bootstrap_mean(sample(rng), num_resamples=1000, seed=i) for i in range(NUM_CASES)]
     assert np.mean([one.contains(truth) for one in intervals]) == pytest.approx(0.95, abs=0.03)
 
 

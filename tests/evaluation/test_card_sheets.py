@@ -45,9 +45,9 @@ def test_sheets_and_questions_follow_from_the_seed(
     for name, data in (("a", folders), ("b", folders)):
         assert run(model, "--data", *data, *counts, "--out", tmp_path / name) == 0
     out = tmp_path / "a"
-    drawn = json.loads((out / "prompts.json").read_text())
-    assert [prompt.split()[0] for prompt in drawn["seen"]] == ["cat"] * 3 + ["dog"] * 2
-    assert all(prompt.startswith("new ") for prompt in drawn["unseen"])
+    settings = json.loads((out / "prompts.json").read_text())
+    assert [prompt.split()[0] for prompt in settings["seen"]] == ["cat"] * 3 + ["dog"] * 2
+    assert all(prompt.startswith("new ") for prompt in settings["unseen"])
     assert sum((out / f"{name}.jpg").stat().st_size for name in ("seen", "unseen")) < 1_000_000
     key = json.loads((out / "key.json").read_text())
     assert sorted(key) == ["q01", "q02", "q03"]

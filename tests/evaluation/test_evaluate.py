@@ -23,7 +23,7 @@ from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.eval_set import EvalModel, open_eval_model
 from latentdiff.evaluation.report.comparison import comparison_section
 from latentdiff.evaluation.report.heldout_loss import comparable, heldout_loss_section
-from latentdiff.evaluation.report.section import Score
+from latentdiff.evaluation.report.section import PairedScore
 from latentdiff.models.build import schedule_of
 
 pytest.importorskip("matplotlib")
@@ -185,7 +185,7 @@ def stages(folders: Path) -> tuple[EvalModel, EvalModel]:
     )
 
 
-def verdict(first: Score, second: Score) -> str:
+def verdict(first: PairedScore, second: PairedScore) -> str:
     section = comparison_section(
         "other", {"loss": first}, {"loss": second}, images=None, skipped={}
     )

@@ -15,7 +15,7 @@ NUM_FEATURES = 32
 
 
 def world(n: int, *, seed: int) -> Tensor:
-    """Draw features from a crowded and a sparse region alike. (n, 32)"""
+    """Sample features from a crowded and a sparse region alike. (n, 32)"""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, NUM_FEATURES, generator=generator)
     is_sparse = torch.arange(n)[:, None] % 2 == 0

@@ -27,8 +27,11 @@ from latentdiff.evaluation.metrics.features import (
     features_from_module,
 )
 from latentdiff.evaluation.report.clip_score import clip_section
-from latentdiff.evaluation.report.diversity import diversity_section, mean_distance
-from latentdiff.evaluation.report.fidelity import fidelity_section
+from latentdiff.evaluation.report.fidelity import (
+    diversity_section,
+    fidelity_section,
+    mean_distance,
+)
 from latentdiff.evaluation.report.html_report import evaluation_html
 from latentdiff.evaluation.report.memorization import memorization_section
 from latentdiff.evaluation.report.prompt_following import (

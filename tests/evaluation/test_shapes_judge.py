@@ -42,7 +42,7 @@ SCENES = all_scenes() + pairs(100)
 SOME = all_scenes()[::4] + pairs(60)
 
 
-def draw(scenes: list[Scene], *, seed: int = 0, size_px: int = 64) -> list[Image.Image]:
+def render_images(scenes: list[Scene], *, seed: int = 0, size_px: int = 64) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [render(scene, rng, size_px=size_px) for scene in scenes]
 
@@ -53,18 +53,18 @@ def noisy(image: Image.Image, rng: np.random.Generator, *, strength: float) -> I
 
 
 def test_every_clean_rendering_is_read_exactly():
-    assert set(accuracy(draw(SCENES), SCENES).values()) == {1.0}
+    assert set(accuracy(render_images(SCENES), SCENES).values()) == {1.0}
 
 
 def test_blur_keeps_the_reading():
-    blurred = [image.filter(ImageFilter.GaussianBlur(1.5)) for image in draw(SOME)]
+    blurred = [image.filter(ImageFilter.GaussianBlur(1.5)) for image in render_images(SOME)]
     assert min(accuracy(blurred, SOME).values()) >= 0.95
 
 
 @pytest.mark.parametrize("blur", [0.0, 1.5])
 def test_noise_keeps_the_reading(blur: float):
     rng = np.random.default_rng(1)
-    soft = [image.filter(ImageFilter.GaussianBlur(blur)) for image in draw(SOME)]
+    soft = [image.filter(ImageFilter.GaussianBlur(blur)) for image in render_images(SOME)]
     images = [noisy(image, rng, strength=15) for image in soft]
     assert min(accuracy(images, SOME).values()) >= 0.95
 
@@ -72,7 +72,7 @@ def test_noise_keeps_the_reading(blur: float):
 def test_small_colour_shifts_keep_the_reading():
     rng = np.random.default_rng(2)
     shifted = []
-    for image in draw(SOME):
+    for image in render_images(SOME):
         pixels = 0.92 * np.asarray(image) + 8 + rng.uniform(-12, 12, 3)
         shifted.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
     assert min(accuracy(shifted, SOME).values()) >= 0.95
@@ -81,11 +81,11 @@ def test_small_colour_shifts_keep_the_reading():
 @pytest.mark.parametrize("size_px", [48, 128, 200])
 def test_the_image_s_size_does_not_matter(size_px: int):
     scenes = SOME[::3]
-    assert min(accuracy(draw(scenes, size_px=size_px), scenes).values()) == 1.0
+    assert min(accuracy(render_images(scenes, size_px=size_px), scenes).values()) == 1.0
 
 
 def test_an_array_reads_as_its_image():
-    [image] = draw([SINGLE])
+    [image] = render_images([SINGLE])
     assert (
         judge_image(np.asarray(image))
         == judge_image(image)
@@ -94,7 +94,7 @@ def test_an_array_reads_as_its_image():
 
 
 def test_two_shapes_are_read_left_or_upper_first():
-    [image] = draw([replace(PAIR, relation="below")])
+    [image] = render_images([replace(PAIR, relation="below")])
     assert judge_image(image) == SceneReading("ring", "blue", None, "teal", "above", "star", "red")
 
 
@@ -140,7 +140,7 @@ def test_three_shapes_are_no_scene():
 
 
 def test_a_torn_shape_is_still_one():
-    pixels = np.array(draw([Scene("ring", "blue", "large", "white")])[0])
+    pixels = np.array(render_images([Scene("ring", "blue", "large", "white")])[0])
     is_blue = np.linalg.norm(pixels - np.array(COLOURS["blue"]), axis=2) < 100
     middle = int(np.argwhere(is_blue).mean(axis=0)[0])
     pixels[middle : middle + 3] = BACKGROUNDS["white"]
@@ -169,7 +169,7 @@ def test_a_relation_may_be_told_from_either_side():
 
 
 def test_the_number_of_shapes_must_agree():
-    one, two = draw([SINGLE, PAIR])
+    one, two = render_images([SINGLE, PAIR])
     assert not follows(judge_image(two), SINGLE)["all"]
     assert not follows(judge_image(one), PAIR)["all"]
 
@@ -177,7 +177,7 @@ def test_the_number_of_shapes_must_agree():
 def test_other_scenes_captions_score_at_chance():
     scenes = all_scenes()[::5]
     order = np.random.default_rng(4).permutation(len(scenes))
-    scores = accuracy(draw(scenes), [scenes[i] for i in order])
+    scores = accuracy(render_images(scenes), [scenes[i] for i in order])
     for name, num_values in (("kind", 6), ("colour", 6), ("size", 2), ("background", 7)):
         assert scores[name] == pytest.approx(1 / num_values, abs=0.15)
     assert scores["all"] < 0.05
@@ -188,4 +188,4 @@ def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), got float64 \(8, 8, 3\)"):
         judge_image(np.zeros((8, 8, 3)))
     with pytest.raises(ValueError, match="1 images and 2 scenes"):
-        accuracy(draw([SINGLE]), [SINGLE, PAIR])
+        accuracy(render_images([SINGLE]), [SINGLE, PAIR])

@@ -82,7 +82,7 @@ def kernel_distance(
 
     The kernel is (x.y / D + coef)^degree (Binkowski et al. 2018, Sec. 4). All pairs are used, not
     random subsets. The standard error is the jackknife's over both sets, which is wide where they
-    have one distribution, so such sets are not told apart too often. The estimate may be negative.
+    have one distribution, so such sets seldom seem different. The estimate may be negative.
     Raises ValueError for fewer than 3 samples, and as `frechet_distance` does.
     """
     a, b = _checked(a, b, at_least=3)

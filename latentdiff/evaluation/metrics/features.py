@@ -108,7 +108,7 @@ def features_from_vision_model(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Features:
-    """Wrap a transformers vision model: the mean of its last hidden state over places or tokens.
+    """Wrap a transformers vision model: the mean of its last hidden state over positions or tokens.
 
     size: of its images in pixels; mean, std: of pixels in [0, 1] that it was trained with.
     """

@@ -21,7 +21,7 @@ from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
 
 DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-Shard = tuple[int, int]  # (rank, number of processes)
+RankOfProcesses = tuple[int, int]  # (rank, number of processes)
 CAPTIONS = ("true", "shuffled", "null")
 NUM_BUCKETS = 4
 BATCH_SIZE = 8  # under three captions each; a constant, so that no layout changes the figures
@@ -70,7 +70,7 @@ def triple_losses(
     *,
     prediction_type: str,
     device: torch.device,
-    shard: Shard = (0, 1),
+    shard: RankOfProcesses = (0, 1),
     captions: Sequence[str] = CAPTIONS,
 ) -> dict[str, Tensor]:
     """Return the loss of each triple, (n,) float32 on the device, under each of `captions`.
@@ -111,7 +111,7 @@ def _batches(triples: Triples) -> list[slice]:
     return batches
 
 
-def rank_batches(num: int, shard: Shard) -> Iterator[tuple[int, bool]]:
+def rank_batches(num: int, shard: RankOfProcesses) -> Iterator[tuple[int, bool]]:
     """Deal out batches 0 .. num - 1: yield each of this rank's, and whether it counts.
 
     Every rank gets equally many, as passes through sharded weights need; where there are too few, a

@@ -168,7 +168,7 @@ def _nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str 
 def _foreground(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
     """Return where the image is nearer to the shape at hand than to the background. bool.
 
-    The half is that of the greatest contrast within 3 pixels, so a pale shape stands beside a
+    The half is that of the greatest contrast within 3 pixels, so a pale shape is kept next to a
     strong one.
     """
     contrast = np.linalg.norm(pixels - ground, axis=2)

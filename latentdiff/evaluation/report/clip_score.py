@@ -12,8 +12,8 @@ from latentdiff.evaluation.metrics.bootstrap import bootstrap_difference, bootst
 from latentdiff.evaluation.metrics.clip import Clip, recall_at
 from latentdiff.evaluation.metrics.features import embed_in_batches
 from latentdiff.evaluation.report.section import (
+    PairedScore,
     ReportRow,
-    Score,
     Section,
     derangement,
     interval_json,
@@ -32,7 +32,7 @@ def clip_section(
     batch_size: int,
     device: torch.device,
     seed: int,
-) -> tuple[Section, Score]:
+) -> tuple[Section, PairedScore]:
     """Score the images of M captions; real_images: the M real images of these captions."""
     captions = generated.captions
     parts = (captions[i : i + batch_size] for i in range(0, len(captions), batch_size))
@@ -62,7 +62,7 @@ def clip_section(
         "different CLIPs do not compare. Intervals are over captions."
     )
     section = Section("clip_score", "Fit to the caption (CLIP)", figures, rows + more, [note])
-    return section, Score("CLIP score", scores, higher_is_better=True)
+    return section, PairedScore("CLIP score", scores, higher_is_better=True)
 
 
 def _recalls(

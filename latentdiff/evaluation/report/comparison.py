@@ -10,8 +10,8 @@ from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metrics.bootstrap import Interval, Values, bootstrap_difference
 from latentdiff.evaluation.report.section import (
     LabelledImage,
+    PairedScore,
     ReportRow,
-    Score,
     Section,
     interval_json,
 )
@@ -23,8 +23,8 @@ MIN_PAIRS = 10  # with fewer, bootstrap intervals are too narrow
 
 def comparison_section(
     name: str,
-    first: Mapping[str, Score],
-    second: Mapping[str, Score],
+    first: Mapping[str, PairedScore],
+    second: Mapping[str, PairedScore],
     *,
     images: tuple[GeneratedImages, GeneratedImages] | None,
     skipped: Mapping[str, str],

@@ -20,12 +20,12 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     triple_losses,
 )
 from latentdiff.evaluation.metrics.vlb import Chain, unet_model
-from latentdiff.evaluation.report.section import ReportRow, Score, Section, interval_json
+from latentdiff.evaluation.report.section import PairedScore, ReportRow, Section, interval_json
 
 MIN_TRIPLES = 512
 
 
-def heldout_loss_section(eval_model: EvalModel) -> tuple[Section, Score]:
+def heldout_loss_section(eval_model: EvalModel) -> tuple[Section, PairedScore]:
     """Measure the loss on the model's images; FloatingPointError where a loss is not finite."""
     chain = Chain.of(eval_model.components)
     num_timesteps = chain.schedule.num_timesteps
@@ -60,7 +60,7 @@ def heldout_loss_section(eval_model: EvalModel) -> tuple[Section, Score]:
         "between models of the same latents and the same prediction type."
     ]
     section = Section("heldout", "Held-out loss and use of captions", figures, rows + some, notes)
-    return section, Score("held-out loss", true, higher_is_better=False)
+    return section, PairedScore("held-out loss", true, higher_is_better=False)
 
 
 def _losses(chain: Chain, eval_model: EvalModel, triples: Triples) -> dict[str, Tensor]:

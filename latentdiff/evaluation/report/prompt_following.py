@@ -12,8 +12,8 @@ from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, RELATIONS, Scene
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metrics.shapes_judge import SceneReading, follows, judge_image
 from latentdiff.evaluation.report.section import (
+    PairedScore,
     ReportRow,
-    Score,
     Section,
     derangement,
     interval_json,
@@ -32,7 +32,7 @@ class Answers:
 
 def prompt_following_section(
     sets: dict[str, GeneratedImages], *, seed: int
-) -> tuple[Section, dict[str, Score]]:
+) -> tuple[Section, dict[str, PairedScore]]:
     """Score sets of images by name, such as those of seen and of held-out combinations.
 
     All captions must be scenes. Chance is the score with the captions shuffled within their set.
@@ -46,7 +46,7 @@ def prompt_following_section(
         true, chance = (_answers(readings, wanted) for wanted in (scenes, other))
         figures[name] = _figures(true) | {"shuffled_captions": _figures(chance)}
         figures[name] |= {"num_captions": len(scenes), "num_images": len(generated.flat)}
-        title = name.replace("_", "-")
+        title = name.replace("heldout", "held-out")
         for attribute in sorted(true.shown, key=lambda one: one != "all"):
             share = _share(true, attribute)
             note = f"chance {_share(chance, attribute).estimate:.1%}"
@@ -59,7 +59,9 @@ def prompt_following_section(
             ReportRow(label, _share(chance, "all"), f"{len(generated.flat)} images", is_share=True)
         )
         values = true.shown["all"].double().mean(1)
-        scores[name] = Score(f"everything right, {title} captions", values, higher_is_better=True)
+        scores[name] = PairedScore(
+            f"everything right, {title} captions", values, higher_is_better=True
+        )
     notes = [
         "Read back by geometry and colour alone, without a network. Held-out "
         "combinations of attributes are in no training image. Intervals are over captions."

@@ -49,7 +49,7 @@ class Section:
 
 
 @dataclass(frozen=True, eq=False)
-class Score:
+class PairedScore:
     """The values of N independent prompts or images, by which models are compared."""
 
     name: str

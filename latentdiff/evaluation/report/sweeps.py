@@ -90,7 +90,9 @@ def guidance_sweep(
     points = []
     for scale in scales:
         generated = sample_latents(eval_model, chosen, guidance_scale=scale, num_steps=num_steps)
-        figures = measure_latents(eval_model, generated, per_caption=images_per_caption, clip=clip)
+        figures = measure_generated(
+            eval_model, generated, per_caption=images_per_caption, clip=clip
+        )
         points.append({"guidance_scale": scale} | figures)
     return points
 
@@ -106,7 +108,7 @@ def subsample_captions(
     return eval_model.latents.select(indices.tolist())
 
 
-def measure_latents(
+def measure_generated(
     eval_model: EvalModel, generated: CaptionedLatents, *, per_caption: int, clip: Clip | None
 ) -> dict[str, Any]:
     """Return fidelity, diversity and clip_score of generated latents as JSON values."""
@@ -129,7 +131,11 @@ def pair_distance(z0: Tensor) -> Tensor:
 
 
 def sample_latents(
-    eval_model: EvalModel, captioned: CaptionedLatents, *, guidance_scale: float, num_steps: int
+    eval_model: EvalModel,
+    captioned: CaptionedLatents,
+    *,
+    guidance_scale: float,
+    num_steps: int,
 ) -> CaptionedLatents:
     """Sample latents for each caption from its own seed, the same at every call."""
     pipe, z0 = eval_model.pipeline(), []
@@ -201,7 +207,7 @@ def step_report(
     points = []
     for num, one in zip(rising, generated, strict=True):
         apart = (one.z0 - generated[-1].z0).double().square().flatten(1).mean(1).sqrt()
-        figures = measure_latents(eval_model, one, per_caption=options.sweep_images, clip=clip)
+        figures = measure_generated(eval_model, one, per_caption=options.sweep_images, clip=clip)
         figures["to_most_steps"] = to_json(estimate(apart.view(-1, options.sweep_images)))
         points.append({"num_steps": num} | figures)
     plots.plot_steps(points, out / "step_sweep.png")
