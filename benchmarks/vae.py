@@ -12,8 +12,7 @@ import json
 import torch
 from common import machine, medians, ratio, take_turns
 
-from latentdiff.models.bundled import BUNDLED
-from latentdiff.models.components import load_vae
+from latentdiff.models.components import BUNDLED, load_vae
 from latentdiff.models.latents import LatentCodec
 
 KINDS = {

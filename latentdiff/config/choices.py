@@ -38,7 +38,7 @@ Scheduler = Literal[  # pipeline/schedulers.py SCHEDULERS
 Optimizer = Literal["adamw", "adamw8bit", "muon"]  # training/optim/optimizer.py
 LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
-Attention = Literal["auto", "plain", "sdpa", "xformers"]  # training/attention_backend.py
+AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/model.py
 FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE
     "full", "attention", "cross_attention", "lora", "textual_inversion"
 ]

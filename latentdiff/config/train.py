@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from latentdiff.config.choices import Attention, LRDecay, MixedPrecision, Optimizer
+from latentdiff.config.choices import AttentionKernel, LRDecay, MixedPrecision, Optimizer
 from latentdiff.config.ranges import at_least, share_below_1
 
 
@@ -40,7 +40,7 @@ class TrainConfig:
     channels_last: bool | Literal["auto"] = "auto"
     """memory layout of the U-Net's convolutions; auto: true on a GPU and on CPUs with AMX, false on
     other CPUs and with FSDP, where it is slower or cannot be"""
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
     """kernel of the U-Net's attention: two products and a softmax, PyTorch's fused one, or that of
     xformers, which needs a GPU; auto: sdpa, but plain for short sequences on the CPU"""
     gradient_checkpointing: bool = False

@@ -19,7 +19,7 @@ from latentdiff.diffusion.ddpm import (
     p_mean_variance,
     q_posterior_mean_variance,
     q_sample,
-    standard_normal,
+    randn_like,
 )
 from latentdiff.diffusion.prediction import check_objective
 from latentdiff.diffusion.schedules import Schedule
@@ -202,7 +202,7 @@ def evaluate_bound(
     for steps, _ in draws:
         for t in (torch.zeros(len(x0), dtype=torch.int64), *steps):
             t = t.to(x0.device)  # noqa: PLW2901  drawn on the CPU, used on the device
-            xt = q_sample(schedule, x0, t, standard_normal(x0, generator=generator))
+            xt = q_sample(schedule, x0, t, randn_like(x0, generator=generator))
             term = bound_term(
                 schedule,
                 model(xt, schedule.timesteps[t]),

@@ -198,11 +198,11 @@ def p_sample_steps(
             variance_type=variance_type,
             clip_x0=clip_x0,
         )
-        xt = p_sample(reverse, t, standard_normal(xt, generator=generator))
+        xt = p_sample(reverse, t, randn_like(xt, generator=generator))
         yield Step(index, xt, reverse.x0)
 
 
-def standard_normal(like: Tensor, *, generator: Generators) -> Tensor:
+def randn_like(like: Tensor, *, generator: Generators) -> Tensor:
     """Draw noise of a sample's shape and device, at least float32, on the generator's own device.
 
     Raises ValueError when a list of generators is not as long as the batch.

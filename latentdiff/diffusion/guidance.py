@@ -13,7 +13,7 @@ from latentdiff.diffusion.ddpm import Model, split_variance
 from latentdiff.diffusion.prediction import check_objective, parametrization, predict_x0
 from latentdiff.diffusion.schedules import Schedule, extract
 
-Score = Callable[[Tensor, Tensor], Tensor]
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), t -> scores (B,)
 
 
 def classifier_free(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def score_guidance(
 def with_score_guidance(
     schedule: Schedule,
     model: Model,
-    score: Score,
+    score: ScoreFunction,
     *,
     scale: float,
     prediction_type: str,

@@ -26,7 +26,7 @@ from latentdiff.evaluation.report.sweeps import (
 )
 from latentdiff.evaluation.report.vlb import bound_report, bound_section
 from latentdiff.evaluation.run import EvalResult, EvalRun, check_options, run_evaluation
-from latentdiff.models.bundled import resolve_model
+from latentdiff.models.components import resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
 

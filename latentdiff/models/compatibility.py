@@ -10,11 +10,11 @@ from typing import Any
 
 from latentdiff.models.latents import latent_factor
 
-Config = Mapping[str, Any]
+ComponentConfig = Mapping[str, Any]
 
 
 def check_compatible(
-    configs: Mapping[str, Config], *, image_size: int | tuple[int, int] | None = None
+    configs: Mapping[str, ComponentConfig], *, image_size: int | tuple[int, int] | None = None
 ) -> None:
     """Raise ValueError that lists everything that does not fit.
 
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def unet_factor(config: Config) -> int:
+def unet_factor(config: ComponentConfig) -> int:
     """Return how many latent cells one cell of the U-Net's lowest level spans along a side."""
     return 1 << (len(config["block_out_channels"]) - 1)
 
@@ -70,7 +70,7 @@ REQUIRED = {
 }
 
 
-def _check_complete(configs: Mapping[str, Config]) -> None:
+def _check_complete(configs: Mapping[str, ComponentConfig]) -> None:
     for name, keys in REQUIRED.items():
         missing = [key for key in keys if name in configs and key not in configs[name]]
         if missing:
@@ -80,7 +80,7 @@ def _check_complete(configs: Mapping[str, Config]) -> None:
             )
 
 
-def _channels(configs: Mapping[str, Config]) -> list[str]:
+def _channels(configs: Mapping[str, ComponentConfig]) -> list[str]:
     if "unet" not in configs or "vae" not in configs:
         return []
     channels = configs["vae"]["latent_channels"]
@@ -100,7 +100,7 @@ def _channels(configs: Mapping[str, Config]) -> list[str]:
     return problems
 
 
-def _text_width(configs: Mapping[str, Config]) -> list[str]:
+def _text_width(configs: Mapping[str, ComponentConfig]) -> list[str]:
     if "unet" not in configs or "text_encoder" not in configs:
         return []
     width = configs["text_encoder"]["hidden_size"]
@@ -114,7 +114,7 @@ def _text_width(configs: Mapping[str, Config]) -> list[str]:
     ]
 
 
-def _text_length(configs: Mapping[str, Config]) -> list[str]:
+def _text_length(configs: Mapping[str, ComponentConfig]) -> list[str]:
     tokens = configs.get("tokenizer", {}).get("model_max_length")
     positions = configs.get("text_encoder", {}).get("max_position_embeddings")
     if tokens is None or positions is None or tokens <= positions:
@@ -125,7 +125,7 @@ def _text_length(configs: Mapping[str, Config]) -> list[str]:
     ]
 
 
-def _shift(configs: Mapping[str, Config]) -> list[str]:
+def _shift(configs: Mapping[str, ComponentConfig]) -> list[str]:
     if not configs.get("vae", {}).get("shift_factor"):
         return []
     return [
@@ -136,7 +136,7 @@ def _shift(configs: Mapping[str, Config]) -> list[str]:
 
 
 def _image_size(
-    configs: Mapping[str, Config], image_size: int | tuple[int, int] | None
+    configs: Mapping[str, ComponentConfig], image_size: int | tuple[int, int] | None
 ) -> list[str]:
     if image_size is None or "vae" not in configs:
         return []

@@ -1,11 +1,12 @@
 """The components of a text-to-image latent diffusion model, opened from a folder or a hub id.
 
 Answers for: Stable Diffusion's folder format, stock diffusers / transformers classes only,
-safetensors only, and no component with a missing, extra or misshapen weight. Building components
-from plain values is in build.py, and offered here too. Does not answer for what the components
-compute (latents.py, text.py, diffusion/).
+safetensors only, no component with a missing, extra or misshapen weight, and the models that ship
+with the package, by name. Does not answer for building components from plain values (build.py) nor
+for their mathematics (latents.py, text.py, diffusion/).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +25,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from latentdiff.models.bundled import resolve_model
 from latentdiff.models.compatibility import check_compatible, read_configs, read_json
 from latentdiff.models.latents import Autoencoder
 from latentdiff.models.weights import (
@@ -74,13 +74,36 @@ class Components:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-CLASSES: dict[str, tuple[type, ...]] = {
+COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderKL, AutoencoderTiny),
     "text_encoder": (CLIPTextModel,),
     "safety_checker": (StableDiffusionSafetyChecker,),
     "image_encoder": (CLIPVisionModelWithProjection,),
 }
+
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {
+    "latentdiff-mini": ASSETS / "mini",
+    "latentdiff-vae": ASSETS / "vae",
+}
+
+
+def resolve_model(path_or_id: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model that ships, for its name; any other path or hub id as it is.
+
+    A folder of your own that is called as one of them is meant by ./NAME. Raises FileNotFoundError
+    where the package was installed without the model.
+    """
+    if (folder := BUNDLED.get(os.fspath(path_or_id))) is None:
+        return Path(path_or_id)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path_or_id} is not in this installation of LatentDiff ({folder} is absent); install "
+            "the package again, with its assets"
+        )
+    return folder
 
 
 def load_components(
@@ -177,17 +200,17 @@ def _component_classes(folder: Path) -> dict[str, str]:
             raise FileNotFoundError(
                 f"{folder} has no folder {name}, which its model_index.json names"
             )
-    for name in CLASSES.keys() & names.keys():
+    for name in COMPONENT_CLASSES.keys() & names.keys():
         _component_class(name, names[name])
     _scheduler_class(names["scheduler"])
     return names
 
 
 def _component_class(name: str, class_name: str) -> Any:
-    for known in CLASSES[name]:
+    for known in COMPONENT_CLASSES[name]:
         if known.__name__ == class_name:
             return known
-    expected = " or ".join(known.__name__ for known in CLASSES[name])
+    expected = " or ".join(known.__name__ for known in COMPONENT_CLASSES[name])
     raise ValueError(f"the {name} is a {class_name}, expected {expected}")
 
 

@@ -128,7 +128,7 @@ class LatentStats:
 
 
 @torch.no_grad()
-def measure_latents(codec: LatentCodec, pixel_batches: Iterable[Tensor]) -> LatentStats:
+def latent_stats(codec: LatentCodec, pixel_batches: Iterable[Tensor]) -> LatentStats:
     """Measure raw latents over batches of pixels (B, 3, H, W).
 
     The posterior's own variance counts in full: these are the statistics of sampled latents,

@@ -75,11 +75,6 @@ def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
     return states  # (B, L, D)
 
 
-def count_tokens(tokenizer: CLIPTokenizer, caption: str) -> int:
-    """Return the number of tokens of a caption before truncation, start and end tokens included."""
-    return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
-
-
 def truncated_part(tokenizer: CLIPTokenizer, caption: str) -> str:
     """Return the end of the caption that `tokenize` cuts off, as it was written; "" when all of
     it fits.

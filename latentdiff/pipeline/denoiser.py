@@ -15,9 +15,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from latentdiff.cpu.fast_sampling import FastCPU
-from latentdiff.diffusion.guidance import classifier_free, is_guided, rescale
+from latentdiff.diffusion.guidance import ScoreFunction, classifier_free, is_guided, rescale
 from latentdiff.pipeline import checks
-from latentdiff.pipeline.gradient_guidance import ScoreFunction, apply_score_guidance
+from latentdiff.pipeline.gradient_guidance import apply_score_guidance
 from latentdiff.pipeline.initial_latents import InpaintState
 from latentdiff.pipeline.lora_scale import apply_lora_scale
 

@@ -7,16 +7,14 @@ call it reconstruction guidance). It works with every scheduler, since only the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.guidance import score_guidance
+from latentdiff.diffusion.guidance import ScoreFunction, score_guidance
 from latentdiff.models.build import schedule_of
 from latentdiff.pipeline.schedulers import nearest_timesteps, predicted_z0
-
-ScoreFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # z0 (B, C, h, w), t -> scores (B,)
 
 
 def apply_score_guidance(

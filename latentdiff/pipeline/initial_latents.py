@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,10 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from latentdiff.diffusion.ddpm import Generators
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.image_inputs import ImageInputs
-
-Generators: TypeAlias = torch.Generator | list[torch.Generator]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from transformers import (
 )
 
 from latentdiff.cpu.fast_sampling import FastCPU
+from latentdiff.diffusion.ddpm import Generators
+from latentdiff.diffusion.guidance import ScoreFunction
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks, schedulers
 from latentdiff.pipeline.callbacks import TENSORS, StepEndCallback, StepFunction
@@ -39,10 +41,8 @@ from latentdiff.pipeline.files.model_info import (
     default_guidance,
     warn_if_guidance_untrained,
 )
-from latentdiff.pipeline.gradient_guidance import ScoreFunction
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
 from latentdiff.pipeline.initial_latents import (
-    Generators,
     InpaintState,
     generators_for,
     prepare_latents,

@@ -14,10 +14,10 @@ import diffusers
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.ddpm import Generators
 from latentdiff.diffusion.prediction import predict_x0
 from latentdiff.models.build import schedule_of
 from latentdiff.pipeline import checks
-from latentdiff.pipeline.initial_latents import Generators
 
 
 def set_timesteps(

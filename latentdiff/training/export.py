@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.models.bundled import resolve_model
-from latentdiff.models.components import Components, load_components
+from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import merged_components, save_adapters

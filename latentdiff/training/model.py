@@ -22,9 +22,14 @@ from latentdiff.config.text_to_image import Config
 from latentdiff.cpu.fused_transformers import fuse_transformers
 from latentdiff.diffusion.prediction import check_objective
 from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler, schedule_of
-from latentdiff.models.bundled import resolve_model
 from latentdiff.models.compatibility import check_compatible, read_configs, read_json, unet_factor
-from latentdiff.models.components import Components, load_components, load_text, load_vae
+from latentdiff.models.components import (
+    Components,
+    load_components,
+    load_text,
+    load_vae,
+    resolve_model,
+)
 from latentdiff.models.latents import Autoencoder, latent_factor
 from latentdiff.models.text import encode_text, train_tokenizer
 from latentdiff.training.learned_variance import fit_variance

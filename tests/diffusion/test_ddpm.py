@@ -14,9 +14,9 @@ from latentdiff.diffusion.ddpm import (
     p_sample_steps,
     q_posterior_mean_variance,
     q_sample,
+    randn_like,
     simple_loss,
     split_variance,
-    standard_normal,
 )
 from latentdiff.diffusion.prediction import (
     PREDICTION_TYPES,
@@ -232,7 +232,7 @@ def test_coefficients_follow_the_sample_but_are_never_narrower_than_float32(
         assert {x.dtype for x in reverse} == {wide}
         eps = predict_eps(schedule, output, xt, t, prediction_type=prediction_type)
         assert eps.dtype == wide
-    assert standard_normal(xt, generator=_generator()).dtype == wide
+    assert randn_like(xt, generator=_generator()).dtype == wide
 
 
 def test_moving_a_schedule_changes_device_and_dtype_but_not_timesteps() -> None:
@@ -285,7 +285,7 @@ def test_each_samples_generator_is_its_own() -> None:
     torch.testing.assert_close(together[1:2], sample([2]), rtol=0, atol=0)
     assert not torch.equal(together[0], together[1])
     with pytest.raises(ValueError, match="2 generators for 3"):
-        standard_normal(_randn(3, 2), generator=[_generator(), _generator()])
+        randn_like(_randn(3, 2), generator=[_generator(), _generator()])
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

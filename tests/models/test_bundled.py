@@ -18,8 +18,7 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.config.evaluation import EvalModelOptions
 from latentdiff.config.sampling import SampleOptions
 from latentdiff.evaluation.eval_set import open_eval_model
-from latentdiff.models.bundled import ASSETS, BUNDLED, resolve_model
-from latentdiff.models.components import load_components, load_vae
+from latentdiff.models.components import ASSETS, BUNDLED, load_components, load_vae, resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.sampling import conversion, release

@@ -17,7 +17,7 @@ from latentdiff.models.latents import (
     LatentCodec,
     LatentStats,
     fold_normalisation,
-    measure_latents,
+    latent_stats,
     set_scalar_scaling,
 )
 
@@ -191,7 +191,7 @@ def test_measured_statistics_are_those_of_sampled_latents() -> None:
     codec = LatentCodec(randomise(make_vae()))
     batches = [random_pixels(4), random_pixels(3, size=16)]
     with torch.no_grad():
-        stats = measure_latents(codec, batches)
+        stats = latent_stats(codec, batches)
         samples = []
         for pixels in batches:
             mean, std = codec.raw_moments(pixels)
@@ -208,7 +208,7 @@ def test_measured_statistics_are_those_of_sampled_latents() -> None:
 @pytest.mark.parametrize("make", [make_vae, make_tiny_vae])
 def test_scalar_scaling_gives_unit_variance_and_survives_saving(make, tmp_path: Path) -> None:
     codec, pixels = LatentCodec(make()), random_pixels(4)
-    set_scalar_scaling(codec.vae, measure_latents(codec, [pixels]))
+    set_scalar_scaling(codec.vae, latent_stats(codec, [pixels]))
     codec.vae.save_pretrained(tmp_path)
     again = LatentCodec(load_vae(tmp_path))
     assert again.scale == codec.scale
@@ -259,9 +259,9 @@ def test_folding_a_shift_keeps_z_and_images() -> None:
 
 def test_measure_then_fold_gives_unit_channels() -> None:
     codec, pixels = LatentCodec(randomise(make_vae())), random_pixels(4)
-    stats = measure_latents(codec, [pixels])
+    stats = latent_stats(codec, [pixels])
     fold_normalisation(codec.vae, mean=stats.mean, std=stats.std)
-    after = measure_latents(codec, [pixels])
+    after = latent_stats(codec, [pixels])
     torch.testing.assert_close(torch.tensor(after.mean), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.tensor(after.std), torch.ones(4), atol=1e-5, rtol=0)
 
@@ -269,7 +269,7 @@ def test_measure_then_fold_gives_unit_channels() -> None:
 def test_what_cannot_be_measured_or_folded_is_refused(vae, tiny_vae) -> None:
     constant = LatentStats((0.0,) * 4, (0.0,) * 4, 0.0, 0.0, 1)
     with pytest.raises(ValueError, match="no image"):
-        measure_latents(LatentCodec(vae), [])
+        latent_stats(LatentCodec(vae), [])
     with pytest.raises(ValueError, match="overall_std"):
         set_scalar_scaling(vae, constant)
     with pytest.raises(ValueError, match="AutoencoderTiny"):
@@ -304,5 +304,5 @@ def test_real_taesd_rebuilds_a_photograph_and_agrees_with_its_measured_statistic
         error = (codec.decode(codec.encode(pixels)).clamp(-1, 1) - pixels).square().mean()
     assert -10 * torch.log10(error / 4) > 22  # PSNR in dB
     known = json.loads((shared_dir / "weights" / "taesd" / "latent_stats.json").read_text())
-    stats = measure_latents(codec, [pixels])
+    stats = latent_stats(codec, [pixels])
     assert stats.overall_std == pytest.approx(known["overall_std"], rel=0.3)

@@ -21,8 +21,8 @@ from latentdiff.diffusion.ddpm import (
     p_mean_variance,
     p_sample,
     q_sample,
+    randn_like,
     split_variance,
-    standard_normal,
 )
 from latentdiff.diffusion.prediction import check_objective, parametrization, predict_eps
 from latentdiff.diffusion.schedules import Schedule, extract
@@ -202,7 +202,7 @@ def flow_bits(
     entropy = 0.5 * math.log(2 * math.pi * math.e * variance) / math.log(2)  # of q(x1 | x0)
     columns = []
     for _ in range(repeats):
-        x1 = q_sample(schedule, x0, t, standard_normal(x0, generator=generator))
+        x1 = q_sample(schedule, x0, t, randn_like(x0, generator=generator))
         with torch.no_grad():
             output = model(x1, schedule.timesteps[t])
         decoder = bound_term(
@@ -262,13 +262,13 @@ def predictor_corrector(
             variance_type=variance_type,
             clip_x0=clip_x0,
         )
-        xt = p_sample(reverse, t, standard_normal(xt, generator=generator))
+        xt = p_sample(reverse, t, randn_like(xt, generator=generator))
         for _ in range(num_corrections if index > 0 else 0):
             output, _ = split_variance(
                 model(xt, schedule.timesteps[t - 1]), xt, variance_type=variance_type
             )
             eps = predict_eps(schedule, output, xt, t - 1, prediction_type=prediction_type)
-            noise = standard_normal(xt, generator=generator)
+            noise = randn_like(xt, generator=generator)
             xt = _langevin(schedule, xt, eps, t - 1, noise, snr=snr)
     return xt
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentdiff.atomic import atomic_file
 from latentdiff.config.evaluation import BoundOptions
 from latentdiff.diffusion.bound import TimestepPlan, difference, estimate
-from latentdiff.diffusion.ddpm import standard_normal
+from latentdiff.diffusion.ddpm import randn_like
 from latentdiff.diffusion.theory.progressive_coding import interpolate, progressive_x0
 from latentdiff.evaluation.eval_set import EvalModel
 from latentdiff.evaluation.metrics.vlb import (
@@ -230,7 +230,7 @@ def interpolation_sheet(chain: Chain, eval_model: EvalModel) -> Image.Image:
             schedule,
             unet_model(eval_model.components.unet, prompt_embeds, num_outputs=chain.num_outputs),
             (first, second),
-            eps=standard_normal(first, generator=generators),
+            eps=randn_like(first, generator=generators),
             depth=step,
             share=share[..., None].to(eval_model.device),
             generator=generators,

@@ -23,9 +23,8 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import Tensor, nn
 
-from latentdiff.models.bundled import resolve_model
 from latentdiff.models.compatibility import check_compatible
-from latentdiff.models.components import load_components
+from latentdiff.models.components import load_components, resolve_model
 from latentdiff.models.weights import PICKLES, check_weights
 from latentdiff.pipeline.files.kohya_lora import warn_of_unused_layers
 from latentdiff.pipeline.files.model_info import (

@@ -19,8 +19,7 @@ from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.prompt_cache import prompt_keys
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import size_text
-from latentdiff.models.bundled import resolve_model
-from latentdiff.models.components import load_components, load_text
+from latentdiff.models.components import load_components, load_text, resolve_model
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.inputs.encode import (
     cache_dir,

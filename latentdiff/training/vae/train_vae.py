@@ -28,7 +28,7 @@ from latentdiff.evaluation.metric_nets import load_mobilenet
 from latentdiff.image_io import load_image
 from latentdiff.models.build import build_vae
 from latentdiff.models.components import load_vae
-from latentdiff.models.latents import LatentCodec, measure_latents, set_scalar_scaling
+from latentdiff.models.latents import LatentCodec, latent_stats, set_scalar_scaling
 from latentdiff.training.distributed import single_process_accelerator
 from latentdiff.training.metrics_log import LossLog
 from latentdiff.training.optim.lr import TimedRate
@@ -59,7 +59,7 @@ def train_vae(config: VaeConfig) -> dict[str, float]:
     if config.train_part == "all":
         with torch.no_grad():
             pixels = (batch.to(average.device) for batch in crops.some(config))
-            set_scalar_scaling(average, measure_latents(codec, pixels))
+            set_scalar_scaling(average, latent_stats(codec, pixels))
     report = {"steps": float(steps), "scaling_factor": codec.scale}
     network = load_mobilenet(config.features).to(average.device) if config.features else None
     if accelerator.is_main_process:
