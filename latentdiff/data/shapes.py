@@ -1,6 +1,6 @@
 """The built-in captioned world: flat coloured shapes on flat backgrounds.
 
-Every image is described in full by its caption, so a model's obedience can be measured: a tenth
+Every image is described in full by its caption, so prompt following can be measured: a tenth
 of all (kind, colour, size, background) combinations is never shown in training, and an image asked
 for by such a caption shows whether the parts of a caption were understood or only memorised. In the
 style "smiling" each shape has a face: something new to teach a model that knows the plain ones.
@@ -127,21 +127,15 @@ def write_shapes(
 
     train shows the seen combinations, test the held-out ones; `pair_fraction` of the images show
     two shapes and a relation. style: as of `in_style`, and without pairs, which are too small for
-    it. Raises FileExistsError when root holds something else already, ValueError for what it cannot
-    draw.
+    it. Raises FileExistsError when root holds other files, ValueError for a style or pairs that
+    cannot be drawn.
     """
     if style is not None and pair_fraction:
         raise ValueError(f"pair_fraction={pair_fraction}, expected 0 with style={style!r}")
-    root = Path(root)
-    settings: dict[str, float | str] = {
-        "num_train": num_train,
-        "num_test": num_test,
-        "size_px": size_px,
-        "pair_fraction": pair_fraction,
-        "seed": seed,
-    }
+    root, stamp = Path(root), Path(root) / "shapes.json"
+    sizes = {"num_train": num_train, "num_test": num_test, "size_px": size_px}
+    settings: dict[str, float | str] = {**sizes, "pair_fraction": pair_fraction, "seed": seed}
     settings |= {} if style is None else {"style": style}
-    stamp = root / "shapes.json"
     if stamp.exists() and json.loads(stamp.read_text()) == settings:
         return root
     if root.exists() and any(root.iterdir()):
@@ -151,13 +145,14 @@ def write_shapes(
         seen, unseen = in_style(seen, style), in_style(unseen, style)
     for split, scenes, count in (("train", seen, num_train), ("test", unseen, num_test)):
         rng = np.random.default_rng([seed, len(scenes)])
-        _write_split(root / split, _stream(scenes, count, pair_fraction, rng), size_px, rng)
+        stream = _stream(scenes, count, rng=rng, pair_fraction=pair_fraction)
+        _write_split(root / split, stream, rng=rng, size_px=size_px)
     stamp.write_text(json.dumps(settings))
     return root
 
 
 def _stream(
-    scenes: list[Scene], count: int, pair_fraction: float, rng: np.random.Generator
+    scenes: list[Scene], count: int, *, rng: np.random.Generator, pair_fraction: float
 ) -> Iterator[Scene]:
     """Yield `count` scenes: all combinations in turn, some replaced by pairs of two of them."""
     for i in range(count):
@@ -178,7 +173,7 @@ def _stream(
 
 
 def _write_split(
-    folder: Path, scenes: Iterator[Scene], size_px: int, rng: np.random.Generator
+    folder: Path, scenes: Iterator[Scene], *, rng: np.random.Generator, size_px: int
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:

@@ -373,7 +373,7 @@ def test_settings_that_do_not_fit_are_refused(root, cache_dir, codec):
         ({"plan": square(folder, 30)}, "multiples of 4"),
         ({"plan": CropPlan(np.zeros((3, 2), np.int32))}, "a row for each record"),
         ({"plan": square(folder, places=(1.5,))}, r"in \[0, 1\]"),
-        ({"plan": square(folder, places=())}, "cuts anywhere cannot be cached"),
+        ({"plan": square(folder, places=())}, "crops anywhere cannot be cached"),
         ({"shard": (2, 2)}, "rank < world"),
     ]
     for settings, message in bad:

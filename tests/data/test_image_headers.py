@@ -21,17 +21,17 @@ from latentdiff.data.folder.folder import read_folder
 def opened(monkeypatch) -> list[str]:
     """The names of the files that a scan opens."""
     names: list[str] = []
-    real_facts, real_text = image_headers.read_image_header, sidecars._read
+    real_header, real_text = image_headers.read_image_header, sidecars._read
 
-    def facts(root: Path, entry: Entry, *, full: bool):
+    def header(root: Path, entry: Entry, *, full: bool):
         names.append(Path(entry.path).name)
-        return real_facts(root, entry, full=full)
+        return real_header(root, entry, full=full)
 
-    def text(root: Path, entry: Entry, *settings: str):
+    def text(root: Path, entry: Entry, **settings: str):
         names.append(Path(entry.path).name)
-        return real_text(root, entry, *settings)
+        return real_text(root, entry, **settings)
 
-    monkeypatch.setattr(image_headers, "read_image_header", facts)
+    monkeypatch.setattr(image_headers, "read_image_header", header)
     monkeypatch.setattr(sidecars, "_read", text)
     return names
 

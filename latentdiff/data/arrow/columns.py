@@ -96,12 +96,16 @@ def iter_py(array: pa.Array | pa.ChunkedArray, places: np.ndarray | None = None)
 
 @contextmanager
 def system_memory() -> Iterator[None]:
-    """Let arrow take memory from the system: its own pool holds back half as much as it gives."""
+    """Let arrow take memory from the system: its own pool holds back half as much as it gives.
+
+    Memory that is not used any more is given back at the end.
+    """
     before = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
     try:
         yield
     finally:
+        release_memory()
         pa.set_memory_pool(before)
 
 

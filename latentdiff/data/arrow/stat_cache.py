@@ -37,20 +37,19 @@ def cached_rows(
     """Give a row of `schema` for each of `files`; both start with the columns of LISTING.
 
     `read` turns one file into the values of the further columns. It is called, in threads, for
-    files that the table `name` of `index` does not know or knows otherwise, or for all if `again`;
-    the index then learns them, also while files are being read.
+    files that the table `name` of `index` does not have, unchanged, or for all if `again`. The
+    table is saved at the end, and every minute until then.
     """
     known = index.load(name, schema) if index is not None else None
-    tables = [schema.empty_table() if known is None else known]
+    tables = [known if known is not None else schema.empty_table()]
     num_known = len(tables[0])
     at = np.full(len(files), -1, np.int32) if again else find_unchanged(files, tables[0])
     unknown = np.flatnonzero(at < 0).astype(np.int32)
     saved = time.monotonic()
     fresh = take_rows(files, unknown)
-    for rows in _read_chunks(fresh, read, schema=schema, num_threads=num_threads):
+    chunks = _read_chunks(fresh, read, schema=schema, num_threads=num_threads, progress=progress)
+    for rows in chunks:
         tables.append(rows)
-        if progress is not None:
-            progress(sum(map(len, tables)) - num_known, len(unknown))
         if index is not None and time.monotonic() - saved > SAVE_SECONDS:
             _save(pa.concat_tables(tables), name, index)
             saved = time.monotonic()
@@ -60,12 +59,10 @@ def cached_rows(
     if index is None or not (len(unknown) or num_known != len(table)):
         return table
     _save(table, name, index)
-    mapped = index.load(name, schema)
-    if mapped is None or len(mapped) != len(table):
-        return table
-    del table
-    release_memory()
-    return mapped
+    if (mapped := index.load(name, schema)) is not None and len(mapped) == len(table):
+        table = mapped
+        release_memory()
+    return table
 
 
 def find_unchanged(files: pa.Table, known: pa.Table) -> np.ndarray:
@@ -80,7 +77,12 @@ def find_unchanged(files: pa.Table, known: pa.Table) -> np.ndarray:
 
 
 def _read_chunks(
-    files: pa.Table, read: Read, *, schema: pa.Schema, num_threads: int
+    files: pa.Table,
+    read: Read,
+    *,
+    schema: pa.Schema,
+    num_threads: int,
+    progress: Progress | None,
 ) -> Iterator[pa.Table]:
     """Read files in threads and yield their rows, FILES_AT_ONCE at a time."""
 
@@ -97,6 +99,8 @@ def _read_chunks(
             read_rows = [row for rows in threads.map(read_some, tasks) for row in rows]
             values = zip(*read_rows, strict=True)
             arrays = [pa.array(one, field.type) for one, field in zip(values, fields, strict=True)]
+            if progress is not None:
+                progress(start + len(chunk), len(files))
             yield pa.table([*chunk.columns, *arrays], schema=schema)
 
 

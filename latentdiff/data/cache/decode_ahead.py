@@ -1,4 +1,4 @@
-"""Images decoded and cut by threads, ahead of the encoder that wants them in batches."""
+"""Images decoded and cropped by threads, ahead of the encoder that takes them in batches."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class Item:
-    """An image to decode: its record's index, its size in pixels, and the cut."""
+    """An image to decode: its record's index, its size in pixels, and its crop."""
 
     index: int
     height: int
@@ -32,11 +32,11 @@ class Item:
 
 @dataclass(frozen=True)
 class CropPlan:
-    """How each image is cut: resized until it covers its size, then cropped.
+    """How each image is cropped: resized until it covers its size, then cut.
 
-    sizes: (N, 2) (height, width) in pixels, multiples of the VAE's factor. places: where cuts lie
+    sizes: (N, 2) (height, width) in pixels, multiples of the VAE's factor. places: where crops lie
     in the room there is, each in [0, 1]; (0.5,) is the centre, () anywhere. has_room: (N,) which
-    images have room at all, so that the others are cut once only; None means that all may have.
+    images have room at all, so that the others are cropped once only; None: all may have.
     """
 
     sizes: np.ndarray
@@ -45,7 +45,7 @@ class CropPlan:
     background: tuple[int, int, int] = (255, 255, 255)
 
     def check(self, folder: Folder, *, factor: int) -> None:
-        """Raise ValueError where the plan does not fit the folder or the VAE."""
+        """Raise ValueError where the plan does not match the folder or the VAE."""
         for name, table in (("sizes", self.sizes), ("has_room", self.has_room)):
             if table is not None and len(table) != len(folder):
                 raise ValueError(
@@ -58,11 +58,11 @@ class CropPlan:
             raise ValueError(f"places must be in [0, 1], got {self.places}")
 
     def variant(self, u: float) -> int:
-        """Choose one of `places` by a draw u in [0, 1)."""
+        """Choose one of `places` by a random u in [0, 1)."""
         return int(u * len(self.places))
 
     def item(self, index: int, *, u: float, flip: bool) -> Item:
-        """Give the cut of one record's image that a draw u in [0, 1) chooses."""
+        """Return the crop of one record's image that a random u in [0, 1) chooses."""
         height, width = self.sizes[index].tolist()
         place = self.places[self.variant(u)] if self.places else u
         if self.has_room is not None and not self.has_room[index]:
@@ -84,8 +84,8 @@ def decode_ahead(
     """Yield batches of items that follow one another and share a size, with pixels (B, H, W, 3)
     uint8.
 
-    digests: (N, 32) SHA-256 of the records' files, to notice one that has changed. Raises
-    ValueError naming a file that has, or that cannot be read.
+    digests: (N, 32) SHA-256 of the records' files, to notice a change. Raises ValueError naming a
+    file that has changed or cannot be read.
     """
 
     def load(item: Item) -> np.ndarray:
@@ -109,7 +109,7 @@ def decode_ahead(
 
 
 def batches_of(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Cut items into batches of one size each; the last of a size may be smaller."""
+    """Group items into batches of one image size; the last of a size may hold fewer."""
     batch: list[Item] = []
     for item in items:
         other = batch and (item.height, item.width) != (batch[0].height, batch[0].width)
@@ -122,7 +122,7 @@ def batches_of(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 
 
 def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray:
-    """Decode and cut one image: (H, W, 3) uint8."""
+    """Decode and crop one image: (H, W, 3) uint8."""
     name = folder[item.index].id
     try:
         data = folder.read_bytes(item.index)
@@ -132,7 +132,7 @@ def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray
     except (ImageError, OSError) as error:
         raise ValueError(
             f"{folder.root / name} cannot be encoded: {error}. python scripts/inspect_data.py "
-            f"{folder.root} --full finds all such files; mend or remove them"
+            f"{folder.root} --full finds all such files; fix or remove them"
         ) from error
     cut = resize_and_crop(
         image, height=item.height, width=item.width, crop=item.crop, flip=item.flip

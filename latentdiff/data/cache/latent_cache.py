@@ -1,13 +1,14 @@
 """Latents of a folder's images, encoded once and kept on disk, addressed by content.
 
-A latent's key is the hash of the image's bytes, the cut (size, place, flip, background,
-interpolation), the VAE's weights and the dtype: whatever changes is encoded again, nothing else is.
-Kept are the raw moments, before scale and shift, so each epoch samples afresh and another
-scaling_factor costs nothing. Text states are in text_cache.py, and offered here too.
+A latent's key is the hash of the image's bytes, the crop (size, place, flip, background,
+interpolation), the VAE's weights and the dtype: a changed image is encoded again, no other is.
+Stored are the raw moments, before scale and shift, so each epoch samples afresh and another
+scaling_factor costs nothing. Ours: no library's cache is keyed by content, shared by processes
+and checked row by row.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.cache.decode_ahead import CropPlan, decode_ahead
+from latentdiff.data.cache.decode_ahead import Batch, CropPlan, decode_ahead
 from latentdiff.data.cache.latent_encoding import (
     check_finite,
     encode_moments,
@@ -33,10 +34,10 @@ LEFTOVER_SECONDS = 3600.0  # a temporary file this old belongs to a process that
 
 
 class LatentCache(CachedVariants):
-    """The posterior of z for every record of a folder. Small: what is read is mapped from disk.
+    """The posterior of z for every record of a folder, mapped from disk.
 
-    encoded: how many latents this process had to encode. keys: see latent_keys. scale, shift: those
-    of the codec; `use_scaling_of` follows a codec whose scaling has changed.
+    num_encoded: latents that this process had to encode. keys: see latent_keys. scale, shift: of
+    the codec; `use_scaling_of` follows a codec whose scaling has changed.
     """
 
     def __init__(
@@ -66,13 +67,13 @@ class LatentCache(CachedVariants):
         digests: np.ndarray | None = None,
         progress: bool = True,
     ) -> "LatentCache":
-        """Open what there is, and encode nothing; the settings are those of `build`.
+        """Open the cache as it is, and encode nothing; the settings are those of `build`.
 
-        digests: what `image_digests` gives for the folder, asked of it unless given.
+        digests: of `image_hashes(folder)`, computed unless given.
         """
         plan.check(folder, factor=codec.factor)
         if not plan.places:
-            raise ValueError("a plan that cuts anywhere cannot be cached; give it places")
+            raise ValueError("a plan that crops anywhere cannot be cached; give it places")
         if digests is None:
             digests = _digests(folder, cache_dir, progress=progress)
         keys = latent_keys(digests, codec, plan=plan, flips=flips, dtype=dtype)
@@ -95,14 +96,12 @@ class LatentCache(CachedVariants):
         check_rows: bool = False,
         progress: bool = True,
     ) -> "LatentCache":
-        """Encode what the cache lacks, with the VAE where it is, and open the result.
+        """Encode the missing latents, on the VAE's device, and open the result.
 
-        flips: keep the mirrored images too. dtype: of what is kept, float32, float16 or bfloat16.
-        shard: (rank, world), where this process encodes its share only; what the others encode is
-        found when it is asked for, so let all processes finish first. check_rows: read the whole
-        cache and encode damaged parts again now, rather than stop when one is met in training.
-        What was finished is kept when this is interrupted. Raises ValueError naming the file if a
-        image cannot be decoded or has changed since it was listed, or if a latent is not finite.
+        flips: store mirrored images too. dtype: of the stored moments. shard: (rank, world), to
+        encode a share; let all processes finish before one reads. check_rows: encode damaged rows
+        again now, rather than stop at one in training. An interruption loses no finished latent.
+        ValueError names a file that is damaged, has changed, or gives non-finite latents.
         """
         digests = _digests(folder, cache_dir, progress=progress)
         cache = cls.open(
@@ -116,38 +115,47 @@ class LatentCache(CachedVariants):
             check_rows=check_rows,
         )
         todo = cache._missing(shard)
-        writer = StoreWriter(cache._store.folder)
+        items = (cache._item(variant, index) for variant, index in todo.tolist())
+        batches = decode_ahead(
+            folder, items, digests=digests, batch_size=batch_size, num_threads=num_threads
+        )
+        cache._encode(batches, todo, codec=codec, folder=folder, dtype=dtype, progress=progress)
+        return cache
+
+    def _encode(
+        self,
+        batches: Iterator[Batch],
+        todo: np.ndarray,
+        *,
+        codec: LatentCodec,
+        folder: Folder,
+        dtype: torch.dtype,
+        progress: bool,
+    ) -> None:
+        """Encode and store batches of the (M, 2) variants and indices of `todo`, in its order."""
+        writer, done = StoreWriter(self._store.folder), 0
         with tqdm(total=len(todo), desc="encoding", unit="img", disable=not progress) as bar:
             try:
-                batches = decode_ahead(
-                    folder,
-                    (cache._item(variant, index) for variant, index in todo.tolist()),
-                    digests=digests,
-                    batch_size=batch_size,
-                    num_threads=num_threads,
-                )
-                done = 0
                 for items, pixels in batches:
                     moments = encode_moments(codec, pixels, dtype=dtype).cpu()
                     check_finite(moments, folder, items)
                     places = todo[done : done + len(items)]
-                    writer.add(cache.keys[places[:, 0], places[:, 1]], moments)
+                    writer.add(self.keys[places[:, 0], places[:, 1]], moments)
                     done += len(items)
                     bar.update(len(items))
             finally:
                 writer.flush()
-        cache.num_encoded = len(todo)
-        cache._refresh()
-        return cache
+        self.num_encoded = len(todo)
+        self._refresh()
 
     @property
     def num_missing(self) -> int:
-        """Latents that no process has written yet."""
+        """Number of latents that no process has written yet."""
         self._refresh()
         return len(np.unique(self.keys[self._rows == MISSING], axis=0))
 
     def complete_records(self) -> np.ndarray:
-        """List the records of which everything is encoded, rising."""
+        """List the indices of records with every variant encoded, rising."""
         self._refresh()
         return np.flatnonzero((self._rows != MISSING).all(axis=0))
 
@@ -182,17 +190,17 @@ class LatentCache(CachedVariants):
         return mean_and_std(row.float())
 
     def use_scaling_of(self, codec: LatentCodec) -> None:
-        """Take the codec's scale and shift for what is read from now on."""
+        """Apply the codec's scale and shift to latents read from now on."""
         self.scale, self.shift = codec.scale, codec.shift
 
 
 def verify_cache(
     cache: LatentCache, folder: Folder, codec: LatentCodec, *, num_samples: int = 16
 ) -> float:
-    """Encode a spread of records again and return the largest absolute difference of raw moments.
+    """Encode a subsample of records again; return the largest absolute difference of raw moments.
 
-    Records of which something is not encoded yet are passed over. Expect float32 rounding, or that
-    of the dtype kept; more means another VAE or another folder.
+    Records not encoded in every variant yet are skipped. Expect float32 rounding, or that of the
+    stored dtype; more means another VAE or another folder.
     """
     if len(cache) != len(folder):
         raise ValueError(f"the cache has {len(cache):,} records and the folder {len(folder):,}")
@@ -200,9 +208,9 @@ def verify_cache(
     chosen = np.linspace(0, len(there) - 1, min(num_samples, len(there))).astype(int)
     places = there[np.unique(chosen)]
     flips = range(1 + cache.flips)
-    cuts = (cache.plan.item(i, u=0.5, flip=bool(flip)) for i in places.tolist() for flip in flips)
+    crops = (cache.plan.item(i, u=0.5, flip=bool(flip)) for i in places.tolist() for flip in flips)
     worst = 0.0
-    for (item,), pixels in decode_ahead(folder, cuts, digests=None, batch_size=1, num_threads=2):
+    for (item,), pixels in decode_ahead(folder, crops, digests=None, batch_size=1, num_threads=2):
         moments = encode_moments(codec, pixels, dtype=torch.float32)[0].cpu()
         fresh = torch.stack(mean_and_std(moments))
         kept = torch.stack(cache.raw_moments(item.index, flipped=item.flip, crop=0.5))
@@ -214,11 +222,10 @@ def verify_cache(
 def prune_cache(
     cache_dir: Path | str, keep_keys: Iterable[np.ndarray], *, delete: bool = False
 ) -> list[tuple[Path, int]]:
-    """List the cache files, with their bytes, that hold nothing of `keep_keys`; remove them only if
-    `delete`.
+    """List the cache files, with their bytes, that hold none of `keep_keys`; `delete` removes them.
 
-    keep_keys: the `keys` of every LatentCache, MaskCache and TextCache still in use. Damaged files
-    and what processes that died left half-written are listed too.
+    keep_keys: the `keys` of every LatentCache, MaskCache and PromptCache still in use. Damaged
+    files, and files that processes left half-written when they died, are listed too.
     """
     wanted = [keys.reshape(-1, 2) for keys in keep_keys]
     keep = np.concatenate([np.zeros((0, 2), np.uint64), *wanted])

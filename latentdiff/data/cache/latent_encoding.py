@@ -1,4 +1,4 @@
-"""Pixels to the raw moments that the cache keeps, and the keys they are kept under."""
+"""Pixels to raw latent moments, and the keys under which the cache stores moments."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from latentdiff.data.images import uint8_to_pixels
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.weights import weights_hash
 
-INTERPOLATION = "bicubic"  # what images.resize_and_crop does
-CUT = np.dtype([("digest", "u1", 32), ("size", "<i4", 2), ("crop", "<f8", 2), ("flip", "u1")])
+INTERPOLATION = "bicubic"  # of images.resize_and_crop
+CROP = np.dtype([("digest", "u1", 32), ("size", "<i4", 2), ("crop", "<f8", 2), ("flip", "u1")])
 
 
 def latent_keys(
@@ -26,7 +26,7 @@ def latent_keys(
     """Hash everything a latent depends on: (V, N, 2) uint64, V the plan's places, each twice with
     flips: the mirrored one second.
 
-    digests: (N, 32) of the image files. Scale and shift do not matter to what is kept.
+    digests: (N, 32) of the image files. Scale and shift are not part of the key.
     """
     config = codec.vae.config
     base = {
@@ -37,13 +37,13 @@ def latent_keys(
         "background": plan.background,
         "interpolation": INTERPOLATION,
     }
-    return cut_keys(json.dumps(base, sort_keys=True), digests, plan=plan, flips=flips)
+    return crop_keys(json.dumps(base, sort_keys=True), digests, plan=plan, flips=flips)
 
 
-def cut_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) -> np.ndarray:
-    """Hash what is made of each image's cuts: (V, N, 2) uint64, V as in `latent_keys`.
+def crop_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) -> np.ndarray:
+    """Hash each image's crops: (V, N, 2) uint64, V as in `latent_keys`.
 
-    base: what all of it depends on. digests: (N, 32) of the files.
+    base: all that the crops' entries share. digests: (N, 32) of the files.
     """
     start = hashlib.sha256(base.encode()).digest()
     variants = [(place, flip) for place in plan.places for flip in range(1 + flips)]
@@ -51,12 +51,12 @@ def cut_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) -> 
     for variant, (place, flip) in enumerate(variants):
         for low in range(0, len(digests), CHUNK):
             part = slice(low, low + CHUNK)
-            cuts = np.zeros(len(digests[part]), CUT)
-            cuts["digest"], cuts["size"], cuts["flip"] = digests[part], plan.sizes[part], flip
-            cuts["crop"] = place
+            crops = np.zeros(len(digests[part]), CROP)
+            crops["digest"], crops["size"], crops["flip"] = digests[part], plan.sizes[part], flip
+            crops["crop"] = place
             if plan.has_room is not None:
-                cuts["crop"][~plan.has_room[part]] = 0.5
-            keys[variant, part] = as_keys(key_of(start, cut.tobytes()) for cut in cuts)
+                crops["crop"][~plan.has_room[part]] = 0.5
+            keys[variant, part] = as_keys(key_of(start, cut.tobytes()) for cut in crops)
     return keys
 
 

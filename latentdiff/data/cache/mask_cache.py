@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.cache.decode_ahead import CropPlan
-from latentdiff.data.cache.latent_encoding import cut_keys
+from latentdiff.data.cache.latent_encoding import crop_keys
 from latentdiff.data.cache.tensor_store import CachedVariants, StoreWriter, TensorStore
 from latentdiff.data.folder.content_hash import image_hashes, mask_hashes
 from latentdiff.data.masks import Masks
@@ -36,7 +36,7 @@ class MaskCache(CachedVariants):
 
     @classmethod
     def open(cls, masks: Masks, *, cache_dir: Path | str) -> "MaskCache":
-        """Open what there is, and read no mask."""
+        """Open the cache as it is, and read no mask."""
         keys = mask_keys(masks, _digests(masks, cache_dir))
         return cls(TensorStore(Path(cache_dir) / "masks"), keys, plan=masks.plan)
 
@@ -50,9 +50,9 @@ class MaskCache(CachedVariants):
         shard: tuple[int, int] = (0, 1),
         progress: bool = True,
     ) -> "MaskCache":
-        """Read what the cache lacks, and open the result; shard as in LatentCache.build.
+        """Read the missing masks, and open the result; shard: as in LatentCache.build.
 
-        What was finished is kept when this is interrupted. ValueError names a mask that cannot be
+        After an interruption, finished masks stay. ValueError names a mask that cannot be
         read, or has changed since it was listed.
         """
         digests = _digests(masks, cache_dir)
@@ -88,9 +88,12 @@ class MaskCache(CachedVariants):
 
 
 def mask_keys(masks: Masks, digests: np.ndarray) -> np.ndarray:
-    """Hash everything a kept mask depends on: (V, N, 2) uint64. digests: (N, 32) of the files."""
+    """Hash everything that a stored mask depends on: (V, N, 2) uint64.
+
+    digests: (N, 32) of the files.
+    """
     base = {"mask": masks.kind, "cell": masks.factor, "interpolation": "bilinear"}
-    return cut_keys(json.dumps(base, sort_keys=True), digests, plan=masks.plan, flips=False)
+    return crop_keys(json.dumps(base, sort_keys=True), digests, plan=masks.plan, flips=False)
 
 
 def _digests(masks: Masks, cache_dir: Path | str) -> np.ndarray:

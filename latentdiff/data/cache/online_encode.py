@@ -1,7 +1,7 @@
-"""Images as training takes them without a cache: decoded by workers, encoded at every step.
+"""Training images without a cache: decoded by workers, encoded at every step.
 
-`Images` needs no VAE and goes to data workers; `LatentEncoder` stays where the VAE is, and stands
-in for LatentCache wherever single latents are asked for.
+`OnlineImages` needs no VAE and goes to data workers; `OnlineLatentEncoder` stays where the VAE is,
+and replaces LatentCache wherever single latents are read.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from latentdiff.models.latents import LatentCodec
 
 @dataclass(frozen=True)
 class OnlineImages:
-    """A folder's images, cut as a plan says. channels, factor: those of the VAE's latents."""
+    """A folder's images, cropped by a plan. channels, factor: those of the VAE's latents."""
 
     folder: Folder
     plan: CropPlan
@@ -30,17 +30,17 @@ class OnlineImages:
         return self.channels, height // self.factor, width // self.factor
 
     def inputs(self, index: int, noise: Tensor, *, flipped: bool, crop: float) -> dict[str, Tensor]:
-        """Return what `LatentEncoder.encode` makes z0 of: pixels (H, W, 3) uint8, and the noise."""
+        """Return the inputs of `OnlineLatentEncoder.encode`: pixels (H, W, 3) uint8, and noise."""
         return {"pixels": self.pixels(index, flipped=flipped, crop=crop), "vae_noise": noise}
 
     def pixels(self, index: int, *, flipped: bool, crop: float) -> Tensor:
-        """Decode and cut one image: (H, W, 3) uint8. ValueError names one that is damaged."""
+        """Decode and crop one image: (H, W, 3) uint8. ValueError names a damaged image."""
         item = self.plan.item(index, u=crop, flip=flipped)
         return torch.from_numpy(load_item(self.folder, item, digest=None).copy())
 
 
 class OnlineLatentEncoder:
-    """The posterior of z, encoded when it is asked for."""
+    """The posterior of z, encoded when it is read."""
 
     def __init__(self, folder: Folder, codec: LatentCodec, *, plan: CropPlan) -> None:
         plan.check(folder, factor=codec.factor)

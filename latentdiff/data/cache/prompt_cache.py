@@ -1,4 +1,4 @@
-"""Text states of captions, encoded once and kept on disk, addressed by content.
+"""Prompt embeddings of captions, encoded once and kept on disk, addressed by content.
 
 A key is the hash of the caption, the text encoder's weights, the tokenizer and the dtype. The null
 caption of classifier-free guidance is always there.
@@ -27,8 +27,8 @@ CHUNK = 4096  # captions looked up at a time
 
 
 class PromptCache:
-    """The text states of captions, by caption. encoded: how many this process had to encode; keys:
-    (M, 2) uint64, those of the captions it was built for."""
+    """Prompt embeddings by caption. num_encoded: captions that this process had to encode; keys:
+    (M, 2) uint64, of the captions that the cache was built for."""
 
     def __init__(
         self, store: TensorStore, start: bytes, *, keys: np.ndarray, num_encoded: int
@@ -51,7 +51,7 @@ class PromptCache:
         check_rows: bool = False,
         progress: bool = True,
     ) -> "PromptCache":
-        """Encode the captions, and the null caption, that the cache lacks, and open the result.
+        """Encode the missing captions, the null caption among them, and open the result.
 
         Captions may repeat. shard, check_rows and interruption: as in LatentCache.build.
         """
@@ -69,8 +69,8 @@ class PromptCache:
                     todo = {keys[i]: chunk[i] for i in mine if keys[i] not in encoded}
                     for batch in _chunks(todo.items(), batch_size):
                         texts = [caption for _, caption in batch]
-                        prompt_embeds = encode_captions(tokenizer, text_encoder, texts).to(dtype)
-                        writer.add(as_keys(key for key, _ in batch), prompt_embeds)
+                        embeds = encode_captions(tokenizer, text_encoder, texts).to(dtype)
+                        writer.add(as_keys(key for key, _ in batch), embeds)
                     encoded |= todo.keys()
                     bar.update(len(chunk))
             finally:
@@ -84,13 +84,13 @@ class PromptCache:
 
     @property
     def null_embeds(self) -> Tensor:
-        """The null caption's states (L, D)."""
+        """The null caption's embeddings (L, D)."""
         return self.prompt_embeds(NULL_CAPTION)
 
     def prompt_embeds(self, caption: str) -> Tensor:
-        """Return the text states (L, D) of a caption, in the dtype that is kept.
+        """Return the embeddings (L, D) of a caption, in the stored dtype.
 
-        Raises ValueError for a caption that was not built, and for a damaged file.
+        Raises ValueError for a caption that was not encoded, and for a damaged file.
         """
         key = as_keys([key_of(self._start, caption.encode())])
         row = int(self._store.find(key)[0])
@@ -112,7 +112,7 @@ def prompt_keys(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """Hash what the states of captions, and of the null caption, depend on: (M, 2) uint64."""
+    """Return the keys of captions and of the null caption: (M, 2) uint64."""
     start = encoder_hash(tokenizer, text_encoder, dtype=dtype)
     return as_keys(key_of(start, text.encode()) for text in chain([NULL_CAPTION], captions))
 
@@ -120,7 +120,7 @@ def prompt_keys(
 def encoder_hash(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, *, dtype: torch.dtype
 ) -> bytes:
-    """Hash everything but the caption that text states depend on."""
+    """Hash everything but the caption that prompt embeddings depend on."""
     config = text_encoder.config
     facts = {
         "tower": weights_hash(text_encoder),
@@ -134,7 +134,7 @@ def encoder_hash(
 
 
 def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:
-    """Hash what turns captions into padded token ids; how it was last called does not matter."""
+    """Hash the rules that turn captions into padded token ids, not the last call's settings."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     del rules["truncation"], rules["padding"]  # set anew by each call
     padding = [tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
@@ -146,7 +146,7 @@ def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:
 def encode_captions(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: Sequence[str]
 ) -> Tensor:
-    """Encode captions to text states (B, L, D) on the CPU, without autocast."""
+    """Encode captions to prompt embeddings (B, L, D) on the CPU, without autocast."""
     with torch.autocast(text_encoder.device.type, enabled=False):
         return encode_text(text_encoder, tokenize(tokenizer, captions)).cpu()
 

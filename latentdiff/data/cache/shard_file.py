@@ -2,8 +2,8 @@
 damage.
 
 A shard is written once, atomically, under the hash of its header, and never changed. The header
-holds a hash of the keys and row checksums, and every row is checked when it is read: what is
-damaged is never returned.
+holds a hash of the keys and row checksums, and every row is checked when it is read: damaged rows
+are never returned. Ours: safetensors itself has no checksums.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class DamagedShardError(ValueError):
-    """A shard that is not what was written; the message says how."""
+    """A shard that differs from what was written; the message names the difference."""
 
 
 def key_of(start: bytes, content: bytes) -> bytes:
-    """Hash what an entry depends on: `start`, which all entries share, and its own content."""
+    """Hash an entry: `start`, which all entries share, and its own content."""
     return hashlib.sha256(start + content).digest()[:KEY_BYTES]
 
 
@@ -64,7 +64,7 @@ class Shard:
 
 
 def write_shard(folder: Path, keys: np.ndarray, rows: Tensor) -> Path:
-    """Write rows (N, ...) under keys (N, 2) to a file of their own, and name it."""
+    """Write rows (N, ...) under keys (N, 2) to a file of their own, and return its path."""
     data = rows.reshape(len(rows), -1).view(torch.uint8).numpy()
     checks = np.array([zlib.crc32(row) for row in data], np.uint32)
     tensors = {
@@ -109,7 +109,7 @@ def read_shard(path: Path) -> tuple[Shard, np.ndarray]:
 
 
 def quarantine(path: Path, error: DamagedShardError) -> None:
-    """Rename a damaged shard, so that no process uses it, and say so."""
+    """Rename a damaged shard, so that no process uses it, and warn."""
     logger.warning("the cache file %s is damaged (%s); its entries are encoded anew", path, error)
     with contextlib.suppress(OSError):  # another process did it, or the folder is read-only
         path.rename(path.with_suffix(".damaged"))

@@ -1,9 +1,7 @@
 """Tensors on disk, addressed by key: the union of the shards in a folder, and their index.
 
-Shards are only ever added, so any number of processes may write to one folder at once. All of it
-can be made again.
-
-What a store keeps of each record of a folder, in every way it is cut.
+Shards are only ever added, so any number of processes may write to one folder at once. A store
+can always be rebuilt. `CachedVariants` finds the rows of each record of a folder, in every crop.
 """
 
 import mmap
@@ -54,9 +52,9 @@ class TensorStore:
         return len(self._keys)
 
     def refresh(self, *, check_all: bool = False) -> None:
-        """Take in shards that were written since; damaged ones are set aside and said.
+        """Add shards written since; damaged shards are quarantined, with a warning.
 
-        check_all: read all rows of these now, instead of each when it is wanted.
+        check_all: read all rows of new shards now, instead of each row when it is wanted.
         """
         found = []
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -104,7 +102,7 @@ class TensorStore:
     def read(self, row: int) -> Tensor:
         """Read one row as a tensor of its own, in the dtype it is stored in.
 
-        A damaged one raises ValueError and its shard is set aside: another build makes it anew.
+        A damaged row raises ValueError and its shard is quarantined: another build encodes it anew.
         """
         place = int(np.searchsorted(self._starts, row, side="right")) - 1
         shard = self._shards[place]
@@ -121,7 +119,7 @@ class TensorStore:
 
 
 class StoreWriter:
-    """Gathers rows and writes a shard when there are enough of one shape, or a minute has gone."""
+    """Gathers rows and writes shards when there are enough bytes, or a minute has passed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -137,7 +135,7 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was gathered, one shard for each shape."""
+        """Write the gathered rows, one shard for each shape."""
         waiting, self._rows = self._rows, {}
         for parts in waiting.values():
             keys = np.concatenate([keys for keys, _ in parts])
@@ -146,8 +144,8 @@ class StoreWriter:
 
 
 class MappedFiles:
-    """The files that were read last, mapped. Threads may share it; in another process it starts
-    empty."""
+    """The files that were read last, mapped. Threads may share the maps; a copy in another process
+    starts empty."""
 
     def __init__(self) -> None:
         self._maps: OrderedDict[Path, mmap.mmap] = OrderedDict()
@@ -157,7 +155,7 @@ class MappedFiles:
         return MappedFiles, ()
 
     def get(self, path: Path) -> mmap.mmap:
-        """Map a file. It is unmapped when it was dropped from here and nobody reads it any more."""
+        """Map a file. It is unmapped once it was dropped from here and has no readers."""
         with self._lock:
             data = self._maps.pop(path, None) or map_file(path)
             self._maps[path] = data
@@ -172,9 +170,9 @@ class MappedFiles:
 
 
 def owned_by_rank(keys: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
-    """Say of each key (N, 2) whether the process (rank, world) encodes it, (N,) bool.
+    """Select the keys (N, 2) that the process (rank, world) encodes: (N,) bool.
 
-    It follows from the key alone: processes that look at different times still agree.
+    The choice follows from the key alone: processes that look at different times still agree.
     """
     rank, world = shard
     if not 0 <= rank < world:
@@ -187,7 +185,7 @@ class CachedVariants:
     """The rows of N records in V variants: the plan's places, each twice with flips, the mirrored
     one second.
 
-    keys: (V, N, 2) uint64. Everywhere `crop` is a draw in [0, 1) that chooses among the places.
+    keys: (V, N, 2) uint64. `crop` is a random number in [0, 1) that chooses among the places.
     """
 
     def __init__(
@@ -201,7 +199,7 @@ class CachedVariants:
         return int(self.keys.shape[1])
 
     def _row(self, index: int, *, flipped: bool, crop: float, name: str) -> Tensor:
-        """Read one record's row; ValueError naming it when no process has written it."""
+        """Read one record's row; ValueError names a record that no process has written."""
         variant = self.plan.variant(crop) * (1 + self.flips) + flipped
         if self._rows[variant, index] == MISSING:
             self._refresh()
@@ -228,7 +226,7 @@ class CachedVariants:
         return np.stack([variants, indices], axis=1)[order]
 
     def _refresh(self) -> None:
-        """See what other processes have written meanwhile."""
+        """Find rows that other processes have written meanwhile."""
         self._store.refresh()
         self._rows = self._find()
 

@@ -15,16 +15,21 @@ from latentdiff.data.folder.problems import Problems
 METADATA_PATTERN = r"(^|/)metadata\.(jsonl|csv|parquet)$"
 
 
+ROWS = pa.schema(
+    [("captions", CAPTIONS), ("file", pa.int32()), ("number", pa.int32()), ("table", pa.int16())]
+)
+
+
 @dataclass(frozen=True)
 class CaptionRules:
-    """How captions are found; `folder.read_folder` documents each field."""
+    """How captions are found, and the policy for images with none or several."""
 
-    caption_column: str = "text"
-    file_column: str = "file_name"
-    caption_template: str = ""
-    missing_caption: Literal["skip", "empty"] = "skip"
-    duplicate_rows: Literal["error", "captions"] = "error"
-    sidecar_lines: Literal["one", "captions"] = "one"
+    caption_column: str = "text"  # of a table: texts, or lists of texts
+    file_column: str = "file_name"  # of a table: paths relative to its folder
+    caption_template: str = ""  # as "a photo of a {label}": else the folder's name is the label
+    missing_caption: Literal["skip", "empty"] = "skip"  # images with no caption at all
+    duplicate_rows: Literal["error", "captions"] = "error"  # an image listed twice
+    sidecar_lines: Literal["one", "captions"] = "one"  # a text file is one caption, or one a line
 
 
 @dataclass
@@ -34,8 +39,8 @@ class CaptionTables:
     names: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
-    def govern(self, folder: str) -> bool:
-        """Say whether a table in use stands in `folder` or above it."""
+    def covers(self, folder: str) -> bool:
+        """Return whether a table in use lies in `folder` or above it."""
         return any(is_below(folder, parent(name)) for name in self.names)
 
     def failed_above(self, folder: str) -> bool:
@@ -80,21 +85,16 @@ def find_tables(paths: pa.Array, problems: Problems) -> CaptionTables:
 
 
 def read_rows(
-    root: Path,
-    tables: CaptionTables,
-    paths: pa.Array,
-    *,
-    rules: CaptionRules,
-    problems: Problems,
+    root: Path, tables: CaptionTables, *, paths: pa.Array, rules: CaptionRules, problems: Problems
 ) -> Rows:
     """Read all tables, and find the listed paths that their rows name.
 
     A table without a single good row joins `tables.failed`.
     """
-    finder, missing = StringIndex(paths), list[str]()
-    captions, file = [pa.array([], CAPTIONS)], [np.zeros(0, np.int32)]
-    numbers, table = [np.zeros(0, np.int32)], [np.zeros(0, np.int16)]
+    listed, missing = StringIndex(paths), list[str]()
+    parts = [ROWS.empty_table()]
     for place, name in enumerate(list(tables.names)):
+        num_parts = len(parts)
         rows = read_metadata(
             root,
             name,
@@ -102,25 +102,17 @@ def read_rows(
             file_column=rules.file_column,
             problems=problems,
         )
-        before = len(captions)
         for chunk in in_chunks(rows):
-            found = finder.find(pa.array([row.path for row in chunk], pa.large_string()))
+            found = listed.find(pa.array([row.path for row in chunk], pa.large_string()))
             missing += [row.path for row, at in zip(chunk, found, strict=True) if at < 0]
-            captions.append(pa.array([row.captions for row in chunk], CAPTIONS))
-            file.append(found.astype(np.int32))
-            numbers.append(np.array([row.number for row in chunk], np.int32))
-            table.append(np.full(len(chunk), place, np.int16))
-        if len(captions) == before:
+            captions, numbers = [row.captions for row in chunk], [row.number for row in chunk]
+            parts.append(pa.table([captions, found, numbers, [place] * len(chunk)], schema=ROWS))
+        if len(parts) == num_parts:
             tables.failed.append(parent(name))
-    del finder
-    read = Rows(
-        pa.chunked_array(captions, CAPTIONS),
-        np.concatenate(file),
-        np.concatenate(numbers),
-        np.concatenate(table),
-        list(tables.names),
-        missing,
-    )
+    del listed
+    table = pa.concat_tables(parts)
+    file, number, place_of = (table[name].to_numpy() for name in ROWS.names[1:])
+    read = Rows(table["captions"], file, number, place_of, list(tables.names), missing)
     _find_composed(read, paths)
     return read
 
@@ -133,7 +125,7 @@ class Match:
     merged: pa.Array
 
 
-def match_rows(rows: Rows, paths: pa.Array, rules: CaptionRules, problems: Problems) -> Match:
+def match_rows(rows: Rows, paths: pa.Array, *, rules: CaptionRules, problems: Problems) -> Match:
     """Join rows and listed files; a row without a file and a second row are problems."""
     _report_missing(rows, paths, problems)
     order = np.argsort(rows.file, kind="stable")[len(rows.missing) :].astype(np.int32)
@@ -146,14 +138,15 @@ def match_rows(rows: Rows, paths: pa.Array, rules: CaptionRules, problems: Probl
     ends = np.append(starts[1:], len(order))
     for i in np.flatnonzero(ends - starts > 1):
         same = order[starts[i] : ends[i]]
-        if _may_merge(rows, same, paths[int(files[i])].as_py(), rules, problems):
+        name = paths[int(files[i])].as_py()
+        if _may_merge(rows, same, name=name, rules=rules, problems=problems):
             of_file[files[i]] = len(rows.captions) + len(merged)
             merged.append([text for row in same for text in rows.captions[int(row)].as_py()])
     return Match(of_file, pa.array(merged, CAPTIONS))
 
 
 def _may_merge(
-    rows: Rows, same: np.ndarray, name: str, rules: CaptionRules, problems: Problems
+    rows: Rows, same: np.ndarray, *, name: str, rules: CaptionRules, problems: Problems
 ) -> bool:
     places = ", ".join(rows.where(int(row)) for row in same[:5])
     if len(set(rows.table[same])) > 1:
@@ -166,7 +159,7 @@ def _may_merge(
 
 
 def _find_composed(rows: Rows, paths: pa.Array) -> None:
-    """Find what is missing in whatever Unicode composition; macOS has its own."""
+    """Find missing files under another Unicode composition; macOS has its own."""
     if not rows.missing:
         return
     wanted = pc.utf8_normalize(pa.array(rows.missing, pa.large_string()), form="NFC")
@@ -199,7 +192,7 @@ def parent(path: str) -> str:
 
 
 def is_below(folder: str, above: str) -> bool:
-    """Say whether `folder` is `above` or lies somewhere below it."""
+    """Return whether `folder` is `above` or lies somewhere below it."""
     return not above or folder == above or folder.startswith(above + "/")
 
 

@@ -1,10 +1,9 @@
 """A captioned folder as a sequence of records, with every problem named.
 
 Captions come from metadata.jsonl / .csv / .parquet (Hugging Face's imagefolder convention), from
-.txt / .caption / .json files beside the images, or from the folders' names and a template. Tar
-shards are read as folders of their members. Splits come
-from train/, validation/ and test/ folders or from a stable hash of the record's id. Nothing below
-`root` is ever written.
+.txt / .caption / .json files next to the images, or from the folders' names and a template. Tar
+shards are read as folders of their members. Splits come from train/, validation/ and test/ folders
+or from a stable hash of the record's id. Nothing below `root` is ever written.
 """
 
 import re
@@ -22,8 +21,6 @@ from latentdiff.data.arrow.columns import (
     CHUNK,
     combined,
     iter_py,
-    release_memory,
-    system_memory,
 )
 from latentdiff.data.arrow.listing import Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
@@ -70,7 +67,7 @@ class Folder(Sequence[Record]):
         """rows: which records of the table, in which order; all by default."""
         self.root = root
         self.problems = found.problems
-        self.num_found = found.num_found  # usable or not, but those left out on purpose
+        self.num_found = found.num_found  # usable or not, but for those skipped on purpose
         self._found = found
         self._columns = [found.table[name] for name in RECORDS.names]
         self._rows = np.arange(len(found.table), dtype=np.int32) if rows is None else rows
@@ -106,7 +103,7 @@ class Folder(Sequence[Record]):
         return read_entry(self.root, self._entry(row))
 
     def read_mask(self, index: int) -> bytes:
-        """Read the mask file beside the image of record `index`, with mask="file" only."""
+        """Read the mask file next to the image of record `index`, with mask="file" only."""
         return read_entry(self.root, self._entry(int(self._rows[index]), MASK_COLUMNS))
 
     def mask_entries(self) -> Iterator[Entry]:
@@ -152,7 +149,7 @@ class Folder(Sequence[Record]):
         return Folder(self.root, self._found, rows=self._rows[indices])
 
     def with_captions(self, captions: Sequence[str]) -> "Folder":
-        """The same records, each with these captions in place of its own."""
+        """The same records, each with these captions instead of its own."""
         table = self._found.table
         column = pa.array([list(captions)] * len(table), type=CAPTIONS)
         table = table.set_column(RECORDS.names.index("captions"), "captions", column)
@@ -173,7 +170,7 @@ class Folder(Sequence[Record]):
         return self.problems.count("skipped") / max(1, self.num_found)
 
     def refusals(self, *, max_invalid_fraction: float = 0.0) -> list[str]:
-        """Say in a line each why the folder may not be trained on; empty if it may.
+        """List in a line each why the folder may not be trained on; empty if it may.
 
         max_invalid_fraction: share of the images found that may be skipped, in [0, 1].
         """
@@ -181,13 +178,13 @@ class Folder(Sequence[Record]):
         if self.invalid_fraction > max_invalid_fraction:
             lines.append(
                 f"{self.problems.count('skipped'):,} of {self.num_found:,} images "
-                f"({self.invalid_fraction:.1%}) are left out, more than "
+                f"({self.invalid_fraction:.1%}) are skipped, more than "
                 f"data.max_invalid_fraction={max_invalid_fraction:g} allows"
             )
         return lines
 
     def check(self, *, max_invalid_fraction: float = 0.0) -> None:
-        """Raise ValueError, with what is wrong and how to mend it, if there are `refusals`."""
+        """Raise ValueError with every problem and its fix, if there are `refusals`."""
         if not self.refusals(max_invalid_fraction=max_invalid_fraction):
             return
         lines = [f"the data folder {self.root} cannot be used:"]
@@ -226,30 +223,14 @@ def read_folder(
     trust_index: bool = False,
     progress: Progress | None = None,
 ) -> Folder:
-    """Read a captioned folder; headers only, unless `full`, which decodes every image.
+    """Read a captioned folder; headers only, unless `full`, which decodes every image again.
 
-    caption_column: a column of texts, or of lists of texts. caption_template: such as "a photo of
-    a {label}", for images without a caption; the label is their folder's name. missing_caption:
-    what becomes of images with none. duplicate_rows: an image listed twice is an error, or has
-    several captions. sidecar_lines: a text file is one caption, or has one a line.
-    heldout_fraction: share in [0, 1) of records held out by hash where no folder is named
-    validation or test.
-    min_size: pixels of the shorter side. max_aspect: longer side over shorter side. mask: "file"
-    wants NAME.mask.png, as large, beside NAME.jpg; an image without a good one is left out.
-
-    cache_dir: where the scan index is kept, so that the next call opens only files that changed.
-    full: open all files again. trust_index: take the last scan with these settings as it is,
-    without a look at the files, for processes that start after one that has looked.
-
-    The problems found are in the result; `Folder.check` raises on them. Raises ValueError for a
-    setting out of range, FileNotFoundError or NotADirectoryError for `root`.
+    cache_dir: of the scan index, by which the next call opens only files that changed. trust_index:
+    take the last scan with these settings without a look at the files, for processes that start
+    later. The other settings: CaptionRules, ReadRules. Raises ValueError for a setting,
+    FileNotFoundError or NotADirectoryError for `root`; other problems are in the result.
     """
-    if re.match(r"[a-z][a-z0-9+.-]+:(//)?", str(root)) and not Path(root).exists():
-        raise ValueError(f"data.root={root}: only local folders are read; fetch the files first")
-    root = Path(root)
-    _check_settings(
-        root, heldout_fraction, max_aspect=max_aspect, caption_template=caption_template
-    )
+    root = _checked_root(root)
     captions = CaptionRules(
         caption_column=caption_column,
         file_column=file_column,
@@ -261,10 +242,7 @@ def read_folder(
     rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
-    if found is None:
-        with system_memory():
-            found = build_record_table(root, rules, index=index, full=full, progress=progress)
-            release_memory()
+    found = found or build_record_table(root, rules, index=index, full=full, progress=progress)
     return Folder(root, found)
 
 
@@ -275,17 +253,12 @@ def _reopen(root: Path, found: RecordTable | Path, rows: np.ndarray) -> Folder:
     return Folder(root, opened, rows=rows)
 
 
-def _check_settings(
-    root: Path, heldout_fraction: float, *, max_aspect: float, caption_template: str
-) -> None:
+def _checked_root(root: Path | str) -> Path:
+    if re.match(r"[a-z][a-z0-9+.-]+:(//)?", str(root)) and not Path(root).exists():
+        raise ValueError(f"data.root={root}: only local folders are read; fetch the files first")
+    root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"the data folder {root} does not exist; check --data.root")
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file; --data.root must be a folder of images")
-    if not 0.0 <= heldout_fraction < 1.0:
-        raise ValueError(f"data.heldout_fraction must be in [0, 1), got {heldout_fraction}")
-    if not max_aspect >= 1.0:
-        raise ValueError(f"data.max_aspect must be at least 1, got {max_aspect}")
-    if caption_template and "{label}" not in caption_template:
-        got = f"got {caption_template!r}"
-        raise ValueError(f"data.caption_template must have {{label}} where the label goes, {got}")
+    return root

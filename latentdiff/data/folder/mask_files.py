@@ -1,9 +1,7 @@
-"""Mask files among a folder's files: told from the images, and matched with them.
+"""Mask files among a folder's files: separated from the images, and matched with them.
 
 NAME.mask.png belongs to the image NAME.jpg, whatever that one's extension is.
 """
-
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,25 +15,23 @@ from latentdiff.data.arrow.columns import (
     stems,
     take_rows,
 )
-from latentdiff.data.arrow.listing import LISTING, Progress
-from latentdiff.data.arrow.scan_index import ScanIndex
+from latentdiff.data.arrow.listing import LISTING
 from latentdiff.data.folder.files import IMAGE_EXTENSIONS
-from latentdiff.data.folder.image_headers import read_image_headers
 from latentdiff.data.folder.problems import Problems
 
 MASK_EXTENSION = ".mask.png"
-FOUND = pa.schema(
+MASK_FILES = pa.schema(
     [("mask", pa.large_string()), ("mask_size", pa.int64()), ("mask_offset", pa.int64())]
 )
 
 
-def part_masks(
+def separate_masks(
     listing: pa.Table, *, are_used: bool, problems: Problems
 ) -> tuple[pa.Table, pa.Table]:
-    """Part a listing into what is no mask, and masks. Both have the columns of LISTING.
+    """Separate a listing into other files and masks. Both have the columns of LISTING.
 
-    Where masks are not used, one that stands beside an image is left out with a note, and a file
-    that is only called like a mask stays an image.
+    Where masks are not used, a mask next to an image is skipped with a note, and a file that is
+    only named like a mask stays an image.
     """
     paths = combined(listing["path"])
     is_mask = has_extension(paths, [MASK_EXTENSION])
@@ -54,56 +50,49 @@ def part_masks(
 
 
 def match_masks(
-    root: Path,
-    masks: pa.Table,
-    facts: pa.Table,
-    kept: np.ndarray,
-    *,
-    problems: Problems,
-    index: ScanIndex | None = None,
-    full: bool = False,
-    progress: Progress | None = None,
+    headers: pa.Table, masks: pa.Table, *, kept: np.ndarray, problems: Problems
 ) -> tuple[np.ndarray, pa.Table]:
-    """Find the mask of each image that is kept; those without a good one are left out.
+    """Find the mask of each image that is kept; images without a good one are skipped.
 
-    facts: of all images, kept: rows of it. Returns the rows that stay, and a row of FOUND each.
+    headers, masks: of all images and of all mask files; kept: rows of `headers`. Returns the rows
+    that stay, and the row of MASK_FILES for each.
     """
-    known = read_image_headers(root, masks, name="masks", index=index, full=full, progress=progress)
-    at = find_strings(stems(combined(facts["path"])), _names(combined(known["path"])))
-    for name in iter_py(combined(known["path"]), np.setdiff1d(np.arange(len(known)), at)):
+    paths, mask_paths = combined(headers["path"]), combined(masks["path"])
+    at = find_strings(stems(paths), _names(mask_paths))
+    for name in iter_py(mask_paths, np.setdiff1d(np.arange(len(masks)), at)):
         problems.add("stray_mask", name)
     at = at[kept]
-    if not len(known):
-        for name in iter_py(combined(facts["path"]), kept):
+    if not len(masks):
+        for name in iter_py(paths, kept):
             problems.add("no_mask", name)
-        return kept[:0], FOUND.empty_table()
-    is_broken = known["problem"].is_valid().to_numpy()[at]
-    sizes, wanted = _sizes(known)[at], _sizes(facts)[kept]
+        return kept[:0], MASK_FILES.empty_table()
+    is_broken = masks["problem"].is_valid().to_numpy()[at]
+    sizes, wanted = _sizes(masks)[at], _sizes(headers)[kept]
     is_good = (at >= 0) & ~is_broken & (sizes == wanted).all(axis=1)
     for i in np.flatnonzero(~is_good):
-        name = facts["path"][int(kept[i])].as_py()
-        if at[i] < 0:
-            problems.add("no_mask", name)
+        row = int(at[i])
+        if row < 0:
+            problems.add("no_mask", paths[int(kept[i])].as_py())
         elif is_broken[i]:
-            told = f"{known['problem'][int(at[i])]}, {known['detail'][int(at[i])]}"
-            problems.add("broken_mask", known["path"][int(at[i])].as_py(), told)
+            detail = f"{masks['problem'][row]}, {masks['detail'][row]}"
+            problems.add("broken_mask", mask_paths[row].as_py(), detail)
         else:
-            told = "{} x {}, its image {} x {}".format(*sizes[i], *wanted[i])
-            problems.add("mask_size", known["path"][int(at[i])].as_py(), told)
-    found = take_rows(known.select(["path", "size", "offset"]), at[is_good])
-    return kept[is_good], found.rename_columns(FOUND.names)
+            detail = "{} x {}, its image {} x {}".format(*sizes[i], *wanted[i])
+            problems.add("mask_size", mask_paths[row].as_py(), detail)
+    found = take_rows(masks.select(["path", "size", "offset"]), at[is_good])
+    return kept[is_good], found.rename_columns(MASK_FILES.names)
 
 
 def no_masks(num: int) -> pa.Table:
-    """Give `num` empty rows of FOUND."""
-    return pa.table([pa.nulls(num, field.type) for field in FOUND], schema=FOUND)
+    """Give `num` empty rows of MASK_FILES."""
+    return pa.table([pa.nulls(num, field.type) for field in MASK_FILES], schema=MASK_FILES)
 
 
 def _names(paths: pa.Array) -> pa.Array:
-    """Cut the masks' extension off."""
+    """Cut off the masks' extension."""
     return pc.utf8_slice_codeunits(paths, 0, -len(MASK_EXTENSION))
 
 
-def _sizes(facts: pa.Table) -> np.ndarray:
+def _sizes(headers: pa.Table) -> np.ndarray:
     """(N, 2) width and height."""
-    return np.stack([facts["width"].to_numpy(), facts["height"].to_numpy()], axis=1)
+    return np.stack([headers["width"].to_numpy(), headers["height"].to_numpy()], axis=1)

@@ -1,4 +1,4 @@
-"""Which caption belongs to which image: tables, sidecars and folder names joined."""
+"""Each image's captions: tables, sidecar files and folder names joined."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from latentdiff.data.folder.caption_tables import (
 )
 from latentdiff.data.folder.files import IMAGE_EXTENSIONS, METADATA_NAMES, TEXT_EXTENSIONS
 from latentdiff.data.folder.problems import Problems
-from latentdiff.data.folder.sidecars import FAILED, NONE, read_beside
+from latentdiff.data.folder.sidecars import FAILED, NONE, read_sidecars
 from latentdiff.data.folder.splits import FOLDER_NAMES
 
 TABLE_LIKE = re.compile(r"\.(jsonl?|jsonlines|csv|tsv|parquet)$", re.IGNORECASE)
@@ -71,7 +71,7 @@ class CaptionPool:
         return start
 
     def take(self, places: np.ndarray) -> pa.Array:
-        """Give the captions at some places, (N,) lists of texts.
+        """Take the captions at some places, (N,) lists of texts.
 
         Chunk by chunk: arrow's own take from many chunks makes one of them all first.
         """
@@ -96,14 +96,14 @@ def match_captions(
     """Find the captions of all images in a listing; in the result every place is found.
 
     A row of a caption table comes first, then a sidecar, then the folder's name, then the policy
-    for none at all. Images without a caption are left out, and every problem met is added.
+    for none at all. Images without a caption are skipped, and every problem met is added.
     """
     paths = combined(listing["path"])
     tables = find_tables(paths, problems)
     found = _from_tables(root, listing, tables, rules=rules, problems=problems)
     _add_sidecars(found, listing, root=root, rules=rules, problems=problems, index=index)
     _add_folder_names(found, tables, rules=rules)
-    _report_the_rest(found, paths, tables=tables, rules=rules, problems=problems)
+    _report_uncaptioned(found, paths, tables=tables, rules=rules, problems=problems)
     captioned = np.flatnonzero(found.at >= 0).astype(np.int32)
     return CaptionedFiles(take_rows(found.files, captioned), found.at[captioned], found.pool)
 
@@ -118,9 +118,9 @@ def _from_tables(
 ) -> CaptionedFiles:
     """Find all images, and the captions of those that have a row."""
     paths = combined(listing["path"])
-    rows = read_rows(root, tables, paths, rules=rules, problems=problems)
+    rows = read_rows(root, tables, paths=paths, rules=rules, problems=problems)
     release_memory()
-    match = match_rows(rows, paths, rules, problems)
+    match = match_rows(rows, paths, rules=rules, problems=problems)
     is_image = has_extension(paths, IMAGE_EXTENSIONS) | (match.of_file >= 0)
     places = np.flatnonzero(is_image)
     at = match.of_file[places]
@@ -140,14 +140,14 @@ def _add_sidecars(
     problems: Problems,
     index: ScanIndex | None,
 ) -> None:
-    """Give images without a row the text beside them."""
+    """Give images without a row the captions of their sidecar files."""
     is_text = has_extension(combined(listing["path"]), TEXT_EXTENSIONS)
     if not is_text.any():
         return
-    captions, at = read_beside(
+    captions, at = read_sidecars(
         root,
         found.paths,
-        found.at == NONE,
+        is_wanted=found.at == NONE,
         files=listing.filter(pa.array(is_text)).combine_chunks(),
         caption_column=rules.caption_column,
         lines=rules.sidecar_lines,
@@ -159,14 +159,14 @@ def _add_sidecars(
 
 
 def _add_folder_names(found: CaptionedFiles, tables: CaptionTables, *, rules: CaptionRules) -> None:
-    """Give images that no table speaks for their folder's name in the template."""
+    """Give images that no table covers their folder's name in the template."""
     if not rules.caption_template:
         return
     places: dict[str, int] = {}
     wanting = np.flatnonzero(found.at == NONE)
     for i, name in zip(wanting, iter_py(found.paths, wanting), strict=True):
         folder = parent(name)
-        if is_label(folder) and not tables.govern(folder):
+        if is_label(folder) and not tables.covers(folder):
             if folder not in places:
                 caption = label_caption(rules.caption_template, name_of(folder))
                 places[folder] = found.pool.extend(pa.array([[caption]], CAPTIONS))
@@ -174,11 +174,11 @@ def _add_folder_names(found: CaptionedFiles, tables: CaptionTables, *, rules: Ca
 
 
 def is_label(folder: str) -> bool:
-    """Say whether a folder may be named for what it shows: not the root, a split or a shard."""
+    """Return whether a folder's name may be a label: not the root, a split or a shard."""
     return bool(folder) and folder.lower() not in FOLDER_NAMES and not folder.endswith(".tar")
 
 
-def _report_the_rest(
+def _report_uncaptioned(
     found: CaptionedFiles,
     paths: pa.Array,
     *,
@@ -186,7 +186,7 @@ def _report_the_rest(
     rules: CaptionRules,
     problems: Problems,
 ) -> None:
-    """Say why images have no caption; under missing_caption="empty", give them an empty one."""
+    """Report images without a caption; under missing_caption="empty", give an empty caption."""
     wanting = np.flatnonzero(found.at == NONE)
     if not len(wanting):
         return
@@ -196,7 +196,7 @@ def _report_the_rest(
             problems.add("empty_caption", name)
         return
     misnamed = paths.filter(pc.match_substring_regex(paths, r"(^|/)metadata\.json$")).to_pylist()
-    misnamed = [name for name in misnamed if not tables.govern(parent(name))]
+    misnamed = [name for name in misnamed if not tables.covers(parent(name))]
     for name in misnamed:
         problems.add("metadata_json", name)
     if not (found.at != NONE).any() and not problems.count("error"):
@@ -207,8 +207,8 @@ def _report_the_rest(
     @cache
     def reason(folder: str) -> str | None:
         if failed.failed_above(folder):
-            return None  # that table's own problem says it all
-        return "unlisted" if tables.govern(folder) else "no_caption"
+            return None  # that table's own problem is enough
+        return "unlisted" if tables.covers(folder) else "no_caption"
 
     for name in iter_py(found.paths, wanting):
         if key := reason(parent(name)):
@@ -216,7 +216,7 @@ def _report_the_rest(
 
 
 def _near_misses(paths: pa.Array) -> str:
-    """Say what there is that a person may have meant as captions."""
+    """Name files that a person may have meant as captions."""
     tables = [path for path in iter_py(paths) if TABLE_LIKE.search(path)][:3]
     if tables:
         expected = ", ".join(METADATA_NAMES)

@@ -1,8 +1,8 @@
 """Caption tables of Hugging Face's imagefolder convention: metadata.jsonl, .csv and .parquet.
 
-A table names images by a path relative to its own folder. Rows come out as they are read, with
-their row or line number; everything wrong with a table is added to the problems, and reading goes
-on where it can.
+A table names images by a path relative to its own folder. Rows are yielded as they are read, with
+their row or line number; every fault of a table is added to the problems, and reading continues
+where it can.
 """
 
 import csv
@@ -42,10 +42,12 @@ def read_metadata(
     if not os.access(root / name, os.R_OK):
         problems.add("broken_metadata", name, "cannot be read; check the permissions")
         return
-    for number, file_name, caption in reader(root / name, name, columns, problems):
+    for number, file_name, caption in reader(root / name, name, columns, problems=problems):
         where = f"{name}:{number}"
-        path = _path(file_name, folder, where, problems)
-        captions = _captions(caption, where, caption_column, str(file_name), problems=problems)
+        path = _path(file_name, folder, where=where, problems=problems)
+        captions = _captions(
+            caption, where, column=caption_column, file_name=str(file_name), problems=problems
+        )
         if path is not None and captions is not None:
             yield MetadataRow(number, path, captions)
 
@@ -72,7 +74,7 @@ def to_texts(value: Any) -> list[str] | None:
 
 
 def no_column(caption_column: str, columns: Sequence[str], *, file_column: str = "") -> str:
-    """Say that a column is missing, which there are, and what to do."""
+    """Describe a missing column: the columns that there are, and the fix."""
     others = [column for column in columns if column != file_column]
     likely = difflib.get_close_matches(caption_column, others, n=1)
     likely += [column for column in COLUMN_HINTS if column in others] + others
@@ -84,8 +86,8 @@ def no_column(caption_column: str, columns: Sequence[str], *, file_column: str =
 _Cells = Iterator[tuple[int, Any, Any]]
 
 
-def _jsonl(path: Path, name: str, columns: tuple[str, str], problems: Problems) -> _Cells:
-    """Yield the rows once one has both columns, so that a missing column is said once."""
+def _jsonl(path: Path, name: str, columns: tuple[str, str], *, problems: Problems) -> _Cells:
+    """Yield rows from when one has both columns, so that a missing column is reported once."""
     seen: dict[str, None] = {}
     waiting: list[tuple[int, Any, Any]] = []
     is_complete = False
@@ -102,7 +104,7 @@ def _jsonl(path: Path, name: str, columns: tuple[str, str], problems: Problems) 
         elif len(waiting) == MAX_WAITING:
             break
     if waiting and not is_complete:
-        _missing_column(name, columns, list(seen), problems)
+        _missing_column(name, columns, list(seen), problems=problems)
 
 
 def _json_objects(
@@ -126,12 +128,12 @@ def _json_objects(
         problems.add("caption_not_utf8", name, str(error))
 
 
-def _csv(path: Path, name: str, columns: tuple[str, str], problems: Problems) -> _Cells:
+def _csv(path: Path, name: str, columns: tuple[str, str], *, problems: Problems) -> _Cells:
     reader = csv.reader(_lines_of(path), strict=True)
     try:
         header = next(reader, [])
         if any(column not in header for column in columns):
-            _missing_column(name, columns, header, problems)
+            _missing_column(name, columns, header, problems=problems)
             return
         at = [header.index(column) for column in columns]
         for cells in reader:
@@ -148,13 +150,13 @@ def _csv(path: Path, name: str, columns: tuple[str, str], problems: Problems) ->
         problems.add("caption_not_utf8", name, str(error))
 
 
-def _parquet(path: Path, name: str, columns: tuple[str, str], problems: Problems) -> _Cells:
+def _parquet(path: Path, name: str, columns: tuple[str, str], *, problems: Problems) -> _Cells:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
             header = file.schema_arrow.names
             if any(column not in header for column in columns):
-                _missing_column(name, columns, header, problems)
+                _missing_column(name, columns, header, problems=problems)
                 return
             for batch in file.iter_batches(batch_size=8192, columns=list(columns)):
                 cells = [batch.column(column).to_pylist() for column in columns]
@@ -168,7 +170,7 @@ def _parquet(path: Path, name: str, columns: tuple[str, str], problems: Problems
 
 
 def _missing_column(
-    name: str, columns: tuple[str, str], header: list[str], problems: Problems
+    name: str, columns: tuple[str, str], header: list[str], *, problems: Problems
 ) -> None:
     file_column, caption_column = columns
     if file_column in header:
@@ -181,7 +183,7 @@ def _missing_column(
     problems.add("no_column", name, detail)
 
 
-def _path(file_name: Any, folder: str, where: str, problems: Problems) -> str | None:
+def _path(file_name: Any, folder: str, *, where: str, problems: Problems) -> str | None:
     if not isinstance(file_name, str) or not file_name.strip():
         problems.add("file_name_type", where, f"got {_shown(file_name)}")
         return None
@@ -194,7 +196,7 @@ def _path(file_name: Any, folder: str, where: str, problems: Problems) -> str | 
 
 
 def _captions(
-    value: Any, where: str, column: str, file_name: str, *, problems: Problems
+    value: Any, where: str, *, column: str, file_name: str, problems: Problems
 ) -> list[str] | None:
     texts = to_texts(value)
     if texts is None:

@@ -1,20 +1,32 @@
-"""From files to a table of records: list, caption, scan, judge by size, split."""
+"""From files to a table of records: list, caption, read headers, check sizes, split.
+
+Ours, as is all of folder/: the imagefolder reader of `datasets` stops at the first fault and does
+not check the images; here every fault is named, and only changed files are read again.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from latentdiff.data.arrow.columns import CAPTIONS, CHUNK, iter_py, release_memory, take_rows
+from latentdiff.data.arrow.columns import (
+    CAPTIONS,
+    CHUNK,
+    iter_py,
+    release_memory,
+    system_memory,
+    take_rows,
+)
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex, map_table, settings_hash, table_digest
 from latentdiff.data.folder.caption_tables import CaptionRules
 from latentdiff.data.folder.files import list_files
 from latentdiff.data.folder.image_headers import read_image_headers
-from latentdiff.data.folder.mask_files import FOUND, match_masks, no_masks, part_masks
+from latentdiff.data.folder.mask_files import MASK_FILES, match_masks, no_masks, separate_masks
 from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.shards import expand_shards
@@ -29,26 +41,39 @@ RECORDS = pa.schema(
         ("split", pa.int8()),  # a place in splits.SPLITS
         ("size", pa.int64()),  # of the file, in bytes
         ("offset", pa.int64()),  # in its shard, or files.ALONE
-        *FOUND,  # the mask file beside it, null where masks are not used
+        *MASK_FILES,  # the mask file next to it, null where masks are not used
     ]
 )
 
 
 @dataclass(frozen=True)
 class ReadRules:
-    """What makes a record of a file; `folder.read_folder` documents each field."""
+    """Which files become records."""
 
     captions: CaptionRules
-    follow_links: bool
-    heldout_fraction: float
-    min_size: int
-    max_aspect: float
-    mask: str = "none"
+    follow_links: bool  # also those that leave the folder
+    heldout_fraction: float  # in [0, 1), held out by hash where no folder is named for a split
+    min_size: int  # pixels of the shorter side
+    max_aspect: float  # longer side over shorter side
+    mask: str = "none"  # "file" wants NAME.mask.png next to NAME.jpg, and skips images without
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.heldout_fraction < 1.0:
+            raise ValueError(
+                f"data.heldout_fraction must be in [0, 1), got {self.heldout_fraction}"
+            )
+        if not self.max_aspect >= 1.0:
+            raise ValueError(f"data.max_aspect must be at least 1, got {self.max_aspect}")
+        template = self.captions.caption_template
+        if template and "{label}" not in template:
+            raise ValueError(
+                f"data.caption_template must have {{label}} where the label goes, got {template!r}"
+            )
 
 
 @dataclass(frozen=True)
 class RecordTable:
-    """Usable records (columns of RECORDS, sorted by id), problems, and images there were."""
+    """Usable records (columns of RECORDS, sorted by id), problems, and number of images found."""
 
     table: pa.Table
     problems: Problems
@@ -56,6 +81,7 @@ class RecordTable:
     stored_at: Path | None = None  # the arrow file that the table is mapped from
 
 
+@system_memory()
 def build_record_table(
     root: Path,
     rules: ReadRules,
@@ -66,91 +92,94 @@ def build_record_table(
 ) -> RecordTable:
     """Make the table of usable records.
 
-    With an `index`, a folder whose files and rules are those of an earlier call is mapped from
-    disk, and of another one only new and changed files are opened. `full` opens all of them and
-    decodes every image.
+    With an `index`, a folder with the files and rules of an earlier call is mapped from disk, and
+    of another folder only changed files are opened. `full` opens and decodes every image.
     """
     problems = Problems()
     exclude = index.folder if index is not None else None
     listing = list_files(root, follow_links=rules.follow_links, problems=problems, exclude=exclude)
     release_memory()
-    name = f"{_prefix(rules)}-{_caption_digest(listing, problems)}"
+    name = f"{_prefix(rules)}-{_listing_hash(listing, problems)}"
     if index is not None and not full and (earlier := map_records(index.path(name))):
         return earlier
     listing = expand_shards(root, listing, problems=problems, index=index, progress=progress)
     uses_masks = rules.mask == "file"
-    listing, masks = part_masks(listing, are_used=uses_masks, problems=problems)
+    listing, masks = separate_masks(listing, are_used=uses_masks, problems=problems)
     images = match_captions(root, listing, rules=rules.captions, problems=problems, index=index)
     del listing
     release_memory()
     num_found = len(images) + problems.count("skipped")
-    facts = read_image_headers(root, images.files, index=index, full=full, progress=progress)
+    headers = read_image_headers(root, images.files, index=index, full=full, progress=progress)
     del images.files
     release_memory()
-    kept = _refuse_by_size(facts, rules, problems)
-    beside = None
+    kept, mask_rows = _refuse_by_size(headers, rules, problems=problems), None
     if uses_masks:
-        kept, beside = match_masks(
-            root,
-            masks,
-            facts,
-            kept,
-            problems=problems,
-            index=index,
-            full=full,
-            progress=progress,
+        mask_headers = read_image_headers(
+            root, masks, name="masks", index=index, full=full, progress=progress
         )
+        kept, mask_rows = match_masks(headers, mask_headers, kept=kept, problems=problems)
     if not len(kept) and not problems.count("error") and not problems.count("skipped"):
         problems.add("no_images", str(root))
-    parts = _records(images, facts, kept, beside, heldout_fraction=rules.heldout_fraction)
+    parts = partial(_records, images, headers, kept=kept, masks=mask_rows, rules=rules)
+    return _stored(parts, problems, num_found=num_found, index=index, name=name)
+
+
+def _stored(
+    parts: Callable[[], Iterator[pa.Table]],
+    problems: Problems,
+    *,
+    num_found: int,
+    index: ScanIndex | None,
+    name: str,
+) -> RecordTable:
+    """Save the records to the index and map them from there; hold them where that fails."""
     if index is not None and not _may_get_better(problems):
-        told = {"problems": json.dumps(problems.to_json()), "num_found": str(num_found)}
-        index.save(name, RECORDS.with_metadata(told), parts)
+        metadata = {"problems": json.dumps(problems.to_json()), "num_found": str(num_found)}
+        index.save(name, RECORDS.with_metadata(metadata), parts())
         index.prune("records-")
         if stored := map_records(index.path(name)):
             return stored
-        parts = _records(images, facts, kept, beside, heldout_fraction=rules.heldout_fraction)
-    table = pa.concat_tables([RECORDS.empty_table(), *parts])
+    table = pa.concat_tables([RECORDS.empty_table(), *parts()])
     return RecordTable(table, problems, num_found)
 
 
 def last_records(rules: ReadRules, index: ScanIndex) -> RecordTable | None:
-    """Map what the last `gather_records` with these rules found; None if nothing is kept."""
+    """Map what the last `build_record_table` with these rules found; None if nothing is kept."""
     name = index.newest(_prefix(rules))
     return map_records(index.path(name)) if name else None
 
 
 def _records(
     images: CaptionedFiles,
-    facts: pa.Table,
-    kept: np.ndarray,
-    beside: pa.Table | None,
+    headers: pa.Table,
     *,
-    heldout_fraction: float,
+    kept: np.ndarray,
+    masks: pa.Table | None,
+    rules: ReadRules,
 ) -> Iterator[pa.Table]:
     """Yield the table of records in parts, so that it never is in memory whole."""
-    good = take_rows(facts.select(["path", "width", "height", "size", "offset"]), kept)
-    splits = assign_splits(iter_py(good["path"]), heldout_fraction, num=len(good))
+    good = take_rows(headers.select(["path", "width", "height", "size", "offset"]), kept)
+    splits = assign_splits(iter_py(good["path"]), rules.heldout_fraction, num=len(good))
     for start in range(0, len(good), CHUNK):
         part = slice(start, start + CHUNK)
         path, width, height, size, offset = good.slice(start, CHUNK).combine_chunks().columns
         captions = images.pool.take(images.at[kept[part]])
-        some = no_masks(len(path)) if beside is None else beside.slice(start, CHUNK)
-        masks = some.combine_chunks().columns
-        columns = [path, captions, width, height, pa.array(splits[part]), size, offset, *masks]
+        some = no_masks(len(path)) if masks is None else masks.slice(start, CHUNK)
+        found = some.combine_chunks().columns
+        columns = [path, captions, width, height, pa.array(splits[part]), size, offset, *found]
         yield pa.table(columns, schema=RECORDS).combine_chunks()
         release_memory()
 
 
-def _refuse_by_size(facts: pa.Table, rules: ReadRules, problems: Problems) -> np.ndarray:
-    """Find the rows to keep, and add a problem for each other one."""
-    widths, heights = facts["width"].to_numpy(), facts["height"].to_numpy()
+def _refuse_by_size(headers: pa.Table, rules: ReadRules, *, problems: Problems) -> np.ndarray:
+    """Find the rows to keep, and add a problem for each other row."""
+    widths, heights = headers["width"].to_numpy(), headers["height"].to_numpy()
     shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
-    is_bad = facts["problem"].is_valid().to_numpy()
+    is_bad = headers["problem"].is_valid().to_numpy()
     is_thin = ~is_bad & (longer > rules.max_aspect * shorter)
     is_small = ~is_bad & ~is_thin & (shorter < rules.min_size)
-    for i in np.flatnonzero(is_bad | is_small | is_thin | facts["note"].is_valid().to_numpy()):
-        row = facts.slice(int(i), 1).to_pylist()[0]
+    for i in np.flatnonzero(is_bad | is_small | is_thin | headers["note"].is_valid().to_numpy()):
+        row = headers.slice(int(i), 1).to_pylist()[0]
         size = f"{row['width']} x {row['height']}"
         if is_bad[i]:
             problems.add(row["problem"], row["path"], row["detail"])
@@ -166,12 +195,12 @@ def _refuse_by_size(facts: pa.Table, rules: ReadRules, problems: Problems) -> np
 
 
 def _may_get_better(problems: Problems) -> bool:
-    """Say whether a file could not be read this time: that is not to be remembered."""
+    """Return whether a file could not be read this time, which the index must not remember."""
     return "unreadable" in problems or "unreadable_folder" in problems
 
 
 def map_records(path: Path) -> RecordTable | None:
-    """Map records that `gather_records` stored; None where the file cannot be used."""
+    """Map records that `build_record_table` stored; None where the file cannot be used."""
     table = map_table(path)
     if table is None or not table.schema.equals(RECORDS):
         return None
@@ -184,6 +213,6 @@ def _prefix(rules: ReadRules) -> str:
     return f"records-{settings_hash(asdict(rules))[:16]}"
 
 
-def _caption_digest(listing: pa.Table, problems: Problems) -> str:
+def _listing_hash(listing: pa.Table, problems: Problems) -> str:
     seen = {"files": table_digest(listing), "problems": problems.to_json()}
     return settings_hash(seen)[:16]

@@ -1,4 +1,4 @@
-"""Captions in files beside the images: cat.jpg with cat.txt, cat.caption or cat.json."""
+"""Captions in files next to the images: cat.jpg with cat.txt, cat.caption or cat.json."""
 
 import io
 import json
@@ -38,72 +38,80 @@ NONE, FAILED = -2, -1  # so that the greatest of several places is the best
 _Cells = tuple[list[str] | None, str | None, str | None]  # captions, problem, detail
 
 
-def read_beside(
+def read_sidecars(
     root: Path,
     images: pa.Array,
-    is_wanted: np.ndarray,
     *,
+    is_wanted: np.ndarray,
     files: pa.Table,
     caption_column: str,
     lines: Literal["one", "captions"],
     problems: Problems,
     index: ScanIndex | None = None,
 ) -> tuple[pa.Array, np.ndarray]:
-    """Find captions in `files` (columns of LISTING) beside those images that want one.
+    """Find captions in `files` (columns of LISTING) next to the images that want one.
 
     A .txt or .caption file comes before a .json file, which holds an object whose `caption_column`
     is a text or a list of texts. lines: a text file is one caption, or has one a line. Files that
     `index` knows are not opened. Returns the captions (M,) and each image's place among them,
     (N,) int64: NONE without a file, FAILED where the file cannot be used.
     """
-    beside = _find_sidecars(images, files)
-    has_text = (beside[:, :2] != NONE).any(axis=1)
-    beside[has_text, 2] = NONE
+    sidecars = _find_sidecars(images, files)
+    has_text = (sidecars[:, :2] != NONE).any(axis=1)
+    sidecars[has_text, 2] = NONE
     for name in iter_py(images, np.flatnonzero(has_text & ~is_wanted)):
         problems.add("two_sources", name)
-    _report_strays(files, beside, problems)
-    beside[~is_wanted] = NONE
-    used = np.setdiff1d(beside, [NONE])
-
-    def read(entry: Entry) -> _Cells:
-        return _read(root, entry, caption_column, lines)
-
-    name = f"sidecars-{settings_hash({'column': caption_column, 'lines': lines})[:8]}"
-    chosen = files.take(pa.array(used)).combine_chunks()
-    texts = cached_rows(chosen, read, name=name, schema=SIDECARS, index=index)
+    _report_strays(files, sidecars, problems)
+    sidecars[~is_wanted] = NONE
+    used = np.setdiff1d(sidecars, [NONE])
+    settings = settings_hash({"column": caption_column, "lines": lines})
+    texts = cached_rows(
+        files.take(pa.array(used)).combine_chunks(),
+        lambda entry: _read(root, entry, caption_column=caption_column, lines=lines),
+        name=f"sidecars-{settings[:8]}",
+        schema=SIDECARS,
+        index=index,
+    )
     at = np.full(len(files) + 2, NONE, np.int64)  # at[NONE], from the end, stays NONE
     at[used] = _report(texts, problems)
-    places = at[beside]  # (N, 3)
-    captions = combined(texts["captions"])
-    for i in np.flatnonzero((places[:, :2] >= 0).all(axis=1)):
-        first, second = (captions[int(place)] for place in places[i, :2])
-        if not first.equals(second):
-            problems.add("two_captions", images[int(i)].as_py())
-    return captions, places.max(axis=1)
+    places = at[sidecars]  # (N, 3)
+    _report_contradictions(images, places, texts, problems=problems)
+    return combined(texts["captions"]), places.max(axis=1)
 
 
 def _find_sidecars(images: pa.Array, files: pa.Table) -> np.ndarray:
     """Find the places of each image's .txt, .caption and .json file, (N, 3), or NONE."""
     paths = combined(files["path"])
-    beside = np.full((len(images), len(TEXT_EXTENSIONS)), NONE, np.int64)
+    sidecars = np.full((len(images), len(TEXT_EXTENSIONS)), NONE, np.int64)
     wanted = stems(images)
     for column, kind in enumerate(TEXT_EXTENSIONS):
         places = np.flatnonzero(has_extension(paths, [kind]))
         at = find_strings(wanted, stems(paths.take(pa.array(places))))
-        beside[at >= 0, column] = places[at[at >= 0]]
-    return beside
+        sidecars[at >= 0, column] = places[at[at >= 0]]
+    return sidecars
 
 
-def _report_strays(files: pa.Table, beside: np.ndarray, problems: Problems) -> None:
+def _report_strays(files: pa.Table, sidecars: np.ndarray, problems: Problems) -> None:
     """Note the text files that belong to no image, if any text file of their kind does."""
     paths = combined(files["path"])
     for column, kind in enumerate(TEXT_EXTENSIONS[:2]):
         is_stray = has_extension(paths, [kind])
-        used = np.setdiff1d(beside[:, column], [NONE])
+        used = np.setdiff1d(sidecars[:, column], [NONE])
         if len(used):
             is_stray[used] = False
             for name in iter_py(paths, np.flatnonzero(is_stray)):
                 problems.add("stray_caption", name)
+
+
+def _report_contradictions(
+    images: pa.Array, places: np.ndarray, texts: pa.Table, *, problems: Problems
+) -> None:
+    """Add a problem for each image whose .txt and .caption file differ."""
+    captions = combined(texts["captions"])
+    for i in np.flatnonzero((places[:, :2] >= 0).all(axis=1)):
+        first, second = (captions[int(place)] for place in places[i, :2])
+        if not first.equals(second):
+            problems.add("two_captions", images[int(i)].as_py())
 
 
 def _report(texts: pa.Table, problems: Problems) -> np.ndarray:
@@ -123,7 +131,7 @@ class _UnusableError(Exception):
         self.key, self.detail = key, detail
 
 
-def _read(root: Path, entry: Entry, caption_column: str, lines: str) -> _Cells:
+def _read(root: Path, entry: Entry, *, caption_column: str, lines: str) -> _Cells:
     try:
         rows = _read_lines(root, entry)
         if entry.path.lower().endswith(".json"):

@@ -142,9 +142,8 @@ def inspect_folder(
 ) -> DataReport:
     """Report on a folder as training with these settings would read it.
 
-    tokenizer: folder of a CLIP tokenizer or a Stable-Diffusion model. vae: folder of a VAE, whose
-    speed is measured. quick: skip the search for duplicates, which decodes every image once.
-    cache_dir: of the scan index, so that each image is decoded once ever. The rest: DataConfig.
+    tokenizer, vae: folders of a CLIP tokenizer and of a VAE, whose speed is measured. quick: skip
+    the search for duplicates, which decodes every image once ever. The rest: see DataConfig.
     """
     sizes: tuple[Bucket, ...] = (Bucket(resolution, resolution),)
     if buckets:
