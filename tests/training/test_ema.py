@@ -1,4 +1,4 @@
-"""Averages of the weights: against plain loops, against torch, masked, swapped, rebuilt."""
+"""Averages of the weights: against plain loops, against torch, masked, swapped, reconstructed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +28,7 @@ def make_module() -> nn.Module:
     return module
 
 
-def walk(module: nn.Module) -> None:
+def random_step(module: nn.Module) -> None:
     """Move every trainable weight and buffer at random."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -43,7 +43,7 @@ def test_update_is_the_plain_recursion_with_warmup() -> None:
     ema = Ema(module, decay=0.9)
     expected = {n: p.detach().double() for n, p in module.named_parameters() if p.requires_grad}
     for n in range(200):
-        walk(module)
+        random_step(module)
         ema.update()
         d = min(0.9, (1 + n) / (10 + n))
         live = dict(module.named_parameters())
@@ -62,7 +62,7 @@ def test_without_warmup_equals_torch_averaged_model() -> None:
     reference = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.95))
     reference.update_parameters(module)  # the first call copies, as our constructor does
     for _ in range(50):
-        walk(module)
+        random_step(module)
         ema.update()
         reference.update_parameters(module)
     for name, value in reference.module.named_parameters():
@@ -97,7 +97,7 @@ def test_masked_steps_might_as_well_not_have_been() -> None:
     one, other = Ema(skipping), Ema(plain)
     for step in range(9):
         ok = torch.tensor(step % 3 != 1)
-        walk(skipping)
+        random_step(skipping)
         one.update(ok)
         if ok:
             plain.load_state_dict(skipping.state_dict())
@@ -110,13 +110,13 @@ def test_resumed_average_continues_bitwise() -> None:
     module = make_module()
     ema = Ema(module)
     for _ in range(3):
-        walk(module)
+        random_step(module)
         ema.update()
     again = Ema(make_module())
     again.load_state_dict({name: t.clone() for name, t in ema.state_dict().items()})
     later = Ema(module)
     later.load_state_dict(ema.state_dict())
-    walk(module)
+    random_step(module)
     ema.update()
     later.update()
     for name, tensor in ema.state_dict().items():
@@ -137,7 +137,7 @@ def test_state_of_another_model_is_refused_by_name() -> None:
 def test_swapped_in_gives_averages_and_restores_the_weights_bitwise() -> None:
     module = make_module()
     ema = Ema(module)
-    walk(module)
+    random_step(module)
     ema.update()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
@@ -176,7 +176,7 @@ def test_average_follows_a_module_that_is_moved_after_it_was_made(
     ema = Ema(module, decay=0.0, warmup=False)
     module.to(memory_format=torch.channels_last)
     module.to(torch.float64)
-    walk(module)
+    random_step(module)
     ema.update()
     for name, tensor in ema.tensors.items():
         assert torch.equal(tensor, dict(module.named_parameters())[name].detach().float())
@@ -190,7 +190,7 @@ def test_chunks_and_memory_layout_change_no_average(monkeypatch: pytest.MonkeyPa
     whole = Ema(one)
     monkeypatch.setattr(ema_module, "CHUNK_SIZE", 10)
     chunked = Ema(many)
-    walk(one)
+    random_step(one)
     many.load_state_dict(one.state_dict())
     whole.update()
     chunked.update()
@@ -210,7 +210,7 @@ def test_sigma_rel_and_gamma_are_inverse(gamma: float) -> None:
     assert gamma_of(sigma_rel_of(gamma)) == pytest.approx(gamma, abs=1e-6)
 
 
-def test_widths_of_the_paper() -> None:
+def test_sigma_rel_of_the_paper() -> None:
     """Karras et al. 2024, section 3.1: sigma_rel 0.05 and 0.10 are gamma 16.97 and 6.94."""
     assert gamma_of(0.05) == pytest.approx(16.97, abs=5e-3)
     assert gamma_of(0.10) == pytest.approx(6.94, abs=5e-3)
@@ -223,7 +223,7 @@ def test_power_average_is_the_weighted_mean_of_its_recursion() -> None:
     ema = PosthocEma(module, gamma=5.0)
     expected = torch.zeros(8, 3, 3, 3, dtype=torch.float64)
     for t in range(1, 101):
-        walk(module)
+        random_step(module)
         ema.update()
         beta = (1 - 1 / t) ** 6
         expected = beta * expected + (1 - beta) * module[0].weight.detach().double()
@@ -248,35 +248,37 @@ def train_with(gammas: list[float], *, num_steps: int, every: int) -> dict[float
 
 
 @pytest.mark.parametrize("sigma_rel", [0.06, 0.075, 0.12])
-def test_rebuilt_average_equals_the_one_tracked_directly(sigma_rel: float) -> None:
+def test_reconstructed_average_equals_the_one_tracked_directly(sigma_rel: float) -> None:
     target = gamma_of(sigma_rel)
     narrow, wide = gamma_of(0.05), gamma_of(0.1)
     kept = train_with([narrow, wide, target], num_steps=2000, every=100)
     stored = kept[narrow] + kept[wide]
     tracked = kept[target][-1].tensors["weight"]
-    rebuilt = reconstruct(stored, gamma=target)["weight"]
+    reconstructed = reconstruct(stored, gamma=target)["weight"]
     nearest = min(
         (tracked - s.tensors["weight"]).norm() for s in (kept[narrow][-1], kept[wide][-1])
     )
-    assert (rebuilt - tracked).norm() < 0.1 * nearest
+    assert (reconstructed - tracked).norm() < 0.1 * nearest
     earlier = reconstruct(stored, gamma=target, step=1000)["weight"]
     torch.testing.assert_close(earlier, kept[target][9].tensors["weight"], atol=0.02, rtol=0.02)
 
 
-def test_rebuilding_what_is_stored_gives_it_back() -> None:
+def test_reconstructing_a_stored_average_gives_it_back() -> None:
     kept = train_with([6.0, 16.0], num_steps=300, every=50)
     stored = kept[6.0] + kept[16.0]
-    rebuilt = reconstruct(stored, gamma=16.0, step=200)["weight"]
-    torch.testing.assert_close(rebuilt, kept[16.0][3].tensors["weight"], atol=1e-6, rtol=1e-5)
+    reconstructed = reconstruct(stored, gamma=16.0, step=200)["weight"]
+    torch.testing.assert_close(reconstructed, kept[16.0][3].tensors["weight"], atol=1e-6, rtol=1e-5)
 
 
-def test_rebuilding_refuses_what_it_cannot() -> None:
+def test_reconstructing_refuses_a_profile_out_of_reach() -> None:
     kept = train_with([6.0], num_steps=20, every=10)[6.0]
     with pytest.raises(ValueError, match="no snapshot"):
         reconstruct([], gamma=3.0)
     with pytest.raises(ValueError, match="step is 30, expected 1 to 20"):
         reconstruct(kept, gamma=3.0, step=30)
-    with pytest.raises(ValueError, match=r"width 0\.141 at step 20 .* There are widths 0\.11 at"):
+    with pytest.raises(
+        ValueError, match=r"sigma_rel 0\.141 at step 20 .* There are sigma_rel 0\.11 at"
+    ):
         reconstruct(kept, gamma=4.0)
     odd = Snapshot(20, 6.0, {"other": torch.ones(1)})
     with pytest.raises(ValueError, match="step 20 has other parameters"):
@@ -284,9 +286,9 @@ def test_rebuilding_refuses_what_it_cannot() -> None:
 
 
 @pytest.mark.parametrize("sigma_rel", [0.04, 0.075, 0.15])
-def test_rebuilding_two_snapshots_keeps_the_scale_of_the_weights(sigma_rel: float) -> None:
+def test_reconstructing_two_snapshots_keeps_the_scale_of_the_weights(sigma_rel: float) -> None:
     """An average of weights that stood still is those weights, however few snapshots there are."""
-    stored = [Snapshot(1000, gamma_of(width), {}) for width in (0.05, 0.1)]
+    stored = [Snapshot(1000, gamma_of(sigma_rel), {}) for sigma_rel in (0.05, 0.1)]
     weights, error = reconstruction_weights(stored, gamma=gamma_of(sigma_rel))
     assert weights.sum() == pytest.approx(1, abs=1e-9)
     assert 0 < error < 0.3

@@ -83,9 +83,9 @@ def state(run: Path, step: int) -> dict[str, Any]:
 def test_snapshots_lie_in_power_ema_by_step_and_width(averaged: Path) -> None:
     names = {path.name for path in (averaged / "power_ema").iterdir()}
     assert names == {
-        f"step-{step:09d}-width-{width}.safetensors"
+        f"step-{step:09d}-width-{sigma_rel}.safetensors"
         for step in range(2, 25, 2)
-        for width in (0.1, 0.2, 0.15)
+        for sigma_rel in (0.1, 0.2, 0.15)
     }
     assert checkpoint_steps(averaged) == [12, 24]
 
@@ -107,11 +107,11 @@ def test_resumed_run_has_the_averages_and_snapshots_of_the_whole_one(
         for name, tensor in tensors.items():
             assert torch.equal(ours[part][name], tensor), (part, name)
     stored = {path.name for path in (run / "power_ema").iterdir()}
-    extra = {f"step-000000009-width-{width}.safetensors" for width in (0.1, 0.2, 0.15)}
+    extra = {f"step-000000009-width-{sigma_rel}.safetensors" for sigma_rel in (0.1, 0.2, 0.15)}
     assert stored - extra == {
-        f"step-{step:09d}-width-{width}.safetensors"
+        f"step-{step:09d}-width-{sigma_rel}.safetensors"
         for step in range(2, 13, 2)
-        for width in (0.1, 0.2, 0.15)
+        for sigma_rel in (0.1, 0.2, 0.15)
     }
     for name in stored - extra:
         assert (run / "power_ema" / name).read_bytes() == (
@@ -120,7 +120,7 @@ def test_resumed_run_has_the_averages_and_snapshots_of_the_whole_one(
 
 
 @pytest.mark.parametrize("step", [24, 16])
-def test_rebuilt_average_of_a_real_run_is_the_one_tracked_directly(
+def test_reconstructed_average_of_a_real_run_is_the_one_tracked_directly(
     averaged: Path, without_the_third: Path, step: int
 ) -> None:
     """To 1 % of what tells the tracked average from the nearest one that was stored.
@@ -128,18 +128,18 @@ def test_rebuilt_average_of_a_real_run_is_the_one_tracked_directly(
     Theory leaves 0.1 % here: profiles are matched to 0.2 %, and taken as continuous in time though
     steps are whole. The rest is room for float32.
     """
-    rebuilt = reconstruct(read_snapshots(without_the_third), gamma=gamma_of(0.15), step=step)
+    reconstructed = reconstruct(read_snapshots(without_the_third), gamma=gamma_of(0.15), step=step)
     folder = averaged / "power_ema"
     tracked, *stored = (
-        read_snapshot(folder / f"step-{step:09d}-width-{width}.safetensors").tensors
-        for width in (0.15, 0.1, 0.2)
+        read_snapshot(folder / f"step-{step:09d}-width-{sigma_rel}.safetensors").tensors
+        for sigma_rel in (0.15, 0.1, 0.2)
     )
 
     def distance(one: Mapping[str, torch.Tensor]) -> float:
         return sum((one[k] - tracked[k]).double().square().sum().item() for k in tracked) ** 0.5
 
-    assert rebuilt.keys() == set(tracked)
-    assert 0 < distance(rebuilt) < 0.01 * min(map(distance, stored))
+    assert reconstructed.keys() == set(tracked)
+    assert 0 < distance(reconstructed) < 0.01 * min(map(distance, stored))
 
 
 @pytest.fixture
@@ -158,18 +158,18 @@ def script(
     return run
 
 
-def test_script_writes_a_folder_with_the_rebuilt_weights(
+def test_script_writes_a_folder_with_the_reconstructed_weights(
     without_the_third: Path, tmp_path: Path, script: Callable[..., tuple[int, str]]
 ) -> None:
     run, out = without_the_third, tmp_path / "out"
     arguments = [run, "--width", 0.15, "--step", 20, "--out", out]
     assert script(*arguments)[0] == 0
-    rebuilt = reconstruct(read_snapshots(run), gamma=gamma_of(0.15), step=20)
+    reconstructed = reconstruct(read_snapshots(run), gamma=gamma_of(0.15), step=20)
     pipeline = LatentDiffPipeline.from_pretrained(out)
     for part in ("unet", "text_encoder"):
         own = dict(getattr(pipeline, part).named_parameters())
         for name, weight in own.items():
-            assert torch.equal(weight, rebuilt[f"{part}.{name}"]), name
+            assert torch.equal(weight, reconstructed[f"{part}.{name}"]), name
     assert json.loads((out / "latentdiff.json").read_text())["steps"] == 20
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
@@ -181,13 +181,16 @@ def test_script_writes_a_folder_with_the_rebuilt_weights(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--width", "0.01"], r"width 0\.01 at step 24 cannot be rebuilt.* widths 0\.1, 0\.2 at"),
-        (["--width", "0.15", "--step", "3"], r"width 0\.15 at step 3 cannot be rebuilt"),
+        (
+            ["--width", "0.01"],
+            r"sigma_rel 0\.01 at step 24 cannot be reconstructed.* sigma_rel 0\.1, 0\.2 at",
+        ),
+        (["--width", "0.15", "--step", "3"], r"sigma_rel 0\.15 at step 3 cannot be reconstructed"),
         (["--width", "0.15", "--step", "99"], "step is 99, expected 1 to 24"),
         (["--width", "0.5"], r"sigma_rel is 0\.5, expected 0 <"),
     ],
 )
-def test_script_refuses_what_cannot_be_rebuilt(
+def test_script_refuses_what_cannot_be_reconstructed(
     without_the_third: Path,
     script: Callable[..., tuple[int, str]],
     arguments: list[str],

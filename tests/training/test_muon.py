@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentdiff.training.optim.muon import COEFFICIENTS, Muon, is_muon_param, newton_schulz
+from latentdiff.training.optim.muon import COEFFICIENTS, Muon, muon_params, newton_schulz
 from latentdiff.training.optim.optimizer import OptimizerName, build_optimizer, parameter_groups
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
 
@@ -69,7 +69,7 @@ def test_a_scaled_gradient_is_the_same_update() -> None:
 def test_only_hidden_matrices_are_orthogonal() -> None:
     model = Small()
     model.linear.weight.requires_grad_(False)
-    assert is_muon_param(model) == {model.hidden.weight}
+    assert muon_params(model) == {model.hidden.weight}
     groups = parameter_groups(model, weight_decay=0.1, name="muon")
     marked = [p for group in groups if group.get("orthogonal") for p in group["params"]]
     everything = [p for group in groups for p in group["params"]]
@@ -108,7 +108,7 @@ def test_the_rest_goes_as_with_adamw() -> None:
             optimizer.zero_grad()
             model.loss().backward()
             optimizer.step()
-    left = is_muon_param(one)
+    left = muon_params(one)
     for (parameter, ours), theirs in zip(one.named_parameters(), two.parameters(), strict=True):
         assert (ours in left) != torch.equal(ours, theirs), parameter
 

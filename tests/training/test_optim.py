@@ -281,7 +281,7 @@ def quadratic(start: Tensor, *, fp16: bool, max_norm: float | None) -> tuple[Ten
     rule = SGD([weight], lr=1.0)
     update = AmpStep(rule, fp16=fp16, max_norm=max_norm)
     for _ in range(5):
-        update.step((weight**2).sum(), rate=0.1)
+        update.step((weight**2).sum(), lr=0.1)
     return weight.detach(), update
 
 
@@ -299,10 +299,10 @@ def test_an_overflow_skips_its_own_update_alone_and_lowers_the_scale() -> None:
     weight, other = (torch.ones(3, requires_grad=True) for _ in range(2))
     updates = [AmpStep(SGD([one], lr=1.0), fp16=True, max_norm=1.0) for one in (weight, other)]
     before = updates[0].scaler.get_scale()
-    updates[0].step(weight.sum() * torch.finfo(torch.float32).max, rate=0.1)
-    updates[1].step(other.sum(), rate=0.1)
+    updates[0].step(weight.sum() * torch.finfo(torch.float32).max, lr=0.1)
+    updates[1].step(other.sum(), lr=0.1)
     assert weight.tolist() == [1.0, 1.0, 1.0]
     assert updates[0].scaler.get_scale() < before == updates[1].scaler.get_scale()
     assert (other < 1).all()
-    updates[0].step(weight.sum(), rate=0.1)
+    updates[0].step(weight.sum(), lr=0.1)
     assert (weight < 1).all()

@@ -17,9 +17,9 @@ from latentdiff.training.optim.posthoc_ema import (
 )
 
 
-def store(run: Path, step: int, width: float = 0.1) -> Path:
-    snapshot = Snapshot(step, gamma_of(width), {"weight": torch.full((3, 2), float(step))})
-    path = snapshot_path(run, step, width)
+def store(run: Path, step: int, sigma_rel: float = 0.1) -> Path:
+    snapshot = Snapshot(step, gamma_of(sigma_rel), {"weight": torch.full((3, 2), float(step))})
+    path = snapshot_path(run, step, sigma_rel)
     save_snapshot(snapshot, path)
     return path
 

@@ -163,7 +163,7 @@ def _train_steps(
         with accelerator.autocast():
             images, texts, scale = model(seen, ids)
             loss = loss_of(images.float(), texts.float(), scale)
-        update.step(loss, rate=rate)
+        update.step(loss, lr=rate)
         with torch.no_grad():
             model.logit_scale.clamp_(max=LARGEST_SCALE)
         steps = step + 1

@@ -1,9 +1,10 @@
-"""Running averages of the weights that training moves, by parameter name and in float32.
+"""Exponential moving averages (EMA) of the trainable weights, by parameter name and in float32.
 
-An update may be masked by a flag that lives on the device, so that a step with NaN or Inf leaves
-the average and its count as they are without the host waiting. Averages lie in flat chunks: a few
-kernels a chunk, whatever the number of parameters. Of a parameter that FSDP2 spreads, each process
-averages its part. power_ema.py has the other form.
+Ours, as with diffusers' EMAModel and torch's AveragedModel the host must wait to know whether an
+update is to be skipped. Here a flag on the device masks the update: a step with NaN or Inf leaves
+averages and count as they are. Averages lie in flat chunks, so an update takes a few kernels
+whatever the number of parameters; with FSDP2 each process averages its shards. posthoc_ema.py has
+the power-function form on the same class.
 """
 
 import contextlib
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from latentdiff.training.fsdp import from_local_shard, local_shard, reshard
 
 CHUNK_SIZE = 1 << 24  # elements; one chunk more is held for the update
-COUNT = "num_updates"  # beside the names of parameters and buffers in a state
+COUNT = "num_updates"  # next to the names of parameters and buffers in a state
 
 
 class Averages:
     """Averages of a module's trainable parameters, and copies of its buffers, as they are now.
 
-    device: where they live, by default beside the parameters; "cpu" saves accelerator memory and
-    makes every update wait for the device.
+    device: of the averages, by default the parameters'; "cpu" saves accelerator memory and makes
+    every update wait for the device.
     """
 
     def __init__(self, module: nn.Module, *, device: torch.device | str | None = None) -> None:
@@ -44,33 +45,33 @@ class Averages:
                 chunk.average.copy_(chunk.staging)
 
     @torch.no_grad()
-    def move(self, weight: Tensor, ok: Tensor | None = None) -> None:
-        """Move averages by `weight` (0-dim float32 in [0, 1]) towards the parameters, and count.
+    def lerp_(self, weight: Tensor, ok: Tensor | None = None) -> None:
+        """Interpolate averages by `weight` (0-dim float32, [0, 1]) towards the weights, and count.
 
-        ok: 0-dim, bool or float; where it is 0 nothing changes, though parameters be NaN.
+        ok: 0-dim, bool or float; where it is 0 nothing changes, even with NaN parameters.
         """
         flag = torch.ones((), device=self.device) if ok is None else ok.detach().to(self.device)
-        moved = flag.reshape(()) != 0
+        updates = flag.reshape(()) != 0
         for chunk in self._chunks:
             live = chunk.live()
             if self.device.type == "cpu" and all(_is_float_on_cpu(part) for part in live):
-                if moved:  # looking is free here, and one pass over memory is a quarter of the cost
+                if updates:  # reading the flag is free here, and one pass over memory the cheapest
                     torch._foreach_lerp_(chunk.views, live, float(weight))
                 continue
             torch._foreach_copy_(chunk.staged, live)
             torch.lerp(chunk.average, chunk.staging, weight, out=chunk.staging)
-            torch.where(moved, chunk.staging, chunk.average, out=chunk.average)
+            torch.where(updates, chunk.staging, chunk.average, out=chunk.average)
         for name, (home, key) in self._buffer_homes.items():
             now = home.get_buffer(key).detach().to(self.device)
-            self.buffers[name].copy_(torch.where(moved, now, self.buffers[name]))
-        self.num_updates += moved
+            self.buffers[name].copy_(torch.where(updates, now, self.buffers[name]))
+        self.num_updates += updates
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that averages, buffers and the room for an update take on this process."""
+        """Bytes of averages, buffers and the staging of an update on this process."""
         flat = [chunk.average for chunk in self._chunks]
-        room = max(chunk.staging.nbytes for chunk in self._chunks)
-        return room + sum(tensor.nbytes for tensor in (*flat, *self.buffers.values()))
+        staging = max(chunk.staging.nbytes for chunk in self._chunks)
+        return staging + sum(tensor.nbytes for tensor in (*flat, *self.buffers.values()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return averages, buffers and the count of updates by name; not copies."""
@@ -138,12 +139,12 @@ class Ema(Averages):
         self.decay, self.warmup = decay, warmup
 
     def update(self, ok: Tensor | None = None) -> None:
-        """Take in the weights after an optimiser step, unless `ok` (0-dim) is 0."""
+        """Average the weights in after an optimiser step, unless `ok` (0-dim) is 0."""
         weight = torch.full((), 1 - self.decay, device=self.device)
         if self.warmup:
             # 1 - (1 + n) / (10 + n), where float32 keeps its digits
             weight = torch.maximum(weight, 9 / (10 + self.num_updates.float()))
-        self.move(weight, ok)
+        self.lerp_(weight, ok)
 
 
 class _Chunk(NamedTuple):
@@ -157,7 +158,7 @@ class _Chunk(NamedTuple):
     staged: list[Tensor]
 
     def live(self) -> list[Tensor]:
-        """Return what this process holds of the parameters, wherever they were moved to."""
+        """Return this process's shards of the parameters, wherever they were moved to."""
         return [local_shard(parameter) for parameter in self.parameters]
 
 
@@ -176,13 +177,13 @@ def _allocate(
         average = torch.zeros(size, device=device)
         views = _views(average, parts)
         averages |= dict(zip(group, views, strict=True))
-        moved = [parameters[name] for name in group]
-        chunks.append(_Chunk(moved, average, views, staging[:size], _views(staging, parts)))
+        owners = [parameters[name] for name in group]
+        chunks.append(_Chunk(owners, average, views, staging[:size], _views(staging, parts)))
     return chunks, averages
 
 
 def _buffer_homes(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return where each buffer is to be found: `Module.to` puts new tensors in their place."""
+    """Return each buffer's module and key there: `Module.to` puts new tensors in their place."""
     homes = {}
     for name, _ in module.named_buffers():
         path, _, key = name.rpartition(".")

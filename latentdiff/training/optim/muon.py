@@ -1,9 +1,12 @@
-"""Muon (Jordan et al. 2024): matrices and kernels follow their momentum, made orthogonal.
+"""Muon (Jordan et al. 2024): matrices and kernels follow their orthogonalised momentum.
 
 An update whose singular values are all about 1 moves every direction of a matrix alike, also those
-whose gradients are small, so that fewer images teach the same. Where it does not apply (biases,
+whose gradients are small, so that training needs fewer images. Where it does not apply (biases,
 norms, embeddings, the layers that touch the latents) parameters follow AdamW, in one optimiser.
-torch.optim.Muon does the same for plain matrices, one at a time.
+
+Ours by design: torch.optim.Muon takes plain matrices only, timm's chooses parameters by shape,
+embeddings included, and both take one matrix at a time. Here parameter groups choose, the matrices
+of one shape share a batched Newton-Schulz iteration, and AdamW's part is fused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +19,7 @@ from torch.optim.adamw import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: Jordan et al. 2024
 SMALLEST_SIDE = 16  # rows or columns below which a matrix is left to AdamW
-UPDATE_RMS = 0.2  # as AdamW's, so that one rate serves both: Liu et al. 2025, Eq. 4
+UPDATE_RMS = 0.2  # as AdamW's, so that one learning rate serves both: Liu et al. 2025, Eq. 4
 
 
 class Muon(Optimizer):
@@ -32,7 +35,7 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
     ) -> None:
-        """betas, eps: AdamW's; momentum: Muon's, taken in Nesterov's way."""
+        """betas, eps: AdamW's; momentum: Muon's, which is Nesterov's."""
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -45,27 +48,27 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Follow the gradients once; parameters without one stay."""
+        """Update parameters by their gradients; those without one stay."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["orthogonal"]:
-                self._follow_orthogonal(parameters, group)
+                self._step_orthogonal(parameters, group)
             elif parameters:
-                self._follow_adamw(parameters, group)
+                self._step_adamw(parameters, group)
 
-    def _follow_orthogonal(self, parameters: Iterable[Tensor], group: Mapping[str, Any]) -> None:
+    def _step_orthogonal(self, parameters: Iterable[Tensor], group: Mapping[str, Any]) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in parameters:
             by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
-        for shape, alike in by_shape.items():
-            directions = torch.stack([self._direction(p, group["momentum"]) for p in alike])
+        for shape, same_shape in by_shape.items():
+            directions = torch.stack([self._direction(p, group["momentum"]) for p in same_shape])
             length = UPDATE_RMS * max(shape) ** 0.5 * group["lr"]
-            for parameter, update in zip(alike, newton_schulz(directions), strict=True):
+            for parameter, update in zip(same_shape, newton_schulz(directions), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(length * update.view(parameter.shape))
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Update a parameter's momentum; return Nesterov's look ahead of it as a matrix."""
+        """Update a parameter's momentum; return its Nesterov momentum as a matrix."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -73,7 +76,7 @@ class Muon(Optimizer):
         state["momentum"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(state["momentum"], momentum).flatten(1)
 
-    def _follow_adamw(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
+    def _step_adamw(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
         for parameter in parameters:
             if not (state := self.state[parameter]):
                 state["step"] = torch.zeros((), device=parameter.device)
@@ -113,12 +116,12 @@ def newton_schulz(matrices: Tensor, *, iterations: int = 5) -> Tensor:
         gram = x @ x.mT
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, factor, x, beta=a)
-    made = x.to(matrices.dtype)
-    return made if wide is matrices else made.mT.contiguous()
+    orthogonal = x.to(matrices.dtype)
+    return orthogonal if wide is matrices else orthogonal.mT.contiguous()
 
 
-def is_muon_param(module: nn.Module) -> set[Tensor]:
-    """Return the trainable matrices and kernels of a module that Muon is for."""
+def muon_params(module: nn.Module) -> set[Tensor]:
+    """Return the trainable matrices and kernels of a module that Muon applies to."""
     embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     tables = {parameter for part in embeddings for parameter in part.parameters()}
     matrices = {p for p in module.parameters() if p.requires_grad and p.ndim > 1}

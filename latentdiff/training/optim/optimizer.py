@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from latentdiff.training.optim.lr import set_learning_rate
-from latentdiff.training.optim.muon import Muon, is_muon_param
+from latentdiff.training.optim.muon import Muon, muon_params
 
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
-FUSED_DEVICES = ("cpu", "cuda")  # whose fused AdamW knows how to skip an update
+FUSED_DEVICES = ("cpu", "cuda")  # whose fused AdamW can skip an update
 
 
 def parameter_groups(
@@ -24,11 +24,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return groups of the trainable parameters: matrices and kernels decay, vectors do not.
 
-    Vectors are the biases and the scales of norms. For Muon the matrices that it is for are marked
-    "orthogonal". The groups of several modules may be added up.
+    Vectors are the biases and the scales of norms. The matrices that Muon applies to are marked
+    "orthogonal". The groups of several modules may be concatenated.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    orthogonal = is_muon_param(module) if name == "muon" else set()
+    orthogonal = muon_params(module) if name == "muon" else set()
     matrices = [p for p in trainable if p.ndim > 1 and p not in orthogonal]
     vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
     groups: list[dict[str, Any]] = [
@@ -63,8 +63,8 @@ def build_optimizer(
 ) -> Optimizer:
     """Return AdamW (Loshchilov & Hutter 2019), fused where the device has it, or another by name.
 
-    weight_decay: of the groups that name none; muon wants groups made for it. ValueError when
-    there is nothing to train, or when bitsandbytes is asked for and absent.
+    weight_decay: of the groups that name none; muon needs groups made for it. ValueError when
+    nothing is trainable, or when bitsandbytes is asked for and absent.
     """
     groups = [dict(group) for group in parameter_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -93,7 +93,7 @@ def build_optimizer(
 class AmpStep:
     """Gradient and update of one optimiser, scaled as fp16 needs it by a scaler of its own.
 
-    In fp16 an update whose gradients overflow is left out, and the scale is halved.
+    In fp16 an update whose gradients overflow is skipped, and the scale is halved.
     """
 
     def __init__(self, optimizer: Optimizer, *, fp16: bool, max_norm: float | None = None) -> None:
@@ -102,9 +102,9 @@ class AmpStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
 
-    def step(self, loss: Tensor, *, rate: float) -> None:
-        """Follow the gradient of a loss (0-dim) once, at this learning rate."""
-        set_learning_rate(self.optimizer, rate)
+    def step(self, loss: Tensor, *, lr: float) -> None:
+        """Update by the gradient of a loss (0-dim), at this learning rate."""
+        set_learning_rate(self.optimizer, lr)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         clip_gradients(self.parameters, self.max_norm)
@@ -124,18 +124,18 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     norm = nn.utils.get_total_norm(gradients)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2's parts
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2's shards
 
 
 def step_if_finite(optimizer: Optimizer, ok: Tensor) -> None:
-    """Step where `ok` (0-dim, bool or float) is not 0; else weights and state stay, bit for bit.
+    """Step where `ok` (0-dim, bool or float) is not 0; else weights and state stay, bit by bit.
 
-    Fused AdamW decides on the device. Other optimisers make the host wait for `ok`. Hand over the
+    Fused AdamW decides on the device. Other optimisers make the host wait for `ok`. Takes the
     optimiser itself, not a wrapper of it.
     """
     if _skips_on_device(optimizer):
         found_inf = (ok.detach() == 0).to(torch.float32).reshape(())
-        vars(optimizer)["found_inf"] = found_inf  # as torch.amp.GradScaler tells it
+        vars(optimizer)["found_inf"] = found_inf  # as torch.amp.GradScaler sets it
         try:
             optimizer.step()
         finally:

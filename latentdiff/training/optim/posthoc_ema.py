@@ -1,18 +1,18 @@
-"""Averages of power-function form, and any such average after the fact.
+"""Post-hoc EMA: averages of power-function form, and any such average after the fact.
 
 Karras et al. 2024 (EDM2), section 3: the weight of step s in the average at step t grows as
-s^gamma, so that the width is a fixed share sigma_rel of the training so far. Averages of two
-widths, stored now and then, are enough to rebuild one of nearly any width later: the stored ones
-are added up with the weights that bring their profiles closest to the wanted one (least squares).
-The files they are stored in are snapshots.py's business.
+s^gamma, so that its standard deviation is a fixed share sigma_rel of the training so far. Snapshots
+of averages of two sigma_rel are enough to reconstruct one of nearly any sigma_rel later: the sum
+whose profile is closest to the target's (least squares). Ours, as EDM2's reference code is no
+package and its licence excludes commercial use.
 
-The folder power_ema/ of a run: averages of power-function form as they were now and then.
+The folder power_ema/ of a run holds the snapshots, one file for each step and sigma_rel:
 
     power_ema/step-000001000-width-0.05.safetensors
 
-One file for each step and width, in float32: rebuilding a width adds snapshots up with weights of
-both signs whose magnitudes sum to about 2, for narrow widths to 10 and more, and would enlarge half
-precision's rounding, which is as large as what a fine-tune at a low rate moves the weights by.
+They are float32: a reconstruction sums snapshots with weights of both signs whose magnitudes sum to
+about 2, for a small sigma_rel to 10 and more, and would enlarge half precision's rounding, which is
+as large as the change of the weights in a fine-tune at a low learning rate.
 """
 
 import json
@@ -32,7 +32,10 @@ from latentdiff.atomic import TEMPORARY, atomic_file
 from latentdiff.training.optim.ema import Averages
 
 MAX_SIGMA_REL = 12**-0.5  # gamma = 0, the plain mean
-MAX_PROFILE_ERROR = 0.1  # of a rebuilt average
+MAX_PROFILE_ERROR = 0.1  # of a reconstructed average
+SNAPSHOT_FOLDER = "power_ema"
+METADATA_KEY = "power_ema"  # one, as safetensors writes several in no fixed order
+SNAPSHOT_NAME = re.compile(r"step-(?P<step>\d{9,})-width-[0-9.e+-]+\.safetensors")
 
 
 class PosthocEma(Averages):
@@ -47,17 +50,17 @@ class PosthocEma(Averages):
         self.gamma = gamma
 
     def update(self, ok: Tensor | None = None) -> None:
-        """Take in the weights after an optimiser step (Eq. 3), unless `ok` (0-dim) is 0.
+        """Average the weights in after an optimiser step (Eq. 3), unless `ok` (0-dim) is 0.
 
         At update t the average keeps (1 - 1/t)^(gamma + 1) of itself: nothing at the first.
         """
         t = self.num_updates.float() + 1
-        self.move(-torch.expm1((self.gamma + 1) * torch.log1p(-1 / t)), ok)
+        self.lerp_(-torch.expm1((self.gamma + 1) * torch.log1p(-1 / t)), ok)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored average: updates taken in so far, gamma, and the tensors by parameter name."""
+    """A stored average: its number of updates, gamma, and the tensors by parameter name."""
 
     step: int
     gamma: float
@@ -76,17 +79,17 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """Return the width of a profile as a share of the training so far (Eq. 126)."""
+    """Return the standard deviation of a profile as a share of the training so far (Eq. 126)."""
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 def reconstruct(
     snapshots: Sequence[Snapshot], *, gamma: float, step: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the float32 average of width `gamma` at `step`, by default that of the last snapshot.
+    """Return the float32 average of `gamma` at `step`, by default that of the last snapshot.
 
     Exact where a snapshot has that gamma and step. ValueError where the closest profile is off by
-    more than MAX_PROFILE_ERROR: another width or step is needed, or more snapshots.
+    more than MAX_PROFILE_ERROR: another gamma or step is needed, or more snapshots.
     """
     weights, error = reconstruction_weights(snapshots, gamma=gamma, step=step)
     if error > MAX_PROFILE_ERROR:
@@ -94,13 +97,13 @@ def reconstruct(
     names = set(snapshots[0].tensors)
     if odd := [s.step for s in snapshots if set(s.tensors) != names]:
         raise ValueError(f"the snapshot of step {odd[0]} has other parameters than the first one")
-    rebuilt = {}
+    reconstructed = {}
     for name, first in snapshots[0].tensors.items():
         total = torch.zeros(first.shape, dtype=torch.float64)
         for weight, snapshot in zip(weights.tolist(), snapshots, strict=True):
             total.add_(snapshot.tensors[name].double(), alpha=weight)
-        rebuilt[name] = total.float()
-    return rebuilt
+        reconstructed[name] = total.float()
+    return reconstructed
 
 
 def reconstruction_weights(
@@ -108,23 +111,24 @@ def reconstruction_weights(
 ) -> tuple[np.ndarray, float]:
     """Return the weight of each snapshot (Alg. 3), (N,) float64, and the error of their profile.
 
-    Unlike the paper's, the weights add up to 1: its networks do not feel a factor on their weights,
-    others do. The error is the L2 norm of the difference of the rebuilt and the wanted profile, as
-    a share of the wanted one's. Where weights jitter independently from step to step, that is how
-    far the rebuilt weights are from the wanted ones, in units of the jitter those have left.
+    Unlike the paper's, the weights add up to 1: its networks do not depend on the scale of their
+    weights, others do. The error is the L2 norm of the difference of the reconstructed and the
+    target profile, as a share of the target's. Where weights jitter independently from step to
+    step, it is the distance of the reconstructed weights from the target's, in units of the jitter
+    that the target has left.
     """
     if not snapshots:
-        raise ValueError("there is no snapshot to rebuild an average from")
+        raise ValueError("there is no snapshot to reconstruct an average from")
     steps = np.array([float(snapshot.step) for snapshot in snapshots])
     gammas = np.array([snapshot.gamma for snapshot in snapshots])
     last = steps.max()
-    wanted = last if step is None else float(step)
-    if steps.min() < 1 or not 1 <= wanted <= last:
+    target_step = last if step is None else float(step)
+    if steps.min() < 1 or not 1 <= target_step <= last:
         raise ValueError(
             f"step is {step}, expected 1 to {last:.0f}, the last snapshot's (skipped updates do "
             "not count)"
         )
-    at, of = np.array(wanted), np.array(gamma)
+    at, of = np.array(target_step), np.array(gamma)
     products = _product(steps[:, None], gammas[:, None], steps, gammas)  # (N, N)
     target = _product(steps, gammas, at, of)  # (N,)
     weights = _constrained_least_squares(products, target)
@@ -134,15 +138,15 @@ def reconstruction_weights(
 
 
 def _constrained_least_squares(products: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return the x (N,) of sum 1 with the least x' products x - 2 target' x."""
+    """Return the x (N,) of sum 1 that minimises x' products x - 2 target' x."""
     # Unit norms first: products of early and late profiles differ by orders of magnitude.
     norms = np.sqrt(np.diag(products))
-    least = norms.min()
-    ones = least / norms  # the constraint, in the same units
+    smallest = norms.min()
+    ones = smallest / norms  # the constraint, in the same units
     matrix = np.zeros((len(norms) + 1, len(norms) + 1))  # with a Lagrange multiplier
     matrix[:-1, :-1] = products / (norms[:, None] * norms)
     matrix[:-1, -1] = matrix[-1, :-1] = ones
-    right = np.append(target / norms, least)
+    right = np.append(target / norms, smallest)
     solution: np.ndarray = np.linalg.lstsq(matrix, right, rcond=1e-12)[0]
     return solution[:-1] / norms
 
@@ -161,24 +165,20 @@ def _product(ta: np.ndarray, ga: np.ndarray, tb: np.ndarray, gb: np.ndarray) -> 
 
 def _too_far(snapshots: Sequence[Snapshot], *, gamma: float, step: int | None, error: float) -> str:
     steps = sorted({snapshot.step for snapshot in snapshots})
-    widths = sorted({f"{sigma_rel_of(snapshot.gamma):.3g}" for snapshot in snapshots})
+    sigmas = sorted({f"{sigma_rel_of(snapshot.gamma):.3g}" for snapshot in snapshots})
     shown = [*steps[:4], "...", steps[-1]] if len(steps) > 6 else steps
     return (
-        f"width {sigma_rel_of(gamma):.3g} at step {step or steps[-1]} cannot be rebuilt: the "
-        f"closest mixture of the snapshots is off by {error:.0%}, expected {MAX_PROFILE_ERROR:.0%} "
-        f"at the most. There are widths {', '.join(widths)} at steps {', '.join(map(str, shown))}; "
-        "choose a step among these and a width nearer to these, or train with snapshots more often"
+        f"sigma_rel {sigma_rel_of(gamma):.3g} at step {step or steps[-1]} cannot be reconstructed: "
+        f"the closest sum of the snapshots is off by {error:.0%}, expected at most "
+        f"{MAX_PROFILE_ERROR:.0%}. There are sigma_rel {', '.join(sigmas)} at steps "
+        f"{', '.join(map(str, shown))}; choose one of these steps and a sigma_rel nearer to these, "
+        "or take snapshots more often"
     )
 
 
-SNAPSHOT_FOLDER = "power_ema"
-KEY = "power_ema"  # one, as safetensors writes several in no fixed order
-NAME = re.compile(r"step-(?P<step>\d{9,})-width-[0-9.e+-]+\.safetensors")
-
-
-def snapshot_path(run_folder: Path, step: int, width: float) -> Path:
-    """Return where the average of a width goes after optimiser step `step`."""
-    return run_folder / SNAPSHOT_FOLDER / f"step-{step:09d}-width-{width:g}.safetensors"
+def snapshot_path(run_folder: Path, step: int, sigma_rel: float) -> Path:
+    """Return the file of the average of a sigma_rel after optimiser step `step`."""
+    return run_folder / SNAPSHOT_FOLDER / f"step-{step:09d}-width-{sigma_rel:g}.safetensors"
 
 
 def save_snapshot(snapshot: Snapshot, path: Path) -> None:
@@ -192,29 +192,29 @@ def save_snapshot(snapshot: Snapshot, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={KEY: json.dumps(facts)})
+            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(facts)})
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Open what `save_snapshot` wrote; a tensor is read when it is asked for.
+    """Open a file of `save_snapshot`; its tensors are read at each access.
 
-    ValueError when it is something else or damaged.
+    ValueError when the file is another or damaged.
     """
     try:
         file = safe_open(path, "pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it") from error
     metadata = file.metadata() or {}
-    if KEY not in metadata:
-        raise ValueError(f"{path} is no snapshot of a power-function average")
-    facts = json.loads(metadata[KEY])
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path} is no snapshot of a post-hoc EMA")
+    facts = json.loads(metadata[METADATA_KEY])
     return Snapshot(facts["step"], facts["gamma"], _Tensors(file))
 
 
 def read_snapshots(run_folder: Path) -> list[Snapshot]:
-    """Open all snapshots of a run, by step and width. FileNotFoundError when it has none."""
+    """Open all snapshots of a run, by step and sigma_rel. FileNotFoundError when it has none."""
     paths = sorted(path for path, _ in _stored(run_folder))
     if not paths:
         raise FileNotFoundError(
@@ -226,7 +226,7 @@ def read_snapshots(run_folder: Path) -> list[Snapshot]:
 
 
 def drop_snapshots_after(run_folder: Path, step: int) -> None:
-    """Delete what a run stored after the step that it now goes on from, and what it left half."""
+    """Delete the snapshots after the step that a run resumes from, and unfinished files."""
     for path, at in list(_stored(run_folder)):
         if at > step:
             path.unlink()
@@ -238,7 +238,7 @@ def _stored(run_folder: Path) -> Iterator[tuple[Path, int]]:
     """Yield the snapshots' files and steps; other names in the folder are ignored."""
     folder = run_folder / SNAPSHOT_FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
-        if match := NAME.fullmatch(path.name):
+        if match := SNAPSHOT_NAME.fullmatch(path.name):
             yield path, int(match["step"])
 
 

@@ -1,7 +1,10 @@
 """An optimiser's state by parameter name, as tensors and JSON, so that a checkpoint needs no pickle
 and an entry never lands on another parameter.
 
-For any torch optimiser whose state is tensors and plain numbers. Bit for bit both ways.
+For any torch optimiser whose state is tensors and plain numbers. Bit for bit both ways. Ours, as
+torch.distributed.checkpoint.state_dict loads moments in another memory layout than a channels_last
+weight's, which fused AdamW then misreads, counts a step before the first one, and takes the state
+of another model without an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Names = Mapping[Tensor, str] | Sequence[str]
-LAYOUT = ("params", "fused", "foreach", "capturable", "differentiable")  # how, not what
+IMPLEMENTATION = ("params", "fused", "foreach", "capturable", "differentiable")  # not saved
 
 
 def optimizer_tensors(
@@ -39,7 +42,7 @@ def optimizer_tensors(
     groups = [
         {
             "parameters": [name_of[parameter] for parameter in group["params"]],
-            "options": {key: _plain(group[key]) for key in group if key not in LAYOUT},
+            "options": {key: _to_json(group[key]) for key in group if key not in IMPLEMENTATION},
         }
         for group in optimizer.param_groups
     ]
@@ -52,7 +55,7 @@ def load_optimizer_tensors(
     tensors: Mapping[str, Tensor],
     json: Mapping[str, Any],
 ) -> None:
-    """Take a state back, rates and other options of the groups included.
+    """Take a state back, learning rates and other options of the groups included.
 
     ValueError names what is missing, extra or of another shape; nothing is changed then.
     """
@@ -140,14 +143,13 @@ def _to_param_device(tensor: Tensor, key: str, parameter: Tensor, optimizer: Opt
         group for group in optimizer.param_groups if any(p is parameter for p in group["params"])
     )
     on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-    if (
-        tensor.shape == parameter.shape
-    ):  # in the parameter's memory layout: fused kernels rely on it
+    if tensor.shape == parameter.shape:
+        # in the parameter's memory layout: fused kernels rely on it
         return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor).detach()
     return tensor.detach().to(torch.device("cpu") if on_host else parameter.device, copy=True)
 
 
-def _plain(value: object) -> object:
+def _to_json(value: object) -> object:
     """Turn an option of a group into a JSON value."""
     if isinstance(value, Tensor):
         return value.item()

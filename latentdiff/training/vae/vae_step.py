@@ -63,7 +63,7 @@ class VaeTrainStep:
         losses = {"loss": loss.detach()}
         if self.discriminator is not None and step >= self.config.discriminator_start:
             loss, losses["generator_loss"] = self._with_generator_loss(loss, reconstruction)
-        self.update.step(loss, rate=rate)
+        self.update.step(loss, lr=rate)
         if self.discriminator is not None and step >= self.config.discriminator_start:
             losses["discriminator_loss"] = self._teach(wanted, reconstruction.detach(), rate=rate)
         return losses
@@ -97,7 +97,7 @@ class VaeTrainStep:
         assert self.discriminator is not None
         with self.accelerator.autocast():
             loss = hinge_loss(self.discriminator(real).float(), self.discriminator(fake).float())
-        self.lesson.step(loss, rate=rate)
+        self.lesson.step(loss, lr=rate)
         return loss.detach()
 
 
