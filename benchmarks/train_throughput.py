@@ -133,7 +133,7 @@ class OurLoop(Loop):
         tune_malloc()
         model = TextToImage(parts, trains_text_encoder=False)
         cells = RESOLUTION // 8
-        use_plain_attention(parts.unet, num_cells=cells**2)
+        use_plain_attention(parts.unet, num_latent_pixels=cells**2)
         use_fused_transformers(model)
         self.size = size = len(z0)
         self.batch = {

@@ -57,11 +57,11 @@ def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         for built in cache_commands.build_caches(config, accelerator=accelerator):
             print(built, flush=True)
     elif options["action"] == "verify":
-        is_sound = True
+        is_valid = True
         for verified in cache_commands.verify_caches(config):
             print(verified, flush=True)
-            is_sound &= verified.is_sound
-        return 0 if is_sound else 1
+            is_valid &= verified.is_valid
+        return 0 if is_valid else 1
     else:
         configs = [config, *map(load_config, options["also"])]
         found = cache_commands.prune_caches(configs, delete=options["delete"])

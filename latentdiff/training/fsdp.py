@@ -1,8 +1,8 @@
-"""State that FSDP2 spreads over processes: whole for a checkpoint, and spread again from one.
+"""State that FSDP2 shards over processes: full for a checkpoint, and sharded again from one.
 
 `torch.distributed.fsdp.fully_shard` makes every parameter a DTensor, and the optimiser's entries
-with it; averages hold the local part of theirs. A checkpoint holds whole tensors, so a run may go
-on with another number of processes, or in one without FSDP. Plain tensors pass through unchanged.
+with it; EMAs hold the local shard of theirs. A checkpoint holds full tensors, so a run may be
+resumed with another number of processes, or in one without FSDP. Plain tensors stay unchanged.
 """
 
 from collections.abc import Mapping
@@ -15,41 +15,44 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def full_state(parts: Parts, *, keep: bool) -> dict[str, dict[str, Tensor]]:
-    """Return the state with spread tensors whole, on the CPU and one after the other.
+    """Return the state with sharded tensors made full, on the CPU and one after the other.
 
-    Every process must call it, with the same names in the same order. keep: on which process the
-    result is wanted; the others get no tensors.
+    Every process must call it, with the same names in the same order. keep: whether this process
+    gets the tensors.
     """
-    whole: dict[str, dict[str, Tensor]] = {}
+    full: dict[str, dict[str, Tensor]] = {}
     for part, named in parts.items():
-        whole[part] = {}
+        full[part] = {}
         for name, tensor in named.items():
             value = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
             if keep:
-                whole[part][name] = value
-    return whole
+                full[part][name] = value
+    return full
 
 
 def shard_state(parts: Parts, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return whole tensors laid out as the parameters they belong to; nothing is communicated.
+    """Return full tensors sharded as the parameters they belong to; nothing is communicated.
 
     parameters: by name. An entry belongs to the parameter it is named after, such as "<name>" or
     "<name>/exp_avg", if it has its shape.
     """
     return {
-        part: {name: _as(tensor, _parameter_of(name, parameters)) for name, tensor in named.items()}
+        part: {
+            name: _sharded_as(tensor, _parameter_of(name, parameters))
+            for name, tensor in named.items()
+        }
         for part, named in parts.items()
     }
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, in the same memory."""
+    """Return this process's shard of a tensor, in the same memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def from_local_shard(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor of which every process holds a part, cut as the parameter is."""
+    """Return the tensor of which every process holds a shard, sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(
@@ -63,12 +66,12 @@ def from_local_shard(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def is_sharded(parameters: Mapping[str, Tensor]) -> bool:
-    """Return whether FSDP2 spreads any of them."""
+    """Return whether FSDP2 shards any of the parameters."""
     return any(isinstance(parameter, DTensor) for parameter in parameters.values())
 
 
 def reshard(module: nn.Module) -> None:
-    """Drop whole parameters that a forward pass has left, so that changed parts are seen."""
+    """Drop full parameters that a forward pass has left, so that changed shards are seen."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -78,11 +81,11 @@ def _parameter_of(name: str, parameters: Mapping[str, Tensor]) -> Tensor | None:
     return parameters.get(name, parameters.get(name.rpartition("/")[0]))
 
 
-def _as(tensor: Tensor, parameter: Tensor | None) -> Tensor:
+def _sharded_as(tensor: Tensor, parameter: Tensor | None) -> Tensor:
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     if tensor.shape != parameter.shape:
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements
-    placed = tensor.to(parameter.device)
-    return distribute_tensor(placed, mesh, placements, src_data_rank=None)
+    on_device = tensor.to(parameter.device)
+    return distribute_tensor(on_device, mesh, placements, src_data_rank=None)

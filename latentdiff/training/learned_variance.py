@@ -1,8 +1,8 @@
-"""A U-Net that also says the variance of each reverse step (Nichol & Dhariwal 2021, Sec. 3.1).
+"""A U-Net that also predicts the variance of each reverse step (Nichol & Dhariwal 2021, Sec. 3.1).
 
-Its second half of output channels is the place between the two fixed log-variances. Only ancestral
-sampling has a use for it, so a model is exported twice: whole, with a DDPMScheduler, and cut to its
-prediction, which any scheduler runs. The loss is in diffusion/objectives.py.
+Its second half of output channels interpolates between the two fixed log-variances. Only ancestral
+sampling uses it, so a model is exported twice: whole, with a DDPMScheduler, and without the
+variance channels, for any scheduler. The loss is in diffusion/objectives.py.
 """
 
 from collections.abc import Iterator
@@ -26,15 +26,15 @@ def has_learned_variance(components: Components) -> bool:
 
 
 def fit_variance(components: Components, *, learned: bool) -> None:
-    """Give the U-Net variance channels where they are to be learned and it has none.
+    """Add variance channels to the U-Net where they are to be learned and it has none.
 
-    They start in the middle between the two fixed variances; the prediction stays as it is.
-    ValueError where the model has them and they are not to be trained.
+    The variance starts halfway between the two fixed ones; the prediction stays as it is.
+    ValueError where the model has variance channels and they are not to be trained.
     """
     has = has_learned_variance(components)
     if has and not learned:
         raise ValueError(
-            "the model has a learned variance, which this run would leave behind; set "
+            "the model has a learned variance, which this run would drop; set "
             "diffusion.learned_variance=true, or start from its pipeline/ without it"
         )
     if learned and not has:
@@ -42,7 +42,7 @@ def fit_variance(components: Components, *, learned: bool) -> None:
 
 
 def without_variance(components: Components) -> Components:
-    """Return the model with its output cut to the prediction, for any scheduler.
+    """Return the model with the prediction as its only output, for any scheduler.
 
     The weights are shared. A scheduler of a learned variance becomes DDIM's.
     """

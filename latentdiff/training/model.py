@@ -1,9 +1,8 @@
 """The model that a run trains: a folder to fine-tune, or a new U-Net (and text encoder).
 
-Everything that does not fit is said before any weight is loaded. New weights come from the run's
-seed. Does not answer for: wrapping by Accelerate or the training itself (loop.py).
-
-Which kernel the U-Net's attention runs on while it trains.
+Parts that do not fit are refused before any weight is loaded. New weights come from the run's seed.
+Also the attention kernel of the U-Net in training. Does not answer for: wrapping by Accelerate or
+the training itself (loop.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,7 +37,7 @@ PLAIN_ATTENTION_PIXELS = 256
 
 
 class TextToImage(nn.Module):
-    """What the optimiser sees as one module: the U-Net, and the text encoder when it learns too."""
+    """The U-Net, and the text encoder where it is trained too, as one module for the optimiser."""
 
     def __init__(self, components: Components, *, trains_text_encoder: bool) -> None:
         super().__init__()
@@ -48,9 +47,9 @@ class TextToImage(nn.Module):
         )
 
     def forward(self, zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or states."""
-        states = text if self.text_encoder is None else encode_text(self.text_encoder, text)
-        output: Tensor = self.unet(zt, t, states, return_dict=False)[0]
+        """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or embeddings."""
+        prompt_embeds = text if self.text_encoder is None else encode_text(self.text_encoder, text)
+        output: Tensor = self.unet(zt, t, prompt_embeds, return_dict=False)[0]
         return output
 
 
@@ -90,7 +89,7 @@ def check_components(config: Config) -> None:
 
 
 def _check_buckets(configs: Mapping[str, Mapping[str, Any]], data: DataConfig) -> None:
-    """Raise ValueError where the sides of buckets do not fit; what is absent is not checked."""
+    """Raise ValueError where the sides of buckets do not fit; absent parts are not checked."""
     if not data.buckets or "vae" not in configs or "unet" not in configs:
         return
     vae, unet = latent_factor(configs["vae"]), unet_factor(configs["unet"])
@@ -118,7 +117,7 @@ def new_components(
     if model.text_encoder:
         text_encoder, tokenizer = load_text(_text_folder(config))
     else:
-        tokenizer = _own_tokenizer(config, captions, tokenizer_dir)
+        tokenizer = _trained_tokenizer(config, captions, tokenizer_dir)
         text_encoder = build_text_encoder(
             tokenizer,
             width=model.text.width,
@@ -146,9 +145,9 @@ def new_components(
 def pretrained_components(config: Config) -> Components:
     """Load the model to fine-tune; a prediction type other than its own goes to its scheduler."""
     components = load_components(config.model.pretrained)
-    wanted = config.diffusion.prediction_type
-    if wanted and wanted != components.scheduler.config["prediction_type"]:
-        components.scheduler.register_to_config(prediction_type=wanted)
+    prediction_type = config.diffusion.prediction_type
+    if prediction_type and prediction_type != components.scheduler.config["prediction_type"]:
+        components.scheduler.register_to_config(prediction_type=prediction_type)
     for name in ("beta_schedule", "zero_terminal_snr"):
         if getattr(config.diffusion, name):
             raise ValueError(
@@ -165,19 +164,20 @@ def pretrained_components(config: Config) -> Components:
 def trains_text_encoder(config: Config) -> bool:
     """Return whether the text encoder is trained: a new one always is, others when asked.
 
-    New words for it count as training it.
+    The new tokens of textual inversion count as training it.
     """
     is_new = not config.model.pretrained and not config.model.text_encoder
-    has_new_words = config.finetune.method == "textual_inversion"
-    return is_new or has_new_words or config.train.train_text_encoder
+    has_new_tokens = config.finetune.method == "textual_inversion"
+    return is_new or has_new_tokens or config.train.train_text_encoder
 
 
-def use_plain_attention(unet: UNet2DConditionModel, *, num_cells: int) -> None:
+def use_plain_attention(unet: UNet2DConditionModel, *, num_latent_pixels: int) -> None:
     """Train short sequences with two matrix products and a softmax, the same up to rounding.
 
-    On the CPU the fused kernel's backward pass is several times slower below about 256 cells.
+    On the CPU the fused kernel's backward pass is several times slower below about 256 latent
+    pixels.
     """
-    if num_cells <= PLAIN_ATTENTION_PIXELS:
+    if num_latent_pixels <= PLAIN_ATTENTION_PIXELS:
         unet.set_attn_processor(AttnProcessor())
 
 
@@ -200,7 +200,7 @@ def _scheduler(diffusion: DiffusionConfig) -> Any:
     )
 
 
-def _own_tokenizer(config: Config, captions: Iterable[str], folder: Path) -> CLIPTokenizer:
+def _trained_tokenizer(config: Config, captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     if (folder / "tokenizer.json").is_file():
         return CLIPTokenizer.from_pretrained(folder)
     text = config.model.text
@@ -255,16 +255,16 @@ def check_attention(name: Attention, device: torch.device) -> None:
 
 
 def set_attention(
-    unet: UNet2DConditionModel, name: Attention, *, num_cells: int, device: torch.device
+    unet: UNet2DConditionModel, name: Attention, *, num_latent_pixels: int, device: torch.device
 ) -> None:
     """Let the U-Net attend by the named kernel; all give the same up to rounding.
 
-    num_cells: of the latents. "auto" takes PyTorch's fused kernel, but on the CPU, where its
-    backward pass is slow for short sequences, two products and a softmax for these.
+    num_latent_pixels: of the latents. "auto" takes PyTorch's fused kernel, but on the CPU, where
+    its backward pass is slow for short sequences, two products and a softmax for these.
     """
     if name == "xformers":
         unet.enable_xformers_memory_efficient_attention()
         return
     unet.set_attn_processor(AttnProcessor() if name == "plain" else AttnProcessor2_0())
     if name == "auto" and device.type == "cpu":
-        use_plain_attention(unet, num_cells=num_cells)
+        use_plain_attention(unet, num_latent_pixels=num_latent_pixels)

@@ -1,8 +1,8 @@
-"""The training images nearest to samples: what shows that a model repeats what it has seen.
+"""The training images nearest to samples, which show whether a model repeats training images.
 
-A spread of the training folder is embedded once, on the main process and when the first sheet asks
-for it, by a network from a folder or as thumbnails. How near is too near is memorisation.py's
-business, and learned from the held-out images where there are any.
+A subsample of the training folder is embedded once, on the main process and for the first sheet, by
+a network from a folder or as thumbnails. evaluation/metrics/memorization.py decides which samples
+are copies, from the distances of held-out images where there are any.
 """
 
 import logging
@@ -24,18 +24,18 @@ from latentdiff.evaluation.metrics.features import thumbnail_features
 from latentdiff.evaluation.metrics.memorization import find_copies, relative_distances
 
 logger = logging.getLogger(__name__)
-AT_ONCE = 16
-FEWEST = 3  # training images, below which a distance is not compared with others
+EMBED_BATCH_SIZE = 16
+MIN_IMAGES = 3  # below which no distance is compared with others
 Embed = Callable[[Tensor], Tensor]
-PlanOf = Callable[[Folder], CropPlan]
+PlanCrops = Callable[[Folder], CropPlan]
 
 
 @dataclass(frozen=True)
 class NearestImage:
     """The training image nearest to one sample.
 
-    score: its distance as a share of what is usual around there, in [0, 1]; is_copy: None where no
-    held-out image says what is too near.
+    score: its distance relative to that of typical neighbours, in [0, 1]; is_copy: None without
+    held-out images to calibrate it.
     """
 
     name: str
@@ -46,16 +46,16 @@ class NearestImage:
 
     @property
     def label(self) -> str:
-        """What stands under it in a sheet."""
-        told = f"nearest: {self.name}, distance {self.distance:.3f}, {self.score:.0%} of usual"
-        return f"{told}: A COPY" if self.is_copy else told
+        """The caption in a sheet."""
+        text = f"nearest: {self.name}, distance {self.distance:.3f}, {self.score:.0%} of usual"
+        return f"{text}: A COPY" if self.is_copy else text
 
 
 class NearestImages:
-    """Finds the nearest among `num` training images, spread over the folder.
+    """Finds the nearest of `num` training images, an even subsample of the folder.
 
-    plan_of: how a folder's images are cut. features: folder of a network (see features.py), whose
-    vectors are brought to length 1; without it, thumbnails. Distances lie in [0, 2] both ways.
+    plan_crops: how a folder's images are cropped. features: folder of a network (see features.py),
+    whose vectors are normalised; without it, thumbnails. Distances lie in [0, 2] for both.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class NearestImages:
         train: Folder,
         heldout: Folder,
         *,
-        plan_of: PlanOf,
+        plan_crops: PlanCrops,
         num: int,
         features: str = "",
         device: torch.device | str = "cpu",
     ) -> None:
-        self.train, self.heldout = _spread(train, num), _spread(heldout, num)
-        self.plan_of, self.device = plan_of, torch.device(device)
-        self._embed = embedder(features, device=self.device)
+        self.train, self.heldout = _subsample(train, num), _subsample(heldout, num)
+        self.plan_crops, self.device = plan_crops, torch.device(device)
+        self._embed = open_embedder(features, device=self.device)
 
-    def of(self, samples: Sequence[Image.Image]) -> list[NearestImage]:
+    def find(self, samples: Sequence[Image.Image]) -> list[NearestImage]:
         """Return the nearest training image of each sample.
 
         Raises ValueError naming a training image that can no longer be read.
@@ -80,25 +80,25 @@ class NearestImages:
         found = self._embed(torch.stack([to_pixels(sample) for sample in samples]))
         train, heldout = self._embedded
         copies: list[bool | None] = [None] * len(samples)
-        if len(heldout) and len(train) >= FEWEST:
+        if len(heldout) and len(train) >= MIN_IMAGES:
             result = find_copies(found, train, heldout=heldout)
-            scores, distances, places = result.scores, result.distances, result.indices
+            scores, distances, indices = result.scores, result.distances, result.indices
             copies = result.is_copy.tolist()
         else:
-            scores, distances, places = relative_distances(found, train)
-        plan = self.plan_of(self.train)
+            scores, distances, indices = relative_distances(found, train)
+        plan = self.plan_crops(self.train)
         return [
             NearestImage(
-                self.train[place].id,
+                self.train[index].id,
                 Image.fromarray(
-                    load_item(self.train, plan.item(place, u=0.5, flip=False), digest=None)
+                    load_item(self.train, plan.item(index, u=0.5, flip=False), digest=None)
                 ),
                 distance,
                 score,
                 is_copy,
             )
-            for place, distance, score, is_copy in zip(
-                places.tolist(), distances.tolist(), scores.tolist(), copies, strict=True
+            for index, distance, score, is_copy in zip(
+                indices.tolist(), distances.tolist(), scores.tolist(), copies, strict=True
             )
         ]
 
@@ -110,18 +110,20 @@ class NearestImages:
         return train, heldout
 
     def _features(self, folder: Folder) -> Tensor:
-        plan = self.plan_of(folder)
+        plan = self.plan_crops(folder)
         items = (plan.item(index, u=0.5, flip=False) for index in range(len(folder)))
-        batches = decode_ahead(folder, items, digests=None, batch_size=AT_ONCE, num_threads=4)
+        batches = decode_ahead(
+            folder, items, digests=None, batch_size=EMBED_BATCH_SIZE, num_threads=4
+        )
         parts = [self._embed(uint8_to_pixels(pixels)) for _, pixels in batches]
         return torch.cat(parts) if parts else torch.zeros(0, 1)
 
 
-def embedder(features: str, *, device: torch.device) -> Embed:
-    """Return what turns pixels (B, 3, H, W) in [-1, 1] into features (B, D) on the CPU.
+def open_embedder(features: str, *, device: torch.device) -> Embed:
+    """Return the function from pixels (B, 3, H, W) in [-1, 1] to features (B, D) on the CPU.
 
-    features: a network's folder, or empty for thumbnails. FileNotFoundError or ValueError says what
-    that folder lacks.
+    features: a network's folder, or empty for thumbnails. FileNotFoundError or ValueError names
+    what the folder lacks.
     """
     if not features:
         return thumbnail_features
@@ -129,8 +131,8 @@ def embedder(features: str, *, device: torch.device) -> Embed:
     return lambda pixels: F.normalize(network.embed(pixels.to(device)), dim=1).cpu()
 
 
-def figures_of(found: Sequence[NearestImage]) -> dict[str, float]:
-    """Return the figures of a sheet for the log: means, the nearest of all, the share of copies."""
+def summarize_nearest(found: Sequence[NearestImage]) -> dict[str, float]:
+    """Return a sheet's figures for the log: means, the smallest score, the share of copies."""
     figures = {
         "nearest_distance": float(np.mean([one.distance for one in found])),
         "nearest_score": float(np.mean([one.score for one in found])),
@@ -140,5 +142,5 @@ def figures_of(found: Sequence[NearestImage]) -> dict[str, float]:
     return figures | ({"copies": float(np.mean(copies))} if copies else {})
 
 
-def _spread(folder: Folder, num: int) -> Folder:
+def _subsample(folder: Folder, num: int) -> Folder:
     return folder.select(np.linspace(0, len(folder) - 1, min(len(folder), num)).astype(int))

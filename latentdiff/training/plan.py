@@ -1,8 +1,8 @@
-"""What a run is about to take, said before its first step: parameters, memory, steps, time.
+"""The plan of a run, logged before its first step: parameters, memory, steps, time.
 
 Memory is an estimate. Weights, gradients, optimiser and averages follow from the parameters;
-activations come from a forward and backward pass of one micro-batch with tensors that have sizes
-and no contents. What kernels need for themselves and what the allocator leaves unused come on top.
+activations come from a forward and backward pass of one micro-batch on fake tensors, which have
+sizes and no contents. The kernels' own memory and the allocator's unused blocks come on top.
 """
 
 import logging
@@ -49,13 +49,13 @@ class Memory:
 
     @property
     def on_device(self) -> int:
-        """All of it but what lives on the host."""
+        """All of it but the averages on the host."""
         known = self.weights + self.gradients + self.optimizer + self.averages
         return known + (self.activations or 0)
 
 
 def log_plan(run: Run, first_step: int) -> None:
-    """Log what is about to happen, on the main process."""
+    """Log the plan of a run, on the main process."""
     memory = estimate_memory(run)
     if not run.accelerator.is_main_process:
         return
@@ -74,12 +74,12 @@ def log_plan(run: Run, first_step: int) -> None:
 
 
 def log_throughput(images_per_second: float, *, num_images: int) -> None:
-    """Log how fast training is, and how long the num_images that are left will take."""
+    """Log the throughput, and the time that the remaining num_images will take."""
     if not images_per_second > 0:
         return
     seconds = num_images / images_per_second
     logger.info(
-        "%.3g images/s: the rest takes about %d:%02d h, until %s, previews not counted",
+        "%.3g images/s: the rest takes about %d:%02d h, until %s, without previews",
         images_per_second,
         seconds // 3600,
         seconds % 3600 // 60,
@@ -88,19 +88,19 @@ def log_throughput(images_per_second: float, *, num_images: int) -> None:
 
 
 def count_parameters(components: Components) -> list[str]:
-    """Say of each part how many of its parameters are trained, and how many are frozen."""
+    """Describe for each part how many of its parameters are trained, and how many frozen."""
     lines = []
     for name, label in PARTS.items():
         counts = {"trained": 0, "frozen": 0}
         for parameter in getattr(components, name).parameters():
             counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
-        told = [f"{_millions(num)} {state}" for state, num in counts.items() if num]
-        lines.append(f"{label} {', '.join(told)}")
+        parts = [f"{_millions(num)} {state}" for state, num in counts.items() if num]
+        lines.append(f"{label} {', '.join(parts)}")
     return lines
 
 
 def estimate_memory(run: Run) -> Memory:
-    """Estimate what this process will hold; see the module for what is left out."""
+    """Estimate the memory of this process; the module's docstring names the parts not included."""
     components, train_step = run.components, run.train_step
     modules: Sequence[nn.Module] = [getattr(components, name) for name in PARTS]
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
@@ -139,22 +139,22 @@ def estimate_activations(
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> int:
-    """Return the most bytes that a training pass holds at once beside weights and gradients.
+    """Return the peak bytes of a training pass, besides weights and gradients.
 
     inputs: makes the model's arguments; it is called where tensors have no contents. Nothing is
-    computed, and the model stays as it is. Raises RuntimeError for operations that cannot tell the
-    size of what they return.
+    computed, and the model stays as it is. Raises RuntimeError for operations whose output has an
+    unknown size.
     """
-    # An engine whose first pass is a fake one starts threads, after which a fork cannot train.
+    # An autograd engine whose first pass is fake starts threads, after which a fork cannot train.
     torch.ones((), requires_grad=True).backward()
     mode = FakeTensorMode()
-    sizes = _Live()
+    sizes = _PeakMemory()
     with mode:
         named = (*model.named_parameters(), *model.named_buffers())
         fakes: dict[str, Tensor] = {f"model.{name}": mode.from_tensor(x) for name, x in named}
         for fake in fakes.values():
             if fake.requires_grad:
-                fake.grad = torch.zeros_like(fake)  # counted apart
+                fake.grad = torch.zeros_like(fake)  # counted separately
         arguments = inputs()
         with sizes:
             functional_call(_Pass(model, autocast), fakes, arguments)
@@ -176,8 +176,8 @@ class _Pass(nn.Module):
         output.float().square().mean().backward()
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as these live."""
+class _PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, for as long as they live."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class _Live(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage, inputs: Sequence[torch.UntypedStorage]) -> None:
         if storage in self._known or any(storage is one for one in inputs):
-            return  # a view, or what was changed in place
+            return  # a view, or a tensor changed in place
         self._known.add(storage)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
@@ -225,7 +225,7 @@ def _activations_of(run: Run) -> int | None:
     try:
         return estimate_activations(model, inputs, autocast=run.accelerator.autocast)
     except RuntimeError as error:
-        logger.warning("the memory of activations is not known before training: %s", error)
+        logger.warning("the memory of activations cannot be estimated: %s", error)
         return None
 
 
@@ -243,7 +243,7 @@ def _log_steps(run: Run, first_step: int) -> None:
     )
     logger.info(
         "steps %d to %d, %d images each (%d processes x %d x %d accumulated), %d steps an epoch, "
-        "%.1f epochs; rate %.2g %s after %d warm-up steps",
+        "%.1f epochs; learning rate %.2g %s after %d warm-up steps",
         first_step,
         settings.max_steps,
         settings.batch_size,
@@ -267,23 +267,23 @@ def _log_memory(memory: Memory, run: Run) -> None:
         "averages on the host": memory.host_averages,
         f"activations of {run.layout.micro_batch_size} at once": memory.activations,
     }
-    told = [f"{name} {size_text(num)}" for name, num in parts.items() if num]
+    known = [f"{name} {size_text(num)}" for name, num in parts.items() if num]
     unknown = "" if memory.activations is not None else "; activations not known"
     logger.info(
-        "memory of a process, estimated: %s%s; on %s together %s, and what kernels need",
-        ", ".join(told),
+        "memory of a process, estimated: %s%s; on %s together %s, besides the kernels' own",
+        ", ".join(known),
         unknown,
         run.accelerator.device,
         size_text(memory.on_device),
     )
     if run.accelerator.device.type != "cuda":
         return
-    there = torch.cuda.get_device_properties(run.accelerator.device).total_memory
-    if memory.on_device > there:
+    available = torch.cuda.get_device_properties(run.accelerator.device).total_memory
+    if memory.on_device > available:
         logger.warning(
             "that is more than the %s of this GPU: lower train.micro_batch_size, or set "
             "train.gradient_checkpointing=true, train.ema_device=cpu or train.optimizer=adamw8bit",
-            size_text(there),
+            size_text(available),
         )
 
 

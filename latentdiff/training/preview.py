@@ -1,4 +1,4 @@
-"""Sample sheets during a run: fixed prompts, each with its own seed, and what they are nearest to.
+"""Sample sheets during a run: fixed prompts, each with its own seed, and their nearest images.
 
 A prompt's seed depends on the run's seed and the prompt alone, so adding a prompt does not change
 the others' images. The prompts are shared out over the processes in batches of one size, so that
@@ -20,10 +20,10 @@ from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.image_grid import draw_grid
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.training.nearest_images import NearestImage, NearestImages, figures_of
+from latentdiff.training.nearest_images import NearestImage, NearestImages, summarize_nearest
 
 logger = logging.getLogger(__name__)
-IMAGES_AT_ONCE = 4  # a constant: rounding depends on a batch's size
+BATCH_SIZE = 4  # a constant: rounding depends on a batch's size
 
 
 def prompt_seed(seed: int, prompt: str) -> int:
@@ -33,7 +33,7 @@ def prompt_seed(seed: int, prompt: str) -> int:
 
 
 def make_pipeline(components: Components) -> LatentDiffPipeline:
-    """Put components into a pipeline without copying them."""
+    """Return a pipeline of the components, which are not copied."""
     parts = components.as_dict()
     return LatentDiffPipeline(
         **parts, requires_safety_checker=components.safety_checker is not None
@@ -51,12 +51,12 @@ def write_sheet(
     guidance_scale: float,
     nearest_images: NearestImages | None = None,
 ) -> dict[str, float]:
-    """Draw one image a prompt and write them as a labelled PNG.
+    """Generate one image a prompt and write them as a labelled PNG.
 
     neighbours: shows beside each the nearest training image. Returns the figures of these, on
     the main process.
     """
-    mine = sample_share(
+    own = generate_share(
         components,
         prompts,
         accelerator=accelerator,
@@ -64,24 +64,24 @@ def write_sheet(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
     )
-    drawn = dict(gather_object(list(mine.items())))
+    generated = dict(gather_object(list(own.items())))
     if not accelerator.is_main_process:
         return {}
-    images = [drawn[index] for index in range(len(prompts))]
-    found = _found(images, nearest_images)
+    images = [generated[index] for index in range(len(prompts))]
+    found = _find_nearest(images, nearest_images)
     sheet = _sheet(images, prompts, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG")
-    return figures_of(found) if found else {}
+    return summarize_nearest(found) if found else {}
 
 
-def _found(
+def _find_nearest(
     images: Sequence[Image.Image], nearest_images: NearestImages | None
 ) -> list[NearestImage]:
-    """Find what images are nearest to; a training image that is gone is no reason to stop."""
+    """Find the nearest training images; one that can no longer be read is logged only."""
     try:
-        return nearest_images.of(images) if nearest_images is not None else []
+        return nearest_images.find(images) if nearest_images is not None else []
     except (OSError, ValueError) as error:
         logger.error("the nearest training images are not shown: %s", error)
         return []
@@ -90,18 +90,18 @@ def _found(
 def _sheet(
     images: Sequence[Image.Image], prompts: Sequence[str], found: Sequence[NearestImage]
 ) -> Image.Image:
-    """Lay out images, each followed by what it is nearest to."""
+    """Lay out images, each followed by its nearest training image."""
     if not found:
         return draw_grid(images, list(prompts), columns=min(8, len(prompts)))
-    cells, labels = [], []
+    tiles, labels = [], []
     for image, prompt, one in zip(images, prompts, found, strict=True):
-        cells += [image, ImageOps.contain(one.image, image.size)]
+        tiles += [image, ImageOps.contain(one.image, image.size)]
         labels += [prompt, one.label]
-    return draw_grid(cells, labels, columns=2 * min(4, len(prompts)))
+    return draw_grid(tiles, labels, columns=2 * min(4, len(prompts)))
 
 
 @torch.no_grad()
-def sample_share(
+def generate_share(
     components: Components,
     prompts: Sequence[str],
     *,
@@ -114,11 +114,11 @@ def sample_share(
     pipeline = make_pipeline(components)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
-    drawn: dict[int, Image.Image] = {}
-    for batch, counts in rank_batches(-(-len(prompts) // IMAGES_AT_ONCE), shard):
-        first = batch * IMAGES_AT_ONCE
-        part = list(prompts[first : first + IMAGES_AT_ONCE])
-        padded = part + part[-1:] * (IMAGES_AT_ONCE - len(part))
+    generated: dict[int, Image.Image] = {}
+    for batch, counts in rank_batches(-(-len(prompts) // BATCH_SIZE), shard):
+        first = batch * BATCH_SIZE
+        part = list(prompts[first : first + BATCH_SIZE])
+        padded = part + part[-1:] * (BATCH_SIZE - len(part))
         with accelerator.autocast():
             images, _ = pipeline(
                 padded,
@@ -128,5 +128,5 @@ def sample_share(
                 return_dict=False,
             )
         if counts:
-            drawn |= {first + k: images[k] for k in range(len(part))}
-    return drawn
+            generated |= {first + k: images[k] for k in range(len(part))}
+    return generated

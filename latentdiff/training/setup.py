@@ -256,7 +256,7 @@ def build_train_step(
         components.unet.to(memory_format=torch.channels_last)
     cells = config.data.resolution // LatentCodec(components.vae).factor
     set_attention(
-        components.unet, settings.attention, num_cells=cells**2, device=accelerator.device
+        components.unet, settings.attention, num_latent_pixels=cells**2, device=accelerator.device
     )
     if accelerator.device.type == "cpu" and settings.attention == "auto":
         use_fused_transformers(model)
@@ -320,7 +320,7 @@ def make_nearest_images(
     return NearestImages(
         train_data.train,
         train_data.heldout,
-        plan_of=lambda folder: crop_plan(folder, eval_crop_config(config.data)),
+        plan_crops=lambda folder: crop_plan(folder, eval_crop_config(config.data)),
         num=config.preview.num_nearest,
         features=config.preview.features,
         device=device,

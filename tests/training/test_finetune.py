@@ -247,7 +247,7 @@ def test_what_the_base_learned_of_the_empty_caption_is_known_after_tuning(world,
 
 def test_word_that_no_caption_has_is_refused(world, tmp_path):
     settings = WORD | {"finetune__instance_prompts": "[]"}
-    with pytest.raises(ValueError, match="no caption has the word <pet>"):
+    with pytest.raises(ValueError, match="no caption has the token <pet>"):
         train(finetuning(world, tmp_path / "run", **settings))
 
 

@@ -28,7 +28,7 @@ def test_attention_kernels_give_the_same() -> None:
     given = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 5, 16)
     outputs = []
     for name in ("plain", "sdpa", "auto"):
-        set_attention(unet, name, num_cells=64, device=CPU)
+        set_attention(unet, name, num_latent_pixels=64, device=CPU)
         with torch.no_grad():
             outputs.append(unet(*given).sample)
     kinds = {type(p).__name__ for p in unet.attn_processors.values()}

@@ -17,7 +17,7 @@ from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.evaluation.metrics.features import thumbnail_features
 from latentdiff.training.loop import train
-from latentdiff.training.nearest_images import NearestImages, figures_of
+from latentdiff.training.nearest_images import NearestImages, summarize_nearest
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -27,7 +27,7 @@ needs_network = pytest.mark.skipif(not NETWORK.is_dir(), reason=f"{NETWORK} is n
 FEATURES = ["", pytest.param(str(NETWORK), marks=needs_network)]
 
 
-def plan_of(folder: Folder) -> CropPlan:
+def plan_crops(folder: Folder) -> CropPlan:
     return CropPlan(np.full((len(folder), 2), 32, np.int32))
 
 
@@ -44,11 +44,11 @@ def test_a_planted_copy_is_found_and_named(tmp_path: Path, features: str) -> Non
         noise_image(i).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text("a caption")
     nearest_images = NearestImages(
-        train_data, read_folder(root), plan_of=plan_of, num=100, features=features
+        train_data, read_folder(root), plan_crops=plan_crops, num=100, features=features
     )
     noise = np.random.default_rng(0).integers(-3, 4, (32, 32, 3)) if not features else 0
     copied = Image.fromarray((np.asarray(seen(7)) + noise).clip(0, 255).astype(np.uint8))
-    copy, fresh = nearest_images.of([copied, seen(50)])
+    copy, fresh = nearest_images.find([copied, seen(50)])
     assert copy.name == "7.png"
     assert copy.is_copy
     assert "nearest: 7.png" in copy.label
@@ -57,7 +57,7 @@ def test_a_planted_copy_is_found_and_named(tmp_path: Path, features: str) -> Non
     assert 0 <= copy.score < fresh.score <= 1
     assert fresh.distance <= 2
     np.testing.assert_array_equal(np.asarray(copy.image), np.asarray(seen(7)))
-    figures = figures_of([copy, fresh])
+    figures = summarize_nearest([copy, fresh])
     assert figures["copies"] == 0.5
     assert figures["nearest_score_min"] == copy.score
     assert figures["nearest_distance"] == pytest.approx((copy.distance + fresh.distance) / 2)
@@ -67,12 +67,12 @@ def test_a_spread_of_the_folder_is_looked_at_and_without_heldout_none_is_called_
     tmp_path: Path,
 ) -> None:
     folder = read_folder(captioned_folder(tmp_path / "train", 9))
-    nearest_images = NearestImages(folder, folder[:0], plan_of=plan_of, num=3)
+    nearest_images = NearestImages(folder, folder[:0], plan_crops=plan_crops, num=3)
     assert [record.id for record in nearest_images.train] == ["0.png", "4.png", "8.png"]
-    found = nearest_images.of([seen(4)])[0]
+    found = nearest_images.find([seen(4)])[0]
     assert (found.name, found.is_copy) == ("4.png", None)
     assert found.distance == 0
-    assert "copies" not in figures_of([found])
+    assert "copies" not in summarize_nearest([found])
 
 
 def test_distance_of_thumbnails_is_a_root_mean_square() -> None:

@@ -26,7 +26,7 @@ from latentdiff.models.components import Components
 from latentdiff.training.inputs.batches import EpochOrder, StepBatch
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.randomness import SampleKey
-from latentdiff.training.preview import IMAGES_AT_ONCE, make_pipeline, prompt_seed
+from latentdiff.training.preview import BATCH_SIZE, make_pipeline, prompt_seed
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,8 @@ def _generate(
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
-    for batch, counts in rank_batches(-(-len(missing) // IMAGES_AT_ONCE), shard):
-        numbers = missing[batch * IMAGES_AT_ONCE :][:IMAGES_AT_ONCE]
+    for batch, counts in rank_batches(-(-len(missing) // BATCH_SIZE), shard):
+        numbers = missing[batch * BATCH_SIZE :][:BATCH_SIZE]
         with accelerator.autocast():
             images, _ = pipeline(
                 [settings.class_prompt] * len(numbers),

@@ -1,8 +1,9 @@
-"""Low-rank adapters (Hu et al. 2022): a layer gives W x + (alpha / r) B A x, and A and B learn.
+"""Low-rank adapters (Hu et al. 2022): a layer gives W x + (alpha / r) B A x, and A and B are
+trained.
 
 Answers for: adding them (peft's layers), their weights by diffusers' names, and the plain model
 with them merged in. In a file alpha is the rank, the scale being part of B, so that every reader
-lets them act alike. Their files are written by pipeline/files/kohya_lora.py.
+applies them alike. Their files are written by pipeline/files/kohya_lora.py.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from latentdiff.models.weights import load_into_meta
 
 ADAPTER = "default"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-FILE_NAME = "pytorch_lora_weights.safetensors"  # that diffusers looks for in a folder
+FILE_NAME = "pytorch_lora_weights.safetensors"  # as diffusers looks for in a folder
 
 
 def add_lora(
@@ -34,10 +35,10 @@ def add_lora(
     trains_text_encoder: bool,
     seed: int,
 ) -> None:
-    """Put adapters beside layers of the U-Net, and of the text encoder where it learns.
+    """Add adapters to layers of the U-Net, and of the text encoder where it is trained.
 
     targets: ends of layers' names. B starts at 0, so that the model's output is the same at first;
-    A follows from the seed. Raises ValueError for a target that no layer of the U-Net bears.
+    A follows from the seed. Raises ValueError for a target that no layer of the U-Net is named.
     """
     _check_targets(components.unet, targets)
     torch.manual_seed(seed)
@@ -55,7 +56,7 @@ def add_lora(
 
 
 def is_adapter(name: str) -> bool:
-    """Tell the parameters of adapters by their names."""
+    """Return whether a parameter of that name is an adapter's."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -73,7 +74,7 @@ def lora_weights(components: Components) -> dict[str, Tensor]:
     return weights
 
 
-def merged(components: Components) -> Components:
+def merge_adapters(components: Components) -> Components:
     """Return the plain model with its adapters added to the weights, W + (alpha / r) B A.
 
     Weights without adapters are shared with the model in training.
@@ -83,14 +84,14 @@ def merged(components: Components) -> Components:
         text_encoder = CLIPTextModel(components.text_encoder.config)
     return replace(
         components,
-        unet=_plain(unet, components.unet),
-        text_encoder=_plain(text_encoder, components.text_encoder),
+        unet=_merged(unet, components.unet),
+        text_encoder=_merged(text_encoder, components.text_encoder),
     )
 
 
 @torch.no_grad()
-def _plain(empty: Any, adapted: nn.Module) -> Any:
-    """Return a module with adapters as a plain one, or one without any as it is."""
+def _merged(empty: Any, adapted: nn.Module) -> Any:
+    """Return a module with its adapters merged; one without any as it is."""
     layers = dict(_adapted(adapted))
     if not layers:
         return adapted

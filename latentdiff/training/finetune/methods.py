@@ -1,7 +1,7 @@
-"""Ways to fine-tune by name: what is added to a model, what of it learns, what is written.
+"""Fine-tuning methods by name: their adapters, trainable parameters and exported files.
 
 full, attention and cross_attention train weights of the U-Net; lora (lora.py) and
-textual_inversion (words.py) leave all of them as they are.
+textual_inversion (textual_inversion.py) leave all of them as they are.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def base_weights_hash(components: Components) -> str:
 def add_adapters(
     components: Components, settings: FinetuneConfig, *, trains_text_encoder: bool, seed: int
 ) -> None:
-    """Put adapters or new words into the model, where the method has any; output stays the same."""
+    """Add the method's LoRA adapters or new tokens, if any; the model's output stays the same."""
     if settings.method == "lora":
         lora.add_lora(
             components,
@@ -51,7 +51,7 @@ def add_adapters(
             seed=seed,
         )
     if settings.method == "textual_inversion":
-        textual_inversion.add_words(
+        textual_inversion.add_tokens(
             components,
             token=settings.token,
             initializer_token=settings.initializer_token,
@@ -60,7 +60,7 @@ def add_adapters(
 
 
 def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: FinetuneMethod) -> None:
-    """Freeze all parameters but those that learn; text_encoder: the tower where it learns."""
+    """Freeze all parameters but the method's; text_encoder: None where it is not trained."""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(TRAINABLE[method](name))
     for name, parameter in text_encoder.named_parameters() if text_encoder is not None else ():
@@ -71,14 +71,16 @@ def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: Finet
 
 
 def merged_components(components: Components, method: FinetuneMethod) -> Components:
-    """Return the model as any program opens it: adapters merged in, new words among the others."""
+    """Return the model as any program opens it: adapters and new tokens merged in."""
     if method == "lora":
-        return lora.merged(components)
-    return textual_inversion.with_words(components) if method == "textual_inversion" else components
+        return lora.merge_adapters(components)
+    return (
+        textual_inversion.merge_tokens(components) if method == "textual_inversion" else components
+    )
 
 
 def save_adapters(components: Components, settings: FinetuneConfig, folder: Path) -> None:
-    """Write what learned alone: lora/, lora_kohya.safetensors or learned_embeds.safetensors."""
+    """Write the trained part alone: lora/, lora_kohya.safetensors or learned_embeds.safetensors."""
     if settings.method == "lora":
         weights = lora.lora_weights(components)
         path = folder / "lora" / lora.FILE_NAME
@@ -89,5 +91,5 @@ def save_adapters(components: Components, settings: FinetuneConfig, folder: Path
             save_lora(kohya_weights(weights), folder / "lora_kohya.safetensors")
     if settings.method == "textual_inversion":
         path = folder / textual_inversion.FILE_NAME
-        size = textual_inversion.save_words(components, settings.token, path)
+        size = textual_inversion.save_embeds(components, settings.token, path)
         logger.info("%s: %d vectors, %d bytes", path, settings.num_vectors, size)

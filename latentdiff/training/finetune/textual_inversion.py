@@ -1,7 +1,7 @@
-"""New words for a text encoder (Gal et al. 2023, textual inversion): only their embeddings learn.
+"""Textual inversion (Gal et al. 2023): new tokens for a text encoder, whose embeddings are trained.
 
-A word of n vectors is n tokens, <word>, <word>_1, ...; a caption names the first and means all
-(text.tokenize spells them out), as in diffusers. The tower's own embeddings are no parameters of
+A token of n vectors is n tokens, <token>, <token>_1, ...; a caption names the first and means all
+(text.tokenize expands it), as in diffusers. The text encoder's own embeddings are no parameters of
 the training, so they stay bit for bit.
 """
 
@@ -19,14 +19,14 @@ from latentdiff.atomic import atomic_file
 from latentdiff.models.components import Components
 from latentdiff.models.weights import load_into_meta
 
-FILE_NAME = "learned_embeds.safetensors"  # that diffusers looks for in a folder
+FILE_NAME = "learned_embeds.safetensors"  # as diffusers looks for in a folder
 
 
-class NewWords(nn.Module):
-    """Token ids (...) to embeddings (..., D): ids below `first` are the tower's, others learn."""
+class TokenEmbeddings(nn.Module):
+    """Token ids (...) to embeddings (..., D): frozen below the id `first`, trainable from it on."""
 
     def __init__(self, known: nn.Embedding, new: Tensor, *, first: int) -> None:
-        """new: (n, D), what the ids first .. first + n - 1 start from."""
+        """new: (n, D), initial embeddings of the ids first .. first + n - 1."""
         super().__init__()
         self.known, self.first = known, first
         self.new = nn.Parameter(new)
@@ -39,63 +39,65 @@ class NewWords(nn.Module):
         return torch.where(is_new, new.to(known.dtype), known)
 
 
-def add_words(
+def add_tokens(
     components: Components, *, token: str, initializer_token: str, num_vectors: int
 ) -> None:
-    """Put a new word into the tokenizer and the text encoder.
+    """Add a token of num_vectors embeddings to the tokenizer and the text encoder.
 
     initializer_token: known words; each vector starts as the mean of their embeddings. Raises
-    ValueError where the tokenizer knows the new word already.
+    ValueError where the tokenizer has the token already.
     """
-    tokenizer, tower = components.tokenizer, components.text_encoder
+    tokenizer, text_encoder = components.tokenizer, components.text_encoder
     names = [token, *(f"{token}_{k}" for k in range(1, num_vectors))]
     if known := [name for name in names if name in tokenizer.get_vocab()]:
         raise ValueError(
-            f"finetune.token={token} is no new word: the model's tokenizer has {known[0]} already; "
-            "choose another"
+            f"finetune.token={token} is no new token: the model's tokenizer has {known[0]} "
+            "already; choose another"
         )
-    first, embeddings = len(tokenizer), tower.get_input_embeddings()
+    first, embeddings = len(tokenizer), text_encoder.get_input_embeddings()
     ids = tokenizer(initializer_token, add_special_tokens=False).input_ids
     start = embeddings.weight.detach()[ids].mean(0)  # (D,)
     tokenizer.add_tokens(names)
-    tower.set_input_embeddings(NewWords(embeddings, start.repeat(num_vectors, 1), first=first))
+    text_encoder.set_input_embeddings(
+        TokenEmbeddings(embeddings, start.repeat(num_vectors, 1), first=first)
+    )
 
 
 def check_captions_have_token(captions: Iterable[str], token: str) -> None:
-    """Raise ValueError where no caption has the new word, which would then learn nothing."""
+    """Raise ValueError where no caption has the new token, which would then stay untrained."""
     if not any(token in caption for caption in captions):
         raise ValueError(
-            f"no caption has the word {token}, so it would learn nothing; give "
+            f"no caption has the token {token}, so it would stay untrained; give "
             f"--finetune.instance_prompts='[\"a photo of {token}\"]', or --data.trigger_word"
         )
 
 
-def save_words(components: Components, token: str, path: Path) -> int:
-    """Write the embeddings as diffusers reads them; return the file's size in bytes."""
+def save_embeds(components: Components, token: str, path: Path) -> int:
+    """Write the trained embeddings as diffusers reads them; return the file's size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    vectors = _new_words(components).new.detach().cpu()  # (n, D)
+    vectors = _token_embeddings(components).new.detach().cpu()  # (n, D)
     with atomic_file(path) as temporary:
         save_file({token: vectors[0].clone() if len(vectors) == 1 else vectors}, temporary)
     return path.stat().st_size
 
 
 @torch.no_grad()
-def with_words(components: Components) -> Components:
-    """Return the plain model, the learnt words being rows of its text encoder's embeddings."""
-    tower, words = components.text_encoder, _new_words(components)
-    rows = torch.cat([words.known.weight[: words.first], words.new])  # (vocabulary + n, D)
-    weights = tower.state_dict()
+def merge_tokens(components: Components) -> Components:
+    """Return the model with the trained tokens as rows of its text encoder's embeddings."""
+    text_encoder, tokens = components.text_encoder, _token_embeddings(components)
+    rows = torch.cat([tokens.known.weight[: tokens.first], tokens.new])  # (vocabulary + n, D)
+    weights = text_encoder.state_dict()
     name = next(name for name in weights if name.endswith("token_embedding.new"))
     weights[name.replace(".new", ".weight")] = rows
     del weights[name], weights[name.replace(".new", ".known.weight")]
-    config = copy.deepcopy(tower.config)
+    config = copy.deepcopy(text_encoder.config)
     config.vocab_size = len(rows)
     with torch.device("meta"):
         empty = CLIPTextModel(config)
-    return replace(components, text_encoder=load_into_meta(empty, weights, like=tower))
+    return replace(components, text_encoder=load_into_meta(empty, weights, like=text_encoder))
 
 
-def _new_words(components: Components) -> NewWords:
+def _token_embeddings(components: Components) -> TokenEmbeddings:
     embeddings = components.text_encoder.get_input_embeddings()
-    assert isinstance(embeddings, NewWords)
+    assert isinstance(embeddings, TokenEmbeddings)
     return embeddings

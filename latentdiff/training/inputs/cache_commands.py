@@ -1,6 +1,6 @@
-"""The caches of whole configs: built ahead of training, looked over, cleared of what none uses.
+"""The caches of whole configs: build them ahead of training, verify them, prune unused files.
 
-What a cache is on disk is data/cache/latent_cache.py's business.
+The files of a cache are data/cache/'s business.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ TOLERANCE = 0.05  # of raw latents: above the rounding of another device, below 
 
 @dataclass(frozen=True)
 class Built:
-    """How many there are of one kind of thing, and how many this process encoded now."""
+    """The number of cached items of one kind, and how many this process encoded now."""
 
     name: str
     num: int
@@ -52,36 +52,36 @@ class Built:
 
 @dataclass(frozen=True)
 class Verified:
-    """What a look at one folder's latents found.
+    """The result of verifying one folder's latents.
 
-    num_missing: latents not encoded yet; worst: largest difference of raw moments among those of
-    num_seen images that were encoded again.
+    num_missing: latents not encoded yet; max_error: largest difference of raw moments over the
+    num_verified images that were encoded again.
     """
 
     name: str
     num: int
     num_missing: int
-    num_seen: int
-    worst: float
+    num_verified: int
+    max_error: float
 
     @property
-    def is_sound(self) -> bool:
-        """Whether the latents looked at are what the VAE gives; those missing may yet be built."""
-        return self.worst <= TOLERANCE
+    def is_valid(self) -> bool:
+        """Whether the verified latents are the VAE's; missing ones may yet be built."""
+        return self.max_error <= TOLERANCE
 
     def __str__(self) -> str:
         state = f"latents of {self.num:,} {self.name}: {self.num_missing:,} not encoded yet"
-        if not self.num_seen:
-            return f"{state}; none there to look at"
-        verdict = "as kept" if self.is_sound else "NOT AS KEPT, remove them and build again"
-        found = f"{self.num_seen:,} encoded again differ by {self.worst:.2g} at the most"
+        if not self.num_verified:
+            return f"{state}; none to verify"
+        verdict = "as kept" if self.is_valid else "NOT AS KEPT, remove them and build again"
+        found = f"{self.num_verified:,} encoded again differ by at most {self.max_error:.2g}"
         return f"{state}; {found}: {verdict}"
 
 
 def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]:
-    """Encode what a config's caches lack: its images, and the captions of a frozen tower.
+    """Encode what a config's caches lack: images, and captions for a frozen text encoder.
 
-    ValueError or FileNotFoundError says what is wrong with the config or the data.
+    ValueError or FileNotFoundError names the error in the config or the data.
     """
     train, heldout = _checked(config)
     vae = load_vae_of(config)
@@ -93,8 +93,8 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
         masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
         if isinstance(masks, MaskCache):
             yield Built(f"{name} masks", len(masks), masks.num_read)
-    if (tower := _text_tower(config)) is not None:
-        text_encoder, tokenizer = tower
+    if (loaded := _frozen_text_encoder(config)) is not None:
+        text_encoder, tokenizer = loaded
         captions = unique_captions((train, heldout), caption_transform(config.data))
         texts = cache_text(captions, tokenizer, text_encoder, config.data, accelerator=accelerator)
         yield Built("captions", len(texts), texts.num_encoded)
@@ -103,14 +103,14 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
 def verify_caches(
     config: Config, *, num_samples: int = 16, device: torch.device | str = "cpu"
 ) -> Iterator[Verified]:
-    """Encode a spread of a config's images again and compare; nothing is written."""
+    """Encode a subsample of a config's images again and compare; nothing is written."""
     train, heldout = _checked(config)
     codec = LatentCodec(load_vae_of(config).to(device))
     for name, folder, data in _parts(config, train, heldout):
         cache = _opened(folder, codec, data)
-        worst = verify_cache(cache, folder, codec, num_samples=num_samples)
-        num_seen = min(num_samples, len(cache.complete_records()))
-        yield Verified(f"{name} images", len(cache), cache.num_missing, num_seen, worst)
+        max_error = verify_cache(cache, folder, codec, num_samples=num_samples)
+        num_verified = min(num_samples, len(cache.complete_records()))
+        yield Verified(f"{name} images", len(cache), cache.num_missing, num_verified, max_error)
 
 
 def prune_caches(configs: Sequence[Config], *, delete: bool = False) -> list[tuple[Path, int]]:
@@ -128,7 +128,7 @@ def prune_caches(configs: Sequence[Config], *, delete: bool = False) -> list[tup
 
 
 def describe_pruned(found: Sequence[tuple[Path, int]], *, deleted: bool) -> Iterator[str]:
-    """Show what `prune_caches` found, a line each, and what comes of it."""
+    """Describe the files that `prune_caches` found, a line each, and whether they are removed."""
     for path, num_bytes in found:
         yield f"{path}  {size_text(num_bytes)}"
     total = size_text(sum(num_bytes for _, num_bytes in found))
@@ -137,7 +137,7 @@ def describe_pruned(found: Sequence[tuple[Path, int]], *, deleted: bool) -> Iter
 
 
 def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
-    """Yield the keys of all that a run with this config reads."""
+    """Yield the keys of all cached items that a run with this config reads."""
     check_components(config)
     folders = read_data(config.data, prompts=config.finetune.instance_prompts)
     if config.data.cache:
@@ -146,13 +146,14 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
             yield _opened(folder, codec, data).keys
             if (masks := make_masks(folder, data, factor=codec.factor)) is not None:
                 yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
-    if (tower := _text_tower(config)) is not None:
+    if (loaded := _frozen_text_encoder(config)) is not None:
+        text_encoder, tokenizer = loaded
         captions = unique_captions(folders, caption_transform(config.data))
-        yield prompt_keys(captions, tower[1], tower[0])
+        yield prompt_keys(captions, tokenizer, text_encoder)
 
 
 def _checked(config: Config) -> tuple[Folder, Folder]:
-    """Return training and held-out records; refuse what has no cache."""
+    """Return training and held-out records; ValueError without data.cache."""
     check_components(config)
     if not config.data.cache:
         raise ValueError("data.cache=false keeps no latents; leave it out to build or verify them")
@@ -160,7 +161,7 @@ def _checked(config: Config) -> tuple[Folder, Folder]:
 
 
 def _parts(config: Config, train: Folder, heldout: Folder) -> list[tuple[str, Folder, DataConfig]]:
-    """Give the folders that are not empty the settings they are encoded with."""
+    """Return the folders that are not empty, with the settings they are encoded with."""
     parts = [
         ("training", train, config.data),
         ("held-out", heldout, eval_crop_config(config.data)),
@@ -179,8 +180,8 @@ def _opened(folder: Folder, codec: LatentCodec, data: DataConfig) -> LatentCache
     )
 
 
-def _text_tower(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] | None:
-    """Load the tower whose states a config's run keeps; None where it keeps none."""
+def _frozen_text_encoder(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] | None:
+    """Load the text encoder whose embeddings a config's run caches; None where it caches none."""
     if trains_text_encoder(config) or caption_transform(config.data).edits_tags:
         return None
     folder = resolve_model(config.model.pretrained or config.model.text_encoder)
