@@ -208,7 +208,7 @@ def test_losses_of_other_latents_do_not_compare(stages: tuple[EvalModel, EvalMod
     assert "VAE" in comparable(first, moved)
 
 
-def test_a_model_that_gives_no_numbers_is_named(stages: tuple[EvalModel, EvalModel]) -> None:
+def test_a_model_with_non_finite_outputs_is_named(stages: tuple[EvalModel, EvalModel]) -> None:
     broken = copy.deepcopy(stages[0].components.unet)
     broken.conv_out.weight.data.fill_(float("nan"))
     eval_model = replace(stages[0], components=replace(stages[0].components, unet=broken))

@@ -65,7 +65,7 @@ def test_shares_add_up_to_the_whole_bit_for_bit(
 
 
 @pytest.mark.parametrize(("num", "num_processes"), [(0, 2), (1, 2), (5, 2), (6, 3), (2, 5)])
-def test_turns_deal_out_everything_once_and_equally_many_to_each(
+def test_every_rank_gets_equally_many_batches_and_each_counts_once(
     num: int, num_processes: int
 ) -> None:
     dealt = [list(rank_batches(num, (rank, num_processes))) for rank in range(num_processes)]
@@ -121,7 +121,7 @@ def test_bucket_labels_name_the_timesteps_that_fall_into_them() -> None:
         assert (bucket == b).nonzero().flatten().tolist() == list(range(low, high + 1))
 
 
-def test_one_caption_alone_gives_what_it_gives_beside_the_others(
+def test_one_caption_alone_gives_the_same_loss_as_with_the_others(
     schedule: Schedule, triples: Triples
 ) -> None:
     alone = triple_losses(

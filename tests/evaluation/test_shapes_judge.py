@@ -158,7 +158,7 @@ def test_follows_names_each_attribute_of_the_caption():
     }
 
 
-def test_a_relation_may_be_told_from_either_side():
+def test_a_relation_may_be_named_from_either_side():
     reading = SceneReading("star", "red", None, "teal", "left of", "ring", "blue")
     told_back = Scene("ring", "blue", "small", "teal", "right of", "star", "red")
     assert follows(reading, PAIR)["all"]

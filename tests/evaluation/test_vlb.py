@@ -167,12 +167,12 @@ def test_fixed_variance_of_a_learned_model_reads_the_mean_alone(eval_model: Eval
     assert Chain.of(eval_model.components, variance_type="fixed_large").num_outputs == 4
 
 
-def test_shorter_chains_tell_the_model_its_own_timesteps(eval_model: EvalModel) -> None:
+def test_shorter_chains_give_the_model_its_own_timesteps(eval_model: EvalModel) -> None:
     chain = Chain.of(eval_model.components, steps="5")
     assert chain.schedule.timesteps.tolist() == [0, 4, 8, 11, 15]
 
 
-def test_images_are_spread_over_the_heldout_split(model: Path, data: Path) -> None:
+def test_images_are_evenly_spaced_over_the_heldout_split(model: Path, data: Path) -> None:
     options = EvalModelOptions(data=str(data), num_heldout=2, device="cpu")
     few = open_eval_model(str(model), options).latents
     every = open_eval_model(str(model), replace(options, num_heldout=99)).latents

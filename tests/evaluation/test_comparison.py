@@ -26,13 +26,13 @@ def test_the_verdict_turns_with_the_order_and_with_the_score():
     assert (losses.verdict, losses.num_wins < losses.num_losses) == ("worse", True)
 
 
-def test_a_model_against_itself_cannot_be_told():
+def test_a_model_against_itself_gives_no_verdict():
     found = compare(GOOD, GOOD, higher_is_better=True)
     assert (found.verdict, found.num_wins, found.num_losses) == ("cannot tell", 0, 0)
     assert (found.difference.low, found.difference.high) == (0, 0)
 
 
-def test_equal_models_are_told_apart_no_more_often_than_promised():
+def test_equal_models_seldom_get_a_verdict():
     rng = np.random.default_rng(1)
     verdicts = [
         compare(*rng.normal(size=(2, 60)), higher_is_better=True, num_resamples=1000).verdict
@@ -41,7 +41,7 @@ def test_equal_models_are_told_apart_no_more_often_than_promised():
     assert 0.02 <= np.mean([verdict != "cannot tell" for verdict in verdicts]) <= 0.08
 
 
-def test_a_few_pairs_tell_nothing():
+def test_a_few_pairs_give_no_verdict():
     assert compare(GOOD[:9] + 50, POOR[:9], higher_is_better=True).verdict == "cannot tell"
     assert compare(GOOD[:10] + 50, POOR[:10], higher_is_better=True).verdict == "better"
 
