@@ -63,7 +63,7 @@ class ImageHeader:
     height: int
     format: str
     is_animated: bool
-    looks_complete: bool  # the file ends as its format says that it should
+    looks_complete: bool  # the file ends as files of its format do
     has_orientation: bool  # its EXIF orientation is not 1
 
 
@@ -190,7 +190,7 @@ def _orientation(image: ImageFile) -> int:
         if image.format == "TIFF":
             return 1  # Pillow's TIFF reader swaps the size by itself
         if image.format == "PNG" and not _has_late_exif(image):
-            exif = Image.Image.getexif(image)  # PNG's own would decode the image to look for more
+            exif = Image.Image.getexif(image)  # PNG's own would decode the image
         else:
             exif = image.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
@@ -200,7 +200,7 @@ def _orientation(image: ImageFile) -> int:
 
 
 def _has_late_exif(image: ImageFile) -> bool:
-    """Look for EXIF or XMP behind a PNG's pixels."""
+    """Return whether a PNG has EXIF or XMP behind its pixels."""
     file = image.fp
     assert file is not None
     position = file.tell()
@@ -222,7 +222,7 @@ def _oriented(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except DAMAGED:
-        return image  # a damaged EXIF block says nothing about orientation
+        return image  # a damaged EXIF block has no orientation
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: image sizes of one pixel budget, and the order in which batches come.
+"""Aspect-ratio buckets: image sizes of one pixel budget, and the order of batches.
 
 Every image lands in one bucket and none is ever dropped: a bucket's last batch is kept smaller,
 or filled with images of the same bucket. The order is a function of (seed, epoch) and of each

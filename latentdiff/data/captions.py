@@ -1,7 +1,7 @@
 """Captions as text: cleaning, choice among several, and edits of tag lists while training.
 
 Everything random is driven by a numpy Generator that the caller keys by (seed, epoch, sample), so
-that a caption does not depend on workers or batches. Token counts live in `latentdiff.text`.
+that a caption does not depend on workers or batches. Token counts: `latentdiff.models.text`.
 """
 
 import re
@@ -30,7 +30,7 @@ SIDE_WORDS = (
 
 @dataclass(frozen=True)
 class CaptionTransform:
-    """What becomes of an image's captions in training.
+    """How an image's captions are chosen and edited in training.
 
     choice: one of several at random, or always the first. Tags are the comma-separated parts; the
     first `keep_tags` neither move nor drop out, each other one drops out with probability
@@ -48,13 +48,13 @@ class CaptionTransform:
 
     @property
     def edits_tags(self) -> bool:
-        """Whether a caption reads otherwise each time, so that its states cannot be kept."""
+        """Whether a caption differs each time, so that its embeddings cannot be cached."""
         return self.shuffle_tags or self.tag_dropout != 0
 
     def sample(self, captions: Sequence[str], rng: np.random.Generator) -> str:
         """Choose and edit one of an image's captions.
 
-        The number of draws from `rng` depends on the captions and the settings alone.
+        The count of numbers drawn from `rng` depends on the captions and the settings alone.
         """
         caption = captions[0]
         if self.choice == "random" and len(captions) > 1:
@@ -70,7 +70,7 @@ class CaptionTransform:
         return self.fixed(caption)
 
     def fixed(self, caption: str) -> str:
-        """Give a caption all edits but those of its tags: how held-out images are asked for."""
+        """Apply all edits but those of tags, as for held-out images."""
         return f"{self.prefix}{with_trigger(caption, self.trigger_word)}{self.suffix}"
 
 
@@ -104,13 +104,13 @@ def with_trigger(caption: str, trigger_word: str) -> str:
 
 
 def may_flip(captions: Sequence[str], *, side_words: Sequence[str] = SIDE_WORDS) -> bool:
-    """Say whether all captions fit the mirrored image: none speaks of sides or writing."""
+    """Return whether all captions fit the mirrored image: none mentions sides or writing."""
     words = {word for caption in captions for word in re.findall(r"\w+", caption.lower())}
     return words.isdisjoint(side_words)
 
 
 def clean_caption(caption: str) -> tuple[str, bool]:
-    """Trim a caption, join its lines and remove what no person typed.
+    """Trim a caption, join its lines and remove control characters.
 
     Returns the caption and whether control characters (also lone surrogates and text-direction
     overrides) were removed.

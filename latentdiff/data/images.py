@@ -16,7 +16,7 @@ __all__ = ["Crop", "load_image", "resize_and_crop", "to_pixels", "uint8_to_pixel
 
 @dataclass(frozen=True)
 class Crop:
-    """An image cut to size; sizes are (height, width) and places (y, x) in pixels."""
+    """A cropped image; sizes are (height, width) and places (y, x) in pixels."""
 
     image: Image.Image
     original_size: tuple[int, int]
@@ -33,9 +33,9 @@ def resize_and_crop(
     flip: bool = False,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Crop:
-    """Resize an image until it just covers (height, width), cut that out, mirror if `flip`.
+    """Resize an image until it just covers (height, width), crop it, mirror if `flip`.
 
-    crop: (y, x) in [0, 1], the cut's place in the room there is: (0.5, 0.5) is the centre, (0, 0)
+    crop: (y, x) in [0, 1], the crop's place in the room there is: (0.5, 0.5) is the centre, (0, 0)
     the top left. The flip comes last, so `top_left` is counted in the image before the flip.
     """
     if not all(0.0 <= place <= 1.0 for place in crop):
@@ -45,14 +45,14 @@ def resize_and_crop(
     resized_w = max(width, round(image.width * scale))
     top = round(crop[0] * (resized_h - height))
     left = round(crop[1] * (resized_w - width))
-    cut = image
+    cropped = image
     if (resized_w, resized_h) != image.size:
-        cut = cut.resize((resized_w, resized_h), resample)
+        cropped = cropped.resize((resized_w, resized_h), resample)
     if (resized_w, resized_h) != (width, height):
-        cut = cut.crop((left, top, left + width, top + height))
+        cropped = cropped.crop((left, top, left + width, top + height))
     if flip:
-        cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return Crop(cut, (image.height, image.width), (top, left), flip)
+        cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return Crop(cropped, (image.height, image.width), (top, left), flip)
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -71,14 +71,14 @@ class Masks:
 
 def downsample_to_latents(mask: Image.Image, item: Item, *, factor: int) -> Tensor:
     """Crop a mask ("L") as its image and average it over latent pixels: (1, h, w) in [0, 1]."""
-    cut = resize_and_crop(
+    crop = resize_and_crop(
         mask,
         height=item.height,
         width=item.width,
         crop=item.crop,
         resample=Image.Resampling.BILINEAR,  # bicubic would ring at the edges
     )
-    pixels = torch.from_numpy(np.array(cut.image, dtype=np.float32)) / 255
+    pixels = torch.from_numpy(np.array(crop.image, dtype=np.float32)) / 255
     return pixels.unfold(0, factor, factor).unfold(1, factor, factor).mean((-2, -1))[None]
 
 

@@ -1,9 +1,9 @@
 """Several captioned folders as one: OUT/{train,validation,test}, each with one metadata.jsonl.
 
 An image becomes SPLIT/FOLDER/NAME, by a hard link where the file system has them and by a copy
-elsewhere, so that its id says where it came from. Its row keeps every column; `captions` holds all
+elsewhere, so that its id names its source. Its row keeps every column; `captions` holds all
 its captions as a list, also where a folder has one caption an image. Folders with sidecar files,
-tables of another kind or shards are not combined.
+tables of another kind or shards are not merged.
 """
 
 import json

@@ -21,7 +21,7 @@ def test_buckets_keep_the_budget_the_multiple_and_the_aspect(resolution, multipl
     sizes = [(b.height, b.width) for b in buckets]
     assert (resolution, resolution) in sizes
     assert len(set(sizes)) == len(sizes)
-    assert {(w, h) for h, w in sizes} == set(sizes), "upright and lying images are treated alike"
+    assert {(w, h) for h, w in sizes} == set(sizes), "upright and lying images are treated the same"
     for bucket in buckets:
         assert bucket.height % multiple == bucket.width % multiple == 0
         assert bucket.height * bucket.width <= resolution**2

@@ -255,7 +255,7 @@ def test_an_interrupted_build_goes_on(root, cache_dir, codec, monkeypatch):
     assert build(root, codec, cache_dir, batch_size=2).num_encoded == 9 - 4
 
 
-def test_a_image_that_breaks_late_is_named_and_the_others_kept(root, cache_dir, codec):
+def test_an_image_that_breaks_late_is_named_and_the_others_kept(root, cache_dir, codec):
     folder = read_folder(root)
     path = root / "8.png"
     path.write_bytes(path.read_bytes()[:200])
@@ -266,7 +266,7 @@ def test_a_image_that_breaks_late_is_named_and_the_others_kept(root, cache_dir, 
     assert LatentCache.build(folder, codec, **settings).num_encoded == 1
 
 
-def test_a_image_that_vanishes_is_named(root, cache_dir, codec, monkeypatch):
+def test_an_image_that_vanishes_is_named(root, cache_dir, codec, monkeypatch):
     folder = read_folder(root)
 
     def change(folder, **settings):
@@ -280,7 +280,7 @@ def test_a_image_that_vanishes_is_named(root, cache_dir, codec, monkeypatch):
         LatentCache.build(folder, codec, cache_dir=cache_dir, plan=square(folder), progress=False)
 
 
-def test_a_image_that_changes_meanwhile_is_not_kept_under_the_old_content(
+def test_an_image_that_changes_meanwhile_is_not_kept_under_the_old_content(
     root, cache_dir, codec, monkeypatch
 ):
     image_digests = cache_module.image_hashes
@@ -342,10 +342,10 @@ def test_a_damaged_row_stops_the_reader_and_the_next_build_mends_it(root, cache_
     cache.moments(0)
     with pytest.raises(ValueError, match="another checksum"):
         cache.moments(2)
-    mended = build(root, codec, cache_dir)
-    assert mended.num_encoded == 9
-    torch.testing.assert_close(mended.moments(2), before)
-    assert verify_cache(mended, read_folder(root), codec) < 1e-5
+    rebuilt = build(root, codec, cache_dir)
+    assert rebuilt.num_encoded == 9
+    torch.testing.assert_close(rebuilt.moments(2), before)
+    assert verify_cache(rebuilt, read_folder(root), codec) < 1e-5
 
 
 def test_check_rows_finds_and_mends_a_damaged_row_at_once(root, cache_dir, codec):
@@ -515,7 +515,7 @@ def build_text(captions, tokenizer, text_encoder, cache_dir: Path, **settings) -
     )
 
 
-def test_text_states_are_those_of_the_tower_null_caption_included(
+def test_prompt_embeds_are_those_of_the_text_encoder_null_caption_included(
     tokenizer, text_encoder, cache_dir
 ):
     cache = build_text(CAPTIONS * 3, tokenizer, text_encoder, cache_dir, batch_size=2)
@@ -536,7 +536,7 @@ def test_only_new_captions_are_encoded(tokenizer, text_encoder, cache_dir):
     assert copy.null_embeds.shape == (16, 16)
 
 
-def test_another_tower_or_tokenizer_encodes_all_captions(tokenizer, text_encoder, cache_dir):
+def test_another_text_encoder_or_tokenizer_encodes_all_captions(tokenizer, text_encoder, cache_dir):
     num = build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).num_encoded
     tokenize(tokenizer, ["a call that sets padding"])
     tokenizer(["and one that does not"])
@@ -544,8 +544,8 @@ def test_another_tower_or_tokenizer_encodes_all_captions(tokenizer, text_encoder
     other = train_tokenizer(CAPTIONS[:2], vocab_size=560, max_length=16)
     assert build_text(CAPTIONS, other, text_encoder, cache_dir).num_encoded == num
     torch.manual_seed(1)
-    tower = make_text_encoder(tokenizer)
-    assert build_text(CAPTIONS, tokenizer, tower, cache_dir).num_encoded == num
+    other_encoder = make_text_encoder(tokenizer)
+    assert build_text(CAPTIONS, tokenizer, other_encoder, cache_dir).num_encoded == num
 
 
 def test_captions_are_shared_out_and_interruption_keeps_what_was_done(

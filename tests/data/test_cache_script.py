@@ -1,4 +1,4 @@
-"""scripts/cache_latents.py: builds once, looks the cache over, and removes only when told."""
+"""scripts/cache_latents.py: builds once, verifies, and removes only with --delete."""
 
 import json
 import runpy
@@ -71,7 +71,7 @@ def test_a_frozen_towers_captions_are_built_too(world, sd_folder, monkeypatch, c
     assert lines[-1] == "15 captions, 15 encoded now"
     assert run(monkeypatch, capsys, *options(world, **settings))[1][-1].endswith(" 0 encoded now")
     shuffled = options(world, **settings, data__shuffle_tags="true")
-    assert len(run(monkeypatch, capsys, *shuffled)[1]) == 2, "their states cannot be kept"
+    assert len(run(monkeypatch, capsys, *shuffled)[1]) == 2, "their embeddings cannot be cached"
     lines = run(monkeypatch, capsys, "prune", *options(world, **settings))[1]
     assert lines == ["all files are in use"]
 

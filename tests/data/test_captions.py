@@ -33,7 +33,7 @@ def rng(seed: int = 0) -> np.random.Generator:
         ("   ", "", False),
     ],
 )
-def test_cleaning_removes_what_no_person_typed(raw, clean, had_controls):
+def test_cleaning_removes_control_characters(raw, clean, had_controls):
     assert clean_caption(raw) == (clean, had_controls)
     clean.encode()
 
@@ -57,7 +57,7 @@ def test_shuffled_tags_are_the_same_tags_with_the_first_kept():
         assert sorted(edited.split(", ")) == sorted(caption.split(", "))
 
 
-def test_tags_drop_out_at_the_asked_rate_but_for_the_kept_ones():
+def test_tags_drop_out_at_the_given_rate_but_for_the_kept_ones():
     caption = ", ".join(["keep me", *(f"tag {i}" for i in range(99))])
     counts = []
     for seed in range(40):
@@ -92,7 +92,7 @@ def test_prefix_and_suffix_go_around_everything():
     assert edits.sample(["dog"], rng()) == edits.fixed("dog") == "photo, sks, dog, 4k"
 
 
-def test_the_caption_is_left_alone_by_default():
+def test_the_caption_is_unchanged_by_default():
     caption = "two cats,  one red ,, the other not"
     assert CaptionTransform().sample([caption], rng()) == caption
 
@@ -107,7 +107,7 @@ def test_the_caption_is_left_alone_by_default():
         ("a sign with the word STOP", False),
     ],
 )
-def test_captions_that_speak_of_sides_or_writing_forbid_the_flip(caption, may):
+def test_captions_that_mention_sides_or_writing_forbid_the_flip(caption, may):
     assert may_flip([caption]) is may
     assert may_flip(["a dog", caption]) is may
 

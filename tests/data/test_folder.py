@@ -108,7 +108,7 @@ def test_json_sidecars_come_after_text_ones(tmp_path):
     assert problem(folder, "broken_metadata")[1].startswith("c.json: not JSON")
 
 
-def test_folders_named_for_what_they_show(tmp_path):
+def test_folder_names_fill_the_caption_template(tmp_path):
     save_image(tmp_path / "train/golden_retriever/1.png")
     save_image(tmp_path / "test/tabby cat/1.png", 1)
     folder = read_folder(tmp_path, caption_template="a photo of a {label}")
@@ -151,7 +151,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     assert not folder.problems
 
 
-def test_hidden_files_and_folders_are_passed_over(tmp_path):
+def test_hidden_files_and_folders_are_ignored(tmp_path):
     captioned_folder(tmp_path, 1)
     save_image(tmp_path / ".thumbs/0.png")
     (tmp_path / "._0.png").write_bytes(b"resource fork")
@@ -261,7 +261,7 @@ def test_sizes_are_taken_after_the_orientation(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_image_of_more_than_89_megapixels_is_skipped(tmp_path):
+def test_an_image_of_more_than_89_megapixels_is_skipped(tmp_path):
     folder = broken_folder(tmp_path, "bad.png", png_header(10_000, 9_000))
     assert problem(folder, "too_many_pixels") == (1, "bad.png: 10000 x 9000 pixels")
 
@@ -284,7 +284,7 @@ def test_animations_are_noted(tmp_path):
     folder.check()
 
 
-def test_full_decodes_what_the_quick_scan_believes(tmp_path):
+def test_full_finds_damage_that_the_quick_scan_cannot(tmp_path):
     captioned_folder(tmp_path, 2)
     data = bytearray((tmp_path / "1.png").read_bytes())
     data[data.index(b"IDAT") + 20] ^= 0xFF
@@ -320,7 +320,7 @@ def test_an_open_that_is_refused_is_reported(tmp_path, monkeypatch):
     assert problem(read_folder(tmp_path), "unreadable") == (1, "1.png: Permission denied")
 
 
-def test_a_pipe_named_like_a_image_is_never_opened(tmp_path):
+def test_a_pipe_named_like_an_image_is_never_opened(tmp_path):
     captioned_folder(tmp_path, 1)
     os.mkfifo(tmp_path / "pipe.png")
     assert problem(read_folder(tmp_path), "not_a_file") == (1, "pipe.png: ")
@@ -385,7 +385,7 @@ def test_folder_links_make_no_loop(tmp_path):
 # ---- faults: captions ----
 
 
-def test_a_image_without_a_caption_is_skipped_or_gets_an_empty_one(tmp_path):
+def test_an_image_without_a_caption_is_skipped_or_gets_an_empty_one(tmp_path):
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "b.png", 1)
     (tmp_path / "a.txt").write_text("a")
@@ -455,7 +455,7 @@ def test_a_null_in_parquet_is_an_error_with_its_row(tmp_path):
     refused(tmp_path, 'metadata.parquet:2: "text" is null')
 
 
-def test_a_image_listed_twice_is_an_error_or_has_two_captions(tmp_path):
+def test_an_image_listed_twice_is_an_error_or_has_two_captions(tmp_path):
     captioned_folder(tmp_path, 2)
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "./0.png", "text": "again"}\n')
@@ -476,7 +476,7 @@ def test_a_row_for_a_missing_file_is_an_error_with_a_hint(tmp_path):
     ]
 
 
-def test_a_image_without_a_row_is_counted_and_not_used(tmp_path):
+def test_an_image_without_a_row_is_counted_and_not_used(tmp_path):
     captioned_folder(tmp_path, 2)
     save_image(tmp_path / "extra.png")
     folder = read_folder(tmp_path)
@@ -545,13 +545,13 @@ def test_a_broken_parquet_file_is_an_error(tmp_path):
     refused(tmp_path, "broken caption table.*metadata.parquet")
 
 
-def test_metadata_json_is_said_to_be_the_wrong_name(tmp_path):
+def test_metadata_json_is_reported_as_the_wrong_name(tmp_path):
     captioned_folder(tmp_path, 2)
     (tmp_path / "metadata.jsonl").rename(tmp_path / "metadata.json")
     refused(tmp_path, "metadata.json is not read.*metadata.jsonl: one JSON object a line")
 
 
-def test_metadata_json_beside_good_captions_is_no_fault(tmp_path):
+def test_metadata_json_next_to_good_captions_is_no_fault(tmp_path):
     save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "metadata.json").write_text("{}")
@@ -583,7 +583,7 @@ def test_two_sidecars_that_differ_are_an_error(tmp_path):
     refused(tmp_path, "two caption files that differ")
 
 
-def test_a_sidecar_beside_a_row_and_a_stray_one_are_noted(tmp_path):
+def test_a_sidecar_next_to_a_row_and_a_stray_one_are_noted(tmp_path):
     captioned_folder(tmp_path, 1)
     (tmp_path / "0.txt").write_text("other")
     (tmp_path / "stray.txt").write_text("?")
@@ -603,7 +603,7 @@ def test_a_huge_sidecar_is_not_read(tmp_path):
 # ---- the folder as a whole ----
 
 
-def test_a_folder_without_captions_says_what_would_be_one(tmp_path):
+def test_a_folder_without_captions_names_the_likely_files(tmp_path):
     save_image(tmp_path / "a.png")
     refused(tmp_path, "no image has a caption.*metadata.jsonl.*txt.*caption_template")
     (tmp_path / "captions.csv").write_text("file_name,text\n")

@@ -97,7 +97,7 @@ def test_full_opens_everything_again(tmp_path, opened):
     assert len(read_folder(root, cache_dir=tmp_path / "cache")) == 4, "nothing to see from outside"
     assert len(read_folder(root, cache_dir=tmp_path / "cache", full=True)) == 3
     assert len(opened) == 4
-    assert len(read_folder(root, cache_dir=tmp_path / "cache")) == 3, "and it is remembered"
+    assert len(read_folder(root, cache_dir=tmp_path / "cache")) == 3, "and the index stores it"
 
 
 def test_trust_index_does_not_look_at_the_files(tmp_path, monkeypatch):
@@ -127,10 +127,10 @@ def test_files_that_could_not_be_read_are_tried_again(tmp_path, opened, monkeypa
     real = image_headers.read_image_header
     denied = (0, 0, "unreadable", "Permission denied", None)
 
-    def read_facts(root: Path, entry: Entry, *, full: bool):
+    def broken_header(root: Path, entry: Entry, *, full: bool):
         return denied if entry.path == "1.png" else real(root, entry, full=full)
 
-    monkeypatch.setattr(image_headers, "read_image_header", read_facts)
+    monkeypatch.setattr(image_headers, "read_image_header", broken_header)
     assert len(read_folder(root, cache_dir=tmp_path / "cache")) == 1
     monkeypatch.setattr(image_headers, "read_image_header", real)
     opened.clear()

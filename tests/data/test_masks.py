@@ -48,7 +48,7 @@ def by_reason(folder: Folder) -> dict[str, list[str]]:
     return {key: [name for name, _ in group.examples] for key, group in folder.problems.items()}
 
 
-def test_bad_masks_are_named_and_their_images_left_out(tmp_path: Path) -> None:
+def test_bad_masks_are_named_and_their_images_skipped(tmp_path: Path) -> None:
     root = masked_folder(tmp_path / "data", 6)
     (root / "1.mask.png").unlink()
     (root / "2.mask.png").write_bytes((root / "2.mask.png").read_bytes()[:60])
@@ -68,7 +68,7 @@ def test_bad_masks_are_named_and_their_images_left_out(tmp_path: Path) -> None:
         folder.check()
 
 
-def test_a_folder_without_any_mask_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_any_mask_is_reported(tmp_path: Path) -> None:
     folder = read_folder(captioned_folder(tmp_path / "data", 3), mask="file")
     assert not len(folder)
     with pytest.raises(ValueError, match=r"image without a mask \(3\).*NAME\.mask\.png"):
@@ -99,7 +99,7 @@ def test_an_index_knows_masks_and_sees_one_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crop", [0.0, 0.2, 0.9])
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_mask_is_cut_and_mirrored_as_its_image(
+def test_a_mask_is_cropped_and_mirrored_as_its_image(
     tmp_path: Path, crop: float, flipped: bool
 ) -> None:
     """Where nothing is resized, the mask's latent pixels are the image's, averaged."""
@@ -142,7 +142,7 @@ def test_alpha_is_the_mask_and_opaque_where_there_is_none(tmp_path: Path) -> Non
     assert (masks.mask(2, flipped=False, crop=0.5) == 1).all()
 
 
-def test_a_turned_image_and_its_upright_mask_agree(tmp_path: Path) -> None:
+def test_a_rotated_image_and_its_upright_mask_agree(tmp_path: Path) -> None:
     root = captioned_folder(tmp_path / "data", 1)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -177,7 +177,7 @@ def test_masks_in_shards_are_those_of_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "alpha"])
-def test_cached_masks_are_those_read_and_only_a_changed_one_is_read_again(
+def test_cached_masks_equal_the_files_and_only_a_changed_one_is_read_again(
     tmp_path: Path, kind: str
 ) -> None:
     root, codec = masked_folder(tmp_path / "data", 4), LatentCodec(make_vae())

@@ -1,4 +1,4 @@
-"""Alike images: equal files, and the same image in another size, format or quality."""
+"""Near-duplicates: equal files, and the same image in another size, format or quality."""
 
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def test_chains_of_pairs_make_one_group():
     assert near_duplicates._groups(labels) == [(0, 1, 2, 3, 4)]
 
 
-def test_hashes_are_remembered(tmp_path, monkeypatch):
+def test_hashes_are_stored_in_the_index(tmp_path, monkeypatch):
     root = tmp_path / "data"
     root.mkdir()
     for i in range(3):

@@ -46,7 +46,7 @@ def samples(*numbers: int) -> list[tuple[str, bytes]]:
     return members
 
 
-def told(folder: Folder, key: str) -> list[str]:
+def details(folder: Folder, key: str) -> list[str]:
     return [": ".join(example) for example in folder.problems[key].examples]
 
 
@@ -80,8 +80,8 @@ def test_captions_may_come_from_json_members(tmp_path):
     folder = read_folder(tmp_path, caption_column="caption")
     assert [r.captions for r in folder] == [("x", "y"), ("z",)]
     folder = read_folder(tmp_path)
-    assert told(folder, "no_column")[0].startswith('0.tar/a.json: no column "text"; ')
-    assert told(folder, "no_column")[0].endswith("Fix: --data.caption_column=caption")
+    assert details(folder, "no_column")[0].startswith('0.tar/a.json: no column "text"; ')
+    assert details(folder, "no_column")[0].endswith("Fix: --data.caption_column=caption")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_members_of_other_kinds_are_left_alone_and_counted(tmp_path):
     folder = read_folder(tmp_path, full=True)
     folder.check()
     assert len(folder) == 1
-    assert sorted(told(folder, "shard_ignored")) == [
+    assert sorted(details(folder, "shard_ignored")) == [
         "a.tar: .cls: 1",
         "a.tar: .npy: 1",
         "a.tar: .pickle: 1",
@@ -147,13 +147,13 @@ def test_hostile_members_are_refused_by_name(tmp_path, member, reason):
     write_shard(tmp_path / "a.tar", [*samples(0), member])
     folder = read_folder(tmp_path)
     assert [r.id for r in folder] == ["a.tar/0000.png"]
-    (line,) = told(folder, "shard_member")
+    (line,) = details(folder, "shard_member")
     assert reason in line
     with pytest.raises(ValueError, match="shard member that is refused"):
         folder.check()
 
 
-def test_a_image_bomb_in_a_shard_is_refused_before_decoding(tmp_path):
+def test_an_image_bomb_in_a_shard_is_refused_before_decoding(tmp_path):
     bomb = png_header(40_000, 40_000) + zlib.compress(b"\0" * 1_000_000)
     write_shard(tmp_path / "a.tar", [*samples(0), ("b.png", bomb), ("b.txt", b"x")])
     folder = read_folder(tmp_path, full=True)
@@ -168,7 +168,7 @@ def test_a_sparse_member_that_claims_to_be_huge_is_refused(tmp_path):
     path = write_shard(tmp_path / "a.tar", [*samples(0), (info, body)])
     assert path.stat().st_size < 100_000
     folder = read_folder(tmp_path)
-    assert "a sparse or special file" in told(folder, "shard_member")[0]
+    assert "a sparse or special file" in details(folder, "shard_member")[0]
 
 
 def test_a_header_that_claims_to_be_huge_is_not_read_into_memory(tmp_path):
@@ -180,7 +180,7 @@ def test_a_header_that_claims_to_be_huge_is_not_read_into_memory(tmp_path):
     path.write_bytes(path.read_bytes()[:end] + pax.tobuf(tarfile.GNU_FORMAT) + b"\0" * 4096)
     os.truncate(path, 1 << 33)  # sparse: takes no room
     folder = read_folder(tmp_path)
-    assert "a header of 4,294,967,296 bytes" in told(folder, "broken_shard")[0]
+    assert "a header of 4,294,967,296 bytes" in details(folder, "broken_shard")[0]
     assert len(folder) == 1
 
 
@@ -192,7 +192,7 @@ def test_a_truncated_shard_is_named_and_its_whole_members_are_kept(tmp_path, kee
     os.truncate(path, int(end * keep))
     folder = read_folder(tmp_path)
     assert len(folder) in (int(10 * keep) - 1, int(10 * keep), int(10 * keep) + 1)
-    assert told(folder, "broken_shard")[0].startswith("a.tar: after ")
+    assert details(folder, "broken_shard")[0].startswith("a.tar: after ")
     for i in range(len(folder)):
         assert folder.read_bytes(i) == encoded(int(Path(folder[i].id).stem))
 
@@ -204,7 +204,7 @@ def test_a_damaged_header_does_not_end_a_shard_in_silence(tmp_path):
     data[at : at + 8] = b"damaged!"
     path.write_bytes(data)
     folder = read_folder(tmp_path)
-    assert told(folder, "broken_shard") == [
+    assert details(folder, "broken_shard") == [
         f"a.tar: after 4 good members: no header at byte {at:,}"
     ]
 
@@ -216,7 +216,7 @@ def test_a_file_that_is_no_tar_is_a_broken_shard(tmp_path, data):
     write_shard(tmp_path / "a.tar", samples(0))
     (tmp_path / "b.tar").write_bytes(data)
     folder = read_folder(tmp_path)
-    assert told(folder, "broken_shard")[0].startswith("b.tar: after 0 good members")
+    assert details(folder, "broken_shard")[0].startswith("b.tar: after 0 good members")
     assert len(folder) == 1
 
 
@@ -251,15 +251,15 @@ def test_a_broken_image_in_a_shard_is_skipped_by_name(tmp_path):
     members = [*samples(0), ("b.png", data[:-30]), ("b.txt", b"b"), ("c.png", b""), ("c.txt", b"c")]
     write_shard(tmp_path / "a.tar", members)
     folder = read_folder(tmp_path)
-    assert told(folder, "truncated")[0].startswith("a.tar/b.png: ")
-    assert told(folder, "empty_file") == ["a.tar/c.png: 0 bytes"]
+    assert details(folder, "truncated")[0].startswith("a.tar/b.png: ")
+    assert details(folder, "empty_file") == ["a.tar/c.png: 0 bytes"]
     assert folder.invalid_fraction == pytest.approx(2 / 3)
 
 
-def test_shards_beside_loose_images_are_refused(tmp_path):
+def test_shards_next_to_loose_images_are_refused(tmp_path):
     write_shard(tmp_path / "a.tar", samples(0))
     noise_image().save(tmp_path / "loose.png")
-    with pytest.raises(ValueError, match=r"images beside tar shards .1.: loose.png"):
+    with pytest.raises(ValueError, match=r"images next to tar shards .1.: loose.png"):
         read_folder(tmp_path).check()
 
 
@@ -268,7 +268,7 @@ def test_archives_that_are_not_read_are_named(tmp_path, name):
     write_shard(tmp_path / "a.tar", samples(0))
     (tmp_path / name).write_bytes(b"x")
     folder = read_folder(tmp_path)
-    assert told(folder, "archive") == [f"{name}: "]
+    assert details(folder, "archive") == [f"{name}: "]
     folder.check()
 
 

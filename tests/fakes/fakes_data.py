@@ -20,7 +20,7 @@ def noise_image(
 
 
 def save_image(path: Path, seed: int = 0, **kwargs: Any) -> Path:
-    """Write an image as its extension says."""
+    """Write an image in the format of its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise_image(seed, **kwargs).save(path)
     return path

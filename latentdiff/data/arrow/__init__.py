@@ -1,0 +1,1 @@
+"""Columns of many rows in arrow: listings, and tables kept between runs."""

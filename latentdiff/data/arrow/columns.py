@@ -73,7 +73,7 @@ def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:
 
 
 def in_chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    """Gather items into lists of OBJECTS; the last may be shorter, none is empty."""
+    """Group items into lists of OBJECTS; the last may be shorter, none is empty."""
     chunk: list[T] = []
     for item in items:
         chunk.append(item)
@@ -115,7 +115,7 @@ def release_memory() -> None:
 
 
 def has_extension(paths: pa.Array, extensions: Iterable[str]) -> np.ndarray:
-    """Say of each path whether it ends in one of the extensions, in any case: (N,) bool."""
+    """Test each path for one of the extensions, in any case: (N,) bool."""
     pattern = "|".join(re.escape(extension) for extension in extensions)
     found: np.ndarray = pc.match_substring_regex(paths, rf"(?i)({pattern})$").to_numpy(False)
     return found

@@ -61,7 +61,7 @@ def shard_of(path: str) -> str:
 
 @dataclass
 class ListingBuilder:
-    """Rows of LISTING gathered into arrow chunks, so that a million take little memory."""
+    """Rows of LISTING, collected in arrow chunks, so that a million take little memory."""
 
     paths: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Tables kept between runs in a cache folder: memory-mapped arrow files.
 
-All of it can be made again, so a damaged file is the same as none. Nothing is ever written beside
-the images.
+Every table can be rebuilt, so a damaged file is the same as none. Nothing is ever written next to
+the images. Ours: a database would copy rows into Python; these tables are mapped from disk.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class ScanIndex:
     def save(self, name: str, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
         """Write a table, part after part, so that it need not be in memory at once.
 
-        Where it cannot be written, the log says so, and the next run reads again.
+        Where it cannot be written, a warning is logged, and the next run reads the files again.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

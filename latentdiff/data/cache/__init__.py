@@ -1,0 +1,1 @@
+"""Latents, prompt embeddings and masks on disk, encoded once and addressed by content."""

@@ -134,7 +134,7 @@ def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray
             f"{folder.root / name} cannot be encoded: {error}. python scripts/inspect_data.py "
             f"{folder.root} --full finds all such files; fix or remove them"
         ) from error
-    cut = resize_and_crop(
+    crop = resize_and_crop(
         image, height=item.height, width=item.width, crop=item.crop, flip=item.flip
     )
-    return np.asarray(cut.image)
+    return np.asarray(crop.image)

@@ -56,7 +56,7 @@ def crop_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) ->
             crops["crop"] = place
             if plan.has_room is not None:
                 crops["crop"][~plan.has_room[part]] = 0.5
-            keys[variant, part] = as_keys(key_of(start, cut.tobytes()) for cut in crops)
+            keys[variant, part] = as_keys(key_of(start, crop.tobytes()) for crop in crops)
     return keys
 
 

@@ -103,7 +103,7 @@ def _digests(masks: Masks, cache_dir: Path | str) -> np.ndarray:
 
 
 def _of_one_size(places: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """Cut (M, 2) places, sorted by size, into parts of one size and at most MASKS_AT_ONCE."""
+    """Split (M, 2) places, sorted by size, into parts of one size and at most MASKS_AT_ONCE."""
     changes = np.flatnonzero((np.diff(sizes[places[:, 1]], axis=0) != 0).any(axis=1)) + 1
     parts = np.split(places, changes)
     return [

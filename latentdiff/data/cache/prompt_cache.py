@@ -122,7 +122,7 @@ def encoder_hash(
 ) -> bytes:
     """Hash everything but the caption that prompt embeddings depend on."""
     config = text_encoder.config
-    facts = {
+    settings = {
         "tower": weights_hash(text_encoder),
         "heads": config.num_attention_heads,
         "activation": config.hidden_act,
@@ -130,7 +130,7 @@ def encoder_hash(
         "tokenizer": tokenizer_identity(tokenizer),
         "dtype": str(dtype),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 
 def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:

@@ -119,7 +119,7 @@ class TensorStore:
 
 
 class StoreWriter:
-    """Gathers rows and writes shards when there are enough bytes, or a minute has passed."""
+    """Collects rows and writes shards when there are enough bytes, or a minute has passed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,7 +135,7 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the gathered rows, one shard for each shape."""
+        """Write the collected rows, one shard for each shape."""
         waiting, self._rows = self._rows, {}
         for parts in waiting.values():
             keys = np.concatenate([keys for keys, _ in parts])

@@ -1,0 +1,1 @@
+"""A captioned folder read into records, every problem named."""

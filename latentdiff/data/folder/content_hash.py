@@ -1,4 +1,4 @@
-"""Hashes of each record's file, read once and remembered by path, size and time."""
+"""Hashes of each record's file, read once and stored by path, size and time."""
 
 import hashlib
 import os

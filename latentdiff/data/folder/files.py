@@ -13,7 +13,7 @@ from latentdiff.data.folder.problems import Problems
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     *(".pgm", ".avif"),
-    *(".heic", ".heif", ".jp2", ".svg"),  # to say that they cannot be used
+    *(".heic", ".heif", ".jp2", ".svg"),  # listed, to report that they cannot be used
 )
 TEXT_EXTENSIONS = (".txt", ".caption", ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -24,7 +24,7 @@ def list_files(
 ) -> pa.Table:
     """List the regular files below `root`: rows of LISTING, sorted by path.
 
-    Names that start with a dot, and what lies in the folder `exclude`, are passed over. A link to a
+    Names that start with a dot, and files in the folder `exclude`, are ignored. A link to a
     image, caption or folder outside `root` is a problem unless `follow_links`; so are broken
     links, names that are not UTF-8, and folders that cannot be opened.
     """
@@ -39,7 +39,7 @@ def list_files(
 
 
 def is_image_name(path: str) -> bool:
-    """Say whether a file's extension claims that it is an image."""
+    """Return whether a file's extension claims that it is an image."""
     return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
 
 
@@ -112,7 +112,7 @@ class _Walk:
 
 
 def is_utf8(name: str) -> bool:
-    """Say whether a file name, as Python decodes it, was valid UTF-8."""
+    """Return whether a file name, as Python decodes it, was valid UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

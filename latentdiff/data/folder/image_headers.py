@@ -10,7 +10,7 @@ from latentdiff.data.arrow.stat_cache import cached_rows
 from latentdiff.image_io import EXTENSIONS, ImageError, ImageHeader, load_image, read_header
 
 NUM_THREADS = 4
-# problem and note are keys of problems.REASONS; an image with a problem is left out.
+# problem and note are keys of problems.REASONS; an image with a problem is skipped.
 HEADERS = pa.schema(
     [
         *LISTING,
@@ -36,7 +36,7 @@ def read_image_headers(
     """Read the headers of the images in `files` (columns of LISTING), one row of HEADERS each.
 
     Headers are read, and files whose end looks wrong are decoded; `full` decodes all, also those
-    that the index knows. name: of the table that the index remembers them in.
+    that the index knows. name: of the index's table.
     """
     return cached_rows(
         files,

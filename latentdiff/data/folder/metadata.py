@@ -68,7 +68,7 @@ def decoded_lines(file: Iterable[bytes]) -> Iterator[str]:
 
 
 def to_texts(value: Any) -> list[str] | None:
-    """Take a caption cell, a text or a list of texts, as a list; None if it is anything else."""
+    """Return a caption value, a text or a list of texts, as a list; None for any other type."""
     texts = value if isinstance(value, list) else [value]
     return texts if texts and all(isinstance(text, str) for text in texts) else None
 

@@ -1,7 +1,7 @@
-"""What can be wrong with a captioned folder: the reasons, and a collection that counts them.
+"""Problems of a captioned folder: their reasons, and a collection that counts them.
 
-Three severities. `error`: the folder is not used until a person mends it. `skipped`: that image
-is left out and counts as bad. `note`: worth knowing; nothing is left out on its account, or on
+Three severities. `error`: the folder is not used until a person fixes it. `skipped`: that image is
+not used and counts as invalid. `note`: worth knowing; no image is skipped for it, or only on
 purpose.
 """
 
@@ -13,12 +13,12 @@ from latentdiff.html import printable
 
 Severity = Literal["error", "skipped", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "skipped", "note")
-MAX_EXAMPLES = 10_000  # names kept per reason; the count goes on
+MAX_EXAMPLES = 10_000  # names stored per reason; the count has no limit
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One kind of problem: its severity, what it is called, and what a person can do about it."""
+    """One kind of problem: its severity, its title, and its fix."""
 
     severity: Severity
     title: str
@@ -32,7 +32,7 @@ REASONS: dict[str, Reason] = {
         "error",
         "no image has a caption",
         'write metadata.jsonl, one {"file_name": "cat.jpg", "text": "a cat"} a line; or put a .txt '
-        "file beside each image; or name folders after what they show and pass "
+        "file next to each image; or name folders after their subjects and pass "
         "--data.caption_template='a photo of a {label}'",
     ),
     "link_leaves": Reason(
@@ -52,7 +52,7 @@ REASONS: dict[str, Reason] = {
     "broken_shard": Reason("error", "truncated or damaged shard", "fetch the shard again"),
     "shard_member": Reason("error", "shard member that is refused", "make the shard anew"),
     "mixed_shards": Reason(
-        "error", "images beside tar shards", "keep shards and loose images in two folders"
+        "error", "images next to tar shards", "keep shards and loose images in two folders"
     ),
     "shard_ignored": Reason("note", "shard members that are neither images nor captions"),
     "archive": Reason(
@@ -77,14 +77,14 @@ REASONS: dict[str, Reason] = {
     "no_mask": Reason(
         "skipped",
         "image without a mask",
-        "put NAME.mask.png beside NAME.jpg, or train without --data.mask=file",
+        "put NAME.mask.png next to NAME.jpg, or train without --data.mask=file",
     ),
     "broken_mask": Reason("skipped", "mask that cannot be read", "write it anew as a PNG"),
     "mask_size": Reason(
         "skipped", "mask of another size than its image", "make it as large as the image"
     ),
     "stray_mask": Reason("note", "mask without an image"),
-    "unused_mask": Reason("note", "mask beside an image, not used", "--data.mask=file uses it"),
+    "unused_mask": Reason("note", "mask next to an image, not used", "--data.mask=file uses it"),
     # captions
     "no_caption": Reason(
         "skipped", "image without a caption", "add one, or pass --data.missing_caption=empty"
@@ -94,7 +94,7 @@ REASONS: dict[str, Reason] = {
     "caption_not_utf8": Reason("error", "text that is not UTF-8", "save the file as UTF-8"),
     "caption_type": Reason("error", "caption that is not text", "give a text or a list of texts"),
     "two_captions": Reason("error", "image with two caption files that differ", "keep one"),
-    "two_sources": Reason("note", "caption file beside an image that has a row; the row is used"),
+    "two_sources": Reason("note", "caption file next to an image that has a row; the row is used"),
     "stray_caption": Reason("note", "caption file without an image"),
     # caption tables
     "metadata_json": Reason(
@@ -139,7 +139,7 @@ class ProblemGroup:
         return f"{self.reason.title} ({self.count:,})"
 
     def line(self, *, max_names: int = 3) -> str:
-        """Say it in a line: title, count, the first few names with details, and the fix."""
+        """Describe the group in a line: title, count, first names with details, and the fix."""
         shown = [f"{where}: {detail}" if detail else where for where, detail in self.examples]
         names = printable("; ".join(shown[:max_names]))
         rest = self.count - min(max_names, len(shown))
@@ -155,7 +155,7 @@ class Problems(Mapping[str, ProblemGroup]):
         self._groups: dict[str, ProblemGroup] = {}
 
     def add(self, key: str, where: str, detail: str = "") -> None:
-        """Count one problem. `where` names a file (and row); `detail` says what was found there."""
+        """Count one problem. `where` names a file (and row); `detail` describes the finding."""
         if key not in REASONS:
             raise KeyError(key)
         group = self._groups.setdefault(key, ProblemGroup(key))

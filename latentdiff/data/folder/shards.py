@@ -2,8 +2,9 @@
 
 cat.jpg and cat.txt (or cat.json) in a shard are an image and its caption, as they would be in a
 folder. Shards are local, uncompressed files; nothing is unpacked to disk, no member is ever
-unpickled, and only images, .txt and .json members are looked at. Links, devices, sparse files and
-names that lead out of the shard are refused.
+unpickled, and only images, .txt and .json members are read. Links, devices, sparse files and names
+that lead out of the shard are refused. Ours: webdataset streams shards in order; an order that is
+the same for any number of processes needs each member by its offset.
 """
 
 import io
@@ -103,7 +104,7 @@ def _members(shards: pa.Table) -> pa.Table:
 
 
 def _read_shard(root: Path, path: str) -> tuple[object, ...]:
-    """Index one shard: its members' names, sizes, offsets, and what is wrong with them."""
+    """Index one shard: its members' names, sizes, offsets, and their problems."""
     names: list[str] = []
     sizes: list[int] = []
     offsets: list[int] = []
@@ -139,7 +140,7 @@ def _read_shard(root: Path, path: str) -> tuple[object, ...]:
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield a tar file's members in order. Raises one of DAMAGED where it does not go on."""
+    """Yield a tar file's members in order. Raises one of DAMAGED at a broken header."""
     with _ShardFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         size, last = path.stat().st_size, -1
         while (member := tar.next()) is not None:
@@ -156,7 +157,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _refusal(member: tarfile.TarInfo, name: str, seen: set[str]) -> str | None:
-    """Say why a member must not be used, or None."""
+    """Return why a member must not be used, or None."""
     if member.issparse() or not member.isreg():
         kind = "link" if member.issym() or member.islnk() else "sparse or special file"
         return f"a {kind}"

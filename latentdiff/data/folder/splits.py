@@ -1,4 +1,7 @@
-"""Which records train and which are held out: by folder name, or by a stable hash."""
+"""The split of each record: by folder name, or by a stable hash.
+
+A file of its own, since the record table, captions and commands need the splits' names.
+"""
 
 import hashlib
 import re
@@ -36,7 +39,7 @@ def assign_splits(ids: Iterable[str], fraction: float, *, num: int) -> np.ndarra
 
 
 def split_of_folder(record_id: str) -> Split:
-    """Read a record's split from its top folder's name; "train" where that says nothing.
+    """Read a record's split from its top folder's name; "train" for any other name.
 
     A shard in the top folder counts as one by the start of its name, as in val-0001.tar.
     """

@@ -135,7 +135,7 @@ def bucket_rows(
     """Count for each bucket in use its images, batches and repeats, and measure its crops."""
     widths, heights = folder.widths, folder.heights
     bucket_of = assign_buckets(widths, heights, buckets=buckets)
-    cuts = crop_loss(widths, heights, bucket_of=bucket_of, buckets=buckets)
+    losses = crop_loss(widths, heights, bucket_of=bucket_of, buckets=buckets)
     rows = []
     for place, bucket in enumerate(buckets):
         members = np.flatnonzero(bucket_of == place)
@@ -145,7 +145,7 @@ def bucket_rows(
         left = len(members) - (batches - 1) * batch_size
         is_filled = partial == "fill"
         small = (widths[members] < bucket.width) | (heights[members] < bucket.height)
-        worst = members[np.argmax(cuts[members])]
+        worst = members[np.argmax(losses[members])]
         rows.append(
             BucketRow(
                 width=bucket.width,
@@ -155,8 +155,8 @@ def bucket_rows(
                 last_batch=batch_size if is_filled else left,
                 num_repeats=batch_size - left if is_filled else 0,
                 num_enlarged=int(small.sum()),
-                mean_crop_loss=float(cuts[members].mean()),
-                max_crop_loss=float(cuts[worst]),
+                mean_crop_loss=float(losses[members].mean()),
+                max_crop_loss=float(losses[worst]),
                 worst_id=folder[int(worst)].id,
             )
         )
