@@ -23,7 +23,7 @@ from latentdiff.config.io import load_config
 from latentdiff.data.shapes import split_scenes
 from latentdiff.evaluation.metrics.bootstrap import proportion
 from latentdiff.evaluation.metrics.shapes_judge import accuracy
-from latentdiff.sampling.sample import sample_each
+from latentdiff.sampling.batch_sampler import generate_images
 
 
 def scenes_for(num):
@@ -39,14 +39,17 @@ def model_accuracy(pipe, num, args):
     """Return the share of images that show each attribute and all of them."""
     found = {}
     for name, scenes in scenes_for(num).items():
-        images = sample_each(
-            pipe,
-            [scene.caption for scene in scenes],
-            range(num),
-            num_steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            at_once=args.batch_size,
-        )
+        images = [
+            image
+            for _, image in generate_images(
+                pipe,
+                [scene.caption for scene in scenes],
+                seeds=range(num),
+                batch_size=args.batch_size,
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance_scale,
+            )
+        ]
         shares = accuracy(images, scenes)
         interval = proportion(round(shares["all"] * num), num)
         found[name] = {key: round(value, 4) for key, value in shares.items()}

@@ -1,4 +1,4 @@
-"""Drawing while someone watches: one call at a time, seen as it forms, bounded and stoppable."""
+"""The session behind the web UI: one call at a time, with previews, bounded and stoppable."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from latentdiff.pipeline.callbacks import preview_images
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
-OWN_SAMPLER, NO_LORA = "the model's own", "none"
+OWN_SCHEDULER, NO_LORA = "the model's own", "none"
 MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
 
 
 @dataclass
 class WebSession:
-    """A pipeline that is drawn with from a page, one call at a time."""
+    """A pipeline that a page calls, one call at a time."""
 
     pipe: LatentDiffPipeline
     loras: Mapping[str, Path] = field(default_factory=dict)
@@ -33,42 +33,23 @@ class WebSession:
     lora: str = NO_LORA
 
     def __post_init__(self) -> None:
-        """Keep the model's own scheduler, to come back to."""
+        """Keep the model's own scheduler, to restore it."""
         self.own_scheduler = self.pipe.scheduler
         self.pipe.set_progress_bar_config(disable=True)
 
-    def draw(
-        self, call: Mapping[str, Any], *, sampler: str, lora: str
+    def generate(
+        self, call: Mapping[str, Any], *, scheduler: str, lora: str
     ) -> Iterator[tuple[int, list[Image.Image]] | LatentDiffOutput]:
         """Yield (step, small images) while the chain runs, and the result at the end.
 
-        Raises ValueError beyond the page's limits, and what the call raises. A caller that stops
-        listening stops the chain.
+        Raises ValueError beyond the page's limits, and the call's own errors. Closing the iterator
+        stops the chain.
         """
         self._check(call)
-        self._choose(sampler=sampler, lora=lora)
+        self._choose(scheduler=scheduler, lora=lora)
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stop = threading.Event()
-        vae = self.preview_vae or self.pipe.vae
-
-        def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
-            pipe._interrupt = stop.is_set()
-            events.put((i, preview_images(vae, tensors["predicted_z0"])))
-            return {}
-
-        def work() -> None:
-            try:
-                events.put(
-                    self.pipe(
-                        **call,
-                        callback_on_step_end=step_end,
-                        callback_on_step_end_tensor_inputs=["predicted_z0"],
-                    )
-                )
-            except BaseException as error:
-                events.put(error)
-
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=self._work, args=(call, events, stop), daemon=True)
         thread.start()
         try:
             while not isinstance(event := events.get(), (LatentDiffOutput, BaseException)):
@@ -79,6 +60,28 @@ class WebSession:
         finally:
             stop.set()
             thread.join()
+
+    def _work(
+        self, call: Mapping[str, Any], events: queue.SimpleQueue[Any], stop: threading.Event
+    ) -> None:
+        """Call the pipeline; put previews, and the result or the error, into the queue."""
+        vae = self.preview_vae or self.pipe.vae
+
+        def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = stop.is_set()
+            events.put((i, preview_images(vae, tensors["predicted_z0"])))
+            return {}
+
+        try:
+            result = self.pipe(
+                **call,
+                callback_on_step_end=step_end,
+                callback_on_step_end_tensor_inputs=["predicted_z0"],
+            )
+        except BaseException as error:
+            events.put(error)
+        else:
+            events.put(result)
 
     def _check(self, call: Mapping[str, Any]) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -92,12 +95,12 @@ class WebSession:
         ):
             checks.count(name, call[name], maximum=maximum)
 
-    def _choose(self, *, sampler: str, lora: str) -> None:
-        """Make a sampler and a LoRA current; ValueError for a name that is not on the page."""
-        if sampler == OWN_SAMPLER:
+    def _choose(self, *, scheduler: str, lora: str) -> None:
+        """Make a scheduler and a LoRA current; ValueError for a name that is not on the page."""
+        if scheduler == OWN_SCHEDULER:
             self.pipe.scheduler = self.own_scheduler
         else:
-            self.pipe.set_scheduler(sampler)
+            self.pipe.set_scheduler(scheduler)
         if lora == self.lora:
             return
         if lora != NO_LORA and lora not in self.loras:
@@ -119,7 +122,7 @@ def find_loras(folder: str | None) -> dict[str, Path]:
 
 
 def painted_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return an image editor's image, and what was painted over it as a mask; None without."""
+    """Return an image editor's image and the mask painted over it; None without."""
     if not value or value.get("background") is None:
         return None, None
     background: Image.Image = value["background"]

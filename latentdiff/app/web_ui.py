@@ -1,7 +1,7 @@
-"""The playground's page: prompt and settings in, the image as it forms and its settings out.
+"""The web UI: a page with prompt and settings in, the image as it forms and its settings out.
 
-Needs gradio (the extra `ui`). Served on 127.0.0.1 unless told otherwise, never shared; sizes,
-queue and uploads are bounded. The page fetches nothing from elsewhere.
+Needs gradio (the extra `ui`). Served on 127.0.0.1 by default, never shared; sizes, queue and
+uploads are bounded. The page fetches nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from latentdiff.app.web_session import (
     MAX_IMAGES,
     MAX_STEPS,
     NO_LORA,
-    OWN_SAMPLER,
+    OWN_SCHEDULER,
     WebSession,
     find_loras,
     painted_mask,
@@ -41,13 +41,13 @@ def serve(model: str, options: WebUIOptions) -> None:
 
     small = options.preview_vae
     pipe = open_pipeline(model, dtype=options.dtype, device=options.device, fast=True)
-    playground = WebSession(
+    session = WebSession(
         pipe,
         loras=find_loras(options.loras),
         preview_vae=None if small is None else load_vae(small).to(pipe.device),
         max_side_px=options.max_side_px,
     )
-    page = build(playground)
+    page = build(session)
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
     page.launch(
         server_name=options.host,
@@ -59,7 +59,7 @@ def serve(model: str, options: WebUIOptions) -> None:
     )
 
 
-def build(playground: WebSession) -> Any:
+def build(session: WebSession) -> Any:
     """Return the gradio page."""
     import gradio as gr
 
@@ -67,38 +67,38 @@ def build(playground: WebSession) -> Any:
         gr.Markdown("# LatentDiff")
         with gr.Row():
             with gr.Column():
-                controls = _controls(gr, playground)
+                controls = _controls(gr, session)
             with gr.Column():
                 with gr.Row():
-                    start = gr.Button("Draw", variant="primary", elem_id="draw")
+                    start = gr.Button("Generate", variant="primary", elem_id="generate")
                     stop = gr.Button("Stop", elem_id="stop")
                 state = gr.Markdown("ready", elem_id="state")
                 gallery = gr.Gallery(label="Images", format="png", elem_id="images")
                 settings = gr.JSON(label="Settings")
 
-        def draw(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any, str]]:
+        def generate(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any, str]]:
             named = {name: values[control] for name, control in controls.items()}
             try:
-                yield from _draw(playground, named)
+                yield from _generate(session, named)
             except ValueError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from error
             except Exception as error:
-                logger.exception("drawing failed")
+                logger.exception("the call failed")
                 message = html.escape(f"{type(error).__name__}: {error}")
                 raise gr.Error(message, print_exception=False) from error
 
         running = start.click(
-            draw, {*controls.values()}, [gallery, settings, state], show_progress="hidden"
+            generate, {*controls.values()}, [gallery, settings, state], show_progress="hidden"
         )
         stop.click(None, cancels=[running])
     return page
 
 
-def _controls(gr: Any, playground: WebSession) -> dict[str, Any]:
+def _controls(gr: Any, session: WebSession) -> dict[str, Any]:
     """Lay out the input side; return its components by name."""
-    factor, most = playground.pipe.vae_scale_factor, playground.max_side_px
-    height, width = trained_size_px(playground.pipe.unet, factor=factor)
-    own = default_guidance(playground.pipe.model_info)
+    factor, most = session.pipe.vae_scale_factor, session.max_side_px
+    height, width = trained_size_px(session.pipe.unet, factor=factor)
+    own = default_guidance(session.pipe.model_info)
     found: dict[str, Any] = {}
 
     def text(name: str, label: str) -> None:
@@ -122,20 +122,20 @@ def _controls(gr: Any, playground: WebSession) -> dict[str, Any]:
         slider("width", "Width", ends=(factor, most), at=width, by=factor)
         slider("height", "Height", ends=(factor, most), at=height, by=factor)
     with gr.Row():
-        choice("sampler", "Sampler", [OWN_SAMPLER, *scheduler_names()])
-        choice("lora", "LoRA", [NO_LORA, *playground.loras])
+        choice("scheduler", "Scheduler", [OWN_SCHEDULER, *scheduler_names()])
+        choice("lora", "LoRA", [NO_LORA, *session.loras])
         slider("lora_scale", "LoRA scale", ends=(0, 2), at=1, by=0.05)
     with gr.Accordion("Start from an image", open=False):
         found["image"] = gr.ImageEditor(
-            type="pil", label="Paint over what is to be made anew", transforms=()
+            type="pil", label="Paint over the part to be replaced", transforms=()
         )
         slider("strength", "Strength", ends=(0.05, 1), at=0.8, by=0.05)
     return found
 
 
-def _draw(playground: WebSession, named: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
-    """Yield what the output side shows: images, settings, state."""
-    sampler, lora = named.pop("sampler"), named.pop("lora")
+def _generate(session: WebSession, named: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
+    """Yield images, settings and state for the output side."""
+    scheduler, lora = named.pop("scheduler"), named.pop("lora")
     image, mask = painted_mask(named.pop("image"))
     call = named | {"image": image, "mask_image": mask, "seed": _seed(named["seed"])}
     call["negative_prompt"] = call["negative_prompt"] or None
@@ -143,13 +143,13 @@ def _draw(playground: WebSession, named: dict[str, Any]) -> Iterator[tuple[Any, 
         call["strength"] = None
     if lora == NO_LORA:
         call["lora_scale"] = None
-    for event in playground.draw(call, sampler=sampler, lora=lora):
+    for event in session.generate(call, scheduler=scheduler, lora=lora):
         if isinstance(event, LatentDiffOutput):
             captions = [f"seed {seed}" for seed in event.seeds or []]
             yield list(zip(event.images, captions, strict=True)), event.settings, "done"
         else:
             i, images = event
-            yield images, None, f"step {i + 1} of {playground.pipe.num_timesteps}"
+            yield images, None, f"step {i + 1} of {session.pipe.num_timesteps}"
 
 
 def _seed(text: str) -> int | None:

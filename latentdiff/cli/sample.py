@@ -10,6 +10,8 @@ from jsonargparse import ArgumentParser
 from latentdiff.cli.command import quieten_libraries, take_options
 from latentdiff.config.sampling import SampleOptions, WebUIOptions
 
+RENAMED = {"--sampler": "--scheduler"}  # old name of an option -> its name; the old one still works
+
 
 def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Make images from prompts: a labelled sheet, or a folder of images that can be resumed."""
@@ -17,7 +19,7 @@ def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("prompts", type=str, nargs="*", help="one or several, each in quotes")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each file")
     parser.add_class_arguments(SampleOptions)
-    values = parser.parse_args(arguments).as_dict()
+    values = parser.parse_args(_current_names(arguments)).as_dict()
     quieten_libraries()
     from latentdiff.sampling.sample import sample
 
@@ -44,3 +46,9 @@ def app_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         pass  # the usual way to stop a server
     return 0
+
+
+def _current_names(arguments: Sequence[str]) -> list[str]:
+    """Rename options that are given under their old names."""
+    parts = [argument.partition("=") for argument in arguments]
+    return ["".join((RENAMED.get(option, option), *rest)) for option, *rest in parts]

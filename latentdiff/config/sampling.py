@@ -20,7 +20,7 @@ class SampleOptions:
         negative_prompt: a description of what the images should not show.
         num_images: images a prompt.
         batch_size: images made at once; lower it when memory runs out.
-        sampler: by name, such as dpm++2m-karras; the model's own by default.
+        scheduler: by name, such as dpm++2m-karras; the model's own by default.
         height: in pixels.
         width: in pixels.
         image: an image to start from.
@@ -49,7 +49,7 @@ class SampleOptions:
     negative_prompt: str | None = None
     num_images: int = 1
     batch_size: int = 4
-    sampler: str | None = None
+    scheduler: str | None = None
     height: int | None = None
     width: int | None = None
     image: str | None = None

@@ -19,8 +19,8 @@ from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metrics.bootstrap import Interval, proportion
 from latentdiff.image_grid import draw_grid
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.open_pipeline import open_pipeline
-from latentdiff.sampling.sample import sample_each
 
 COLUMNS, BATCH_SIZE = 8, 8
 NUM_CHOICES, IMAGES_A_QUESTION = 8, 3
@@ -138,15 +138,18 @@ def _shuffled(questions: Sequence[Question], *, seed: int) -> list[Question]:
 def _generate(
     pipe: LatentDiffPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: SheetSampling
 ) -> list[Image.Image]:
-    return sample_each(
-        pipe,
-        prompts,
-        seeds,
-        num_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        at_once=BATCH_SIZE,
-        desc="images",
-    )
+    return [
+        image
+        for _, image in generate_images(
+            pipe,
+            prompts,
+            seeds=seeds,
+            batch_size=BATCH_SIZE,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            desc="images",
+        )
+    ]
 
 
 def _write_sheets(

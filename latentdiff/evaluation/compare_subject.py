@@ -29,7 +29,7 @@ from latentdiff.evaluation.report.comparison import Comparison, compare
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import load_image
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.sampling.sample import sample_each
+from latentdiff.sampling.batch_sampler import generate_images
 
 COLUMNS = 8
 BATCH_SIZE = 4
@@ -110,14 +110,17 @@ def _generate_all(
 def _generate(
     pipe: LatentDiffPipeline, prompts: list[str], seeds: range, options: CompareSubjectOptions
 ) -> list[Image.Image]:
-    return sample_each(
-        pipe,
-        prompts,
-        seeds,
-        num_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        at_once=BATCH_SIZE,
-    )
+    return [
+        image
+        for _, image in generate_images(
+            pipe,
+            prompts,
+            seeds=seeds,
+            batch_size=BATCH_SIZE,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+        )
+    ]
 
 
 def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:

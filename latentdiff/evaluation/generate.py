@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import save_png
-from latentdiff.sampling.sample import sample_each
+from latentdiff.sampling.batch_sampler import generate_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +48,18 @@ def generate(
     They are saved as folder/0000-0.png, numbered by caption and image, with their settings.
     """
     prompts = [caption for caption in captions for _ in range(per_caption)]
-    images = sample_each(
-        pipe,
-        prompts,
-        list(range(first_seed, first_seed + len(prompts))),
-        num_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        at_once=batch_size,
-        desc="images",
-    )
+    images = [
+        image
+        for _, image in generate_images(
+            pipe,
+            prompts,
+            seeds=list(range(first_seed, first_seed + len(prompts))),
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            desc="images",
+        )
+    ]
     for number, image in enumerate(images):
         m, k = divmod(number, per_caption)
         save_png(image, folder / f"{m:04d}-{k}.png")

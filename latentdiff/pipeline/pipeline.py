@@ -120,7 +120,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
         )
-        self._check_parts()
+        self._check_components()
         self.register_to_config(
             requires_safety_checker=requires_safety_checker and safety_checker is not None
         )

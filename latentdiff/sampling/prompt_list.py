@@ -1,18 +1,18 @@
-"""What a list of prompts asks for: one job an image, in an order that can be resumed."""
+"""A list of prompts, and one job an image in an order that can be resumed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class PromptEntry:
-    """One entry of a prompt list; None takes the value that holds for all."""
+    """One entry of a prompt list; None takes the value of the whole list."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -33,9 +33,9 @@ class ImageJob:
 
 
 def read_prompt_entries(path: Path) -> list[PromptEntry]:
-    """Read a prompt list: a text file with one prompt a line, or JSON lines of `Line`'s entries.
+    """Read a prompt list: a text file with one prompt a line, or JSON lines of PromptEntry.
 
-    Empty lines do not count. Raises FileNotFoundError, or ValueError with file and line.
+    Empty lines are skipped. Raises FileNotFoundError, or ValueError with file and line.
     """
     try:
         texts = path.read_bytes().decode("utf-8").splitlines()
@@ -44,18 +44,18 @@ def read_prompt_entries(path: Path) -> list[PromptEntry]:
             f"{path} is not UTF-8 text: byte {error.start} is {error.reason}"
         ) from None
     numbered = [(number, text.strip()) for number, text in enumerate(texts, start=1)]
-    lines = [
+    found = [
         _json_line(path, number, text) if path.suffix == ".jsonl" else PromptEntry(text)
         for number, text in numbered
         if text
     ]
-    if not lines:
+    if not found:
         raise ValueError(f"{path} holds no prompts")
-    return lines
+    return found
 
 
 def plan_jobs(
-    lines: Sequence[PromptEntry],
+    entries: Sequence[PromptEntry],
     *,
     seed: int,
     negative_prompt: str | None,
@@ -66,25 +66,17 @@ def plan_jobs(
     """Return a job for every prompt, number of steps, guidance scale and repetition, in this order.
 
     A prompt's images have the seeds from its own on, or from seed + (its place x num_images); the
-    cells of a grid over steps and guidance share them, so that they can be compared.
+    images of a grid over steps and guidance share them, so that they can be compared.
     """
     jobs: list[ImageJob] = []
-    for row, line in enumerate(lines):
-        first = seed + row * num_images if line.seed is None else line.seed
-        negative = negative_prompt if line.negative_prompt is None else line.negative_prompt
+    for row, entry in enumerate(entries):
+        first = seed + row * num_images if entry.seed is None else entry.seed
+        negative = negative_prompt if entry.negative_prompt is None else entry.negative_prompt
         for count, scale, index in product(steps, guidance_scales, range(num_images)):
             jobs.append(
-                ImageJob(len(jobs), row, line.prompt, negative, first + index, count, scale)
+                ImageJob(len(jobs), row, entry.prompt, negative, first + index, count, scale)
             )
     return jobs
-
-
-def job_batches(jobs: Iterable[ImageJob], *, batch_size: int) -> Iterator[list[ImageJob]]:
-    """Group neighbouring jobs that one call can make, at most batch_size each."""
-    for _, group in groupby(jobs, key=lambda job: (job.num_inference_steps, job.guidance_scale)):
-        members = list(group)
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size]
 
 
 def _json_line(path: Path, number: int, text: str) -> PromptEntry:

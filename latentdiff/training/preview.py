@@ -20,6 +20,7 @@ from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.image_grid import draw_grid
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.training.nearest_images import NearestImage, NearestImages, summarize_nearest
 
 logger = logging.getLogger(__name__)
@@ -114,19 +115,15 @@ def generate_share(
     pipeline = make_pipeline(components)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
-    generated: dict[int, Image.Image] = {}
-    for batch, counts in rank_batches(-(-len(prompts) // BATCH_SIZE), shard):
-        first = batch * BATCH_SIZE
-        part = list(prompts[first : first + BATCH_SIZE])
-        padded = part + part[-1:] * (BATCH_SIZE - len(part))
-        with accelerator.autocast():
-            images, _ = pipeline(
-                padded,
-                seed=[prompt_seed(seed, prompt) for prompt in padded],
-                num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
-                return_dict=False,
-            )
-        if counts:
-            generated |= {first + k: images[k] for k in range(len(part))}
-    return generated
+    images = generate_images(
+        pipeline,
+        prompts,
+        seeds=[prompt_seed(seed, prompt) for prompt in prompts],
+        batch_size=BATCH_SIZE,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        pads=True,
+        batches=rank_batches(-(-len(prompts) // BATCH_SIZE), shard),
+    )
+    with accelerator.autocast():
+        return dict(images)

@@ -1,4 +1,4 @@
-"""The playground: driven in a real browser where there is one, and its parts without."""
+"""The web UI: driven in a real browser where there is one, and its parts without."""
 
 import os
 import runpy
@@ -15,7 +15,7 @@ import pytest
 from fakes_pipeline import SIZE, lora_weights, tiny_pipeline
 from PIL import Image
 
-from latentdiff.app.web_session import NO_LORA, OWN_SAMPLER, WebSession, find_loras, painted_mask
+from latentdiff.app.web_session import NO_LORA, OWN_SCHEDULER, WebSession, find_loras, painted_mask
 from latentdiff.app.web_ui import MAX_UPLOAD, serve
 from latentdiff.config.sampling import WebUIOptions
 from latentdiff.pipeline.output import LatentDiffOutput
@@ -31,27 +31,27 @@ def call(**changes):
     return call | {"num_images_per_prompt": 1, "height": SIZE, "width": SIZE} | changes
 
 
-def draw(playground, *, sampler=OWN_SAMPLER, lora=NO_LORA, **changes):
-    return list(playground.draw(call(**changes), sampler=sampler, lora=lora))
+def generate(session, *, scheduler=OWN_SCHEDULER, lora=NO_LORA, **changes):
+    return list(session.generate(call(**changes), scheduler=scheduler, lora=lora))
 
 
 def test_images_are_seen_as_they_form_and_end_as_the_pipeline_s_own():
-    playground = WebSession(tiny_pipeline())
-    events = draw(playground)
+    session = WebSession(tiny_pipeline())
+    events = generate(session)
     assert [i for i, _ in events[:-1]] == [0, 1, 2, 3]
     assert isinstance(events[-1], LatentDiffOutput)
     expected = tiny_pipeline()(**call()).images[0]
     assert np.array_equal(np.asarray(events[-1].images[0]), np.asarray(expected))
 
 
-def test_a_caller_that_stops_listening_stops_the_chain():
-    playground = WebSession(tiny_pipeline())
-    events = playground.draw(call(num_inference_steps=100), sampler=OWN_SAMPLER, lora=NO_LORA)
+def test_a_caller_that_closes_the_iterator_stops_the_chain():
+    session = WebSession(tiny_pipeline())
+    events = session.generate(call(num_inference_steps=100), scheduler=OWN_SCHEDULER, lora=NO_LORA)
     next(events)
     started = time.monotonic()
     events.close()
     assert time.monotonic() - started < 1
-    assert len(draw(playground)) == 5
+    assert len(generate(session)) == 5
 
 
 @pytest.mark.parametrize(
@@ -62,24 +62,24 @@ def test_a_caller_that_stops_listening_stops_the_chain():
         ({"num_images_per_prompt": 9}, "num_images_per_prompt"),
         ({"prompt": "x" * 2001}, "prompt has more than"),
         ({"prompt": "(red:99) apple"}, "prompt weighs"),
-        ({"sampler": "nonsense"}, "no scheduler"),
+        ({"scheduler": "nonsense"}, "no scheduler"),
         ({"lora": "../../secret"}, "no LoRA"),
     ],
 )
 def test_limits_are_kept_on_the_server_s_side(changes, message):
     with pytest.raises(ValueError, match=message):
-        draw(WebSession(tiny_pipeline()), **changes)
+        generate(WebSession(tiny_pipeline()), **changes)
 
 
-def test_samplers_and_loras_come_and_go(tmp_path):
+def test_schedulers_and_loras_come_and_go(tmp_path):
     from safetensors.torch import save_file
 
     save_file(lora_weights(), tmp_path / "style.safetensors")
-    playground = WebSession(tiny_pipeline(), loras=find_loras(str(tmp_path)))
-    own = np.asarray(draw(playground)[-1].images[0])
-    styled = np.asarray(draw(playground, lora="style")[-1].images[0])
-    euler = np.asarray(draw(playground, sampler="euler a")[-1].images[0])
-    assert np.array_equal(np.asarray(draw(playground)[-1].images[0]), own)
+    session = WebSession(tiny_pipeline(), loras=find_loras(str(tmp_path)))
+    own = np.asarray(generate(session)[-1].images[0])
+    styled = np.asarray(generate(session, lora="style")[-1].images[0])
+    euler = np.asarray(generate(session, scheduler="euler a")[-1].images[0])
+    assert np.array_equal(np.asarray(generate(session)[-1].images[0]), own)
     assert not np.array_equal(styled, own)
     assert not np.array_equal(euler, own)
     with pytest.raises(FileNotFoundError, match="loras"):
@@ -108,7 +108,7 @@ def test_script_without_gradio_or_model_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_stays_on_this_machine_and_is_bounded(tmp_path, monkeypatch):
-    gradio = pytest.importorskip("gradio", reason="the playground needs the extra ui")
+    gradio = pytest.importorskip("gradio", reason="the session needs the extra ui")
     tiny_pipeline().save_pretrained(tmp_path / "model")
     seen = {}
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **given: seen.update(given))
@@ -119,8 +119,8 @@ def test_the_page_stays_on_this_machine_and_is_bounded(tmp_path, monkeypatch):
 
 @pytest.fixture
 def address(tmp_path):
-    """The address of a served playground; LATENTDIFF_MODEL names a model for a nicer screenshot."""
-    pytest.importorskip("gradio", reason="the playground needs the extra ui")
+    """The address of a served session; LATENTDIFF_MODEL names a model for a nicer screenshot."""
+    pytest.importorskip("gradio", reason="the session needs the extra ui")
     model = os.environ.get("LATENTDIFF_MODEL", str(tmp_path / "model"))
     if model == str(tmp_path / "model"):
         tiny_pipeline().save_pretrained(model)
@@ -137,7 +137,7 @@ def address(tmp_path):
                 urllib.request.urlopen(url, timeout=1).close()
                 break
             except OSError:
-                assert server.poll() is None, "the playground stopped before it served"
+                assert server.poll() is None, "the session stopped before it served"
                 time.sleep(0.5)
         yield url
     finally:
@@ -146,7 +146,7 @@ def address(tmp_path):
 
 
 @pytest.mark.slow
-def test_browser_draws_sees_the_image_change_and_is_told_of_bad_input(address, tmp_path):
+def test_browser_shows_the_image_change_and_names_bad_input(address, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright's client")
     if CHROMIUM is None:
         pytest.skip("needs a Chromium browser")
@@ -157,7 +157,7 @@ def test_browser_draws_sees_the_image_change_and_is_told_of_bad_input(address, t
         page.on("request", lambda request: elsewhere.append(request.url))
         page.goto(address)
         page.fill("#prompt textarea, #prompt input", "a red heart")
-        page.click("#draw")
+        page.click("#generate")
         page.wait_for_selector("#state:has-text('done')", timeout=60_000)
         first = page.get_attribute("#images img", "src")
         image = page.request.get(first).body()
@@ -167,7 +167,7 @@ def test_browser_draws_sees_the_image_change_and_is_told_of_bad_input(address, t
 
         assert read_settings(path)["call"]["prompt"] == "a red heart"
         page.fill("#prompt textarea, #prompt input", "a green apple")
-        page.click("#draw")
+        page.click("#generate")
         page.wait_for_function(
             "old => { const image = document.querySelector('#images img');"
             " return image && image.src !== old"
@@ -177,10 +177,10 @@ def test_browser_draws_sees_the_image_change_and_is_told_of_bad_input(address, t
         )
         page.screenshot(path=os.environ.get("LATENTDIFF_SCREENSHOT", tmp_path / "page.png"))
         page.fill("#prompt textarea, #prompt input", "(red:99) <b>apple</b>")
-        page.click("#draw")
+        page.click("#generate")
         page.wait_for_selector("text=prompt weighs 'red' by 99", timeout=60_000)
         page.fill("#seed textarea, #seed input", "<i>x</i>")
-        page.click("#draw")
+        page.click("#generate")
         page.wait_for_selector("text=got '<i>x</i>'", timeout=60_000)
         browser.close()
     local = ("http://127.0.0.1", "data:", "blob:")

@@ -1,10 +1,13 @@
 """A PNG file carries what made it."""
 
+import logging
+
 import numpy as np
 import pytest
 from fakes_pipeline import tiny_pipeline
 from PIL import Image
 
+from latentdiff.pipeline import checks
 from latentdiff.pipeline.png_metadata import attach_settings, read_settings, save_png
 
 
@@ -31,6 +34,23 @@ def test_plainly_saved_image_carries_its_settings_and_can_be_made_again(tmp_path
     again = pipe(**settings["call"]).images[0]
     difference = np.abs(np.asarray(again, int) - np.asarray(Image.open(path), int))
     assert difference.max() <= 1
+
+
+def test_settings_of_an_older_image_make_it_again(tmp_path, caplog):
+    pipe = tiny_pipeline()
+    call = {"prompt": "a cat", "seed": 3, "num_inference_steps": 2}
+    image = pipe(**call).images[0]
+    old = read_settings(image)
+    old["call"]["long_prompts"] = "cut"  # its name then
+    path = save_png(attach_settings(image.copy(), old), tmp_path / "old.png")
+    checks._warn_of_cut.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="latentdiff"):
+        again = [pipe(**read_settings(path)["call"]) for _ in range(2)]
+    assert all(np.array_equal(one.images[0], image) for one in again)
+    assert again[0].settings[0]["call"]["long_prompts"] == "truncate"
+    assert [record.message for record in caplog.records] == [
+        'long_prompts="cut" is now called "truncate"; the old name still works'
+    ]
 
 
 def test_fingerprint_changes_with_the_weights():

@@ -44,7 +44,9 @@ def test_sheet_is_written_and_said(model, tmp_path, capsys):
         (["--steps", "0"], "num_inference_steps"),
         (["--guidance_scale", "nan"], "guidance_scale"),
         (["--seed", "-4"], "seed"),
+        (["--scheduler", "ddmi"], "no scheduler 'ddmi'"),
         (["--sampler", "ddmi"], "no scheduler 'ddmi'"),
+        (["--sampler=ddmi"], "no scheduler 'ddmi'"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
         (["--dtype", "int8"], "dtype"),
@@ -118,7 +120,7 @@ def test_images_start_from_a_image(model, tmp_path):
     Image.effect_noise((32, 32), 60).save(photo)
     Image.new("L", (32, 32), 255).save(mask)
     out = tmp_path / "sheet.png"
-    arguments = ["--image", photo, "--strength", 0.5, "--steps", 4, "--sampler", "euler a"]
+    arguments = ["--image", photo, "--strength", 0.5, "--steps", 4, "--scheduler", "euler a"]
     assert run(model, "a cat", "--out", out, *arguments) == 0
     assert read_settings(out)[0]["call"]["strength"] == 0.5
     assert read_settings(out)[0]["scheduler"]["class"] == "EulerAncestralDiscreteScheduler"

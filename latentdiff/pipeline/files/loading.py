@@ -1,6 +1,6 @@
-"""Every way into and out of files: diffusers' loaders, with safetensors only and nothing missing.
+"""Loading and saving a pipeline by diffusers' loaders, with safetensors only.
 
-Pickles are never opened. What was read is complete, or it is an error that names the weight.
+Pickles are never opened. A missing weight is an error that names it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import Tensor, nn
 
 from latentdiff.models.compatibility import check_compatible
-from latentdiff.models.components import load_components, resolve_model
+from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.models.weights import PICKLES, check_weights
 from latentdiff.pipeline.files.kohya_lora import warn_of_unused_layers
 from latentdiff.pipeline.files.model_info import (
@@ -39,13 +40,11 @@ from latentdiff.pipeline.files.single_file import config_folder
 STOCK_PIPELINE = "StableDiffusionPipeline"
 STOCK_INPAINTING = "StableDiffusionInpaintPipeline"
 
-STORED: Any = object()  # a component as the folder has it, where None means: without it
-
 
 class LoadingMixin(
     StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin, FromSingleFileMixin
 ):
-    """The loading and saving surface of a pipeline; a mixin beside DiffusionPipeline."""
+    """Loading and saving of a pipeline; a mixin for DiffusionPipeline."""
 
     model_info: ModelInfo
     vae: Any
@@ -65,21 +64,16 @@ class LoadingMixin(
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
-        vae: Any = STORED,
-        text_encoder: Any = STORED,
-        tokenizer: Any = STORED,
-        unet: Any = STORED,
-        scheduler: Any = STORED,
-        safety_checker: Any = STORED,
-        feature_extractor: Any = STORED,
-        image_encoder: Any = STORED,
+        **components: Any,
     ) -> Self:
         """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
 
-        variant picks weight files such as "fp16". A component that is passed takes the place of
-        the stored one, None that of an optional one. Raises FileNotFoundError or ValueError where
-        a file or a weight is missing, damaged, a pickle, or does not fit.
+        variant: of the weight files, such as "fp16". components: vae, unet, scheduler and so on, in
+        the place of the stored ones; None removes an optional one. Raises FileNotFoundError or
+        ValueError where a file or a weight is missing, damaged, a pickle, or does not fit.
         """
+        if unknown := sorted(components.keys() - {one.name for one in fields(Components)}):
+            raise TypeError(f"from_pretrained() knows no argument {', '.join(unknown)}")
         if not use_safetensors:
             raise ValueError("use_safetensors=False would open pickles, which can run any code")
         path = os.fspath(resolve_model(pretrained_model_name_or_path))
@@ -93,19 +87,8 @@ class LoadingMixin(
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
-        given = {
-            "vae": vae,
-            "text_encoder": text_encoder,
-            "tokenizer": tokenizer,
-            "unet": unet,
-            "scheduler": scheduler,
-            "safety_checker": safety_checker,
-            "feature_extractor": feature_extractor,
-            "image_encoder": image_encoder,
-        }
         stored = load_components(path, torch_dtype=torch_dtype, variant=variant).as_dict()
-        chosen = {name: stored[name] if part is STORED else part for name, part in given.items()}
-        pipe: Any = cls(**chosen)
+        pipe: Any = cls(**stored | components)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         pipe.model_info = read_model_info(path)
         return pipe
@@ -153,13 +136,12 @@ class LoadingMixin(
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Load a LoRA in diffusers' or kohya's naming beside those that are there.
+        """Load a LoRA in diffusers' or kohya's naming, besides the loaded ones.
 
         Raises ValueError where it is a pickle, does not fit, or would be without effect.
         """
-        source = pretrained_model_name_or_path_or_dict
+        source, before = pretrained_model_name_or_path_or_dict, self._adapters()
         _refuse_pickle(source, weight_name)
-        before = self._adapters()
         where = {
             "weight_name": weight_name,
             "subfolder": subfolder,
@@ -180,12 +162,8 @@ class LoadingMixin(
                 "without effect; was it trained for another kind of model?"
             )
         named, *_ = self.lora_state_dict(given, **where)
-        added = {
-            getattr(self, part): set(names) - set(before.get(part, []))
-            for part, names in self._adapters().items()
-        }
-        warn_of_unused_layers(named, added)
-        self._check_parts()
+        warn_of_unused_layers(named, self._added_adapters(before))
+        self._check_components()
 
     def load_textual_inversion(
         self,
@@ -212,7 +190,7 @@ class LoadingMixin(
             local_files_only=local_files_only,
             use_safetensors=True,
         )
-        self._check_parts()
+        self._check_components()
 
     def to_json_string(self) -> str:
         """Return model_index.json, with the class name that stock diffusers opens the folder by."""
@@ -272,7 +250,11 @@ class LoadingMixin(
         found: dict[str, list[str]] = self.get_list_adapters()
         return {part: sorted(names) for part, names in found.items()}
 
-    def _check_parts(self) -> None:
+    def _added_adapters(self, before: dict[str, list[str]]) -> dict[nn.Module, set[str]]:
+        adapters = self._adapters().items()
+        return {getattr(self, part): {*names} - {*before.get(part, [])} for part, names in adapters}
+
+    def _check_components(self) -> None:
         """Raise ValueError where components do not fit each other, or a weight is missing."""
         configs = {
             "vae": self.vae and dict(self.vae.config),

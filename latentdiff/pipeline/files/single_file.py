@@ -1,10 +1,8 @@
-"""A whole Stable Diffusion model in one .safetensors file: what its shapes say of it.
+"""A whole Stable Diffusion model in one .safetensors file, its weights by CompVis' names.
 
-The components' configs of the two families ship in assets/single_file, so nothing is fetched.
-
-A model's weights under CompVis' names, as ComfyUI, A1111 and `from_single_file` read them.
-
-For the layout of Stable Diffusion 1.x: U-Net, AutoencoderKL and a CLIP text encoder.
+Opening: the weights' shapes tell the family (1.x or 2.x), whose configs are bundled in
+assets/single_file, so that nothing is fetched. Saving: as ComfyUI, A1111 and `from_single_file`
+read it, for the layout of Stable Diffusion 1.x (U-Net, AutoencoderKL and a CLIP text encoder).
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from latentdiff.models.weights import PICKLES, Shape, refuse_bad_weights, stored
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
-FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text states
+FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the prompt embeddings
 BASE_SIZE = 64
 
 
@@ -43,17 +41,12 @@ def config_folder(
     prediction_type: str | None,
     scratch: Path,
 ) -> tuple[Path, dict[str, Any]]:
-    """Return a folder of configs for a single-file model, and the components made already.
+    """Return a folder of configs for a single-file model, and components that it lacks.
 
     The folder is the caller's `config`, or one written into `scratch`. Raises FileNotFoundError or
-    ValueError for a file that is none, a pickle, damaged, or of another kind of model.
+    ValueError for a missing file, a pickle, a damaged file, or another kind of model.
     """
-    if path.suffix in PICKLES:
-        raise ValueError(f"{path} is a pickle, which can run any code; convert it to .safetensors")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file here")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no .safetensors file; expected a whole model in one")
+    _check_is_safetensors(path)
     shapes = stored_shapes([path])
     if config is not None:
         _check_complete(path, shapes, Path(config))
@@ -67,10 +60,10 @@ def config_folder(
     channels, width = shapes[CONV_IN][1], shapes[TEXT_KEY][-1]
     if width not in FAMILIES or channels not in (4, 9):
         raise ValueError(
-            f"{path} reads text states of width {width} and {channels} channels, expected 768 or "
-            "1024 and 4 or 9; pass config= with the folder of such a model"
+            f"{path} reads prompt embeddings of width {width} and {channels} channels, expected "
+            "768 or 1024 and 4 or 9; pass config= with the folder of such a model"
         )
-    configs = _shipped(FAMILIES[width])
+    configs = _bundled_configs(FAMILIES[width])
     configs["unet"]["in_channels"] = channels
     if prediction_type is None and V_PREDICTION in shapes:
         prediction_type = "v_prediction"
@@ -83,7 +76,16 @@ def config_folder(
     return folder, {"tokenizer": _tokenizer(configs)}
 
 
-def _shipped(family: str) -> dict[str, dict[str, Any]]:
+def _check_is_safetensors(path: Path) -> None:
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path} is a pickle, which can run any code; convert it to .safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file here")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no .safetensors file; expected a whole model in one")
+
+
+def _bundled_configs(family: str) -> dict[str, dict[str, Any]]:
     source = resources.files("latentdiff") / "assets" / "single_file" / f"{family}.json"
     configs: dict[str, dict[str, Any]] = json.loads(source.read_text(encoding="utf-8"))
     return configs

@@ -23,6 +23,7 @@ from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.models.components import Components
+from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.training.inputs.batches import EpochOrder, StepBatch
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.randomness import SampleKey
@@ -147,19 +148,17 @@ def _generate(
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
-    for batch, counts in rank_batches(-(-len(missing) // BATCH_SIZE), shard):
-        numbers = missing[batch * BATCH_SIZE :][:BATCH_SIZE]
-        with accelerator.autocast():
-            images, _ = pipeline(
-                [settings.class_prompt] * len(numbers),
-                seed=[prompt_seed(k, settings.class_prompt) for k in numbers],
-                height=size,
-                width=size,
-                num_inference_steps=settings.class_num_steps,
-                guidance_scale=settings.class_guidance_scale,
-                return_dict=False,
-            )
-        for number, image in zip(numbers, images, strict=True):
-            if counts:
-                with atomic_file(root / f"{number:05d}.png") as temporary:
-                    image.save(temporary, format="PNG")
+    images = generate_images(
+        pipeline,
+        [settings.class_prompt] * len(missing),
+        seeds=[prompt_seed(number, settings.class_prompt) for number in missing],
+        batch_size=BATCH_SIZE,
+        num_inference_steps=settings.class_num_steps,
+        guidance_scale=settings.class_guidance_scale,
+        size=(size, size),
+        batches=rank_batches(-(-len(missing) // BATCH_SIZE), shard),
+    )
+    with accelerator.autocast():
+        for k, image in images:
+            with atomic_file(root / f"{missing[k]:05d}.png") as temporary:
+                image.save(temporary, format="PNG")

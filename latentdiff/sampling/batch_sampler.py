@@ -1,0 +1,148 @@
+"""Many images from one pipeline, batch by batch: the one loop over prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from latentdiff.pipeline.attention_maps import heat_map_grid, record_attention
+from latentdiff.pipeline.callbacks import Trace
+from latentdiff.pipeline.pipeline import LatentDiffPipeline
+from latentdiff.sampling.open_pipeline import compile_unet
+from latentdiff.sampling.prompt_list import ImageJob
+
+Extras: TypeAlias = dict[str, Image.Image]
+
+
+def index_batches(
+    num: int,
+    *,
+    batch_size: int,
+    pads: bool = False,
+    batches: Iterable[tuple[int, bool]] | None = None,
+) -> Iterator[tuple[list[int], int]]:
+    """Yield the indices of each batch of 0 .. num - 1, and how many of its results count.
+
+    pads: repeat the last index of a batch that is too short. batches: (number, counts) of the
+    batches to take, as `rank_batches` deals them out to processes; by default each once.
+    """
+    numbers = range(-(-num // batch_size))
+    for number, counts in ((n, True) for n in numbers) if batches is None else batches:
+        indices = list(range(num)[number * batch_size :][:batch_size])
+        filled = indices + indices[-1:] * (batch_size - len(indices)) if pads else indices
+        yield filled, len(indices) if counts else 0
+
+
+def generate_images(
+    pipe: LatentDiffPipeline,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    size: tuple[int, int] | None = None,
+    pads: bool = False,
+    batches: Iterable[tuple[int, bool]] | None = None,
+    desc: str = "",
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield (index, image) for each prompt with its seed, batch_size at a time.
+
+    size: (height, width) in pixels, by default the trained one. pads, batches: see `index_batches`.
+    desc: of a progress bar over batches; empty: none.
+    """
+    height, width = size or (None, None)
+    work = list(index_batches(len(prompts), batch_size=batch_size, pads=pads, batches=batches))
+    for indices, num_counted in tqdm(work, desc=desc, leave=False, disable=not desc):
+        images, _ = pipe(
+            [prompts[k] for k in indices],
+            seed=[seeds[k] for k in indices],
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            return_dict=False,
+        )
+        yield from islice(zip(indices, images, strict=True), num_counted)
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """A pipeline with the arguments that all images of a list share."""
+
+    pipe: LatentDiffPipeline
+    arguments: dict[str, Any]
+    batch_size: int
+    is_traced: bool
+    is_compiled: bool
+    log: Callable[[str], None]
+
+    def sample(self, jobs: Sequence[ImageJob]) -> Iterator[tuple[ImageJob, Image.Image, Extras]]:
+        """Yield every job with its image and, when traced, its chain and heat maps."""
+        work = list(self._batches(jobs))
+        for number, (batch, num_counted) in enumerate(work):
+            if self.is_compiled and number == 0:
+                compile_unet(self.pipe, partial(self._warm_up, batch), log=self.log)
+            yield from islice(self._sample_batch(batch), num_counted)
+
+    def _batches(self, jobs: Sequence[ImageJob]) -> Iterator[tuple[list[ImageJob], int]]:
+        """Yield neighbouring jobs that one call can make, and how many of them count."""
+        key = _steps_and_guidance
+        groups = [list(group) for _, group in groupby(jobs, key=key)]
+        size = min(self.batch_size, max(map(len, groups), default=1))
+        for group in groups:  # compiled: in batches of one size, another one compiles anew
+            for indices, num_counted in index_batches(
+                len(group), batch_size=size, pads=self.is_compiled
+            ):
+                yield [group[k] for k in indices], num_counted
+
+    def _sample_batch(
+        self, batch: Sequence[ImageJob]
+    ) -> Iterator[tuple[ImageJob, Image.Image, Extras]]:
+        trace = Trace() if self.is_traced else None
+        recording = record_attention(self.pipe.unet, num_images=len(batch))
+        with recording if self.is_traced else nullcontext() as maps:
+            result = self._call(batch, trace)
+        for index, (job, image) in enumerate(zip(batch, result.images, strict=True)):
+            extras: Extras = {}
+            if trace is not None and maps is not None:
+                heat, words = maps.mean()[index], self.pipe.tokenizer
+                extras["trace"] = trace.grid(self.pipe.vae, image=index)
+                extras["attention"] = heat_map_grid(image, heat, tokenizer=words, prompt=job.prompt)
+            yield job, image, extras
+
+    def _warm_up(self, batch: Sequence[ImageJob]) -> None:
+        """Take one step, at full strength where there is an image, so that a step is left."""
+        strength = None if self.arguments["image"] is None else 1.0
+        self._call(batch, None, num_inference_steps=1, strength=strength)
+
+    def _call(self, batch: Sequence[ImageJob], trace: Trace | None, **changes: Any) -> Any:
+        settings = self.arguments | {
+            "num_inference_steps": batch[0].num_inference_steps,
+            "guidance_scale": batch[0].guidance_scale,
+        }
+        try:
+            return self.pipe(
+                [job.prompt for job in batch],
+                negative_prompt=[job.negative_prompt or "" for job in batch],
+                seed=[job.seed for job in batch],
+                callback_on_step_end=trace,
+                **settings | changes,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory with batch_size={self.batch_size}; lower it, height or width, or "
+                f"take dtype=bfloat16 ({error})"
+            ) from error
+
+
+def _steps_and_guidance(job: ImageJob) -> tuple[int, float]:
+    return job.num_inference_steps, job.guidance_scale
