@@ -42,7 +42,8 @@ from latentdiff.evaluation.metrics.heldout_loss import triple_losses
 from latentdiff.image_io import load_image
 from latentdiff.models.build import build_text_encoder
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
-from latentdiff.training.setup import setup, start_accelerator
+from latentdiff.training.distributed import start_accelerator
+from latentdiff.training.setup import setup
 
 TURNS = 24
 WARMUP_STEPS = 20
@@ -135,7 +136,7 @@ class Ours(Side):
         self.max_steps = config.train.max_steps
         started = own_seconds()
         accelerator = start_accelerator(config)
-        self.run = run = setup(config, Path(config.output_dir), accelerator, start=None)
+        self.run = run = setup(config, Path(config.output_dir), accelerator)
         self.batches = run.train_data.batches(
             run.layout, first_step=0, last_step=config.train.max_steps, accelerator=accelerator
         )

@@ -41,11 +41,12 @@ def probe(name):
 
     from latentdiff.config.io import load_config
     from latentdiff.data.shapes import write_shapes
+    from latentdiff.training.distributed import start_accelerator
     from latentdiff.training.inputs.encode import cache_latents
     from latentdiff.training.inputs.train_data import read_data
     from latentdiff.training.model import load_vae_of
     from latentdiff.training.plan import estimate_memory
-    from latentdiff.training.setup import setup, start_accelerator
+    from latentdiff.training.setup import setup
 
     kind, changes = CASES[name]
     with tempfile.TemporaryDirectory(prefix="memory-") as path:
@@ -71,7 +72,7 @@ def probe(name):
         del vae
         gc.collect()
         before = rss_bytes("VmRSS")
-        run = setup(config, folder / "run", accelerator, start=None)
+        run = setup(config, folder / "run", accelerator)
         estimate = estimate_memory(run)
         batches = run.train_data.batches(
             run.layout, first_step=0, last_step=config.train.max_steps, accelerator=accelerator

@@ -55,10 +55,10 @@ def probe(options, started):
     """Train; print the seconds of each phase. started: the time of the process's start."""
     moments = {"python": time.time()}
     from latentdiff.config.io import load_config
-    from latentdiff.training import loop
+    from latentdiff.training import text_to_image
     from latentdiff.training.train_step import TrainStep
 
-    prepare, step = loop.setup, TrainStep.step
+    prepare, step = text_to_image.setup, TrainStep.step
 
     def setup_and_note(*args, **kwargs):
         found = prepare(*args, **kwargs)
@@ -70,8 +70,8 @@ def probe(options, started):
         moments["second step" if "first step" in moments else "first step"] = time.time()
         return done
 
-    loop.setup, TrainStep.step = setup_and_note, step_and_note
-    loop.train(load_config(ROOT / "configs" / "demo_scratch.yaml", options))
+    text_to_image.setup, TrainStep.step = setup_and_note, step_and_note
+    text_to_image.train(load_config(ROOT / "configs" / "demo_scratch.yaml", options))
     times = [started, *moments.values()]
     print(json.dumps({name: b - a for name, a, b in zip(moments, times, times[1:], strict=False)}))
 

@@ -32,12 +32,15 @@ from latentdiff.config.io import load_config
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.training import train_step as train_step_module
+from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs import dataset as dataset_module
 from latentdiff.training.inputs.randomness import SampleKey
-from latentdiff.training.metrics_log import Window
+from latentdiff.training.metrics_log import MetricsLog
 from latentdiff.training.model import TextToImage
-from latentdiff.training.resume import save_state
-from latentdiff.training.setup import setup, start_accelerator
+from latentdiff.training.recipe import LoopSettings
+from latentdiff.training.resume import CheckpointWriter, run_key
+from latentdiff.training.setup import setup
+from latentdiff.training.text_to_image import TextToImageRecipe
 
 WARM_UP = 3
 
@@ -96,13 +99,13 @@ class FullLoop:
 
     def __init__(self, run, clock):
         self.run, self.clock, self.done = run, clock, 0
-        self.batches = run.train_data.batches(
-            run.layout,
-            first_step=0,
-            last_step=run.config.train.max_steps,
-            accelerator=run.accelerator,
+        self.recipe = TextToImageRecipe(run)
+        self.batches = self.recipe.batches(0)
+        self.log_file = MetricsLog(run.folder, is_main=True, first_step=0)
+        settings = LoopSettings.of(run.config.train)
+        self.checkpoints = CheckpointWriter(
+            run.folder, settings, run_key(run.config), run.accelerator
         )
-        self.window = Window(run.accelerator, max_skipped_steps=20, num_timesteps=1000)
         clock.watch(self, "next_batch", "train_data")
         clock.watch(run.train_step.ema, "update", "ema")
         clock.watch(train_step_module, "clip_gradients", "clip_and_check")
@@ -114,23 +117,15 @@ class FullLoop:
         return next(self.batches)
 
     def step(self):
-        run = self.run
-        result = run.train_step.step(
-            iter(self.next_batch, None),
-            step=self.done,
-            count=run.config.train.batch_size,
-            accumulation=run.layout.accumulation,
-        )
+        self.recipe.step(iter(self.next_batch, None), self.done)
         self.done += 1
-        self.window.add(result, num_samples=run.config.train.batch_size, waited=0.0)
 
     def log(self):
-        figures, _ = self.window.close(self.done, self.run.train_data.train.ids, rate=1e-4)
-        self.run.log.write(self.done, figures)
+        self.log_file.write(self.done, self.recipe.figures(self.done))
 
     def checkpoint(self):
-        save_state(self.run, self.done)
-        self.run.saver.wait()
+        self.checkpoints.save(self.recipe, self.done)
+        self.checkpoints.wait()
 
 
 class BareLoop:
@@ -241,13 +236,13 @@ def main():
         given = settings(folder, small=args.small, batch_size=args.batch_size, workers=args.workers)
         (folder / "config.json").write_text(json.dumps(given))
         config = load_config(folder / "config.json")
-        run = setup(config, folder / "run", start_accelerator(config), start=None)
+        run = setup(config, folder / "run", start_accelerator(config))
         clock = Clock(run.accelerator.device, of_cpu=args.cpu_time)
         full = FullLoop(run, clock)
         bare = BareLoop(run, clock, full.next_batch())
         figures = report(run, full, bare, clock, steps=args.steps)
         print(json.dumps(figures | {"clock": "cpu" if args.cpu_time else "wall"}))
-        run.log.close()
+        full.log_file.close()
 
 
 if __name__ == "__main__":

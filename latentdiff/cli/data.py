@@ -51,7 +51,7 @@ def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     from latentdiff.training.inputs import cache_commands
 
     if options["action"] == "build":
-        from latentdiff.training.setup import start_accelerator
+        from latentdiff.training.distributed import start_accelerator
 
         accelerator = start_accelerator(config)
         for built in cache_commands.build_caches(config, accelerator=accelerator):

@@ -17,7 +17,7 @@ def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     config, _ = parse_settings(parser, Config, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     quieten_libraries()
-    from latentdiff.training.loop import train
+    from latentdiff.training.text_to_image import train
 
     return train(config)
 
@@ -25,22 +25,18 @@ def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 def train_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train an AutoencoderKL on folders of images and report its PSNR on held-out ones."""
     config, _ = parse_settings(parser, VaeConfig, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     quieten_libraries()
     from latentdiff.training.vae.train_vae import train_vae
 
-    report = train_vae(config)
-    print(f"wrote {config.output_dir}/vae: {report}")
-    return 0
+    return train_vae(config)
 
 
 def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train a small CLIP on captioned folders and report its recall on held-out pairs."""
     config, _ = parse_settings(parser, ClipConfig, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     quieten_libraries()
     from latentdiff.training.clip.train_clip import train_clip
 
-    for name, value in train_clip(config).items():
-        if not name.endswith(("/low", "/high")):
-            print(f"{name}: {value:.4g}")
-    print(f"wrote {config.output_dir}/clip (for the CLIP score), text_encoder and tokenizer")
-    return 0
+    return train_clip(config)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from latentdiff.config.choices import MixedPrecision
+from latentdiff.config.ranges import at_least, check_ranges
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class ClipConfig:
     """mirror half of the images, but none whose caption speaks of sides or of writing"""
     min_crop: float = 0.8
     """smallest side of a random crop, as a share of the image's shorter side"""
-    max_steps: int = 2000
+    max_steps: int = at_least(1, default=2000)
     """optimiser steps"""
-    max_minutes: float = 0.0
-    """stop, with the rate brought to its end, after so many minutes; 0: no limit"""
+    max_minutes: float = at_least(0, default=0.0)
+    """a limit that becomes one of max_steps, by timing a few steps when a run begins; 0: none"""
     batch_size: int = 128
     """pairs a step; a batch holds no caption twice, as one would be the other's wrong answer"""
     learning_rate: float = 1e-3
@@ -56,5 +57,15 @@ class ClipConfig:
     """every draw is a function of it"""
     num_workers: int = 1
     """processes that prepare images"""
-    log_every_steps: int = 50
+    log_every_steps: int = at_least(1, default=50)
     """a line of metrics"""
+    checkpoint_every_steps: int = at_least(1, default=1000)
+    """a checkpoint, apart from the one at the end"""
+    keep_checkpoints: int = at_least(1, default=2)
+    """newest checkpoints that are kept"""
+    resume: str = "auto"
+    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range, naming the setting and the allowed values."""
+        check_ranges(self)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentdiff.config.choices import MixedPrecision
+from latentdiff.config.ranges import at_least, check_ranges
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class VaeConfig:
     latents that mean different images move apart (after Zheng et al. 2025)"""
     l2_weight: float = 1.0
     """weight of the squared error beside the absolute error"""
-    max_steps: int = 10_000
+    max_steps: int = at_least(1, default=10_000)
     """optimiser steps"""
-    max_minutes: float = 0.0
-    """stop, with the rate brought to its end, after so many minutes; 0: no limit"""
+    max_minutes: float = at_least(0, default=0.0)
+    """a limit that becomes one of max_steps, by timing a few steps when a run begins; 0: none"""
     batch_size: int = 32
     """crops a step"""
     learning_rate: float = 1e-3
@@ -74,7 +75,17 @@ class VaeConfig:
     """every draw is a function of it"""
     num_workers: int = 1
     """processes that prepare crops"""
-    log_every_steps: int = 50
+    log_every_steps: int = at_least(1, default=50)
     """a line of metrics"""
+    checkpoint_every_steps: int = at_least(1, default=1000)
+    """a checkpoint, apart from the one at the end"""
+    keep_checkpoints: int = at_least(1, default=2)
+    """newest checkpoints that are kept"""
+    resume: str = "auto"
+    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder"""
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """how the weights are stored"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range, naming the setting and the allowed values."""
+        check_ranges(self)

@@ -119,6 +119,11 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint, of which only the manifest is read."""
+    return int(_read_manifest(path)["step"])
+
+
 def validate_checkpoint(path: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose every byte is as it was saved.
 

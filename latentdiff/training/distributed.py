@@ -1,6 +1,5 @@
-"""A training started as a command of its own, in as many processes as a small model gains from.
-
-Accelerate for the recipes that train in one process: the VAE's and CLIP's.
+"""The processes of a training: started, launched as a command, asked, and refused where they cannot
+train.
 """
 
 import os
@@ -9,28 +8,94 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
+import torch.distributed
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
+from latentdiff.config.text_to_image import Config
 from latentdiff.device import tune_malloc
 
-
-def launch(script: Path | str, arguments: Sequence[str]) -> int:
-    """Run scripts/train_t2i.py with arguments; return its exit status.
-
-    In a process for each half of a CPU's cores, at most two, or in one on a GPU: so small a model
-    gains more from two processes than from two threads.
-    """
-    import torch
-
-    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    num_processes = 1 if torch.accelerator.is_available() else min(2, num_cores)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node", str(num_processes), str(script), *arguments]
-    threads = {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}
-    return subprocess.run(command, env=os.environ | threads, check=False).returncode
-
-
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+UNDER_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by accelerate launch
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
+ON_THE_CPU = "On the CPU use torchrun --nproc_per_node N scripts/train_t2i.py"
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Start Accelerate; ValueError when it is not what was launched, or cannot be used."""
+    _refuse_unsupported()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said, so that several CPU processes are seen
+        mixed_precision=MIXED[config.train.mixed_precision],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend)] if backend else None,
+    )
+    _refuse_copies(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.channels_last is True:
+        raise ValueError(
+            "train.channels_last is true, and FSDP2 cannot spread weights in that layout: add "
+            "--train.channels_last=false"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.optimizer != "adamw":
+        raise ValueError(
+            f"train.optimizer={config.train.optimizer} has no form that FSDP2 can spread: take "
+            "adamw, whose state FSDP2 spreads, or train without FSDP"
+        )
+    # here, as diffusers takes seconds that whoever only launches training need not wait for
+    from latentdiff.training.model import check_attention
+    from latentdiff.training.optim.optimizer import check_optimizer
+
+    check_optimizer(config.train.optimizer, accelerator.device)
+    check_attention(config.train.attention, accelerator.device)
+    if accelerator.device.type == "cpu":
+        tune_malloc()
+    return accelerator
+
+
+def _refuse_unsupported() -> None:
+    """Raise ValueError for a way of training by Accelerate that this project does not know."""
+    for name, what in UNSUPPORTED.items():
+        if _is_set(name):
+            raise ValueError(
+                f"accelerate launch asks for {what}, which LatentDiff cannot do: use DDP or FSDP2, "
+                "as in configs/accelerate/"
+            )
+    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError(
+            f"accelerate launch asks for FSDP version {os.environ.get('FSDP_VERSION', '1')}, "
+            "expected fsdp_version: 2, as in configs/accelerate/fsdp2_8_gpus.yaml"
+        )
+
+
+def _refuse_copies(accelerator: Accelerator) -> None:
+    """Raise ValueError when fewer processes, or another kind, came to be than was asked for."""
+    found, kind = accelerator.num_processes, accelerator.distributed_type
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != launched:
+        raise ValueError(
+            f"{launched} processes were launched and Accelerate sees {found}, as {kind}: they "
+            f"would train copies. {ON_THE_CPU}"
+        )
+    # Given by accelerate launch to what is to be several processes, also where it starts just one.
+    asked_for_several = UNDER_ACCELERATE in os.environ and "MASTER_ADDR" in os.environ
+    if asked_for_several and found == 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes (MASTER_ADDR is set) and started "
+            f"one. {ON_THE_CPU}"
+        )
+    if _is_set("ACCELERATE_USE_FSDP") and kind != DistributedType.FSDP:
+        raise ValueError(
+            f"accelerate launch asks for FSDP and Accelerate trains as {kind}: FSDP needs GPUs. "
+            f"{ON_THE_CPU}"
+        )
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def single_process_accelerator(precision: str) -> Accelerator:
@@ -47,3 +112,26 @@ def single_process_accelerator(precision: str) -> Accelerator:
     if accelerator.device.type == "cpu":
         tune_malloc()
     return accelerator
+
+
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Return whether any process raised its flag; a CPU message, so no device waits."""
+    if accelerator.num_processes == 1:
+        return flag
+    raised = torch.tensor([int(flag)])
+    torch.distributed.all_reduce(raised)
+    return bool(raised.item())
+
+
+def launch(script: Path | str, arguments: Sequence[str]) -> int:
+    """Run scripts/train_t2i.py with arguments; return its exit status.
+
+    In a process for each half of a CPU's cores, at most two, or in one on a GPU: so small a model
+    gains more from two processes than from two threads.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    num_processes = 1 if torch.accelerator.is_available() else min(2, num_cores)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node", str(num_processes), str(script), *arguments]
+    threads = {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}
+    return subprocess.run(command, env=os.environ | threads, check=False).returncode

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from latentdiff.models.components import Components, load_components, resolve_mo
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import merged_components, save_adapters
+from latentdiff.training.fsdp import is_sharded
 from latentdiff.training.learned_variance import (
     for_ancestral_sampling,
     has_learned_variance,
@@ -24,14 +27,26 @@ from latentdiff.training.preview import make_pipeline
 from latentdiff.training.setup import Run
 from latentdiff.training.train_step import TrainStep
 
+logger = logging.getLogger(__name__)
 WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
 
-def export(run: Run) -> None:
-    """Write pipeline/ from the run's last state, or from its best one as train.export says."""
+def export(run: Run, heldout: Mapping[int, float]) -> None:
+    """Write pipeline/ from the run's last state, or from its best one as train.export says.
+
+    heldout: losses by step. Where no process has the whole weights nothing is written.
+    """
+    if is_sharded(run.train_step.parameters):
+        if run.accelerator.is_main_process:
+            logger.warning(
+                "the weights are sharded over processes; the same command in one process, without "
+                "FSDP, writes %s from the last checkpoint",
+                run.folder / "pipeline",
+            )
+        return
     if run.accelerator.is_main_process:
         wants_best = run.config.train.export == "best"
-        step = _take_best(run) if wants_best else run.config.train.max_steps
+        step = _load_best(run, heldout) if wants_best else run.config.train.max_steps
         with averaged(run.train_step):
             run.components.unet.to(memory_format=torch.contiguous_format)
             save_adapters(run.components, run.config.finetune, run.folder)
@@ -73,11 +88,11 @@ def averaged(train_step: TrainStep) -> AbstractContextManager[None]:
     )
 
 
-def _take_best(run: Run) -> int:
+def _load_best(run: Run, heldout: Mapping[int, float]) -> int:
     """Load the checkpoint with the least held-out loss of those that are kept; return its step."""
     root = run.folder / "checkpoints"
-    kept = {step: root / f"step-{step:09d}" for step in run.heldout}
-    best = best_step({step: run.heldout[step] for step, path in kept.items() if path.is_dir()})
+    kept = {step: root / f"step-{step:09d}" for step in heldout}
+    best = best_step({step: heldout[step] for step, path in kept.items() if path.is_dir()})
     if best is None:
         raise ValueError(
             f"train.export=best, and {root} holds no checkpoint with a held-out loss; "

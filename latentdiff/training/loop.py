@@ -1,305 +1,188 @@
-"""Text-to-image training from top to bottom: check, load, cache, train, keep, export.
+"""The loop that trains every recipe, its files and its signals: stop, evaluate, sample, save, step.
 
-What optimiser step s sees is a function of the config and s alone (see inputs/dataset.py), so a
-run that is stopped after k steps and resumed is the run that never stopped. Does not answer for:
-the mathematics (diffusion/), one step (train_step.py), what a run is made of (setup.py), its state
-(resume.py).
+What optimiser step s sees is a function of the config, s and the state before it alone, so a run
+that is stopped after k steps and resumed is the run that never stopped. Does not answer for: what
+is trained (text_to_image.py, vae/, clip/), a run's state on disk (resume.py).
 """
 
-import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
-import torch.distributed
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latentdiff.config.text_to_image import Config
-from latentdiff.evaluation.metrics.heldout_loss import (
-    summarize_gap,
-    summarize_losses,
-    triple_losses,
+from latentdiff.atomic import write_text
+from latentdiff.config.io import to_yaml
+from latentdiff.training.checkpoint import best_step, checkpoint_step
+from latentdiff.training.distributed import any_process, single_process_accelerator
+from latentdiff.training.metrics_log import MetricsLog, Stopwatch, TimedIterator, log_throughput
+from latentdiff.training.recipe import LoopSettings, Recipe
+from latentdiff.training.resume import (
+    CheckpointWriter,
+    first_checkpoint,
+    load_state,
+    run_key,
+    with_step_limit,
 )
-from latentdiff.training.checkpoint import best_step
-from latentdiff.training.export import averaged, export
-from latentdiff.training.fsdp import is_sharded
-from latentdiff.training.inputs.train_data import TrainData
-from latentdiff.training.inputs.workers import report_worker_crash
-from latentdiff.training.learned_variance import prediction_only
-from latentdiff.training.metrics_log import Window
-from latentdiff.training.model import check_components
-from latentdiff.training.plan import log_plan, log_throughput
-from latentdiff.training.preview import write_sheet
-from latentdiff.training.resume import first_checkpoint, resume, save_posthoc_snapshots, save_state
-from latentdiff.training.run_folder import RunLock, StopSignals, die_with_parent
-from latentdiff.training.setup import Run, setup, start_accelerator
+from latentdiff.training.run_folder import StopSignals, die_with_parent, open_run_folder
 
-NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
-
-logger = logging.getLogger(__name__)
+Settings = TypeVar("Settings")
+NUM_UNTIMED, NUM_TIMED = 3, 10  # steps until caches are warm, and after
 
 
-def train(config: Config) -> int:
-    """Train as the config says; return the exit status: 0 done, 143 or 130 stopped by a signal.
+def train_recipe(
+    recipe: Recipe,
+    config: Any,
+    settings: LoopSettings,
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    start: Path | None,
+) -> int:
+    """Train from checkpoint `start`, None: from the beginning; export, and return the exit status.
 
-    Writes config.yaml, metrics.jsonl, checkpoints/, samples/, tensorboard/ and, at the end,
-    pipeline/ into config.output_dir. ValueError or FileNotFoundError says what is wrong with the
-    input, before heavy work; FloatingPointError when the numbers go wrong; DeadWorkerError names
-    what a dead data worker was reading. A signal before the first step ends the process at once:
-    nothing is lost by it.
+    0: done; 143 or 130: stopped by SIGTERM or SIGINT, its state saved. Writes config.yaml,
+    metrics.jsonl, tensorboard/ and checkpoints/ into the run's folder. OSError when the last
+    checkpoint could not be saved.
+    """
+    is_main = accelerator.is_main_process
+    first_step = checkpoint_step(start) if start else 0
+    with StopSignals() as signals:
+        if is_main:
+            write_text(folder / "config.yaml", to_yaml(config))
+        # Before the state: a loader may draw from torch's generator, which is part of it.
+        batches = TimedIterator(recipe.batches(first_step))
+        load_state(recipe, start)
+        log = MetricsLog(folder, is_main=is_main, first_step=first_step)
+        checkpoints = CheckpointWriter(folder, settings, run_key(config), accelerator)
+        loop = Loop(recipe, settings, accelerator, log, checkpoints, signals)
+        try:
+            stopped = loop.train_steps(batches, first_step=first_step)
+        finally:
+            checkpoints.wait()
+        checkpoints.raise_error()
+        if not stopped:
+            recipe.export()
+        log.close()
+        return signals.exit_code if stopped else 0
+
+
+@dataclass
+class Loop:
+    """A recipe in training, with the run's log, checkpoints and signals."""
+
+    recipe: Recipe
+    settings: LoopSettings
+    accelerator: Accelerator
+    log: MetricsLog
+    checkpoints: CheckpointWriter
+    signals: StopSignals
+
+    def train_steps(self, batches: TimedIterator, *, first_step: int) -> bool:
+        """Train from first_step to the end; return whether a signal stopped it, its state saved.
+
+        A round begins where `step` optimiser steps are done: it logs, evaluates, samples and saves
+        their state and then takes the next step, but for the last of the max_steps + 1 rounds.
+        """
+        recipe, settings = self.recipe, self.settings
+        watch = Stopwatch(self.accelerator.device)
+        bar = self._bar(first_step)
+        for step in range(first_step, settings.max_steps + 1):
+            is_new, last = step > first_step, step == settings.max_steps
+            stop = any_process(self.signals.received is not None, self.accelerator) and not last
+            if is_new and is_due(step, settings.log_every_steps, last or stop):
+                self._log_steps(step, watch, bar)
+            if stop:
+                if is_new:
+                    self.checkpoints.save(recipe, step)
+                break
+            with watch.paused():
+                is_best = self._evaluate(step, last=last)
+                self.log.write(step, recipe.save_samples(step, last=last))
+            if is_best or (is_new and is_due(step, settings.checkpoint_every_steps, last)):
+                self.checkpoints.save(recipe, step)
+            if last:
+                break
+            num_images = recipe.step(batches, step)
+            watch.add(num_images, waited=batches.take())
+            bar.update()
+        bar.close()
+        return stop
+
+    def _bar(self, first_step: int) -> tqdm:
+        disable = None if self.accelerator.is_main_process else True
+        return tqdm(initial=first_step, total=self.settings.max_steps, unit="step", disable=disable)
+
+    def _log_steps(self, step: int, watch: Stopwatch, bar: tqdm) -> None:
+        """Log the figures of the steps since the last line, and once how long the rest takes."""
+        figures = self.recipe.figures(step)  # waits for the device
+        figures |= watch.close()
+        self.log.write(step, figures)
+        self.checkpoints.log_error()
+        if watch.num_closed == 1 and self.accelerator.is_main_process:
+            num_images = (self.settings.max_steps - step) * self.settings.batch_size
+            log_throughput(figures["images_per_second"], num_images=num_images)
+        shown = {"loss": f"{figures['loss']:.4f}", "img_s": f"{figures['images_per_second']:.1f}"}
+        bar.set_postfix(shown)
+
+    def _evaluate(self, step: int, *, last: bool) -> bool:
+        """Evaluate where no checkpoint has it; return whether this is the best state to keep."""
+        heldout = self.recipe.heldout
+        if step in heldout:
+            return False
+        figures = self.recipe.evaluate(step, last=last)
+        self.log.write(step, figures)
+        if math.isfinite(loss := figures.get("heldout_loss", math.nan)):
+            heldout[step] = loss
+        saved = {at: loss for at, loss in heldout.items() if at}  # there is no checkpoint at 0
+        return self.settings.keep_best and step in saved and best_step(saved) == step
+
+
+def train_in_one_process(config: Settings, build: Callable[..., Recipe]) -> int:
+    """Train a recipe that knows no second process; return the exit status, as `train_recipe`.
+
+    build: makes it of a config, the run's folder and the accelerator. The config, of a VAE or a
+    CLIP, may limit the run in minutes: timing a few steps turns that into max_steps, once.
     """
     die_with_parent()
-    check_components(config)
-    accelerator = start_accelerator(config)
-    folder = Path(config.output_dir).expanduser()
-    with _log_rank_on_error(accelerator), _lock(folder, accelerator):
-        start = first_checkpoint(config, folder)
-        run = setup(config, folder, accelerator, start=start)
-        with (
-            StopSignals() as signals,
-            report_worker_crash(run.train_data.dataset, run.train_data.ids),
-        ):
-            first_step = resume(run, start)
-            log_plan(run, first_step)
-            try:
-                stopped = _train_steps(run, signals, first_step=first_step)
-            finally:
-                run.saver.wait()
-            if failure := run.saver.check():
-                raise OSError(f"the last checkpoint could not be saved: {failure}") from failure
-            if not stopped:
-                _export(run)
-            run.log.close()
-            return signals.exit_code if stopped else 0
+    given: Any = config
+    accelerator = single_process_accelerator(given.mixed_precision)
+    with open_run_folder(given.output_dir, accelerator) as folder:
+
+        def count_steps() -> int:
+            recipe = build(config, folder, accelerator)
+            return steps_within(given.max_minutes, recipe, max_steps=given.max_steps)
+
+        limited = with_step_limit(
+            config, folder, minutes=given.max_minutes, steps_within=count_steps
+        )
+        start = first_checkpoint(limited, folder)
+        recipe, settings = build(limited, folder, accelerator), LoopSettings.of(limited)
+        return train_recipe(recipe, limited, settings, folder, accelerator=accelerator, start=start)
 
 
-def _train_steps(run: Run, signals: StopSignals, *, first_step: int) -> bool:
-    """Train from first_step to the end; return whether a signal stopped it, its state saved.
+def steps_within(minutes: float, recipe: Recipe, *, max_steps: int) -> int:
+    """Return how many steps take so many minutes, at most max_steps, by timing a few of them.
 
-    A round begins where `step` optimiser steps are done: it logs, evaluates, samples and saves that
-    state and then takes the next step, but for the last of the max_steps + 1 rounds.
+    The recipe is spoilt by it. Timed are the last steps of a run, which count every loss.
     """
-    settings, accelerator = run.config.train, run.accelerator
-    batches = _Timed(
-        run.train_data.batches(
-            run.layout,
-            first_step=first_step,
-            last_step=settings.max_steps,
-            accelerator=accelerator,
-        )
-    )
-    window = Window(
-        accelerator,
-        max_skipped_steps=settings.max_skipped_steps,
-        num_timesteps=run.train_step.objective.schedule.num_timesteps,
-    )
-    bar = tqdm(
-        initial=first_step,
-        total=settings.max_steps,
-        unit="step",
-        disable=None if accelerator.is_main_process else True,
-    )
-    for step in range(first_step, settings.max_steps + 1):
-        is_new, last = step > first_step, step == settings.max_steps
-        stop = _any_process(signals.received is not None, accelerator) and not last
-        if is_new and _is_due(step, settings.log_every_steps, last or stop):
-            _log_window(run, window, step, bar=bar)
-        if is_new and _is_due(step, settings.posthoc_ema_every_steps, last):
-            save_posthoc_snapshots(run, step)
-        if stop:
-            if is_new:
-                save_state(run, step)
-            break
-        with window.paused():
-            is_best = _eval_heldout(run, step, last=last)
-            _save_samples(run, step, last=last)
-        if is_best or (is_new and _is_due(step, settings.checkpoint_every_steps, last)):
-            save_state(run, step)
-        if last:
-            break
-        count = run.train_data.order.count(step)
-        result = run.train_step.step(
-            batches, step=step, count=count, accumulation=run.layout.accumulation
-        )
-        window.add(result, num_samples=count, waited=batches.take())
-        bar.update()
-    bar.close()
-    return stop
+    began = started = time.perf_counter()
+    batches = recipe.batches(0)
+    for k in range(NUM_UNTIMED + NUM_TIMED):
+        if k == NUM_UNTIMED:
+            recipe.figures(max_steps)  # waits for the device
+            started = time.perf_counter()
+        recipe.step(batches, max_steps - 1)
+    recipe.figures(max_steps)
+    now = time.perf_counter()
+    left = 60 * minutes - (now - began)
+    return max(1, min(max_steps, int(left / ((now - started) / NUM_TIMED))))
 
 
-def _log_window(run: Run, window: Window, step: int, *, bar: tqdm) -> None:
-    """Log the figures of the steps since the last line, and first how long the rest will take."""
-    rate = run.train_step.lr_schedule.at(step - 1 - run.train_step.skipped)
-    figures, skipped = window.close(step, run.train_data.ids, rate=rate)
-    run.train_step.skipped += skipped
-    run.log.write(step, figures)
-    _log_save_error(run)
-    if window.is_first and run.accelerator.is_main_process:
-        settings = run.config.train
-        num_images = (settings.max_steps - step) * settings.batch_size
-        log_throughput(figures["images_per_second"], num_images=num_images)
-    window.is_first = False
-    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_s=f"{figures['images_per_second']:.1f}")
-
-
-def _save_samples(run: Run, done: int, *, last: bool) -> None:
-    """Write a sheet of images when it is due and not there yet, with the EMA weights."""
-    preview = run.config.preview
-    if not done or not _is_due(done, preview.every_steps, last):
-        return
-    if not _any_process(not _sheet_path(run, done).exists(), run.accelerator):
-        return  # made before the run was stopped
-    with _evaluating(run):
-        try:
-            figures = write_sheet(
-                run.components,
-                preview.prompts or _default_prompts(run.train_data),
-                _sheet_path(run, done),
-                accelerator=run.accelerator,
-                seed=run.config.train.seed,
-                num_steps=preview.num_steps,
-                guidance_scale=preview.guidance_scale,
-                nearest_images=run.nearest_images,
-            )
-            if figures:
-                run.log.write(done, figures)
-        except OSError as error:  # a full disk, say, is no reason to stop training
-            logger.error("no sheet for step %d: %s", done, error)
-
-
-def _eval_heldout(run: Run, done: int, *, last: bool) -> bool:
-    """Measure the held-out loss when it is due; return whether this state is the best to keep.
-
-    What a checkpoint has already measured is not measured again. Next to it goes the loss of
-    training images, whose gap to it tells overfitting. All processes share in it, with the EMA
-    weights. The log also has what captions are worth.
-    """
-    triples, trained = run.train_data.heldout_triples, run.train_data.train_triples
-    objective = run.train_step.objective
-    is_due = done not in run.heldout and _is_due(done, run.config.eval.every_steps, last)
-    if triples is None or trained is None or not is_due:
-        return False
-
-    def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        with run.accelerator.autocast():
-            return run.train_step.model(zt, t, text)
-
-    with _evaluating(run):
-        measure = partial(
-            triple_losses,
-            denoise,
-            objective.schedule,
-            prediction_type=objective.prediction_type,
-            device=run.accelerator.device,
-            shard=(run.accelerator.process_index, run.accelerator.num_processes),
-        )
-        shares = measure(triples)
-        trained_share = measure(trained, captions=["true"])
-    losses = run.accelerator.reduce(shares, "sum")
-    trained_losses = run.accelerator.reduce(trained_share, "sum")["true"]
-    figures = summarize_losses(losses, triples.t, num_timesteps=objective.schedule.num_timesteps)
-    figures |= summarize_gap(losses["true"][triples.order], trained_losses[trained.order])
-    run.log.write(done, figures)
-    if math.isfinite(loss := figures["heldout_loss"]):
-        run.heldout[done] = loss
-    saved = {step: loss for step, loss in run.heldout.items() if step}  # the start is not
-    return run.config.train.keep_best and best_step(saved) == done
-
-
-@contextmanager
-def _evaluating(run: Run) -> Iterator[None]:
-    """Give the model its EMA weights and evaluation mode inside the block.
-
-    A learned variance is left out: what is measured and drawn is the prediction.
-    """
-    model = run.train_step.model.eval()
-    with averaged(run.train_step), prediction_only(run.components):
-        yield
-    model.train()
-
-
-def _export(run: Run) -> None:
-    """Write pipeline/, unless no process has the whole weights."""
-    if not is_sharded(run.train_step.parameters):
-        export(run)
-    elif run.accelerator.is_main_process:
-        logger.warning(
-            "the weights are spread over processes; the same command in one process, without FSDP, "
-            "writes %s from the last checkpoint",
-            run.folder / "pipeline",
-        )
-
-
-def _log_save_error(run: Run) -> None:
-    """Say that a save beside training failed, as soon as it is known; training goes on."""
-    if not run.saver.busy and (failure := run.saver.check()):
-        logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
-
-
-def _default_prompts(train_data: TrainData) -> list[str]:
-    """Return up to eight captions that differ, held out where there are any, spread over them."""
-    folder = train_data.heldout if len(train_data.heldout) else train_data.train
-    looked_at = min(NUM_LOOKED_AT, len(folder))
-    places = [len(folder) * k // looked_at for k in range(looked_at)]
-    settled = (train_data.transform.fixed(folder[place].captions[0]) for place in places)
-    distinct = list(dict.fromkeys(settled))
-    num = min(8, len(distinct))
-    return [distinct[len(distinct) * k // num] for k in range(num)]
-
-
-def _any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Return whether any process raised its flag; a CPU message, so no device waits."""
-    if accelerator.num_processes == 1:
-        return flag
-    raised = torch.tensor([int(flag)])
-    torch.distributed.all_reduce(raised)
-    return bool(raised.item())
-
-
-def _sheet_path(run: Run, done: int) -> Path:
-    return run.folder / "samples" / f"step-{done:09d}.png"
-
-
-def _is_due(done: int, every_steps: int, last: bool) -> bool:
-    return last or (every_steps > 0 and done % every_steps == 0)
-
-
-@contextmanager
-def _log_rank_on_error(accelerator: Accelerator) -> Iterator[None]:
-    """Say which of several processes failed, since the others then fail for want of it."""
-    try:
-        yield
-    except Exception as error:
-        if accelerator.num_processes > 1:
-            rank, num = accelerator.process_index, accelerator.num_processes
-            logger.error("rank %d of %d processes failed: %s", rank, num, error)
-        raise
-
-
-def _lock(folder: Path, accelerator: Accelerator) -> AbstractContextManager[object]:
-    return RunLock(folder) if accelerator.is_main_process else nullcontext()
-
-
-class _Timed:
-    """An iterator that knows how long it was waited for, in seconds."""
-
-    def __init__(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        self._batches, self._waited = batches, 0.0
-
-    def __iter__(self) -> "_Timed":
-        return self
-
-    def __next__(self) -> dict[str, torch.Tensor]:
-        started = time.perf_counter()
-        batch: dict[str, torch.Tensor] = next(self._batches)
-        self._waited += time.perf_counter() - started
-        return batch
-
-    def take(self) -> float:
-        waited, self._waited = self._waited, 0.0
-        return waited
+def is_due(step: int, every_steps: int, last: bool) -> bool:
+    """Return whether something comes after `step` steps: every so many (0: never), and at last."""
+    return last or (every_steps > 0 and step % every_steps == 0)

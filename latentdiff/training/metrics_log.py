@@ -1,8 +1,6 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, and the end when numbers go wrong.
+"""A run's figures: metrics.jsonl, TensorBoard, speed, and the end when numbers go wrong.
 
-The host looks at the device only here, once every few steps.
-
-What the VAE and CLIP recipes say of their losses while they train.
+The host looks at the device only where a line is logged, once every few steps.
 """
 
 import errno
@@ -19,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from latentdiff.atomic import write_text
 from latentdiff.evaluation.metrics.heldout_loss import bucket_labels
@@ -42,11 +39,11 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add a line for a step, in which null stands for what is no number.
+        """Add a line for a step, in which null stands for a figure that is not finite.
 
         A full disk does not stop training: lines are kept and written once it takes them.
         """
-        if not self._is_main:
+        if not self._is_main or not figures:
             return
         known = {name: value for name, value in figures.items() if math.isfinite(value)}
         row = {"step": step, **dict.fromkeys(figures), **known}
@@ -72,37 +69,92 @@ class MetricsLog:
             self._board.close()
 
 
-class Window:
-    """The steps since the last log line: their results on the device, and the time they took."""
+class TimedIterator(Iterator[Any]):
+    """An iterator that knows how long it was waited for, in seconds."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches, self._waited = batches, 0.0
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - started
+        return batch
+
+    def take(self) -> float:
+        """Return the seconds since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+
+class Stopwatch:
+    """The time that the steps since the last log line took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.num_closed = device, 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0
+
+    def add(self, num_images: int, *, waited: float) -> None:
+        """Count a step; num_images: over all processes; waited: seconds for data."""
+        self.num_images += num_images
+        self.waited += waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time inside the block: previews are no training."""
+        since = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - since
+
+    def close(self) -> dict[str, float]:
+        """Return speed and memory up to now, when the device has done the steps."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        figures = {
+            "images_per_second": self.num_images / seconds,
+            "data_wait": self.waited / seconds,
+            "memory_gb": _peak_memory_gb(self.device),
+        }
+        self.num_closed += 1
+        self._reset()
+        return figures
+
+
+def log_throughput(images_per_second: float, *, num_images: int) -> None:
+    """Log the throughput, and the time that the remaining num_images will take."""
+    if not images_per_second > 0:
+        return
+    seconds = num_images / images_per_second
+    logger.info(
+        "%.3g images/s: the rest takes about %d:%02d h, until %s, without previews",
+        images_per_second,
+        seconds // 3600,
+        seconds % 3600 // 60,
+        time.strftime("%d %B %H:%M", time.localtime(time.time() + seconds)),
+    )
+
+
+class StepResults:
+    """Results of the diffusion steps since the last log line, on the device."""
 
     def __init__(
         self, accelerator: Accelerator, *, max_skipped_steps: int, num_timesteps: int
     ) -> None:
         self.accelerator, self.max_skipped_steps = accelerator, max_skipped_steps
         self.labels = bucket_labels(num_timesteps)
-        self.bad_in_a_row = 0
-        self.is_first = True
-        self._reset()
-
-    def _reset(self) -> None:
+        self.skipped_in_a_row = 0
         self.results: list[StepResult] = []
-        self.started, self.waited, self.num_samples = time.perf_counter(), 0.0, 0
 
-    def add(self, result: StepResult, *, num_samples: int, waited: float) -> None:
-        """Remember a step; num_samples: over all processes; waited: seconds for data."""
+    def add(self, result: StepResult) -> None:
+        """Remember a step."""
         self.results.append(result)
-        self.num_samples += num_samples
-        self.waited += waited
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time inside the block out of the window: previews are no training."""
-        since = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - since
-
-    def close(self, step: int, ids: Sequence[str], *, rate: float) -> tuple[dict[str, float], int]:
-        """Return the figures of the window that ends after `step`, and its skipped updates.
+    def close(
+        self, step: int, ids: Sequence[str], *, learning_rate: float
+    ) -> tuple[dict[str, float], int]:
+        """Return the figures of the steps up to `step`, and the number of skipped updates.
 
         ids: names of the samples by index. Raises FloatingPointError when too many updates in a
         row were skipped, with the step and the files.
@@ -118,36 +170,54 @@ class Window:
         buckets = self.accelerator.reduce(buckets, "sum").cpu()
         norms, ok = table[:, 1].cpu(), table[:, 2].cpu() > 0
         skipped = int((~ok).sum())
-        self._judge(ok.tolist(), step, ids)
-        seconds = max(time.perf_counter() - self.started, 1e-9)
+        self._check_skipped(ok.tolist(), step, ids)
         good = ok & torch.isfinite(losses)
         figures = {
             "loss": losses[good].mean().item() if good.any() else float("nan"),
             "grad_norm": norms[good].mean().item() if good.any() else float("nan"),
-            "learning_rate": rate,
-            "images_per_second": self.num_samples / seconds,
-            "data_wait": self.waited / seconds,
+            "learning_rate": learning_rate,
             "skipped_updates": float(skipped),
-            "memory_gb": _peak_memory_gb(self.accelerator.device),
         }
         for label, total, count in zip(self.labels, *buckets.tolist(), strict=True):
             if count > 0:
                 figures[f"loss/{label}"] = total / count
-        self._reset()
+        self.results = []
         return figures, skipped
 
-    def _judge(self, ok: list[bool], step: int, ids: Sequence[str]) -> None:
+    def _check_skipped(self, ok: list[bool], step: int, ids: Sequence[str]) -> None:
         first = step - len(ok) + 1
         for offset, fine in enumerate(ok):
-            self.bad_in_a_row = 0 if fine else self.bad_in_a_row + 1
-            if self.bad_in_a_row >= self.max_skipped_steps:
+            self.skipped_in_a_row = 0 if fine else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= self.max_skipped_steps:
                 names = [str(ids[i]) for i in self.results[offset].indices.tolist()]
                 raise FloatingPointError(
-                    f"the loss or a gradient was NaN or Inf in {self.bad_in_a_row} updates in a "
-                    f"row, last at step {first + offset} with {', '.join(sorted(set(names))[:16])}"
-                    "; the weights of before are kept in the last checkpoint. Lower "
-                    "train.learning_rate, or look at these files"
+                    f"the loss or a gradient was NaN or Inf in {self.skipped_in_a_row} updates in "
+                    f"a row, last at step {first + offset} with "
+                    f"{', '.join(sorted(set(names))[:16])}; the weights of before are kept in the "
+                    "last checkpoint. Lower train.learning_rate, or look at these files"
                 )
+
+
+class MeanLosses:
+    """Losses of the steps since the last log line, by name, on the device."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[Tensor]] = {}
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Take in the losses of a step: each 0-dim and detached."""
+        for name, value in losses.items():
+            self._seen.setdefault(name, []).append(value)
+
+    def close(self, step: int) -> dict[str, float]:
+        """Return their means; FloatingPointError when one is not finite after `step` steps."""
+        means = {name: torch.stack(values).mean().item() for name, values in self._seen.items()}
+        if not all(math.isfinite(mean) for mean in means.values()):
+            raise FloatingPointError(
+                f"the losses are {means} at step {step}; lower --learning_rate"
+            )
+        self._seen = {}
+        return means
 
 
 def _peak_memory_gb(device: torch.device) -> float:
@@ -181,29 +251,3 @@ def _drop_lines_after(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short
     write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-class LossLog:
-    """Mean losses of every few steps: a line of metrics.jsonl and a figure on the progress bar."""
-
-    def __init__(self, folder: Path | str, *, every_steps: int, bar: tqdm) -> None:
-        self.path, self.every_steps = Path(folder) / "metrics.jsonl", every_steps
-        self._bar = bar
-        self._seen: dict[str, list[Tensor]] = {}
-
-    def add(self, step: int, losses: Mapping[str, Tensor]) -> None:
-        """Take in the losses of a step, counted from 1: each 0-dim and detached, one named "loss".
-
-        ValueError when a mean is no number any more.
-        """
-        for name, value in losses.items():
-            self._seen.setdefault(name, []).append(value)
-        if step % self.every_steps:
-            return
-        means = {name: torch.stack(values).mean().item() for name, values in self._seen.items()}
-        if not all(math.isfinite(mean) for mean in means.values()):
-            raise ValueError(f"the losses are {means} at step {step}; lower --learning_rate")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | means) + "\n")
-        self._bar.set_postfix(loss=f"{means['loss']:.4f}")
-        self._seen = {}

@@ -6,7 +6,6 @@ sizes and no contents. The kernels' own memory and the allocator's unused blocks
 """
 
 import logging
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -71,20 +70,6 @@ def log_plan(run: Run, first_step: int) -> None:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
     if not len(run.train_data.heldout):
         logger.warning("no image is held out, so no held-out loss; set data.heldout_fraction")
-
-
-def log_throughput(images_per_second: float, *, num_images: int) -> None:
-    """Log the throughput, and the time that the remaining num_images will take."""
-    if not images_per_second > 0:
-        return
-    seconds = num_images / images_per_second
-    logger.info(
-        "%.3g images/s: the rest takes about %d:%02d h, until %s, without previews",
-        images_per_second,
-        seconds // 3600,
-        seconds % 3600 // 60,
-        time.strftime("%d %B %H:%M", time.localtime(time.time() + seconds)),
-    )
 
 
 def count_parameters(components: Components) -> list[str]:

@@ -1,20 +1,23 @@
-"""Keeping a run's state and taking it back: which checkpoint, whose run, what is saved.
+"""A run's state on disk, of any recipe: which checkpoint, whose run, what is saved and kept.
 
 The held-out loss of a step is measured before its checkpoint is saved, and a step with the least
 loss so far is saved whatever the cadence. So a checkpoint knows all losses up to its own, and the
 best one is on the disk; where its save failed, the best of those that are there is kept.
-What a checkpoint is on disk is checkpoint.py's business.
+How a checkpoint lies on the disk is checkpoint.py's business.
 """
 
+import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+from accelerate import Accelerator
 
 from latentdiff.config.io import flat, load_config
-from latentdiff.config.text_to_image import Config
 from latentdiff.training.checkpoint import (
+    BackgroundSaver,
     config_hash,
     load_checkpoint,
     newest_valid,
@@ -22,17 +25,11 @@ from latentdiff.training.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from latentdiff.training.fsdp import full_state, shard_state
-from latentdiff.training.optim.ema import COUNT
-from latentdiff.training.optim.posthoc_ema import (
-    Snapshot,
-    drop_snapshots_after,
-    save_snapshot,
-    snapshot_path,
-)
-from latentdiff.training.setup import Run
+from latentdiff.training.fsdp import full_state
+from latentdiff.training.recipe import LoopSettings, Recipe
 
 logger = logging.getLogger(__name__)
+Settings = TypeVar("Settings")
 
 SPARE_MEMORY = 0.7  # share of the free memory that a copy of the state may take
 MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
@@ -52,143 +49,155 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "train.max_skipped_steps",
     "preview.",
     "eval.",
+    # of the VAE and CLIP recipes, whose learning rate depends on max_steps
+    "features",
+    "save_dtype",
+    "num_workers",
+    "resume",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_",
 )
 
 
-def first_checkpoint(config: Config, folder: Path) -> Path | None:
-    """Return the checkpoint to go on from, None to start; refuse a folder of another run."""
-    root = folder / "checkpoints"
-    if config.train.resume not in ("auto", "never"):
-        path = Path(config.train.resume).expanduser()
+def first_checkpoint(config: Any, folder: Path) -> Path | None:
+    """Return the checkpoint to resume from, None to start; refuse a folder of another run."""
+    settings = flat(config)
+    key = "resume" if "resume" in settings else "train.resume"
+    if settings[key] not in ("auto", "never"):
+        path = Path(settings[key]).expanduser()
         if not path.is_dir():
-            raise FileNotFoundError(f"train.resume={path} does not exist, expected a checkpoint")
+            raise FileNotFoundError(f"{key}={path} does not exist, expected a checkpoint")
         return path
-    found, skipped = newest_valid(root)
+    found, skipped = newest_valid(folder / "checkpoints")
     for reason in skipped:
         logger.warning("checkpoint skipped: %s", reason)
     if found is None:
         return None
-    if config.train.resume == "never":
+    if settings[key] == "never":
         raise ValueError(
-            f"{folder} already holds a run ({found.name}); --train.resume=auto continues it, "
+            f"{folder} already holds a run ({found.name}); --{key}=auto continues it, "
             "another --output_dir starts a new one"
         )
-    _refuse_other_config(config, folder)
-    return found
-
-
-def _refuse_other_config(config: Config, folder: Path) -> None:
-    """Raise ValueError with what differs when the folder's run had other settings."""
-    if not (folder / "config.yaml").is_file():
-        return
-    before: Config = load_config(folder / "config.yaml")
-    old, new = run_key(before), run_key(config)
-    differing = [f"{k}: {old[k]} -> {new[k]}" for k in new if old.get(k) != new[k]]
+    before = _config_of(folder, type(config))
+    old, new = run_key(before or config), run_key(config)
+    differing = [f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
     if differing:
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}); set them back, or "
             "choose another --output_dir"
         )
+    return found
 
 
-def resume(run: Run, start: Path | None) -> int:
-    """Load a checkpoint; return the first step that is still to be done.
+def with_step_limit(
+    config: Settings, folder: Path, *, minutes: float, steps_within: Callable[[], int]
+) -> Settings:
+    """Return a config whose limit in minutes has become one in steps, once for a run.
 
-    Losses on another number of held-out triples are no measure for this run's and are forgotten.
+    So no learning rate depends on the clock. A folder that holds the run already has its max_steps;
+    else steps_within times them. The config has max_steps and max_minutes.
     """
-    step = 0
-    if start is not None:
-        checkpoint = load_checkpoint(start)
-        step, state = checkpoint.step, _with_current_keys(checkpoint.state)
-        if state.get("base") != run.base_hash:
-            raise ValueError(
-                f"{start} was trained on other weights than model.pretrained="
-                f"{run.config.model.pretrained} holds now, which its own are added to; give the "
-                "base model of that run"
-            )
-        run.train_step.load(shard_state(checkpoint.tensors, run.train_step.parameters), state)
-        if state.get("num_heldout") == _num_heldout(run):
-            run.heldout = {int(at): loss for at, loss in state["heldout"].items()}
-        logger.info("going on after step %d from %s", step, start)
-    if run.accelerator.is_main_process:
-        drop_snapshots_after(run.folder, step)
-    return step
+    if not minutes:
+        return config
+    before = _config_of(folder, type(config))
+    if before is not None:
+        known: Settings = _limited(config, flat(before)["max_steps"])
+        if run_key(known) == run_key(before):
+            return known
+    limited = _limited(config, steps_within())
+    logger.info("max_minutes=%g become max_steps=%d", minutes, flat(limited)["max_steps"])
+    return limited
 
 
-def _with_current_keys(state: dict[str, Any]) -> dict[str, Any]:
-    """Rename what checkpoints of earlier versions call otherwise."""
-    return {name.replace("held_out", "heldout"): value for name, value in state.items()}
-
-
-def save_state(run: Run, done: int) -> None:
-    """Start a checkpoint, beside training where a copy fits into memory.
-
-    Says so when the one before it failed.
-    """
-    is_main = run.accelerator.is_main_process
-    tensors = full_state(run.train_step.tensors(), keep=is_main)
-    if not is_main:
+def load_state(recipe: Recipe, start: Path | None) -> None:
+    """Give a recipe the state of a checkpoint."""
+    if start is None:
         return
-    run.saver.wait()
-    if failure := run.saver.check():
-        logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
-    state = run.train_step.state()
-    size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
-    beside = size < SPARE_MEMORY * psutil.virtual_memory().available
-    if beside:
-        tensors = snapshot(tensors)
-    root, settings = run.folder / "checkpoints", run.config.train
-    losses = dict(run.heldout)
-    state["heldout"] = {str(at): loss for at, loss in losses.items()}
-    state["num_heldout"] = _num_heldout(run)
-    state["scaling_factor"] = float(run.components.vae.config["scaling_factor"])
-    state["base"] = run.base_hash
-    settings_of_run, world = run_key(run.config), run.accelerator.num_processes
-
-    def save() -> None:
-        save_checkpoint(
-            root,
-            step=done,
-            tensors=tensors,
-            state=state,
-            config_hash=config_hash(settings_of_run),
-            world_size=world,
-        )
-        prune_checkpoints(
-            root,
-            keep_last=settings.keep_checkpoints,
-            keep_every_steps=settings.keep_every_steps or None,
-            losses=losses if settings.keep_best else None,
-        )
-
-    run.saver.submit(save)
-    if not beside:
-        run.saver.wait()
+    checkpoint = load_checkpoint(start)
+    recipe.load(checkpoint.tensors, checkpoint.state)
+    logger.info("resumed after step %d from %s", checkpoint.step, start)
 
 
-def save_posthoc_snapshots(run: Run, done: int) -> None:
-    """Write a snapshot of each power-function average, one at a time; training waits.
+class CheckpointWriter:
+    """Saves a run's state, next to training where a copy fits into memory, and deletes old ones."""
 
-    Call it before the step's checkpoint is saved: a run that goes on from there does not come by
-    here again. Says so when the disk does not take one, and goes on.
-    """
-    is_main = run.accelerator.is_main_process
-    for width, average in run.train_step.posthoc_emas.items():
-        whole = full_state({"average": average.state_dict()}, keep=is_main)["average"]
+    def __init__(
+        self,
+        folder: Path,
+        settings: LoopSettings,
+        key: dict[str, object],
+        accelerator: Accelerator,
+    ) -> None:
+        """key: the settings that make the run what it is (`run_key`)."""
+        self.root, self.settings, self.accelerator = folder / "checkpoints", settings, accelerator
+        self.config_hash = config_hash(key)
+        self._saver = BackgroundSaver()
+
+    def save(self, recipe: Recipe, step: int) -> None:
+        """Start a checkpoint of the state after `step` steps; log it when the one before failed.
+
+        Every process must call it; the main one writes.
+        """
+        is_main = self.accelerator.is_main_process
+        tensors = full_state(recipe.tensors(), keep=is_main)
         if not is_main:
-            continue
-        tensors = {name: whole[name].cpu() for name in average.tensors}
-        stored = Snapshot(int(whole[COUNT]), average.gamma, tensors)
-        try:
-            save_snapshot(stored, snapshot_path(run.folder, done, width))
-        except OSError as error:
-            logger.error("a snapshot for scripts/reconstruct_ema.py is missing: %s", error)
+            return
+        self._saver.wait()
+        self.log_error()
+        state, losses = recipe.state(), dict(recipe.heldout)
+        size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+        fits = size < SPARE_MEMORY * psutil.virtual_memory().available
+        if fits:
+            tensors = snapshot(tensors)
+
+        def save() -> None:
+            save_checkpoint(
+                self.root,
+                step=step,
+                tensors=tensors,
+                state=state,
+                config_hash=self.config_hash,
+                world_size=self.accelerator.num_processes,
+            )
+            prune_checkpoints(
+                self.root,
+                keep_last=self.settings.keep_checkpoints,
+                keep_every_steps=self.settings.keep_every_steps or None,
+                losses=losses if self.settings.keep_best else None,
+            )
+
+        self._saver.submit(save)
+        if not fits:
+            self._saver.wait()
+
+    def log_error(self) -> None:
+        """Log that a save failed, as soon as it is known; training continues."""
+        if not self._saver.busy and (failure := self._saver.check()):
+            logger.error("a checkpoint could not be saved (%s); older ones are kept", failure)
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        self._saver.wait()
+
+    def raise_error(self) -> None:
+        """Raise OSError when the last save failed."""
+        if failure := self._saver.check():
+            raise OSError(f"the last checkpoint could not be saved: {failure}") from failure
 
 
-def _num_heldout(run: Run) -> int:
-    return 0 if run.train_data.heldout_triples is None else len(run.train_data.heldout_triples)
-
-
-def run_key(config: Config) -> dict[str, object]:
+def run_key(config: Any) -> dict[str, object]:
     """Return the settings that make a run what it is."""
     return {k: v for k, v in flat(config).items() if not k.startswith(MUTABLE_KEYS)}
+
+
+def _config_of(folder: Path, kind: type[Settings]) -> Settings | None:
+    """Return the config of the folder's run, None where there is none."""
+    path = folder / "config.yaml"
+    return load_config(path, kind=kind) if path.is_file() else None
+
+
+def _limited(config: Settings, max_steps: int) -> Settings:
+    changed: Any = config
+    limited: Settings = dataclasses.replace(changed, max_steps=max_steps, max_minutes=0.0)
+    return limited

@@ -14,13 +14,33 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@contextlib.contextmanager
+def open_run_folder(path: str, accelerator: Accelerator) -> Iterator[Path]:
+    """Give a run's folder, locked; log which of several processes fails inside the block.
+
+    The others then fail too, for want of it. ValueError when another run holds the folder.
+    """
+    folder = Path(path).expanduser()
+    try:
+        with RunLock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            yield folder
+    except Exception as error:
+        if accelerator.num_processes > 1:
+            rank, num = accelerator.process_index, accelerator.num_processes
+            logger.error("rank %d of %d processes failed: %s", rank, num, error)
+        raise
 
 
 class RunLock:

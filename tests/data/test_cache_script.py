@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff.config.io import load_config, to_yaml
 from latentdiff.models.components import load_vae
+from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import cache_latents
 from latentdiff.training.inputs.train_data import read_data
-from latentdiff.training.setup import start_accelerator
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

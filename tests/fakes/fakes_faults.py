@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -101,9 +101,14 @@ def fork(task: Callable[[], object], log: Path) -> Child:
 
 def run_script(world: Path, run: Path, **overrides: object) -> None:
     """Run scripts/train_t2i.py in this process; SystemExit tells its status."""
-    options = arguments(world, run, **overrides)
-    sys.argv = [str(SCRIPT), f"--config={world / 'config.json'}", *options]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    config = f"--config={world / 'config.json'}"
+    run_command(SCRIPT, [config, *arguments(world, run, **overrides)])
+
+
+def run_command(script: Path, options: Sequence[str]) -> None:
+    """Run a script with options in this process; SystemExit tells its status."""
+    sys.argv = [str(script), *options]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def start(world: Path, run: Path, *, plant: Plant | None = None, **overrides: object) -> Child:

@@ -1,6 +1,6 @@
 """Kill trainings at random moments, most of them while they save, and see that nothing is lost.
 
-    python tests/kill_runs.py 100 [SEED]
+    python tests/fakes/kill_runs.py 100 [SEED]
 
 After each kill the newest checkpoint must be valid and no older than one that was there before; the
 resumed run must end in the state of a run that nothing stopped, bit for bit. Prints one JSON line.
@@ -11,36 +11,55 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from fakes_faults import Child, assert_same_state, sheet, start
 from fakes_training import make_world
 
-from latentdiff.training import loop  # noqa: F401 - imported once, for every fork
+from latentdiff.training import text_to_image  # noqa: F401 - imported once, for every fork
 from latentdiff.training.checkpoint import newest_valid
 
 SETTINGS = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 2}
 SHARE_IN_SAVES = 0.6  # of the kills that are aimed at a save
 
 
-def kill_runs(
+def kill_text_to_image_runs(
     num_kills: int, folder: Path, *, seed: int = 0, num_steps: int = 40
+) -> dict[str, float]:
+    """Kill text-to-image trainings, as `kill_runs`; their sample sheets must be equal too."""
+    world, settings = make_world(folder), SETTINGS | {"train__max_steps": num_steps}
+    starter = partial(start, world, **settings)
+    figures = kill_runs(starter, num_kills, folder, seed=seed, num_steps=num_steps)
+    for run in folder.glob("run*[0-9]"):
+        assert sheet(run, num_steps) == sheet(folder / "whole", num_steps)
+    return figures
+
+
+def kill_runs(
+    start: Callable[[Path], Child],
+    num_kills: int,
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_steps: int,
 ) -> dict[str, float]:
     """Kill trainings in `folder` num_kills times over as many runs as that takes; return figures.
 
-    AssertionError when a checkpoint is lost, or a run that went on ends in another state.
+    start: starts or resumes the training of a run folder, of num_steps. AssertionError when a
+    checkpoint is lost, or a resumed run ends in another state.
     """
     rng, started = random.Random(seed), time.monotonic()
-    world, settings = make_world(folder), SETTINGS | {"train__max_steps": num_steps}
-    whole = start(world, folder / "whole", **settings)
+    whole = start(folder / "whole")
     assert whole.wait(timeout_s=300) == 0, whole.said()
     kills, in_saves, runs, starts = 0, 0, 0, 0
     while kills < num_kills:
         run = folder / f"run{runs}"
         while True:
             known = _newest_step(run)
-            child = start(world, run, **settings)
+            child = start(run)
             starts += 1
             if kills == num_kills or not _kill(child, run, rng):
                 break
@@ -49,7 +68,6 @@ def kill_runs(
             assert _newest_step(run) >= known, f"lost step {known} of {run}"
         assert child.wait(timeout_s=300) == 0, child.said()
         assert_same_state(run, folder / "whole", step=num_steps)
-        assert sheet(run, num_steps) == sheet(folder / "whole", num_steps)
         runs += 1
     return {
         "kills": kills,
@@ -93,4 +111,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-        print(json.dumps(kill_runs(int(sys.argv[1]), Path(temporary), seed=seed)))
+        print(json.dumps(kill_text_to_image_runs(int(sys.argv[1]), Path(temporary), seed=seed)))

@@ -28,9 +28,9 @@ from latentdiff.training.learned_variance import (
     prediction_only,
     without_variance,
 )
-from latentdiff.training.loop import train
 from latentdiff.training.model import new_components, pretrained_components
 from latentdiff.training.objective import Objective
+from latentdiff.training.text_to_image import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

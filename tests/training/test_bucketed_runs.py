@@ -25,8 +25,8 @@ from latentdiff.training.inputs.encode import (
     eval_crop_config,
 )
 from latentdiff.training.inputs.train_data import read_data
-from latentdiff.training.loop import _default_prompts, train
 from latentdiff.training.model import check_components
+from latentdiff.training.text_to_image import default_prompts, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -99,7 +99,7 @@ def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) ->
     train_data: Any = SimpleNamespace(
         train=train_data, heldout=heldout, transform=caption_transform(config.data)
     )
-    prompts = _default_prompts(train_data)
+    prompts = default_prompts(train_data)
     assert len(set(prompts)) == len(prompts)
     assert len(prompts) == len(heldout)
     assert prompts[0] == f"sks, {heldout[0].captions[0]}, photo"

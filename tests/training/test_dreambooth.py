@@ -13,9 +13,9 @@ from fakes_training import read_metrics
 
 from latentdiff.training.finetune.dreambooth import PairedOrder, generate_class_images
 from latentdiff.training.inputs.batches import EpochOrder
-from latentdiff.training.loop import train
 from latentdiff.training.resume import first_checkpoint
 from latentdiff.training.setup import setup
+from latentdiff.training.text_to_image import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -77,7 +77,7 @@ def test_class_samples_weigh_and_speak_as_they_should(world, tmp_path, cache):
     config = finetuning(
         world, tmp_path / "run", **DREAM, data__cache=cache, train__train_text_encoder="true"
     )
-    run = setup(config, tmp_path / "run", Accelerator(cpu=True), start=None)
+    run = setup(config, tmp_path / "run", Accelerator(cpu=True))
     batches = run.train_data.batches(
         run.layout, first_step=0, last_step=config.train.max_steps, accelerator=run.accelerator
     )
@@ -91,7 +91,6 @@ def test_class_samples_weigh_and_speak_as_they_should(world, tmp_path, cache):
     assert batch["eps"].flatten(1).unique(dim=0).shape[0] == 4
     assert len(run.train_data.ids) == num + 3
     assert str(run.train_data.ids[num]).endswith("00000.png")
-    run.log.close()
 
 
 def test_dreambooth_resumes_bitwise_and_keeps_its_images(world, tmp_path):

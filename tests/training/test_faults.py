@@ -15,15 +15,15 @@ import torch
 from accelerate.state import AcceleratorState
 from fakes_faults import Child, assert_same_state, fork, sheet, start, tensors_at
 from fakes_training import arguments, make_config, make_world, read_metrics
-from kill_runs import kill_runs
+from kill_runs import kill_text_to_image_runs
 
-from latentdiff.training import loop
+from latentdiff.training import text_to_image
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.train_data import read_data
-from latentdiff.training.loop import train
 from latentdiff.training.metrics_log import MetricsLog
 from latentdiff.training.preview import write_sheet
+from latentdiff.training.text_to_image import train
 from latentdiff.training.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -122,7 +122,7 @@ def test_notice_shorter_than_a_step_leaves_the_last_checkpoint(
 
 def test_signal_before_the_first_step_ends_the_run_at_once(world: Path, tmp_path: Path) -> None:
     def plant() -> None:
-        loop.setup = lambda *_, **__: time.sleep(30)  # encoding a large folder
+        text_to_image.setup = lambda *_, **__: time.sleep(30)  # encoding a large folder
 
     child = start(world, tmp_path / "run", plant=plant)
     child.when((tmp_path / "run" / ".lock").exists)
@@ -276,15 +276,15 @@ def test_resume_falls_back_over_spoilt_checkpoints_to_one_being_replaced(
     files = ("model.safetensors was", "optimizer.safetensors is", "ema.safetensors is", "manifest")
     assert len(reasons) == 4
     assert all(file in reason for file, reason in zip(files, reasons, strict=True))
-    assert "going on after step 4 from" in caplog.text
+    assert "resumed after step 4 from" in caplog.text
     assert_same_state(run, whole, step=STEPS)
     assert sheet(run, STEPS) == sheet(whole, STEPS)
     assert not list(checkpoints.glob("*.replaced"))
 
 
 def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
-    """A hundred kills and more: python tests/kill_runs.py 100."""
-    figures = kill_runs(3, tmp_path, num_steps=8)
+    """A hundred kills and more: python tests/fakes/kill_runs.py 100."""
+    figures = kill_text_to_image_runs(3, tmp_path, num_steps=8)
     assert figures["kills"] == 3
     assert figures["runs"] >= 1
 
@@ -298,7 +298,7 @@ def test_sheet_that_a_kill_prevented_is_made_by_the_resumed_run(
     def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = start(world, run, plant=lambda: setattr(loop, "write_sheet", die), **settings)
+    child = start(world, run, plant=lambda: setattr(text_to_image, "write_sheet", die), **settings)
     assert child.wait() == -signal.SIGKILL
     assert newest_step(run) == STEPS - 1
     assert train(make_config(world, run, **settings)) == 0
@@ -324,7 +324,7 @@ def test_what_is_there_is_not_made_twice_and_what_a_stop_left_out_is_made(
         made.append(args[2].name)
         return write_sheet(*args, **others)
 
-    monkeypatch.setattr(loop, "write_sheet", counting)
+    monkeypatch.setattr(text_to_image, "write_sheet", counting)
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "step", stopping)
         assert train(make_config(world, run, **settings)) == 143

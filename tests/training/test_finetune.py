@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from latentdiff.models.components import load_components
 from latentdiff.training import loop
 from latentdiff.training.checkpoint import newest_valid
-from latentdiff.training.loop import train
+from latentdiff.training.text_to_image import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -86,13 +86,13 @@ def test_text_tower_learns_at_its_own_rate(world, tmp_path):
 
 def stopping_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Let the next run see a signal after so many steps."""
-    whole = loop._any_process
+    whole = loop.any_process
     seen = iter(range(10_000))
 
     def flagged(flag: bool, accelerator: object) -> bool:
         return next(seen) >= steps - 1 + 1 or whole(flag, accelerator)
 
-    monkeypatch.setattr(loop, "_any_process", flagged)
+    monkeypatch.setattr(loop, "any_process", flagged)
 
 
 LORA = {

@@ -20,14 +20,14 @@ from fakes_training import make_config, make_world, read_metrics
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.training import loop
-from latentdiff.training.loop import train
+from latentdiff.training import text_to_image
 from latentdiff.training.optim.posthoc_ema import (
     gamma_of,
     read_snapshot,
     read_snapshots,
     reconstruct,
 )
+from latentdiff.training.text_to_image import train
 from latentdiff.training.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -236,7 +236,7 @@ def test_best_checkpoint_is_kept_over_a_stop_and_resumes_and_exported(
     """
     run, planned, whole_step = tmp_path / "run", iter(LOSSES.items()), TrainStep.step
     monkeypatch.setattr(
-        loop,
+        text_to_image,
         "summarize_losses",
         lambda *_, **__: {"heldout_loss": next(planned)[1], "num_heldout": 8.0},
     )

@@ -16,9 +16,9 @@ from fakes_training import make_config, make_world, read_metrics
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline, load_config
-from latentdiff.training import setup as run_module
+from latentdiff.training import distributed
 from latentdiff.training.inputs.dataset import LatentDataset
-from latentdiff.training.loop import train
+from latentdiff.training.text_to_image import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -273,9 +273,9 @@ def test_processes_that_accelerate_does_not_see_are_refused(
     config = make_config(world, tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
-        run_module,
+        distributed,
         "Accelerator",
         lambda **_: type("One", (), {"num_processes": 1, "distributed_type": "NO"})(),
     )
     with pytest.raises(ValueError, match="would train copies"):
-        run_module.start_accelerator(config)
+        distributed.start_accelerator(config)

@@ -21,13 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from latentdiff.training import loop
-from latentdiff.training import setup as run_module
+from latentdiff.training import distributed
 from latentdiff.training.checkpoint import newest_valid
-from latentdiff.training.loop import train
+from latentdiff.training.distributed import start_accelerator
+from latentdiff.training.loop import Loop
 from latentdiff.training.model import TextToImage
-from latentdiff.training.resume import save_state
-from latentdiff.training.setup import Run, start_accelerator
+from latentdiff.training.text_to_image import train
 from latentdiff.training.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -124,10 +123,10 @@ def spread_over_processes() -> None:
     Accelerator.prepare = prepare
 
 
-def save_again(run: Run, signals: object, *, first_step: int) -> bool:
-    """Take the place of the training loop: what was loaded is saved elsewhere."""
-    run.folder = run.folder / "again"
-    save_state(run, first_step)
+def save_again(loop: Loop, batches: object, *, first_step: int) -> bool:
+    """Take the place of the training loop: save the loaded state elsewhere."""
+    loop.checkpoints.root = loop.checkpoints.root.parent / "again" / "checkpoints"
+    loop.checkpoints.save(loop.recipe, first_step)
     return False
 
 
@@ -145,7 +144,7 @@ def test_fsdp2_trains_to_the_same_losses_and_its_state_goes_both_ways(
 
     def plant() -> None:
         spread_over_processes()
-        loop._train_steps = save_again
+        Loop.train_steps = save_again
 
     child = start_ranks(world, plain, plant=plant, **settings)
     assert child.wait(timeout_s=180) == 0, child.said()
@@ -153,7 +152,7 @@ def test_fsdp2_trains_to_the_same_losses_and_its_state_goes_both_ways(
     assert train(make_config(world, spread, **settings)) == 0
     assert (spread / "pipeline" / "unet").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train_steps", save_again)
+        patch.setattr(Loop, "train_steps", save_again)
         assert train(make_config(world, spread, **settings)) == 0
     for run in (plain, spread):
         saved, again = tensors_at(run, 4), tensors_at(run / "again", 4)
@@ -243,7 +242,7 @@ def test_fsdp_refuses_the_layout_that_it_cannot_spread(
     engaged = SimpleNamespace(
         num_processes=1, distributed_type=DistributedType.FSDP, device=torch.device("cpu")
     )
-    monkeypatch.setattr(run_module, "Accelerator", lambda **_: engaged)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: engaged)
     for name in CUT_OUT:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=r"add --train\.channels_last=false"):

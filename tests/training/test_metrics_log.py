@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from latentdiff.training.metrics_log import MetricsLog, Window
+from latentdiff.training.metrics_log import MetricsLog, StepResults, Stopwatch
 from latentdiff.training.train_step import StepResult
 
 NAN = float("nan")
@@ -18,19 +18,16 @@ FIGURES = {
     "loss",
     "grad_norm",
     "learning_rate",
-    "images_per_second",
-    "data_wait",
     "skipped_updates",
-    "memory_gb",
     "loss/t0-249",
     "loss/t500-749",
 }
 
 
 @pytest.fixture
-def window() -> Window:
+def results() -> StepResults:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Window(Accelerator(cpu=True), max_skipped_steps=3, num_timesteps=1000)
+    return StepResults(Accelerator(cpu=True), max_skipped_steps=3, num_timesteps=1000)
 
 
 def result(loss: float, norm: float, sums: list[float], counts: list[float]) -> StepResult:
@@ -44,38 +41,39 @@ def result(loss: float, norm: float, sums: list[float], counts: list[float]) -> 
     )
 
 
-def test_figures_are_means_over_the_window(window: Window) -> None:
-    window.add(result(1.0, 2.0, [2.0, 0, 1, 0], [2.0, 0, 1, 0]), num_samples=4, waited=0.0)
-    window.add(result(3.0, 4.0, [4.0, 0, 0, 0], [1.0, 0, 0, 0]), num_samples=4, waited=0.0)
-    figures, skipped = window.close(2, list("abcd"), rate=0.5)
+def test_figures_are_means_over_the_window(results: StepResults) -> None:
+    results.add(result(1.0, 2.0, [2.0, 0, 1, 0], [2.0, 0, 1, 0]))
+    results.add(result(3.0, 4.0, [4.0, 0, 0, 0], [1.0, 0, 0, 0]))
+    figures, skipped = results.close(2, list("abcd"), learning_rate=0.5)
     assert figures.keys() == FIGURES
     assert figures["loss"] == 2
     assert figures["grad_norm"] == 3
     assert figures["learning_rate"] == 0.5
     assert figures["loss/t0-249"] == 2
     assert figures["loss/t500-749"] == 1
-    assert figures["memory_gb"] > 0
     assert skipped == 0
 
 
-def test_a_bad_step_spoils_neither_means_nor_buckets(window: Window) -> None:
-    window.add(result(1.0, 2.0, [2.0, 0, 1, 0], [2.0, 0, 1, 0]), num_samples=4, waited=0.0)
-    window.add(result(NAN, NAN, [NAN, 0, 3, 0], [2.0, 0, 1, 0]), num_samples=4, waited=0.0)
-    figures, skipped = window.close(2, list("abcd"), rate=0.5)
+def test_a_bad_step_spoils_neither_means_nor_buckets(results: StepResults) -> None:
+    results.add(result(1.0, 2.0, [2.0, 0, 1, 0], [2.0, 0, 1, 0]))
+    results.add(result(NAN, NAN, [NAN, 0, 3, 0], [2.0, 0, 1, 0]))
+    figures, skipped = results.close(2, list("abcd"), learning_rate=0.5)
     assert skipped == figures["skipped_updates"] == 1
     assert (figures["loss"], figures["grad_norm"]) == (1, 2)
     assert figures["loss/t0-249"] == 1
     assert figures["loss/t500-749"] == 2
 
 
-def test_speed_and_wait_are_of_training_alone(window: Window) -> None:
-    window.add(result(1.0, 1.0, [0.0] * 4, [0.0] * 4), num_samples=100, waited=0.1)
-    window.started -= 0.2  # the steps took this long
-    with window.paused():
+def test_speed_and_wait_are_of_training_alone() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    watch.add(100, waited=0.1)
+    watch.started -= 0.2  # the steps took this long
+    with watch.paused():
         time.sleep(0.3)
-    figures, _ = window.close(1, list("abcd"), rate=0.1)
+    figures = watch.close()
     assert figures["images_per_second"] == pytest.approx(500, rel=0.2)
     assert figures["data_wait"] == pytest.approx(0.5, rel=0.2)
+    assert figures["memory_gb"] > 0
 
 
 def test_both_logs_hold_every_figure_and_a_resumed_run_drops_later_ones(tmp_path: Path) -> None:

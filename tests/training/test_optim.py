@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
+from latentdiff.training.optim.amp_step import AmpStep
 from latentdiff.training.optim.lr import set_learning_rate
 from latentdiff.training.optim.optimizer import (
-    AmpStep,
     build_optimizer,
     clip_gradients,
     parameter_groups,
@@ -277,11 +277,11 @@ def test_optimizer_state_comes_back_in_the_memory_layout_of_channels_last_weight
 
 
 def quadratic(start: Tensor, *, fp16: bool, max_norm: float | None) -> tuple[Tensor, AmpStep]:
-    weight = start.clone().requires_grad_()
-    rule = SGD([weight], lr=1.0)
-    update = AmpStep(rule, fp16=fp16, max_norm=max_norm)
+    weight = nn.Parameter(start.clone())
+    optimizer = SGD([weight], lr=1.0)
+    update = AmpStep(nn.ParameterList([weight]), optimizer, fp16=fp16, max_norm=max_norm)
     for _ in range(5):
-        update.step((weight**2).sum(), lr=0.1)
+        update.step((weight**2).sum(), learning_rate=0.1)
     return weight.detach(), update
 
 
@@ -296,13 +296,16 @@ def test_scaled_updates_are_those_without_a_scale(max_norm: float | None) -> Non
 
 
 def test_an_overflow_skips_its_own_update_alone_and_lowers_the_scale() -> None:
-    weight, other = (torch.ones(3, requires_grad=True) for _ in range(2))
-    updates = [AmpStep(SGD([one], lr=1.0), fp16=True, max_norm=1.0) for one in (weight, other)]
+    weight, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    updates = [
+        AmpStep(nn.ParameterList([one]), SGD([one], lr=1.0), fp16=True, max_norm=1.0)
+        for one in (weight, other)
+    ]
     before = updates[0].scaler.get_scale()
-    updates[0].step(weight.sum() * torch.finfo(torch.float32).max, lr=0.1)
-    updates[1].step(other.sum(), lr=0.1)
+    updates[0].step(weight.sum() * torch.finfo(torch.float32).max, learning_rate=0.1)
+    updates[1].step(other.sum(), learning_rate=0.1)
     assert weight.tolist() == [1.0, 1.0, 1.0]
     assert updates[0].scaler.get_scale() < before == updates[1].scaler.get_scale()
     assert (other < 1).all()
-    updates[0].step(weight.sum(), lr=0.1)
+    updates[0].step(weight.sum(), learning_rate=0.1)
     assert (weight < 1).all()

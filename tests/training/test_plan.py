@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from latentdiff.models.build import build_unet
-from latentdiff.training.loop import train
-from latentdiff.training.plan import estimate_activations, log_throughput, optimizer_bytes
+from latentdiff.training.metrics_log import log_throughput
+from latentdiff.training.plan import estimate_activations, optimizer_bytes
+from latentdiff.training.text_to_image import train
 
 CHANNELS, CELLS = 4, 16
 

@@ -21,7 +21,7 @@ from latentdiff.data.folder.folder import read_folder
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.inputs.encode import bucket_ids, bucket_sizes, crop_plan
 from latentdiff.training.inputs.train_data import read_data
-from latentdiff.training.loop import train
+from latentdiff.training.text_to_image import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

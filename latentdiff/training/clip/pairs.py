@@ -60,6 +60,7 @@ class DistinctCaptions(Sampler[list[Draw]]):
     folders: list[Folder]
     batch_size: int
     seed: int
+    first_step: int = 0
     captions: list[tuple[int, int, tuple[str, ...]]] = field(init=False)  # folder, index, texts
 
     def __post_init__(self) -> None:
@@ -76,8 +77,8 @@ class DistinctCaptions(Sampler[list[Draw]]):
             )
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield the batches of step 0, 1, 2 and so on."""
-        step = 0
+        """Yield the batches of first_step and those after it."""
+        step = self.first_step
         while True:
             yield self.batch(step)
             step += 1

@@ -1,12 +1,14 @@
 """Train a small CLIP (Radford et al. 2021) on captioned folders: open_clip's model and its loss.
 
-What comes out is a text encoder that a U-Net can be conditioned on, and the whole as a judge of
-images against captions. Recall at k is measured on the folders' held-out pairs.
+It gives a text encoder that a U-Net can be conditioned on, and the whole scores images against
+captions. Recall at k is measured on the folders' held-out pairs.
 """
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,10 @@ from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.clip import ClipConfig
-from latentdiff.config.io import to_yaml
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.eval_set import read_pixels
 from latentdiff.evaluation.metrics.clip import preprocess, recall_at
@@ -30,49 +31,147 @@ from latentdiff.models.open_clip import (
     text_encoder_from_open_clip,
 )
 from latentdiff.models.text import tokenize, train_tokenizer
+from latentdiff.training.checkpoint import Parts
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs, collate_pairs
-from latentdiff.training.distributed import single_process_accelerator
-from latentdiff.training.metrics_log import LossLog
-from latentdiff.training.optim.lr import TimedRate
-from latentdiff.training.optim.optimizer import AmpStep, parameter_groups
+from latentdiff.training.inputs.workers import ignore_signals
+from latentdiff.training.loop import train_in_one_process
+from latentdiff.training.metrics_log import MeanLosses
+from latentdiff.training.optim.amp_step import AmpStep
+from latentdiff.training.optim.lr import learning_rate
+from latentdiff.training.optim.optimizer import parameter_groups
+from latentdiff.training.recipe import Recipe
 
 LARGEST_SCALE = math.log(100)  # Radford et al. 2021, Sec. 2.5
 RECALLS = (1, 5, 10)
 
+logger = logging.getLogger(__name__)
+Batch = tuple[Tensor, list[str]]
 
-def train_clip(config: ClipConfig) -> dict[str, float]:
-    """Train, save, and return the held-out figures.
 
-    output_dir/clip holds a transformers CLIPModel and its tokenizer; output_dir/text_encoder and
-    output_dir/tokenizer are what model.text_encoder of a text-to-image run wants. ValueError when
-    there is nothing to learn from, or the loss is no number any more.
+def train_clip(config: ClipConfig) -> int:
+    """Train; return the exit status: 0 done, 143 or 130 stopped by a signal, its state saved.
+
+    Writes config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, metrics.json with
+    the held-out recall, clip/ with a transformers CLIPModel and its tokenizer, and text_encoder/
+    and tokenizer/ for model.text_encoder of a text-to-image run. ValueError when there is nothing
+    to learn from, FloatingPointError when a loss is not finite any more.
     """
     folders = [read_folder(root) for root in config.roots]
     for folder in folders:
         folder.check(max_invalid_fraction=0.02)
-    train = [folder.split("train") for folder in folders]
-    if not any(len(folder) for folder in train):
+    if not any(len(folder.split("train")) for folder in folders):
         raise ValueError(f"roots={list(config.roots)} hold no training images; give --roots")
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(to_yaml(config))
-    torch.manual_seed(config.seed)
-    tokenizer = _tokenizer(config, train)
-    accelerator = single_process_accelerator(config.mixed_precision)
-    model = build_clip(config, tokenizer).to(accelerator.device)
-    steps = _train_steps(model, tokenizer, train, config, accelerator)
-    model.eval()
-    report: dict[str, float] = {
-        "steps": float(steps),
-        "logit_scale": model.logit_scale.exp().item(),
-    }
-    for root, folder in zip(config.roots, folders, strict=True):
-        if len(heldout := folder.heldout()) > max(RECALLS):
-            report |= heldout_recall(
-                model, tokenizer, heldout, name=Path(root).name, resolution=config.resolution
-            )
-    _save(model, tokenizer, output, report)
-    return report
+
+    def build(settings: ClipConfig, folder: Path, accelerator: Accelerator) -> ClipRecipe:
+        return ClipRecipe(settings, folder, folders, accelerator)
+
+    return train_in_one_process(config, build)
+
+
+class ClipRecipe(Recipe):
+    """Contrastive training of a CLIP on the training pairs of folders."""
+
+    def __init__(
+        self, config: ClipConfig, folder: Path, folders: list[Folder], accelerator: Accelerator
+    ) -> None:
+        """folder: of the run; folders: of the captioned images."""
+        super().__init__()
+        self.config, self.folder, self.folders = config, folder, folders
+        self.accelerator, self.losses = accelerator, MeanLosses()
+        self.train = [f.split("train") for f in folders]
+        torch.manual_seed(config.seed)
+        self.tokenizer = _tokenizer(config, self.train)
+        self.model = build_clip(config, self.tokenizer).to(accelerator.device).train()
+        groups = parameter_groups(self.model, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+        fp16 = config.mixed_precision == "fp16"
+        self.clip_step = AmpStep(self.model, optimizer, fp16=fp16, max_norm=1.0)
+        self.clip_loss = ClipLoss()
+        self.learning_rate = partial(  # half a cosine over the whole run, times the warm-up
+            learning_rate,
+            base=config.learning_rate,
+            schedule="cosine",
+            lr_warmup_steps=config.lr_warmup_steps,
+            max_steps=config.max_steps,
+            decay_from=0,
+        )
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Return pixels (B, 3, H, W) in [-1, 1] and their captions, without end."""
+        config = self.config
+        loader = DataLoader(  # of batches, which the collation makes of pairs
+            Pairs(self.train, config.resolution, config.min_crop, config.random_flip, config.seed),
+            batch_sampler=DistinctCaptions(
+                self.train, config.batch_size, config.seed, first_step=first_step
+            ),
+            collate_fn=collate_pairs,
+            num_workers=config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_signals,
+        )
+        return iter(loader)
+
+    def step(self, batches: Iterator[Batch], step: int) -> int:
+        """Do optimiser step `step`."""
+        pixels, captions = next(batches)
+        device = self.accelerator.device
+        pixels = preprocess(pixels.to(device), size=self.config.resolution)
+        ids = tokenize(self.tokenizer, captions).to(device)
+        with self.accelerator.autocast():
+            images, texts, scale = self.model(pixels, ids)
+            loss = self.clip_loss(images.float(), texts.float(), scale)
+        self.clip_step.step(loss, learning_rate=self.learning_rate(step))
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=LARGEST_SCALE)
+        self.losses.add({"loss": loss.detach()})
+        return len(captions)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Return the mean loss."""
+        return self.losses.close(step) | {"learning_rate": self.learning_rate(step - 1)}
+
+    def tensors(self) -> Parts:
+        """Return weights and optimiser state."""
+        return self.clip_step.tensors()
+
+    def state(self) -> dict[str, Any]:
+        """Return the numbers next to them."""
+        return self.clip_step.state()
+
+    def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
+        """Take both back."""
+        self.clip_step.load(tensors, state)
+
+    def export(self) -> None:
+        """Write clip/, text_encoder/, tokenizer/, and the held-out recall in metrics.json."""
+        model, tokenizer, config = self.model.eval(), self.tokenizer, self.config
+        report = {
+            "steps": float(config.max_steps),
+            "logit_scale": model.logit_scale.exp().item(),
+        }
+        for root, folder in zip(config.roots, self.folders, strict=True):
+            if len(heldout := folder.heldout()) > max(RECALLS):
+                report |= heldout_recall(
+                    model, tokenizer, heldout, name=Path(root).name, resolution=config.resolution
+                )
+        tokenize(tokenizer, [""])  # it saves how it was used last, also where no step was left
+        parts = {
+            "clip": clip_from_open_clip(model.cpu().float(), eos_token_id=tokenizer.eos_token_id),
+            "text_encoder": text_encoder_from_open_clip(model, eos_token_id=tokenizer.eos_token_id),
+            "tokenizer": tokenizer,
+        }
+        for name, part in parts.items():
+            with atomic_folder(self.folder / name) as temporary:
+                part.save_pretrained(temporary)
+                if name == "clip":
+                    tokenizer.save_pretrained(temporary)
+        write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
+        for name, value in report.items():
+            if not name.endswith(("/low", "/high")):
+                logger.info("%s: %.4g", name, value)
+        logger.info(
+            "wrote %s (for the CLIP score), text_encoder and tokenizer", self.folder / "clip"
+        )
 
 
 def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer) -> CLIP:
@@ -131,62 +230,3 @@ def _tokenizer(config: ClipConfig, folders: Sequence[Folder]) -> CLIPTokenizer:
         return clip_tokenizer_from_open_clip(max_length=config.max_tokens)
     captions = (text for folder in folders for record in folder for text in record.captions)
     return train_tokenizer(captions, vocab_size=config.vocab_size, max_length=config.max_tokens)
-
-
-def _train_steps(
-    model: CLIP,
-    tokenizer: CLIPTokenizer,
-    folders: Sequence[Folder],
-    config: ClipConfig,
-    accelerator: Accelerator,
-) -> int:
-    """Run the training loop; return the number of steps."""
-    groups = parameter_groups(model, weight_decay=config.weight_decay)
-    rule = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-    update = AmpStep(rule, fp16=config.mixed_precision == "fp16", max_norm=1.0)
-    model.train()
-    loss_of, batches = ClipLoss(), _batches(list(folders), config)
-    rates = TimedRate(
-        config.learning_rate,
-        lr_warmup_steps=config.lr_warmup_steps,
-        max_steps=config.max_steps,
-        max_minutes=config.max_minutes,
-    )
-    bar = tqdm(range(config.max_steps), disable=not accelerator.is_main_process, unit="step")
-    log = LossLog(config.output_dir, every_steps=config.log_every_steps, bar=bar)
-    steps = 0
-    for step, (pixels, captions) in zip(bar, batches, strict=False):
-        if (rate := rates.at(step)) is None:
-            break
-        seen = preprocess(pixels.to(accelerator.device), size=config.resolution)
-        ids = tokenize(tokenizer, captions).to(accelerator.device)
-        with accelerator.autocast():
-            images, texts, scale = model(seen, ids)
-            loss = loss_of(images.float(), texts.float(), scale)
-        update.step(loss, lr=rate)
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=LARGEST_SCALE)
-        steps = step + 1
-        log.add(steps, {"loss": loss.detach()})
-    return steps
-
-
-def _batches(folders: list[Folder], config: ClipConfig) -> DataLoader[tuple[Tensor, list[str]]]:
-    pairs = Pairs(folders, config.resolution, config.min_crop, config.random_flip, config.seed)
-    return DataLoader(  # of batches, which the collation makes of pairs
-        pairs,  # type: ignore[arg-type]
-        batch_sampler=DistinctCaptions(folders, config.batch_size, config.seed),
-        collate_fn=collate_pairs,
-        num_workers=config.num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _save(model: CLIP, tokenizer: CLIPTokenizer, output: Path, report: dict[str, float]) -> None:
-    whole = clip_from_open_clip(model.cpu().float(), eos_token_id=tokenizer.eos_token_id)
-    whole.save_pretrained(output / "clip")
-    tokenizer.save_pretrained(output / "clip")
-    text = text_encoder_from_open_clip(model, eos_token_id=tokenizer.eos_token_id)
-    text.save_pretrained(output / "text_encoder")
-    tokenizer.save_pretrained(output / "tokenizer")
-    (output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -4,7 +4,6 @@ Nothing of it is saved, and neither accumulation nor the number of processes can
 """
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,15 +19,18 @@ def learning_rate(
     schedule: LRScheduleName,
     lr_warmup_steps: int,
     max_steps: int,
+    decay_from: int | None = None,
     final_fraction: float = 0.0,
 ) -> float:
     """Return the learning rate of optimiser step `step`, counted from 0.
 
-    It rises linearly to `base` over lr_warmup_steps and then stays, or falls as half a cosine
-    (Loshchilov & Hutter 2017, Eq. 5) or a line, to final_fraction * base at max_steps.
+    It rises linearly to `base` over lr_warmup_steps and stays, or falls as half a cosine
+    (Loshchilov & Hutter 2017, Eq. 5) or a line, to final_fraction * base at max_steps. decay_from:
+    the step at which the fall begins, by default after the warm-up, which it overlaps otherwise.
     """
     warmup = min(1.0, (step + 1) / lr_warmup_steps) if lr_warmup_steps > 0 else 1.0
-    done = (step - lr_warmup_steps) / max(1, max_steps - lr_warmup_steps)
+    start = lr_warmup_steps if decay_from is None else decay_from
+    done = (step - start) / max(1, max_steps - start)
     done = min(1.0, max(0.0, done))
     if schedule == "constant":
         left = 1.0
@@ -66,25 +68,3 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Give every parameter group the learning rate of this step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-class TimedRate:
-    """A linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, Eq. 5)."""
-
-    def __init__(
-        self, base: float, *, lr_warmup_steps: int, max_steps: int, max_minutes: float = 0.0
-    ) -> None:
-        """max_minutes: counted from here; 0: no limit."""
-        self.base, self.lr_warmup_steps = base, lr_warmup_steps
-        self.max_steps, self.max_minutes = max_steps, max_minutes
-        self._started = time.monotonic()
-
-    def at(self, step: int) -> float | None:
-        """Return the learning rate of step `step`, counted from 0; None at the end of the run."""
-        minutes = (time.monotonic() - self._started) / 60
-        by_time = minutes / self.max_minutes if self.max_minutes else 0.0
-        done = max(step / self.max_steps, by_time)
-        if done >= 1.0:
-            return None
-        warm = min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
-        return self.base * warm * (1 + math.cos(math.pi * done)) / 2

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from latentdiff.training.optim.lr import set_learning_rate
 from latentdiff.training.optim.muon import Muon, muon_params
 
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
@@ -88,29 +87,6 @@ def build_optimizer(
         weight_decay=weight_decay,
         fused=True if fused else None,
     )
-
-
-class AmpStep:
-    """Gradient and update of one optimiser, scaled as fp16 needs it by a scaler of its own.
-
-    In fp16 an update whose gradients overflow is skipped, and the scale is halved.
-    """
-
-    def __init__(self, optimizer: Optimizer, *, fp16: bool, max_norm: float | None = None) -> None:
-        """max_norm: of the gradients without their scale, as for `clip_gradients`."""
-        self.optimizer, self.max_norm = optimizer, max_norm
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
-
-    def step(self, loss: Tensor, *, lr: float) -> None:
-        """Update by the gradient of a loss (0-dim), at this learning rate."""
-        set_learning_rate(self.optimizer, lr)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.parameters, self.max_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentdiff.atomic import atomic_file
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.eval_set import read_pixels
 from latentdiff.evaluation.metrics.bootstrap import bootstrap_mean
@@ -66,5 +67,7 @@ def heldout_report(
             f"latent{k}_kurtosis": channel.kurtosis,
         }
     if sheet is not None:
-        reconstruction_sheet(pixels[:NUM_SHOWN], decoded[:NUM_SHOWN]).save(sheet)
+        with atomic_file(sheet) as temporary:
+            shown = reconstruction_sheet(pixels[:NUM_SHOWN], decoded[:NUM_SHOWN])
+            shown.save(temporary, format="PNG")
     return report

@@ -1,69 +1,134 @@
 """Train an AutoencoderKL on random crops (Rombach et al. 2022, Appendix G).
 
 Crops are taken at a random scale between the image's own and the one where its shorter side just
-fills the crop, so one VAE serves several resolutions. The EMA weights are what is saved, with the
-scalar scaling measured on training crops. Held-out PSNR is reported over whole images.
+fills the crop, so one VAE serves several resolutions. The EMA weights are exported, with the scalar
+scaling measured on training crops. Held-out PSNR is reported over whole images.
 """
 
+import copy
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from io import BytesIO
+import logging
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-from latentdiff.config.io import to_yaml
+from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.vae import VaeConfig
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.evaluation.metric_nets import load_mobilenet
-from latentdiff.image_io import load_image
 from latentdiff.models.build import build_vae
 from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec, latent_stats, set_scalar_scaling
-from latentdiff.training.distributed import single_process_accelerator
-from latentdiff.training.metrics_log import LossLog
-from latentdiff.training.optim.lr import TimedRate
+from latentdiff.training.checkpoint import Parts
+from latentdiff.training.loop import train_in_one_process
+from latentdiff.training.metrics_log import MeanLosses
+from latentdiff.training.optim.lr import learning_rate
+from latentdiff.training.recipe import Recipe
+from latentdiff.training.vae.crops import Crops
 from latentdiff.training.vae.pca import keep_principal
 from latentdiff.training.vae.reconstruction_report import heldout_report
 from latentdiff.training.vae.vae_step import VaeTrainStep
 
+logger = logging.getLogger(__name__)
 
-def train_vae(config: VaeConfig) -> dict[str, float]:
-    """Train; save `output_dir`/vae, metrics.json and a sheet; return the figures.
 
-    ValueError when there is no image to train on, or the loss is no number any more.
+def train_vae(config: VaeConfig) -> int:
+    """Train; return the exit status: 0 done, 143 or 130 stopped by a signal, its state saved.
+
+    Writes config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, vae/,
+    metrics.json and a sheet of reconstructions into config.output_dir. ValueError when there is no
+    image to train on, FloatingPointError when a loss is not finite any more.
     """
     folders = [_read(root) for root in config.roots]
     if not folders or not any(len(folder.split("train")) for folder in folders):
         raise ValueError(f"roots={list(config.roots)} hold no training images; give --roots")
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(to_yaml(config))
-    torch.manual_seed(config.seed)
-    accelerator = single_process_accelerator(config.mixed_precision)
-    crops = Crops([f.split("train") for f in folders], config.resolution, seed=config.seed)
-    vae = _initial_vae(config, crops).to(accelerator.device)
-    if config.channels_last:
-        vae.to(memory_format=torch.channels_last)
-    average, steps = _train_steps(vae, crops, config, accelerator)
-    codec = LatentCodec(average)
-    if config.train_part == "all":
-        with torch.no_grad():
-            pixels = (batch.to(average.device) for batch in crops.some(config))
-            set_scalar_scaling(average, latent_stats(codec, pixels))
-    report = {"steps": float(steps), "scaling_factor": codec.scale}
-    network = load_mobilenet(config.features).to(average.device) if config.features else None
-    if accelerator.is_main_process:
-        for root, folder in zip(config.roots, folders, strict=True):
+
+    def build(settings: VaeConfig, folder: Path, accelerator: Accelerator) -> VaeRecipe:
+        return VaeRecipe(settings, folder, folders, accelerator)
+
+    return train_in_one_process(config, build)
+
+
+class VaeRecipe(Recipe):
+    """Training of a VAE on the training images of folders."""
+
+    def __init__(
+        self, config: VaeConfig, folder: Path, folders: list[Folder], accelerator: Accelerator
+    ) -> None:
+        """folder: of the run; folders: of the images."""
+        super().__init__()
+        self.config, self.folder, self.folders = config, folder, folders
+        self.device, self.losses = accelerator.device, MeanLosses()
+        torch.manual_seed(config.seed)
+        self.crops = Crops([f.split("train") for f in folders], config.resolution, config.seed)
+        vae = _initial_vae(config, self.crops).to(self.device)
+        if config.channels_last:
+            vae.to(memory_format=torch.channels_last)
+        self.train_step = VaeTrainStep(vae, config, accelerator)
+        self.learning_rate = partial(  # half a cosine over the whole run, times the warm-up
+            learning_rate,
+            base=config.learning_rate,
+            schedule="cosine",
+            lr_warmup_steps=config.lr_warmup_steps,
+            max_steps=config.max_steps,
+            decay_from=0,
+        )
+
+    def batches(self, first_step: int) -> Iterator[Tensor]:
+        """Return crops (B, 3, H, W) in [-1, 1], without end."""
+        return self.crops.loader(self.config, start=first_step)
+
+    def step(self, batches: Iterator[Tensor], step: int) -> int:
+        """Do optimiser step `step`."""
+        pixels = next(batches).to(self.device)
+        rate = self.learning_rate(step)
+        self.losses.add(self.train_step.step(pixels, step=step, learning_rate=rate))
+        return len(pixels)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Return the mean losses."""
+        return self.losses.close(step) | {"learning_rate": self.learning_rate(step - 1)}
+
+    def tensors(self) -> Parts:
+        """Return weights, optimiser states, averages and the states of torch's generators."""
+        return self.train_step.tensors()
+
+    def state(self) -> dict[str, Any]:
+        """Return the numbers next to them."""
+        return self.train_step.state()
+
+    def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
+        """Take both back."""
+        self.train_step.load(tensors, state)
+
+    def export(self) -> None:
+        """Write vae/ with the EMA weights, metrics.json and reconstructions of held-out images."""
+        config, vae = self.config, self.train_step.vae.eval()
+        with self.train_step.ema.swap_weights(vae):
+            if config.train_part == "all":
+                with torch.no_grad():
+                    pixels = (batch.to(self.device) for batch in self.crops.some(config))
+                    set_scalar_scaling(vae, latent_stats(LatentCodec(vae), pixels))
+            report = self._heldout_report(LatentCodec(vae))
+            dtype = torch.float16 if config.save_dtype == "fp16" else torch.float32
+            saved = copy.deepcopy(vae).to(dtype).to(memory_format=torch.contiguous_format)
+        with atomic_folder(self.folder / "vae") as temporary:
+            saved.save_pretrained(temporary)
+        write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
+        logger.info("wrote %s: %s", self.folder / "vae", report)
+
+    def _heldout_report(self, codec: LatentCodec) -> dict[str, float]:
+        """Measure the VAE on the held-out images of each folder."""
+        config = self.config
+        report = {"steps": float(config.max_steps), "scaling_factor": codec.scale}
+        network = load_mobilenet(config.features).to(self.device) if config.features else None
+        for root, folder in zip(config.roots, self.folders, strict=True):
             if len(heldout := folder.heldout()):
                 name = Path(root).name
                 found = heldout_report(
@@ -71,68 +136,10 @@ def train_vae(config: VaeConfig) -> dict[str, float]:
                     heldout,
                     resolution=config.resolution,
                     network=network,
-                    sheet=output / f"reconstructions_{name}.png",
+                    sheet=self.folder / f"reconstructions_{name}.png",
                 )
                 report |= {f"{key}/{name}": value for key, value in found.items()}
-        saved = average.to(torch.float16 if config.save_dtype == "fp16" else torch.float32)
-        saved.to(memory_format=torch.contiguous_format).save_pretrained(output / "vae")
-        (output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
-
-
-@dataclass(frozen=True)
-class Crops(Dataset[Tensor]):
-    """Random square crops of the images of several folders; item k is a function of (seed, k)."""
-
-    folders: list[Folder]
-    resolution: int
-    seed: int
-
-    def __getitem__(self, k: int) -> Tensor:
-        """Return the k-th crop of the run, (3, H, W) in [-1, 1]; folders take turns evenly."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, k]))
-        folder = self.folders[k % len(self.folders)]
-        image = load_image(BytesIO(folder.read_bytes(int(rng.integers(len(folder))))))
-        room = min(image.size) / self.resolution  # how much smaller the image may be made
-        side = round(min(image.size) / max(1.0, rng.uniform(1.0, max(1.0, room))))
-        whole = resize_and_crop(
-            image,
-            height=max(self.resolution, round(image.height * side / min(image.size))),
-            width=max(self.resolution, round(image.width * side / min(image.size))),
-        ).image
-        y, x = (int(rng.integers(n - self.resolution + 1)) for n in (whole.height, whole.width))
-        cut = whole.crop((x, y, x + self.resolution, y + self.resolution))
-        pixels = to_pixels(cut)
-        return pixels.flip(-1) if rng.random() < 0.5 else pixels
-
-    def loader(self, config: VaeConfig, *, start: int) -> Iterator[Tensor]:
-        """Yield batches (B, 3, H, W) from step `start` on, without end."""
-        order = _Counting(start * config.batch_size)
-        loader = DataLoader(
-            self,
-            config.batch_size,
-            sampler=order,
-            num_workers=config.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-        return iter(loader)
-
-    def some(self, config: VaeConfig) -> Iterator[Tensor]:
-        """Yield the first twenty batches, to measure latents on."""
-        return (batch for _, batch in zip(range(20), self.loader(config, start=0), strict=False))
-
-
-class _Counting(Sampler[int]):
-    """0, 1, 2, ... from `start`."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        k = self.start
-        while True:
-            yield k
-            k += 1
+        return report
 
 
 def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
@@ -162,32 +169,6 @@ def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
             if part is not None:
                 part.requires_grad_(True)
     return vae.train()
-
-
-def _train_steps(
-    vae: AutoencoderKL, crops: Crops, config: VaeConfig, accelerator: Accelerator
-) -> tuple[AutoencoderKL, int]:
-    """Run the training loop; return the EMA model and the number of steps."""
-    objective = VaeTrainStep(vae, config, accelerator)
-    average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    rates = TimedRate(
-        config.learning_rate,
-        lr_warmup_steps=config.lr_warmup_steps,
-        max_steps=config.max_steps,
-        max_minutes=config.max_minutes,
-    )
-    steps = 0
-    bar = tqdm(range(config.max_steps), disable=not accelerator.is_main_process, unit="step")
-    log = LossLog(config.output_dir, every_steps=config.log_every_steps, bar=bar)
-    for step, pixels in zip(bar, crops.loader(config, start=0), strict=False):
-        if (rate := rates.at(step)) is None:
-            break
-        losses = objective.step(pixels.to(accelerator.device), step=step, rate=rate)
-        average.update_parameters(vae)
-        steps = step + 1
-        log.add(steps, losses)
-    averaged: AutoencoderKL = average.module
-    return averaged.eval(), steps
 
 
 def _read(root: str) -> Folder:

@@ -1,4 +1,7 @@
-"""One training step of a VAE: every loss that its config asks for, and what is learnt of them."""
+"""One training step of a VAE: every loss that its config asks for, the updates, and their state."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +11,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentdiff.config.vae import VaeConfig
-from latentdiff.training.optim.optimizer import AmpStep
+from latentdiff.training.checkpoint import Parts
+from latentdiff.training.optim.amp_step import AmpStep
+from latentdiff.training.optim.ema import Ema
 from latentdiff.training.vae.losses import (
     Lpips,
     PatchDiscriminator,
@@ -19,36 +24,38 @@ from latentdiff.training.vae.losses import (
 
 
 class VaeTrainStep:
-    """The losses of a VAE and its update; where there is a discriminator, it with its own."""
+    """A VAE in training, its EMA, and the discriminator where there is one."""
 
     def __init__(self, vae: AutoencoderKL, config: VaeConfig, accelerator: Accelerator) -> None:
         self.vae, self.config, self.accelerator = vae, config, accelerator
         self.lpips = Lpips(config.lpips).to(accelerator.device) if config.lpips else None
         fp16 = config.mixed_precision == "fp16"
-        rule = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             [weight for weight in vae.parameters() if weight.requires_grad],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=1e-3,
         )
-        self.update = AmpStep(rule, fp16=fp16, max_norm=1.0)
+        self.vae_step = AmpStep(vae, optimizer, fp16=fp16, max_norm=1.0)
+        self.ema = Ema(vae, decay=config.ema_decay)
         self.discriminator: torch.nn.Module | None = None
+        self.disc_step: AmpStep | None = None
         if config.discriminator_weight:
             self.discriminator = PatchDiscriminator(config.discriminator_width).to(vae.device)
             weights = self.discriminator.parameters()
-            rule = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.5, 0.9))
-            self.lesson = AmpStep(rule, fp16=fp16)
+            optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.5, 0.9))
+            self.disc_step = AmpStep(self.discriminator, optimizer, fp16=fp16, name="discriminator")
 
-    def step(self, pixels: Tensor, *, step: int, rate: float) -> dict[str, Tensor]:
-        """Compute the losses of one batch, update the VAE and teach the discriminator.
+    def step(self, pixels: Tensor, *, step: int, learning_rate: float) -> dict[str, Tensor]:
+        """Compute the losses of one batch, and update the VAE, its EMA and the discriminator.
 
-        pixels: (B, 3, H, W) in [-1, 1]; rate: of both. Returns the losses, detached.
+        pixels: (B, 3, H, W) in [-1, 1]. Returns the losses, detached.
         """
         if self.config.channels_last:
             pixels = pixels.to(memory_format=torch.channels_last)
         with self.accelerator.autocast():
             posterior = self.vae.encode(pixels).latent_dist
-            z, wanted = self._moved(posterior.sample(), pixels, step=step)
+            z, wanted = self._augment(posterior.sample(), pixels, step=step)
             reconstruction = self.vae.decode(add_noise(z, self.config.latent_noise)).sample
         loss = vae_loss(
             reconstruction,
@@ -61,14 +68,38 @@ class VaeTrainStep:
             distance = self.lpips(reconstruction.float(), wanted).mean()
             loss = loss + self.config.lpips_weight * distance
         losses = {"loss": loss.detach()}
-        if self.discriminator is not None and step >= self.config.discriminator_start:
+        has_discriminator = step >= self.config.discriminator_start and self.disc_step is not None
+        if has_discriminator:
             loss, losses["generator_loss"] = self._with_generator_loss(loss, reconstruction)
-        self.update.step(loss, lr=rate)
-        if self.discriminator is not None and step >= self.config.discriminator_start:
-            losses["discriminator_loss"] = self._teach(wanted, reconstruction.detach(), rate=rate)
+        self.vae_step.step(loss, learning_rate=learning_rate)
+        self.ema.update()
+        if has_discriminator:
+            losses["discriminator_loss"] = self._discriminator_step(
+                wanted, reconstruction.detach(), learning_rate=learning_rate
+            )
         return losses
 
-    def _moved(self, z: Tensor, pixels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> Parts:
+        """Return all weights, optimiser states, averages and the states of torch's generators."""
+        parts = {**self.vae_step.tensors(), "ema": self.ema.state_dict(), "rng": _rng_states()}
+        return parts if self.disc_step is None else {**parts, **self.disc_step.tensors()}
+
+    def state(self) -> dict[str, Any]:
+        """Return the numbers next to them, as JSON."""
+        state = self.vae_step.state()
+        return state if self.disc_step is None else state | self.disc_step.state()
+
+    def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
+        """Take both back; ValueError names what does not fit."""
+        for update in (self.vae_step, self.disc_step):
+            if update is not None:
+                update.load(tensors, state)
+        self.ema.load_state_dict(tensors["ema"])
+        torch.set_rng_state(tensors["rng"]["cpu"])
+        if self.vae.device.type == "cuda" and "cuda" in tensors["rng"]:
+            torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.vae.device)
+
+    def _augment(self, z: Tensor, pixels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
         """Move latents and images alike, at the share of steps asked for."""
         rng = np.random.default_rng([self.config.seed, step])
         if rng.random() >= self.config.equivariance_prob:
@@ -86,19 +117,28 @@ class VaeTrainStep:
         assert self.discriminator is not None
         self.discriminator.requires_grad_(False)
         with self.accelerator.autocast():
-            fooled = -self.discriminator(reconstruction).float().mean()
+            gen_loss = -self.discriminator(reconstruction).float().mean()
         self.discriminator.requires_grad_(True)
-        scaled = self.update.scaler.scale
-        weight = adaptive_weight(scaled(loss), scaled(fooled), self.vae.decoder.conv_out.weight)
-        return loss + self.config.discriminator_weight * weight * fooled, fooled.detach()
+        scaled = self.vae_step.scaler.scale
+        weight = adaptive_weight(scaled(loss), scaled(gen_loss), self.vae.decoder.conv_out.weight)
+        return loss + self.config.discriminator_weight * weight * gen_loss, gen_loss.detach()
 
-    def _teach(self, real: Tensor, fake: Tensor, *, rate: float) -> Tensor:
+    def _discriminator_step(self, real: Tensor, fake: Tensor, *, learning_rate: float) -> Tensor:
         """Do the discriminator's own update; return its loss, detached."""
         assert self.discriminator is not None
+        assert self.disc_step is not None
         with self.accelerator.autocast():
             loss = hinge_loss(self.discriminator(real).float(), self.discriminator(fake).float())
-        self.lesson.step(loss, lr=rate)
+        self.disc_step.step(loss, learning_rate=learning_rate)
         return loss.detach()
+
+
+def _rng_states() -> dict[str, Tensor]:
+    """Return the states of the generators that posteriors and noise are sampled from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def add_noise(z: Tensor, largest: float) -> Tensor:

@@ -1,0 +1,89 @@
+"""A module's weights with their optimiser: one update in mixed precision, and their whole state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from latentdiff.training.checkpoint import Parts
+from latentdiff.training.optim.lr import set_learning_rate
+from latentdiff.training.optim.optimizer import clip_gradients
+from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
+
+
+class AmpStep:
+    """Gradient and update of one module, scaled as fp16 needs it by a scaler of its own.
+
+    In fp16 an update whose gradients overflow is skipped, and the scale is halved.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        fp16: bool,
+        max_norm: float | None = None,
+        name: str = "model",
+    ) -> None:
+        """max_norm: of the gradients without their scale, as for `clip_gradients`.
+
+        name: of the checkpoint's part; that of the optimiser is `name`_optimizer.
+        """
+        self.module, self.optimizer, self.max_norm, self.name = module, optimizer, max_norm, name
+        self.parameters = dict(module.named_parameters())
+        device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    def step(self, loss: Tensor, *, learning_rate: float) -> None:
+        """Follow the gradient of a loss (0-dim) once."""
+        set_learning_rate(self.optimizer, learning_rate)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        clip_gradients(trained, self.max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def tensors(self) -> Parts:
+        """Return weights, trainable or not, and the optimiser's tensors; not copies."""
+        tensors, _ = optimizer_tensors(self.optimizer, self._names())
+        return {
+            self.name: {name: weight.detach() for name, weight in self.parameters.items()},
+            f"{self.name}_optimizer": tensors,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return the numbers next to them, as JSON."""
+        _, numbers = optimizer_tensors(self.optimizer, self._names())
+        return {self.name: {"optimizer": numbers, "scaler": self.scaler.state_dict()}}
+
+    @torch.no_grad()
+    def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
+        """Take both back; ValueError names what does not fit."""
+        load_parameters(self.parameters, tensors[self.name])
+        saved = state[self.name]
+        own = tensors.get(f"{self.name}_optimizer", {})
+        load_optimizer_tensors(self.optimizer, self._names(), own, saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.parameters.items()}
+
+
+@torch.no_grad()
+def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved weights into parameters; ValueError names what does not fit."""
+    if saved.keys() != parameters.keys():
+        differing = sorted(saved.keys() ^ parameters.keys())
+        raise ValueError(f"the checkpoint's weights are not this model's: {differing[:8]}")
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name} is {tuple(saved[name].shape)} in the checkpoint, "
+                f"expected {tuple(parameter.shape)}"
+            )
+        parameter.copy_(saved[name])

@@ -1,0 +1,254 @@
+"""The text-to-image recipe from top to bottom: check, load, cache, train, evaluate, sample, export.
+
+Does not answer for: the mathematics (diffusion/), the loop (loop.py), one step (train_step.py), how
+a run is set up (setup.py).
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from latentdiff.config.text_to_image import Config
+from latentdiff.evaluation.metrics.heldout_loss import (
+    summarize_gap,
+    summarize_losses,
+    triple_losses,
+)
+from latentdiff.training.checkpoint import Parts, checkpoint_step
+from latentdiff.training.distributed import any_process, start_accelerator
+from latentdiff.training.export import averaged, export
+from latentdiff.training.fsdp import full_state, shard_state
+from latentdiff.training.inputs.train_data import TrainData
+from latentdiff.training.inputs.workers import report_worker_crash
+from latentdiff.training.learned_variance import prediction_only
+from latentdiff.training.loop import is_due, train_recipe
+from latentdiff.training.metrics_log import StepResults
+from latentdiff.training.model import check_components
+from latentdiff.training.optim.ema import COUNT
+from latentdiff.training.optim.posthoc_ema import (
+    Snapshot,
+    drop_snapshots_after,
+    save_snapshot,
+    snapshot_path,
+)
+from latentdiff.training.plan import log_plan
+from latentdiff.training.preview import write_sheet
+from latentdiff.training.recipe import LoopSettings, Recipe
+from latentdiff.training.resume import first_checkpoint
+from latentdiff.training.run_folder import die_with_parent, open_run_folder
+from latentdiff.training.setup import Run, setup
+
+NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config) -> int:
+    """Train as the config says; return the exit status: 0 done, 143 or 130 stopped by a signal.
+
+    Writes config.yaml, metrics.jsonl, checkpoints/, samples/, tensorboard/ and, at the end,
+    pipeline/ into config.output_dir. ValueError or FileNotFoundError says what is wrong with the
+    input, before heavy work; FloatingPointError when the numbers go wrong; DeadWorkerError names
+    the sample that a dead data worker was reading. A signal before the first step ends the process
+    at once: nothing is lost by it.
+    """
+    die_with_parent()
+    check_components(config)
+    accelerator = start_accelerator(config)
+    with open_run_folder(config.output_dir, accelerator) as folder:
+        start = first_checkpoint(config, folder)
+        run = setup(config, folder, accelerator)
+        first_step = checkpoint_step(start) if start else 0
+        log_plan(run, first_step)
+        if accelerator.is_main_process:
+            drop_snapshots_after(folder, first_step)
+        with report_worker_crash(run.train_data.dataset, run.train_data.ids):
+            return train_recipe(
+                TextToImageRecipe(run),
+                config,
+                LoopSettings.of(config.train),
+                folder,
+                accelerator=accelerator,
+                start=start,
+            )
+
+
+class TextToImageRecipe(Recipe):
+    """Text-to-image training: a U-Net, and a text encoder where it is trained along."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run, self.train_step = run, run.train_step
+        self.results = StepResults(
+            run.accelerator,
+            max_skipped_steps=run.config.train.max_skipped_steps,
+            num_timesteps=self.train_step.objective.schedule.num_timesteps,
+        )
+
+    def batches(self, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield this process's micro-batches."""
+        run = self.run
+        return run.train_data.batches(
+            run.layout,
+            first_step=first_step,
+            last_step=run.config.train.max_steps,
+            accelerator=run.accelerator,
+        )
+
+    def step(self, batches: Iterator[dict[str, torch.Tensor]], step: int) -> int:
+        """Do optimiser step `step`, and write the post-hoc averages when they are due."""
+        count = self.run.train_data.order.count(step)
+        result = self.train_step.step(
+            batches, step=step, count=count, accumulation=self.run.layout.accumulation
+        )
+        self.results.add(result)
+        settings, done = self.run.config.train, step + 1
+        if is_due(done, settings.posthoc_ema_every_steps, done == settings.max_steps):
+            self._save_posthoc_snapshots(done)
+        return count
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Return mean losses, and count the skipped updates, which hold the learning rate back."""
+        rate = self.train_step.lr_schedule.at(step - 1 - self.train_step.skipped)
+        figures, skipped = self.results.close(step, self.run.train_data.ids, learning_rate=rate)
+        self.train_step.skipped += skipped
+        return figures
+
+    def evaluate(self, step: int, *, last: bool) -> dict[str, float]:
+        """Measure the held-out loss when it is due, and that of training images next to it.
+
+        The gap of the two tells overfitting. All processes share in it, with the EMA weights. The
+        figures also have what captions are worth.
+        """
+        run, objective = self.run, self.train_step.objective
+        triples, trained = run.train_data.heldout_triples, run.train_data.train_triples
+        if (
+            triples is None
+            or trained is None
+            or not is_due(step, run.config.eval.every_steps, last)
+        ):
+            return {}
+
+        def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            with run.accelerator.autocast():
+                return self.train_step.model(zt, t, text)
+
+        with self._eval_mode():
+            measure = partial(
+                triple_losses,
+                denoise,
+                objective.schedule,
+                prediction_type=objective.prediction_type,
+                device=run.accelerator.device,
+                shard=(run.accelerator.process_index, run.accelerator.num_processes),
+            )
+            shares = measure(triples)
+            trained_share = measure(trained, captions=["true"])
+        losses = run.accelerator.reduce(shares, "sum")
+        trained_losses = run.accelerator.reduce(trained_share, "sum")["true"]
+        num_timesteps = objective.schedule.num_timesteps
+        figures = summarize_losses(losses, triples.t, num_timesteps=num_timesteps)
+        return figures | summarize_gap(losses["true"][triples.order], trained_losses[trained.order])
+
+    def save_samples(self, step: int, *, last: bool) -> dict[str, float]:
+        """Write a sheet of images when it is due and not there yet, with the EMA weights."""
+        run, preview = self.run, self.run.config.preview
+        path = run.folder / "samples" / f"step-{step:09d}.png"
+        if not step or not is_due(step, preview.every_steps, last):
+            return {}
+        if not any_process(not path.exists(), run.accelerator):
+            return {}  # made before the run was stopped
+        try:
+            with self._eval_mode():
+                return write_sheet(
+                    run.components,
+                    preview.prompts or default_prompts(run.train_data),
+                    path,
+                    accelerator=run.accelerator,
+                    seed=run.config.train.seed,
+                    num_steps=preview.num_steps,
+                    guidance_scale=preview.guidance_scale,
+                    nearest_images=run.nearest_images,
+                )
+        except OSError as error:  # a full disk, say, is no reason to stop training
+            logger.error("no sheet for step %d: %s", step, error)
+            return {}
+
+    def _save_posthoc_snapshots(self, step: int) -> None:
+        """Write a snapshot of each post-hoc average, one at a time; training waits.
+
+        Comes before the step's checkpoint is saved: a run that is resumed from there does not come
+        by here again. A disk that does not take one is logged, and training continues.
+        """
+        is_main = self.run.accelerator.is_main_process
+        for sigma_rel, average in self.train_step.posthoc_emas.items():
+            whole = full_state({"average": average.state_dict()}, keep=is_main)["average"]
+            if not is_main:
+                continue
+            tensors = {name: whole[name].cpu() for name in average.tensors}
+            stored = Snapshot(int(whole[COUNT]), average.gamma, tensors)
+            try:
+                save_snapshot(stored, snapshot_path(self.run.folder, step, sigma_rel))
+            except OSError as error:
+                logger.error("a snapshot for scripts/reconstruct_ema.py is missing: %s", error)
+
+    def tensors(self) -> Parts:
+        """Return weights, optimiser state and averages."""
+        return self.train_step.tensors()
+
+    def state(self) -> dict[str, Any]:
+        """Return the numbers next to them, and the held-out losses so far."""
+        return self.train_step.state() | {
+            "heldout": {str(step): loss for step, loss in self.heldout.items()},
+            "num_heldout": self._num_heldout,
+            "scaling_factor": float(self.run.components.vae.config["scaling_factor"]),
+            "base": self.run.base_hash,
+        }
+
+    def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
+        """Take them back; losses of another number of held-out triples are forgotten."""
+        state = {name.replace("held_out", "heldout"): value for name, value in state.items()}
+        if state.get("base") != self.run.base_hash:
+            raise ValueError(
+                "the checkpoint was trained on other weights than model.pretrained="
+                f"{self.run.config.model.pretrained} holds now, which its own are added to; give "
+                "the base model of that run"
+            )
+        self.train_step.load(shard_state(tensors, self.train_step.parameters), state)
+        if state.get("num_heldout") == self._num_heldout:
+            self.heldout |= {int(step): loss for step, loss in state["heldout"].items()}
+
+    def export(self) -> None:
+        """Write pipeline/."""
+        export(self.run, self.heldout)
+
+    @property
+    def _num_heldout(self) -> int:
+        triples = self.run.train_data.heldout_triples
+        return 0 if triples is None else len(triples)
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """Give the model its EMA weights and evaluation mode inside the block.
+
+        A learned variance is left out: the prediction is measured and sampled.
+        """
+        model = self.train_step.model.eval()
+        with averaged(self.train_step), prediction_only(self.run.components):
+            yield
+        model.train()
+
+
+def default_prompts(train_data: TrainData) -> list[str]:
+    """Return up to eight different captions, evenly over the folder, held-out if there are any."""
+    folder = train_data.heldout if len(train_data.heldout) else train_data.train
+    looked_at = min(NUM_LOOKED_AT, len(folder))
+    indices = [len(folder) * k // looked_at for k in range(looked_at)]
+    captions = (train_data.transform.fixed(folder[index].captions[0]) for index in indices)
+    distinct = list(dict.fromkeys(captions))
+    num = min(8, len(distinct))
+    return [distinct[len(distinct) * k // num] for k in range(num)]
