@@ -13,7 +13,8 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.evaluation.metrics.clip import ClipGuide, load_clip
+from latentdiff.evaluation.metric_nets import load_clip
+from latentdiff.evaluation.metrics.clip import ClipGuide
 from latentdiff.image_grid import draw_grid, to_pil, to_uint8
 
 
