@@ -14,7 +14,7 @@ class ClipConfig:
     roots: tuple[str, ...] = ()
     """captioned folders; their test/ folders are held out"""
     resolution: int = 64
-    """pixels of the square images it sees"""
+    """pixels of the square images"""
     patch_size: int = 8
     """pixels of a patch's side"""
     width: int = 192
@@ -22,21 +22,21 @@ class ClipConfig:
     num_layers: int = 6
     """transformer layers of the image encoder"""
     text_width: int = 192
-    """width of the text encoder, which a U-Net's cross-attention has to have too"""
+    """width of the text encoder, and of the cross-attention of a U-Net that is to use it"""
     text_num_layers: int = 4
     """transformer layers of the text encoder"""
     head_dim: int = 32
-    """channels of one attention head, in both towers"""
+    """channels of one attention head, in both encoders"""
     embed_dim: int = 128
     """dimensions of the space that images and texts share"""
     tokenizer: str = ""
     """"" trains a byte-pair vocabulary on the captions; "open_clip" takes open_clip's own"""
     vocab_size: int = 2048
-    """entries of the vocabulary trained on the captions (514 at the least)"""
+    """entries of the vocabulary trained on the captions (at least 514)"""
     max_tokens: int = 32
     """tokens a caption may have, start and end included"""
     random_flip: bool = True
-    """mirror half of the images, but none whose caption speaks of sides or of writing"""
+    """mirror half of the images, but none whose caption mentions sides or writing"""
     min_crop: float = 0.8
     """smallest side of a random crop, as a share of the image's shorter side"""
     max_steps: int = at_least(1, default=2000)
@@ -44,23 +44,23 @@ class ClipConfig:
     max_minutes: float = at_least(0, default=0.0)
     """a limit that becomes one of max_steps, by timing a few steps when a run begins; 0: none"""
     batch_size: int = 128
-    """pairs a step; a batch holds no caption twice, as one would be the other's wrong answer"""
+    """pairs a step; a batch holds no caption twice, as one pair would be the other's negative"""
     learning_rate: float = 1e-3
-    """peak rate, cosine to zero"""
+    """peak learning rate, cosine to zero"""
     lr_warmup_steps: int = 100
-    """steps until the peak rate"""
+    """optimiser steps until the peak learning rate"""
     weight_decay: float = 0.1
     """AdamW's, on matrices"""
     mixed_precision: MixedPrecision = "bf16"
     """mixed precision of the forward and backward pass"""
     seed: int = 0
-    """every draw is a function of it"""
+    """all random numbers are a function of it"""
     num_workers: int = 1
     """processes that prepare images"""
     log_every_steps: int = at_least(1, default=50)
-    """a line of metrics"""
+    """steps between two lines of metrics"""
     checkpoint_every_steps: int = at_least(1, default=1000)
-    """a checkpoint, apart from the one at the end"""
+    """steps between two checkpoints; one more is saved at the end"""
     keep_checkpoints: int = at_least(1, default=2)
     """newest checkpoints that are kept"""
     resume: str = "auto"

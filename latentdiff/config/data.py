@@ -25,8 +25,8 @@ class DataConfig:
     partial_batches: Literal["keep", "fill"] = "keep"
     """the last batch of a bucket stays smaller, or shows some of its images again"""
     num_crops: int = at_least(0, default=1)
-    """places that an image is cut at, spread over the room there is, one at random each time; all
-    are cached; 1: the centre; 0: anywhere, which needs data.cache=false"""
+    """crops of an image, evenly spaced, one at random each time; all are cached; 1: the centre; 0:
+    anywhere, which needs data.cache=false"""
     cache: bool = True
     """encode images once, ahead of training; false: read and encode them at every step"""
     caption_column: str = "text"
@@ -36,19 +36,19 @@ class DataConfig:
     duplicate_rows: Literal["error", "captions"] = "error"
     """an image listed twice: an error, or one with several captions"""
     sidecar_lines: Literal["one", "captions"] = "one"
-    """a text file beside an image is one caption, or has one a line"""
+    """a text file next to an image is one caption, or has one a line"""
     caption_template: str = ""
     """such as "a photo of a {label}" where the folders' names are the only captions"""
     missing_caption: Literal["skip", "empty"] = "skip"
-    """what becomes of an image without a caption"""
+    """skip an image without a caption, or give it the empty caption"""
     caption_choice: Literal["random", "first"] = "random"
-    """which of several captions an image has: one at random each time, or the first"""
+    """the caption of an image with several: one at random each time, or the first"""
     shuffle_tags: bool = False
-    """bring the comma-separated tags of a caption into another order each time"""
+    """shuffle the comma-separated tags of a caption each time"""
     keep_tags: int = at_least(0, default=0)
-    """tags at the start that neither move nor drop out"""
+    """tags at the start that are neither shuffled nor dropped"""
     tag_dropout: float = share_below_1(default=0.0)
-    """share of the other tags that is left out each time"""
+    """share of the other tags that is dropped each time"""
     trigger_word: str = ""
     """a word that becomes the first tag of every caption that lacks it"""
     caption_prefix: str = ""
@@ -58,12 +58,12 @@ class DataConfig:
     heldout_fraction: float = share(default=0.02)
     """share held out by a stable hash where no test/ or validation/ folder exists"""
     random_flip: bool = False
-    """mirror half of the images, but none whose caption speaks of sides or of writing"""
+    """mirror half of the images, but none whose caption mentions sides or writing"""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB under transparent images"""
     mask: Mask = "none"
-    """where the loss looks: everywhere, where an image is opaque, or where NAME.mask.png beside
-    NAME.jpg is white; the mask is cut as the image is and averaged over each latent cell"""
+    """region of the loss: everywhere, where an image is opaque, or where NAME.mask.png next to
+    NAME.jpg is white; the mask is cropped as the image and averaged over each latent pixel"""
     min_size: int = at_least(1, default=32)
     """pixels of the shorter side below which an image is skipped"""
     max_aspect: float = at_least(1, default=4.0)
@@ -73,9 +73,9 @@ class DataConfig:
     follow_links: bool = False
     """read through links that leave the folder (Hugging Face caches are made of them)"""
     cache_dir: str = "~/.cache/latentdiff"
-    """where latents, text states and scans are kept, addressed by content"""
+    """folder of cached latents, prompt embeddings and scans, addressed by content"""
     num_workers: int = at_least(0, default=0)
-    """processes that prepare batches beside training"""
+    """processes that prepare batches while training"""
 
     def check(self) -> None:
         """Raise ValueError for settings that exclude each other."""
@@ -87,6 +87,6 @@ class DataConfig:
             )
         if self.cache and self.num_crops == 0:
             raise ValueError(
-                "data.num_crops=0 cuts at a new place each time, which cannot be cached: add "
-                "--data.cache=false, or give a number of places"
+                "data.num_crops=0 crops anywhere each time, which cannot be cached: add "
+                "--data.cache=false, or give a number of crops"
             )

@@ -16,7 +16,7 @@ from latentdiff.config.ranges import at_least, positive, share
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The chain and what the U-Net predicts. Fine-tuning keeps the model's own unless said."""
+    """The chain and the prediction; fine-tuning keeps the model's own where empty."""
 
     beta_schedule: Literal["", BetaSchedule] = ""
     """empty: scaled_linear from scratch, the model's own for fine-tuning"""
@@ -29,7 +29,7 @@ class DiffusionConfig:
     zero_terminal_snr: bool = False
     """from scratch: rescale the betas so that the last step is pure noise (Lin et al. 2024)"""
     prediction_type: Literal["", PredictionType] = ""
-    """what the U-Net predicts: noise, velocity or clean latents; empty: epsilon, or the model's"""
+    """prediction of the U-Net: noise, velocity or clean latents; empty: epsilon, or the model's"""
     loss_weighting: LossWeighting = "none"
     """loss weight by timestep"""
     snr_gamma: float = at_least(0, default=0.0)
@@ -39,25 +39,25 @@ class DiffusionConfig:
     huber_delta: float = positive(default=0.1)
     """error from which the Huber loss is no longer square"""
     timestep_sampling: TimestepSampling = "uniform"
-    """how timesteps are drawn; stratified spreads them evenly over each batch, loss_aware draws
-    those with large losses more often and weighs them less (Nichol & Dhariwal 2021)"""
+    """distribution of timesteps; stratified: evenly spaced over each batch; loss_aware: those with
+    large losses more often, and weighted less (Nichol & Dhariwal 2021)"""
     logit_normal_mean: float = 0.0
-    """of timesteps=logit_normal: above 0 means more noise"""
+    """of timestep_sampling=logit_normal: above 0 means more noise"""
     logit_normal_std: float = positive(default=1.0)
-    """of timesteps=logit_normal: small means more of the middle"""
+    """of timestep_sampling=logit_normal: small means more of the middle"""
     logit_normal_unbiased: bool = False
-    """draw a tenth of these uniformly and weigh losses by 1 / (T p_t), so that what is minimised
-    is what uniform timesteps minimise"""
+    """sample a tenth of these uniformly and weight losses by 1 / (T p_t), so that the minimum is
+    that of uniform timesteps"""
     learned_variance: bool = False
     """learn the variance of the reverse steps too, by the hybrid loss (Nichol & Dhariwal 2021); the
-    export beside pipeline/ is then pipeline_learned_variance/, for ancestral sampling"""
+    export next to pipeline/ is then pipeline_learned_variance/, for ancestral sampling"""
     caption_dropout: float = share(default=0.1)
     """share of captions replaced by the empty one, which guidance needs (Ho & Salimans 2022)"""
     offset_noise: float = at_least(0, default=0.0)
     """strength of a noise that is constant over each channel"""
     input_perturbation: float = at_least(0, default=0.0)
-    """strength of noise that the U-Net sees and need not predict, against exposure bias; 0.1 in
-    Ning et al. 2023"""
+    """strength of noise in the U-Net's input that is not in its target, against exposure bias; 0.1
+    in Ning et al. 2023"""
 
     def check(self) -> None:
         """Raise ValueError for settings that exclude each other."""
@@ -67,7 +67,7 @@ class DiffusionConfig:
             )
         if self.logit_normal_unbiased and self.timestep_sampling != "logit_normal":
             raise ValueError(
-                "diffusion.logit_normal_unbiased weighs the draws of "
+                "diffusion.logit_normal_unbiased weights the losses of "
                 "diffusion.timestep_sampling=logit_normal, got "
-                f"{self.timestep_sampling!r}; leave it out, or set that"
+                f"{self.timestep_sampling!r}; leave the first out, or set the second"
             )

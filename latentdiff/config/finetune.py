@@ -8,49 +8,49 @@ from latentdiff.config.ranges import at_least, share_below_1
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What of model.pretrained learns, LoRA, new words, and prior preservation."""
+    """Trainable weights of model.pretrained, LoRA, textual inversion, and prior preservation."""
 
     method: FinetuneMethod = "full"
     """full: the whole U-Net; attention, cross_attention: those layers of it alone; lora: adapters
-    beside some of its layers (Hu et al. 2022); textual_inversion: new words alone (Gal et al.
-    2023). train.train_text_encoder adds the text encoder, with lora by adapters"""
+    on some of its layers (Hu et al. 2022); textual_inversion: new words alone (Gal et al. 2023).
+    train.train_text_encoder adds the text encoder, with lora by adapters"""
     lora_rank: int = at_least(1, default=16)
     """rank of each adapter"""
     lora_alpha: float = at_least(0, default=0.0)
-    """adapters act lora_alpha / lora_rank times; 0: once"""
+    """adapters are scaled by lora_alpha / lora_rank; 0: by 1"""
     lora_dropout: float = share_below_1(default=0.0)
-    """share of an adapter's inputs left out while training"""
+    """share of an adapter's inputs dropped while training"""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """ends of the names of the U-Net's layers that get adapters; "attn2.to_k" is narrower,
     "ff.net.2" or "conv1" more"""
     lora_kohya: bool = False
-    """write lora_kohya.safetensors too, in the naming that ComfyUI and A1111 know best"""
+    """write lora_kohya.safetensors too, in the naming of kohya, for ComfyUI and A1111"""
     token: str = ""
     """textual_inversion: the new word, such as "<my-dog>" """
     initializer_token: str = ""
-    """textual_inversion: known words that it starts from, such as "dog" """
+    """textual_inversion: known words that initialise the new one, such as "dog" """
     num_vectors: int = at_least(1, default=1)
-    """textual_inversion: embeddings that the new word stands for"""
+    """textual_inversion: number of embeddings of the new word"""
     instance_prompts: tuple[str, ...] = ()
     """captions of every image in place of its own, such as ["a photo of sks dog"]; several: one
     at random each time. The folder then needs no captions"""
     class_prompt: str = ""
-    """prior preservation (Ruiz et al. 2023): what the subject is one of, such as "a photo of a
-    dog"; as many of the model's own images of it as of the subject are in each step"""
+    """prior preservation (Ruiz et al. 2023): the subject's class, such as "a photo of a dog"; each
+    step holds as many of the model's own images of the class as of the subject"""
     num_class_images: int = at_least(1, default=100)
-    """images that the model makes of class_prompt before training, kept and used again"""
+    """images of class_prompt that the model generates before training, kept and used again"""
     class_images_dir: str = ""
-    """where they are kept; empty: class_images/ in the run folder"""
+    """folder of the class images; empty: class_images/ in the run folder"""
     class_num_steps: int = at_least(1, default=50)
-    """sampling steps of these images"""
+    """sampling steps of the class images"""
     class_guidance_scale: float = at_least(0, default=7.5)
-    """classifier-free guidance of these images"""
+    """classifier-free guidance of the class images"""
     prior_loss_weight: float = at_least(0, default=1.0)
-    """weight of a class image's loss beside the subject's"""
+    """weight of a class image's loss, where the subject's has 1"""
 
     @property
     def is_partial(self) -> bool:
-        """Whether weights of the U-Net stay as they are, so that the base model is needed."""
+        """Whether some weights of the U-Net stay frozen, so that the base model is needed."""
         return self.method != "full"
 
     def check(self) -> None:

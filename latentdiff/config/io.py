@@ -1,6 +1,6 @@
 """Settings from a YAML file and the command line, and back to YAML.
 
-Answers for messages that name the setting, what it was given and the nearest known name.
+Answers for messages that name the setting, the given value and the nearest known name.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ def load_config(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"the config file {path} does not exist")
-    wanted: Any = kind or Config
-    return parse_arguments(wanted, ["--config", str(path), *overrides])
+    settings_class: Any = kind or Config
+    return parse_arguments(settings_class, ["--config", str(path), *overrides])
 
 
 def parse_arguments(kind: type[Settings], arguments: Sequence[str]) -> Settings:
@@ -124,7 +124,7 @@ def _renamed_file(path: Path, current: Callable[[str], str]) -> str | None:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None  # the parser's own message names it
+        return None  # the parser's own message names the mistake
     if not isinstance(settings, dict):
         return None
     renamed: dict[str, Any] = {}

@@ -26,20 +26,20 @@ class TextConfig:
     """A text encoder trained from scratch together with the U-Net."""
 
     width: int = at_least(1, default=256)
-    """width of the text states"""
+    """width of the prompt embeddings"""
     num_layers: int = at_least(1, default=4)
     """transformer layers"""
     num_heads: int = at_least(1, default=4)
     """attention heads"""
     vocab_size: int = at_least(514, default=2048)
-    """entries of the byte-pair vocabulary trained on the captions (514 at the least)"""
+    """entries of the byte-pair vocabulary trained on the captions (at least 514)"""
     max_tokens: int = at_least(3, default=32)
     """tokens a caption may have, start and end included"""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Where the parts come from. `pretrained` fine-tunes; without it the U-Net is new."""
+    """Sources of the components. `pretrained` fine-tunes; without it the U-Net is new."""
 
     pretrained: str = ""
     """a Stable-Diffusion-format folder or hub id to fine-tune, or "latentdiff-mini", the small
@@ -48,8 +48,8 @@ class ModelConfig:
     """a VAE's folder; "latentdiff-mini" is that of the small model that ships with the package,
     with 4 latent channels, "latentdiff-vae" one with 8"""
     text_encoder: str = ""
-    """a folder with text_encoder/ and tokenizer/, kept frozen but for train.train_text_encoder;
-    empty trains a new tower"""
+    """a folder with text_encoder/ and tokenizer/, frozen unless train.train_text_encoder is true;
+    empty trains a new text encoder"""
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)
     fit_scaling_factor: bool = True

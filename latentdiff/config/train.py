@@ -9,7 +9,7 @@ from latentdiff.config.ranges import at_least, share_below_1
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation. batch_size is the global one: the same on one GPU and on eight."""
+    """Optimisation. batch_size is global: the same on one GPU and on eight."""
 
     max_steps: int = at_least(1, default=10_000)
     """optimiser steps of the whole run"""
@@ -20,21 +20,21 @@ class TrainConfig:
     learning_rate: float = at_least(0, default=1e-4)
     """peak learning rate"""
     text_learning_rate: float = at_least(0, default=0.0)
-    """rate of a text encoder trained along; 0: the same"""
+    """learning rate of the text encoder, where it is trained; 0: the same"""
     lr_schedule: LRDecay = "constant"
-    """shape of the rate after the warm-up, over max_steps"""
+    """shape of the learning rate after the warm-up, over max_steps"""
     lr_warmup_steps: int = at_least(0, default=500)
-    """optimiser steps until the peak rate is reached"""
+    """optimiser steps until the peak learning rate"""
     weight_decay: float = at_least(0, default=0.01)
     """AdamW's, not applied to norms and biases"""
     optimizer: Optimizer = "adamw"
     """adamw, fused where the device has it; adamw8bit, whose state is a quarter, which needs
-    bitsandbytes and a GPU; muon, which learns more from each image when training from scratch, at
-    the price of some matrix products a step (Jordan et al. 2024)"""
+    bitsandbytes and a GPU; muon, which needs fewer images when training from scratch, at the
+    price of some matrix products a step (Jordan et al. 2024)"""
     beta2: float = share_below_1(default=0.999)
     """AdamW's second-moment decay"""
     max_grad_norm: float = at_least(0, default=1.0)
-    """gradients are scaled down to this norm"""
+    """gradients are clipped to this norm"""
     mixed_precision: MixedPrecision = "bf16"
     """mixed precision of the forward and backward pass; weights and optimiser stay float32"""
     channels_last: bool | Literal["auto"] = "auto"
@@ -46,37 +46,37 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """compute activations twice and keep fewer of them"""
     train_text_encoder: bool = False
-    """train a text encoder that is there already, of model.pretrained or model.text_encoder, too,
-    at its own rate; with LoRA by adapters"""
+    """train the text encoder of model.pretrained or model.text_encoder too, at
+    text_learning_rate; with LoRA by adapters"""
     ema: bool = True
     """keep an exponential moving average of the weights and export it"""
     ema_decay: float = share_below_1(default=0.9999)
-    """its decay, reached by a warm-up"""
+    """decay of the average, reached by a warm-up"""
     ema_device: Literal["same", "cpu"] = "same"
-    """where averages live; cpu saves their memory on the GPU and costs a copy of the weights each
-    step"""
+    """device of the averages; cpu saves their memory on the GPU and costs a copy of the weights
+    each step"""
     posthoc_ema_sigma_rel: tuple[float, ...] = ()
-    """widths (sigma_rel) of power-function averages to track beside it, such as [0.05, 0.1], of
+    """widths (sigma_rel) of power-function averages to track as well, such as [0.05, 0.1], from
     whose snapshots scripts/reconstruct_ema.py makes any width (Karras et al. 2024)"""
     posthoc_ema_every_steps: int = at_least(1, default=1000)
-    """a snapshot of each in power_ema/, apart from the one at the end; ten or more of a run rebuild
-    any width from 0.03 to 0.2"""
+    """steps between two snapshots of each in power_ema/, and one at the end; ten or more of a run
+    rebuild any width from 0.03 to 0.2"""
     export: Literal["last", "best"] = "last"
-    """the state that pipeline/ is made of: the last, or that with the least held-out loss"""
+    """the state that is exported to pipeline/: the last, or that with the lowest held-out loss"""
     seed: int = at_least(0, default=0)
-    """every draw of the run is a function of it"""
+    """all random numbers of the run are a function of it"""
     resume: str = "auto"
     """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder"""
     log_every_steps: int = at_least(1, default=10)
-    """a line of metrics; also how often the host waits for the device"""
+    """steps between two lines of metrics, at which the host also waits for the device"""
     checkpoint_every_steps: int = at_least(1, default=1000)
-    """a checkpoint, apart from the one at the end"""
+    """steps between two checkpoints; one more is saved at the end"""
     keep_checkpoints: int = at_least(1, default=2)
     """newest checkpoints that are kept"""
     keep_every_steps: int = at_least(0, default=0)
     """checkpoints of steps that it divides are kept too; 0: none"""
     keep_best: bool = False
-    """keep the one with the least held-out loss too; whenever a loss is the least, one is saved"""
+    """keep the checkpoint of the lowest held-out loss too; each new lowest loss saves one"""
     max_skipped_steps: int = at_least(1, default=20)
     """stop after so many updates in a row were skipped because of NaN or Inf"""
 
@@ -101,18 +101,18 @@ class PreviewConfig:
     """Sample sheets during the run."""
 
     prompts: tuple[str, ...] = ()
-    """what the sheets show; by default eight held-out captions"""
+    """prompts of the sheets; by default eight held-out captions"""
     every_steps: int = at_least(0, default=1000)
-    """a sheet in samples/; 0: only at the end"""
+    """steps between two sheets in samples/; 0: only at the end"""
     num_steps: int = at_least(1, default=20)
     """sampling steps"""
     guidance_scale: float = at_least(0, default=4.0)
     """classifier-free guidance of the sheets"""
     num_nearest: int = at_least(0, default=2000)
-    """training images, spread over the folder, among which the nearest to each image of a sheet
-    is looked for and shown beside it; 0: none"""
+    """training images, evenly spaced over the folder, among which the nearest to each image of a
+    sheet is searched, to be shown next to it; 0: none"""
     features: str = ""
-    """folder of a network whose features say what is near: a transformers vision model, a CLIP, or
+    """folder of a network whose features define nearness: a transformers vision model, a CLIP, or
     arch.json and model.safetensors of a MobileNet; empty: thumbnails of 16 x 16 pixels"""
 
 
@@ -121,6 +121,7 @@ class EvalConfig:
     """Held-out loss during the run."""
 
     every_steps: int = at_least(0, default=500)
-    """held-out loss on fixed (image, timestep, noise) triples; 0: only at the end"""
+    """steps between two measurements of the held-out loss, on fixed (image, timestep, noise)
+    triples; 0: only at the end"""
     num_heldout: int = at_least(1, default=256)
-    """triples at the most, and as many of training images, whose loss tells overfitting"""
+    """maximum number of triples, and of as many training images, whose loss shows overfitting"""
