@@ -1,9 +1,10 @@
 """The variational bound on -log p(x0), in bits per dimension (Ho et al. 2020, Eq. 5).
 
 Bound = L_T + sum over t of L_{t-1} + L_0. Per sample, so that errors over images and over noise can
-both be told. For latents L_0 is the density of a Gaussian: differential, may be negative, and only
-differences between models of the same latents mean something. For pixels give `levels=256`: L_0 is
-then a probability and the bound a code length. Computed in the dtype of the schedule's tables.
+both be estimated. For latents L_0 is the density of a Gaussian: differential, may be negative, and
+only differences between models of the same latents mean something. For pixels give `levels=256`:
+L_0 is then a probability and the bound a code length. Computed in the dtype of the schedule's
+tables.
 """
 
 import math
@@ -112,7 +113,7 @@ def _per_sample(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TimestepPlan:
-    """How to draw K of the steps t = 1 .. T-1 so that their weighted sum has the full sum's mean.
+    """Sampling of K of the steps t = 1 .. T-1, whose weighted sum has the mean of the full sum.
 
     The unit interval is cut into K equal strata, one uniform draw falls into each, and t is where
     the cumulated probabilities meet it. A step's weight is 1 / (K p_t).
@@ -123,14 +124,14 @@ class TimestepPlan:
 
     @classmethod
     def uniform(cls, num_timesteps: int, *, num_draws: int) -> "TimestepPlan":
-        """Draw every step as often as any other."""
+        """Sample every step as often as any other."""
         return cls(torch.full((num_timesteps - 1,), 1 / (num_timesteps - 1)).double(), num_draws)
 
     @classmethod
     def from_pilot(
         cls, pilot: "BoundSamples", *, num_draws: int, uniform_share: float = 0.1
     ) -> "TimestepPlan":
-        """Draw a step in proportion to its root mean square term: the least variance for one draw.
+        """Sample a step in proportion to its root mean square term: minimum variance for K = 1.
 
         pilot: every step of a few images, from `evaluate_bound(plan=None)`.
         """
@@ -138,7 +139,7 @@ class TimestepPlan:
         share = size / size.sum()
         return cls(share * (1 - uniform_share) + uniform_share / len(size), num_draws)
 
-    def draw(self, num_samples: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, num_samples: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return timesteps (K, N) int64 and their weights (K, N) float64, on the CPU."""
         shape = (self.num_draws, num_samples)
         u = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
@@ -191,17 +192,17 @@ def evaluate_bound(
 ) -> BoundSamples:
     """Evaluate the bound of each image `repeats` times, without bias. x0: (B, ...).
 
-    plan: None calls the model for all T steps, a plan for L_0 and its K draws. Two or more repeats
-    tell the error of the estimate from the spread of the images. Models given generators of one
-    seed see the same timesteps and noise: `difference` then has little noise. The other arguments
-    are those of `bound_term`.
+    plan: None calls the model for all T steps, a plan for L_0 and its K samples. Two or more
+    repeats separate the error of the estimate from the variation of the images. Models given
+    generators of one seed get the same timesteps and noise: `difference` then has little noise. The
+    other arguments are those of `bound_term`.
     """
     check_objective(schedule, prediction_type)
-    draws = [_draw(plan, schedule, len(x0), generator) for _ in range(repeats)]
+    sampled = [_sample(plan, schedule, len(x0), generator) for _ in range(repeats)]
     terms = []
-    for steps, _ in draws:
+    for steps, _ in sampled:
         for t in (torch.zeros(len(x0), dtype=torch.int64), *steps):
-            t = t.to(x0.device)  # noqa: PLW2901  drawn on the CPU, used on the device
+            t = t.to(x0.device)  # noqa: PLW2901  sampled on the CPU, used on the device
             xt = q_sample(schedule, x0, t, randn_like(x0, generator=generator))
             term = bound_term(
                 schedule,
@@ -220,19 +221,19 @@ def evaluate_bound(
     return BoundSamples(
         prior=prior_bits(schedule, x0).cpu().double(),
         decoder=bits[..., 0],
-        t=torch.stack([t for t, _ in draws]).permute(2, 0, 1),
-        weights=torch.stack([w for _, w in draws]).permute(2, 0, 1),
+        t=torch.stack([t for t, _ in sampled]).permute(2, 0, 1),
+        weights=torch.stack([w for _, w in sampled]).permute(2, 0, 1),
         bits=bits[..., 1:],
         x0_mse=x0_mse[..., 1:],
         decoder_x0_mse=x0_mse[..., 0],
     )
 
 
-def _draw(
+def _sample(
     plan: TimestepPlan | None, schedule: Schedule, num_samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     if plan is not None:
-        return plan.draw(num_samples, generator=generator)
+        return plan.sample(num_samples, generator=generator)
     t = torch.arange(1, schedule.num_timesteps)[:, None].expand(-1, num_samples)
     return t, torch.ones(t.shape, dtype=torch.float64)
 
@@ -241,17 +242,19 @@ class Estimate(NamedTuple):
     """A mean with its two standard errors. An interval at 95 % is mean +- 1.96 of one of them."""
 
     mean: float
-    se_images: float  # as an estimate for all images like these: spread of the images, and noise
+    se_images: (
+        float  # as an estimate for all images of this kind: variation of the images, and noise
+    )
     se_noise: float  # as an estimate for these very images: noise and timesteps only; NaN if R = 1
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Summarise N images' values, each estimated R times, (N, R): of `BoundSamples.total` say."""
+    """Summarise N images' values, each estimated R times, (N, R), as `BoundSamples.total` gives."""
     num_images, repeats = values.shape
     per_image = values.mean(1)
     noise = values.var(1).mean() / (repeats * num_images) if repeats > 1 else torch.tensor(math.nan)
-    spread = per_image.std() if num_images > 1 else torch.tensor(math.nan)
-    return Estimate(float(per_image.mean()), float(spread) / num_images**0.5, float(noise) ** 0.5)
+    std = per_image.std() if num_images > 1 else torch.tensor(math.nan)
+    return Estimate(float(per_image.mean()), float(std) / num_images**0.5, float(noise) ** 0.5)
 
 
 def difference(a: BoundSamples, b: BoundSamples) -> Tensor:
@@ -262,14 +265,14 @@ def difference(a: BoundSamples, b: BoundSamples) -> Tensor:
     """
     if not torch.equal(a.t, b.t):
         raise ValueError(
-            "the two bounds were not drawn alike: evaluate both on the same images, with the same"
+            "the two bounds have other timesteps: evaluate both on the same images, with the same"
             " plan and with generators of the same seed"
         )
     return a.total() - b.total()
 
 
 class PerTimestep(NamedTuple):
-    """The terms of the bound along the chain; NaN at steps never drawn. All (T,)."""
+    """The terms of the bound along the chain; NaN at steps never sampled. All (T,)."""
 
     bits: Tensor  # mean L_{t-1}; L_0 at t = 0
     se: Tensor  # its standard error over images and noise
@@ -278,7 +281,7 @@ class PerTimestep(NamedTuple):
 
 
 def per_timestep(samples: BoundSamples, num_timesteps: int) -> PerTimestep:
-    """Spread the samples over the chain: the bound's profile, rate and distortion (Sec. 4.3)."""
+    """Average the samples by timestep: the bound's profile, rate and distortion (Sec. 4.3)."""
     t = torch.cat([torch.zeros(samples.decoder.numel(), dtype=torch.int64), samples.t.flatten()])
     bits = torch.cat([samples.decoder.flatten(), samples.bits.flatten()])
     mse = torch.cat([samples.decoder_x0_mse.flatten(), samples.x0_mse.flatten()])

@@ -81,7 +81,7 @@ def p_mean_variance(
     """Turn a model's output at (xt, t) into the Gaussian p(x_{t-1} | xt) (Eq. 11).
 
     variance_type: "fixed_small" is beta-tilde_t, "fixed_large" beta_t (Sec. 3.2); "learned_range"
-    takes the second half of the output's channels, in [-1, 1], as the place between their
+    takes the second half of the output's channels, in [-1, 1], as the position between their
     logarithms (Nichol & Dhariwal 2021, Eq. 15). clip_x0: clamp the predicted x0 to [-clip_x0,
     clip_x0]: 1 for pixels, None for latents.
     """
@@ -125,7 +125,7 @@ def split_variance(
 
 
 def p_sample(reverse: PMeanVariance, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_{t-1} from p(x_{t-1} | xt) (Algorithm 2, line 4), its mean alone at t = 0.
+    """Sample x_{t-1} from p(x_{t-1} | xt) (Algorithm 2, line 4), its mean alone at t = 0.
 
     reverse: of `p_mean_variance`; t: (B,); noise: (B, ...), standard normal.
     """
@@ -165,7 +165,7 @@ def p_sample_loop(
 class Step(NamedTuple):
     """One step of the reverse chain."""
 
-    t: int  # the step that was left
+    t: int  # the step of xt
     sample: Tensor  # x_{t-1}, (B, ...)
     x0: Tensor  # the x0 predicted at t, (B, ...): progressive decoding (Sec. 4.3)
 
@@ -182,9 +182,9 @@ def p_sample_steps(
     clip_x0: float | None = None,
     start: int | None = None,
 ) -> Iterator[Step]:
-    """Walk the reverse chain as `p_sample_loop` does, and show every step.
+    """Run the reverse chain as `p_sample_loop` does, and yield every step.
 
-    start: the timestep that xt is at, T - 1 unless said.
+    start: the timestep of xt, by default T - 1.
     """
     check_objective(schedule, prediction_type)
     for index in range(schedule.num_timesteps - 1 if start is None else start, -1, -1):
@@ -203,7 +203,7 @@ def p_sample_steps(
 
 
 def randn_like(like: Tensor, *, generator: Generators) -> Tensor:
-    """Draw noise of a sample's shape and device, at least float32, on the generator's own device.
+    """Sample noise of a sample's shape and device, at least float32, on the generator's own device.
 
     Raises ValueError when a list of generators is not as long as the batch.
     """

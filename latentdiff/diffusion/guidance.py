@@ -26,7 +26,7 @@ def classifier_free(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tens
 
 
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """Pull a guided prediction's spread back to the conditional one's (Lin et al. 2023, Eq. 16).
+    """Pull a guided prediction's std back to the conditional one's (Lin et al. 2023, Eq. 16).
 
     guided, cond: (B, ...). phi in [0, 1]: 0 changes nothing, 1 matches the standard deviation, the
     paper uses 0.7.
@@ -39,7 +39,7 @@ def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
 def is_guided(
     timestep: int, *, start: float = 0.0, end: float = 1.0, num_timesteps: int = 1000
 ) -> bool:
-    """Say whether guidance acts at a timestep (Kynkäänniemi et al. 2024).
+    """Return whether guidance acts at a timestep (Kynkäänniemi et al. 2024).
 
     start, end: the part of sampling it acts in, counted from pure noise: 0 is timestep T - 1 and 1
     is timestep 0.
@@ -57,7 +57,7 @@ def score_guidance(
     """Move a prediction by a gradient of log p(y | xt): eps' = eps - sigma_t gradient.
 
     Dhariwal & Nichol 2021, Alg. 2; in x0 and v it is the same move, sigma^2 / signal and -sigma /
-    signal times the gradient. Pure noise, where signal is 0, says nothing of y: no move.
+    signal times the gradient. Pure noise, where signal is 0, does not depend on y: no move.
     output, gradient: (B, ...).
     """
     noise = extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=output)
@@ -76,11 +76,11 @@ def with_score_guidance(
     variance_type: str = "fixed_small",
     through_x0: bool = True,
 ) -> Model:
-    """Wrap a model so that every sampler climbs a score: a classifier, CLIP, any log p(y | x).
+    """Wrap a model so that any sampler ascends a score: a classifier, CLIP, any log p(y | x).
 
     score: (x, t) -> (B,), larger is better, differentiable in x. through_x0: x is the predicted x0
     and the gradient goes back through the model; otherwise x is xt, for scores trained on noisy
-    samples. The model must be told timesteps 0 .. T-1 of this schedule. Goes on top of
+    samples. The model must take timesteps 0 .. T-1 of this schedule. Goes on top of
     classifier-free guidance; variance channels are left alone.
     """
     check_objective(schedule, prediction_type)

@@ -1,7 +1,7 @@
-"""What a denoiser is trained towards: targets, losses, their weights over t, changes to the noise.
+"""The training objective: losses by sample, and changes to the noise.
 
-Every draw is an argument, so that the caller decides where randomness comes from. Nothing here
-waits for the device.
+Random numbers are arguments, so that the caller decides where they come from. Nothing here waits
+for the device. Targets are in prediction.py, weights over t in loss_weighting.py.
 """
 
 import torch
@@ -23,8 +23,8 @@ def per_sample_loss(
     """Return the mean squared error of each sample, (B, ...) -> (B,) float32.
 
     huber_delta: use the pseudo-Huber loss 2 d (sqrt(e^2 + d^2) - d) instead: e^2 for small errors,
-    2 d |e| for large. mask: (B, 1, ...) in [0, 1]: average over what it keeps; a sample whose mask
-    keeps nothing has loss 0.
+    2 d |e| for large. mask: (B, 1, ...) in [0, 1]: weights of the average; a sample whose mask is 0
+    everywhere has loss 0.
     """
     error = output.float() - target.float()
     if huber_delta is None:
@@ -83,7 +83,7 @@ def hybrid_loss(
     """Return L_hybrid = L_simple + vlb_weight L_vlb of each sample (Nichol & Dhariwal 2021, Eq.
     16).
 
-    eps: the noise in xt; the rest as in `variance_loss`. Weights of L_simple by SNR: add
+    eps: the noise in xt; other arguments as in `variance_loss`. Weights of L_simple by SNR: add
     `variance_loss` to the weighted loss instead.
     """
     prediction, _ = split_variance(output, xt, variance_type="learned_range")
@@ -95,8 +95,8 @@ def hybrid_loss(
 def offset_noise(eps: Tensor, channel_noise: Tensor, *, strength: float) -> Tensor:
     """Add noise that is constant over an image, so that its mean can change (Guttenberg 2023).
 
-    eps: (B, C, h, w); channel_noise: (B, C, 1, 1), standard normal. The result is also what the
-    model must predict.
+    eps: (B, C, h, w); channel_noise: (B, C, 1, 1), standard normal. The result is also the
+    noise that the model must predict.
     """
     return eps + strength * channel_noise
 
@@ -104,8 +104,9 @@ def offset_noise(eps: Tensor, channel_noise: Tensor, *, strength: float) -> Tens
 def perturb_input(
     schedule: Schedule, xt: Tensor, t: Tensor, noise: Tensor, *, strength: float
 ) -> Tensor:
-    """Make xt noisier than its target says, against exposure bias (Ning et al. 2023, Alg. 1).
+    """Add noise to xt that its target does not have, against exposure bias (Ning et al. 2023).
 
-    xt, noise: (B, ...), noise a second standard normal draw. The paper uses strength 0.1.
+    xt, noise: (B, ...), noise a second standard normal sample. The paper (Alg. 1) uses strength
+    0.1.
     """
     return xt + strength * extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt) * noise

@@ -99,7 +99,7 @@ def predict_eps(
 def target(
     schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor, *, prediction_type: str
 ) -> Tensor:
-    """Return what the model should output for xt made of x0 and eps. x0, eps: (B, ...); t: (B,)."""
+    """Return the output that is right for xt made of x0 and eps. x0, eps: (B, ...); t: (B,)."""
     return parametrization(prediction_type).target(schedule, x0, eps, t)
 
 
@@ -107,7 +107,7 @@ def check_objective(schedule: Schedule, prediction_type: str) -> None:
     """Raise ValueError where a schedule and a prediction type cannot work together.
 
     Call it once, before any work: it waits for the device. With zero terminal SNR the last xt holds
-    no x0, and its noise tells nothing of x0 (Lin et al. 2023, Sec. 3.2).
+    no x0, and its noise does not determine x0 (Lin et al. 2023, Sec. 3.2).
     """
     parametrization(prediction_type)
     if prediction_type == "epsilon" and bool((schedule.alphas_cumprod == 0).any()):

@@ -123,7 +123,7 @@ class Schedule:
     posterior_mean_x0: Tensor  # Eq. 7, the factor of x0
     posterior_mean_xt: Tensor  # Eq. 7, the factor of xt
     posterior_variance: Tensor  # Eq. 7, beta-tilde_t; 0 at t = 0
-    log_variance_small: Tensor  # log beta-tilde_t; at t = 0 that of t = 1, since log 0 is no use
+    log_variance_small: Tensor  # log beta-tilde_t; at t = 0 that of t = 1, as log 0 is infinite
     log_variance_large: Tensor  # log beta_t
     timesteps: Tensor  # given to the model: 0..T-1 unless the chain was re-spaced
 
@@ -222,7 +222,7 @@ def _evenly_spaced(start: int, end: int, count: int) -> Tensor:
     return torch.linspace(start, end - 1, count, dtype=torch.float64).round().long()
 
 
-# --- Looking a coefficient up ---
+# --- Coefficients by timestep ---
 
 
 def extract(table: Tensor, t: Tensor, *, like: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def extract(table: Tensor, t: Tensor, *, like: Tensor) -> Tensor:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to compute in: the sample's, or float32 where that is narrower."""
+    """Return the dtype to compute in: the given one, or float32 where that is narrower."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -17,10 +17,10 @@ samples; returns timesteps (B,) int64 and the weights (B,) of their losses."""
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What a timestep sampler is built from; mean, std and is_unbiased are those of logit_normal.
+    """Settings of a timestep sampler; mean, std and is_unbiased are those of logit_normal.
 
-    is_unbiased: sample a tenth of the timesteps uniformly and weigh the losses, so that what is
-    minimised is what uniform timesteps minimise.
+    is_unbiased: sample a tenth of the timesteps uniformly and weight the losses, so that the
+    minimum is that of uniform timesteps.
     """
 
     num_timesteps: int
@@ -93,9 +93,9 @@ def logit_normal_timesteps(
 ) -> Tensor:
     """Return timesteps whose logit is normal: more of the middle (Esser et al. 2024, Sec. 3.1).
 
-    mean > 0 favours noise. This changes what is minimised, and weights that undid it would grow
-    without bound at both ends; `logit_normal_probabilities` with a share of uniform draws has
-    bounded ones.
+    mean > 0 favours noise. This changes the minimum of the loss, and weights that undid it would
+    grow without bound at both ends; those of `logit_normal_probabilities`, with a share of uniform
+    samples, are bounded.
     """
     normal = torch.special.ndtri(u.double() if u.device.type != "mps" else u)
     return uniform_timesteps(torch.sigmoid(mean + std * normal), num_timesteps)
@@ -104,7 +104,7 @@ def logit_normal_timesteps(
 def logit_normal_probabilities(
     num_timesteps: int, *, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.1
 ) -> Tensor:
-    """Return p_t of a logit-normal mixed with uniform draws, (T,) float64, for `sample_from`.
+    """Return p_t of a logit-normal mixed with a uniform, (T,) float64, for `sample_from`.
 
     No p_t is below uniform_share / T, so no weight is above 1 / uniform_share.
     """
@@ -116,7 +116,7 @@ def logit_normal_probabilities(
 
 
 def sample_from(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw timesteps by their probabilities p (T,): (B,) int64, and the weights (B,) of their
+    """Sample timesteps by their probabilities p (T,): (B,) int64, and the weights (B,) of their
     losses, 1 / (T p_t), which keep the mean of the weighted loss that of uniform timesteps.
 
     u: (B,) in [0, 1), float64 as a rule: rare steps are thinner than float32.
@@ -128,7 +128,7 @@ def sample_from(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stratify(u: Tensor, place: Tensor, *, num_places: int) -> Tensor:
-    """Give sample i of n a draw in [i / n, (i + 1) / n) (Kingma et al. 2021, App. I).
+    """Move the u of sample i of n into [i / n, (i + 1) / n) (Kingma et al. 2021, App. I).
 
     u: (B,); place: (B,) int64 in [0, num_places), each sample's place in the whole batch over all
     processes. Uniform over a random place, so every timestep sampler stays unbiased.
@@ -137,10 +137,10 @@ def stratify(u: Tensor, place: Tensor, *, num_places: int) -> Tensor:
 
 
 class LossSecondMomentSampler:
-    """Draw timesteps in proportion to the size of their loss (Nichol & Dhariwal 2021, Eq. 18).
+    """Sample timesteps in proportion to the size of their loss (Nichol & Dhariwal 2021, Eq. 18).
 
     p_t is proportional to sqrt(mean of the last losses at t, squared), uniform until every step has
-    been seen `history` times; `uniform_share` of the draws stays uniform for ever. The weights
+    been seen `history` times; `uniform_share` of the samples always stays uniform. The weights
     1 / (T p_t) keep the mean of the weighted loss that of uniform timesteps. History is state: save
     it. With several processes gather t and losses first, so that all hold the same state.
     """
@@ -156,7 +156,7 @@ class LossSecondMomentSampler:
         if not 0 < uniform_share <= 1:
             raise ValueError(f"uniform_share is {uniform_share}: need 0 < uniform_share <= 1")
         self.uniform_share = uniform_share
-        # The last row takes what is to be forgotten: a masked write would wait for the device.
+        # The last row takes the writes to be discarded: a masked write would wait for the device.
         self._losses = torch.zeros(num_timesteps + 1, history, device=device)
         self._counts = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
 
@@ -178,9 +178,9 @@ class LossSecondMomentSampler:
         return sample_from(self.probabilities(), u)
 
     def update(self, t: Tensor, losses: Tensor, ok: Tensor | None = None) -> None:
-        """Remember the losses of a batch before weighting, the oldest forgotten first. Both (B,).
+        """Add the losses of a batch before weighting, dropping the oldest first. Both (B,).
 
-        ok: 0-dim, bool or float; where it is 0 nothing changes, though losses be NaN.
+        ok: 0-dim, bool or float; where it is 0 nothing changes, even if losses are NaN.
         """
         flag = torch.ones((), device=t.device) if ok is None else ok.detach().to(t.device)
         kept = flag.reshape(()) != 0

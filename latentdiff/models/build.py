@@ -33,10 +33,10 @@ def build_unet(
 ) -> UNet2DConditionModel:
     """Build a U-Net with fresh weights from torch's global generator.
 
-    sample_size: latent cells along a side; block_out_channels: width of each level, finest first;
+    sample_size: latent pixels along a side; block_out_channels: width of each level, finest first;
     attention_levels: which of them attend to the text, by default all but the last, as in Stable
     Diffusion (the middle block always does); head_dim: channels of one attention head;
-    out_channels: in_channels unless said.
+    out_channels: by default in_channels.
     """
     widths = tuple(block_out_channels)
     if attention_levels is None:
@@ -77,7 +77,7 @@ def build_text_encoder(
 ) -> CLIPTextModel:
     """Build CLIP's causal text transformer with fresh weights for a tokenizer's vocabulary.
 
-    width: of the text states; the number of positions is the tokenizer's model_max_length.
+    width: of the prompt embeddings; the number of positions is the tokenizer's model_max_length.
     hidden_act: transformers' name; "quick_gelu" is OpenAI's CLIP.
     """
     if width % num_heads:
@@ -133,7 +133,7 @@ def make_ddpm_scheduler(
     """Make the scheduler of an exported model, in the settings that stock pipelines expect.
 
     beta_schedule: as in make_betas. Zero terminal SNR (Lin et al. 2024) refuses "epsilon": at the
-    last step xt holds nothing of x0, so its noise tells nothing.
+    last step xt does not depend on x0, so its noise does not determine x0.
     """
     name = {"cosine": "squaredcos_cap_v2"}.get(beta_schedule, beta_schedule)
     trained = None

@@ -1,4 +1,4 @@
-"""Whether the components of a model fit together, told from their JSON configs alone.
+"""Check that the components of a model fit together, by their JSON configs alone.
 
 So a mistake is found before any weight is loaded.
 """
@@ -16,11 +16,11 @@ ComponentConfig = Mapping[str, Any]
 def check_compatible(
     configs: Mapping[str, ComponentConfig], *, image_size: int | tuple[int, int] | None = None
 ) -> None:
-    """Raise ValueError that lists everything that does not fit.
+    """Raise ValueError with every mismatch between components.
 
-    configs: by component name ("unet", "vae", "text_encoder", "tokenizer"), each what its JSON
-    file holds; what is absent is not checked. image_size: pixels, one side or (height, width), of
-    the images to be trained.
+    configs: by component name ("unet", "vae", "text_encoder", "tokenizer"), each the content of its
+    JSON file; absent components are not checked. image_size: pixels, one side or (height, width),
+    of the images to be trained.
     """
     _check_complete(configs)
     problems = [
@@ -31,7 +31,7 @@ def check_compatible(
         *_image_size(configs, image_size),
     ]
     if problems:
-        raise ValueError("the parts of this model do not fit: " + "; ".join(problems))
+        raise ValueError("the components of this model do not fit: " + "; ".join(problems))
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unet_factor(config: ComponentConfig) -> int:
-    """Return how many latent cells one cell of the U-Net's lowest level spans along a side."""
+    """Return the latent pixels along one side of a pixel of the U-Net's lowest level."""
     return 1 << (len(config["block_out_channels"]) - 1)
 
 
@@ -109,7 +109,7 @@ def _text_width(configs: Mapping[str, ComponentConfig]) -> list[str]:
     if expected == {width}:
         return []
     return [
-        f"the U-Net attends to text states of width {', '.join(map(str, expected))} "
+        f"the U-Net attends to prompt embeddings of width {', '.join(map(str, expected))} "
         f"(cross_attention_dim) and the text encoder's width (hidden_size) is {width}"
     ]
 

@@ -38,7 +38,7 @@ from latentdiff.models.weights import (
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of one model, named as in a Stable-Diffusion-format folder."""
+    """The components of one model, named as in a Stable-Diffusion-format folder."""
 
     unet: UNet2DConditionModel
     vae: Autoencoder
@@ -50,7 +50,7 @@ class Components:
     image_encoder: CLIPVisionModelWithProjection | None = None
 
     def __post_init__(self) -> None:
-        """Check that the parts fit (ValueError)."""
+        """Check that the components fit (ValueError)."""
         check_compatible(self.configs())
         known, used = self.text_encoder.config.vocab_size, len(self.tokenizer)
         if used > known:
@@ -93,7 +93,7 @@ BUNDLED = {
 def resolve_model(path_or_id: str | os.PathLike[str]) -> Path:
     """Return the folder of a model that ships, for its name; any other path or hub id as it is.
 
-    A folder of your own that is called as one of them is meant by ./NAME. Raises FileNotFoundError
+    Name a folder of your own that has the name of such a model as ./NAME. Raises FileNotFoundError
     where the package was installed without the model.
     """
     if (folder := BUNDLED.get(os.fspath(path_or_id))) is None:
@@ -116,7 +116,7 @@ def load_components(
 
     Models come in eval mode on the CPU in `torch_dtype`; safety checker and image encoder keep
     their stored dtype. `variant` picks weight files such as "fp16". FileNotFoundError or
-    ValueError says what is wrong, before any weight is read where the configs show it.
+    ValueError names the mistake, before any weight is read where the configs show it.
     """
     folder = _folder(path_or_id, variant=variant)
     names = _component_classes(folder)

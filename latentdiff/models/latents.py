@@ -2,9 +2,9 @@
 
 Answers for: the latents' scale and shift, z = (raw - shift_factor) * scaling_factor (Rombach et
 al. 2022, D.1), their measured statistics, and normalisations that stock diffusers decodes right.
-Its StableDiffusionPipeline decodes `z / scaling_factor` and knows no shift: whatever else a model
-needs must be folded into its weights. Does not answer for: loading models (models.py) or training
-them (training/vae/train_vae.py).
+Its StableDiffusionPipeline decodes `z / scaling_factor` and has no shift: any other normalisation
+must be folded into the weights. Does not answer for: loading models (components.py) or training
+them (training/vae/).
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class LatentCodec:
 
     @property
     def factor(self) -> int:
-        """Pixels along one side of a latent cell."""
+        """Image pixels along one side of a latent pixel."""
         return latent_factor(self.vae.config)
 
     @property
@@ -55,7 +55,7 @@ class LatentCodec:
 
     @property
     def shift(self) -> float:
-        """What is subtracted from raw latents before scaling; 0 when the config has none."""
+        """The value subtracted from raw latents before scaling; 0 when the config has none."""
         return float(self.vae.config.get("shift_factor") or 0.0)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ class LatentCodec:
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Mean and standard deviation of raw latents, which are those before scale and shift."""
+    """Mean and standard deviation of raw latents, that is before scale and shift."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -132,7 +132,7 @@ def latent_stats(codec: LatentCodec, pixel_batches: Iterable[Tensor]) -> LatentS
     """Measure raw latents over batches of pixels (B, 3, H, W).
 
     The posterior's own variance counts in full: these are the statistics of sampled latents,
-    without their noise. Sums are float64 and weight every latent cell alike. ValueError when there
+    without their noise. Sums are float64 and weight every latent pixel alike. ValueError when there
     is no image.
     """
     count = num_images = 0
@@ -195,23 +195,23 @@ def fold_normalisation(
     _check_positive([*std, scaling_factor], "std and scaling_factor")
     quant, post_quant = _quant_convs(vae, channels)
     offset = torch.tensor(mean, dtype=torch.float64, device=quant.weight.device)
-    spread = torch.tensor(std, dtype=torch.float64, device=quant.weight.device) * scaling_factor
+    scale = torch.tensor(std, dtype=torch.float64, device=quant.weight.device) * scaling_factor
 
-    # (2C,): the means are divided by the spread, the log-variances shifted
-    gain = torch.cat([1 / spread, torch.ones_like(spread)])
-    added = torch.cat([-offset / spread, -2 * spread.log()])
+    # (2C,): the means are divided by the scale, the log-variances shifted
+    gain = torch.cat([1 / scale, torch.ones_like(scale)])
+    added = torch.cat([-offset / scale, -2 * scale.log()])
     weight, bias = quant.weight.double(), _bias(quant).double()
     quant.weight.copy_(gain[:, None, None, None] * weight)
     _bias(quant).copy_(gain * bias + added)
 
     weight, bias = post_quant.weight.double(), _bias(post_quant).double()
-    post_quant.weight.copy_(weight * spread[None, :, None, None])
+    post_quant.weight.copy_(weight * scale[None, :, None, None])
     _bias(post_quant).copy_(bias + weight[:, :, 0, 0] @ offset)
     _set_scale(vae, scaling_factor)
 
 
 def latent_factor(config: Mapping[str, Any]) -> int:
-    """Return pixels along one side of a latent cell, from a VAE's config."""
+    """Return image pixels along one side of a latent pixel, from a VAE's config."""
     levels = len(config.get("encoder_block_out_channels") or config["block_out_channels"])
     return 1 << (levels - 1)
 

@@ -1,9 +1,9 @@
-"""Captions to text states, in Stable Diffusion's own convention.
+"""Captions to prompt embeddings, in Stable Diffusion's own convention.
 
-Answers for: token ids (padded to the tokenizer's length with its own pad token, truncated), what
-truncation cuts, the text states (final-layer-normed last hidden state of a CLIPTextModel), the
-null caption of classifier-free guidance (Ho & Salimans 2022), and small tokenizers trained from
-scratch. Towers of open_clip models are converted in text_open_clip.py, and offered here too.
+Answers for: token ids (padded to the tokenizer's length with its own pad token, truncated), the
+part lost by truncation, prompt embeddings (final-layer-normed last hidden state of a
+CLIPTextModel), the null caption of classifier-free guidance (Ho & Salimans 2022), and small
+tokenizers trained from scratch. Encoders of open_clip models are converted in open_clip.py.
 """
 
 import json
@@ -21,7 +21,7 @@ START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Return token ids (B, L) int64 on the CPU, L = tokenizer.model_max_length, padded and
-    truncated. Words of several learnt vectors are spelled out.
+    truncated. Words of several trained vectors are expanded.
     """
     if isinstance(captions, str):
         raise ValueError("captions is one string, expected a sequence of strings; pass [caption]")
@@ -47,18 +47,18 @@ def expand_multivector_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str])
     first, as diffusers' pipelines do with prompts (Gal et al. 2023).
     """
     added = tokenizer.get_added_vocab()
-    spelled = list(captions)
+    expanded = list(captions)
     for word in added:
         if f"{word}_1" in added:
             more = [f"{word}_{k}" for k in range(1, len(added)) if f"{word}_{k}" in added]
             rest = "".join(f" {name}" for name in more)
             once = re.compile(rf"{re.escape(word)}({re.escape(rest)}|(?!_\d))")
-            spelled = [once.sub(word + rest, caption) for caption in spelled]
-    return spelled
+            expanded = [once.sub(word + rest, caption) for caption in expanded]
+    return expanded
 
 
 def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
-    """Return text states (B, L, D) for token ids (B, L): the last hidden state after the final
+    """Return prompt embeddings (B, L, D) of token ids (B, L): the last hidden state after the final
     layer norm.
 
     No attention mask, as in Stable Diffusion: padding is attended to. dtype is the encoder's
@@ -71,8 +71,8 @@ def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
             f"{limit}; set the tokenizer's model_max_length to the text encoder's "
             "max_position_embeddings"
         )
-    states: Tensor = text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
-    return states  # (B, L, D)
+    prompt_embeds: Tensor = text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
+    return prompt_embeds  # (B, L, D)
 
 
 def truncated_part(tokenizer: CLIPTokenizer, caption: str) -> str:

@@ -1,10 +1,7 @@
-"""What a weight file and a module really hold: every parameter there, of the right shape, and its
-fingerprint.
+"""Check that weight files and modules hold every parameter, in the right shape; hash and load them.
 
 Libraries only warn when a file lacks a weight, and leave that parameter empty or random. Nothing
 is unpickled here: only safetensors files are read.
-
-A plain module of a library, made of weights that another module holds under other names.
 """
 
 import hashlib
@@ -60,7 +57,7 @@ def refuse_bad_weights(
     unexpected: Iterable[str] = (),
     mismatched: Iterable[tuple[str, Shape, Shape]] = (),
 ) -> None:
-    """Raise ValueError naming what is wrong; mismatched holds (parameter, shape in the file,
+    """Raise ValueError naming the bad weights; mismatched holds (parameter, shape in the file,
     expected shape).
     """
     problems = []
@@ -132,7 +129,7 @@ def _check_shards(folder: Path, variant: str | None) -> None:
         match = WEIGHT_FILE.fullmatch(path.name)
         if match and match["variant"] == variant:
             raise ValueError(
-                f"{path} is a shard, and {folder} has no {match[1]}{ending} to tell of the others; "
+                f"{path} is a shard, and {folder} has no {match[1]}{ending} to name the others; "
                 "copy or download the folder again"
             )
 
@@ -174,7 +171,7 @@ def _listed(names: list[str], *, limit: int = 8) -> str:
 def load_into_meta(empty: Any, weights: Mapping[str, Tensor], *, like: nn.Module) -> Any:
     """Return `empty`, built on the meta device, with these weights, which it then shares.
 
-    like: the module they are of; buffers that no state holds, such as tokens' places, are its.
+    like: the module of the weights; buffers that no state holds, such as position ids, are its.
     """
     empty.load_state_dict({name: w.detach() for name, w in weights.items()}, assign=True)
     for name, buffer in like.named_buffers():

@@ -27,7 +27,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 def test_plan_draws_every_step_as_often_as_its_weight_says() -> None:
     p = torch.tensor([0.5, 0.05, 0.15, 0.3], dtype=torch.float64)
-    t, weights = TimestepPlan(p, num_draws=3).draw(50_000, generator=_generator())
+    t, weights = TimestepPlan(p, num_draws=3).sample(50_000, generator=_generator())
     assert t.shape == weights.shape == (3, 50_000)
     for step in range(1, 5):
         hits = (weights * (t == step)).sum(0)  # each image's unbiased estimate of 1

@@ -1,0 +1,1 @@
+"""Diffusion beyond the discrete chain: continuous time, learned schedules, progressive coding."""

@@ -4,7 +4,7 @@ Song et al. 2021. A variance-preserving path is an arc, xt = cos(phi) x0 + sin(p
 angle phi is the time here: near 0 for data, at most pi / 2 for noise. The probability-flow ODE is
 then dx / dphi = v, the model's v-prediction (Salimans & Ho 2022, App. D), finite also at zero
 terminal SNR. A schedule's table ties angles to timesteps, straight lines between its steps, and a
-model is asked at real timesteps. The flow ends at the table's first step: its x has that step's
+model takes real timesteps. The flow ends at the table's first step: its x has that step's
 noise. Samplers that diffusers has (DDIM, DPM-Solver) are not repeated here.
 """
 
@@ -29,7 +29,7 @@ from latentdiff.diffusion.schedules import Schedule, extract
 
 
 def score(schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
-    """Return the gradient of log q(xt), -eps / sigma_t, that predicted noise stands for."""
+    """Return the gradient of log q(xt) of predicted noise, -eps / sigma_t. eps: (B, ...)."""
     return -eps / extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=eps)
 
 
@@ -53,12 +53,12 @@ def angles(schedule: Schedule) -> Tensor:
 
 def angle_at(schedule: Schedule, timesteps: Tensor) -> Tensor:
     """Return phi at real timesteps between the schedule's first and last. (...) -> (...)."""
-    return _interpolate(timesteps, _told(schedule), angles(schedule))
+    return _interpolate(timesteps, _timesteps(schedule), angles(schedule))
 
 
 def timestep_at(schedule: Schedule, phi: Tensor) -> Tensor:
-    """Return the real timestep to tell a model at an angle. (...) -> (...)."""
-    return _interpolate(phi, angles(schedule), _told(schedule))
+    """Return the real timestep of an angle, to give to a model. (...) -> (...)."""
+    return _interpolate(phi, angles(schedule), _timesteps(schedule))
 
 
 def angle_of_log_snr(log_snr: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ def angle_of_log_snr(log_snr: Tensor) -> Tensor:
     return torch.atan(torch.exp(-0.5 * log_snr))
 
 
-def _told(schedule: Schedule) -> Tensor:
+def _timesteps(schedule: Schedule) -> Tensor:
     return schedule.timesteps.to(schedule.betas.dtype)
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Read the line through (xs, ys), xs ascending, at x; outside it, its nearest end."""
+    """Interpolate (xs, ys), xs ascending, linearly at x; outside, take the nearest end."""
     x = x.to(xs.dtype).contiguous()
     left = (torch.searchsorted(xs, x, right=True) - 1).clamp(0, len(xs) - 2)
     part = (x - xs[left]) / (xs[left + 1] - xs[left])
@@ -165,14 +165,14 @@ def _trace(v: Tensor, x: Tensor, z: Tensor) -> Tensor:
 
 
 def _grid(schedule: Schedule, num_steps: int) -> Tensor:
-    """Return num_steps + 1 angles at timesteps spread evenly over the chain, ascending."""
+    """Return num_steps + 1 angles at evenly spaced timesteps of the chain, ascending."""
     last = schedule.num_timesteps - 1
     kept = torch.linspace(0, last, min(num_steps, last) + 1, dtype=torch.float64).round().long()
     return angles(schedule)[kept.to(schedule.betas.device)]
 
 
 def rademacher(like: Tensor, num_probes: int, *, generator: torch.Generator) -> Tensor:
-    """Draw independent +-1, (R, *like.shape), for `flow_log_prob`."""
+    """Sample independent +-1, (R, *like.shape), for `flow_log_prob`."""
     shape = (num_probes, *like.shape)
     signs = torch.randint(0, 2, shape, generator=generator, device=generator.device) * 2 - 1
     return signs.to(like.device, like.dtype)
@@ -193,8 +193,8 @@ def flow_bits(
     """Bound -log p(x0) of clean data by the flow, in bits per dimension, (B, R).
 
     x0 is noised to the first step, x1, and -log p(x0) <= E[-log p(x0|x1) - log p(x1) + log
-    q(x1|x0)], with L_0 of the variational bound, so that the two bounds compare. Each repeat draws
-    noise and a probe: `bound.estimate` gives the error bars.
+    q(x1|x0)], with L_0 of the variational bound, so that the two bounds compare. Each repeat
+    samples noise and a probe: `bound.estimate` gives the error bars.
     """
     t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
     size = x0[0].numel() * math.log(2)
@@ -244,7 +244,7 @@ def predictor_corrector(
     snr: float = 0.16,
     num_corrections: int = 1,
 ) -> Tensor:
-    """Walk the reverse chain with Langevin steps at each new noise level (Song et al. 2021, Alg.
+    """Run the reverse chain with Langevin steps at each new noise level (Song et al. 2021, Alg.
     1).
 
     xt: (B, ...) pure noise. snr: a correction's signal-to-noise ratio r (Alg. 5). The arguments of

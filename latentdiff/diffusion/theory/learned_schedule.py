@@ -2,7 +2,7 @@
 
 In continuous time the bound is the integral of a model's squared noise error over logSNR: its value
 does not depend on the path between the two ends, but the variance of its one-sample estimate does.
-The schedule is trained to make that variance least, which puts steps where the error is large.
+The schedule is trained to minimise that variance, which puts steps where the error is large.
 """
 
 from collections.abc import Callable
@@ -61,10 +61,10 @@ def learn_log_snr(
     batch_size: int = 256,
     learning_rate: float = 0.05,
 ) -> MonotoneLogSNR:
-    """Fit a schedule to a fixed model's errors, for the least variance of its bound.
+    """Fit a schedule to a fixed model's errors, to minimise the variance of its bound.
 
-    error: logSNR (B,) float64 -> |eps - model's eps|^2 of one fresh sample each, (B,): that is all
-    that is asked of the model, no gradient goes through it.
+    error: logSNR (B,) float64 -> |eps - model's eps|^2 of one fresh sample each, (B,); no gradient
+    goes through the model.
     """
     schedule = MonotoneLogSNR(start=start, end=end)
     optimizer = torch.optim.Adam(schedule.parameters(), lr=learning_rate)
@@ -83,8 +83,9 @@ def variance_surrogate(
 ) -> Tensor:
     """Return a scalar whose gradient is that of log E[l^2], l = -logSNR'(u) error / 2 (Eq. 17).
 
-    Since E[l] is fixed, least E[l^2] is least variance. With p(logSNR) = 1 / |logSNR'| the density
-    of the draws, E[l^2] is the integral of (error / 2)^2 / p, and its gradient E[l^2 grad log
+    Since E[l] is fixed, minimum E[l^2] is minimum variance. With p(logSNR) = 1 / |logSNR'| the
+    density of the samples, E[l^2] is the integral of (error / 2)^2 / p, and its gradient E[l^2 grad
+    log
     |logSNR'|] at fixed logSNR: u moves against the weights, by one Newton step. u: (B,).
     """
     log_snr, slope = schedule(u)
@@ -100,8 +101,9 @@ def discretise(
 ) -> Schedule:
     """Cut a learned schedule into a chain of T steps, both ends among them.
 
-    trained_on: the schedule a model was trained on; the chain then tells it the real timesteps at
-    which that one has the same logSNR. None numbers the steps 0 .. T-1, to train a model on.
+    trained_on: the schedule that a model was trained on; the chain's timesteps are then the real
+    ones at which that schedule has the same logSNR. None numbers the steps 0 .. T-1, to train a
+    model on.
     """
     with torch.no_grad():
         log_snr, _ = learned(torch.linspace(0, 1, num_timesteps, dtype=torch.float64))

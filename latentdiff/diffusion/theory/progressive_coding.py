@@ -1,4 +1,4 @@
-"""What the reverse chain shows on its way (Ho et al. 2020, Sec. 4.3 and 4.4).
+"""Progressive decoding and interpolation by the reverse chain (Ho et al. 2020, Sec. 4.3, 4.4).
 
 Rate and distortion along the chain are in bound.py (`per_timestep`).
 """
@@ -21,7 +21,7 @@ def progressive_x0(
     variance_type: str = "fixed_small",
     clip_x0: float | None = None,
 ) -> Tensor:
-    """Return the x0 predicted at some steps of one walk down the chain, (len(shown), B, ...).
+    """Return the x0 predicted at some steps of one reverse chain, (len(shown), B, ...).
 
     xt: (B, ...) pure noise; shown: timesteps in [0, T), returned from noisy to clean.
     """
@@ -50,10 +50,10 @@ def interpolate(
     variance_type: str = "fixed_small",
     clip_x0: float | None = None,
 ) -> Tensor:
-    """Mix two images at noise level `depth` and decode what comes of it (Ho et al. 2020, Fig. 8).
+    """Mix two images at noise level `depth` and decode the mixture (Ho et al. 2020, Fig. 8).
 
     x0: two of (B, ...); depth: a timestep in [0, T), deeper is freer; share in [0, 1] of the second
-    image, one number or (B, 1, ...); eps: (B, ...) noise of both, one draw so that the mixture
+    image, one number or (B, 1, ...); eps: (B, ...) one noise for both, so that the mixture
     keeps its noise level.
     """
     first, second = x0
