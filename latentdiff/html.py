@@ -48,31 +48,33 @@ _IMAGE = """\
 src="data:image/{{ format }};base64,{{ data }}">"""
 
 
-def render(template: str, **values: object) -> Markup:
+def render_template(template: str, **values: object) -> Markup:
     """Fill in a jinja2 template; values that are not Markup are made printable and escaped."""
     return Markup(_compiled(template).render(values))
 
 
 def page(title: str, *, body: Markup, style: str = "") -> str:
     """Return a whole page: one file, whose policy forbids scripts and fetching; `style` is CSS."""
-    return render(_PAGE, policy=Markup(POLICY), title=title, style=Markup(STYLE + style), body=body)
+    return render_template(
+        _PAGE, policy=Markup(POLICY), title=title, style=Markup(STYLE + style), body=body
+    )
 
 
 def table(
     head: Sequence[object], rows: Iterable[Sequence[object]], *, classes: Sequence[str] = ()
 ) -> Markup:
     """Lay out a table; `classes` has each column's CSS class or "", as "n" for numbers."""
-    return render(_TABLE, head=head, rows=rows, classes=classes)
+    return render_template(_TABLE, head=head, rows=rows, classes=classes)
 
 
 def figure(image: Markup, *, label: str = "", note: str = "") -> Markup:
     """Put an image over its label and, in soft print, a note."""
-    return render(_FIGURE, image=image, label=label, note=note)
+    return render_template(_FIGURE, image=image, label=label, note=note)
 
 
 def grid(items: Iterable[Markup]) -> Markup:
     """Set figures next to each other in lines that wrap."""
-    return render('<div class="grid">{{ items }}</div>', items=Markup().join(items))
+    return render_template('<div class="grid">{{ items }}</div>', items=Markup().join(items))
 
 
 def inline_image(image: Image.Image, *, format: str = "PNG", kind: str = "") -> Markup:
@@ -81,7 +83,7 @@ def inline_image(image: Image.Image, *, format: str = "PNG", kind: str = "") -> 
     image.save(file, format, **({"quality": 80} if format == "JPEG" else {}))
     data = base64.b64encode(file.getvalue()).decode()
     width, height = image.size
-    return render(
+    return render_template(
         _IMAGE, kind=kind, width=width, height=height, format=format.lower(), data=Markup(data)
     )
 

@@ -29,7 +29,7 @@ EXTENSIONS = {
     "AVIF": (".avif",),
 }
 # What Pillow's decoders raise on damaged files, found by feeding them damaged files.
-DAMAGED = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -78,7 +78,7 @@ def load_image(
     with _opened(source) as image:
         try:
             image.load()
-        except DAMAGED as error:
+        except DECODE_ERRORS as error:
             raise ImageError("truncated", _message(error)) from error
         return _to_rgb(_oriented(image), background)
 
@@ -94,7 +94,7 @@ def load_alpha(source: ImageSource) -> Image.Image:
             seen = _oriented(image)
             if seen.mode in ALPHA_MODES or "transparency" in seen.info:
                 return seen.convert("RGBA").getchannel("A")
-        except DAMAGED as error:
+        except DECODE_ERRORS as error:
             raise ImageError("truncated", _message(error)) from error
         return Image.new("L", seen.size, 255)
 
@@ -110,7 +110,7 @@ def load_thumbnail(
         try:
             image.draft("RGB", (2 * side, 2 * side))
             image.load()
-        except DAMAGED as error:
+        except DECODE_ERRORS as error:
             raise ImageError("truncated", _message(error)) from error
         small = _to_rgb(_oriented(image), background)
     small.thumbnail((side, side))
@@ -127,7 +127,7 @@ def read_header(source: ImageSource) -> ImageHeader:
                 width, height = height, width
             animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
             whole = _ends_well(image)
-        except DAMAGED as error:
+        except DECODE_ERRORS as error:
             raise ImageError("truncated", _message(error)) from error
         return ImageHeader(width, height, str(image.format), animated, whole, orientation != 1)
 
@@ -144,7 +144,7 @@ def _opened(source: ImageSource) -> ImageFile:
         raise ImageError("too_many_pixels", _message(error)) from error
     except UnidentifiedImageError as error:
         raise _unidentified(source) from error
-    except DAMAGED as error:
+    except DECODE_ERRORS as error:
         raise ImageError("truncated", _message(error)) from error
     num_pixels = image.width * image.height
     if not 0 < num_pixels <= MAX_PIXELS:
@@ -194,7 +194,7 @@ def _orientation(image: ImageFile) -> int:
         else:
             exif = image.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
-    except DAMAGED:
+    except DECODE_ERRORS:
         return 1
     return value if value in range(1, 9) else 1
 
@@ -221,7 +221,7 @@ def _has_late_exif(image: ImageFile) -> bool:
 def _oriented(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except DAMAGED:
+    except DECODE_ERRORS:
         return image  # a damaged EXIF block has no orientation
 
 
@@ -234,7 +234,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
             base = Image.new("RGBA", rgba.size, (*background, 255))
             return Image.alpha_composite(base, rgba).convert("RGB")
         return image.convert("RGB") if image.mode != "RGB" else image.copy()
-    except DAMAGED as error:
+    except DECODE_ERRORS as error:
         raise ImageError("unsupported", f"colour mode {image.mode}: {_message(error)}") from error
 
 

@@ -8,14 +8,14 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 from PIL import Image
 
-from latentdiff.html import figure, grid, inline_image, page, render, table
+from latentdiff.html import figure, grid, inline_image, page, render_template, table
 
 EVIL = "<b onload=x>&'\"\x1b"
 SAFE = "&lt;b onload=x&gt;&amp;&#39;&#34;\\x1b"
 
 
 def test_texts_are_escaped_and_control_characters_are_shown():
-    assert render("{{ text }}", text=EVIL) == SAFE
+    assert render_template("{{ text }}", text=EVIL) == SAFE
     assert SAFE in figure(Markup("<i>"), label=EVIL, note=EVIL)
     assert (
         table([EVIL], [[EVIL]])
@@ -57,4 +57,4 @@ def test_a_page_forbids_scripts_and_has_its_style():
 
 def test_a_missing_value_is_an_error():
     with pytest.raises(UndefinedError):
-        render("{{ absent }}")
+        render_template("{{ absent }}")

@@ -184,7 +184,7 @@ def test_splits_by_hash_are_stable_when_the_folder_grows(tmp_path):
 
 
 def test_each_caption_streams_all_of_them_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_module, "CHUNK", 2)
+    monkeypatch.setattr(folder_module, "CHUNK_ROWS", 2)
     captions = [["a", "b"], ["c"], ["a"], ["d", "e"], ["f"]]
     for i, texts in enumerate(captions):
         save_image(tmp_path / f"{i}.png", i)

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-CHUNK = 16_384  # rows of a stored part
-OBJECTS = 2048  # rows handled as Python objects at one time
+CHUNK_ROWS = 16_384  # rows of a stored part
+OBJECTS_AT_ONCE = 2048  # rows handled as Python objects at one time
 CAPTIONS = pa.large_list(pa.large_string())
 T = TypeVar("T")
 
@@ -41,8 +41,8 @@ class StringIndex:
         places = np.full(len(wanted), -1, np.int32)
         if not len(self._order):
             return places
-        for start in range(0, len(wanted), CHUNK):
-            texts = wanted.slice(start, CHUNK)
+        for start in range(0, len(wanted), CHUNK_ROWS):
+            texts = wanted.slice(start, CHUNK_ROWS)
             hashes = _hashes(texts)
             at = np.minimum(np.searchsorted(self._sorted, hashes), len(self._order) - 1)
             found = np.where(self._sorted[at] == hashes, self._order[at], -1)
@@ -50,7 +50,7 @@ class StringIndex:
             same = pc.equal(self._among.take(pa.array(found[there])), texts.take(pa.array(there)))
             for i in there[~same.to_numpy(zero_copy_only=False)]:  # two texts of one hash
                 found[i] = pc.index(self._among, texts[int(i)]).as_py()
-            places[start : start + CHUNK] = found
+            places[start : start + CHUNK_ROWS] = found
         return places
 
 
@@ -73,11 +73,11 @@ def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:
 
 
 def in_chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    """Group items into lists of OBJECTS; the last may be shorter, none is empty."""
+    """Group items into lists of OBJECTS_AT_ONCE; the last may be shorter, none is empty."""
     chunk: list[T] = []
     for item in items:
         chunk.append(item)
-        if len(chunk) == OBJECTS:
+        if len(chunk) == OBJECTS_AT_ONCE:
             yield chunk
             chunk = []
     if chunk:
@@ -87,11 +87,11 @@ def in_chunks(items: Iterable[T]) -> Iterator[list[T]]:
 def iter_py(array: pa.Array | pa.ChunkedArray, places: np.ndarray | None = None) -> Iterator[Any]:
     """Yield an array's values as Python objects, a chunk at a time; those at `places` if given."""
     num = len(array) if places is None else len(places)
-    for start in range(0, num, OBJECTS):
+    for start in range(0, num, OBJECTS_AT_ONCE):
         if places is None:
-            yield from array.slice(start, OBJECTS).to_pylist()
+            yield from array.slice(start, OBJECTS_AT_ONCE).to_pylist()
         else:
-            yield from array.take(pa.array(places[start : start + OBJECTS])).to_pylist()
+            yield from array.take(pa.array(places[start : start + OBJECTS_AT_ONCE])).to_pylist()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 
-from latentdiff.data.arrow.columns import CHUNK
+from latentdiff.data.arrow.columns import CHUNK_ROWS
 
 ALONE = -1  # the offset of a file that is no member of a shard
 SHARD = ".tar/"  # stands between a shard's path and its member's name
@@ -74,7 +74,7 @@ class ListingBuilder:
         self.sizes.append(size)
         self.times.append(mtime_ns)
         self.offsets.append(offset)
-        if len(self.paths) >= CHUNK:
+        if len(self.paths) >= CHUNK_ROWS:
             self._flush()
 
     def table(self) -> pa.Table:

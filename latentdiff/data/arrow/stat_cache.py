@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentdiff.data.arrow.columns import CHUNK, find_strings, release_memory, take_rows
+from latentdiff.data.arrow.columns import CHUNK_ROWS, find_strings, release_memory, take_rows
 from latentdiff.data.arrow.listing import LISTING, Entry, Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
 
 SAVE_SECONDS = 60.0
 FILES_AT_ONCE = 1024
 FILES_PER_TASK = 16
+IMAGE_THREADS = 4  # that read and decode image files
 Read = Callable[[Entry], tuple[Any, ...]]
 
 
@@ -111,6 +112,6 @@ def _save(table: pa.Table, name: str, index: ScanIndex) -> None:
         if pc.any(is_unreadable).as_py():
             table = table.filter(pc.invert(is_unreadable))
     # In large parts: a map of small ones has all its pages touched when it is opened.
-    starts = range(0, len(table), CHUNK)
-    parts = (table.slice(start, CHUNK).combine_chunks() for start in starts)
+    starts = range(0, len(table), CHUNK_ROWS)
+    parts = (table.slice(start, CHUNK_ROWS).combine_chunks() for start in starts)
     index.save(name, table.schema, parts)

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from latentdiff.data.arrow.columns import CHUNK
+from latentdiff.data.arrow.columns import CHUNK_ROWS
 from latentdiff.data.cache.decode_ahead import CropPlan, Item
 from latentdiff.data.cache.shard_file import as_keys, key_of
 from latentdiff.data.folder.folder import Folder
@@ -49,8 +49,8 @@ def crop_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) ->
     variants = [(place, flip) for place in plan.places for flip in range(1 + flips)]
     keys = np.zeros((len(variants), len(digests), 2), np.uint64)
     for variant, (place, flip) in enumerate(variants):
-        for low in range(0, len(digests), CHUNK):
-            part = slice(low, low + CHUNK)
+        for low in range(0, len(digests), CHUNK_ROWS):
+            part = slice(low, low + CHUNK_ROWS)
             crops = np.zeros(len(digests[part]), CROP)
             crops["digest"], crops["size"], crops["flip"] = digests[part], plan.sizes[part], flip
             crops["crop"] = place

@@ -23,7 +23,7 @@ from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
 from latentdiff.models.weights import weights_hash
 
 T = TypeVar("T")
-CHUNK = 4096  # captions looked up at a time
+CAPTIONS_AT_ONCE = 4096  # captions looked up at a time
 
 
 class PromptCache:
@@ -62,7 +62,7 @@ class PromptCache:
         encoded: set[bytes] = set()
         with tqdm(desc="captions", unit="caption", disable=not progress) as bar:
             try:
-                for chunk in _chunks(chain([NULL_CAPTION], captions), CHUNK):
+                for chunk in _chunks(chain([NULL_CAPTION], captions), CAPTIONS_AT_ONCE):
                     keys = [key_of(start, caption.encode()) for caption in chunk]
                     seen.append(np.unique(as_keys(keys), axis=0))
                     mine = _missing(store, keys, shard=shard)

@@ -19,11 +19,10 @@ from latentdiff.data.arrow.listing import (
     shard_of,
 )
 from latentdiff.data.arrow.scan_index import ScanIndex, settings_hash
-from latentdiff.data.arrow.stat_cache import cached_rows
+from latentdiff.data.arrow.stat_cache import IMAGE_THREADS, cached_rows
 from latentdiff.data.folder.folder import Folder
 
 CONTENT_HASHES = pa.schema([*LISTING, pa.field("digest", pa.binary(32))])
-NUM_THREADS = 4
 
 
 def image_hashes(
@@ -66,7 +65,7 @@ def hash_files(
         name=name,
         schema=schema,
         index=index,
-        num_threads=NUM_THREADS,
+        num_threads=IMAGE_THREADS,
         progress=progress,
     )
 

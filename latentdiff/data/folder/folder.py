@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from latentdiff.data.arrow.columns import (
     CAPTIONS,
-    CHUNK,
+    CHUNK_ROWS,
     combined,
     iter_py,
 )
@@ -126,8 +126,8 @@ class Folder(Sequence[Record]):
 
     def each_caption(self) -> Iterator[str]:
         """Yield every caption of every record in turn, with a part of them in memory at a time."""
-        for start in range(0, len(self), CHUNK):
-            yield from iter_py(self[start : start + CHUNK].captions.flatten())
+        for start in range(0, len(self), CHUNK_ROWS):
+            yield from iter_py(self[start : start + CHUNK_ROWS].captions.flatten())
 
     @property
     def splits(self) -> np.ndarray:

@@ -6,10 +6,9 @@ import pyarrow as pa
 
 from latentdiff.data.arrow.listing import LISTING, Entry, Progress, open_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.arrow.stat_cache import cached_rows
+from latentdiff.data.arrow.stat_cache import IMAGE_THREADS, cached_rows
 from latentdiff.image_io import EXTENSIONS, ImageError, ImageHeader, load_image, read_header
 
-NUM_THREADS = 4
 # problem and note are keys of problems.REASONS; an image with a problem is skipped.
 HEADERS = pa.schema(
     [
@@ -45,7 +44,7 @@ def read_image_headers(
         schema=HEADERS,
         index=index,
         again=full,
-        num_threads=NUM_THREADS,
+        num_threads=IMAGE_THREADS,
         progress=progress,
     )
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from latentdiff.data.arrow.columns import (
     CAPTIONS,
-    CHUNK,
+    CHUNK_ROWS,
     iter_py,
     release_memory,
     system_memory,
@@ -160,11 +160,11 @@ def _records(
     """Yield the table of records in parts, so that it never is in memory whole."""
     good = take_rows(headers.select(["path", "width", "height", "size", "offset"]), kept)
     splits = assign_splits(iter_py(good["path"]), rules.heldout_fraction, num=len(good))
-    for start in range(0, len(good), CHUNK):
-        part = slice(start, start + CHUNK)
-        path, width, height, size, offset = good.slice(start, CHUNK).combine_chunks().columns
+    for start in range(0, len(good), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        path, width, height, size, offset = good.slice(start, CHUNK_ROWS).combine_chunks().columns
         captions = images.pool.take(images.at[kept[part]])
-        some = no_masks(len(path)) if masks is None else masks.slice(start, CHUNK)
+        some = no_masks(len(path)) if masks is None else masks.slice(start, CHUNK_ROWS)
         found = some.combine_chunks().columns
         columns = [path, captions, width, height, pa.array(splits[part]), size, offset, *found]
         yield pa.table(columns, schema=RECORDS).combine_chunks()

@@ -31,7 +31,7 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z",
 MAX_MEMBER_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
 # What tarfile raises on damaged headers, found by feeding it damaged shards.
-DAMAGED = (tarfile.TarError, ValueError, EOFError, OSError, OverflowError, RecursionError)
+TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, OSError, OverflowError, RecursionError)
 PROBLEM = pa.struct([("key", pa.string()), ("where", pa.large_string()), ("detail", pa.string())])
 SHARDS = pa.schema(
     [
@@ -130,7 +130,7 @@ def _read_shard(root: Path, path: str) -> tuple[object, ...]:
                 ignored[posixpath.splitext(name)[1]] += 1
     except PermissionError:
         return [], [], [], [], "unreadable"
-    except DAMAGED as error:
+    except TAR_ERRORS as error:
         detail = f"after {len(names):,} good members: {error}"
         found.append({"key": "broken_shard", "where": path, "detail": detail})
     for extension, count in ignored.items():
@@ -140,7 +140,7 @@ def _read_shard(root: Path, path: str) -> tuple[object, ...]:
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield a tar file's members in order. Raises one of DAMAGED at a broken header."""
+    """Yield a tar file's members in order. Raises one of TAR_ERRORS at a broken header."""
     with _ShardFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         size, last = path.stat().st_size, -1
         while (member := tar.next()) is not None:

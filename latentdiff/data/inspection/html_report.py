@@ -22,7 +22,7 @@ from latentdiff.data.inspection.text_report import (
     size_text,
     time_text,
 )
-from latentdiff.html import figure, grid, inline_image, page, render, table
+from latentdiff.html import figure, grid, inline_image, page, render_template, table
 from latentdiff.image_io import ImageError, ImageSource, load_thumbnail
 
 NUM_SAMPLES, NUM_GROUPS, NUM_IN_GROUP, NUM_NAMES, NUM_IMAGES = 24, 12, 4, 200, 6
@@ -66,7 +66,7 @@ def write_report_html(report: DataReport, folder: Folder, *, path: Path | str) -
 def report_as_html(report: DataReport, folder: Folder) -> str:
     """Show a report and images of its folder as an HTML page."""
     splits = " + ".join(f"{num:,} {name}" for name, num in report.splits.items() if num)
-    body = render(
+    body = render_template(
         BODY,
         root=report.root,
         kind="good" if report.is_usable else "bad",
@@ -117,7 +117,7 @@ def _problems(report: DataReport, folder: Folder) -> Markup:
     rows = [
         [
             SEVERITY_TITLES[severity],
-            render(TITLE_AND_FIX, title=problem["title"], fix=problem["fix"]),
+            render_template(TITLE_AND_FIX, title=problem["title"], fix=problem["fix"]),
             f"{problem['count']:,}",
             _examples(key, problem, folder),
         ]
@@ -134,7 +134,7 @@ def _examples(key: str, problem: dict[str, Any], folder: Folder) -> Markup:
     examples = problem["examples"]
     num_more = problem["count"] - len(examples[:NUM_NAMES])
     names = [example["where"] for example in examples[:NUM_IMAGES]] if key in SHOWABLE else []
-    return render(
+    return render_template(
         EXAMPLES,
         examples=examples[:NUM_NAMES],
         num_more=f"{num_more:,}" if num_more else "",
@@ -158,7 +158,7 @@ def _bars(numbers: np.ndarray, labels: Sequence[str]) -> Markup:
         return Markup("<p>{}: {}, all of them</p>").format(labels[1], labels[0])
     counts, _ = np.histogram(numbers, bins=32)
     heights = [f"{height:.1f}" for height in 100 * counts / counts.max()]
-    return render(BARS, heights=heights, labels=labels)
+    return render_template(BARS, heights=heights, labels=labels)
 
 
 def _captions(captions: CaptionStats | None) -> Markup:
@@ -173,7 +173,7 @@ def _captions(captions: CaptionStats | None) -> Markup:
         else f"{tokens.lengths.min:.0f} to {tokens.lengths.max:.0f} tokens, median "
         f"{tokens.lengths.median:.0f}; {tokens.num_over:,} over the limit of {tokens.limit}"
     )
-    body = render("<p>{{ counts }}</p>", counts=counts)
+    body = render_template("<p>{{ counts }}</p>", counts=counts)
     if tokens is not None and tokens.worst:
         rows = [[long.id, long.num_tokens, _with_cut(long)] for long in tokens.worst]
         head = ["image", "tokens", "caption, what is cut off"]
@@ -187,7 +187,9 @@ def _captions(captions: CaptionStats | None) -> Markup:
 def _with_cut(long: LongCaption) -> Markup:
     caption, cut = long.caption, long.cut
     kept = caption[: len(caption) - len(cut)] if cut and caption.endswith(cut) else caption
-    return render("{{ kept }}{% if cut %}<del>{{ cut }}</del>{% endif %}", kept=kept, cut=cut)
+    return render_template(
+        "{{ kept }}{% if cut %}<del>{{ cut }}</del>{% endif %}", kept=kept, cut=cut
+    )
 
 
 def _buckets(rows: Sequence[BucketRow], folder: Folder) -> Markup:

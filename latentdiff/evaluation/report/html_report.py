@@ -10,7 +10,7 @@ from PIL import Image
 from latentdiff.atomic import write_text
 from latentdiff.evaluation.metrics.bootstrap import Interval
 from latentdiff.evaluation.report.section import LabelledImage, ReportRow, Section
-from latentdiff.html import figure, grid, inline_image, page, render, table
+from latentdiff.html import figure, grid, inline_image, page, render_template, table
 
 SIDE = 128  # of an image on the page, in pixels
 MAX_CAPTION = 90  # letters under an image
@@ -68,7 +68,7 @@ def evaluation_html(
 ) -> str:
     """Lay out an evaluation: its facts, each section's headline, the sections, skipped metrics."""
     headlines = [one.rows[0] for one in sections if one.rows and one.has_headline]
-    body = render(
+    body = render_template(
         BODY,
         title=title,
         facts=facts,
@@ -80,7 +80,7 @@ def evaluation_html(
 
 
 def _section(section: Section) -> Markup:
-    return render(
+    return render_template(
         SECTION,
         title=section.title,
         rows=_table(section.rows),
@@ -101,7 +101,7 @@ def _cells(row: ReportRow) -> list[object]:
     interval, form = row.value, ".1%" if row.is_share else ".4g"
     return [
         row.label,
-        render("<strong>{{ figure }}</strong>", figure=format(interval.estimate, form)),
+        render_template("<strong>{{ figure }}</strong>", figure=format(interval.estimate, form)),
         f"{interval.low:{form}} … {interval.high:{form}}",
         _bar(interval) if row.is_share and interval.low >= 0 else "",
         f"{interval.num_samples:,}",
@@ -114,11 +114,11 @@ def _bar(interval: Interval) -> Markup:
     low, high, mark = (
         100 * min(max(x, 0.0), 1.0) for x in (interval.low, interval.high, interval.estimate)
     )
-    return render(BAR, low=f"{low:.1f}", width=f"{high - low:.1f}", mark=f"{mark:.1f}")
+    return render_template(BAR, low=f"{low:.1f}", width=f"{high - low:.1f}", mark=f"{mark:.1f}")
 
 
 def _group(group: Sequence[LabelledImage]) -> Markup:
-    return render(
+    return render_template(
         '<div class="group">{{ images }}</div>', images=Markup().join(map(_figure, group))
     )
 
