@@ -19,14 +19,14 @@ BACKGROUND, INK = (255, 255, 255), (32, 32, 32)
 
 
 def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], *, columns: int) -> Image.Image:
-    """Draw images in rows of `columns`, each with its wrapped label underneath.
+    """Lay out images in rows of `columns`, each with its wrapped label underneath.
 
     Images smaller than 128 pixels are enlarged by a whole factor without smoothing. Raises
     ValueError for no images, or where there is not one label an image.
     """
     if not images or len(images) != len(labels) or columns < 1:
         raise ValueError(
-            f"a sheet needs one label an image and at least one column, got {len(images)} "
+            f"a grid needs one label an image and at least one column, got {len(images)} "
             f"images, {len(labels)} labels, {columns} columns"
         )
     shown = [_enlarged(image.convert("RGB")) for image in images]
@@ -98,7 +98,7 @@ def _fitting(word: str, *, width: int) -> int:
 
 
 def _printable(label: str) -> str:
-    """Replace half surrogate pairs and control characters, which no font can draw."""
+    """Replace half surrogate pairs and control characters, which no font can show."""
     text = label.encode("utf-8", "replace").decode("utf-8")
     return "".join(char if char.isprintable() else " " for char in text)
 

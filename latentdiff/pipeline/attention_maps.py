@@ -1,8 +1,8 @@
-"""Which part of an image each word drew: cross-attention averaged over layers and steps.
+"""Attention maps: the part of an image that each word attends to, over layers and steps.
 
 After the heat maps of Tang et al. 2023 (DAAM): attention probabilities, averaged over heads,
-enlarged to the latents' size, averaged over layers and steps. Recording reads beside the U-Net
-and changes nothing in it.
+enlarged to the latents' size, averaged over layers and steps. Recording runs in hooks and
+changes nothing in the U-Net.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def record_attention(unet: UNet2DConditionModel, *, num_images: int) -> Iterator
         maps.size = (args[0].shape[-2], args[0].shape[-1])
 
     def note_attention(attn: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        maps.add(_probabilities(attn, args[0], named["encoder_hidden_states"]))
+        maps.add(attention_probabilities(attn, args[0], named["encoder_hidden_states"]))
 
     hooks = [unet.register_forward_pre_hook(note_size)]
     hooks += [
@@ -79,7 +79,7 @@ def record_attention(unet: UNet2DConditionModel, *, num_images: int) -> Iterator
 def heat_map_grid(
     image: Image.Image, heat: Tensor, *, tokenizer: CLIPTokenizer, prompt: str, columns: int = 6
 ) -> Image.Image:
-    """Draw one panel a token: its heat over the image, each from its own coldest to hottest.
+    """Return a grid of one panel a token: its heat over the image, scaled from its own min to max.
 
     heat: (L, h, w) of `AttentionMaps.mean()`.
     """
@@ -94,16 +94,16 @@ def heat_map_grid(
     return draw_grid(panels, labels, columns=columns)
 
 
-def _probabilities(attn: Any, hidden_states: Tensor, text_states: Tensor) -> Tensor:
+def attention_probabilities(attn: Any, hidden_states: Tensor, prompt_embeds: Tensor) -> Tensor:
     """Return a cross-attention layer's probabilities, averaged over heads, (B, queries, L)."""
     query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    key = attn.to_k(text_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    key = attn.to_k(prompt_embeds).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     scores = query.float() @ key.float().transpose(-1, -2) * attn.scale  # (B, heads, queries, L)
     return torch.softmax(scores, dim=-1).mean(1)
 
 
 def _grid(size: tuple[int, int], *, queries: int) -> tuple[int, int]:
-    """Return the (h, w) of a layer, the latents' size halved until it has that many places."""
+    """Return the (h, w) of a layer, the latents' size halved until it has that many queries."""
     height, width = size
     while height * width > queries:
         height, width = -(-height // 2), -(-width // 2)
@@ -112,8 +112,8 @@ def _grid(size: tuple[int, int], *, queries: int) -> tuple[int, int]:
 
 
 def _overlaid(image: Image.Image, heat: Tensor) -> Image.Image:
-    spread = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-    share = Image.fromarray((spread.numpy() * 255).astype(np.uint8))
+    scaled = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+    share = Image.fromarray((scaled.numpy() * 255).astype(np.uint8))
     weight = np.asarray(share.resize(image.size, Image.Resampling.BICUBIC))[..., None] / 255.0
     colours = COLD + weight * (HOT - COLD)
     mixed = (1 - HEAT_SHARE) * np.asarray(image.convert("RGB")) + HEAT_SHARE * colours

@@ -35,7 +35,7 @@ TENSORS = (
 
 @dataclass(frozen=True)
 class StepEndCallback:
-    """A caller's `callback(pipe, i, t, tensors) -> tensors` and the tensors it asks for by name.
+    """A caller's `callback(pipe, i, t, tensors) -> tensors` and the names of the tensors it takes.
 
     Latents, prompt_embeds and negative_prompt_embeds that it returns replace the old ones.
     """

@@ -254,7 +254,7 @@ def _side(name: str, value: object, multiple: int) -> int:
 
 
 def _integer(value: object) -> int | None:
-    """Return an int (a NumPy one too), None for anything else; a bool is no number here."""
+    """Return an int (a NumPy one too), None for anything else; a bool is not an int here."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 

@@ -77,7 +77,7 @@ def prepare_latents(
 ) -> InpaintState:
     """Encode the caller's images and sample the noise (B, C, h, w) unless it is given.
 
-    Random numbers are drawn in stock diffusers' order, so that its seeds and ours agree: image,
+    Random numbers come in stock diffusers' order, so that its seeds and ours agree: image,
     noise, masked image; a U-Net that reads the mask needs no image at strength 1.
     """
     noise = None if noise is None else noise.to(device, torch.float32)

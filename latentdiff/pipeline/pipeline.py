@@ -192,6 +192,42 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         output = self._output(z0, settings, seeds=seeds, output_type=output_type)
         return output if return_dict else (output.images, output.nsfw_content_detected)
 
+    def denoise_loop(
+        self,
+        denoiser: Denoiser,
+        timesteps: Tensor,
+        *,
+        step_options: dict[str, Any],
+        step_end: StepEndCallback,
+    ) -> Tensor:
+        """Return clean latents (B, C, h, w), or those of the step at which a callback stopped."""
+        inputs = denoiser.inputs
+        latents = inputs.start(self.scheduler, timesteps)
+        may_change = step_end.function is not None or denoiser.lora_scale is not None
+        self.fast_cpu.look_again()
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                xt = self.scheduler.scale_model_input(latents, t)
+                denoiser.guidance = replace(self._guidance, scale=self._guidance_scale)
+                prediction = denoiser(xt, t)
+                latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
+                latents = inputs.paste_known(self.scheduler, latents, timesteps[i + 1 :])
+                latents, denoiser.prompt_embeds = step_end(
+                    self,
+                    i,
+                    t,
+                    latents=latents,
+                    prompt_embeds=denoiser.prompt_embeds,
+                    xt=xt,
+                    prediction=prediction,
+                )
+                if may_change:
+                    self.fast_cpu.look_again()
+                bar.update()
+        return latents
+
     def set_scheduler(self, name: str) -> None:
         """Change the scheduler by name, such as "dpm++2m-karras"; see schedulers.py."""
         self.scheduler = make_scheduler(name, trained=self.scheduler)
@@ -316,42 +352,6 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             fast_cpu=self.fast_cpu,
             lora_scale=lora_scale,
         )
-
-    def denoise_loop(
-        self,
-        denoiser: Denoiser,
-        timesteps: Tensor,
-        *,
-        step_options: dict[str, Any],
-        step_end: StepEndCallback,
-    ) -> Tensor:
-        """Return clean latents (B, C, h, w), or those of the step at which a callback stopped."""
-        inputs = denoiser.inputs
-        latents = inputs.start(self.scheduler, timesteps)
-        may_change = step_end.function is not None or denoiser.lora_scale is not None
-        self.fast_cpu.look_again()
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                xt = self.scheduler.scale_model_input(latents, t)
-                denoiser.guidance = replace(self._guidance, scale=self._guidance_scale)
-                prediction = denoiser(xt, t)
-                latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
-                latents = inputs.paste_known(self.scheduler, latents, timesteps[i + 1 :])
-                latents, denoiser.prompt_embeds = step_end(
-                    self,
-                    i,
-                    t,
-                    latents=latents,
-                    prompt_embeds=denoiser.prompt_embeds,
-                    xt=xt,
-                    prediction=prediction,
-                )
-                if may_change:
-                    self.fast_cpu.look_again()
-                bar.update()
-        return latents
 
     def _output(
         self,

@@ -55,8 +55,8 @@ def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") ->
     pipe = LatentDiffPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype])
     if has_new_words(pipe.tokenizer):
         raise ValueError(
-            f"{model} has words that it learnt, and one file holds no vocabulary: convert the base "
-            "model, and give learned_embeds.safetensors beside it as an embedding"
+            f"{model} has learned words, and one file holds no vocabulary: convert the base "
+            "model, and give learned_embeds.safetensors with it as an embedding"
         )
     if len(pipe.tokenizer) != CLIP_VOCABULARY:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""A model made ready to be handed on: half precision, small files, and no word of this machine.
+"""Pack a model for release: half precision, small files, and no path of this machine.
 
-The models in latentdiff/assets are packed so. Everything opens the packed folder as it opens the
-first one, in float32 by default.
+The models in latentdiff/assets are packed so. A packed folder opens as the original one does, in
+float32 by default.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def pack_model(
     guidance_scale: float | None = None,
     card: Path | None = None,
 ) -> dict[str, int]:
-    """Write a model in `dtype`, what is larger than a file may be in shards; return files' bytes.
+    """Write a model in `dtype`, in shards of at most max_file_mb; return the files' bytes.
 
-    guidance_scale: what calls take by default, where it is not what the model says. card: the
-    README.md to put in; by default one is made of the model's facts. `out` appears whole or not at
+    guidance_scale: of calls that give none, by default the model's own. card: the README.md to
+    put in; by default one is made of the model's info. `out` appears whole or not at
     all. Raises ValueError for an `out` that exists, weights that `dtype` cannot hold, a
     path of this machine in a config, and a file or folder that comes out too large.
     """
@@ -79,7 +79,7 @@ def _shrink(name: str, part: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _strip_local_paths(folder: Path) -> None:
-    """Take out of the configs where they came from; ValueError for any other path in them."""
+    """Remove the origins in the configs; ValueError for any other local path in them."""
     for path in sorted(folder.rglob("*.json")):
         if path.name in VOCABULARY:
             continue

@@ -1,4 +1,4 @@
-"""Many images from one command: a sheet, or a folder of images that can be resumed."""
+"""The sample command: a labelled grid, or a folder of images that can be resumed."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _name(job: ImageJob) -> str:
 
 
 def _label(job: ImageJob, jobs: Sequence[ImageJob]) -> str:
-    """Return the prompt, and what differs between the images of a grid."""
+    """Return the prompt, and the settings that differ between the images of a grid."""
     parts = [job.prompt]
     if len({one.num_inference_steps for one in jobs}) > 1:
         parts.append(f"steps {job.num_inference_steps}")

@@ -97,7 +97,7 @@ def test_what_is_painted_over_a_image_is_its_mask():
     assert np.array_equal(np.asarray(mask) > 0, np.asarray(stroke)[..., 3] > 0)
 
 
-def test_script_without_gradio_or_model_says_so(tmp_path, monkeypatch, capsys):
+def test_script_without_gradio_or_model_is_one_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / "nowhere")])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stop:

@@ -6,7 +6,12 @@ import torch
 from fakes_pipeline import SIZE, tiny_pipeline, tiny_vae
 from PIL import Image
 
-from latentdiff.pipeline.attention_maps import AttentionMaps, heat_map_grid, record_attention
+from latentdiff.pipeline.attention_maps import (
+    AttentionMaps,
+    attention_probabilities,
+    heat_map_grid,
+    record_attention,
+)
 from latentdiff.pipeline.callbacks import Trace, preview_images
 from latentdiff.pipeline.prompts import parse_prompt, tokenize_prompt
 
@@ -62,15 +67,13 @@ def test_attention_equals_the_processor_s_own_probabilities():
     attn = next(m for n, m in pipe.unet.named_modules() if n.endswith("attn2"))
     hidden, states = torch.randn(1, 64, attn.query_dim), torch.randn(1, 16, 16)
     maps = AttentionMaps(1, size=(8, 8))
-    from latentdiff.pipeline.attention_maps import _probabilities
-
     with torch.no_grad():
         query, key = (
             attn.head_to_batch_dim(attn.to_q(hidden)),
             attn.head_to_batch_dim(attn.to_k(states)),
         )
         expected = attn.get_attention_scores(query, key).mean(0)
-        maps.add(_probabilities(attn, hidden, states))
+        maps.add(attention_probabilities(attn, hidden, states))
     torch.testing.assert_close(maps.mean()[0].flatten(1).T, expected)
 
 

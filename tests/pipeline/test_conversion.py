@@ -16,7 +16,7 @@ from latentdiff.sampling import conversion
 from latentdiff.sampling.conversion import export_single_file, merge_loras
 
 
-def test_merged_folder_draws_as_the_loras_do(tmp_path):
+def test_merged_folder_makes_the_images_of_its_loras(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "base")
     one = lora_weights()
     two = {name: 0.5 * tensor.roll(1, 0) for name, tensor in one.items()}
@@ -60,7 +60,7 @@ def test_single_file_comes_back_bit_for_bit(tmp_path, monkeypatch):
         export_single_file(tmp_path / "model", tmp_path / "model.ckpt")
 
 
-def test_lora_layers_without_effect_are_said(tmp_path, caplog):
+def test_lora_layers_without_effect_are_logged(tmp_path, caplog):
     weights = lora_weights()
     other = {n.replace("blocks.0", "blocks.9"): x for n, x in weights.items()}
     pipe = tiny_pipeline()

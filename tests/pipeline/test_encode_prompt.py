@@ -1,4 +1,4 @@
-"""Prompts in a call: weights, long prompts and skipped layers act on the image as said."""
+"""Prompts in a call: weights, long prompts and skipped layers act on the image as documented."""
 
 import logging
 
@@ -21,7 +21,7 @@ def test_weight_of_one_is_the_plain_prompt_and_others_are_not():
     assert 0 < np.abs(weighted[0] - plain).mean() < np.abs(weighted[1] - plain).mean()
 
 
-def test_long_prompt_is_cut_with_a_warning_or_read_whole(caplog):
+def test_long_prompt_is_truncated_with_a_warning_or_read_whole(caplog):
     pipe = tiny_pipeline()
     with caplog.at_level(logging.WARNING, logger="latentdiff"):
         cut = pipe(LONG, seed=1, **CALL).images
@@ -78,7 +78,7 @@ def test_bad_reading_is_named(arguments, message):
         tiny_pipeline()("a cat", **arguments)
 
 
-def test_pipeline_without_a_text_tower_asks_for_text_states():
+def test_pipeline_without_a_text_encoder_asks_for_prompt_embeds():
     pipe = tiny_pipeline(text_encoder=None, tokenizer=None)
     with pytest.raises(ValueError, match="prompt needs a text encoder"):
         pipe("a cat")

@@ -1,4 +1,4 @@
-"""Guidance by gradient as a hook of the pipeline, and CLIP as what is climbed."""
+"""Guidance by the gradient of a score in the pipeline, and CLIP as that score."""
 
 import functools
 from pathlib import Path

@@ -110,7 +110,7 @@ def test_less_strength_keeps_more_of_the_image():
     assert (weak - start).abs().mean() < (strong - start).abs().mean()
 
 
-def test_size_is_the_image_s_own_unless_said():
+def test_size_is_the_image_s_own_by_default():
     pipe = tiny_pipeline()
     call = {"num_inference_steps": 2, "seed": 1}
     assert pipe("a cat", image=photo(1, (46, 21)), **call).images[0].size == (44, 20)

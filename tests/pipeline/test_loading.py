@@ -31,7 +31,7 @@ CALL = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "np"}
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def draw(pipe, **changes):
+def images_of(pipe, **changes):
     pipe.set_progress_bar_config(disable=True)
     return pipe(**CALL | {"seed": 1} | changes).images
 
@@ -51,7 +51,7 @@ def folder(saved, tmp_path):
 @pytest.mark.parametrize("suffix", [str, lambda path: path])
 def test_saved_pipeline_loads_equal(saved, suffix):
     loaded = LatentDiffPipeline.from_pretrained(suffix(saved))
-    assert np.array_equal(draw(loaded), draw(tiny_pipeline()))
+    assert np.array_equal(images_of(loaded), images_of(tiny_pipeline()))
     assert loaded.unet.dtype == torch.float32
     assert not loaded.unet.training
 
@@ -59,7 +59,7 @@ def test_saved_pipeline_loads_equal(saved, suffix):
 def test_dtype_is_chosen_at_loading(saved):
     loaded = LatentDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.bfloat16}
-    assert np.isfinite(draw(loaded)).all()
+    assert np.isfinite(images_of(loaded)).all()
 
 
 def test_stock_opens_the_folder_where_latentdiff_cannot_be_imported(saved, tmp_path):
@@ -77,7 +77,7 @@ np.save({str(tmp_path / "image.npy")!r}, image)
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     expected = np.load(tmp_path / "image.npy")
-    assert np.abs(draw(LatentDiffPipeline.from_pretrained(saved)) - expected).max() <= 1 / 255
+    assert np.abs(images_of(LatentDiffPipeline.from_pretrained(saved)) - expected).max() <= 1 / 255
 
 
 def test_variants_right_missing_and_wrong(tmp_path):
@@ -176,7 +176,7 @@ def test_missing_component_is_named(folder, name):
         LatentDiffPipeline.from_pretrained(folder)
 
 
-def test_what_is_no_model_is_said(tmp_path, monkeypatch):
+def test_folder_without_a_model_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         LatentDiffPipeline.from_pretrained(tmp_path)
@@ -193,9 +193,9 @@ def test_model_info_travels_with_the_folder_and_warn_of_guidance(tmp_path, caplo
     pipe.save_pretrained(tmp_path)
     loaded = LatentDiffPipeline.from_pretrained(tmp_path)
     assert loaded.model_info == pipe.model_info
-    draw(loaded, guidance_scale=1)
+    images_of(loaded, guidance_scale=1)
     assert "caption dropout" not in caplog.text
-    draw(loaded, guidance_scale=2)
+    images_of(loaded, guidance_scale=2)
     assert "trained without caption dropout" in caplog.text
 
 
@@ -267,9 +267,9 @@ def test_push_to_hub_uploads_the_folder_with_its_card(monkeypatch, caplog, capfd
     assert pipe.push_to_hub("cats", token="secret") == "https://hub/me/cats"
     assert {"README.md", "latentdiff.json", "model_index.json", "unet"} <= set(uploaded["files"])
     assert 'from_pretrained("me/cats")' in uploaded["card"]
-    told = uploaded["card"] + caplog.text + "".join(capfd.readouterr())
+    printed = uploaded["card"] + caplog.text + "".join(capfd.readouterr())
     assert uploaded["token"] == "secret"
-    assert "secret" not in told
+    assert "secret" not in printed
 
 
 def test_a_token_is_in_no_message_of_a_failed_download(caplog, capfd, monkeypatch):
@@ -277,22 +277,22 @@ def test_a_token_is_in_no_message_of_a_failed_download(caplog, capfd, monkeypatc
     caplog.set_level(0)
     with pytest.raises((OSError, ValueError)) as failure:
         LatentDiffPipeline.from_pretrained("nobody/nothing", token="hf_secret")
-    told = str(failure.value) + repr(failure.value.__cause__) + caplog.text
-    assert "hf_secret" not in told + "".join(capfd.readouterr())
+    printed = str(failure.value) + repr(failure.value.__cause__) + caplog.text
+    assert "hf_secret" not in printed + "".join(capfd.readouterr())
 
 
 def test_lora_loads_scales_and_unloads(tmp_path):
     pipe = tiny_pipeline()
-    plain = draw(pipe)
+    plain = images_of(pipe)
     save_file(lora_weights(), tmp_path / "pytorch_lora_weights.safetensors")
     pipe.load_lora_weights(tmp_path, adapter_name="style")
-    full = draw(pipe)
+    full = images_of(pipe)
     assert np.abs(full - plain).max() > 1 / 255
-    assert np.abs(draw(pipe, lora_scale=0.0) - plain).max() <= 1 / 255
-    half = draw(pipe, lora_scale=0.5)
+    assert np.abs(images_of(pipe, lora_scale=0.0) - plain).max() <= 1 / 255
+    half = images_of(pipe, lora_scale=0.5)
     assert 0 < np.abs(half - plain).mean() < np.abs(full - plain).mean()
     pipe.unload_lora_weights()
-    assert np.array_equal(draw(pipe), plain)
+    assert np.array_equal(images_of(pipe), plain)
 
 
 def test_lora_equals_stock(tmp_path):
@@ -309,7 +309,7 @@ def test_lora_equals_stock(tmp_path):
         width=SIZE,
         cross_attention_kwargs={"scale": 0.7},
     ).images
-    assert np.abs(draw(ours, lora_scale=0.7) - expected).max() <= 1 / 255
+    assert np.abs(images_of(ours, lora_scale=0.7) - expected).max() <= 1 / 255
 
 
 def test_lora_that_does_not_fit_is_refused(tmp_path):
@@ -329,10 +329,10 @@ def test_textual_inversion_adds_words(tmp_path):
     pipe = tiny_pipeline()
     vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     save_file({"<pet>": vectors}, tmp_path / "pet.safetensors")
-    before = draw(pipe, prompt="a <pet>")
+    before = images_of(pipe, prompt="a <pet>")
     pipe.load_textual_inversion(tmp_path / "pet.safetensors")
-    assert np.abs(draw(pipe, prompt="a <pet>") - before).max() > 0
-    assert np.isfinite(draw(pipe, prompt="a (<pet>:1.4) cat")).all()
+    assert np.abs(images_of(pipe, prompt="a <pet>") - before).max() > 0
+    assert np.isfinite(images_of(pipe, prompt="a (<pet>:1.4) cat")).all()
     torch.save({"<dog>": vectors}, tmp_path / "dog.bin")
     with pytest.raises(ValueError, match="pickle"):
         pipe.load_textual_inversion(tmp_path / "dog.bin")
@@ -344,7 +344,7 @@ def test_single_file_is_read_as_it_was_written(tmp_path):
     pipe = LatentDiffPipeline.from_pretrained(tmp_path / "model")
     file = save_single_file(pipe, tmp_path / "model.safetensors")
     loaded = LatentDiffPipeline.from_single_file(file, config=tmp_path / "model")
-    assert np.abs(draw(loaded) - draw(pipe)).max() == 0
+    assert np.abs(images_of(loaded) - images_of(pipe)).max() == 0
     stock = StableDiffusionPipeline.from_single_file(str(file), config=str(tmp_path / "model"))
     for ours, theirs in ((pipe.unet, stock.unet), (pipe.vae, stock.vae)):
         states = zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True)
@@ -390,5 +390,5 @@ def test_tiny_autoencoder_serves_as_vae():
         num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1),
     )
-    assert draw(tiny_pipeline(vae=vae)).shape == (1, SIZE, SIZE, 3)
+    assert images_of(tiny_pipeline(vae=vae)).shape == (1, SIZE, SIZE, 3)
     assert tiny_vae().config.latent_channels == vae.config.latent_channels

@@ -111,7 +111,7 @@ def test_number_of_images_is_prompts_times_images(prompt, num_images_per_prompt)
     assert len(result.images) == len(result.seeds) == len(result.settings) == count
 
 
-def test_drawn_seeds_are_told_and_make_the_image_again():
+def test_random_seeds_are_returned_and_make_the_image_again():
     pipe = tiny_pipeline()
     torch.manual_seed(0)
     first = pipe("a cat", num_inference_steps=2, output_type="np")
@@ -186,7 +186,7 @@ def test_prompt_embeds_stand_for_the_prompt():
     assert np.array_equal(by_states, pipe("a cat", negative_prompt="sea", **call).images)
 
 
-def test_encode_prompt_needs_the_text_tower_alone():
+def test_encode_prompt_needs_the_text_encoder_alone():
     parts = tiny_components()
     alone = LatentDiffPipeline(**parts | {"unet": None, "vae": None, "scheduler": None})
     states, negative = alone.encode_prompt(PROMPTS, torch.device("cpu"), 2, True)
@@ -240,7 +240,7 @@ def test_last_predicted_z0_of_ddim_is_the_result():
     torch.testing.assert_close(last["predicted_z0"], result.images, atol=1e-4, rtol=1e-4)
 
 
-def test_callback_can_cut_guidance_off_as_in_stock():
+def test_callback_can_end_guidance_as_in_stock():
     def cut(pipe, i, t, tensors):
         if i == 0:
             pipe._guidance_scale = 0.0
@@ -285,7 +285,7 @@ def test_callback_can_stop_the_chain():
     assert pipe.interrupt
 
 
-def test_saved_folder_opens_in_stock_and_draws_the_same(tmp_path):
+def test_saved_folder_opens_in_stock_and_gives_the_same_image(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())

@@ -3,6 +3,6 @@
 from fuzz_pipeline import fuzz
 
 
-def test_random_arguments_draw_or_are_refused_by_name():
+def test_random_arguments_give_an_image_or_an_error_that_names_one():
     counts = fuzz(300)
     assert min(counts.values()) > 50

@@ -15,14 +15,14 @@ def expected():
     return tiny_pipeline()(**CALL).images
 
 
-def test_slicing_draws_the_same(expected):
+def test_slicing_gives_the_same_image(expected):
     pipe = tiny_pipeline()
     pipe.vae.enable_slicing()
     pipe.enable_attention_slicing()
     assert np.abs(pipe(**CALL).images - expected).max() <= 1 / 255
 
 
-def test_tiling_draws_large_images(expected):
+def test_tiling_gives_large_images(expected):
     pipe = tiny_pipeline()
     pipe.vae.enable_tiling()
     assert np.abs(pipe(**CALL).images - expected).max() <= 1 / 255
@@ -31,7 +31,7 @@ def test_tiling_draws_large_images(expected):
     assert np.isfinite(large).all()
 
 
-def test_offloading_draws_the_same(expected):
+def test_offloading_gives_the_same_image(expected):
     pipe = tiny_pipeline()
     photo = Image.effect_noise((32, 32), 60).convert("RGB")
     inpainting = CALL | {"image": photo, "mask_image": photo.convert("L")}

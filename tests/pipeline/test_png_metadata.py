@@ -77,7 +77,7 @@ def test_other_formats_still_save(tmp_path):
         image.save(tmp_path / name)
 
 
-def test_files_without_settings_are_told_apart(tmp_path):
+def test_files_without_settings_are_errors_by_kind(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")

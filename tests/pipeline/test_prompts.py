@@ -71,7 +71,7 @@ def test_any_text_is_split_without_loss(text):
         assert "".join(part for part, _ in parts) == text
 
 
-def test_weight_moves_states_along_the_line_from_the_null_caption(encoder):
+def test_weight_moves_embeddings_along_the_line_from_the_null_caption(encoder):
     with torch.no_grad():
         plain, null = embed(["red apple"], **encoder), embed([""], **encoder)
         heavy, same, zero = (
@@ -108,7 +108,7 @@ def test_chunks_read_the_whole_prompt(encoder):
     torch.testing.assert_close(states[:, : window + 2], first)
 
 
-def test_repeated_states_leave_attention_as_it_is():
+def test_repeated_embeddings_leave_attention_as_it_is():
     generator = torch.Generator().manual_seed(0)
     short, long = (torch.randn(length, 8, generator=generator) for length in (4, 6))
     query = torch.randn(5, 8, generator=generator)

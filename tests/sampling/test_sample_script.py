@@ -1,4 +1,4 @@
-"""scripts/sample.py draws sheets and folders, goes on where it stopped, and says what is wrong."""
+"""The sample command makes sheets and folders, continues where it stopped, and names bad input."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def run(*arguments):
     return run_script("sample.py", *arguments)
 
 
-def test_sheet_is_written_and_said(model, tmp_path, capsys):
+def test_sheet_is_written_and_printed(model, tmp_path, capsys):
     out = tmp_path / "new" / "sheet.png"
     assert run(model, "a red heart", "ein Herz ♥ 漢字 🎈", "--out", out, "--steps", 2) == 0
     assert str(out) in capsys.readouterr().out
@@ -105,17 +105,17 @@ def test_image_of_other_settings_is_not_written_over(model, tmp_path, capsys):
     assert (folder / "000000.png").read_bytes() == before
 
 
-def test_grid_has_a_cell_for_each_pair_and_one_seed(model, tmp_path):
+def test_grid_has_an_image_for_each_pair_and_one_seed(model, tmp_path):
     out = tmp_path / "grid.png"
     arguments = ["--steps", "[1,2]", "--guidance_scale", "[1,3,7]", "--seed", 5]
     assert run(model, "a cat", "--out", out, *arguments) == 0
     calls = [settings["call"] for settings in read_settings(out)]
-    cells = [(call["num_inference_steps"], call["guidance_scale"]) for call in calls]
-    assert cells == [(steps, scale) for steps in (1, 2) for scale in (1, 3, 7)]
+    pairs = [(call["num_inference_steps"], call["guidance_scale"]) for call in calls]
+    assert pairs == [(steps, scale) for steps in (1, 2) for scale in (1, 3, 7)]
     assert {call["seed"] for call in calls} == {5}
 
 
-def test_images_start_from_a_image(model, tmp_path):
+def test_images_start_from_an_image(model, tmp_path):
     photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     Image.effect_noise((32, 32), 60).save(photo)
     Image.new("L", (32, 32), 255).save(mask)
@@ -145,7 +145,7 @@ def test_trace_writes_the_chain_and_the_heat_maps(model, tmp_path, capsys):
         ("list.jsonl", b'{"prompt": "a", "sed": 3}', "unknown entries \\['sed'\\]"),
     ],
 )
-def test_bad_prompt_list_is_said_with_its_line(tmp_path, name, content, message):
+def test_bad_prompt_list_is_an_error_with_its_line(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -172,7 +172,7 @@ def test_labels_wrap_and_images_keep_their_place():
 
 
 @pytest.mark.parametrize("label", ["", "\ud800", "\x00\n", "x" * 500, "🎈" * 60, "مرحبا"])
-def test_any_label_is_drawn(label):
+def test_any_label_can_be_shown(label):
     draw_grid([Image.new("RGB", (16, 16))], [label], columns=1)
 
 
@@ -207,9 +207,9 @@ def test_compiled_images_are_the_same_and_one_size_is_compiled(model, tmp_path, 
     prompts = ["a cat", "a dog", "a red heart"]
     common = [*prompts, "--steps", 2, "--batch_size", 2, "--dtype", "float32"]
     assert run(model, *common, "--out", tmp_path / "compiled", "--compile", "true") == 0
-    said = capsys.readouterr().err
-    assert "compiling the U-Net" in said
-    assert "compiled in" in said
+    printed = capsys.readouterr().err
+    assert "compiling the U-Net" in printed
+    assert "compiled in" in printed
     assert compiled_for == [4]
     assert run(model, *common, "--out", tmp_path / "plain") == 0
     assert len(list((tmp_path / "compiled").iterdir())) == 3
@@ -245,7 +245,7 @@ def test_a_folder_of_another_dtype_is_named(model, tmp_path, capsys):
     assert run(*common, "float32") == 0
 
 
-def test_what_cannot_be_compiled_is_said_in_one_line(model, tmp_path, capsys, compile_by):
+def test_a_failed_compilation_is_one_error_line(model, tmp_path, capsys, compile_by):
     def backend(graph, inputs):
         raise RuntimeError("no compiler here")
 

@@ -105,7 +105,7 @@ class LoadingMixin(
         """Open one local .safetensors file of a whole Stable Diffusion 1.x or 2.x model, offline.
 
         config: a folder with the components' configs, by default those of the model family that
-        the weights' shapes tell. prediction_type: Stable Diffusion 2's cannot be told from its
+        the weights' shapes tell. prediction_type: Stable Diffusion 2's does not follow from its
         weights; by default "v_prediction" (768 px), pass "epsilon" for the 512 px base models.
         Raises FileNotFoundError or ValueError for another kind of file, or missing weights.
         """

@@ -53,7 +53,7 @@ Plain `diffusers.StableDiffusionPipeline` opens it too.
 
 ## Limits
 
-It draws what its training data shows, with that data's gaps and biases, and may repeat \
+Its images show its training data's subjects, gaps and biases, and may repeat \
 training images.
 """
 
