@@ -52,8 +52,8 @@ def main(
             [prompt] * num_images,
             num_inference_steps=steps,
             guidance_scale=1.0,
-            guide=score_fn,
-            guide_scale=scale if score_fn else 1.0,
+            score_fn=score_fn,
+            score_scale=scale if score_fn else 1.0,
             seed=seed,
             output_type="pt",
         ).images  # (B, 3, H, W) in [0, 1]
