@@ -1,7 +1,7 @@
 """The objective: from a batch to the loss of each sample (Ho et al. 2020, Alg. 1, on latents).
 
-Drop captions, draw timesteps, add noise, predict, weigh the error. The mathematics is diffusion/'s;
-the update that follows is train_step.py's.
+Drop captions, sample timesteps, add noise, predict, weight the error. The mathematics is in
+diffusion/, the update that follows in train_step.py.
 """
 
 from collections.abc import Mapping

@@ -54,8 +54,8 @@ def write_sheet(
 ) -> dict[str, float]:
     """Generate one image a prompt and write them as a labelled PNG.
 
-    neighbours: shows beside each the nearest training image. Returns the figures of these, on
-    the main process.
+    nearest_images: adds the nearest training image of each. Returns their figures, on the main
+    process.
     """
     own = generate_share(
         components,

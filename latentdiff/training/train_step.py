@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentdiff.config.choices import Optimizer as OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
 from latentdiff.training.model import TextToImage
 from latentdiff.training.objective import Objective
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.optim.optimizer import (
-    OptimizerName,
     build_optimizer,
     clip_gradients,
     parameter_groups,

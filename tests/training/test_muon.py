@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latentdiff.config.choices import Optimizer as OptimizerName
 from latentdiff.training.optim.muon import COEFFICIENTS, Muon, muon_params, newton_schulz
-from latentdiff.training.optim.optimizer import OptimizerName, build_optimizer, parameter_groups
+from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
 
 SHAPES = [(8, 32, 32), (3, 32, 200), (2, 200, 32), (1, 64, 65)]

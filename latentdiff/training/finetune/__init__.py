@@ -1,0 +1,1 @@
+"""Fine-tuning methods: LoRA, textual inversion, and DreamBooth's prior preservation."""

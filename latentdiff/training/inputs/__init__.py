@@ -1,0 +1,1 @@
+"""A run's training data: folder -> caches -> one sample -> one batch."""

@@ -192,11 +192,11 @@ def caption_transform(data: DataConfig) -> CaptionTransform:
     )
 
 
-def unique_captions(folders: Iterable[Folder], edits: CaptionTransform) -> Iterator[str]:
+def unique_captions(folders: Iterable[Folder], transform: CaptionTransform) -> Iterator[str]:
     """Yield the unique captions of folders, with those edits that are the same each time."""
     for folder in folders:
         for caption in iter_py(pc.unique(folder.captions.flatten())):
-            yield edits.fixed(caption)
+            yield transform.fixed(caption)
 
 
 class TokenIds:

@@ -1,9 +1,9 @@
 """Which random numbers a training sample gets: a function of its key alone.
 
 The key is (seed, epoch, sample id, place in the epoch's global order). Neither workers, processes,
-accumulation nor a resumed run can change a draw, and no generator has to be saved. The stream is
+accumulation nor a resumed run can change them, and no generator has to be saved. The stream is
 Philox4x64-10 (Salmon et al. 2011), a counter-based generator, so that a key costs microseconds.
-What depends on history, such as loss-aware timesteps, is not drawn here but saved.
+The history behind loss-aware timesteps depends on more than a key: it is saved.
 """
 
 import hashlib

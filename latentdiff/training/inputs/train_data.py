@@ -5,7 +5,7 @@ encode.py's business, one sample dataset.py's, a batch batches.py's.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -115,7 +115,7 @@ class TrainData:
 def read_data(
     data: DataConfig, *, prompts: Sequence[str] = (), trust_index: bool = False
 ) -> tuple[Folder, Folder]:
-    """Read the folder; return its training and held-out records. ValueError says what is wrong.
+    """Read the folder; return training and held-out records. ValueError names its problems.
 
     prompts: captions of all images, which then need none of their own. trust_index: take the
     scan that another process has just made.
@@ -167,13 +167,9 @@ def build_train_data(
     accelerator: Accelerator,
     class_images: Folder | None = None,
 ) -> TrainData:
-    """Encode what the caches lack; put samples, their order and the fixed triples together.
-
-    latents: of the training images. class_images: each step takes as many as of the subject's.
-    """
-    captions = _captions(config, train, heldout, class_images)
+    """Encode what the caches lack; return samples, order and triples. latents: of `train`."""
     source = text_source(
-        captions,
+        _captions(config, train, heldout, class_images),
         components,
         config.data,
         trains_text_encoder=trains_text_encoder(config),
@@ -181,16 +177,10 @@ def build_train_data(
     )
     encode = partial(_encode, components=components, accelerator=accelerator)
     images = encode(train, config.data, latents=latents)
-    without_masks = replace(config.data, mask="none")
-    classes = None if class_images is None else encode(class_images, without_masks)
-    dataset, order = _samples(config, images, classes, source=source)
-    heldout_triples = train_triples = None
-    if len(heldout):
-        heldout_images = encode(heldout, eval_crop_config(config.data))
-        num_timesteps = components.scheduler.config["num_train_timesteps"]
-        heldout_triples, train_triples = _fixed_triples(
-            config, heldout_images, images, source=source, num_timesteps=num_timesteps
-        )
+    dataset, order = _samples(config, images, class_images, source=source, encode=encode)
+    heldout_triples, train_triples = _fixed_triples(
+        config, images, heldout, source=source, components=components, encode=encode
+    )
     if accelerator.is_main_process:
         _log_data_plan(config.data, order, source)
     return TrainData(
@@ -233,7 +223,12 @@ def _encode(
 
 
 def _samples(
-    config: Config, images: _Images, classes: _Images | None, *, source: TextSource
+    config: Config,
+    images: _Images,
+    class_images: Folder | None,
+    *,
+    source: TextSource,
+    encode: Callable[[Folder, DataConfig], _Images],
 ) -> tuple[LatentDataset | SubjectAndClassDataset, EpochOrder | PairedOrder]:
     """Return a run's samples and their order; class images are half of each step."""
     if images.masks is not None:
@@ -242,9 +237,10 @@ def _samples(
     transform, partial_batches = caption_transform(config.data), config.data.partial_batches
     subject = _dataset(config, images, source=source, transform=transform, seed=seed)
     buckets = bucket_ids(images.folder, config.data)
-    if classes is None:
+    if class_images is None:
         order = EpochOrder(buckets, batch_size=batch_size, seed=seed, partial=partial_batches)
         return subject, order
+    classes = encode(class_images, replace(config.data, mask="none"))
     half, seed_of_class = batch_size // 2, class_seed(seed)
     prior = _dataset(
         config, classes, source=source, transform=CaptionTransform(), seed=seed_of_class
@@ -286,17 +282,26 @@ def _dataset(
 
 
 def _fixed_triples(
-    config: Config, heldout: _Images, train: _Images, *, source: TextSource, num_timesteps: int
-) -> tuple[Triples, Triples]:
+    config: Config,
+    train: _Images,
+    heldout: Folder,
+    *,
+    source: TextSource,
+    components: Components,
+    encode: Callable[[Folder, DataConfig], _Images],
+) -> tuple[Triples | None, Triples | None]:
     """Return held-out triples, and as many of training images with the same timesteps."""
-    num_heldout, num_train = len(heldout.folder), len(train.folder)
+    num_heldout, num_train = len(heldout), len(train.folder)
+    if not num_heldout:
+        return None, None
+    heldout_images = encode(heldout, eval_crop_config(config.data))
     n = min(config.eval.num_heldout, max(num_heldout, MIN_TRIPLES))
-    t = stratified_timesteps(n, num_timesteps)
+    t = stratified_timesteps(n, components.scheduler.config["num_train_timesteps"])
     fix = partial(_triples, config, source=source, t=t)
     repeated = np.arange(n) % num_heldout
     subsample = np.arange(n) * max(num_train, n) // n % num_train
     return (
-        fix(heldout, indices=repeated, purpose="held out"),
+        fix(heldout_images, indices=repeated, purpose="held out"),
         fix(train, indices=subsample, purpose="trained"),
     )
 

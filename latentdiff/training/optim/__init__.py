@@ -1,0 +1,1 @@
+"""Optimisers, the learning rate, and averages of the weights."""

@@ -5,18 +5,17 @@ Nothing of it is saved, and neither accumulation nor the number of processes can
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch.optim import Optimizer
 
-LRScheduleName = Literal["constant", "cosine", "linear"]
+from latentdiff.config.choices import LRDecay
 
 
 def learning_rate(
     step: int,
     *,
     base: float,
-    schedule: LRScheduleName,
+    schedule: LRDecay,
     lr_warmup_steps: int,
     max_steps: int,
     decay_from: int | None = None,
@@ -49,7 +48,7 @@ class LRSchedule:
 
     base: float
     text_base: float
-    schedule: LRScheduleName
+    schedule: LRDecay
     lr_warmup_steps: int
     max_steps: int
 

@@ -5,16 +5,16 @@ form.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from latentdiff.config.choices import Optimizer as OptimizerName
 from latentdiff.training.optim.muon import Muon, muon_params
 
-OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 FUSED_DEVICES = ("cpu", "cuda")  # whose fused AdamW can skip an update
 
 
