@@ -93,7 +93,7 @@ def test_moments_are_those_of_the_images_encoded_alone(root, cache_dir, make):
             assert got.dtype == torch.float32
             torch.testing.assert_close(got, want[0], atol=1e-5, rtol=1e-5)
         assert got.shape == cache.shape(i)
-    assert verify_cache(cache, folder, codec) < 1e-5
+    assert verify_cache(cache, folder, codec=codec) < 1e-5
 
 
 def test_another_scaling_is_followed_without_encoding(root, cache_dir, codec):
@@ -186,7 +186,7 @@ def test_only_what_changed_is_encoded_again(root, cache_dir, codec):
     cache = build(root, codec, cache_dir)
     assert cache.num_encoded == 3
     torch.testing.assert_close(cache.moments(0), before, atol=0, rtol=0)
-    assert verify_cache(cache, read_folder(root), codec) < 1e-5
+    assert verify_cache(cache, read_folder(root), codec=codec) < 1e-5
 
 
 def test_moved_renamed_and_touched_files_are_known_by_content(root, cache_dir, codec, tmp_path):
@@ -345,7 +345,7 @@ def test_a_damaged_row_stops_the_reader_and_the_next_build_mends_it(root, cache_
     rebuilt = build(root, codec, cache_dir)
     assert rebuilt.num_encoded == 9
     torch.testing.assert_close(rebuilt.moments(2), before)
-    assert verify_cache(rebuilt, read_folder(root), codec) < 1e-5
+    assert verify_cache(rebuilt, read_folder(root), codec=codec) < 1e-5
 
 
 def test_check_rows_finds_and_mends_a_damaged_row_at_once(root, cache_dir, codec):
@@ -357,14 +357,14 @@ def test_check_rows_finds_and_mends_a_damaged_row_at_once(root, cache_dir, codec
     path.write_bytes(data)
     cache = build(root, codec, cache_dir, check_rows=True)
     assert cache.num_encoded == 9
-    assert verify_cache(cache, read_folder(root), codec) < 1e-5
+    assert verify_cache(cache, read_folder(root), codec=codec) < 1e-5
 
 
 def test_verify_sees_latents_of_other_weights(root, cache_dir, codec):
     cache = build(root, codec, cache_dir)
     with torch.no_grad():
         codec.vae.quant_conv.bias += 0.5
-    assert verify_cache(cache, read_folder(root), codec) > 0.1
+    assert verify_cache(cache, read_folder(root), codec=codec) > 0.1
 
 
 def test_settings_that_do_not_fit_are_refused(root, cache_dir, codec):
@@ -417,7 +417,7 @@ def test_two_unshared_builds_at_once_leave_a_whole_cache(root, cache_dir, codec,
     assert sum(num_encoded for num_encoded, _ in counts) > 9  # they did overlap
     cache = build(root, codec, cache_dir)
     assert cache.num_encoded == 0
-    assert verify_cache(cache, read_folder(root), codec) < 1e-5
+    assert verify_cache(cache, read_folder(root), codec=codec) < 1e-5
 
 
 def test_a_build_that_is_killed_leaves_no_broken_shard(cache_dir, monkeypatch):
@@ -425,7 +425,7 @@ def test_a_build_that_is_killed_leaves_no_broken_shard(cache_dir, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names: os._exit(9))
     pid = os.fork()
     if not pid:
-        write_shard(cache_dir, keys, rows)
+        write_shard(cache_dir, keys, rows=rows)
         os._exit(0)
     os.waitpid(pid, 0)
     assert list(cache_dir.glob("*.safetensors")) == []
@@ -466,7 +466,9 @@ def test_a_shard_is_a_plain_safetensors_file(root, cache_dir, codec):
 def test_rows_read_by_threads_are_right(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_store, "OPEN_SHARDS", 1)
     for i in range(8):
-        write_shard(tmp_path, as_keys([key_of(b"", bytes([i]))]), torch.full((1, 64), float(i)))
+        write_shard(
+            tmp_path, as_keys([key_of(b"", bytes([i]))]), rows=torch.full((1, 64), float(i))
+        )
     store, failures = TensorStore(tmp_path), []
 
     def read(seed: int) -> None:
@@ -511,7 +513,12 @@ def test_prune_lists_what_nothing_uses_and_removes_it_only_when_told(root, cache
 
 def build_text(captions, tokenizer, text_encoder, cache_dir: Path, **settings) -> PromptCache:
     return PromptCache.build(
-        captions, tokenizer, text_encoder, cache_dir=cache_dir, progress=False, **settings
+        captions,
+        tokenizer,
+        text_encoder=text_encoder,
+        cache_dir=cache_dir,
+        progress=False,
+        **settings,
     )
 
 
@@ -589,7 +596,7 @@ def test_flowers_are_encoded_once_and_three_touched_ones_again(shared_dir, tmp_p
         cache = LatentCache.build(
             folder, codec, cache_dir=tmp_path / "cache", plan=square(folder, 64), progress=False
         )
-        assert verify_cache(cache, folder, codec, num_samples=3) < 1e-4
+        assert verify_cache(cache, folder, codec=codec, num_samples=3) < 1e-4
         return cache.num_encoded
 
     assert again() == len(names)

@@ -193,7 +193,7 @@ def test_the_index_may_lie_in_the_home_folder(tmp_path, monkeypatch):
 def test_tables_are_mapped_not_read(tmp_path):
     index = ScanIndex(tmp_path, tmp_path)
     big = pa.table({"x": pa.array(range(500_000), pa.int64())})
-    index.save("big", big.schema, [big])
+    index.save("big", big.schema, parts=[big])
     del big
     before = pa.total_allocated_bytes()
     table = map_table(index.path("big"))

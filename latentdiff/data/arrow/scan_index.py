@@ -39,7 +39,7 @@ class ScanIndex:
         table = map_table(self.path(name))
         return table if table is not None and table.schema.equals(schema) else None
 
-    def save(self, name: str, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
+    def save(self, name: str, schema: pa.Schema, *, parts: Iterable[pa.Table]) -> None:
         """Write a table, part after part, so that it need not be in memory at once.
 
         Where it cannot be written, a warning is logged, and the next run reads the files again.

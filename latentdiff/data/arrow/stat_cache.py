@@ -114,4 +114,4 @@ def _save(table: pa.Table, name: str, index: ScanIndex) -> None:
     # In large parts: a map of small ones has all its pages touched when it is opened.
     starts = range(0, len(table), CHUNK_ROWS)
     parts = (table.slice(start, CHUNK_ROWS).combine_chunks() for start in starts)
-    index.save(name, table.schema, parts)
+    index.save(name, table.schema, parts=parts)

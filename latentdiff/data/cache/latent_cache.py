@@ -138,7 +138,7 @@ class LatentCache(CachedVariants):
             try:
                 for items, pixels in batches:
                     moments = encode_moments(codec, pixels, dtype=dtype).cpu()
-                    check_finite(moments, folder, items)
+                    check_finite(moments, items, folder=folder)
                     places = todo[done : done + len(items)]
                     writer.add(self.keys[places[:, 0], places[:, 1]], moments)
                     done += len(items)
@@ -195,7 +195,7 @@ class LatentCache(CachedVariants):
 
 
 def verify_cache(
-    cache: LatentCache, folder: Folder, codec: LatentCodec, *, num_samples: int = 16
+    cache: LatentCache, folder: Folder, *, codec: LatentCodec, num_samples: int = 16
 ) -> float:
     """Encode a subsample of records again; return the largest absolute difference of raw moments.
 

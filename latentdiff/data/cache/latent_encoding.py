@@ -77,7 +77,7 @@ def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
     return mean, moments[1] if len(moments) == 2 else torch.zeros_like(mean)
 
 
-def check_finite(moments: Tensor, folder: Folder, items: list[Item]) -> None:
+def check_finite(moments: Tensor, items: list[Item], *, folder: Folder) -> None:
     """Raise ValueError naming the images whose moments (B, ...) are not finite."""
     bad = ~moments.isfinite().flatten(1).all(dim=1)
     if bad.any():

@@ -42,8 +42,8 @@ class PromptCache:
         cls,
         captions: Iterable[str],
         tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
         *,
+        text_encoder: CLIPTextModel,
         cache_dir: Path | str,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
@@ -69,8 +69,8 @@ class PromptCache:
                     todo = {keys[i]: chunk[i] for i in mine if keys[i] not in encoded}
                     for batch in _chunks(todo.items(), batch_size):
                         texts = [caption for _, caption in batch]
-                        embeds = encode_captions(tokenizer, text_encoder, texts).to(dtype)
-                        writer.add(as_keys(key for key, _ in batch), embeds)
+                        embeds = encode_captions(texts, tokenizer, text_encoder=text_encoder)
+                        writer.add(as_keys(key for key, _ in batch), embeds.to(dtype))
                     encoded |= todo.keys()
                     bar.update(len(chunk))
             finally:
@@ -108,8 +108,8 @@ class PromptCache:
 def prompt_keys(
     captions: Iterable[str],
     tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
     *,
+    text_encoder: CLIPTextModel,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """Return the keys of captions and of the null caption: (M, 2) uint64."""
@@ -144,7 +144,7 @@ def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:
 
 @torch.no_grad()
 def encode_captions(
-    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: Sequence[str]
+    captions: Sequence[str], tokenizer: CLIPTokenizer, *, text_encoder: CLIPTextModel
 ) -> Tensor:
     """Encode captions to prompt embeddings (B, L, D) on the CPU, without autocast."""
     with torch.autocast(text_encoder.device.type, enabled=False):

@@ -63,7 +63,7 @@ class Shard:
         return self.dtype.itemsize * int(np.prod(self.shape))
 
 
-def write_shard(folder: Path, keys: np.ndarray, rows: Tensor) -> Path:
+def write_shard(folder: Path, keys: np.ndarray, *, rows: Tensor) -> Path:
     """Write rows (N, ...) under keys (N, 2) to a file of their own, and return its path."""
     data = rows.reshape(len(rows), -1).view(torch.uint8).numpy()
     checks = np.array([zlib.crc32(row) for row in data], np.uint32)
@@ -134,7 +134,7 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def read_row(shard: Shard, row: int, data: mmap.mmap) -> Tensor:
+def read_row(shard: Shard, row: int, *, data: mmap.mmap) -> Tensor:
     """Copy one row out of the mapped file. Raises DamagedShardError."""
     start = shard.start + row * shard.row_bytes
     content = bytearray(data[start : start + shard.row_bytes])
@@ -147,4 +147,4 @@ def check_rows(shard: Shard) -> None:
     """Read all rows. Raises DamagedShardError."""
     with map_file(shard.path) as data:
         for row in range(len(shard.checks)):
-            read_row(shard, row, data)
+            read_row(shard, row, data=data)

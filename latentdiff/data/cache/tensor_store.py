@@ -107,7 +107,8 @@ class TensorStore:
         place = int(np.searchsorted(self._starts, row, side="right")) - 1
         shard = self._shards[place]
         try:
-            return read_row(shard, row - int(self._starts[place]), self._maps.get(shard.path))
+            data = self._maps.get(shard.path)
+            return read_row(shard, row - int(self._starts[place]), data=data)
         except (DamagedShardError, FileNotFoundError) as error:
             if isinstance(error, DamagedShardError):
                 quarantine(shard.path, error)
@@ -139,7 +140,7 @@ class StoreWriter:
         waiting, self._rows = self._rows, {}
         for parts in waiting.values():
             keys = np.concatenate([keys for keys, _ in parts])
-            write_shard(self.folder, keys, torch.cat([rows for _, rows in parts]))
+            write_shard(self.folder, keys, rows=torch.cat([rows for _, rows in parts]))
         self._num_bytes, self._flushed = 0, time.monotonic()
 
 

@@ -135,7 +135,7 @@ def _stored(
     """Save the records to the index and map them from there; hold them where that fails."""
     if index is not None and not _may_get_better(problems):
         metadata = {"problems": json.dumps(problems.to_json()), "num_found": str(num_found)}
-        index.save(name, RECORDS.with_metadata(metadata), parts())
+        index.save(name, RECORDS.with_metadata(metadata), parts=parts())
         index.prune("records-")
         if stored := map_records(index.path(name)):
             return stored

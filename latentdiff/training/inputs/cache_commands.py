@@ -108,7 +108,7 @@ def verify_caches(
     codec = LatentCodec(load_vae_of(config).to(device))
     for name, folder, data in _parts(config, train, heldout):
         cache = _opened(folder, codec, data)
-        max_error = verify_cache(cache, folder, codec, num_samples=num_samples)
+        max_error = verify_cache(cache, folder, codec=codec, num_samples=num_samples)
         num_verified = min(num_samples, len(cache.complete_records()))
         yield Verified(f"{name} images", len(cache), cache.num_missing, num_verified, max_error)
 
@@ -149,7 +149,7 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
     if (loaded := _frozen_text_encoder(config)) is not None:
         text_encoder, tokenizer = loaded
         captions = unique_captions(folders, caption_transform(config.data))
-        yield prompt_keys(captions, tokenizer, text_encoder)
+        yield prompt_keys(captions, tokenizer, text_encoder=text_encoder)
 
 
 def _checked(config: Config) -> tuple[Folder, Folder]:

@@ -148,7 +148,7 @@ def cache_text(
     cache = PromptCache.build(
         captions,
         tokenizer,
-        text_encoder.to(accelerator.device),
+        text_encoder=text_encoder.to(accelerator.device),
         cache_dir=cache_dir(data),
         shard=(accelerator.process_index, accelerator.num_processes),
         progress=accelerator.is_local_main_process,
@@ -252,7 +252,10 @@ class OnlinePromptEmbeds:
     def batch(self, captions: Sequence[str]) -> Tensor:
         """Return embeddings (n, L, D) on the CPU."""
         parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
-        embeds = [encode_captions(self._tokenizer, self._text_encoder, part) for part in parts]
+        embeds = [
+            encode_captions(part, self._tokenizer, text_encoder=self._text_encoder)
+            for part in parts
+        ]
         return torch.cat(embeds)
 
 
