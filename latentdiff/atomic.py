@@ -87,7 +87,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     try:
         _lock(descriptor)
         yield folder
-        for path in (*folder.iterdir(), folder):
+        for path in (*folder.rglob("*"), folder):
             _flush(path)
         _publish(folder, final)
     except BaseException:

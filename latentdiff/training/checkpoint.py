@@ -153,12 +153,11 @@ def prune_checkpoints(
 ) -> list[Path]:
     """Delete checkpoints and return their former paths. Call it after a save, never before.
 
-    Kept: the last `keep_last`, every step that keep_every_steps divides, and of those that are
-    there the one with the least of `losses`, by step. What is broken is neither counted nor
-    touched.
+    Kept: the last `keep_last`, every step that keep_every_steps divides, and of the existing ones
+    that with the minimum of `losses`, by step. A broken one is neither counted nor touched.
     """
     if keep_last < 1:
-        raise ValueError(f"keep_last is {keep_last}: keep at least 1 checkpoint")
+        raise ValueError(f"keep_last is {keep_last}: expected 1 checkpoint or more")
     steps = {path: step for path in _checkpoints(root) if (step := _whole_step(path)) is not None}
     best = best_step({step: losses[step] for step in steps.values() if losses and step in losses})
     removable = [
@@ -172,7 +171,7 @@ def prune_checkpoints(
 
 
 def best_step(losses: Mapping[int, float]) -> int | None:
-    """Return the step with the least loss, the first of equal ones; None where there is none."""
+    """Return the step with the minimum loss, the first of equal ones; None where there is none."""
     return min(losses, key=lambda step: (losses[step], step), default=None)
 
 
@@ -182,7 +181,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def snapshot(tensors: Parts) -> dict[str, dict[str, Tensor]]:
-    """Copy tensors to the CPU, so that training may go on while they are being saved."""
+    """Copy tensors to the CPU, so that training may continue while they are being saved."""
     return {
         part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
         for part, named in tensors.items()
@@ -190,7 +189,7 @@ def snapshot(tensors: Parts) -> dict[str, dict[str, Tensor]]:
 
 
 class BackgroundSaver:
-    """Save beside training: one thread, one save at a time, and no failure goes unsaid.
+    """Save next to training: one thread, one save at a time, and each failure is kept for `check`.
 
     Give `submit` a function over a `snapshot`: training changes the tensors themselves.
     """
@@ -206,7 +205,7 @@ class BackgroundSaver:
         self._thread.start()
 
     def check(self) -> Exception | None:
-        """Return, once, what the last failed save raised, so that the loop can say so."""
+        """Return, once, the error of the last failed save, so that the loop can log it."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -224,7 +223,7 @@ class BackgroundSaver:
     def _run(self, save: Callable[[], object]) -> None:
         try:
             save()
-        except Exception as error:  # whatever it is, training goes on and `check` reports it
+        except Exception as error:  # any kind: training continues and `check` reports it
             self._failure = error
 
 

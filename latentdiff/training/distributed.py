@@ -30,20 +30,20 @@ def start_accelerator(config: Config) -> Accelerator:
     _refuse_unsupported()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # said, so that several CPU processes are seen
+        cpu=not torch.accelerator.is_available(),  # else several CPU processes are not seen
         mixed_precision=MIXED[config.train.mixed_precision],
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)] if backend else None,
     )
     _refuse_copies(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP and config.train.channels_last is True:
         raise ValueError(
-            "train.channels_last is true, and FSDP2 cannot spread weights in that layout: add "
+            "train.channels_last is true, and FSDP2 cannot shard weights in that layout: add "
             "--train.channels_last=false"
         )
     if accelerator.distributed_type == DistributedType.FSDP and config.train.optimizer != "adamw":
         raise ValueError(
-            f"train.optimizer={config.train.optimizer} has no form that FSDP2 can spread: take "
-            "adamw, whose state FSDP2 spreads, or train without FSDP"
+            f"train.optimizer={config.train.optimizer} has no form that FSDP2 can shard: take "
+            "adamw, whose state FSDP2 shards, or train without FSDP"
         )
     # here, as diffusers takes seconds that whoever only launches training need not wait for
     from latentdiff.training.model import check_attention

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentdiff.atomic import atomic_folder
 from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.training.checkpoint import best_step, load_checkpoint
@@ -89,7 +89,7 @@ def averaged(train_step: TrainStep) -> AbstractContextManager[None]:
 
 
 def _load_best(run: Run, heldout: Mapping[int, float]) -> int:
-    """Load the checkpoint with the least held-out loss of those that are kept; return its step."""
+    """Load the kept checkpoint with the minimum held-out loss; return its step."""
     root = run.folder / "checkpoints"
     kept = {step: root / f"step-{step:09d}" for step in heldout}
     best = best_step({step: heldout[step] for step, path in kept.items() if path.is_dir()})
@@ -129,13 +129,10 @@ def _write_both(components: Components, final: Path, *, facts: ModelInfo) -> Non
 def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
     """Write a folder as a whole, in place of an older one."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     pipeline = make_pipeline(components)
     pipeline.model_info = facts
-    pipeline.save_pretrained(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    with atomic_folder(final) as temporary:
+        pipeline.save_pretrained(temporary)
 
 
 def _facts(run: Run, step: int) -> ModelInfo:

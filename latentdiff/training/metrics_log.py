@@ -240,7 +240,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Leave out what a run wrote after the checkpoint that it now goes on from."""
+    """Remove the lines that a run wrote after the checkpoint that it now resumes from."""
     if not path.is_file():
         return
     kept = []

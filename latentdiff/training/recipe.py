@@ -34,7 +34,7 @@ class Recipe(ABC):
     """What is trained: everything that the loop asks of it. One recipe is one run."""
 
     def __init__(self) -> None:
-        self.heldout: dict[int, float] = {}  # losses so far, by step; the least one is the best
+        self.heldout: dict[int, float] = {}  # losses so far, by step
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterator[Any]:

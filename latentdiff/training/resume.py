@@ -1,6 +1,6 @@
 """A run's state on disk, of any recipe: which checkpoint, whose run, what is saved and kept.
 
-The held-out loss of a step is measured before its checkpoint is saved, and a step with the least
+The held-out loss of a step is measured before its checkpoint is saved, and a step with the minimum
 loss so far is saved whatever the cadence. So a checkpoint knows all losses up to its own, and the
 best one is on the disk; where its save failed, the best of those that are there is kept.
 How a checkpoint lies on the disk is checkpoint.py's business.

@@ -1,4 +1,4 @@
-"""One run a folder, and an orderly end when the system or a person asks for it.
+"""One run a folder, and an orderly end when the system or a person asks for one.
 
 The lock keeps two runs out of one folder. Signals only set a mark that the loop reads between
 steps, so that a step is finished and its state saved before the process leaves.
@@ -21,6 +21,8 @@ from typing import IO, Any
 
 from accelerate import Accelerator
 
+from latentdiff.atomic import remove_leftovers
+
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -34,7 +36,11 @@ def open_run_folder(path: str, accelerator: Accelerator) -> Iterator[Path]:
     """
     folder = Path(path).expanduser()
     try:
-        with RunLock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        if not accelerator.is_main_process:
+            yield folder
+            return
+        with RunLock(folder):
+            remove_leftovers(folder)
             yield folder
     except Exception as error:
         if accelerator.num_processes > 1:

@@ -174,7 +174,7 @@ class TextToImageRecipe(Recipe):
                     guidance_scale=preview.guidance_scale,
                     nearest_images=run.nearest_images,
                 )
-        except OSError as error:  # a full disk, say, is no reason to stop training
+        except OSError as error:  # such as a full disk: no reason to stop training
             logger.error("no sheet for step %d: %s", step, error)
             return {}
 
@@ -235,7 +235,7 @@ class TextToImageRecipe(Recipe):
     def _eval_mode(self) -> Iterator[None]:
         """Give the model its EMA weights and evaluation mode inside the block.
 
-        A learned variance is left out: the prediction is measured and sampled.
+        A learned variance is skipped: the prediction alone is measured and sampled.
         """
         model = self.train_step.model.eval()
         with averaged(self.train_step), prediction_only(self.run.components):

@@ -27,7 +27,11 @@ from latentdiff.training.optim.optimizer import (
     step_if_finite,
 )
 from latentdiff.training.optim.posthoc_ema import PosthocEma, gamma_of
-from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
+from latentdiff.training.optim.state import (
+    load_optimizer_tensors,
+    load_parameters,
+    optimizer_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -150,18 +154,7 @@ class TrainStep:
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Take a checkpoint's state back; ValueError names the entry that does not fit."""
-        saved = tensors["model"]
-        if saved.keys() != self.parameters.keys():
-            differing = sorted(saved.keys() ^ self.parameters.keys())
-            raise ValueError(f"the checkpoint's weights are not this model's: {differing[:8]}")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                if saved[name].shape != parameter.shape:
-                    raise ValueError(
-                        f"{name} is {tuple(saved[name].shape)} in the checkpoint, "
-                        f"expected {tuple(parameter.shape)}"
-                    )
-                parameter.copy_(saved[name])
+        load_parameters(self.parameters, tensors["model"])
         load_optimizer_tensors(
             self.optimizer, self._names(), tensors["optimizer"], state["optimizer"]
         )

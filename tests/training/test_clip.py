@@ -67,7 +67,7 @@ def test_a_batch_holds_no_caption_twice_and_depends_on_seed_and_step_alone(squar
     folders = [read_folder(squares).split("train")] * 2
     batches = DistinctCaptions(folders, batch_size=16, seed=3)
     batch = batches.batch(5)
-    assert len({draw.caption for draw in batch}) == len(batch) == 16
+    assert len({key.caption for key in batch}) == len(batch) == 16
     assert batch == DistinctCaptions(folders, batch_size=16, seed=3).batch(5)
     assert batch != batches.batch(6)
     assert len(DistinctCaptions(folders, batch_size=64, seed=0).batch(0)) == 36
@@ -84,8 +84,8 @@ def test_one_caption_for_all_is_refused(tmp_path: Path) -> None:
 def test_images_whose_caption_speaks_of_sides_are_not_mirrored(squares: Path) -> None:
     folder = read_folder(squares).split("train")
     pairs = Pairs([folder], 16, min_crop=1.0, random_flip=True, seed=0)
-    for draw in DistinctCaptions([folder], batch_size=16, seed=1).batch(0):
-        pixels, caption = pairs[draw]
+    for key in DistinctCaptions([folder], batch_size=16, seed=1).batch(0):
+        pixels, caption = pairs[key]
         left = caption.split()[0]
         seen = ((pixels[:, 8, 2] + 1) * 127.5).round().tolist()
         assert seen == pytest.approx(COLOURS[left], abs=2)

@@ -14,17 +14,17 @@ from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.image_io import load_image
 
-DRAWS_PER_PAIR = 8  # until a step makes do with fewer pairs
+TRIES_PER_PAIR = 8  # random ones, before a step has fewer pairs
 
 
 @dataclass(frozen=True)
-class Draw:
+class PairKey:
     """One pair of one step: an image and one of its captions."""
 
     folder: int
     index: int
     caption: str
-    key: int  # of the crop and the mirror
+    number: int  # in the run: the crop and the mirror depend on it
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,24 @@ class Pairs(Dataset[tuple[Tensor, str]]):
     random_flip: bool
     seed: int
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, str]:
+    def __getitem__(self, key: PairKey) -> tuple[Tensor, str]:
         """Return pixels (3, H, W) in [-1, 1] and the caption."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, draw.key]))
-        image = load_image(BytesIO(self.folders[draw.folder].read_bytes(draw.index)))
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, key.number]))
+        image = load_image(BytesIO(self.folders[key.folder].read_bytes(key.index)))
         side = min(image.size) * rng.uniform(self.min_crop, 1.0)
         x, y = (rng.uniform(0.0, size - side) for size in image.size)
         box = (round(x), round(y), round(x + side), round(y + side))
         cut = resize_and_crop(image.crop(box), height=self.resolution, width=self.resolution)
         pixels = to_pixels(cut.image)
-        mirrored = self.random_flip and may_flip([draw.caption]) and rng.random() < 0.5
-        return (pixels.flip(-1) if mirrored else pixels), draw.caption
+        mirrored = self.random_flip and may_flip([key.caption]) and rng.random() < 0.5
+        return (pixels.flip(-1) if mirrored else pixels), key.caption
 
 
 @dataclass
-class DistinctCaptions(Sampler[list[Draw]]):
-    """Batches without end in which no caption stands twice: a right answer would be called wrong.
+class DistinctCaptions(Sampler[list[PairKey]]):
+    """Batches without end in which no caption occurs twice: a right answer would count as wrong.
 
-    A batch is drawn anew at each step, and is smaller than batch_size where captions are few.
+    A batch is sampled anew at each step, and is smaller than batch_size where captions are few.
     """
 
     folders: list[Folder]
@@ -76,22 +76,22 @@ class DistinctCaptions(Sampler[list[Draw]]):
                 f"the folders hold {len(distinct)} captions that differ, expected two or more"
             )
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[PairKey]]:
         """Yield the batches of first_step and those after it."""
         step = self.first_step
         while True:
             yield self.batch(step)
             step += 1
 
-    def batch(self, step: int) -> list[Draw]:
-        """Return the pairs of a step: images drawn at random, the first of each caption."""
+    def batch(self, step: int) -> list[PairKey]:
+        """Return the pairs of a step: random images, the first of each caption."""
         rng = np.random.default_rng([self.seed, step])
-        chosen: dict[str, Draw] = {}
-        for place in rng.integers(len(self.captions), size=DRAWS_PER_PAIR * self.batch_size):
+        chosen: dict[str, PairKey] = {}
+        for place in rng.integers(len(self.captions), size=TRIES_PER_PAIR * self.batch_size):
             folder, index, texts = self.captions[place]
             caption = texts[int(rng.integers(len(texts)))]
-            key = step * self.batch_size + len(chosen)
-            chosen.setdefault(caption, Draw(folder, index, caption, key))
+            number = step * self.batch_size + len(chosen)
+            chosen.setdefault(caption, PairKey(folder, index, caption, number))
             if len(chosen) == self.batch_size:
                 break
         return list(chosen.values())

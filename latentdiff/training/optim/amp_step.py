@@ -10,7 +10,11 @@ from torch.optim import Optimizer
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.optim.lr import set_learning_rate
 from latentdiff.training.optim.optimizer import clip_gradients
-from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
+from latentdiff.training.optim.state import (
+    load_optimizer_tensors,
+    load_parameters,
+    optimizer_tensors,
+)
 
 
 class AmpStep:
@@ -61,7 +65,6 @@ class AmpStep:
         _, numbers = optimizer_tensors(self.optimizer, self._names())
         return {self.name: {"optimizer": numbers, "scaler": self.scaler.state_dict()}}
 
-    @torch.no_grad()
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
         """Take both back; ValueError names what does not fit."""
         load_parameters(self.parameters, tensors[self.name])
@@ -72,18 +75,3 @@ class AmpStep:
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.parameters.items()}
-
-
-@torch.no_grad()
-def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy saved weights into parameters; ValueError names what does not fit."""
-    if saved.keys() != parameters.keys():
-        differing = sorted(saved.keys() ^ parameters.keys())
-        raise ValueError(f"the checkpoint's weights are not this model's: {differing[:8]}")
-    for name, parameter in parameters.items():
-        if saved[name].shape != parameter.shape:
-            raise ValueError(
-                f"{name} is {tuple(saved[name].shape)} in the checkpoint, "
-                f"expected {tuple(parameter.shape)}"
-            )
-        parameter.copy_(saved[name])

@@ -76,6 +76,21 @@ def load_optimizer_tensors(
             optimizer.state[parameter] = {**state, **saved["numbers"]}
 
 
+@torch.no_grad()
+def load_parameters(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved weights into parameters; ValueError names what does not fit."""
+    if saved.keys() != parameters.keys():
+        differing = sorted(saved.keys() ^ parameters.keys())
+        raise ValueError(f"the checkpoint's weights are not this model's: {differing[:8]}")
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name} is {tuple(saved[name].shape)} in the checkpoint, "
+                f"expected {tuple(parameter.shape)}"
+            )
+        parameter.copy_(saved[name])
+
+
 def _named(optimizer: Optimizer, names: Names) -> dict[str, Tensor]:
     """Return the optimiser's parameters by name."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -30,7 +30,7 @@ def vae_loss(
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch whether it is real: logits (B, 1, h, w) of (B, 3, H, W) (Isola 2017)."""
+    """Classifies each patch as real or not: logits (B, 1, h, w) of (B, 3, H, W) (Isola 2017)."""
 
     def __init__(self, width: int = 32, *, num_layers: int = 2) -> None:
         """num_layers: halvings; patches are 16, 34 or 70 pixels wide for 1, 2 or 3."""

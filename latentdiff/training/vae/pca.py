@@ -15,8 +15,9 @@ def keep_principal(vae: AutoencoderKL, batches: Iterable[Tensor], channels: int)
     """Return a copy with `channels` latent channels, each of mean 0 and std 1 over the batches.
 
     batches: pixels (B, 3, H, W) in [-1, 1]. Encoding is exact: the components of the old means.
-    Decoding is as good as the components left out allow, but for the outermost cells, whose padding
-    was zero before the mean was taken off. ValueError for as many channels as there are, or more.
+    Decoding is as good as the omitted components allow, but for the outermost latent pixels, whose
+    padding was zero before the mean was subtracted. ValueError unless `channels` is smaller than
+    the VAE's own number.
     """
     old = vae.config["latent_channels"]
     if not 0 < channels < old:
@@ -25,18 +26,18 @@ def keep_principal(vae: AutoencoderKL, batches: Iterable[Tensor], channels: int)
         )
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise ValueError("the VAE has no quant_conv and post_quant_conv, expected both")
-    mean, basis, spread, variance = _components(vae, batches, channels)
+    mean, basis, stds, variance = _components(vae, batches, channels)
     shape = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     made = AutoencoderKL.from_config(shape | {"latent_channels": channels})
-    _copy_the_rest(vae, made)
-    to_new = basis.T / spread[:, None]  # (k, C)
+    _copy_other_weights(vae, made)
+    to_new = basis.T / stds[:, None]  # (k, C)
     quant, after = vae.quant_conv, vae.encoder.conv_out
     rows = to_new @ quant.weight[:old, :, 0, 0]  # (k, 2 C)
     weight = torch.einsum("kc,chij->khij", rows, after.weight)
     made.encoder.conv_out.weight.copy_(torch.cat([weight, torch.zeros_like(weight)]))
     bias = rows @ after.bias + to_new @ (quant.bias[:old] - mean)
     made.encoder.conv_out.bias.copy_(torch.cat([bias, (to_new.square() @ variance).log()]))
-    back = vae.post_quant_conv.weight[:, :, 0, 0] @ (basis * spread)  # (C, k)
+    back = vae.post_quant_conv.weight[:, :, 0, 0] @ (basis * stds)  # (C, k)
     constant = vae.post_quant_conv.weight[:, :, 0, 0] @ mean + vae.post_quant_conv.bias
     first = vae.decoder.conv_in
     made.decoder.conv_in.weight.copy_(torch.einsum("hcij,ck->hkij", first.weight, back))
@@ -59,13 +60,13 @@ def _components(
     z = torch.cat(means, 1).double()  # (C, N)
     mean = z.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(z))  # rising
-    spread = values.flip(0)[:channels].clamp_min(1e-12).sqrt()
+    stds = values.flip(0)[:channels].clamp_min(1e-12).sqrt()
     basis = vectors.flip(1)[:, :channels]
     variance = torch.stack(variances).mean(0)
-    return mean.float(), basis.float(), spread.float(), variance
+    return mean.float(), basis.float(), stds.float(), variance
 
 
-def _copy_the_rest(vae: AutoencoderKL, made: AutoencoderKL) -> None:
+def _copy_other_weights(vae: AutoencoderKL, made: AutoencoderKL) -> None:
     """Copy every weight whose shape does not depend on the number of channels."""
     own = made.state_dict()
     same = {name: w for name, w in vae.state_dict().items() if own[name].shape == w.shape}

@@ -45,15 +45,7 @@ def heldout_report(
     )
     latents = torch.cat([codec.encode(part.to(device)) for part in pixels.split(batch_size)])
     decoded = torch.cat([codec.decode(z).cpu() for z in latents.split(batch_size)])
-    report: dict[str, float] = {"num_images": float(number)}
-    figures = {"psnr_db": psnr(decoded, pixels)}
-    if resolution >= 11:
-        figures["ssim"] = ssim(decoded, pixels)
-    for name, values in figures.items():
-        report[name] = values.mean().item()
-        if number > 1:
-            interval = bootstrap_mean(values)
-            report |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    report = {"num_images": float(number)} | _fidelity(decoded, pixels)
     if network is not None and number > 1:
         both = (
             torch.cat([network(part.to(device)).cpu() for part in x.split(batch_size)])
@@ -70,4 +62,16 @@ def heldout_report(
         with atomic_file(sheet) as temporary:
             shown = reconstruction_sheet(pixels[:NUM_SHOWN], decoded[:NUM_SHOWN])
             shown.save(temporary, format="PNG")
+    return report
+
+
+def _fidelity(decoded: Tensor, pixels: Tensor) -> dict[str, float]:
+    """Return mean PSNR and, of images large enough for it, SSIM, with their intervals."""
+    figures = {"psnr_db": psnr(decoded, pixels)}
+    if min(pixels.shape[2:]) >= 11:
+        figures["ssim"] = ssim(decoded, pixels)
+    report = {name: values.mean().item() for name, values in figures.items()}
+    for name, values in figures.items() if len(pixels) > 1 else ():
+        interval = bootstrap_mean(values)
+        report |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return report

@@ -143,11 +143,11 @@ class VaeRecipe(Recipe):
 
 
 def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
-    """Load the VAE to go on from, or build a new one; freeze what does not learn."""
+    """Load the VAE to continue from, or build a new one; freeze all but the trainable part."""
     if not config.pretrained:
         if config.train_part != "all" or config.pca_channels:
             raise ValueError(
-                "train_part=decoder and pca_channels need --pretrained, a VAE to go on from"
+                "train_part=decoder and pca_channels need --pretrained, a VAE to continue from"
             )
         return build_vae(
             block_out_channels=config.block_out_channels,

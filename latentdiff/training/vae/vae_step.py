@@ -1,4 +1,4 @@
-"""One training step of a VAE: every loss that its config asks for, the updates, and their state."""
+"""One training step of a VAE: its losses, the updates of the weights, and their state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -100,7 +100,7 @@ class VaeTrainStep:
             torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.vae.device)
 
     def _augment(self, z: Tensor, pixels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Move latents and images alike, at the share of steps asked for."""
+        """Transform latents and images alike, at the share of steps that the config names."""
         rng = np.random.default_rng([self.config.seed, step])
         if rng.random() >= self.config.equivariance_prob:
             return z, pixels
@@ -113,7 +113,7 @@ class VaeTrainStep:
         return shift(z, pixels, down=down, right=right)
 
     def _with_generator_loss(self, loss: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Add what the discriminator says of a reconstruction; return the sum and it, detached."""
+        """Add the generator's loss; return the sum, and it alone, detached."""
         assert self.discriminator is not None
         self.discriminator.requires_grad_(False)
         with self.accelerator.autocast():
@@ -160,9 +160,10 @@ def rot90(x: Tensor, *, turns: int, mirrored: bool) -> Tensor:
 
 
 def shift(z: Tensor, pixels: Tensor, *, down: int, right: int) -> tuple[Tensor, Tensor]:
-    """Move the window by less than a latent cell: latents are interpolated, pixels are cut.
+    """Move the window by less than a latent pixel: latents are interpolated, pixels are cut.
 
-    z: (B, C, h, w); pixels: (B, 3, f h, f w); down, right: pixels in [0, f). One cell is lost.
+    z: (B, C, h, w); pixels: (B, 3, f h, f w); down, right: pixels in [0, f). Latents lose a row and
+    a column.
     """
     height, width = z.shape[2:]
     factor = pixels.shape[2] // height
