@@ -38,7 +38,7 @@ def finetuning(world: Path, run: Path, **overrides: object) -> Config:
     return make_config(world, run, **(QUICK | base | overrides))
 
 
-def draw(pipe, prompt: str = "a small red circle", **changes) -> torch.Tensor:
+def generate(pipe, prompt: str = "a small red circle", **changes) -> torch.Tensor:
     """Return the float image of a stock or our own pipeline."""
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"} | changes

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from fakes_finetune import draw, open_ours
+from fakes_finetune import generate, open_ours
 from fakes_pipeline import lora_weights, sd1_shaped, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
@@ -23,15 +23,15 @@ def test_merged_folder_makes_the_images_of_its_loras(tmp_path):
     for name, weights in (("one", one), ("two", two)):
         save_file(weights, tmp_path / f"{name}.safetensors")
     pipe = open_ours(tmp_path / "base")
-    plain = draw(pipe)
+    plain = generate(pipe)
     pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
     pipe.load_lora_weights(tmp_path / "two.safetensors", adapter_name="two")
     pipe.set_adapters(["one", "two"], [0.7, 0.4])
-    expected = draw(pipe)
+    expected = generate(pipe)
     assert (expected - plain).abs().max() > 1 / 255
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     merged = merge_loras(tmp_path / "base", files, tmp_path / "merged", weights=[0.7, 0.4])
-    assert (draw(open_ours(merged)) - expected).abs().max() <= 1e-4
+    assert (generate(open_ours(merged)) - expected).abs().max() <= 1e-4
     with pytest.raises(ValueError, match="already exists"):
         merge_loras(tmp_path / "base", files, merged)
     with pytest.raises(ValueError, match="1 weights for 2 LoRAs"):

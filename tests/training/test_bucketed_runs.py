@@ -91,7 +91,7 @@ def test_a_pretrained_model_refuses_buckets_that_it_cannot_take(
     )
 
 
-def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) -> None:
+def test_sheets_have_captions_as_the_model_was_trained_on_them(world: Path) -> None:
     config = make_config(
         world, world / "none", data__trigger_word="sks", data__caption_suffix=", photo"
     )
@@ -105,7 +105,7 @@ def test_sheets_are_drawn_of_captions_as_the_model_was_told_them(world: Path) ->
     assert prompts[0] == f"sks, {heldout[0].captions[0]}, photo"
 
 
-def test_images_are_cut_to_the_bucket_of_their_own_shape(world: Path) -> None:
+def test_images_are_cropped_to_the_bucket_of_their_own_shape(world: Path) -> None:
     config = make_config(world, world / "none")
     assert [str(bucket) for bucket in bucket_sizes(config.data)] == [
         "24 x 40",
@@ -187,7 +187,7 @@ def test_filled_batches_are_all_of_full_size(
     assert min(read_metrics(tmp_path / "run").values()) > 0.75
 
 
-def test_states_made_in_the_step_are_those_of_the_cache(
+def test_embeddings_made_in_the_step_are_those_of_the_cache(
     world: Path, sd_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Captions of one tag read the same however their tags are shuffled."""

@@ -1,4 +1,4 @@
-"""Class images beside the subject's: drawn once, kept, and half of each step."""
+"""Class images next to the subject's: generated once, kept, and half of each step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files(folder: Path) -> dict[str, int]:
 
 
 def test_class_images_are_kept_and_topped_up(world, tmp_path, tokenizer):
-    def draw(prompt: str, num: int) -> dict[str, int]:
+    def generate(prompt: str, num: int) -> dict[str, int]:
         settings = DREAM | {
             "finetune__class_prompt": prompt,
             "finetune__num_class_images": num,
@@ -50,12 +50,12 @@ def test_class_images_are_kept_and_topped_up(world, tmp_path, tokenizer):
         assert folder[0].captions == (prompt,)
         return files(tmp_path / "class_images")
 
-    three = draw("a dog", 3)
-    five = draw("a dog", 5)
+    three = generate("a dog", 3)
+    five = generate("a dog", 5)
     assert len(five) == 5
     assert three.items() <= five.items()
-    assert draw("a dog", 2) == five
-    assert len(draw("a cat", 2)) == 7  # another prompt has images of its own
+    assert generate("a dog", 2) == five
+    assert len(generate("a cat", 2)) == 7  # another prompt has images of its own
 
 
 def test_half_of_each_step_is_of_the_class():
@@ -73,7 +73,7 @@ def test_half_of_each_step_is_of_the_class():
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])
-def test_class_samples_weigh_and_speak_as_they_should(world, tmp_path, cache):
+def test_class_samples_have_their_weight_and_caption(world, tmp_path, cache):
     config = finetuning(
         world, tmp_path / "run", **DREAM, data__cache=cache, train__train_text_encoder="true"
     )

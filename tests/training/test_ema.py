@@ -90,7 +90,7 @@ def test_masked_update_leaves_every_bit_though_weights_be_nan(
         assert torch.equal(tensor.signbit(), before[name].signbit())
 
 
-def test_masked_steps_might_as_well_not_have_been() -> None:
+def test_masked_updates_leave_no_trace() -> None:
     """The warm-up counts what was taken in, not what was tried."""
     skipping, plain = make_module(), make_module()
     plain.load_state_dict(skipping.state_dict())
@@ -134,7 +134,7 @@ def test_state_of_another_model_is_refused_by_name() -> None:
         ema.load_state_dict({**state, "0.bias": torch.ones(7)})
 
 
-def test_swapped_in_gives_averages_and_restores_the_weights_bitwise() -> None:
+def test_swap_weights_gives_averages_and_restores_the_weights_bitwise() -> None:
     module = make_module()
     ema = Ema(module)
     random_step(module)

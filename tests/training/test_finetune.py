@@ -1,4 +1,4 @@
-"""Fine-tuning by each method: what learns, what stays, exact resume, and what is written."""
+"""Fine-tuning by each method: trainable parameters, exact resume, and the exported files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
-from fakes_finetune import draw, finetuning, open_ours
+from fakes_finetune import finetuning, generate, open_ours
 from fakes_training import read_metrics
 from safetensors.torch import load_file
 
@@ -58,7 +58,7 @@ def test_only_what_the_method_names_changes(world, tmp_path, method, learns):
     assert all(learns(name) for name in saved)
 
 
-def test_text_tower_learns_at_its_own_rate(world, tmp_path):
+def test_text_encoder_is_trained_at_its_own_learning_rate(world, tmp_path):
     assert train(finetuning(world, tmp_path / "one", train__train_text_encoder="true")) == 0
     assert {"text", "unet"} == {name.split(".")[0] for name in changed(world, tmp_path / "one")}
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -187,36 +187,36 @@ def open_stock(folder: Path) -> StableDiffusionPipeline:
 @pytest.mark.parametrize("opened", [open_stock, open_ours])
 def test_lora_file_gives_the_merged_folders_image(world, lora_run, name, opened):
     pipe = opened(world / "base" / "pipeline")
-    plain = draw(pipe)
+    plain = generate(pipe)
     pipe.load_lora_weights(str(lora_run / name))
-    found = draw(pipe)
+    found = generate(pipe)
     assert (found - plain).abs().max() > 2 / 255
-    assert (found - draw(open_ours(lora_run / "pipeline"))).abs().max() <= 1e-4
+    assert (found - generate(open_ours(lora_run / "pipeline"))).abs().max() <= 1e-4
     pipe.fuse_lora()
-    assert (draw(pipe) - found).abs().max() <= 1e-4
+    assert (generate(pipe) - found).abs().max() <= 1e-4
 
 
 def test_lora_at_scale_0_is_the_base_bit_for_bit(world, lora_run):
     pipe = open_ours(world / "base" / "pipeline")
-    plain = draw(pipe)
+    plain = generate(pipe)
     pipe.load_lora_weights(lora_run / "lora")
-    assert torch.equal(draw(pipe, lora_scale=0.0), plain)
+    assert torch.equal(generate(pipe, lora_scale=0.0), plain)
 
 
 def test_several_loras_act_with_their_weights(world, lora_run):
     pipe = open_ours(world / "base" / "pipeline")
-    plain = draw(pipe)
+    plain = generate(pipe)
     pipe.load_lora_weights(lora_run / "lora", adapter_name="one")
-    once = draw(pipe)
+    once = generate(pipe)
     pipe.load_lora_weights(lora_run / "lora_kohya.safetensors", adapter_name="two")
     pipe.set_adapters(["one", "two"], [0.75, 0.25])
-    both = draw(pipe)
+    both = generate(pipe)
     assert (both - once).abs().max() <= 1e-4  # the same matrices: 3/4 and 1/4 of them are one
-    assert torch.equal(draw(pipe, lora_scale=0.0), plain)
-    assert torch.equal(draw(pipe), both)  # and the weights are still those
+    assert torch.equal(generate(pipe, lora_scale=0.0), plain)
+    assert torch.equal(generate(pipe), both)  # and the weights are still those
 
 
-def test_new_word_learns_alone(world, word_run):
+def test_new_token_is_trained_alone(world, word_run):
     moved = changed(world, word_run)
     assert moved == {"text.embeddings.token_embedding.weight"}
     before = parts(world / "base" / "pipeline")["text.embeddings.token_embedding.weight"]
@@ -228,30 +228,30 @@ def test_new_word_learns_alone(world, word_run):
 
 def test_learned_embeds_open_in_stock_diffusers(world, word_run):
     stock = open_stock(world / "base" / "pipeline")
-    before = draw(stock, "the <pet> on a")
+    before = generate(stock, "the <pet> on a")
     stock.load_textual_inversion(str(word_run / "learned_embeds.safetensors"))
-    found = draw(stock, "the <pet> on a")
+    found = generate(stock, "the <pet> on a")
     assert (found - before).abs().max() > 0
     ours = open_ours(word_run / "pipeline")
-    assert (draw(ours, "the <pet> on a") - found).abs().max() <= 1 / 255
+    assert (generate(ours, "the <pet> on a") - found).abs().max() <= 1 / 255
     exported = load_components(word_run / "pipeline")
     spelled = states(exported, ["the <pet> <pet>_1 on a"])
     assert torch.equal(states(exported, ["the <pet> on a"]), spelled)
 
 
-def test_what_the_base_learned_of_the_empty_caption_is_known_after_tuning(world, word_run):
+def test_caption_dropout_of_the_base_is_recorded_after_tuning(world, word_run):
     base = json.loads((world / "base" / "pipeline" / "latentdiff.json").read_text())
     tuned = json.loads((word_run / "pipeline" / "latentdiff.json").read_text())
     assert tuned["caption_dropout"] == base["caption_dropout"] > 0
 
 
-def test_word_that_no_caption_has_is_refused(world, tmp_path):
+def test_token_that_no_caption_has_is_refused(world, tmp_path):
     settings = WORD | {"finetune__instance_prompts": "[]"}
     with pytest.raises(ValueError, match="no caption has the token <pet>"):
         train(finetuning(world, tmp_path / "run", **settings))
 
 
-def test_gradient_checkpointing_leaves_the_word_its_gradient(world, word_run, tmp_path):
+def test_gradient_checkpointing_leaves_the_token_its_gradient(world, word_run, tmp_path):
     settings = WORD | {"train__gradient_checkpointing": "true"}
     assert train(finetuning(world, tmp_path / "run", **settings)) == 0
     name = "learned_embeds.safetensors"
@@ -259,7 +259,7 @@ def test_gradient_checkpointing_leaves_the_word_its_gradient(world, word_run, tm
     torch.testing.assert_close(found["<pet>"], expected["<pet>"])
 
 
-def test_target_that_no_layer_bears_is_named(world, tmp_path):
+def test_target_without_a_layer_is_named(world, tmp_path):
     settings = LORA | {"finetune__lora_targets": '["to_q", "to_z"]'}
     with pytest.raises(ValueError, match="'to_z'"):
         train(finetuning(world, tmp_path / "run", **settings))

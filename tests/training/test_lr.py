@@ -16,7 +16,7 @@ def rate(step: int, schedule: Any, **changed: Any) -> float:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_rate_rises_to_its_base_and_ends_where_it_should(schedule: str) -> None:
+def test_learning_rate_rises_to_its_base_and_ends_where_it_should(schedule: str) -> None:
     assert rate(0, schedule) == pytest.approx(0.2)
     assert rate(9, schedule) == pytest.approx(2.0)
     assert rate(10, schedule) == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""Choices that save memory: what they need is told, and no number changes that should not."""
+"""Settings that save memory: they log their need, and change no number that they should not."""
 
 import sys
 import types
@@ -32,7 +32,7 @@ def test_attention_kernels_give_the_same() -> None:
         with torch.no_grad():
             outputs.append(unet(*given).sample)
     kinds = {type(p).__name__ for p in unet.attn_processors.values()}
-    assert kinds == {"AttnProcessor"}, "auto, on the CPU and for 64 cells"
+    assert kinds == {"AttnProcessor"}, "auto, on the CPU and for 64 latent pixels"
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
     assert torch.equal(outputs[0], outputs[2])
 
@@ -50,12 +50,14 @@ def test_attention_kernels_give_the_same() -> None:
         ("--diffusion.input_perturbation=-1", "input_perturbation"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_loaded(argument: str, message: str) -> None:
+def test_impossible_settings_are_refused_before_anything_is_loaded(
+    argument: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         start_accelerator(parse_arguments(Config, [argument, "--train.mixed_precision=fp32"]))
 
 
-def test_xformers_that_is_not_there_or_does_not_run_is_told(
+def test_missing_or_broken_xformers_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "xformers.ops", None)

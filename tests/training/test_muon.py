@@ -57,7 +57,7 @@ def test_a_matrix_of_low_rank_stays_bounded(shape: tuple[int, int, int]) -> None
     assert values[:, 2:].max() < 0.7
 
 
-def test_nothing_becomes_nothing() -> None:
+def test_a_zero_gradient_is_a_zero_update() -> None:
     assert torch.equal(newton_schulz(torch.zeros(1, 16, 16)), torch.zeros(1, 16, 16))
 
 
@@ -80,7 +80,7 @@ def test_only_hidden_matrices_are_orthogonal() -> None:
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32), (20, 20)])
-def test_plain_matrices_go_as_with_torch_muon(shape: tuple[int, int]) -> None:
+def test_plain_matrices_are_updated_as_by_torch_muon(shape: tuple[int, int]) -> None:
     torch.manual_seed(3)
     start = torch.randn(shape)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
@@ -97,7 +97,7 @@ def test_plain_matrices_go_as_with_torch_muon(shape: tuple[int, int]) -> None:
     assert (ours - theirs).norm() < 0.02 * moved
 
 
-def test_the_rest_goes_as_with_adamw() -> None:
+def test_other_parameters_are_updated_as_by_adamw() -> None:
     torch.manual_seed(4)
     one, two = Small(), Small()
     two.load_state_dict(one.state_dict())

@@ -1,4 +1,4 @@
-"""The nearest training image beside each sample, and that a copy is found."""
+"""The nearest training image next to each sample, and that a copy is found."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_a_planted_copy_is_found_and_named(tmp_path: Path, features: str) -> Non
     assert figures["nearest_distance"] == pytest.approx((copy.distance + fresh.distance) / 2)
 
 
-def test_a_spread_of_the_folder_is_looked_at_and_without_heldout_none_is_called_a_copy(
+def test_a_subsample_is_compared_and_without_heldout_images_none_is_called_a_copy(
     tmp_path: Path,
 ) -> None:
     folder = read_folder(captioned_folder(tmp_path / "train", 9))
@@ -84,7 +84,7 @@ def test_distance_of_thumbnails_is_a_root_mean_square() -> None:
     assert torch.equal(thumbnail_features(pixels), thumbnail_features(pixels))
 
 
-def test_a_run_logs_the_gap_and_what_its_samples_are_nearest_to(tmp_path: Path) -> None:
+def test_a_run_logs_the_gap_and_the_nearest_images_of_its_samples(tmp_path: Path) -> None:
     world, run = make_world(tmp_path), tmp_path / "run"
     settings = {"preview__prompts": '["a red star"]', "eval__every_steps": 1}
     assert train(make_config(world, run, train__max_steps=2, **settings)) == 0

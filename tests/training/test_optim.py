@@ -113,7 +113,7 @@ def test_masked_step_that_is_ok_is_a_plain_step(name: str) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_steps_after_a_first_masked_one_are_as_if_it_never_was() -> None:
+def test_steps_after_a_masked_first_one_ignore_it() -> None:
     one, other = make_module(), make_module()
     other.load_state_dict(one.state_dict())
     masked, plain = (OPTIMIZERS["fused"](m.parameters()) for m in (one, other))
@@ -206,7 +206,7 @@ def saved() -> tuple[nn.Module, Optimizer, dict[str, Tensor], dict[str, Any]]:
     return module, optimizer, *optimizer_tensors(optimizer, names_of(module))
 
 
-def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
+def test_a_misfit_is_refused_by_name_and_changes_nothing() -> None:
     module, optimizer, tensors, json = saved()
     before = everything(module, optimizer)
     key = "2.weight/exp_avg"

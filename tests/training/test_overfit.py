@@ -73,13 +73,13 @@ def test_two_captions_give_each_its_own_image(tmp_path: Path) -> None:
     )
     assert train(config) == 0
     pipeline = LatentDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    drawn = pipeline(
+    images = pipeline(
         [scene.caption for scene in SCENES],
         num_inference_steps=25,
         guidance_scale=1.0,
         seed=0,
     ).images
-    assert torch.isfinite(torch.tensor(np.asarray(drawn[0]).astype(float))).all()
+    assert torch.isfinite(torch.tensor(np.asarray(images[0]).astype(float))).all()
     for own, other in ((0, 1), (1, 0)):
-        assert psnr(drawn[own], originals[own]) > 20
-        assert psnr(drawn[own], originals[other]) < 15
+        assert psnr(images[own], originals[own]) > 20
+        assert psnr(images[own], originals[other]) < 15

@@ -17,7 +17,7 @@ from latentdiff.training.metrics_log import log_throughput
 from latentdiff.training.plan import estimate_activations, optimizer_bytes
 from latentdiff.training.text_to_image import train
 
-CHANNELS, CELLS = 4, 16
+CHANNELS, LATENT_SIZE = 4, 16
 
 
 class Denoiser(nn.Module):
@@ -26,7 +26,7 @@ class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.unet = build_unet(
-            sample_size=CELLS,
+            sample_size=LATENT_SIZE,
             in_channels=CHANNELS,
             block_out_channels=(32, 64),
             attention_levels=(False, True),
@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
 
 def inputs(n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.zeros(n, CHANNELS, CELLS, CELLS),
+        torch.zeros(n, CHANNELS, LATENT_SIZE, LATENT_SIZE),
         torch.zeros(n, dtype=torch.int64),
         torch.zeros(n, 7, 24),
     )
@@ -69,7 +69,7 @@ def autocast(precision: str):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_estimated_activations_are_what_a_real_pass_allocates(
+def test_estimated_activations_are_those_a_real_pass_allocates(
     precision: str, checkpointing: bool
 ) -> None:
     model = Denoiser().train()
@@ -102,13 +102,13 @@ def test_eight_bits_take_a_quarter_of_the_state_of_large_parameters() -> None:
     assert optimizer_bytes(groups, name="muon") == 4 * 10_000 + 2 * 4 * 10
 
 
-def test_rate_says_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
+def test_throughput_gives_the_time_that_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     log_throughput(10.0, num_images=10 * (2 * 3600 + 5 * 60 + 30))
     assert "10 images/s: the rest takes about 2:05 h" in caplog.text
 
 
-def test_plan_is_said_before_the_first_step(
+def test_plan_is_logged_before_the_first_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -116,13 +116,13 @@ def test_plan_is_said_before_the_first_step(
     config = make_config(make_world(tmp_path), tmp_path / "run", train__max_steps=2)
     assert train(config) == 0
     vae = sum(parameter.numel() for parameter in make_vae().parameters())
-    for told in (
+    for message in (
         "parameters: U-Net 0.4 M trained; text encoder 31,200 trained",
         f"VAE {vae:,} frozen",
         "activations of 4 at once",
         "images/s: the rest takes about 0:00 h",
     ):
-        assert told in caplog.text
+        assert message in caplog.text
     messages = [record.getMessage() for record in caplog.records]
     assert messages.index(next(m for m in messages if m.startswith("memory of a"))) < (
         messages.index(next(m for m in messages if "images/s" in m))

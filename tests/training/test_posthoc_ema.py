@@ -46,7 +46,7 @@ def test_snapshots_are_read_in_order_and_other_names_ignored(tmp_path: Path) -> 
     assert [snapshot.step for snapshot in read_snapshots(tmp_path)] == [10, 20]
 
 
-def test_what_is_no_snapshot_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_snapshot_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="posthoc_ema"):
         read_snapshots(tmp_path)
     path = store(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""Draws depend on their key and on nothing else."""
+"""Random numbers depend on their key and on nothing else."""
 
 import hashlib
 

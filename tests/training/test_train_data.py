@@ -1,4 +1,4 @@
-"""What a run reads: broken files stop or are left out before any weight is loaded, turned images
+"""The data of a run: broken files stop it or are skipped before any weight is loaded, turned images
 come upright, and shards give what folders give."""
 
 import io
@@ -36,21 +36,21 @@ def settings(root: Path, **others: object) -> DataConfig:
     return DataConfig(**{**given, "bucket_multiple": 8, "min_size": 8, **others})
 
 
-def test_broken_images_stop_a_run_or_are_left_out_by_policy(tmp_path):
+def test_broken_images_stop_a_run_or_are_skipped_by_policy(tmp_path):
     root = captioned_folder(tmp_path / "data", 10)
     whole = (root / "3.png").read_bytes()
     (root / "3.png").write_bytes(whole[: len(whole) // 2])
     (root / "7.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"2 of 10 images \(20\.0%\)") as error:
         read_data(settings(root))
-    for told in (
+    for message in (
         "3.png",
         "empty file",
         "7.png",
         "data.max_invalid_fraction=0.02",
         "inspect_data.py",
     ):
-        assert told in str(error.value)
+        assert message in str(error.value)
     left, _ = read_data(settings(root, max_invalid_fraction=0.2))
     assert len(left) == 8
     assert (root / "3.png").read_bytes() == whole[: len(whole) // 2], "never changed"
