@@ -1,14 +1,8 @@
-"""A file that appears whole or not at all, however the process or the machine ends.
+"""Files and folders that appear whole or not at all, however the process or the machine ends.
 
-It is written under a temporary name beside its own, flushed to the disk and renamed. A new folder
-likewise, but for the flushing; folders that replace others, or that a power cut may not cost, are
-atomic.py's business.
-
-A folder that appears whole or not at all, however the process or the machine ends.
-
-It is written under a temporary name, its files and itself are flushed to the disk, it is renamed,
-and its parent is flushed. What a dead process left behind is told from what a live one is writing
-by a lock, and removed by `clean`.
+Each is written under a temporary name in the same folder, flushed to the disk and renamed. A folder
+is locked while it is written, which tells the leftovers of a dead process from the work of a live
+one. Every module that must not leave half a file or folder writes through this one.
 """
 
 import contextlib
@@ -20,15 +14,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPORARY = "*.tmp"  # what a killed process may leave behind
+TEMPORARY = "*.tmp"  # names of files that a killed process may leave behind
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path to write to, which then becomes `path`, in place of an older file.
 
-    Its name is new each time, so that several processes may write the same file. When writing fails
-    the temporary file is removed and the error goes on. The folder must exist.
+    The temporary name is new each time, so that several processes may write the same file. When
+    writing fails, the temporary file is removed and the error is raised. The folder must exist.
     """
     final = Path(path)
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
@@ -54,23 +48,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary folder to write into, which then becomes `path`, where nothing is yet.
-
-    When writing fails it is removed and the error goes on.
-    """
-    final = Path(path)
-    temporary = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 TEMPORARY_FOLDER, REPLACED = ".saving-", ".replaced"
 
 
@@ -78,11 +55,11 @@ TEMPORARY_FOLDER, REPLACED = ".saving-", ".replaced"
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Give a temporary folder to write into, which then becomes `final`, in place of an older one.
 
-    When writing fails the temporary folder is removed and the error goes on. At every moment either
-    `final` or `final.replaced` is whole, if `final` was there before.
+    When writing fails, the temporary folder is removed and the error is raised. If `final` existed
+    before, either `final` or `final.replaced` is whole at every moment.
     """
     folder = _temporary(final.parent)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor)
@@ -98,16 +75,16 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; a kill half way leaves no part of it under its name."""
+    """Delete a folder; a kill half way leaves no part of the folder under its name."""
     doomed = _temporary(path.parent)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what dead processes left in `root`; take back a folder whose replacement never came.
+    """Remove the leftovers of dead processes; restore a folder whose replacement is missing.
 
-    For the one process that owns `root`; what another thread of it is writing stays.
+    root: owned by this process; folders that another of its threads is writing are kept.
     """
     for path in root.glob(f"{TEMPORARY_FOLDER}*"):
         if not _is_being_written(path):

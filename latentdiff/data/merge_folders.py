@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentdiff.atomic import new_folder
+from latentdiff.atomic import atomic_folder
 from latentdiff.data.folder.metadata import decoded_lines, to_texts
 from latentdiff.data.folder.splits import SPLITS
 
@@ -34,7 +34,7 @@ def merge_folders(out: str | Path, folders: Sequence[str | Path]) -> dict[str, d
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected folders of different names, got {', '.join(names) or 'none'}")
     counts: dict[str, dict[str, int]] = {}
-    with new_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         for root in roots:
             splits = [split for split in SPLITS if (root / split / TABLE).is_file()]
             if not splits:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.atomic import new_folder, write_text
+from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
 from latentdiff.pipeline.files.model_info import model_card
@@ -59,7 +59,7 @@ def pack_model(
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _shrink(name, part, DTYPES[dtype])
-    with new_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         (temporary / "README.md").write_text(text, encoding="utf-8")
         pipe.save_pretrained(temporary, max_shard_size=int(max_file_mb * MB))
         _strip_local_paths(temporary)
