@@ -12,7 +12,7 @@ BetaSchedule = Literal[  # diffusion/schedules.py BETA_SCHEDULES
 PredictionType = Literal["epsilon", "v_prediction", "sample"]  # diffusion/prediction.py
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]  # diffusion/ddpm.py
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "p2"]  # diffusion/loss_weighting.py
-Loss = Literal["mse", "huber"]  # diffusion/objectives.py per_sample_loss
+Loss = Literal["mse", "huber"]  # diffusion/losses.py per_sample_loss
 TimestepSampling = Literal[  # diffusion/timesteps.py TIMESTEP_SAMPLINGS
     "uniform", "stratified", "logit_normal", "loss_aware"
 ]

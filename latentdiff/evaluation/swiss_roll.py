@@ -18,7 +18,7 @@ from latentdiff.config.evaluation import RollOptions
 from latentdiff.diffusion.bound import Estimate, estimate, evaluate_bound
 from latentdiff.diffusion.ddpm import VARIANCE_TYPES, Model, p_sample_loop, p_sample_steps, q_sample
 from latentdiff.diffusion.guidance import with_score_guidance
-from latentdiff.diffusion.objectives import hybrid_loss
+from latentdiff.diffusion.losses import hybrid_loss
 from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.diffusion.theory.continuous_time import flow_bits
 from latentdiff.diffusion.timesteps import stratify, uniform_timesteps

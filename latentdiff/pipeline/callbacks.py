@@ -16,7 +16,7 @@ from torch import Tensor
 from latentdiff.image_grid import draw_grid, to_pil
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
-from latentdiff.pipeline.denoiser import Prediction
+from latentdiff.pipeline.cfg_denoiser import Prediction
 from latentdiff.pipeline.schedulers import predicted_z0
 
 MAX_COLUMNS = 8

@@ -34,7 +34,7 @@ from latentdiff.diffusion.guidance import ScoreFunction
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks, schedulers
 from latentdiff.pipeline.callbacks import TENSORS, StepEndCallback, StepFunction
-from latentdiff.pipeline.denoiser import Denoiser, Guidance
+from latentdiff.pipeline.cfg_denoiser import CFGDenoiser, Guidance
 from latentdiff.pipeline.files.loading import LoadingMixin
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
@@ -180,7 +180,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         step_options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
         # 2. Prompts, encoded
         embeddings = self._prompt_embeds(prompts)
-        # 3. Denoiser: U-Net, initial latents, prompts and guidance in one object
+        # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
         denoiser = self._denoiser(inputs, guidance, embeddings, lora_scale=prompts.lora_scale)
         # 4. Scheduler, step by step from noise to clean latents
@@ -194,7 +194,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
 
     def denoise_loop(
         self,
-        denoiser: Denoiser,
+        denoiser: CFGDenoiser,
         timesteps: Tensor,
         *,
         step_options: dict[str, Any],
@@ -342,8 +342,8 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         prompt_embeds: Tensor,
         *,
         lora_scale: float | None,
-    ) -> Denoiser:
-        return Denoiser(
+    ) -> CFGDenoiser:
+        return CFGDenoiser(
             self.unet,
             inputs,
             guidance,

@@ -2,7 +2,7 @@
 
 Its second half of output channels interpolates between the two fixed log-variances. Only ancestral
 sampling uses it, so a model is exported twice: whole, with a DDPMScheduler, and without the
-variance channels, for any scheduler. The loss is in diffusion/objectives.py.
+variance channels, for any scheduler. The loss is in diffusion/losses.py.
 """
 
 from collections.abc import Iterator

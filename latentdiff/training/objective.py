@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.loss_weighting import loss_weights
-from latentdiff.diffusion.objectives import (
+from latentdiff.diffusion.losses import (
     offset_noise,
     per_sample_loss,
     perturb_input,

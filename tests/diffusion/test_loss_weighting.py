@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.loss_weighting import LOSS_WEIGHTINGS, loss_weights
-from latentdiff.diffusion.objectives import (
+from latentdiff.diffusion.losses import (
     per_sample_loss,
 )
 from latentdiff.diffusion.prediction import PREDICTION_TYPES, target

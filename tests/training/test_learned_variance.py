@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from latentdiff import LatentDiffPipeline
 from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.diffusion.objectives import hybrid_loss
+from latentdiff.diffusion.losses import hybrid_loss
 from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.diffusion.timesteps import (
     SamplingOptions,

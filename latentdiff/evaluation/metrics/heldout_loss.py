@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.diffusion.objectives import per_sample_loss
+from latentdiff.diffusion.losses import per_sample_loss
 from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
 

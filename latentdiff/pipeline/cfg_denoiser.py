@@ -73,7 +73,7 @@ class Prediction(NamedTuple):
     cfg_delta: Tensor | None  # (B, C, h, w), conditional minus unconditional; None without guidance
 
 
-class Denoiser:
+class CFGDenoiser:
     """The U-Net of one call with all it needs to predict from xt at a timestep, guided.
 
     prompt_embeds: (B, L, D), or (2B, L, D) with the negative prompts first, then classifier-free

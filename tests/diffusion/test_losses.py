@@ -7,7 +7,7 @@ from torch import Tensor
 from latentdiff.diffusion.bound import bound_term
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.loss_weighting import LOSS_WEIGHTINGS, loss_weights
-from latentdiff.diffusion.objectives import (
+from latentdiff.diffusion.losses import (
     hybrid_loss,
     offset_noise,
     per_sample_loss,
