@@ -27,7 +27,7 @@ def read_image_headers(
     root: Path,
     files: pa.Table,
     *,
-    name: str = "images",
+    name: str = "pictures",  # of the table in a scan index of any version
     index: ScanIndex | None = None,
     full: bool = False,
     progress: Progress | None = None,

@@ -210,7 +210,9 @@ def map_records(path: Path) -> RecordTable | None:
 
 
 def _prefix(rules: ReadRules) -> str:
-    return f"records-{settings_hash(asdict(rules))[:16]}"
+    settings = asdict(rules)
+    settings["split_fraction"] = settings.pop("heldout_fraction")  # as in an index of any version
+    return f"records-{settings_hash(settings)[:16]}"
 
 
 def _listing_hash(listing: pa.Table, problems: Problems) -> str:
