@@ -124,10 +124,10 @@ def pipeline(num_channels: int) -> Any:
     return tiny_pipeline(unet=tiny_unet(in_channels=num_channels))
 
 
-def run(call: dict[str, Any], *, sampler: str, num_channels: int) -> bool:
-    """Make one call; return whether it drew. AssertionError for anything but the two outcomes."""
+def run(call: dict[str, Any], *, scheduler: str, num_channels: int) -> bool:
+    """Make one call; return whether it gave an image. AssertionError for any other outcome."""
     pipe = pipeline(num_channels)
-    pipe.set_scheduler(sampler)
+    pipe.set_scheduler(scheduler)
     try:
         result = pipe(**call)
     except (ValueError, TypeError) as error:
@@ -145,8 +145,8 @@ def run(call: dict[str, Any], *, sampler: str, num_channels: int) -> bool:
 
 
 def fuzz(num_examples: int, *, key: int = 0) -> dict[str, int]:
-    """Run random calls, others for each key; return how many drew and how many were refused."""
-    counts = {"drawn": 0, "refused": 0}
+    """Run random calls, others for each key; return the numbers of images and of refusals."""
+    counts = {"made": 0, "refused": 0}
 
     @seed(key)
     @settings(
@@ -156,9 +156,9 @@ def fuzz(num_examples: int, *, key: int = 0) -> dict[str, int]:
         database=None,
     )
     @given(calls(), st.sampled_from(scheduler_names()), st.sampled_from([4, 4, 4, 9]))
-    def one(call: dict[str, Any], sampler: str, num_channels: int) -> None:
-        drew = run(call, sampler=sampler, num_channels=num_channels)
-        counts["drawn" if drew else "refused"] += 1
+    def one(call: dict[str, Any], scheduler: str, num_channels: int) -> None:
+        is_made = run(call, scheduler=scheduler, num_channels=num_channels)
+        counts["made" if is_made else "refused"] += 1
 
     one()
     return counts

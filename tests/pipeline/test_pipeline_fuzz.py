@@ -1,4 +1,4 @@
-"""Three hundred random calls; `python tests/fuzz_pipeline.py` makes ten thousand."""
+"""Three hundred random calls; `python tests/fakes/fuzz_pipeline.py` makes ten thousand."""
 
 from fuzz_pipeline import fuzz
 

@@ -1,0 +1,41 @@
+"""One loop over prompts and seeds: every image once, in whatever batches and shares."""
+
+import numpy as np
+import pytest
+from fakes_pipeline import tiny_pipeline
+
+from latentdiff.evaluation.metrics.heldout_loss import rank_batches
+from latentdiff.sampling.batch_sampler import generate_images, index_batches
+
+PROMPTS = ["a red heart", "a cat", "blue sea", "a face", "a table"]
+
+
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num", [0, 1, 4, 5, 9])
+def test_every_index_counts_once_over_all_ranks(num, num_ranks, pads):
+    counted, lengths = [], set()
+    for rank in range(num_ranks):
+        dealt = list(rank_batches(-(-num // 4), (rank, num_ranks)))
+        batches = list(index_batches(num, batch_size=4, pads=pads, batches=dealt))
+        lengths.add(len(batches))
+        for indices, num_counted in batches:
+            assert len(indices) == 4 if pads else 1 <= len(indices) <= 4
+            counted += indices[:num_counted]
+    assert sorted(counted) == list(range(num))
+    assert len(lengths) == 1  # as many passes on each rank
+
+
+def test_batches_and_shares_do_not_change_an_image():
+    pipe = tiny_pipeline()
+    call = {"seeds": range(5), "num_inference_steps": 2, "guidance_scale": 3.0}
+    alone = dict(generate_images(pipe, PROMPTS, batch_size=1, **call))
+    assert list(alone) == list(range(5))
+    shared = {}
+    for rank in range(2):
+        batches = rank_batches(3, (rank, 2))
+        shared |= generate_images(pipe, PROMPTS, batch_size=2, pads=True, batches=batches, **call)
+    assert shared.keys() == alone.keys()
+    for k, image in alone.items():
+        difference = np.abs(np.asarray(image, int) - np.asarray(shared[k], int))
+        assert difference.max() <= 1
