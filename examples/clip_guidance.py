@@ -15,14 +15,13 @@ from jsonargparse import auto_cli
 from latentdiff import LatentDiffPipeline
 from latentdiff.evaluation.metric_nets import load_clip
 from latentdiff.evaluation.metrics.clip import ClipGuide
-from latentdiff.image_grid import draw_grid, to_pil, to_uint8
+from latentdiff.image_grid import draw_grid, to_pil
 
 
 def main(
     clip: str,
     *,
     text: str = "a red heart",
-    prompt: str = "",
     out: Path = Path("clip_guidance.png"),
     model: str = "latentdiff-mini",
     num_images: int = 4,
@@ -30,35 +29,31 @@ def main(
     scale: float = 300.0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Sample without and with the guide, and score both.
+    """Sample without and with the guide, with an empty prompt, and score both.
 
     Args:
         clip: folder of a CLIP.
-        text: what the guide scores the images by.
-        prompt: the model's own prompt; empty leaves the subject to the guide alone.
+        text: the text that the guide scores images by.
         out: a .png file for both rows.
         model: a model's folder or name.
         num_images: images a row.
         steps: sampling steps.
-        scale: times the gradient of the cosine, some hundreds to be seen.
+        scale: factor of the cosine's gradient; its effect begins at some hundreds.
         seed: of the first image; the others count up from it.
     """
     pipe = LatentDiffPipeline.from_pretrained(model)
     scorer = load_clip(clip)
     guide = ClipGuide(scorer, pipe.vae, [text])
     images, scores = [], {}
-    for name, score_fn in (("unguided", None), ("guided", guide)):
-        rows = pipe(
-            [prompt] * num_images,
-            num_inference_steps=steps,
-            guidance_scale=1.0,
-            score_fn=score_fn,
-            score_scale=scale if score_fn else 1.0,
-            seed=seed,
-            output_type="pt",
-        ).images  # (B, 3, H, W) in [0, 1]
-        images += [to_pil(image) for image in to_uint8(2 * rows - 1)]
-        scores[name] = float(scorer.score(2 * rows - 1, [text] * num_images).mean())
+    for name, settings in {
+        "unguided": {},
+        "guided": {"score_fn": guide, "score_scale": scale},
+    }.items():
+        prompts = [""] * num_images
+        rows = pipe(prompts, num_inference_steps=steps, seed=seed, output_type="pt", **settings)
+        pixels = 2 * rows.images - 1  # (B, 3, H, W) in [-1, 1]
+        images += [to_pil(image) for image in pixels]
+        scores[name] = float(scorer.score(pixels, [text] * num_images).mean())
     labels = [f"{name}: {text}" for name in scores for _ in range(num_images)]
     draw_grid(images, labels, columns=num_images).save(out)
     return scores

@@ -36,7 +36,7 @@ Scheduler = Literal[  # pipeline/schedulers.py SCHEDULERS
 ]
 
 Optimizer = Literal["adamw", "adamw8bit", "muon"]  # training/optim/optimizer.py
-LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/
+LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/lr.py
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
 AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/model.py
 FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE

@@ -194,8 +194,7 @@ def evaluate_bound(
 
     plan: None calls the model for all T steps, a plan for L_0 and its K samples. Two or more
     repeats separate the error of the estimate from the variation of the images. Models given
-    generators of one seed get the same timesteps and noise: `difference` then has little noise. The
-    other arguments are those of `bound_term`.
+    generators of one seed get the same timesteps and noise. Other arguments: see `bound_term`.
     """
     check_objective(schedule, prediction_type)
     sampled = [_sample(plan, schedule, len(x0), generator) for _ in range(repeats)]
@@ -216,10 +215,15 @@ def evaluate_bound(
                 levels=levels,
             )
             terms.append(torch.stack(term))
-    values = torch.stack(terms).view(repeats, -1, 2, len(x0)).permute(2, 3, 0, 1)
-    bits, x0_mse = values.cpu().double()  # (N, R, 1 + K) each
+    values = torch.stack(terms).view(repeats, -1, 2, len(x0))
+    return _collect(prior_bits(schedule, x0), values, sampled)
+
+
+def _collect(prior: Tensor, values: Tensor, sampled: list[tuple[Tensor, Tensor]]) -> BoundSamples:
+    """Name the parts. prior: (N,); values: (R, 1 + K, 2, N), bits and x0_mse, L_0's first."""
+    bits, x0_mse = values.permute(2, 3, 0, 1).cpu().double()  # (N, R, 1 + K) each
     return BoundSamples(
-        prior=prior_bits(schedule, x0).cpu().double(),
+        prior=prior.cpu().double(),
         decoder=bits[..., 0],
         t=torch.stack([t for t, _ in sampled]).permute(2, 0, 1),
         weights=torch.stack([w for _, w in sampled]).permute(2, 0, 1),

@@ -39,19 +39,8 @@ def build_unet(
     out_channels: by default in_channels.
     """
     widths = tuple(block_out_channels)
-    if attention_levels is None:
-        attention_levels = [*[True] * (len(widths) - 1), len(widths) == 1]
-    if len(attention_levels) != len(widths):
-        raise ValueError(
-            f"attention_levels has {len(attention_levels)} entries and block_out_channels "
-            f"{len(widths)}, expected as many"
-        )
-    for divisor, name in ((head_dim, "head_dim"), (norm_num_groups, "norm_num_groups")):
-        if divisor < 1 or any(width % divisor for width in widths):
-            raise ValueError(
-                f"block_out_channels are {widths}, expected multiples of {name}, which is {divisor}"
-            )
-    attends = tuple(attention_levels)
+    attends = _attention_levels(attention_levels, num_levels=len(widths))
+    _check_divides(widths, head_dim=head_dim, norm_num_groups=norm_num_groups)
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=in_channels,
@@ -65,6 +54,26 @@ def build_unet(
         dropout=dropout,
         norm_num_groups=norm_num_groups,
     )
+
+
+def _attention_levels(levels: Sequence[bool] | None, *, num_levels: int) -> tuple[bool, ...]:
+    if levels is None:
+        levels = [*[True] * (num_levels - 1), num_levels == 1]
+    if len(levels) != num_levels:
+        raise ValueError(
+            f"attention_levels has {len(levels)} entries and block_out_channels {num_levels}, "
+            "expected as many"
+        )
+    return tuple(levels)
+
+
+def _check_divides(widths: tuple[int, ...], **divisors: int) -> None:
+    """Raise ValueError where a width is no multiple of a divisor, by the divisor's name."""
+    for name, divisor in divisors.items():
+        if divisor < 1 or any(width % divisor for width in widths):
+            raise ValueError(
+                f"block_out_channels are {widths}, expected multiples of {name}, which is {divisor}"
+            )
 
 
 def build_text_encoder(

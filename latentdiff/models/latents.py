@@ -196,14 +196,12 @@ def fold_normalisation(
     quant, post_quant = _quant_convs(vae, channels)
     offset = torch.tensor(mean, dtype=torch.float64, device=quant.weight.device)
     scale = torch.tensor(std, dtype=torch.float64, device=quant.weight.device) * scaling_factor
-
     # (2C,): the means are divided by the scale, the log-variances shifted
     gain = torch.cat([1 / scale, torch.ones_like(scale)])
     added = torch.cat([-offset / scale, -2 * scale.log()])
     weight, bias = quant.weight.double(), _bias(quant).double()
     quant.weight.copy_(gain[:, None, None, None] * weight)
     _bias(quant).copy_(gain * bias + added)
-
     weight, bias = post_quant.weight.double(), _bias(post_quant).double()
     post_quant.weight.copy_(weight * scale[None, :, None, None])
     _bias(post_quant).copy_(bias + weight[:, :, 0, 0] @ offset)

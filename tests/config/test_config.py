@@ -1,4 +1,4 @@
-"""Settings: what is refused and how, and that the written file says everything."""
+"""Settings: which are refused and by which message, and that the written file holds all."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ def test_a_model_cannot_be_both_fine_tuned_and_new() -> None:
         parse_arguments(Config, ["--model.pretrained=a", "--model.vae=b"])
 
 
-def test_missing_file_is_said() -> None:
+def test_missing_file_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         load_config("nowhere.yaml")
 
@@ -94,7 +94,7 @@ def test_script_exits_as_promised(arguments: list[str], expected: int) -> None:
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_old_names_of_settings_still_work_and_are_said_once(
+def test_old_names_of_settings_still_work_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "config.yaml"

@@ -32,7 +32,7 @@ def test_plan_draws_every_step_as_often_as_its_weight_says() -> None:
     for step in range(1, 5):
         hits = (weights * (t == step)).sum(0)  # each image's unbiased estimate of 1
         assert float(hits.mean()) == pytest.approx(1, abs=4 * float(hits.std()) / 50_000**0.5)
-    # stratified: the middle draw never leaves the middle third of the cumulated probabilities
+    # stratified: the middle sample never leaves the middle third of the cumulated probabilities
     assert set(t[1].tolist()) <= {1, 2, 3}
 
 

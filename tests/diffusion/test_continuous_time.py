@@ -79,8 +79,8 @@ def test_sde_integrates_to_the_betas_of_the_chain() -> None:
 
 def test_angles_and_timesteps_are_inverse_and_meet_the_table() -> None:
     schedule = respace(_schedule(zero_snr=True), space_timesteps("50", 1000))
-    told = schedule.timesteps.double()
-    torch.testing.assert_close(angle_at(schedule, told), angles(schedule))
+    timesteps = schedule.timesteps.double()
+    torch.testing.assert_close(angle_at(schedule, timesteps), angles(schedule))
     between = torch.linspace(0, 999, 333, dtype=torch.float64)
     torch.testing.assert_close(timestep_at(schedule, angle_at(schedule, between)), between)
     torch.testing.assert_close(angle_of_log_snr(log_snr(schedule.alphas_cumprod)), angles(schedule))
@@ -216,7 +216,7 @@ def test_diffusers_ddim_with_the_exact_denoiser_passes_a_moment_test(zero_snr: b
 
 
 def test_corrections_widen_what_a_short_chain_narrows() -> None:
-    """Short chains of fixed_small are too narrow; Langevin steps mend it."""
+    """Short chains of fixed_small are too narrow; Langevin steps widen them."""
     schedule = respace(_schedule(), space_timesteps("10", 1000))
     world = gaussian([MEAN] * 64, [VARIANCE] * 64)
     model, xt = world.model(schedule, "epsilon"), _randn(400, 64)

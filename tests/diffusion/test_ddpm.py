@@ -63,10 +63,10 @@ def test_respacing_keeps_the_marginals_and_composes() -> None:
 
 def test_steps_show_the_loop_and_may_start_half_way() -> None:
     schedule = Schedule.from_betas(make_betas("linear", 6, beta_end=0.5))
-    told: list[int] = []
+    seen: list[int] = []
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
-        told.append(int(t[0]))
+        seen.append(int(t[0]))
         return 0.3 * xt
 
     xt = _randn(2, 3)
@@ -75,7 +75,7 @@ def test_steps_show_the_loop_and_may_start_half_way() -> None:
             schedule, model, xt, generator=_generator(1), prediction_type="epsilon", start=3
         )
     )
-    assert told == [step.t for step in steps] == [3, 2, 1, 0]
+    assert seen == [step.t for step in steps] == [3, 2, 1, 0]
     by_hand = predict_x0(schedule, 0.3 * xt, xt, torch.full((2,), 3), prediction_type="epsilon")
     torch.testing.assert_close(steps[0].x0, by_hand)
     torch.testing.assert_close(steps[-1].sample, steps[-1].x0)
@@ -207,16 +207,16 @@ def test_simple_loss_of_the_exact_and_of_the_zero_model() -> None:
     torch.testing.assert_close(zero, eps.square().mean())
 
 
-def test_the_model_is_told_the_schedules_own_timesteps() -> None:
-    told: list[int] = []
+def test_the_model_gets_the_schedules_own_timesteps() -> None:
+    seen: list[int] = []
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
-        told.extend(t.tolist())
+        seen.extend(t.tolist())
         return torch.zeros_like(xt)
 
     schedule = Schedule.from_betas(torch.tensor([0.1, 0.2]), timesteps=torch.tensor([3, 999]))
     p_sample_loop(schedule, model, _randn(1, 2), generator=_generator(), prediction_type="epsilon")
-    assert told == [999, 3]
+    assert seen == [999, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

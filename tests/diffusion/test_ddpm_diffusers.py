@@ -157,10 +157,10 @@ def test_respaced_chain_matches_diffusers(variance_type: str, zero_snr: bool) ->
     kept = scheduler.timesteps.flip(0)
     assert torch.equal(kept, space_timesteps("20", T))
     schedule = respace(_schedule(zero_snr=zero_snr), kept)
-    told: list[int] = []
+    seen: list[int] = []
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
-        told.append(int(t[0]))
+        seen.append(int(t[0]))
         output = (0.7 * xt + 0.001 * t.view(-1, 1)).tanh()
         return torch.cat([output, output], 1) if variance_type == "learned_range" else output
 
@@ -173,7 +173,7 @@ def test_respaced_chain_matches_diffusers(variance_type: str, zero_snr: bool) ->
         prediction_type="v_prediction",
         variance_type=variance_type,
     )
-    assert told == scheduler.timesteps.tolist()
+    assert seen == scheduler.timesteps.tolist()
     generator, theirs = _generator(5), xt
     for t in scheduler.timesteps:
         output = model(theirs, t.expand(3))

@@ -33,8 +33,8 @@ def test_logit_normal_has_a_normal_logit(mean: float, std: float) -> None:
 def test_stratified_draws_fill_every_stratum_once() -> None:
     u = torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     place = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    spread = stratify(u, place, num_places=64)
-    assert torch.equal((spread * 64).long(), place)
+    stratified = stratify(u, place, num_places=64)
+    assert torch.equal((stratified * 64).long(), place)
 
 
 def _trained(num_timesteps: int = 8, history: int = 3) -> tuple[LossSecondMomentSampler, Tensor]:
@@ -80,7 +80,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def test_gradient_estimate_is_unbiased() -> None:
-    """The weighted gradient's mean over the draws is the plain mean over all timesteps."""
+    """The weighted gradient's mean over the samples is the plain mean over all timesteps."""
     sampler, _ = _trained()
     targets = torch.arange(8, dtype=torch.float64).square()
 
@@ -107,7 +107,7 @@ def test_a_masked_batch_changes_nothing_though_losses_be_nan() -> None:
 
 
 def test_draws_follow_probabilities_thinner_than_float32_tells() -> None:
-    """With float32 edges the last of these steps would be drawn 40 times as often, or never."""
+    """With float32 edges the last of these steps would be sampled 40 times as often, or never."""
     sampler = LossSecondMomentSampler(1000, history=1, uniform_share=1e-6)
     losses = torch.zeros(1000)
     losses[0] = 1.0

@@ -1,4 +1,4 @@
-"""Whether components fit, told from their configs."""
+"""Whether components fit together, by their configs."""
 
 from pathlib import Path
 

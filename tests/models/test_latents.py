@@ -195,14 +195,14 @@ def test_measured_statistics_are_those_of_sampled_latents() -> None:
         samples = []
         for pixels in batches:
             mean, std = codec.raw_moments(pixels)
-            drawn = mean + std * torch.randn(200, *mean.shape)  # (200, B, C, h, w)
-            samples.append(drawn.movedim(2, 0).flatten(1))
-    cells = torch.cat(samples, 1).double()
+            sampled = mean + std * torch.randn(200, *mean.shape)  # (200, B, C, h, w)
+            samples.append(sampled.movedim(2, 0).flatten(1))
+    latents = torch.cat(samples, 1).double()
     assert stats.num_images == 7
-    torch.testing.assert_close(torch.tensor(stats.mean), cells.mean(1).float(), atol=0.02, rtol=0)
-    torch.testing.assert_close(torch.tensor(stats.std), cells.std(1).float(), atol=0, rtol=0.02)
-    assert stats.overall_std == pytest.approx(cells.std().item(), rel=0.01)
-    assert stats.overall_mean == pytest.approx(cells.mean().item(), abs=0.02)
+    torch.testing.assert_close(torch.tensor(stats.mean), latents.mean(1).float(), atol=0.02, rtol=0)
+    torch.testing.assert_close(torch.tensor(stats.std), latents.std(1).float(), atol=0, rtol=0.02)
+    assert stats.overall_std == pytest.approx(latents.std().item(), rel=0.01)
+    assert stats.overall_mean == pytest.approx(latents.mean().item(), abs=0.02)
 
 
 @pytest.mark.parametrize("make", [make_vae, make_tiny_vae])
@@ -227,7 +227,7 @@ def test_folded_normalisation_is_exact_and_decodes_in_stock(
     vae, pixels = randomise(make()), random_pixels()
     mean, std = [0.5, -2.0, 0.0, 3.0], [0.5, 2.0, 1.0, 4.0]
     offset = torch.tensor(mean)[:, None, None]
-    spread = torch.tensor(std)[:, None, None]
+    scale = torch.tensor(std)[:, None, None]
     with torch.no_grad():
         raw_mean, raw_std = LatentCodec(vae).raw_moments(pixels)
         image = vae.decode(raw_mean).sample
@@ -235,8 +235,8 @@ def test_folded_normalisation_is_exact_and_decodes_in_stock(
         vae.save_pretrained(tmp_path)
         loaded = AutoencoderKL.from_pretrained(tmp_path)
         z_mean, z_std = LatentCodec(loaded).moments(pixels)
-        torch.testing.assert_close(z_mean, (raw_mean - offset) / spread, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(z_std, raw_std / spread, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(z_mean, (raw_mean - offset) / scale, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(z_std, raw_std / scale, atol=1e-5, rtol=1e-5)
         ours = LatentCodec(loaded).decode(z_mean)
         stock = loaded.decode(z_mean / loaded.config.scaling_factor).sample
     assert torch.equal(ours, stock)

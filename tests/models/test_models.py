@@ -92,13 +92,13 @@ def test_models_come_in_the_asked_dtype(sd_folder: Path) -> None:
 def test_safety_checker_and_feature_extractor_pass_through(
     components: Components, tmp_path: Path
 ) -> None:
-    tower = {
+    encoder = {
         "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
         "num_attention_heads": 1, "projection_dim": 8,
     }  # fmt: skip
     config = CLIPConfig(
-        vision_config=tower | {"image_size": 16, "patch_size": 16},
-        text_config=tower,
+        vision_config=encoder | {"image_size": 16, "patch_size": 16},
+        text_config=encoder,
         projection_dim=8,
     )
     checker = StableDiffusionSafetyChecker(config).half()
@@ -275,7 +275,7 @@ def test_a_component_without_its_folder_is_named(folder: Path) -> None:
 
 
 def test_tokenizers_without_a_readable_vocabulary_are_named(folder: Path) -> None:
-    """transformers makes a vocabulary of two tokens when the file is absent, and says nothing."""
+    """transformers makes a vocabulary of two tokens when the file is absent, without a warning."""
     vocabulary = folder / "tokenizer" / "tokenizer.json"
     vocabulary.write_text(vocabulary.read_text()[:100])
     with pytest.raises(ValueError, match="tokenizer is not a readable CLIP tokenizer"):

@@ -1,4 +1,4 @@
-"""Text: token ids, text states, and trained vocabularies."""
+"""Text: token ids, prompt embeddings, and trained vocabularies."""
 
 import itertools
 import json
@@ -81,22 +81,22 @@ def test_kept_and_cut_part_make_the_caption_beyond_ascii(tokenizer) -> None:
     assert 16 - 3 <= len(start) < 16  # a letter of up to three bytes may have been cut in two
 
 
-# --- text states ---
+# --- prompt embeddings ---
 
 
-def test_text_states_are_the_last_hidden_state_after_the_final_norm(
+def test_prompt_embeds_are_the_last_hidden_state_after_the_final_norm(
     text_encoder, tokenizer
 ) -> None:
     ids = tokenize(tokenizer, CAPTIONS)
     with torch.no_grad():
-        states = encode_text(text_encoder, ids)
+        prompt_embeds = encode_text(text_encoder, ids)
         hidden = text_encoder(ids, output_hidden_states=True).hidden_states[-1]
-        assert torch.equal(states, text_encoder(ids)[0])
-        torch.testing.assert_close(states, text_encoder.final_layer_norm(hidden))
-    assert states.shape == (len(CAPTIONS), 16, 16)
+        assert torch.equal(prompt_embeds, text_encoder(ids)[0])
+        torch.testing.assert_close(prompt_embeds, text_encoder.final_layer_norm(hidden))
+    assert prompt_embeds.shape == (len(CAPTIONS), 16, 16)
 
 
-def test_text_states_equal_the_stock_pipelines(sd_folder: Path) -> None:
+def test_prompt_embeds_equal_the_stock_pipelines(sd_folder: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     stock = StableDiffusionPipeline.from_pretrained(sd_folder)

@@ -51,9 +51,9 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def own_token_output(model: nn.Module, ids: Tensor) -> Tensor:
     """The output of open_clip's own final layer norm while it encodes the text."""
-    tower = getattr(model, "text", model)
+    encoder = getattr(model, "text", model)
     seen: list[Tensor] = []
-    hook = tower.ln_final.register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = encoder.ln_final.register_forward_hook(lambda module, args, output: seen.append(output))
     encode = getattr(model, "encode_text", model)
     with torch.no_grad():
         encode(ids)
@@ -88,17 +88,21 @@ def test_converted_tower_equals_open_clips_own_output(changes, tmp_path: Path) -
 
 
 def test_custom_text_clip_and_a_bare_tower_are_converted_too() -> None:
-    tower = randomise(TextTransformer(context_length=16, vocab_size=600, width=32, heads=4).eval())
+    encoder = randomise(
+        TextTransformer(context_length=16, vocab_size=600, width=32, heads=4).eval()
+    )
     model = open_clip.CustomTextCLIP(
         24,
         VISION,
         text_config(),
     ).eval()
     ids = torch.randint(0, 600, (2, 16))
-    for source in (tower, randomise(model)):
+    for source in (encoder, randomise(model)):
         with torch.no_grad():
-            states = encode_text(text_encoder_from_open_clip(source), ids)
-        torch.testing.assert_close(states, own_token_output(source, ids), atol=1e-5, rtol=1e-5)
+            prompt_embeds = encode_text(text_encoder_from_open_clip(source), ids)
+        torch.testing.assert_close(
+            prompt_embeds, own_token_output(source, ids), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_pooled_output_is_open_clips_for_its_own_tokens(clip_tokenizer) -> None:
@@ -134,9 +138,9 @@ def test_converted_weights_are_a_copy_in_their_own_dtype() -> None:
     ],
 )
 def test_other_towers_are_refused_by_name(changes, reason: str) -> None:
-    tower = _build_text_tower(24, open_clip.CLIPTextCfg(**text_config(**changes)))
+    encoder = _build_text_tower(24, open_clip.CLIPTextCfg(**text_config(**changes)))
     with pytest.raises(ValueError, match=f"TextTransformer.* cannot become.*{reason}"):
-        text_encoder_from_open_clip(tower)
+        text_encoder_from_open_clip(encoder)
 
 
 def test_hugging_face_towers_and_other_modules_are_refused_by_name() -> None:
@@ -144,9 +148,9 @@ def test_hugging_face_towers_and_other_modules_are_refused_by_name() -> None:
         vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
         intermediate_size=8, model_type="roberta",
     )  # fmt: skip
-    tower = HFTextEncoder("none", 8, config=bert, pooler_type="mean_pooler", proj_type="linear")
+    encoder = HFTextEncoder("none", 8, config=bert, pooler_type="mean_pooler", proj_type="linear")
     with pytest.raises(ValueError, match=r"HFTextEncoder.* cannot become.*Hugging Face"):
-        text_encoder_from_open_clip(tower)
+        text_encoder_from_open_clip(encoder)
     with pytest.raises(ValueError, match="Linear has no text encoder"):
         text_encoder_from_open_clip(nn.Linear(2, 2))
 
@@ -164,7 +168,7 @@ def test_coca_is_refused_by_name() -> None:
 
 
 def open_clip_text_configs() -> dict[str, tuple[dict, bool]]:
-    """Text config and quick_gelu of every model of open_clip whose tower is not Hugging Face's."""
+    """Text config and quick_gelu of each open_clip model whose encoder is not Hugging Face's."""
     folder = Path(open_clip.__file__).parent / "model_configs"
     configs = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return {
@@ -178,26 +182,28 @@ def test_every_tower_of_open_clip_is_converted_exactly_or_refused() -> None:
     """All its own configs, shrunk in width and depth: none is accepted and then computed
     wrongly."""
     ids = torch.randint(0, 600, (2, 16))
-    towers: dict[str, bool] = {}
+    encoders: dict[str, bool] = {}
     for config, quick_gelu in open_clip_text_configs().values():
         shrunk = {k: v for k, v in config.items() if k not in ("embed_dim",)} | text_config(
             layers=1
         )
         key = json.dumps([shrunk, quick_gelu], sort_keys=True, default=str)
-        if key in towers:
+        if key in encoders:
             continue
         cfg = open_clip.CLIPTextCfg(**shrunk)
-        tower = randomise(_build_text_tower(24, cfg, quick_gelu).eval())
-        towers[key] = tower.attn_mask is not None and tower.cls_emb is None
-        if not towers[key]:
+        encoder = randomise(_build_text_tower(24, cfg, quick_gelu).eval())
+        encoders[key] = encoder.attn_mask is not None and encoder.cls_emb is None
+        if not encoders[key]:
             with pytest.raises(ValueError, match="cannot become"):
-                text_encoder_from_open_clip(tower)
+                text_encoder_from_open_clip(encoder)
             continue
         with torch.no_grad():
-            states = encode_text(text_encoder_from_open_clip(tower), ids)
-        torch.testing.assert_close(states, own_token_output(tower, ids), atol=1e-5, rtol=1e-5)
-    assert any(towers.values())
-    assert not all(towers.values())
+            prompt_embeds = encode_text(text_encoder_from_open_clip(encoder), ids)
+        torch.testing.assert_close(
+            prompt_embeds, own_token_output(encoder, ids), atol=1e-5, rtol=1e-5
+        )
+    assert any(encoders.values())
+    assert not all(encoders.values())
 
 
 @pytest.fixture
@@ -221,9 +227,9 @@ def test_named_open_clip_model_is_loaded_with_its_tokenizer(open_clip_weights: P
     ids = tokenize(tokenizer, CAPTIONS)
     model = open_clip.create_model("small", pretrained=str(open_clip_weights)).eval()
     with torch.no_grad():
-        states = encode_text(encoder, ids)
+        prompt_embeds = encode_text(encoder, ids)
     assert torch.equal(ids, open_clip.tokenize(CAPTIONS, context_length=16))
-    torch.testing.assert_close(states, own_token_output(model, ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prompt_embeds, own_token_output(model, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_open_clip_files_that_do_not_fit_are_refused(open_clip_weights: Path) -> None:

@@ -198,16 +198,12 @@ def flow_bits(
     """
     t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
     size = x0[0].numel() * math.log(2)
-    variance = float(1 - schedule.alphas_cumprod[0])
-    entropy = 0.5 * math.log(2 * math.pi * math.e * variance) / math.log(2)  # of q(x1 | x0)
     columns = []
     for _ in range(repeats):
         x1 = q_sample(schedule, x0, t, randn_like(x0, generator=generator))
-        with torch.no_grad():
-            output = model(x1, schedule.timesteps[t])
         decoder = bound_term(
             schedule,
-            output,
+            model(x1, schedule.timesteps[t]).detach(),
             x0,
             x1,
             t,
@@ -217,15 +213,16 @@ def flow_bits(
         )
         probes = rademacher(x1, 1, generator=generator)
         log_p = flow_log_prob(
-            schedule,
-            model,
-            x1,
-            probes=probes,
-            prediction_type=prediction_type,
-            num_steps=num_steps,
+            schedule, model, x1, probes=probes, prediction_type=prediction_type, num_steps=num_steps
         )
-        columns.append(decoder.bits - log_p[:, 0] / size - entropy)
+        columns.append(decoder.bits - log_p[:, 0] / size - _entropy_bits(schedule))
     return torch.stack(columns, 1)
+
+
+def _entropy_bits(schedule: Schedule) -> float:
+    """Return the entropy of q(x1 | x0) in bits per dimension."""
+    variance = float(1 - schedule.alphas_cumprod[0])
+    return 0.5 * math.log(2 * math.pi * math.e * variance) / math.log(2)
 
 
 # --- Sampling with corrections ---
