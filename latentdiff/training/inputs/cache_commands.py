@@ -25,7 +25,7 @@ from latentdiff.training.inputs.encode import (
     cache_dir,
     cache_latents,
     cache_masks,
-    cache_text,
+    cache_prompts,
     caption_transform,
     crop_plan,
     eval_crop_config,
@@ -96,7 +96,9 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
     if (loaded := _frozen_text_encoder(config)) is not None:
         text_encoder, tokenizer = loaded
         captions = unique_captions((train, heldout), caption_transform(config.data))
-        texts = cache_text(captions, tokenizer, text_encoder, config.data, accelerator=accelerator)
+        texts = cache_prompts(
+            captions, tokenizer, text_encoder, config.data, accelerator=accelerator
+        )
         yield Built("captions", len(texts), texts.num_encoded)
 
 

@@ -2,8 +2,8 @@
 
 Images are encoded once into the cache, or at every step without it. Captions become token ids for
 a text encoder in training and prompt embeddings for a frozen one: from the cache, or made in the
-step where shuffled tags make every caption a new one. The caches are ours as the libraries' hold
-one run's tensors by index; these are addressed by content, so that runs share and resume them.
+step where shuffled tags make every caption a new one. The caches are ours, addressed by the content
+of each item: datasets' map keys by the whole table, so that one new image would encode all again.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -136,7 +136,7 @@ def cache_masks(
     return cache
 
 
-def cache_text(
+def cache_prompts(
     captions: Iterable[str],
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
@@ -276,7 +276,7 @@ def text_source(
     if caption_transform(data).edits_tags:
         return OnlinePromptEmbeds(components, accelerator.device)
     tokenizer, text_encoder = components.tokenizer, components.text_encoder
-    cache = cache_text(list(captions), tokenizer, text_encoder, data, accelerator=accelerator)
+    cache = cache_prompts(list(captions), tokenizer, text_encoder, data, accelerator=accelerator)
     return CachedPromptEmbeds(cache)
 
 
