@@ -5,15 +5,17 @@ a run is set up (setup.py).
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from latentdiff.config.text_to_image import Config
 from latentdiff.evaluation.metrics.heldout_loss import (
+    bucket_labels,
     summarize_gap,
     summarize_losses,
     triple_losses,
@@ -26,7 +28,6 @@ from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.inputs.workers import report_worker_crash
 from latentdiff.training.learned_variance import prediction_only
 from latentdiff.training.loop import is_due, train_recipe
-from latentdiff.training.metrics_log import StepResults
 from latentdiff.training.model import check_components
 from latentdiff.training.optim.ema import COUNT
 from latentdiff.training.optim.posthoc_ema import (
@@ -41,6 +42,7 @@ from latentdiff.training.recipe import LoopSettings, Recipe
 from latentdiff.training.resume import first_checkpoint
 from latentdiff.training.run_folder import die_with_parent, open_run_folder
 from latentdiff.training.setup import Run, setup
+from latentdiff.training.train_step import StepResult
 
 NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
 
@@ -241,6 +243,68 @@ class TextToImageRecipe(Recipe):
         with averaged(self.train_step), prediction_only(self.run.components):
             yield
         model.train()
+
+
+class StepResults:
+    """Results of the diffusion steps since the last log line, on the device."""
+
+    def __init__(
+        self, accelerator: Accelerator, *, max_skipped_steps: int, num_timesteps: int
+    ) -> None:
+        self.accelerator, self.max_skipped_steps = accelerator, max_skipped_steps
+        self.labels = bucket_labels(num_timesteps)
+        self.skipped_in_a_row = 0
+        self.results: list[StepResult] = []
+
+    def add(self, result: StepResult) -> None:
+        """Remember a step."""
+        self.results.append(result)
+
+    def close(
+        self, step: int, ids: Sequence[str], *, learning_rate: float
+    ) -> tuple[dict[str, float], int]:
+        """Return the figures of the steps up to `step`, and the number of skipped updates.
+
+        ids: names of the samples by index. Raises FloatingPointError when too many updates in a
+        row were skipped, with the step and the files.
+        """
+        table = torch.stack(
+            [torch.stack([r.loss, r.grad_norm, r.ok.float()]) for r in self.results]
+        )  # (steps, 3)
+        buckets = torch.stack(
+            [torch.stack([r.bucket_losses, r.bucket_counts]) for r in self.results]
+        )  # (steps, 2, NUM_BUCKETS)
+        buckets = torch.where(torch.isfinite(buckets[:, :1]), buckets, 0.0).sum(0)
+        losses = self.accelerator.reduce(table[:, 0].contiguous(), "sum").cpu()
+        buckets = self.accelerator.reduce(buckets, "sum").cpu()
+        norms, ok = table[:, 1].cpu(), table[:, 2].cpu() > 0
+        skipped = int((~ok).sum())
+        self._check_skipped(ok.tolist(), step, ids)
+        good = ok & torch.isfinite(losses)
+        figures = {
+            "loss": losses[good].mean().item() if good.any() else float("nan"),
+            "grad_norm": norms[good].mean().item() if good.any() else float("nan"),
+            "learning_rate": learning_rate,
+            "skipped_updates": float(skipped),
+        }
+        for label, total, count in zip(self.labels, *buckets.tolist(), strict=True):
+            if count > 0:
+                figures[f"loss/{label}"] = total / count
+        self.results = []
+        return figures, skipped
+
+    def _check_skipped(self, ok: list[bool], step: int, ids: Sequence[str]) -> None:
+        first = step - len(ok) + 1
+        for offset, fine in enumerate(ok):
+            self.skipped_in_a_row = 0 if fine else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= self.max_skipped_steps:
+                names = [str(ids[i]) for i in self.results[offset].indices.tolist()]
+                raise FloatingPointError(
+                    f"the loss or a gradient was NaN or Inf in {self.skipped_in_a_row} updates in "
+                    f"a row, last at step {first + offset} with "
+                    f"{', '.join(sorted(set(names))[:16])}; the weights of before are kept in the "
+                    "last checkpoint. Lower train.learning_rate, or look at these files"
+                )
 
 
 def default_prompts(train_data: TrainData) -> list[str]:

@@ -49,7 +49,7 @@ class Child:
         while not self.ended():
             if time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(f"still running after {timeout_s} s\n{self.said()}")
+                raise TimeoutError(f"still running after {timeout_s} s\n{self.output()}")
             time.sleep(0.002)
         assert self.status is not None
         return self.status
@@ -64,7 +64,7 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
         return self.wait() == -signal.SIGKILL
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return what it wrote to its standard streams so far."""
         return self.log.read_text() if self.log.exists() else ""
 
@@ -72,7 +72,7 @@ class Child:
         """Return once `seen` is true."""
         deadline = time.monotonic() + timeout_s
         while not seen():
-            assert time.monotonic() < deadline, f"never seen\n{self.said()}"
+            assert time.monotonic() < deadline, f"never seen\n{self.output()}"
             time.sleep(0.002)
 
 

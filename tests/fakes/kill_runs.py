@@ -53,7 +53,7 @@ def kill_runs(
     """
     rng, started = random.Random(seed), time.monotonic()
     whole = start(folder / "whole")
-    assert whole.wait(timeout_s=300) == 0, whole.said()
+    assert whole.wait(timeout_s=300) == 0, whole.output()
     kills, in_saves, runs, starts = 0, 0, 0, 0
     while kills < num_kills:
         run = folder / f"run{runs}"
@@ -66,7 +66,7 @@ def kill_runs(
             kills += 1
             in_saves += any((run / "checkpoints").glob(".saving-*"))
             assert _newest_step(run) >= known, f"lost step {known} of {run}"
-        assert child.wait(timeout_s=300) == 0, child.said()
+        assert child.wait(timeout_s=300) == 0, child.output()
         assert_same_state(run, folder / "whole", step=num_steps)
         runs += 1
     return {

@@ -152,8 +152,8 @@ def test_layout_does_not_change_the_losses(
 
 def test_two_processes_train_on_the_same_buckets(world: Path, whole: Path, tmp_path: Path) -> None:
     child = start_ranks(world, tmp_path / "run", train__max_steps=20)
-    assert child.wait(timeout_s=180) == 0, child.said()
-    assert "(2 processes x 2 x 1 accumulated), 4 steps an epoch" in child.said()
+    assert child.wait(timeout_s=180) == 0, child.output()
+    assert "(2 processes x 2 x 1 accumulated), 4 steps an epoch" in child.output()
     assert_same_losses(tmp_path / "run", whole, rel=1e-5)
 
 

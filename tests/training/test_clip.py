@@ -138,7 +138,7 @@ def test_scaled_gradients_of_fp16_teach_what_fp32_does(squares: Path, tmp_path: 
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-4)
 
 
-def test_learns_to_tell_images_apart_and_exports_judge_and_tower(
+def test_learns_to_tell_images_apart_and_exports_clip_and_text_encoder(
     squares: Path, tmp_path: Path
 ) -> None:
     config = ClipConfig(
@@ -155,11 +155,13 @@ def test_learns_to_tell_images_apart_and_exports_judge_and_tower(
     name = squares.name
     assert report[f"recall@1/caption_of_image/{name}"] > 0.8  # chance: 1 / 36
     assert report[f"recall@1/image_of_caption/{name}"] > 0.8
-    judge = load_clip(tmp_path / "clip")
+    clip = load_clip(tmp_path / "clip")
     pixels = torch.zeros(2, 3, 16, 16)
     pixels[0, 0], pixels[1, 2] = 1.0, 1.0
-    assert judge.embed_pixels(pixels).shape == (2, 16)
-    tower = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
+    assert clip.embed_pixels(pixels).shape == (2, 16)
+    text_encoder = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    states = encode_text(tower, tokenize(tokenizer, ["red on the left and blue on the right"]))
-    assert states.shape == (1, 12, 32)
+    prompt_embeds = encode_text(
+        text_encoder, tokenize(tokenizer, ["red on the left and blue on the right"])
+    )
+    assert prompt_embeds.shape == (1, 12, 32)

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: signals, dying workers, full disks, bad numbers, spoilt files."""
+"""Faults around a run: signals, dying workers, full disks, bad numbers, spoilt files."""
 
 import ctypes
 import os
@@ -101,7 +101,7 @@ def test_signal_to_all_processes_of_a_run_spares_its_data_workers(
     run = tmp_path / "run"
     settings = {"train__max_steps": 4000, "data__num_workers": 2, **OFTEN}
     child = start(world, run, plant=slowly(0.05), **settings)
-    assert signalled(child, run, lambda: os.killpg(child.pid, number)) == status, child.said()
+    assert signalled(child, run, lambda: os.killpg(child.pid, number)) == status, child.output()
     assert_goes_on_exactly(world, run, whole)
 
 
@@ -152,7 +152,7 @@ def test_sigterm_to_accelerate_launch_saves_and_goes_on_exactly(
     trainer = Child(int((run / ".lock").read_text().split()[1]), launcher.log)
     os.kill(launcher.pid, signal.SIGTERM)
     assert launcher.wait() == -signal.SIGTERM
-    assert trainer.wait() == 143, trainer.said()
+    assert trainer.wait() == 143, trainer.output()
     ctypes.CDLL(None).prctl(SUBREAPER, 0, 0, 0, 0)
     assert_goes_on_exactly(world, run, whole)
 
@@ -180,8 +180,8 @@ def test_infinite_gradient_skips_the_update_and_too_many_stop_the_run(
     child = start(world, run, plant=infinite_gradients(at=range(4, 9)), **settings)
     assert child.wait() == 1
     assert read_metrics(run, "skipped_updates") == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1}
-    assert "3 updates in a row, last at step 7 with" in child.said()
-    assert ".png" in child.said().splitlines()[-1]
+    assert "3 updates in a row, last at step 7 with" in child.output()
+    assert ".png" in child.output().splitlines()[-1]
     before = tensors_at(run, 4)
     assert all(torch.equal(before[name], x) for name, x in tensors_at(run, 6).items())
     assert newest_step(run) == 6
@@ -201,7 +201,7 @@ def test_dead_data_worker_ends_the_run_and_names_the_sample(
     assert child.wait() == 1
     assert time.monotonic() - started < 30
     name = read_data(make_config(world, run).data)[0].ids[3]
-    assert f"a data worker died while it read {name} (" in child.said()
+    assert f"a data worker died while it read {name} (" in child.output()
     assert newest_step(run) >= 1
     assert_goes_on_exactly(world, run, whole)
 
@@ -228,18 +228,18 @@ def test_full_disk_is_told_and_keeps_what_was_saved(
         TrainStep.step = filled
 
     child = start(world, run, plant=fill_the_disk, train__max_steps=8, **OFTEN)
-    assert child.wait() == 2, child.said()
-    assert "a checkpoint could not be saved" in child.said()
-    assert "no line for step 8 in metrics.jsonl yet" in child.said()
-    assert "the last checkpoint could not be saved" in child.said().splitlines()[-1]
+    assert child.wait() == 2, child.output()
+    assert "a checkpoint could not be saved" in child.output()
+    assert "no line for step 8 in metrics.jsonl yet" in child.output()
+    assert "the last checkpoint could not be saved" in child.output().splitlines()[-1]
     assert newest_step(run) == 6
     assert all(torch.equal(x, kept[name]) for name, x in tensors_at(run, 6).items())
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000000006"}
 
     child = start(world, run, plant=fill_the_disk, train__max_steps=STEPS, **OFTEN)
-    child.when(lambda: "a checkpoint could not be saved" in child.said())
+    child.when(lambda: "a checkpoint could not be saved" in child.output())
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert child.wait(timeout_s=180) == 0, child.said()
+    assert child.wait(timeout_s=180) == 0, child.output()
     assert_same_state(run, whole, step=STEPS)
     assert sheet(run, STEPS) == sheet(whole, STEPS)
 
@@ -307,7 +307,7 @@ def test_sheet_that_a_kill_prevented_is_made_by_the_resumed_run(
     assert (run / "pipeline").is_dir()
 
 
-def test_what_is_there_is_not_made_twice_and_what_a_stop_left_out_is_made(
+def test_no_evaluation_or_sheet_is_made_twice_and_skipped_ones_are_made_up_for(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held-out losses and sheets of every other step, over a stop at step 4 and a second end."""

@@ -146,7 +146,7 @@ def test_reconstructed_average_of_a_real_run_is_the_one_tracked_directly(
 def script(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """The script as a function: arguments to exit status and what it says on stderr."""
+    """The script as a function: arguments to exit status and its standard error."""
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
@@ -173,9 +173,9 @@ def test_script_writes_a_folder_with_the_reconstructed_weights(
     assert json.loads((out / "latentdiff.json").read_text())["steps"] == 20
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
-    code, said = script(*arguments)
+    code, errors = script(*arguments)
     assert code == 2
-    assert "out already exists" in said
+    assert "out already exists" in errors
 
 
 @pytest.mark.parametrize(
@@ -197,10 +197,10 @@ def test_script_refuses_what_cannot_be_reconstructed(
     message: str,
 ) -> None:
     out = without_the_third / "out"
-    code, said = script(without_the_third, *arguments, "--out", out)
+    code, errors = script(without_the_third, *arguments, "--out", out)
     assert code == 2
-    assert len(said.strip().splitlines()) == 1
-    assert re.search(message, said), said
+    assert len(errors.strip().splitlines()) == 1
+    assert re.search(message, errors), errors
     assert not out.exists()
 
 
@@ -209,13 +209,13 @@ def test_script_refuses_a_run_without_snapshots_or_end(
 ) -> None:
     arguments = [without_the_third, "--width", 0.15, "--out", without_the_third / "out"]
     shutil.rmtree(without_the_third / "power_ema")
-    code, said = script(*arguments)
+    code, errors = script(*arguments)
     assert code == 2
-    assert "--train.posthoc_ema_sigma_rel=" in said
+    assert "--train.posthoc_ema_sigma_rel=" in errors
     shutil.rmtree(without_the_third / "pipeline")
-    code, said = script(*arguments)
+    code, errors = script(*arguments)
     assert code == 2
-    assert "expected a run that has come to its end" in said
+    assert "expected a run that has come to its end" in errors
 
 
 LOSSES = {0: 0.4, 1: 0.9, 2: 0.5, 3: 0.7, 4: 0.6, 5: 0.8, 6: 0.7, 7: 0.55, 8: 0.6}

@@ -112,8 +112,8 @@ def test_two_processes_train_to_the_losses_of_one_in_bf16(world: Path, tmp_path:
     }
     assert train(make_config(world, tmp_path / "one", **settings)) == 0
     child = start_ranks(world, tmp_path / "two", **settings)
-    assert child.wait(timeout_s=180) == 0, child.said()
-    assert "(2 processes x 2 x 1 accumulated)" in child.said()
+    assert child.wait(timeout_s=180) == 0, child.output()
+    assert "(2 processes x 2 x 1 accumulated)" in child.output()
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-2)
 

@@ -65,7 +65,7 @@ def wholes(world: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     "layout",  # workers, accumulation, processes
-    [cell for cell in itertools.product((0, 2), (1, 4), (1, 2)) if cell != (0, 1, 1)],
+    [layout for layout in itertools.product((0, 2), (1, 4), (1, 2)) if layout != (0, 1, 1)],
     ids="{0[0]} workers, {0[1]} accumulated, {0[2]} processes".format,
 )
 def test_losses_of_twenty_steps_are_equal_on_every_layout(
@@ -78,8 +78,8 @@ def test_losses_of_twenty_steps_are_equal_on_every_layout(
         assert train(make_config(world, tmp_path / "run", **settings)) == 0
     else:
         child = start_ranks(world, tmp_path / "run", num=processes, **settings)
-        assert child.wait(timeout_s=180) == 0, child.said()
-        assert f"(2 processes x {micro} x {accumulation} accumulated)" in child.said()
+        assert child.wait(timeout_s=180) == 0, child.output()
+        assert f"(2 processes x {micro} x {accumulation} accumulated)" in child.output()
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(plain)
     assert ours == pytest.approx(theirs, rel=0, abs=1e-6)
 
@@ -137,7 +137,7 @@ def test_fsdp2_trains_to_the_same_losses_and_its_state_goes_both_ways(
     settings = PLAIN | {"train__max_steps": 4, "train__channels_last": False}
     assert train(make_config(world, plain, **settings)) == 0
     child = start_ranks(world, spread, plant=spread_over_processes, **settings)
-    assert child.wait(timeout_s=180) == 0, child.said()
+    assert child.wait(timeout_s=180) == 0, child.output()
     assert read_metrics(spread) == pytest.approx(read_metrics(plain), rel=0, abs=1e-6)
     heldout = read_metrics(spread, "heldout_loss")
     assert heldout == pytest.approx(read_metrics(plain, "heldout_loss"), rel=0, abs=1e-5)
@@ -147,7 +147,7 @@ def test_fsdp2_trains_to_the_same_losses_and_its_state_goes_both_ways(
         Loop.train_steps = save_again
 
     child = start_ranks(world, plain, plant=plant, **settings)
-    assert child.wait(timeout_s=180) == 0, child.said()
+    assert child.wait(timeout_s=180) == 0, child.output()
     assert not (spread / "pipeline").exists()
     assert train(make_config(world, spread, **settings)) == 0
     assert (spread / "pipeline" / "unet").is_dir()
@@ -188,7 +188,7 @@ def test_one_failing_rank_stops_the_others_and_is_named(
     child = start_ranks(world, run, plant=failing(rank, at=3), **OFTEN)
     assert child.wait() != 0
     assert time.monotonic() - started < 50
-    assert f"rank {rank} of 2 processes failed: a fault of one" in child.said()
+    assert f"rank {rank} of 2 processes failed: a fault of one" in child.output()
     found, skipped = newest_valid(run / "checkpoints")
     assert (found, skipped) == (run / "checkpoints" / "step-000000003", [])
 
@@ -257,8 +257,8 @@ def test_ranks_that_ask_for_fsdp_on_the_cpu_exit_2(world: Path, tmp_path: Path) 
 
     child = start_ranks(world, tmp_path / "run", plant=plant)
     assert child.wait() != 0
-    assert "asks for FSDP and Accelerate trains as" in child.said()
-    assert "exitcode  : 2" in child.said()
+    assert "asks for FSDP and Accelerate trains as" in child.output()
+    assert "exitcode  : 2" in child.output()
 
 
 def test_accelerate_launch_that_starts_one_process_of_two_exits_2(
@@ -274,6 +274,6 @@ def test_accelerate_launch_that_starts_one_process_of_two_exits_2(
 
     child = fork(launch, tmp_path / "log")
     assert child.wait() == 1  # the launcher's, whose message has the trainer's
-    assert "was asked for several processes" in child.said()
-    assert "returned non-zero exit status 2" in child.said()
+    assert "was asked for several processes" in child.output()
+    assert "returned non-zero exit status 2" in child.output()
     assert not (tmp_path / "run").exists()

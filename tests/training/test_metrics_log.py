@@ -1,4 +1,4 @@
-"""What a run says of itself: every figure, in metrics.jsonl and in TensorBoard."""
+"""A run's figures: in metrics.jsonl and in TensorBoard."""
 
 import json
 import time
@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from latentdiff.training.metrics_log import MetricsLog, StepResults, Stopwatch
+from latentdiff.training.metrics_log import MetricsLog, Stopwatch
+from latentdiff.training.text_to_image import StepResults
 from latentdiff.training.train_step import StepResult
 
 NAN = float("nan")

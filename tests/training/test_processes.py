@@ -41,12 +41,12 @@ quieten_libraries()
 assert os.environ["WORLD_SIZE"] == "2"
 config = load_config(sys.argv[1], sys.argv[3:])
 assert train(config) == 0
-test_processes.draw(Path(sys.argv[2]), Path(config.output_dir) / "sheet.png")
+test_processes.write_sample_sheet(Path(sys.argv[2]), Path(config.output_dir) / "sheet.png")
 """
 
 
-def draw(model: Path, path: Path) -> None:
-    """Draw a sheet with the given model, in as many processes as there are."""
+def write_sample_sheet(model: Path, path: Path) -> None:
+    """Write a sheet of images of the given model, in as many processes as there are."""
     components = load_components(model)
     accelerator = Accelerator(cpu=True)
     write_sheet(
@@ -62,12 +62,12 @@ def draw(model: Path, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """One run in one process and one in two, each with its own cache; what the latter said."""
+    """One run in one process and one in two, each with its own cache; the output of the latter."""
     world = make_world(tmp_path_factory.mktemp("world"))
     one, two = world / "one", world / "two"
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train(make_config(world, one, **SETTINGS)) == 0
-    draw(one / "pipeline", one / "sheet.png")
+    write_sample_sheet(one / "pipeline", one / "sheet.png")
     program = world / "program.py"
     program.write_text(PROGRAM.format(paths=PATHS))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -108,7 +108,7 @@ def test_losses_and_heldout_figures_are_those_of_one_process(
 def test_history_of_losses_is_that_of_one_process(runs: tuple[Path, Path, str]) -> None:
     file = "checkpoints/step-000000020/timesteps.safetensors"
     expected, history = (load_file(run / file) for run in runs[:2])
-    assert expected["counts"].min() >= 10  # timesteps were no longer drawn evenly
+    assert expected["counts"].min() >= 10  # timesteps were no longer sampled evenly
     assert expected["counts"].sum() == 100
     assert torch.equal(history["counts"], expected["counts"])
     torch.testing.assert_close(history["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
@@ -119,7 +119,7 @@ def test_resume_takes_the_history_up_and_continues_bitwise(
     runs: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     one, run = runs[0], tmp_path / "run"
-    for last in (15, 20):  # 15: within an epoch, timesteps already drawn by their losses
+    for last in (15, 20):  # 15: within an epoch, timesteps already sampled by their losses
         AcceleratorState._reset_state(reset_partial_state=True)
         settings = SETTINGS | {"train__max_steps": last}
         assert train(make_config(one.parent, run, **settings)) == 0

@@ -24,7 +24,7 @@ def test_second_run_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
 
 
 def test_lock_ends_with_a_killed_process_though_its_workers_live_on(tmp_path: Path) -> None:
-    ready, told = os.pipe()
+    ready, writer = os.pipe()
     holder = os.fork()
     if holder == 0:
         with RunLock(tmp_path):
@@ -32,7 +32,7 @@ def test_lock_ends_with_a_killed_process_though_its_workers_live_on(tmp_path: Pa
             if worker == 0:
                 time.sleep(20)
                 os._exit(0)
-            os.write(told, b"%8d" % worker)
+            os.write(writer, b"%8d" % worker)
             time.sleep(20)
     worker = int(os.read(ready, 8))
     try:
@@ -46,7 +46,7 @@ def test_lock_ends_with_a_killed_process_though_its_workers_live_on(tmp_path: Pa
     finally:
         os.kill(worker, signal.SIGKILL)
         os.close(ready)
-        os.close(told)
+        os.close(writer)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

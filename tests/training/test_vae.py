@@ -165,7 +165,7 @@ def test_psnr_of_a_known_error() -> None:
 def test_moments_of_known_distributions() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(200, 2, 16, 16, generator=generator)
-    z[:, 1] = 3 + 2 * torch.where(z[:, 1] > 0, 1.0, -1.0)  # two points: the least kurtosis, -2
+    z[:, 1] = 3 + 2 * torch.where(z[:, 1] > 0, 1.0, -1.0)  # two points: the minimum of kurtosis, -2
     normal, two_points = channel_moments(z)
     assert (normal.mean, normal.std, normal.kurtosis) == pytest.approx((0, 1, 0), abs=0.05)
     assert (two_points.mean, two_points.std) == pytest.approx((3, 2), abs=0.05)
@@ -297,7 +297,7 @@ def test_principal_components_encode_exactly_and_decode_when_none_is_lost() -> N
         norm_num_groups=4,
         sample_size=16,
     ).eval()
-    with torch.no_grad():  # one channel says nothing that the others do not
+    with torch.no_grad():  # one channel is a sum of two others
         vae.quant_conv.weight[3] = vae.quant_conv.weight[:2].sum(0)
         vae.quant_conv.bias[3] = 0.5
         pixels = torch.randn(6, 3, 16, 16)

@@ -156,7 +156,7 @@ def test_signal_saves_and_the_resumed_run_is_the_whole_one(
     child = start(recipe, world, run, plant=slowly, **rare)
     child.when(lambda: (run / "metrics.jsonl").exists() and read_metrics(run))
     os.killpg(child.pid, number)
-    assert child.wait() == 128 + number, child.said()
+    assert child.wait() == 128 + number, child.output()
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     assert 0 < int(checkpoint.name.removeprefix("step-")) < STEPS
     assert not exported(run)
@@ -210,8 +210,8 @@ def test_a_run_that_is_done_exports_again_and_adds_nothing(
 
 def test_numbers_that_go_wrong_exit_1(world: Path, tmp_path: Path, recipe: str) -> None:
     child = start(recipe, world, tmp_path / "run", learning_rate=1e30)
-    assert child.wait() == 1, child.said()
-    assert "lower --learning_rate" in child.said()
+    assert child.wait() == 1, child.output()
+    assert "lower --learning_rate" in child.output()
     assert not exported(tmp_path / "run")
 
 
@@ -236,7 +236,7 @@ def test_a_limit_in_minutes_becomes_steps_once(
     child = start(recipe, world, run, plant=slowly, **limit)
     child.when((run / "checkpoints" / "step-000000002").exists)
     os.kill(child.pid, signal.SIGTERM)
-    assert child.wait() == 143, child.said()
+    assert child.wait() == 143, child.output()
     next(counts)  # that of the fork
     text = (run / "config.yaml").read_text()
     assert f"max_steps: {STEPS}\n" in text

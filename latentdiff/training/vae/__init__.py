@@ -1,0 +1,1 @@
+"""The VAE recipe: an autoencoder trained on random crops of images."""
