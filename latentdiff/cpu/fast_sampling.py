@@ -1,162 +1,89 @@
-"""When a U-Net takes its fast pass on a CPU, and the packed copy of it that is kept for that.
+"""The switch that lets a U-Net sample faster on a CPU, and the packed weights kept for that.
 
-The packed pass (packed_unet.py) stands for a stock U-Net alone. One with LoRA, hooks, another
-attention processor, FreeU, chunks, gradients or autocast goes diffusers' way, and so does every
-device but a CPU with oneDNN. What was packed is thrown away as soon as one weight differs.
+While a pass is sped up, each stock module (stock.py) has a forward method in packed layers
+(packed_modules.py) instead of its own; before and after, the U-Net is as it was. Modules with LoRA,
+hooks or another attention processor keep their own forward pass, and so does every module where
+there are gradients, autocast, dropout at work, another device than a CPU, or no oneDNN. Packed
+weights are thrown away as soon as one weight differs.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import (
-    CrossAttnDownBlock2D,
-    CrossAttnUpBlock2D,
-    DownBlock2D,
-    UNetMidBlock2DCrossAttn,
-    UpBlock2D,
-)
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from latentdiff.cpu.packed_unet import PackedUNet
+from latentdiff.cpu.packed_modules import PACKED, Forward, Shared
+from latentdiff.cpu.stock import is_stock
 
 Weights: TypeAlias = list[tuple[int, int, torch.dtype, int]]
-
-# Modules that the packed pass knows, and what they must say of themselves; missing counts as None.
-PLAIN_ATTENTION: Final = {
-    "residual_connection": False,
-    "rescale_output_factor": 1.0,
-    "use_bias": False,
-    "fused_projections": False,
-    "group_norm": None,
-    "spatial_norm": None,
-    "norm_q": None,
-    "norm_cross": None,
-    "added_kv_proj_dim": None,
-}
-PLAIN_BLOCK: Final = {
-    "norm_type": "layer_norm",
-    "only_cross_attention": False,
-    "pos_embed": None,
-    "fuser": None,
-    "_chunk_size": None,
-}
-PLAIN_RESNET: Final = {
-    "time_embedding_norm": "default",
-    "skip_time_act": False,
-    "output_scale_factor": 1.0,
-    "upsample": None,
-    "downsample": None,
-}
-KNOWN: Final[dict[type[nn.Module], dict[str, Any]]] = {
-    UNet2DConditionModel: {"_compiled_call_impl": None},
-    CrossAttnDownBlock2D: {},
-    DownBlock2D: {},
-    UNetMidBlock2DCrossAttn: {},
-    CrossAttnUpBlock2D: {"s1": None, "s2": None, "b1": None, "b2": None},
-    UpBlock2D: {"s1": None, "s2": None, "b1": None, "b2": None},
-    ResnetBlock2D: PLAIN_RESNET,
-    Transformer2DModel: {"is_input_continuous": True},
-    BasicTransformerBlock: PLAIN_BLOCK,
-    Attention: PLAIN_ATTENTION,
-    FeedForward: {},
-    GEGLU: {},
-    Downsample2D: {"use_conv": True, "padding": 1, "norm": None},
-    Upsample2D: {"use_conv": True, "use_conv_transpose": False, "interpolate": True, "norm": None},
-    Timesteps: {},
-    TimestepEmbedding: {"cond_proj": None},
-    nn.ModuleList: {},
-    nn.Conv2d: {"padding_mode": "zeros"},
-    nn.Linear: {},
-    nn.GroupNorm: {"affine": True},
-    nn.LayerNorm: {"elementwise_affine": True},
-    nn.SiLU: {},
-    nn.Dropout: {},
-}
-PLAIN_CONFIG: Final = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "addition_embed_type": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "dual_cross_attention": False,
-}
 
 WORDS: Final = {2: torch.int16, 4: torch.int32}
 
 
 class FastCPU:
-    """Runs a U-Net's forward pass, packed where it may be and `is_on` is set; else diffusers' way.
+    """Speeds up a U-Net's passes on a CPU where `is_on` is set.
 
-    A packed copy takes as much memory as the U-Net's weights. In float32 its images are within
-    1/255 of the plain path's, but the same bits are promised only by the plain one.
+    The packed copy takes as much memory as the U-Net's weights. In float32 images are within 1/255
+    of the plain path's, but the same bits are promised only by the plain one.
     """
 
     def __init__(self) -> None:
         self.is_on = False
-        self._packed: PackedUNet | None = None
-        self._made_of: tuple[torch.Size, Weights] | None = None
         self._is_current = False
+        self._is_whole = False
+        self._packed_for: tuple[torch.Size, list[nn.Module], Weights] | None = None
+        self._forwards: list[tuple[dict[str, Any], Forward]] = []  # with their modules' attributes
+        self._shared = Shared()
 
-    def look_again(self) -> None:
+    def invalidate(self) -> None:
         """Compare the weights with the packed ones before the next pass: they may have changed."""
         self._is_current = False
 
-    def lay_out(self, latents: Tensor) -> Tensor:
+    def channels_last(self, latents: Tensor) -> Tensor:
         """Return latents (B, C, h, w) in the layout that a VAE decodes faster, if `is_on`."""
         is_wanted = self.is_on and latents.device.type == "cpu"
         return latents.contiguous(memory_format=torch.channels_last) if is_wanted else latents
 
-    def forget(self) -> None:
-        """Free the packed copy."""
-        self._packed, self._made_of, self._is_current = None, None, False
+    @contextlib.contextmanager
+    def speed_up(self, unet: nn.Module, x: Tensor) -> Iterator[None]:
+        """Speed up passes of a U-Net over x (B, C, h, w) within the context.
 
-    def __call__(
-        self, unet: Any, x: Tensor, t: Tensor, states: Tensor, *, scale: Tensor | None
-    ) -> Tensor:
-        """Return the U-Net's output of x (B, C, h, w) at t () and text states (B, L, D).
-
-        With two captions an x, states is (2B, L, D), those of all x by the first caption first, and
-        so is the output. scale: the guidance scale as a distilled U-Net reads it (B, D), else None.
+        Outputs may be inference tensors: copy them before they are changed or kept.
         """
-        if scale is None and _is_plain_pass():
-            if not self._is_current:
-                self._prepare(unet, torch.Size([len(states), *x.shape[1:]]))
-            if self._packed is not None and _halves_evenly(unet, x):
-                return self._packed(x, t, states).clone()  # outside of inference mode
-        if len(states) == 2 * len(x):
-            x = torch.cat([x, x])
-        output: Tensor = unet(
-            x, t, encoder_hidden_states=states, timestep_cond=scale, return_dict=False
-        )[0]
-        return output
-
-    def _prepare(self, unet: Any, shape: torch.Size) -> None:
-        """Pack the U-Net for a shape (B, C, h, w), unless that is done or must not be."""
-        self._is_current = True
-        if not (self.is_on and is_stock(unet)):
-            self._packed, self._made_of = None, None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            yield
             return
-        made_of = shape, _weights(unet)
-        if made_of != self._made_of:
-            self._packed = None  # frees the old copy before there is a new one
-            self._packed, self._made_of = PackedUNet(unet, shape), made_of
+        if not self._is_current:
+            self._prepare(unet, x.shape)
+        self._shared.repeated = x if self._forwards and len(x) % 2 == 0 else None
+        for attributes, forward in self._forwards:
+            attributes["forward"] = forward
+        try:
+            with torch.inference_mode() if self._is_whole else torch.no_grad():
+                yield
+        finally:
+            self._shared.repeated = None
+            for attributes, _ in self._forwards:
+                del attributes["forward"]
+
+    def _prepare(self, unet: nn.Module, shape: torch.Size) -> None:
+        """Pack the U-Net for inputs of a shape (B, C, h, w), unless that is done or must not be."""
+        self._is_current = True
+        modules = _stock_modules(unet) if self.is_on and _can_be_fast(unet) else []
+        packed_for = shape, modules, _weights(modules)
+        self._is_whole = bool(modules) and is_stock(unet)
+        if packed_for == self._packed_for:
+            return
+        self._forwards, self._shared = [], Shared()  # frees the old copy before there is a new one
+        for module in modules:
+            dtype = next(unet.parameters()).dtype
+            forward = PACKED[type(module)](module, self._shared, dtype)
+            self._forwards.append((vars(module), forward))
+        self._packed_for = packed_for
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastCPU:
         """Return one that has packed nothing yet."""
@@ -169,19 +96,25 @@ class FastCPU:
         return FastCPU().__dict__ | {"is_on": self.is_on}
 
 
-def is_stock(unet: Any) -> bool:
-    """Say whether a U-Net is on the CPU and all made of what the packed pass stands for."""
-    return (
-        type(unet) is UNet2DConditionModel
-        and all(unet.config.get(name) == value for name, value in PLAIN_CONFIG.items())
-        and all(_is_known(module) for module in unet.modules())
-        and all(type(one) is AttnProcessor2_0 for one in unet.attn_processors.values())
-        and _has_kernels({(p.device.type, p.dtype) for p in unet.parameters()})
-    )
+def _stock_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the largest stock modules that there are packed ones for, each once."""
+    if type(module) in PACKED and is_stock(module):
+        return [module]
+    found = (one for child in module.children() for one in _stock_modules(child))
+    return list(dict.fromkeys(found))
 
 
-def _has_kernels(kinds: set[tuple[str, torch.dtype]]) -> bool:
-    """Say whether oneDNN has the packed kernels for weights of one dtype."""
+def _can_be_fast(unet: nn.Module) -> bool:
+    """Return whether oneDNN has kernels for the U-Net's one dtype, and nothing forbids a swap.
+
+    A compiled module would be compiled anew, and where dropout is at work the values that it zeroes
+    depend on the layout of its input.
+    """
+    for module in unet.modules():
+        is_dropping = isinstance(module, nn.Dropout) and module.training and module.p > 0
+        if is_dropping or module._compiled_call_impl is not None:
+            return False
+    kinds = {(p.device.type, p.dtype) for p in unet.parameters()}
     if len(kinds) != 1 or not torch._C._has_mkldnn:
         return False
     if not torch._C._get_mkldnn_enabled():
@@ -191,23 +124,13 @@ def _has_kernels(kinds: set[tuple[str, torch.dtype]]) -> bool:
     return device == "cpu" and (dtype == torch.float32 or is_bf16)
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Say whether a module is as it was made, with nobody hanging on its forward pass."""
-    wanted = KNOWN.get(type(module))
-    if wanted is None or any(getattr(module, key, None) != value for key, value in wanted.items()):
-        return False
-    if type(module) is nn.Dropout and module.training and module.p > 0:
-        return False
-    hooks = module._forward_pre_hooks or module._forward_hooks
-    return not hooks and "forward" not in vars(module)
-
-
-def _weights(unet: UNet2DConditionModel) -> Weights:
+def _weights(modules: list[nn.Module]) -> Weights:
     """Return what tells these weights from changed ones: where they lie, and the sum of their bits.
 
     A weight that is written through `.data` keeps its place and its version; the sum is another.
     """
-    return [(p.data_ptr(), _version(p), p.dtype, _bits(p)) for p in unet.parameters()]
+    weights = (p for module in modules for p in module.parameters())
+    return [(p.data_ptr(), _version(p), p.dtype, _bits(p)) for p in weights]
 
 
 def _version(weight: Tensor) -> int:
@@ -221,14 +144,3 @@ def _bits(weight: Tensor) -> int:
     size, offset = flat.element_size(), flat.storage_offset()
     is_even = len(flat) * size % 8 == offset * size % 8 == 0
     return int(flat.view(torch.int64 if is_even else WORDS[size]).sum())
-
-
-def _is_plain_pass() -> bool:
-    """Say whether nobody wants gradients or another dtype of this pass."""
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-
-
-def _halves_evenly(unet: UNet2DConditionModel, x: Tensor) -> bool:
-    """Say whether x (B, C, h, w) can be halved and doubled back as often as the U-Net does."""
-    multiple: int = 2**unet.num_upsamplers
-    return x.shape[-1] % multiple == 0 and x.shape[-2] % multiple == 0

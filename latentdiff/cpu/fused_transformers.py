@@ -1,16 +1,15 @@
-"""The U-Net's transformers in a few large steps, the same as diffusers' own up to rounding.
+"""The U-Net's transformers in fewer and larger operations, for training; equal up to rounding.
 
-The weights stay theirs, and so do state dict, config and class. What is saved is many small
-kernels: queries, keys and values come from one matrix product, short sequences attend by two
-products and a softmax, a 1 x 1 convolution beside a change of layout is a product too
-(fused_steps.py has the mathematics). A transformer that is not stock (LoRA, hooks, dropout at work,
-another attention processor, a mask) goes the plain way. Measured on CPUs: docs/performance.md.
+The weights stay those of diffusers' modules, and so do state dict, config and class. Many small
+kernels are saved: queries, keys and values come from one matrix product, short sequences attend by
+two products and a softmax, a 1 x 1 convolution next to a change of layout is a product too. A
+transformer that is not stock (stock.py: LoRA, hooks, dropout at work, another attention processor)
+or that gets a mask goes the plain way. Measured on CPUs: docs/performance.md.
 
-Two steps of a transformer, each with its backward pass: attention and gated units.
-
-Both are pre-norm branches beside their residual, in autocast's dtype where it is on and with
-gradients in the weights' dtype. The gradients follow from the forward pass by the chain rule;
-float64 agrees with autograd to eight digits (tests/test_fused.py).
+Attention and feed-forward each are one autograd function with a backward pass of its own. Both are
+pre-norm branches with their residual, in autocast's dtype where it is on and with gradients in the
+weights' dtype. The gradients follow from the forward pass by the chain rule; float64 agrees with
+autograd to eight digits (tests/cpu/test_fused_transformers.py).
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LONG_SEQUENCE = 256  # cells above which torch's own attention kernel is faster
+from latentdiff.cpu.stock import is_stock
+
+LONG_SEQUENCE = 256  # latent pixels above which torch's own attention kernel is faster
+EVEN_KEYS = 32  # softmax in bf16 is slow over rows that are no multiple of this
 
 
 def fuse_transformers(unet: UNet2DConditionModel) -> None:
-    """Let the U-Net's transformers take the large steps, wherever they are stock; again is safe."""
+    """Let the U-Net's transformers take the fused operations, where stock; again is safe."""
     for module in unet.modules():
         if type(module) is Transformer2DModel and module.is_input_continuous:
             vars(module).setdefault("forward", MethodType(_transform, module))
@@ -55,7 +55,7 @@ def _transform(
     """Do what Transformer2DModel.forward does: x (B, C, h, w), text states (B, L, D)."""
     x, text = hidden_states, encoder_hidden_states
     is_asked_more = return_dict or any(value is not None for value in plain.values())
-    if text is None or is_asked_more or not _is_stock(transformer):
+    if text is None or is_asked_more or not all(map(is_stock, transformer.children())):
         return Transformer2DModel.forward(transformer, x, text, return_dict=return_dict, **plain)
     batch, channels, height, width = x.shape
     rows = transformer.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -99,59 +99,6 @@ def _attention(x: Tensor, text: Tensor | None, *, norm: nn.LayerNorm, layer: Any
     normed = [norm.weight, norm.bias]
     y: Tensor = FusedAttention.apply(x, text, *normed, *projections, layer.heads, norm.eps)
     return y
-
-
-def _is_stock(transformer: Any) -> bool:
-    """Return whether a transformer is made of what the large steps stand for, and of no more."""
-    projections = (transformer.proj_in, transformer.proj_out)
-    return (
-        all(type(layer) in (nn.Conv2d, nn.Linear) for layer in projections)
-        and not any(_is_watched(layer) for layer in projections)
-        and all(_is_stock_block(block) for block in transformer.transformer_blocks)
-    )
-
-
-def _is_stock_block(block: Any) -> bool:
-    gate, drop, out = block.ff.net[:3]
-    layers = (block, block.norm1, block.norm2, block.norm3, block.ff, gate, gate.proj, out)
-    return (
-        type(block) is BasicTransformerBlock
-        and type(gate) is GEGLU
-        and type(gate.proj) is type(out) is nn.Linear
-        and len(block.ff.net) == 3
-        and block.norm_type == "layer_norm"
-        and block.pos_embed is None
-        and not block.only_cross_attention
-        and not (block.training and drop.p)
-        and not any(_is_watched(layer) for layer in layers)
-        and block.attn2.is_cross_attention
-        and _is_stock_attention(block.attn1)
-        and _is_stock_attention(block.attn2)
-    )
-
-
-def _is_stock_attention(layer: Attention) -> bool:
-    out, drop = layer.to_out
-    projections = (layer.to_q, layer.to_k, layer.to_v, out)
-    return (
-        type(layer.processor) in (AttnProcessor, AttnProcessor2_0)
-        and all(type(projection) is nn.Linear for projection in projections)
-        and layer.to_q.bias is None
-        and out.bias is not None
-        and layer.group_norm is layer.spatial_norm is layer.norm_q is None
-        and not (layer.norm_cross or layer.upcast_attention or layer.upcast_softmax)
-        and not (layer.residual_connection or layer.rescale_output_factor != 1)
-        and not (layer.training and drop.p)
-        and not any(_is_watched(module) for module in (layer, *projections))
-    )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Return whether somebody depends on a module's own forward pass."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
-
-
-EVEN_KEYS = 32  # softmax in bf16 is slow over rows that are no multiple of this
 
 
 class FusedAttention(torch.autograd.Function):

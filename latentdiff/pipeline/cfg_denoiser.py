@@ -121,15 +121,19 @@ class CFGDenoiser:
         Of a learned variance (outputs after the first C) the conditional one is kept: guidance
         extrapolates predictions only.
         """
-        with apply_lora_scale(self.unet, self.lora_scale):
-            output = self.fast_cpu(
-                self.unet,
-                self.inputs.unet_input(xt).to(self.dtype),
+        has_two = len(prompt_embeds) == 2 * len(xt)
+        x = self.inputs.unet_input(xt).to(self.dtype)
+        x = torch.cat([x, x]) if has_two else x
+        with apply_lora_scale(self.unet, self.lora_scale), self.fast_cpu.speed_up(self.unet, x):
+            output = self.unet(
+                x,
                 t,
-                prompt_embeds.to(self.dtype),
-                scale=guidance_embedding(self.unet, self.guidance.scale, like=xt),
-            ).float()
-        if len(prompt_embeds) != 2 * len(xt):
+                encoder_hidden_states=prompt_embeds.to(self.dtype),
+                timestep_cond=guidance_embedding(self.unet, self.guidance.scale, like=xt),
+                return_dict=False,
+            )[0]
+        output = output.to(torch.float32, copy=True)  # an ordinary tensor, whatever the pass was
+        if not has_two:
             return Prediction(output, None)
         uncond, cond = output.chunk(2)
         uncond, cond, variance = (

@@ -204,7 +204,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         inputs = denoiser.inputs
         latents = inputs.start(self.scheduler, timesteps)
         may_change = step_end.function is not None or denoiser.lora_scale is not None
-        self.fast_cpu.look_again()
+        self.fast_cpu.invalidate()
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
@@ -224,7 +224,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
                     prediction=prediction,
                 )
                 if may_change:
-                    self.fast_cpu.look_again()
+                    self.fast_cpu.invalidate()
                 bar.update()
         return latents
 
@@ -363,7 +363,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     ) -> LatentDiffOutput:
         """Decode to images, PIL images with their settings, past the safety checker."""
         if output_type != "latent":
-            latents = self.fast_cpu.lay_out(latents)
+            latents = self.fast_cpu.channels_last(latents)
         images, flagged = decode(
             latents,
             vae=self.vae,

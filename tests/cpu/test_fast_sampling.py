@@ -1,28 +1,45 @@
-"""Sampling by packed layers on a CPU: the plain path's images, and never old weights'."""
+"""Sampling by packed layers on a CPU: the plain path's images, and never old weights."""
 
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from fakes_pipeline import tiny_components, tiny_pipeline, tiny_unet
 from peft import LoraConfig
 
 from latentdiff.cpu import packed_layers
-from latentdiff.cpu.fast_sampling import FastCPU, is_stock
+from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.cpu.packed_layers import GroupNorm, attend
+from latentdiff.cpu.stock import is_stock
 from latentdiff.pipeline import LatentDiffPipeline
 
 CALL = {"prompt": ["a red heart", "a cat"], "seed": 1, "guidance_scale": 4.0, "output_type": "np"}
 
 
-def draw(pipe, *, fast=True, steps=3, **changes):
+def generate(pipe, *, fast=True, steps=3, **changes):
     pipe.fast_cpu.is_on = fast
     return pipe(**CALL | {"num_inference_steps": steps} | changes).images
 
 
 def is_packed(pipe):
-    return pipe.fast_cpu._packed is not None
+    return bool(pipe.fast_cpu._forwards)
+
+
+def run(fast, unet, x, t, states, **conditions):
+    """Return the output of a pass that `fast` may speed up."""
+    with torch.no_grad(), fast.speed_up(unet, x):
+        output = unet(x, t, states, return_dict=False, **conditions)[0]
+    return output.clone()
+
+
+def fast_classes(fast, unet):
+    """Return how many modules of each class have packed forward passes for a pass of `unet`."""
+    with torch.no_grad(), fast.speed_up(unet, torch.zeros(1, 4, 8, 8)):
+        return Counter(type(one) for one in unet.modules() if "forward" in vars(one))
 
 
 @pytest.mark.parametrize(
@@ -36,9 +53,9 @@ def is_packed(pipe):
 )
 def test_twenty_steps_in_float32_are_the_plain_paths(shape):
     pipe = tiny_pipeline(unet=tiny_unet(**shape))
-    plain = draw(pipe, fast=False, steps=20)
+    plain = generate(pipe, fast=False, steps=20)
     assert not is_packed(pipe)
-    fast = draw(pipe, steps=20)
+    fast = generate(pipe, steps=20)
     assert is_packed(pipe)
     assert np.abs(fast - plain).max() <= 1 / 255
     assert np.abs(fast - plain).max() < 1e-3
@@ -47,11 +64,11 @@ def test_twenty_steps_in_float32_are_the_plain_paths(shape):
 def test_bf16_is_as_near_to_float32_as_the_plain_path():
     pipe = tiny_pipeline()
     seeds = range(4)
-    exact = [draw(pipe, fast=False, steps=20, seed=seed) for seed in seeds]
+    exact = [generate(pipe, fast=False, steps=20, seed=seed) for seed in seeds]
     pipe.to(dtype=torch.bfloat16)
     errors = {}
     for fast in (False, True):
-        images = [draw(pipe, fast=fast, steps=20, seed=seed) for seed in seeds]
+        images = [generate(pipe, fast=fast, steps=20, seed=seed) for seed in seeds]
         errors[fast] = np.abs(np.stack(images) - np.stack(exact)).mean()
     assert is_packed(pipe)
     assert errors[True] <= 1.1 * errors[False]
@@ -66,14 +83,14 @@ def test_one_pass_has_the_plain_pass_outputs_at_other_shapes_too(dtype):
     for batch, height, width in [(2, 8, 8), (4, 8, 8), (1, 6, 10), (1, 5, 7)]:
         x, t = torch.randn(batch, 4, height, width).to(dtype), torch.tensor(321)
         states = torch.randn(batch, 16, 16).to(dtype)
+        got = run(fast, unet, x, t, states).float()
         with torch.no_grad():
-            got = fast(unet, x, t, states, scale=None).float()
             want = exact(x.float(), t, states.float(), return_dict=False)[0]
             plain = unet(x, t, states, return_dict=False)[0].float()
         if dtype == torch.float32:
             torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
         assert (got - want).abs().mean() <= 1.3 * (plain - want).abs().mean() + 1e-6
-    assert fast._packed is not None
+    assert fast._forwards
 
 
 @pytest.mark.parametrize("kind", ["CrossAttnDownBlock2D", "DownBlock2D"])
@@ -81,13 +98,12 @@ def test_latents_under_two_captions_are_those_twice(kind):
     torch.manual_seed(0)
     unet, fast = tiny_unet(down_block_types=(kind, "CrossAttnDownBlock2D")), FastCPU()
     x, states, t = torch.randn(3, 4, 8, 8), torch.randn(6, 16, 16), torch.tensor(500)
-    with torch.no_grad():
-        want = unet(torch.cat([x, x]), t, states, return_dict=False)[0]
-        assert torch.equal(fast(unet, x, t, states, scale=None), want)
-        fast.is_on = True
-        fast.look_again()
-        got = fast(unet, x, t, states, scale=None)
-    assert fast._packed is not None
+    x = torch.cat([x, x])
+    want = run(fast, unet, x, t, states)
+    fast.is_on = True
+    fast.invalidate()
+    got = run(fast, unet, x, t, states)
+    assert fast._forwards
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert (got[:3] - got[3:]).abs().max() > 1e-3
 
@@ -95,7 +111,7 @@ def test_latents_under_two_captions_are_those_twice(kind):
 @pytest.mark.parametrize("how", ["in place", "through data", "loaded", "replaced"])
 def test_changed_weights_are_packed_anew(how):
     pipe = tiny_pipeline()
-    before = draw(pipe)
+    before = generate(pipe)
     weight = pipe.unet.conv_out.weight
     with torch.no_grad():
         if how == "in place":
@@ -107,10 +123,10 @@ def test_changed_weights_are_packed_anew(how):
             pipe.unet.load_state_dict({name: value * 1.5 for name, value in state.items()})
         else:
             pipe.unet.conv_out.weight = torch.nn.Parameter(weight * 2)
-    after = draw(pipe)
+    after = generate(pipe)
     assert is_packed(pipe)
     assert np.abs(after - before).max() > 1e-3
-    assert np.abs(after - draw(pipe, fast=False)).max() <= 1 / 255
+    assert np.abs(after - generate(pipe, fast=False)).max() <= 1 / 255
 
 
 def test_text_states_changed_between_steps_are_read_anew():
@@ -126,39 +142,40 @@ def test_text_states_changed_between_steps_are_read_anew():
             "callback_on_step_end": change,
             "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
         }
-        gap = np.abs(draw(pipe, **named) - draw(pipe, fast=False, **named)).max()
+        gap = np.abs(generate(pipe, **named) - generate(pipe, fast=False, **named)).max()
         assert gap <= 1 / 255
-        assert np.abs(draw(pipe, **named) - draw(pipe)).max() > 1e-4
+        assert np.abs(generate(pipe, **named) - generate(pipe)).max() > 1e-4
 
 
 def test_lora_goes_the_plain_way_and_back():
     pipe = tiny_pipeline()
-    before = draw(pipe)
+    before = generate(pipe)
     lora = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
     pipe.unet.add_adapter(lora, adapter_name="style")
-    styled = draw(pipe)
-    assert not is_packed(pipe)
+    styled = generate(pipe)
+    assert fast_classes(pipe.fast_cpu, pipe.unet)[Transformer2DModel] == 0
+    assert np.abs(styled - generate(pipe, fast=False)).max() <= 1 / 255
     assert np.abs(styled - before).max() > 1e-4
-    assert np.array_equal(draw(pipe, lora_scale=0.0), before)
+    assert np.array_equal(generate(pipe, lora_scale=0.0), before)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    fused = draw(pipe)
+    fused = generate(pipe)
     assert is_packed(pipe)
     assert np.abs(fused - styled).max() <= 1 / 255
 
 
-def test_dtype_change_and_round_trip_draw_as_the_plain_path(tmp_path):
+def test_dtype_change_and_round_trip_equal_the_plain_path(tmp_path):
     pipe = tiny_pipeline()
-    before = draw(pipe)
+    before = generate(pipe)
     state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     pipe.save_pretrained(tmp_path)
     opened = LatentDiffPipeline.from_pretrained(tmp_path)
     opened.set_progress_bar_config(disable=True)
-    assert np.abs(draw(opened) - before).max() < 1e-5
+    assert np.abs(generate(opened) - before).max() < 1e-5
     for name, value in opened.unet.state_dict().items():
         assert torch.equal(value, state[name])
-    assert np.abs(draw(pipe.to(dtype=torch.bfloat16)) - before).max() > 0
-    assert np.abs(draw(copy.deepcopy(opened)) - before).max() < 1e-5
+    assert np.abs(generate(pipe.to(dtype=torch.bfloat16)) - before).max() > 0
+    assert np.abs(generate(copy.deepcopy(opened)) - before).max() < 1e-5
 
 
 def hook(unet):
@@ -186,17 +203,162 @@ def half(unet):
     unet.to(torch.float16)
 
 
-@pytest.mark.parametrize("change", [hook, freeu, slices, chunks, dropout, half])
-def test_what_is_not_stock_goes_the_plain_way(change):
-    unet = tiny_unet()
-    assert is_stock(unet)
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (hook, {ResnetBlock2D: 1}),
+        (freeu, {}),
+        (slices, {Transformer2DModel: 4}),
+        (chunks, {Transformer2DModel: 1}),
+    ],
+)
+def test_modules_that_are_not_stock_alone_go_the_plain_way(change, missing):
+    unet, fast = tiny_unet(), FastCPU()
+    fast.is_on = True
+    whole = fast_classes(fast, unet)
     change(unet)
-    assert not is_stock(unet)
+    fast.invalidate()
+    found = fast_classes(fast, unet)
+    for kind in (ResnetBlock2D, Transformer2DModel):
+        assert found[kind] == whole[kind] - missing.get(kind, 0)
+    assert is_stock(unet) == (not missing)
+    torch.manual_seed(0)
+    x, t, states = torch.randn(2, 4, 8, 8), torch.tensor(321), torch.randn(2, 16, 16)
+    outputs = []
+    for is_on in (True, False):
+        fast.is_on = is_on
+        fast.invalidate()
+        outputs.append(run(fast, unet, x, t, states))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def compiled(unet):
+    unet.compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [dropout, half, compiled])
+def test_dropout_compiling_and_a_dtype_without_kernels_go_the_plain_way(change):
+    unet, fast = tiny_unet(), FastCPU()
+    fast.is_on = True
+    assert fast_classes(fast, unet)
+    change(unet)
+    fast.invalidate()
+    assert not fast_classes(fast, unet)
+    assert not is_stock(unet) or change is half
+
+
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 8 + 6 * 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": 2,
+}
+
+
+def conditioned(kind):
+    """Return a U-Net of a kind, and the conditions of a pass over four latents."""
+    generator = torch.Generator().manual_seed(7)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    if kind == "class":
+        return tiny_unet(num_class_embeds=5), {"class_labels": torch.tensor([0, 4, 1, 1])}
+    if kind == "class, concatenated":
+        unet = tiny_unet(num_class_embeds=5, class_embeddings_concat=True)
+        return unet, {"class_labels": torch.tensor([0, 4, 1, 1])}
+    if kind == "guidance":
+        return tiny_unet(time_cond_proj_dim=6), {"timestep_cond": randn(4, 6)}
+    if kind == "sdxl":
+        added = {"text_embeds": randn(4, 8), "time_ids": torch.full((4, 6), 32.0)}
+        return tiny_unet(**SDXL), {"added_cond_kwargs": added}
+    unet = tiny_unet()
+    skips = [*([(8, 8)] * 2), *([(4, 4)] * 2)]
+    channels = [unet.config.block_out_channels[k] for k in (0, 0, 0, 1)]
+    residuals = [randn(4, c, *size) for c, size in zip(channels, skips, strict=True)]
+    middle = randn(4, channels[-1], 4, 4)
+    return unet, {
+        "down_block_additional_residuals": residuals,
+        "mid_block_additional_residual": middle,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["class", "class, concatenated", "guidance", "sdxl", "controlnet"])
+def test_conditioned_unets_are_fast_and_as_exact(kind, dtype):
+    unet, conditions = conditioned(kind)
+    fast = FastCPU()
+    fast.is_on = True
+    torch.manual_seed(0)
+    x, states = torch.randn(2, 4, 8, 8), torch.randn(4, 16, 16)
+    x = torch.cat([x, x])  # as under guidance
+    for t in (torch.tensor(321), torch.tensor(999), torch.tensor(321)):
+        with torch.no_grad():
+            exact = unet(x, t, states, return_dict=False, **conditions)[0]
+        cast = copy.deepcopy(unet).to(dtype)
+        given = {name: to_dtype(value, dtype) for name, value in conditions.items()}
+        inputs = (x.to(dtype), t, states.to(dtype))
+        with torch.no_grad():
+            plain = cast(*inputs, return_dict=False, **given)[0].float()
+        fast.invalidate()
+        got = run(fast, cast, *inputs, **given).float()
+        assert fast_classes(fast, cast)[ResnetBlock2D] == count(cast, ResnetBlock2D)
+        assert fast_classes(fast, cast)[Transformer2DModel] == count(cast, Transformer2DModel)
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
+        assert (got - exact).abs().mean() <= 1.3 * (plain - exact).abs().mean() + 1e-6
+
+
+def to_dtype(value, dtype):
+    """Return floats of a condition in another dtype."""
+    if isinstance(value, dict):
+        return {name: to_dtype(one, dtype) for name, one in value.items()}
+    if isinstance(value, list):
+        return [to_dtype(one, dtype) for one in value]
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def count(unet, kind):
+    return sum(type(one) is kind for one in unet.modules())
+
+
+def test_halves_that_a_residual_makes_unequal_are_computed_apart():
+    torch.manual_seed(0)
+    unet, fast = tiny_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")), FastCPU()
+    x, states, t = torch.randn(1, 4, 8, 8), torch.randn(2, 16, 16), torch.tensor(500)
+    x = torch.cat([x, x])
+    channels = unet.config.block_out_channels
+    residuals = [torch.randn(2, channels[0], 4, 4), torch.randn(2, channels[1], 4, 4)]
+    outputs = []
+    for is_on in (True, False):
+        fast.is_on = is_on
+        fast.invalidate()
+        adapter = {"down_intrablock_additional_residuals": list(residuals)}
+        outputs.append(run(fast, unet, x, t, states, **adapter))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_unet_is_as_it_was_after_a_pass():
+    unet, fast = tiny_unet(), FastCPU()
+    fast.is_on = True
+    before = {name: dict(vars(one)) for name, one in unet.named_modules()}
+    state = {name: value.clone() for name, value in unet.state_dict().items()}
+    run(fast, unet, torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 16, 16))
+    assert before == {name: dict(vars(one)) for name, one in unet.named_modules()}
+    assert list(state) == list(unet.state_dict())
+    for name, value in unet.state_dict().items():
+        assert torch.equal(value, state[name])
+    with pytest.raises(RuntimeError):
+        run(fast, unet, torch.randn(2, 3, 8, 8), torch.tensor(3), torch.randn(2, 16, 16))
+    assert not any("forward" in vars(one) for one in unet.modules())
 
 
 def test_latents_come_back_in_the_usual_layout():
     pipe = tiny_pipeline()
-    latents = draw(pipe, output_type="latent")
+    latents = generate(pipe, output_type="latent")
     assert is_packed(pipe)
     assert latents.is_contiguous()
     latents.mul_(2)  # a tensor like any other
@@ -208,12 +370,12 @@ def test_guide_and_switch_go_the_plain_way():
     def brighter(z0, t):
         return z0.mean(dim=(1, 2, 3))
 
-    fast, plain = draw(pipe, score_fn=brighter), draw(pipe, score_fn=brighter, fast=False)
+    fast, plain = generate(pipe, score_fn=brighter), generate(pipe, score_fn=brighter, fast=False)
     assert np.abs(fast - plain).max() <= 1 / 255
     assert not is_packed(pipe)
-    draw(pipe)
+    generate(pipe)
     assert is_packed(pipe)
-    pipe.fast_cpu.forget()
+    generate(pipe, fast=False)
     assert not is_packed(pipe)
 
 

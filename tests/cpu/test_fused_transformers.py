@@ -1,4 +1,4 @@
-"""The large steps give what diffusers' modules give, and stand back where those were changed."""
+"""The fused operations equal diffusers' modules, and changed modules go the plain way."""
 
 import copy
 from collections.abc import Callable
@@ -37,12 +37,12 @@ def pair() -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
     return plain, fused
 
 
-def inputs(*, cells: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(1)
+def inputs(*, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
     return (
-        torch.randn(BATCH, 4, cells, cells, generator=draw),
-        torch.randint(0, 1000, (BATCH,), generator=draw),
-        torch.randn(BATCH, TOKENS, WIDTH, generator=draw),
+        torch.randn(BATCH, 4, size, size, generator=generator),
+        torch.randint(0, 1000, (BATCH,), generator=generator),
+        torch.randn(BATCH, TOKENS, WIDTH, generator=generator),
     )
 
 
@@ -73,10 +73,12 @@ def test_training_follows_the_plain_path_for_20_steps(bf16: bool, tolerance: flo
     assert found == pytest.approx(wanted, rel=tolerance)
 
 
-@pytest.mark.parametrize("cells", [8, 20])  # 400 cells: torch's kernel attends, the rest is fused
-def test_every_gradient_is_that_of_the_plain_path(cells: int) -> None:
+@pytest.mark.parametrize(
+    "size", [8, 20]
+)  # 400 latent pixels: torch's kernel attends, the rest is fused
+def test_every_gradient_is_that_of_the_plain_path(size: int) -> None:
     plain, fused = (unet.double() for unet in pair())
-    zt, t, text = inputs(cells=cells)
+    zt, t, text = inputs(size=size)
     gradients = []
     for unet in (plain, fused):
         asked = [zt.double().requires_grad_(), text.double().requires_grad_()]
@@ -162,9 +164,9 @@ def test_a_mask_over_the_text_is_heard() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("cells", [8, 20])
-def test_evaluation_without_gradients_gives_the_plain_path(cells: int) -> None:
+@pytest.mark.parametrize("size", [8, 20])
+def test_evaluation_without_gradients_gives_the_plain_path(size: int) -> None:
     plain, fused = (unet.eval() for unet in pair())
     with torch.no_grad():
-        wanted, found = (run(unet, *inputs(cells=cells)) for unet in (plain, fused))
+        wanted, found = (run(unet, *inputs(size=size)) for unet in (plain, fused))
     torch.testing.assert_close(found, wanted)
