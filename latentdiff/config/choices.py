@@ -35,7 +35,7 @@ Scheduler = Literal[  # pipeline/schedulers.py SCHEDULERS
     "tcd",
 ]
 
-Optimizer = Literal["adamw", "adamw8bit", "muon"]  # training/optim/optimizer.py
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]  # training/optim/optimizer.py
 LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/lr.py
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
 AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/model.py

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from latentdiff.config.choices import AttentionKernel, LRDecay, MixedPrecision, Optimizer
+from latentdiff.config.choices import AttentionKernel, LRDecay, MixedPrecision, OptimizerName
 from latentdiff.config.ranges import at_least, share_below_1
 
 
@@ -27,7 +27,7 @@ class TrainConfig:
     """optimiser steps until the peak learning rate"""
     weight_decay: float = at_least(0, default=0.01)
     """AdamW's, not applied to norms and biases"""
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = "adamw"
     """adamw, fused where the device has it; adamw8bit, whose state is a quarter, which needs
     bitsandbytes and a GPU; muon, which needs fewer images when training from scratch, at the
     price of some matrix products a step (Jordan et al. 2024)"""

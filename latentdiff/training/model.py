@@ -7,7 +7,7 @@ the training itself (loop.py).
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from latentdiff.config.choices import AttentionKernel
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
@@ -228,10 +229,7 @@ def _text_folder(config: Config) -> Path:
     return folder
 
 
-Attention = Literal["auto", "plain", "sdpa", "xformers"]
-
-
-def check_attention(name: Attention, device: torch.device) -> None:
+def check_attention(name: AttentionKernel, device: torch.device) -> None:
     """Raise ValueError where xformers is asked for and absent, or without a kernel for `device`."""
     if name != "xformers":
         return
@@ -255,7 +253,11 @@ def check_attention(name: Attention, device: torch.device) -> None:
 
 
 def set_attention(
-    unet: UNet2DConditionModel, name: Attention, *, num_latent_pixels: int, device: torch.device
+    unet: UNet2DConditionModel,
+    name: AttentionKernel,
+    *,
+    num_latent_pixels: int,
+    device: torch.device,
 ) -> None:
     """Let the U-Net attend by the named kernel; all give the same up to rounding.
 

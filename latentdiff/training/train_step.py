@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.config.choices import Optimizer as OptimizerName
+from latentdiff.config.choices import OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
 from latentdiff.training.model import TextToImage
 from latentdiff.training.objective import Objective

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config.choices import Optimizer as OptimizerName
+from latentdiff.config.choices import OptimizerName
 from latentdiff.training.optim.muon import COEFFICIENTS, Muon, muon_params, newton_schulz
 from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors

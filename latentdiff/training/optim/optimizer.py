@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from latentdiff.config.choices import Optimizer as OptimizerName
+from latentdiff.config.choices import OptimizerName
 from latentdiff.training.optim.muon import Muon, muon_params
 
 FUSED_DEVICES = ("cpu", "cuda")  # whose fused AdamW can skip an update
