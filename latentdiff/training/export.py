@@ -1,26 +1,24 @@
 """The export: pipeline/, with EMA weights, in Stable Diffusion's format, and what learned alone."""
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from latentdiff.atomic import atomic_folder
 from latentdiff.models.components import Components, load_components, resolve_model
+from latentdiff.models.learned_variance import has_learned_variance, without_variance
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
+from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import merged_components, save_adapters
 from latentdiff.training.fsdp import is_sharded
-from latentdiff.training.learned_variance import (
-    for_ancestral_sampling,
-    has_learned_variance,
-    without_variance,
-)
 from latentdiff.training.model import TextToImage
 from latentdiff.training.optim.posthoc_ema import gamma_of, read_snapshots, reconstruct
 from latentdiff.training.preview import make_pipeline
@@ -77,7 +75,7 @@ def export_reconstructed(
     components = load_components(source if source.is_dir() else run_folder / "pipeline")
     _take_weights(components, weights)
     step = step or max(snapshot.step for snapshot in snapshots)
-    facts = dataclasses.replace(read_model_info(run_folder / "pipeline"), steps=step, metrics={})
+    facts = replace(read_model_info(run_folder / "pipeline"), steps=step, metrics={})
     _write_both(components, out, facts=facts)
 
 
@@ -122,8 +120,23 @@ def _write_both(components: Components, final: Path, *, facts: ModelInfo) -> Non
     if has_learned_variance(components):
         whole = for_ancestral_sampling(components)
         _write(whole, final.with_name(final.name + WITH_VARIANCE), facts=facts)
-        components = without_variance(components)
+        components = for_any_scheduler(without_variance(components))
     _write(components, final, facts=facts)
+
+
+def for_ancestral_sampling(components: Components) -> Components:
+    """Return the model with the DDPMScheduler that uses its learned variance."""
+    ddpm = make_scheduler("ddpm", trained=components.scheduler)
+    scheduler = DDPMScheduler.from_config(ddpm.config, variance_type="learned_range")
+    return replace(components, scheduler=scheduler)
+
+
+def for_any_scheduler(components: Components) -> Components:
+    """Return a model without variance channels with DDIM for a scheduler of a learned variance."""
+    scheduler = components.scheduler
+    if not str(scheduler.config.get("variance_type")).startswith("learned"):
+        return components
+    return replace(components, scheduler=make_scheduler("ddim", trained=scheduler))
 
 
 def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:

@@ -31,8 +31,8 @@ from latentdiff.models.components import (
     resolve_model,
 )
 from latentdiff.models.latents import Autoencoder, latent_factor
+from latentdiff.models.learned_variance import fit_variance
 from latentdiff.models.text import encode_text, train_tokenizer
-from latentdiff.training.learned_variance import fit_variance
 
 PLAIN_ATTENTION_PIXELS = 256
 

@@ -21,8 +21,8 @@ from latentdiff.diffusion.losses import (
 from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler
+from latentdiff.models.learned_variance import VLB_WEIGHT
 from latentdiff.training.inputs.caption_dropout import drop_captions
-from latentdiff.training.learned_variance import VLB_WEIGHT
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     summarize_losses,
     triple_losses,
 )
+from latentdiff.models.learned_variance import prediction_only
 from latentdiff.training.checkpoint import Parts, checkpoint_step
 from latentdiff.training.distributed import any_process, start_accelerator
 from latentdiff.training.export import averaged, export
 from latentdiff.training.fsdp import full_state, shard_state
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.inputs.workers import report_worker_crash
-from latentdiff.training.learned_variance import prediction_only
 from latentdiff.training.loop import is_due, train_recipe
 from latentdiff.training.model import check_components
 from latentdiff.training.optim.ema import COUNT

@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from latentdiff.models.components import Components
-from latentdiff.pipeline.schedulers import make_scheduler
 
 VLB_WEIGHT = 0.001  # lambda of L_hybrid (Eq. 16)
 
@@ -44,7 +43,7 @@ def fit_variance(components: Components, *, learned: bool) -> None:
 def without_variance(components: Components) -> Components:
     """Return the model with the prediction as its only output, for any scheduler.
 
-    The weights are shared. A scheduler of a learned variance becomes DDIM's.
+    The weights are shared, and the scheduler stays: any but that of a learned variance will do.
     """
     unet, channels = components.unet, _channels(components)
     with torch.device("meta"):
@@ -54,19 +53,7 @@ def without_variance(components: Components) -> Components:
         for name, tensor in unet.state_dict().items()
     }
     cut.load_state_dict(weights, assign=True)
-    scheduler = components.scheduler
-    if str(scheduler.config.get("variance_type")).startswith("learned"):
-        scheduler = make_scheduler("ddim", trained=scheduler)
-    return replace(components, unet=cut.train(unet.training), scheduler=scheduler)
-
-
-def for_ancestral_sampling(components: Components) -> Components:
-    """Return the whole model with the DDPMScheduler that uses its variance."""
-    plain = make_scheduler("ddpm", trained=components.scheduler)
-    return replace(
-        components,
-        scheduler=DDPMScheduler.from_config(plain.config, variance_type="learned_range"),
-    )
+    return replace(components, unet=cut.train(unet.training))
 
 
 @contextmanager

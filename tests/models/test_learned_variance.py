@@ -22,12 +22,12 @@ from latentdiff.diffusion.timesteps import (
     uniform_timesteps,
 )
 from latentdiff.models.components import Components, load_components, load_vae
-from latentdiff.training.learned_variance import (
+from latentdiff.models.learned_variance import (
     fit_variance,
-    for_ancestral_sampling,
     prediction_only,
     without_variance,
 )
+from latentdiff.training.export import for_ancestral_sampling, for_any_scheduler
 from latentdiff.training.model import new_components, pretrained_components
 from latentdiff.training.objective import Objective
 from latentdiff.training.text_to_image import train
@@ -182,7 +182,7 @@ def test_fine_tuning_goes_on_with_the_variance_or_refuses_to_lose_it(
     chain = dataclasses.replace(config.diffusion, learned_variance=True)
     again = pretrained_components(dataclasses.replace(config, diffusion=chain))
     assert isinstance(again.scheduler, DDPMScheduler)
-    cut = without_variance(again)
+    cut = for_any_scheduler(without_variance(again))
     assert isinstance(cut.scheduler, DDIMScheduler)
     assert for_ancestral_sampling(cut).scheduler.config.variance_type == "learned_range"
 
