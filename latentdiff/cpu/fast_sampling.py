@@ -68,7 +68,7 @@ class FastCPU:
         finally:
             self._shared.repeated = None
             for attributes, _ in self._forwards:
-                del attributes["forward"]
+                attributes.pop("forward", None)  # another thread may have done it
 
     def _prepare(self, unet: nn.Module, shape: torch.Size) -> None:
         """Pack the U-Net for inputs of a shape (B, C, h, w), unless that is done or must not be."""
