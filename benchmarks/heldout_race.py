@@ -43,7 +43,7 @@ from latentdiff.image_io import load_image
 from latentdiff.models.build import build_text_encoder
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.distributed import start_accelerator
-from latentdiff.training.setup import setup
+from latentdiff.training.text_to_image.setup import setup
 
 TURNS = 24
 WARMUP_STEPS = 20

@@ -44,9 +44,9 @@ def probe(name):
     from latentdiff.training.distributed import start_accelerator
     from latentdiff.training.inputs.encode import cache_latents
     from latentdiff.training.inputs.train_data import read_data
-    from latentdiff.training.model import load_vae_of
-    from latentdiff.training.plan import estimate_memory
-    from latentdiff.training.setup import setup
+    from latentdiff.training.text_to_image.model import load_vae_of
+    from latentdiff.training.text_to_image.plan import estimate_memory
+    from latentdiff.training.text_to_image.setup import setup
 
     kind, changes = CASES[name]
     with tempfile.TemporaryDirectory(prefix="memory-") as path:

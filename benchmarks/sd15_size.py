@@ -23,7 +23,7 @@ from latentdiff import LatentDiffPipeline, load_config
 from latentdiff.data.shapes import write_shapes
 from latentdiff.models.build import build_text_encoder, make_ddpm_scheduler
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = {"full": ("finetune_sd15.yaml", 256), "lora": ("finetune_lora.yaml", 512)}

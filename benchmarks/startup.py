@@ -55,8 +55,8 @@ def probe(options, started):
     """Train; print the seconds of each phase. started: the time of the process's start."""
     moments = {"python": time.time()}
     from latentdiff.config.io import load_config
-    from latentdiff.training import text_to_image
-    from latentdiff.training.train_step import TrainStep
+    from latentdiff.training.text_to_image import train_t2i as text_to_image
+    from latentdiff.training.text_to_image.train_step import TrainStep
 
     prepare, step = text_to_image.setup, TrainStep.step
 

@@ -31,16 +31,16 @@ from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
-from latentdiff.training import train_step as train_step_module
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs import dataset as dataset_module
 from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.metrics_log import MetricsLog
-from latentdiff.training.model import TextToImage
 from latentdiff.training.recipe import LoopSettings
 from latentdiff.training.resume import CheckpointWriter, run_key
-from latentdiff.training.setup import setup
-from latentdiff.training.text_to_image import TextToImageRecipe
+from latentdiff.training.text_to_image import train_step as train_step_module
+from latentdiff.training.text_to_image.model import TextToImage
+from latentdiff.training.text_to_image.setup import setup
+from latentdiff.training.text_to_image.train_t2i import TextToImageRecipe
 
 WARM_UP = 3
 

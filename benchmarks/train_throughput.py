@@ -34,10 +34,14 @@ from latentdiff.models.build import (
 )
 from latentdiff.models.components import Components
 from latentdiff.models.text import encode_text, train_tokenizer
-from latentdiff.training.model import TextToImage, use_fused_transformers, use_plain_attention
-from latentdiff.training.objective import Objective
 from latentdiff.training.optim.lr import LRSchedule
-from latentdiff.training.train_step import TrainStep
+from latentdiff.training.text_to_image.model import (
+    TextToImage,
+    use_fused_transformers,
+    use_plain_attention,
+)
+from latentdiff.training.text_to_image.objective import Objective
+from latentdiff.training.text_to_image.train_step import TrainStep
 
 CAPTIONS = ["a red circle on a blue background", "two small green stars"] * 8
 RESOLUTION, TOKENS, TEXT_WIDTH, TEXT_LAYERS = 128, 32, 256, 4

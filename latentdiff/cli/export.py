@@ -69,7 +69,7 @@ def reconstruct_ema_command(parser: ArgumentParser, arguments: Sequence[str]) ->
     parser.add_argument("--out", type=str, required=True, help="the folder to write")
     args = parser.parse_args(arguments)
     quieten_libraries()
-    from latentdiff.training.export import export_reconstructed
+    from latentdiff.training.text_to_image.export import export_reconstructed
 
     export_reconstructed(Path(args.run), Path(args.out), width=args.width, step=args.step)
     print(f"wrote {args.out} with the average of width {args.width}")

@@ -17,7 +17,7 @@ def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     config, _ = parse_settings(parser, Config, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     quieten_libraries()
-    from latentdiff.training.text_to_image import train
+    from latentdiff.training.text_to_image.train_t2i import train
 
     return train(config)
 

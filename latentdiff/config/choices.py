@@ -38,7 +38,7 @@ Scheduler = Literal[  # pipeline/schedulers.py SCHEDULERS
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]  # training/optim/optimizer.py
 LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/lr.py
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
-AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/model.py
+AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/text_to_image/model.py
 FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE
     "full", "attention", "cross_attention", "lora", "textual_inversion"
 ]

@@ -46,8 +46,8 @@ def start_accelerator(config: Config) -> Accelerator:
             "adamw, whose state FSDP2 shards, or train without FSDP"
         )
     # here, as diffusers takes seconds that whoever only launches training need not wait for
-    from latentdiff.training.model import check_attention
     from latentdiff.training.optim.optimizer import check_optimizer
+    from latentdiff.training.text_to_image.model import check_attention
 
     check_optimizer(config.train.optimizer, accelerator.device)
     check_attention(config.train.attention, accelerator.device)

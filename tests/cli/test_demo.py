@@ -30,7 +30,7 @@ from latentdiff.data.shapes import (
     write_shapes,
 )
 from latentdiff.training import distributed as launching
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

@@ -24,8 +24,8 @@ from latentdiff.data.masks import Masks
 from latentdiff.diffusion.timesteps import SamplingOptions, build_timestep_sampler
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.models.latents import LatentCodec
-from latentdiff.training.objective import Objective
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.objective import Objective
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

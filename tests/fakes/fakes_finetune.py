@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from fakes_training import make_config, make_world
 
 from latentdiff.config.text_to_image import Config
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 QUICK = {
     "train__max_steps": 4,

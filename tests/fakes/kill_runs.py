@@ -19,8 +19,8 @@ import torch
 from fakes_faults import Child, assert_same_state, sheet, start
 from fakes_training import make_world
 
-from latentdiff.training import text_to_image  # noqa: F401 - imported once, for every fork
 from latentdiff.training.checkpoint import newest_valid
+from latentdiff.training.text_to_image import train_t2i as text_to_image  # noqa: F401 - imported once, for every fork
 
 SETTINGS = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 2}
 SHARE_IN_SAVES = 0.6  # of the kills that are aimed at a save

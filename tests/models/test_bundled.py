@@ -25,7 +25,7 @@ from latentdiff.sampling import conversion, release
 from latentdiff.sampling.conversion import export_single_file
 from latentdiff.sampling.release import pack_model
 from latentdiff.sampling.sample import sample
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

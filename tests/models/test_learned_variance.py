@@ -27,10 +27,10 @@ from latentdiff.models.learned_variance import (
     prediction_only,
     without_variance,
 )
-from latentdiff.training.export import for_ancestral_sampling, for_any_scheduler
-from latentdiff.training.model import new_components, pretrained_components
-from latentdiff.training.objective import Objective
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.export import for_ancestral_sampling, for_any_scheduler
+from latentdiff.training.text_to_image.model import new_components, pretrained_components
+from latentdiff.training.text_to_image.objective import Objective
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -25,8 +25,8 @@ from latentdiff.training.inputs.encode import (
     eval_crop_config,
 )
 from latentdiff.training.inputs.train_data import read_data
-from latentdiff.training.model import check_components
-from latentdiff.training.text_to_image import default_prompts, train
+from latentdiff.training.text_to_image.model import check_components
+from latentdiff.training.text_to_image.train_t2i import default_prompts, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

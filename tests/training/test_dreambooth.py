@@ -14,8 +14,8 @@ from fakes_training import read_metrics
 from latentdiff.training.finetune.dreambooth import PairedOrder, generate_class_images
 from latentdiff.training.inputs.batches import EpochOrder
 from latentdiff.training.resume import first_checkpoint
-from latentdiff.training.setup import setup
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.setup import setup
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -17,14 +17,14 @@ from fakes_faults import Child, assert_same_state, fork, sheet, start, tensors_a
 from fakes_training import arguments, make_config, make_world, read_metrics
 from kill_runs import kill_text_to_image_runs
 
-from latentdiff.training import text_to_image
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.train_data import read_data
 from latentdiff.training.metrics_log import MetricsLog
-from latentdiff.training.preview import write_sheet
-from latentdiff.training.text_to_image import train
-from latentdiff.training.train_step import TrainStep
+from latentdiff.training.text_to_image import train_t2i as text_to_image
+from latentdiff.training.text_to_image.preview import write_sheet
+from latentdiff.training.text_to_image.train_step import TrainStep
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

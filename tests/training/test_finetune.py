@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from latentdiff.models.components import load_components
 from latentdiff.training import loop
 from latentdiff.training.checkpoint import newest_valid
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

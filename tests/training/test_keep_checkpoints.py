@@ -20,15 +20,15 @@ from fakes_training import make_config, make_world, read_metrics
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.training import text_to_image
 from latentdiff.training.optim.posthoc_ema import (
     gamma_of,
     read_snapshot,
     read_snapshots,
     reconstruct,
 )
-from latentdiff.training.text_to_image import train
-from latentdiff.training.train_step import TrainStep
+from latentdiff.training.text_to_image import train_t2i as text_to_image
+from latentdiff.training.text_to_image.train_step import TrainStep
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

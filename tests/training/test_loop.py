@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from latentdiff import LatentDiffPipeline, load_config
 from latentdiff.training import distributed
 from latentdiff.training.inputs.dataset import LatentDataset
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -25,9 +25,9 @@ from latentdiff.training import distributed
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.loop import Loop
-from latentdiff.training.model import TextToImage
-from latentdiff.training.text_to_image import train
-from latentdiff.training.train_step import TrainStep
+from latentdiff.training.text_to_image.model import TextToImage
+from latentdiff.training.text_to_image.train_step import TrainStep
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

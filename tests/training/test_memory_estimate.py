@@ -11,11 +11,11 @@ from torch import nn
 from latentdiff.config.io import parse_arguments
 from latentdiff.config.text_to_image import Config
 from latentdiff.training.distributed import start_accelerator
-from latentdiff.training.model import check_attention, set_attention
 from latentdiff.training.optim import ema as ema_module
 from latentdiff.training.optim.ema import Averages, Ema
 from latentdiff.training.optim.optimizer import build_optimizer, check_optimizer
 from latentdiff.training.optim.posthoc_ema import PosthocEma
+from latentdiff.training.text_to_image.model import check_attention, set_attention
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -16,8 +16,8 @@ from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.evaluation.metrics.features import thumbnail_features
-from latentdiff.training.nearest_images import NearestImages, summarize_nearest
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.nearest_images import NearestImages, summarize_nearest
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

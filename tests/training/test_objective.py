@@ -14,7 +14,7 @@ from latentdiff.diffusion.timesteps import (
     logit_normal_probabilities,
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
-from latentdiff.training.objective import Objective
+from latentdiff.training.text_to_image.objective import Objective
 
 T, B = 1000, 6
 SCHEDULE = schedule_of(make_ddpm_scheduler())

@@ -12,7 +12,7 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.config.io import parse_arguments
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.shapes import Scene, render
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 SCENES = (
     Scene("circle", "red", "large", "white"),

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from latentdiff.models.build import build_unet
 from latentdiff.training.metrics_log import log_throughput
-from latentdiff.training.plan import estimate_activations, optimizer_bytes
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.plan import estimate_activations, optimizer_bytes
+from latentdiff.training.text_to_image.train_t2i import train
 
 CHANNELS, LATENT_SIZE = 4, 16
 

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentdiff.models.components import load_components
-from latentdiff.training.preview import write_sheet
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.preview import write_sheet
+from latentdiff.training.text_to_image.train_t2i import train
 
 # Timesteps by their losses, of which the history is full after some twelve steps.
 SETTINGS = {
@@ -36,7 +36,7 @@ sys.path[:0] = {paths!r}
 import test_processes
 from latentdiff.config.io import load_config
 from latentdiff.cli.command import quieten_libraries
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 quieten_libraries()
 assert os.environ["WORLD_SIZE"] == "2"
 config = load_config(sys.argv[1], sys.argv[3:])

@@ -21,7 +21,7 @@ from latentdiff.data.folder.folder import read_folder
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.inputs.encode import bucket_ids, bucket_sizes, crop_plan
 from latentdiff.training.inputs.train_data import read_data
-from latentdiff.training.text_to_image import train
+from latentdiff.training.text_to_image.train_t2i import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -62,7 +62,8 @@ def test_a_folder_that_cannot_be_used_stops_before_any_weight(tmp_path, monkeypa
         file.write('{"file_name": "gone.png", "text": "x"}\n')
     make_vae().save_pretrained(tmp_path / "vae")
     monkeypatch.setattr(
-        "latentdiff.training.setup.load_vae_of", lambda config: pytest.fail("a weight was loaded")
+        "latentdiff.training.text_to_image.setup.load_vae_of",
+        lambda config: pytest.fail("a weight was loaded"),
     )
     model = ModelConfig(vae=str(tmp_path / "vae"))
     config = Config(output_dir=str(tmp_path / "run"), data=settings(root), model=model)

@@ -12,7 +12,7 @@ from latentdiff.diffusion.timesteps import (
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.training.inputs.batches import SMALL_BYTES, collate
-from latentdiff.training.objective import Objective
+from latentdiff.training.text_to_image.objective import Objective
 
 NUM_TIMESTEPS = 8
 N = 80_000

@@ -27,7 +27,7 @@ from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.training.inputs.batches import EpochOrder, StepBatch
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.randomness import SampleKey
-from latentdiff.training.preview import BATCH_SIZE, make_pipeline, prompt_seed
+from latentdiff.training.text_to_image.preview import BATCH_SIZE, make_pipeline, prompt_seed
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,11 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.train_data import read_data
-from latentdiff.training.model import check_components, load_vae_of, trains_text_encoder
+from latentdiff.training.text_to_image.model import (
+    check_components,
+    load_vae_of,
+    trains_text_encoder,
+)
 
 TOLERANCE = 0.05  # of raw latents: above the rounding of another device, below another VAE's
 

@@ -55,7 +55,7 @@ from latentdiff.training.inputs.encode import (
 )
 from latentdiff.training.inputs.randomness import sample_generator, standard_normal
 from latentdiff.training.inputs.workers import TrackedDataset
-from latentdiff.training.model import trains_text_encoder
+from latentdiff.training.text_to_image.model import trains_text_encoder
 
 logger = logging.getLogger(__name__)
 MAX_BUCKETS_LOGGED = 6

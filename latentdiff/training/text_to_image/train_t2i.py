@@ -23,12 +23,10 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 from latentdiff.models.learned_variance import prediction_only
 from latentdiff.training.checkpoint import Parts, checkpoint_step
 from latentdiff.training.distributed import any_process, start_accelerator
-from latentdiff.training.export import averaged, export
 from latentdiff.training.fsdp import full_state, shard_state
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.inputs.workers import report_worker_crash
 from latentdiff.training.loop import is_due, train_recipe
-from latentdiff.training.model import check_components
 from latentdiff.training.optim.ema import COUNT
 from latentdiff.training.optim.posthoc_ema import (
     Snapshot,
@@ -36,13 +34,15 @@ from latentdiff.training.optim.posthoc_ema import (
     save_snapshot,
     snapshot_path,
 )
-from latentdiff.training.plan import log_plan
-from latentdiff.training.preview import write_sheet
 from latentdiff.training.recipe import LoopSettings, Recipe
 from latentdiff.training.resume import first_checkpoint
 from latentdiff.training.run_folder import die_with_parent, open_run_folder
-from latentdiff.training.setup import Run, setup
-from latentdiff.training.train_step import StepResult
+from latentdiff.training.text_to_image.export import averaged, export
+from latentdiff.training.text_to_image.model import check_components
+from latentdiff.training.text_to_image.plan import log_plan
+from latentdiff.training.text_to_image.preview import write_sheet
+from latentdiff.training.text_to_image.setup import Run, setup
+from latentdiff.training.text_to_image.train_step import StepResult
 
 NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
 

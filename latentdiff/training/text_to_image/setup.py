@@ -35,7 +35,8 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, read_data
-from latentdiff.training.model import (
+from latentdiff.training.optim.lr import LRSchedule
+from latentdiff.training.text_to_image.model import (
     TextToImage,
     load_vae_of,
     new_components,
@@ -44,10 +45,9 @@ from latentdiff.training.model import (
     trains_text_encoder,
     use_fused_transformers,
 )
-from latentdiff.training.nearest_images import NearestImages
-from latentdiff.training.objective import Objective
-from latentdiff.training.optim.lr import LRSchedule
-from latentdiff.training.train_step import TrainStep
+from latentdiff.training.text_to_image.nearest_images import NearestImages
+from latentdiff.training.text_to_image.objective import Objective
+from latentdiff.training.text_to_image.train_step import TrainStep
 
 
 @dataclass

@@ -21,7 +21,11 @@ from latentdiff.image_grid import draw_grid
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.sampling.batch_sampler import generate_images
-from latentdiff.training.nearest_images import NearestImage, NearestImages, summarize_nearest
+from latentdiff.training.text_to_image.nearest_images import (
+    NearestImage,
+    NearestImages,
+    summarize_nearest,
+)
 
 logger = logging.getLogger(__name__)
 BATCH_SIZE = 4  # a constant: rounding depends on a batch's size

@@ -19,11 +19,11 @@ from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import merged_components, save_adapters
 from latentdiff.training.fsdp import is_sharded
-from latentdiff.training.model import TextToImage
 from latentdiff.training.optim.posthoc_ema import gamma_of, read_snapshots, reconstruct
-from latentdiff.training.preview import make_pipeline
-from latentdiff.training.setup import Run
-from latentdiff.training.train_step import TrainStep
+from latentdiff.training.text_to_image.model import TextToImage
+from latentdiff.training.text_to_image.preview import make_pipeline
+from latentdiff.training.text_to_image.setup import Run
+from latentdiff.training.text_to_image.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder

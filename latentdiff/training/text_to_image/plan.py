@@ -24,7 +24,7 @@ from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.fsdp import is_sharded, local_shard
 from latentdiff.training.inputs.encode import bucket_sizes
-from latentdiff.training.setup import Run
+from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
 SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits

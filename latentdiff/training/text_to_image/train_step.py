@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from latentdiff.config.choices import OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
-from latentdiff.training.model import TextToImage
-from latentdiff.training.objective import Objective
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.optim.optimizer import (
@@ -32,6 +30,8 @@ from latentdiff.training.optim.state import (
     load_parameters,
     optimizer_tensors,
 )
+from latentdiff.training.text_to_image.model import TextToImage
+from latentdiff.training.text_to_image.objective import Objective
 
 
 @dataclass(frozen=True)
