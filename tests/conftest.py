@@ -25,6 +25,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentdiff.models.components import Components
 from latentdiff.models.text import train_tokenizer
 
+# The first backward pass of a process decides whether autograd starts threads, and a process with
+# such threads cannot fork children that train: take it before any test can change the answer.
+torch.ones(1, requires_grad=True).backward()
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
