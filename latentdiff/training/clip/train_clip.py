@@ -33,7 +33,7 @@ from latentdiff.models.open_clip import (
 from latentdiff.models.text import tokenize, train_tokenizer
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs, collate_pairs
-from latentdiff.training.inputs.workers import ignore_signals
+from latentdiff.training.inputs.workers import ignore_signals, start_workers
 from latentdiff.training.loop import train_in_one_process
 from latentdiff.training.metrics_log import MeanLosses
 from latentdiff.training.optim.amp_step import AmpStep
@@ -109,7 +109,7 @@ class ClipRecipe(Recipe):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
         )
-        return iter(loader)
+        return start_workers(loader)
 
     def step(self, batches: Iterator[Batch], step: int) -> int:
         """Do optimiser step `step`."""

@@ -19,7 +19,7 @@ from latentdiff.data.buckets import Epoch, Partial, make_epoch, num_batches
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.training.inputs.encode import OnlinePromptEmbeds
 from latentdiff.training.inputs.randomness import SampleKey, epoch_order
-from latentdiff.training.inputs.workers import TrackedDataset, ignore_signals
+from latentdiff.training.inputs.workers import TrackedDataset, ignore_signals, start_workers
 
 SMALL_BYTES = 1 << 16  # of an array in a worker's message
 
@@ -150,7 +150,7 @@ def train_batches(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the global one is what dropout draws from
     )
-    for packed in loader:
+    for packed in start_workers(loader):
         batch = {name: torch.as_tensor(x) for name, x in packed.items()}
         if latent_encoder is not None:
             z0 = latent_encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))

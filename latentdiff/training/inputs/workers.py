@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import RawArray, active_children
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from latentdiff.training.inputs.randomness import SampleKey
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IDLE = -1  # index of the sample that a worker between two samples reads
 
 
@@ -76,6 +78,19 @@ def ignore_signals(worker_id: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _let_one_pass)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return an iterator over a DataLoader whose worker_init_fn is ignore_signals.
+
+    A signal that arrives while workers start waits until each of them can ignore the signal.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the workers
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _let_one_pass(number: int, frame: FrameType | None) -> None:

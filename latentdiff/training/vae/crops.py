@@ -13,7 +13,7 @@ from latentdiff.config.vae import VaeConfig
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.image_io import load_image
-from latentdiff.training.inputs.workers import ignore_signals
+from latentdiff.training.inputs.workers import ignore_signals, start_workers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Crops(Dataset[Tensor]):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
         )
-        return iter(loader)
+        return start_workers(loader)
 
     def some(self, config: VaeConfig) -> Iterator[Tensor]:
         """Yield the first twenty batches, to measure latents on."""
