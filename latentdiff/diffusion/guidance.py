@@ -1,4 +1,6 @@
-"""Guidance: steering samples towards a prompt, or up the gradient of any score.
+"""Formulas of guidance: towards a prompt, or up the gradient of any score.
+
+Applied to a U-Net by pipeline/cfg_denoiser.py.
 
 Classifier-free guidance (Ho & Salimans 2022), its rescaling (Lin et al. 2023), its interval
 (Kynkäänniemi et al. 2024), and guidance by the gradient of any score (Dhariwal & Nichol 2021).

@@ -1,4 +1,7 @@
-"""`evaluate.py`: every metric that the given inputs allow, in metrics.json and one HTML report."""
+"""The entry: every metric that the given inputs allow, in metrics.json and one HTML report.
+
+The metrics of one model's images are run.py's; this module adds the others and writes the files.
+"""
 
 import json
 from dataclasses import asdict, replace

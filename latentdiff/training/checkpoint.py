@@ -1,8 +1,8 @@
 """Checkpoints that a kill, a full disk or a flipped bit cannot spoil: save, validate, find, prune.
 
-What bears the name step-%09d was written whole (see atomic.py). manifest.json names every file with
-its size and sha256, so that what rots later is found before it is used. Only safetensors and JSON;
-nothing is unpickled. What a checkpoint holds is the training loop's business.
+A folder named step-%09d was written whole (atomic.py). manifest.json names every file with its size
+and sha256, so that damage is found before the file is used. Only safetensors and JSON; nothing is
+unpickled. Each recipe decides what a checkpoint holds (`tensors` and `state` of recipe.py).
 
     checkpoints/step-000012000/{<part>.safetensors ..., state.json, manifest.json}
 """

@@ -1,8 +1,9 @@
 """The loop that trains every recipe, its files and its signals: stop, evaluate, sample, save, step.
 
 What optimiser step s sees is a function of the config, s and the state before it alone, so a run
-that is stopped after k steps and resumed is the run that never stopped. Does not answer for: what
-is trained (text_to_image.py, vae/, clip/), a run's state on disk (resume.py).
+that is stopped after k steps and resumed is the run that never stopped. Does not answer for: the
+step of each recipe (text_to_image/, vae/, clip/), a run's state on disk (resume.py), the lock and the
+signal handlers themselves (run_folder.py).
 """
 
 import math

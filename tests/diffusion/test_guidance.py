@@ -1,3 +1,5 @@
+"""Guidance equals its closed forms and diffusers."""
+
 import pytest
 import torch
 from fakes_diffusion import gaussian

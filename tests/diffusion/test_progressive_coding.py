@@ -1,3 +1,5 @@
+"""Progressive decoding and interpolation on data whose posterior is known."""
+
 import pytest
 import torch
 from fakes_diffusion import gaussian, three_blobs

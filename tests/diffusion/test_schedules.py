@@ -1,3 +1,5 @@
+"""Noise schedules: inverses, limits, and equality with diffusers."""
+
 import pytest
 import torch
 from diffusers import DDPMScheduler

@@ -1,3 +1,5 @@
+"""Timestep samplings: coverage, importance weights, determinism."""
+
 import pytest
 import torch
 from torch import Tensor

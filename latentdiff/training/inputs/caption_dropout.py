@@ -1,7 +1,8 @@
 """Caption dropout: train on the null prompt now and then, as classifier-free guidance needs.
 
 Ho & Salimans 2022, Alg. 1. A data worker decides by the sample's key, so that no layout changes
-which captions are dropped; the train step replaces these, token ids and prompt embeddings alike.
+which captions are dropped; text_to_image/objective.py replaces these by `drop_captions`, token
+ids and prompt embeddings alike.
 """
 
 import torch

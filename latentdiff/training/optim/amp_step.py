@@ -1,4 +1,7 @@
-"""A module's weights with their optimiser: one update in mixed precision, and their whole state."""
+"""A module's weights with their optimiser: one update in mixed precision, and their whole state.
+
+For the VAE, its discriminator and CLIP; text-to-image has text_to_image/train_step.py.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,8 @@
 """The model that a run trains: a folder to fine-tune, or a new U-Net (and text encoder).
 
 Parts that do not fit are refused before any weight is loaded. New weights come from the run's seed.
-Also the attention kernel of the U-Net in training. Does not answer for: wrapping by Accelerate or
-the training itself (loop.py).
+Also the attention kernel of the U-Net in training. Does not answer for: wrapping by Accelerate
+(train_step.py), the loop (loop.py).
 """
 
 from collections.abc import Iterable, Mapping
