@@ -1,6 +1,7 @@
 """RGB images to a model's pixels: resize, crop, mirror, scale to [-1, 1].
 
-Nothing here is random: training/inputs/dataset.py draws the crop and the flip. Resizing is Pillow's own, antialiased.
+Nothing here is random: training/inputs/dataset.py draws the crop and the flip. Resizing is Pillow's
+own, antialiased.
 """
 
 from dataclasses import dataclass

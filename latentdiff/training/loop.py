@@ -2,8 +2,8 @@
 
 What optimiser step s sees is a function of the config, s and the state before it alone, so a run
 that is stopped after k steps and resumed is the run that never stopped. Does not answer for: the
-step of each recipe (text_to_image/, vae/, clip/), a run's state on disk (resume.py), the lock and the
-signal handlers themselves (run_folder.py).
+step of each recipe (text_to_image/, vae/, clip/), a run's state on disk (resume.py), the lock and
+the signal handlers (run_folder.py, stop_signals.py).
 """
 
 import math
@@ -29,7 +29,8 @@ from latentdiff.training.resume import (
     run_key,
     with_step_limit,
 )
-from latentdiff.training.run_folder import StopSignals, die_with_parent, open_run_folder
+from latentdiff.training.run_folder import open_run_folder
+from latentdiff.training.stop_signals import StopSignals, die_with_parent
 
 Settings = TypeVar("Settings")
 NUM_UNTIMED, NUM_TIMED = 3, 10  # steps until caches are warm, and after

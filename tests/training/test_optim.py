@@ -10,13 +10,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from latentdiff.training.optim.amp_step import AmpStep
+from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import set_learning_rate
-from latentdiff.training.optim.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    parameter_groups,
-    step_if_finite,
-)
+from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

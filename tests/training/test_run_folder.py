@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.training.run_folder import RunLock, StopSignals, die_with_parent
+from latentdiff.training.run_folder import RunLock
+from latentdiff.training.stop_signals import StopSignals, die_with_parent
 
 
 def test_second_run_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`evaluate.py --bound`: the variational bound of a model on held-out images, plotted and tabled.
+"""Section of `--bound`: the variational bound of a model on held-out images, plotted and tabled.
 
 Next to it, sheets of the predicted x0 along the reverse chain and of interpolations. Ho et al.
 2020, Sec. 4.3 and 4.4; Nichol & Dhariwal 2021, Sec. 3.1 for the learned variance.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latentdiff.training.checkpoint import Parts
+from latentdiff.training.optim.gradients import clip_gradients
 from latentdiff.training.optim.lr import set_learning_rate
-from latentdiff.training.optim.optimizer import clip_gradients
 from latentdiff.training.optim.state import (
     load_optimizer_tensors,
     load_parameters,

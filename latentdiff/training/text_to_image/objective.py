@@ -27,7 +27,7 @@ from latentdiff.training.inputs.caption_dropout import drop_captions
 
 @dataclass(frozen=True)
 class Objective:
-    """The terms of the loss, on the device: see config.DiffusionConfig for their meaning."""
+    """The terms of the loss, on the device: see config/diffusion.py for their meaning."""
 
     schedule: Schedule
     prediction_type: str

@@ -17,13 +17,9 @@ from torch import Tensor, nn
 from latentdiff.config.choices import OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
 from latentdiff.training.optim.ema import Ema
+from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import LRSchedule
-from latentdiff.training.optim.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    parameter_groups,
-    step_if_finite,
-)
+from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
 from latentdiff.training.optim.posthoc_ema import PosthocEma, gamma_of
 from latentdiff.training.optim.state import (
     load_optimizer_tensors,

@@ -36,7 +36,8 @@ from latentdiff.training.optim.posthoc_ema import (
 )
 from latentdiff.training.recipe import LoopSettings, Recipe
 from latentdiff.training.resume import first_checkpoint
-from latentdiff.training.run_folder import die_with_parent, open_run_folder
+from latentdiff.training.run_folder import open_run_folder
+from latentdiff.training.stop_signals import die_with_parent
 from latentdiff.training.text_to_image.export import averaged, export
 from latentdiff.training.text_to_image.model import check_components
 from latentdiff.training.text_to_image.plan import log_plan
