@@ -85,7 +85,7 @@ def test_shells_and_torchrun_are_no_parents_to_die_with(monkeypatch: pytest.Monk
 
 TRAINER = """
 import time
-from latentdiff.training.run_folder import StopSignals, die_with_parent
+from latentdiff.training.stop_signals import StopSignals, die_with_parent
 assert die_with_parent()
 with StopSignals() as signals:
     print("ready", flush=True)
