@@ -47,8 +47,8 @@ def _quick_plan() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one precision a process; a user's script has one run a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield

@@ -44,7 +44,6 @@ def run(script: str, arguments: Sequence[str]) -> Any:
     return run_script(script, *arguments)
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_demo_fine_tunes_and_shows_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,8 +18,6 @@ from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import cache_latents
 from latentdiff.training.inputs.train_data import read_data
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cache_latents.py"
 DATA = {"resolution": 32, "buckets": True, "bucket_multiple": 8, "num_crops": 2}
 

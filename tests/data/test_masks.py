@@ -27,8 +27,6 @@ from latentdiff.models.latents import LatentCodec
 from latentdiff.training.text_to_image.objective import Objective
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 FACTOR = 4
 
 

@@ -27,8 +27,6 @@ from latentdiff.sampling.release import pack_model
 from latentdiff.sampling.sample import sample
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 PACKAGE = ASSETS.parent
 MINI = "latentdiff-mini"
 SHARD_MB = 0.02  # so that the tiny U-Net has several

@@ -32,8 +32,6 @@ from latentdiff.training.text_to_image.model import new_components, pretrained_c
 from latentdiff.training.text_to_image.objective import Objective
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 INPUTS = {"zt": (2, 4, 8, 8), "text": (2, 16, 16)}
 
 

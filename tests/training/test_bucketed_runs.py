@@ -28,8 +28,6 @@ from latentdiff.training.inputs.train_data import read_data
 from latentdiff.training.text_to_image.model import check_components
 from latentdiff.training.text_to_image.train_t2i import default_prompts, train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 DATA = {
     "resolution": 32,
     "buckets": True,

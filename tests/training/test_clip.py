@@ -19,8 +19,6 @@ from latentdiff.models.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs
 from latentdiff.training.clip.train_clip import build_clip, train_clip
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 160, 50),

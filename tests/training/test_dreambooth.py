@@ -17,8 +17,6 @@ from latentdiff.training.resume import first_checkpoint
 from latentdiff.training.text_to_image.setup import setup
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 DREAM = {
     "finetune__instance_prompts": '["a photo of sks shape"]',
     "finetune__class_prompt": "a photo of a shape",

@@ -26,8 +26,6 @@ from latentdiff.training.text_to_image.preview import write_sheet
 from latentdiff.training.text_to_image.train_step import TrainStep
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 STEPS = 12
 OFTEN = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 100}
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h

@@ -18,8 +18,6 @@ from latentdiff.training import loop
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 def parts(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights of U-Net and text encoder of a pipeline folder."""

@@ -30,8 +30,6 @@ from latentdiff.training.text_to_image import train_t2i as text_to_image
 from latentdiff.training.text_to_image.train_step import TrainStep
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reconstruct_ema.py"
 AVERAGES = {
     "train__posthoc_ema_sigma_rel": [0.1, 0.2, 0.15],

@@ -20,8 +20,6 @@ from latentdiff.training import distributed
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

@@ -29,8 +29,6 @@ from latentdiff.training.text_to_image.model import TextToImage
 from latentdiff.training.text_to_image.train_step import TrainStep
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 OFTEN = {"train__checkpoint_every_steps": 1, "train__keep_checkpoints": 100}
 PLAIN = {
     "train__max_steps": 20,

@@ -17,8 +17,6 @@ from latentdiff.training.optim.optimizer import build_optimizer, check_optimizer
 from latentdiff.training.optim.posthoc_ema import PosthocEma
 from latentdiff.training.text_to_image.model import check_attention, set_attention
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 CPU = torch.device("cpu")
 
 

@@ -19,8 +19,6 @@ from latentdiff.evaluation.metrics.features import thumbnail_features
 from latentdiff.training.text_to_image.nearest_images import NearestImages, summarize_nearest
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 SHARED = Path(os.environ.get("LATENTDIFF_SHARED", Path(__file__).parents[3] / "shared"))
 NETWORK = SHARED / "weights" / "mobilenet-v1-025-imagenet"
 needs_network = pytest.mark.skipif(not NETWORK.is_dir(), reason=f"{NETWORK} is not there")

@@ -23,8 +23,6 @@ from latentdiff.training.inputs.encode import bucket_ids, bucket_sizes, crop_pla
 from latentdiff.training.inputs.train_data import read_data
 from latentdiff.training.text_to_image.train_t2i import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 def settings(root: Path, **others: object) -> DataConfig:
     given = {

@@ -33,8 +33,6 @@ from latentdiff.training.vae.pca import keep_principal
 from latentdiff.training.vae.train_vae import train_vae
 from latentdiff.training.vae.vae_step import add_noise, rot90, shift
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 SPEED = ("images_per_second", "data_wait", "memory_gb")
 TINY = {
     "resolution": 32,
