@@ -179,7 +179,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         timesteps = self._timesteps(num_inference_steps, images.strength)
         step_options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
         # 2. Prompts, encoded
-        embeddings = self._prompt_embeds(prompts)
+        embeddings = self._prompt_embeds(prompts, timesteps.device)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
         denoiser = self._denoiser(inputs, guidance, embeddings, lora_scale=prompts.lora_scale)
@@ -311,10 +311,10 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         self._num_timesteps = len(timesteps)
         return timesteps
 
-    def _prompt_embeds(self, prompts: PromptInputs) -> Tensor:
+    def _prompt_embeds(self, prompts: PromptInputs, device: torch.device) -> Tensor:
         """Return (B, L, D), or under guidance (2B, L, D) with the negative prompts first."""
         is_guided = self.do_classifier_free_guidance
-        embeds, negative = self._encode_inputs(prompts, self._execution_device, is_guided=is_guided)
+        embeds, negative = self._encode_inputs(prompts, device, is_guided=is_guided)
         return embeds if negative is None else torch.cat([negative, embeds])
 
     def _initial_latents(
@@ -331,7 +331,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             shape=shape,
             generator=generator,
             codec=LatentCodec(self.vae),
-            device=self._execution_device,
+            device=self.scheduler.timesteps.device,  # that of the call
             reads_mask=self._reads_mask,
         )
 
