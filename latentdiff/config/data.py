@@ -62,8 +62,9 @@ class DataConfig:
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB under transparent images"""
     mask: Mask = "none"
-    """region of the loss: everywhere, where an image is opaque, or where NAME.mask.png next to
-    NAME.jpg is white; the mask is cropped as the image and averaged over each latent pixel"""
+    """region of the loss: everywhere, where an image is opaque, or where NAME.mask.png or
+    NAME-masklabel.png next to NAME.jpg is white; the mask is cropped as the image and averaged over
+    each latent pixel"""
     min_size: int = at_least(1, default=32)
     """pixels of the shorter side below which an image is skipped"""
     max_aspect: float = at_least(1, default=4.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from fakes_data import save_image
 from fakes_models import make_vae
 from fakes_training import make_config, make_world
 from torch import Tensor, nn
@@ -114,9 +115,12 @@ def test_plan_is_logged_before_the_first_step(
     AcceleratorState._reset_state(reset_partial_state=True)
     caplog.set_level(logging.INFO)
     config = make_config(make_world(tmp_path), tmp_path / "run", train__max_steps=2)
+    save_image(Path(config.data.root) / "samples" / "sheet.png")
     assert train(config) == 0
     vae = sum(parameter.numel() for parameter in make_vae().parameters())
     for message in (
+        "training images: ",
+        "by-product, not used (1): samples/sheet.png",
         "parameters: U-Net 0.4 M trained; text encoder 31,200 trained",
         f"VAE {vae:,} frozen",
         "activations of 4 at once",

@@ -61,6 +61,28 @@ def find_strings(
     return StringIndex(among).find(wanted)
 
 
+def find_names(wanted: pa.Array | pa.ChunkedArray, among: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Find file names as `find_strings` does, or else under another Unicode form.
+
+    macOS writes names decomposed (NFD), most programs composed (NFC).
+    """
+    places = find_strings(wanted, among)
+    missing = np.flatnonzero(places < 0)
+    if len(missing) and not (_is_ascii(wanted) and _is_ascii(among)):
+        lost = wanted.take(pa.array(missing))
+        places[missing] = find_strings(composed(lost), composed(among))
+    return places
+
+
+def composed(names: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Write names in one Unicode form, NFC."""
+    return pc.utf8_normalize(names, form="NFC")
+
+
+def _is_ascii(texts: pa.Array | pa.ChunkedArray) -> bool:
+    return bool(pc.all(pc.string_is_ascii(texts), min_count=0).as_py())
+
+
 def _hashes(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return np.fromiter(map(hash, iter_py(texts)), np.int64, count=len(texts))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentdiff.data.arrow.columns import CAPTIONS, StringIndex, find_strings, in_chunks
+from latentdiff.data.arrow.columns import CAPTIONS, StringIndex, find_names, in_chunks
 from latentdiff.data.folder.metadata import read_metadata
 from latentdiff.data.folder.problems import Problems
 
@@ -162,8 +162,7 @@ def _find_composed(rows: Rows, paths: pa.Array) -> None:
     """Find missing files under another Unicode composition; macOS has its own."""
     if not rows.missing:
         return
-    wanted = pc.utf8_normalize(pa.array(rows.missing, pa.large_string()), form="NFC")
-    found = find_strings(wanted, pc.utf8_normalize(paths, form="NFC"))
+    found = find_names(pa.array(rows.missing, pa.large_string()), paths)
     rows.file[rows.file < 0] = found
     rows.missing = [name for name, at in zip(rows.missing, found, strict=True) if at < 0]
 
@@ -179,7 +178,7 @@ def _report_missing(rows: Rows, paths: pa.Array, problems: Problems) -> None:
         return
     names = pa.array(rows.missing, pa.large_string())
     lower = pc.replace_substring(pc.utf8_lower(names), "\\", "/")
-    close = find_strings(lower, pc.utf8_lower(paths))
+    close = find_names(lower, pc.utf8_lower(paths))
     for name, row, place in zip(rows.missing, np.flatnonzero(rows.file < 0), close, strict=True):
         hint = f"; there is {paths[int(place)].as_py()}" if place >= 0 else ""
         if name not in refused:

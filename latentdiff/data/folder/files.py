@@ -2,11 +2,15 @@
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from latentdiff.data.arrow.columns import composed, find_strings, has_extension
 from latentdiff.data.arrow.listing import ListingBuilder
 from latentdiff.data.folder.problems import Problems
 
@@ -36,6 +40,36 @@ def list_files(
     for path, status in walk.files(str(root)):
         listing.add(path, size=status.st_size, mtime_ns=status.st_mtime_ns)
     return listing.table().sort_by("path").combine_chunks()
+
+
+def report_same_names(paths: pa.Array, problems: Problems) -> None:
+    """Note images whose names differ in nothing but their Unicode form."""
+    is_plain = pc.string_is_ascii(paths).to_numpy(zero_copy_only=False)
+    if is_plain.all():
+        return
+    places = np.flatnonzero(~is_plain & has_extension(paths, IMAGE_EXTENSIONS))
+    names = composed(paths.take(pa.array(places)))
+    first = find_strings(names, names)
+    for i in np.flatnonzero(first != np.arange(len(first))):
+        pair = [ascii(paths[int(places[place])].as_py()) for place in (first[i], i)]
+        problems.add("same_name", names[int(i)].as_py(), " and ".join(pair))
+
+
+def existing_path(path: Path) -> Path:
+    """Give the path of what is on disk where `path` names it in another Unicode form."""
+    if path.exists() or str(path).isascii():
+        return path
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        same = [part]
+        if found.is_dir() and not (found / part).exists():
+            same = [name for name in os.listdir(found) if _nfc(name) == _nfc(part)] or same
+        found = found / same[0]
+    return found
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def is_image_name(path: str) -> bool:

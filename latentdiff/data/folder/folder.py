@@ -25,6 +25,7 @@ from latentdiff.data.arrow.columns import (
 from latentdiff.data.arrow.listing import Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.caption_tables import CaptionRules
+from latentdiff.data.folder.files import existing_path
 from latentdiff.data.folder.record_table import (
     RECORDS,
     ReadRules,
@@ -256,7 +257,7 @@ def _reopen(root: Path, found: RecordTable | Path, rows: np.ndarray) -> Folder:
 def _checked_root(root: Path | str) -> Path:
     if re.match(r"[a-z][a-z0-9+.-]+:(//)?", str(root)) and not Path(root).exists():
         raise ValueError(f"data.root={root}: only local folders are read; fetch the files first")
-    root = Path(root)
+    root = existing_path(Path(root))
     if not root.exists():
         raise FileNotFoundError(f"the data folder {root} does not exist; check --data.root")
     if not root.is_dir():

@@ -1,7 +1,10 @@
 """Mask files among a folder's files: separated from the images, and matched with them.
 
-NAME.mask.png belongs to the image NAME.jpg, whatever that one's extension is.
+NAME.mask.png, or NAME-masklabel.png as OneTrainer names it, belongs to the image NAME.jpg, whatever
+that one's extension is.
 """
+
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +12,7 @@ import pyarrow.compute as pc
 
 from latentdiff.data.arrow.columns import (
     combined,
-    find_strings,
+    find_names,
     has_extension,
     iter_py,
     stems,
@@ -19,34 +22,31 @@ from latentdiff.data.arrow.listing import LISTING
 from latentdiff.data.folder.files import IMAGE_EXTENSIONS
 from latentdiff.data.folder.problems import Problems
 
-MASK_EXTENSION = ".mask.png"
+MASK_EXTENSIONS = (".mask.png", "-masklabel.png")  # the first one found is used
 MASK_FILES = pa.schema(
     [("mask", pa.large_string()), ("mask_size", pa.int64()), ("mask_offset", pa.int64())]
 )
 
 
-def separate_masks(
-    listing: pa.Table, *, are_used: bool, problems: Problems
-) -> tuple[pa.Table, pa.Table]:
-    """Separate a listing into other files and masks. Both have the columns of LISTING.
-
-    Where masks are not used, a mask next to an image is skipped with a note, and a file that is
-    only named like a mask stays an image.
-    """
-    paths = combined(listing["path"])
-    is_mask = has_extension(paths, [MASK_EXTENSION])
+def separate_masks(listing: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Separate a listing into other files and masks. Both have the columns of LISTING."""
+    is_mask = is_mask_name(combined(listing["path"]))
     if not is_mask.any():
         return listing, LISTING.empty_table()
-    if not are_used:
-        is_image = has_extension(paths, IMAGE_EXTENSIONS) & ~is_mask
-        places = np.flatnonzero(is_mask)
-        images = stems(paths.filter(pa.array(is_image)))
-        is_mask[places] = find_strings(_names(paths.take(pa.array(places))), images) >= 0
-        for name in iter_py(paths, np.flatnonzero(is_mask)):
-            problems.add("unused_mask", name)
-    parts = (listing.filter(pa.array(chosen)).combine_chunks() for chosen in (~is_mask, is_mask))
-    others, masks = parts
-    return others, masks
+    others, masks = (listing.filter(pa.array(chosen)) for chosen in (~is_mask, is_mask))
+    return others.combine_chunks(), masks.combine_chunks()
+
+
+def is_mask_name(paths: pa.Array) -> np.ndarray:
+    """Test which paths are named as masks are: (N,) bool."""
+    return has_extension(paths, MASK_EXTENSIONS)
+
+
+def belongs_to_image(masks: pa.Array, paths: pa.Array) -> np.ndarray:
+    """Test which masks have their image among `paths`: (N,) bool."""
+    is_image = has_extension(paths, IMAGE_EXTENSIONS) & ~is_mask_name(paths)
+    found: np.ndarray = find_names(_names(masks), stems(paths.filter(pa.array(is_image)))) >= 0
+    return found
 
 
 def match_masks(
@@ -58,9 +58,11 @@ def match_masks(
     that stay, and the row of MASK_FILES for each.
     """
     paths, mask_paths = combined(headers["path"]), combined(masks["path"])
-    at = find_strings(stems(paths), _names(mask_paths))
-    for name in iter_py(mask_paths, np.setdiff1d(np.arange(len(masks)), at)):
-        problems.add("stray_mask", name)
+    at = _masks_of(paths, mask_paths)
+    unused = np.setdiff1d(np.arange(len(masks)), at)
+    is_second = belongs_to_image(mask_paths.take(pa.array(unused)), paths)
+    for name, second in zip(iter_py(mask_paths, unused), is_second, strict=True):
+        problems.add("second_mask" if second else "stray_mask", name)
     at = at[kept]
     if not len(masks):
         for name in iter_py(paths, kept):
@@ -88,9 +90,20 @@ def no_masks(num: int) -> pa.Table:
     return pa.table([pa.nulls(num, field.type) for field in MASK_FILES], schema=MASK_FILES)
 
 
+def _masks_of(images: pa.Array, masks: pa.Array) -> np.ndarray:
+    """Find each image's mask, (N,) places in `masks`, or -1."""
+    at, names = np.full(len(images), -1, np.int64), stems(images)
+    for extension in MASK_EXTENSIONS:
+        places = np.flatnonzero(has_extension(masks, [extension]))
+        found = find_names(names, _names(masks.take(pa.array(places))))
+        at = np.where((at < 0) & (found >= 0), places[found] if len(places) else at, at)
+    return at
+
+
 def _names(paths: pa.Array) -> pa.Array:
     """Cut off the masks' extension."""
-    return pc.utf8_slice_codeunits(paths, 0, -len(MASK_EXTENSION))
+    pattern = "|".join(map(re.escape, MASK_EXTENSIONS))
+    return pc.replace_substring_regex(paths, rf"(?i)({pattern})$", "")
 
 
 def _sizes(headers: pa.Table) -> np.ndarray:

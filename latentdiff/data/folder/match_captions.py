@@ -20,6 +20,7 @@ from latentdiff.data.arrow.columns import (
 )
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.captions import label_caption
+from latentdiff.data.folder.by_products import find_by_products
 from latentdiff.data.folder.caption_tables import (
     CaptionRules,
     CaptionTables,
@@ -30,6 +31,7 @@ from latentdiff.data.folder.caption_tables import (
     read_rows,
 )
 from latentdiff.data.folder.files import IMAGE_EXTENSIONS, METADATA_NAMES, TEXT_EXTENSIONS
+from latentdiff.data.folder.mask_files import belongs_to_image, is_mask_name
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.sidecars import FAILED, NONE, read_sidecars
 from latentdiff.data.folder.splits import FOLDER_NAMES
@@ -96,12 +98,15 @@ def match_captions(
     """Find the captions of all images in a listing; in the result every place is found.
 
     A row of a caption table comes first, then a sidecar, then the folder's name, then the policy
-    for none at all. Images without a caption are skipped, and every problem met is added.
+    for none at all. Images without a caption are skipped, as are masks next to their image without
+    a row and by-products without a caption, and every problem met is added.
     """
     paths = combined(listing["path"])
     tables = find_tables(paths, problems)
     found = _from_tables(root, listing, tables, rules=rules, problems=problems)
+    _skip_masks(found, problems)
     _add_sidecars(found, listing, root=root, rules=rules, problems=problems, index=index)
+    _skip_by_products(found, problems)
     _add_folder_names(found, tables, rules=rules)
     _report_uncaptioned(found, paths, tables=tables, rules=rules, problems=problems)
     captioned = np.flatnonzero(found.at >= 0).astype(np.int32)
@@ -129,6 +134,32 @@ def _from_tables(
     return CaptionedFiles(
         take_rows(listing, places), at, CaptionPool([*rows.captions.chunks, match.merged])
     )
+
+
+def _skip_masks(found: CaptionedFiles, problems: Problems) -> None:
+    """Take out the masks next to an image that no table lists; those used are separate already."""
+    paths = found.paths
+    masks = np.flatnonzero(is_mask_name(paths) & (found.at == NONE))
+    masks = masks[belongs_to_image(paths.take(pa.array(masks)), paths)]
+    if len(masks):
+        for name in iter_py(paths, masks):
+            problems.add("unused_mask", name)
+        kept = np.setdiff1d(np.arange(len(found)), masks)
+        found.files, found.at = take_rows(found.files, kept), found.at[kept]
+
+
+def _skip_by_products(found: CaptionedFiles, problems: Problems) -> None:
+    """Skip the by-products, and the masks without an image, that have no caption of their own."""
+    paths, wanting = found.paths, np.flatnonzero(found.at == NONE)
+    strays = wanting[is_mask_name(paths.take(pa.array(wanting)))]
+    others = np.setdiff1d(wanting, strays)
+    for key, places in (
+        ("stray_mask", strays),
+        ("by_product", find_by_products(paths, among=others)),
+    ):
+        for name in iter_py(paths, places):
+            problems.add(key, name)
+        found.at[places] = FAILED
 
 
 def _add_sidecars(

@@ -73,6 +73,16 @@ REASONS: dict[str, Reason] = {
     "animated": Reason("note", "animation, only the first frame is used"),
     "wrong_extension": Reason("note", "extension that is not the file's format, used all the same"),
     "turned": Reason("note", "image stored on its side or mirrored, used as its EXIF says"),
+    "by_product": Reason(
+        "note",
+        "thumbnail, sample or other by-product, not used",
+        "to use one, list it in metadata.jsonl or put a caption file next to it",
+    ),
+    "same_name": Reason(
+        "note",
+        "names that look the same but are written differently (Unicode NFC and NFD)",
+        "rename one",
+    ),
     # masks
     "no_mask": Reason(
         "skipped",
@@ -84,6 +94,7 @@ REASONS: dict[str, Reason] = {
         "skipped", "mask of another size than its image", "make it as large as the image"
     ),
     "stray_mask": Reason("note", "mask without an image"),
+    "second_mask": Reason("note", "second mask of an image, not used"),
     "unused_mask": Reason("note", "mask next to an image, not used", "--data.mask=file uses it"),
     # captions
     "no_caption": Reason(

@@ -16,15 +16,17 @@ import pyarrow as pa
 from latentdiff.data.arrow.columns import (
     CAPTIONS,
     CHUNK_ROWS,
+    combined,
     iter_py,
     release_memory,
     system_memory,
     take_rows,
 )
-from latentdiff.data.arrow.listing import Progress
+from latentdiff.data.arrow.listing import LISTING, Progress
 from latentdiff.data.arrow.scan_index import ScanIndex, map_table, settings_hash, table_digest
+from latentdiff.data.folder.by_products import without_runs
 from latentdiff.data.folder.caption_tables import CaptionRules
-from latentdiff.data.folder.files import list_files
+from latentdiff.data.folder.files import list_files, report_same_names
 from latentdiff.data.folder.image_headers import read_image_headers
 from latentdiff.data.folder.mask_files import MASK_FILES, match_masks, no_masks, separate_masks
 from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
@@ -32,6 +34,7 @@ from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.shards import expand_shards
 from latentdiff.data.folder.splits import assign_splits
 
+RECORDS_VERSION = 2  # raise it when the same files give other records
 RECORDS = pa.schema(
     [
         ("id", pa.large_string()),
@@ -102,9 +105,11 @@ def build_record_table(
     name = f"{_prefix(rules)}-{_listing_hash(listing, problems)}"
     if index is not None and not full and (earlier := map_records(index.path(name))):
         return earlier
+    listing = without_runs(listing, problems)
     listing = expand_shards(root, listing, problems=problems, index=index, progress=progress)
+    report_same_names(combined(listing["path"]), problems)
     uses_masks = rules.mask == "file"
-    listing, masks = separate_masks(listing, are_used=uses_masks, problems=problems)
+    listing, masks = separate_masks(listing) if uses_masks else (listing, LISTING.empty_table())
     images = match_captions(root, listing, rules=rules.captions, problems=problems, index=index)
     del listing
     release_memory()
@@ -119,9 +124,15 @@ def build_record_table(
         )
         kept, mask_rows = match_masks(headers, mask_headers, kept=kept, problems=problems)
     if not len(kept) and not problems.count("error") and not problems.count("skipped"):
-        problems.add("no_images", str(root))
+        problems.add("no_images", str(root), _instead_of_images(problems))
     parts = partial(_records, images, headers, kept=kept, masks=mask_rows, rules=rules)
     return _stored(parts, problems, num_found=num_found, index=index, name=name)
+
+
+def _instead_of_images(problems: Problems) -> str:
+    """Describe the files that a person may have meant as images, where there is none."""
+    there = [problems[key].line() for key in ("by_product", "stray_mask") if key in problems]
+    return "; ".join(there)
 
 
 def _stored(
@@ -212,6 +223,7 @@ def map_records(path: Path) -> RecordTable | None:
 def _prefix(rules: ReadRules) -> str:
     settings = asdict(rules)
     settings["split_fraction"] = settings.pop("heldout_fraction")  # as in an index of any version
+    settings["version"] = RECORDS_VERSION
     return f"records-{settings_hash(settings)[:16]}"
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from latentdiff.data.arrow.columns import (
     CAPTIONS,
     combined,
-    find_strings,
+    find_names,
     has_extension,
     iter_py,
     stems,
@@ -86,7 +86,7 @@ def _find_sidecars(images: pa.Array, files: pa.Table) -> np.ndarray:
     wanted = stems(images)
     for column, kind in enumerate(TEXT_EXTENSIONS):
         places = np.flatnonzero(has_extension(paths, [kind]))
-        at = find_strings(wanted, stems(paths.take(pa.array(places))))
+        at = find_names(wanted, stems(paths.take(pa.array(places))))
         sidecars[at >= 0, column] = places[at[at >= 0]]
     return sidecars
 

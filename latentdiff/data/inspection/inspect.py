@@ -29,6 +29,7 @@ from latentdiff.data.inspection.statistics import (
     bucket_rows,
     caption_stats,
     size_stats,
+    subfolder_counts,
 )
 from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec
@@ -51,6 +52,7 @@ class DataReport:
     num_found: int
     num_usable: int
     splits: dict[str, int]
+    subfolders: dict[str, int]
     problems: dict[str, dict[str, Any]]
     sizes: SizeStats | None  # None of an empty folder, as are captions and cost
     captions: CaptionStats | None
@@ -90,6 +92,7 @@ def make_data_report(
         num_found=folder.num_found,
         num_usable=len(folder),
         splits=dict(zip(SPLITS, num_in_split, strict=True)),
+        subfolders=subfolder_counts(folder),
         problems=_problems(folder),
         sizes=size_stats(folder) if len(folder) else None,
         captions=caption_stats(folder, tokenizer) if len(folder) else None,

@@ -166,3 +166,13 @@ def bucket_rows(
 def summarize(numbers: np.ndarray) -> Summary:
     """Take the minimum, 5 %, 50 %, 95 % and maximum of some numbers."""
     return Summary(*(float(x) for x in np.percentile(numbers, [0, 5, 50, 95, 100])))
+
+
+def subfolder_counts(folder: Folder) -> dict[str, int]:
+    """Count the images of each sub-folder that holds any itself, "." first, then by name."""
+    folders = pc.replace_substring_regex(folder.ids, r"/?[^/]*$", "")
+    counted = pc.value_counts(folders).to_pylist()
+    return {
+        row["values"] or ".": row["counts"]
+        for row in sorted(counted, key=lambda row: row["values"])
+    }

@@ -1,6 +1,6 @@
 """A report as plain text for a terminal; names and captions from files are made printable."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from latentdiff.data.inspection.cost_estimate import CostEstimate
 from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
@@ -41,6 +41,14 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
+def subfolders_text(counts: Mapping[str, int], *, max_names: int = 8) -> str:
+    """Write how many images each sub-folder holds, as in 40 in ., 3 in extra."""
+    shown = [f"{num:,} in {printable(name)}" for name, num in [*counts.items()][:max_names]]
+    if rest := [*counts.values()][max_names:]:
+        shown.append(f"{sum(rest):,} in {counted(len(rest), 'other folder')}")
+    return ", ".join(shown)
+
+
 def time_text(seconds: float) -> str:
     """Write a duration as a person reads it."""
     if seconds < 1:
@@ -53,7 +61,8 @@ def time_text(seconds: float) -> str:
 def _headline(report: DataReport) -> str:
     splits = " + ".join(f"{num:,} {name}" for name, num in report.splits.items() if num)
     counts = f"{report.num_usable:,} of {report.num_found:,} images are usable"
-    return f"{printable(report.root)}\n{counts}{f': {splits}' if splits else ''}"
+    where = f"\n{subfolders_text(report.subfolders)}" if len(report.subfolders) > 1 else ""
+    return f"{printable(report.root)}\n{counts}{f': {splits}' if splits else ''}{where}"
 
 
 def _problems(report: DataReport) -> Iterator[str]:

@@ -19,7 +19,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from latentdiff.data.inspection.text_report import size_text
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.inspection.statistics import subfolder_counts
+from latentdiff.data.inspection.text_report import size_text, subfolders_text
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.fsdp import is_sharded, local_shard
@@ -28,6 +30,7 @@ from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
 SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
+UNUSED_IMAGES = ("by_product", "unused_mask", "stray_mask", "second_mask", "unlisted")
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
 
 
@@ -58,6 +61,7 @@ def log_plan(run: Run, first_step: int) -> None:
     memory = estimate_memory(run)
     if not run.accelerator.is_main_process:
         return
+    _log_images(run.train_data.train)
     _log_steps(run, first_step)
     logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
     _log_memory(memory, run)
@@ -212,6 +216,14 @@ def _activations_of(run: Run) -> int | None:
     except RuntimeError as error:
         logger.warning("the memory of activations cannot be estimated: %s", error)
         return None
+
+
+def _log_images(train: Folder) -> None:
+    """Log where the training images are, and which images of the folder are no records."""
+    logger.info("training images: %s", subfolders_text(subfolder_counts(train)))
+    for key in UNUSED_IMAGES:
+        if key in train.problems:
+            logger.info("not trained on: %s", train.problems[key].line())
 
 
 def _log_steps(run: Run, first_step: int) -> None:
