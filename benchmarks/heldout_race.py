@@ -138,7 +138,11 @@ class Ours(Side):
         accelerator = start_accelerator(config)
         self.run = run = setup(config, Path(config.output_dir), accelerator)
         self.batches = run.train_data.batches(
-            run.layout, first_step=0, last_step=config.train.max_steps, accelerator=accelerator
+            run.layout,
+            first_step=0,
+            last_step=config.train.max_steps,
+            accelerator=accelerator,
+            seed=config.train.seed,
         )
         self.seconds = own_seconds() - started
         self.unet, self.triples = run.components.unet, run.train_data.heldout_triples

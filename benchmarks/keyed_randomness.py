@@ -79,7 +79,7 @@ def main():
         random_flip=True,
         transform=CaptionTransform(),
     )
-    key = SampleKey(index=0, epoch=1, index_in_epoch=5, index_in_step=5, weight=1.0)
+    key = SampleKey(index=0, epoch=1, index_in_epoch=5, stratum=5, weight=1.0)
     shape = samples.latents.shape(0)
     sample = microseconds(lambda: samples[key])
     process = _in_the_training_process(samples, num_workers=args.workers)

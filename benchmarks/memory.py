@@ -75,7 +75,11 @@ def probe(name):
         run = setup(config, folder / "run", accelerator)
         estimate = estimate_memory(run)
         batches = run.train_data.batches(
-            run.layout, first_step=0, last_step=config.train.max_steps, accelerator=accelerator
+            run.layout,
+            first_step=0,
+            last_step=config.train.max_steps,
+            accelerator=accelerator,
+            seed=config.train.seed,
         )
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         for step in range(2):

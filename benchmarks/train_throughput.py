@@ -144,7 +144,7 @@ class OurLoop(Loop):
             "z0": z0,
             "text": prompt_embeds.float(),
             "dropped": torch.zeros(size, dtype=torch.bool),
-            "index_in_step": torch.arange(size),
+            "stratum": torch.arange(size),
             "weight": torch.ones(size),
             "index": torch.arange(size),
         }

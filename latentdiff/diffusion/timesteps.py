@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TimestepSampler = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""Takes u (B,), each sample's index in the optimiser step (B,) int64 and the step's number of
+"""Takes u (B,), each sample's stratum (B,) int64, one of the step's each, and the step's number of
 samples; returns timesteps (B,) int64 and the weights (B,) of their losses."""
 
 
@@ -39,15 +39,15 @@ def build_timestep_sampler(name: str, options: SamplingOptions) -> TimestepSampl
 
 
 def _uniform(options: SamplingOptions) -> TimestepSampler:
-    def sample(u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def sample(u: Tensor, stratum: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return uniform_timesteps(u, options.num_timesteps), _equal_weights(u)
 
     return sample
 
 
 def _stratified(options: SamplingOptions) -> TimestepSampler:
-    def sample(u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        u = stratify(u, index_in_step, num_places=count)
+    def sample(u: Tensor, stratum: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        u = stratify(u, stratum, num_strata=count)
         return uniform_timesteps(u, options.num_timesteps), _equal_weights(u)
 
     return sample
@@ -58,7 +58,7 @@ def _logit_normal(options: SamplingOptions) -> TimestepSampler:
     if options.is_unbiased:
         p = logit_normal_probabilities(num, mean=mean, std=std).to(options.device)
 
-    def sample(u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def sample(u: Tensor, stratum: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if options.is_unbiased:
             t, weights = sample_from(p, u)
             return t, weights.float()
@@ -127,13 +127,14 @@ def sample_from(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return t, 1 / (len(p) * p.gather(0, t))
 
 
-def stratify(u: Tensor, place: Tensor, *, num_places: int) -> Tensor:
-    """Move the u of sample i of n into [i / n, (i + 1) / n) (Kingma et al. 2021, App. I).
+def stratify(u: Tensor, stratum: Tensor, *, num_strata: int) -> Tensor:
+    """Move the u of stratum i of n into [i / n, (i + 1) / n) (Kingma et al. 2021, App. I).
 
-    u: (B,); place: (B,) int64 in [0, num_places), each sample's place in the whole batch over all
-    processes. Uniform over a random place, so every timestep sampler stays unbiased.
+    u: (B,); stratum: (B,) int64 in [0, num_strata), each once in the whole batch over all
+    processes, and at random: what decides a stratum must not depend on what the sample is. Then
+    each u is uniform in [0, 1), so every timestep sampler stays unbiased.
     """
-    return (place + u) / num_places
+    return (stratum + u) / num_strata
 
 
 class LossSecondMomentSampler:
@@ -169,7 +170,7 @@ class LossSecondMomentSampler:
         ready = (self._counts.min() >= history) & (size.sum() > 0)
         return torch.where(ready, p, 1 / num_timesteps)
 
-    def __call__(self, u: Tensor, index_in_step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, u: Tensor, stratum: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Sample as a TimestepSampler does."""
         return self.sample(u)
 

@@ -112,7 +112,7 @@ def train_denoiser(
     for _ in range(num_steps):
         x0 = roll.sample(batch_size, generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
-        u = stratify(torch.rand(batch_size, generator=generator), places, num_places=batch_size)
+        u = stratify(torch.rand(batch_size, generator=generator), places, num_strata=batch_size)
         t = uniform_timesteps(u, num_timesteps)
         xt = q_sample(schedule, x0, t, eps)
         losses = hybrid_loss(schedule, model(xt, t), x0, xt, t, eps=eps, prediction_type=PREDICTION)

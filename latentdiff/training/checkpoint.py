@@ -124,6 +124,16 @@ def checkpoint_step(path: Path) -> int:
     return int(_read_manifest(path)["step"])
 
 
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """Return the JSON state of a checkpoint, of which no tensors are read. CheckpointError."""
+    _read_manifest(path)
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: cannot read {STATE}: {error}") from error
+    return state
+
+
 def validate_checkpoint(path: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose every byte is as it was saved.
 

@@ -221,7 +221,7 @@ def test_outside_the_mask_there_is_no_gradient() -> None:
         "eps": eps,
         "mask": mask,
         "u": torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64),
-        "index_in_step": torch.arange(3),
+        "stratum": torch.arange(3),
         "text": torch.zeros(3, 2, 3),
         "dropped": torch.zeros(3, dtype=torch.bool),
     }

@@ -35,7 +35,7 @@ def test_logit_normal_has_a_normal_logit(mean: float, std: float) -> None:
 def test_stratified_draws_fill_every_stratum_once() -> None:
     u = torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     place = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    stratified = stratify(u, place, num_places=64)
+    stratified = stratify(u, place, num_strata=64)
     assert torch.equal((stratified * 64).long(), place)
 
 

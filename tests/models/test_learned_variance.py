@@ -112,7 +112,7 @@ def test_objective_is_the_hybrid_loss() -> None:
         "z0": z0,
         "eps": eps,
         "u": torch.linspace(0, 0.99, 5, dtype=torch.float64),
-        "index_in_step": torch.arange(5),
+        "stratum": torch.arange(5),
         "text": torch.zeros(5, 3),
         "dropped": torch.zeros(5, dtype=torch.bool),
     }

@@ -7,23 +7,24 @@ import numpy as np
 import pytest
 
 from latentdiff.training.inputs.batches import BatchLayout, EpochOrder, StepBatchSampler
-from latentdiff.training.inputs.randomness import SampleKey, epoch_order
+from latentdiff.training.inputs.randomness import SampleKey, epoch_order, step_strata
 
 BUCKET_OF = np.random.default_rng(0).integers(0, 4, 53).astype(np.int16)
 
 
 def keys_of(order: EpochOrder, layout: BatchLayout, first: int, last: int) -> list[list[SampleKey]]:
-    """The keys of each step over all processes, without padding, by index in the step."""
+    """The keys of each step over all processes, without padding, by index in the epoch."""
+    steps = {"first_step": first, "last_step": last}
     shares = [
-        list(StepBatchSampler(layout, order, first_step=first, last_step=last, rank=rank))
+        list(StepBatchSampler(layout, order, **steps, rank=rank, seed=3))
         for rank in range(layout.num_processes)
     ]
-    steps = []
+    found = []
     for step in range(last - first):
         part = slice(step * layout.accumulation, (step + 1) * layout.accumulation)
         own = [key for share in shares for batch in share[part] for key in batch]
-        steps.append(sorted((key for key in own if key.weight), key=lambda key: key.index_in_step))
-    return steps
+        found.append(sorted((key for key in own if key.weight), key=lambda key: key.index_in_epoch))
+    return found
 
 
 def test_without_buckets_the_order_is_the_epochs_permutation() -> None:
@@ -75,10 +76,10 @@ def test_any_layout_takes_the_same_samples(layout: tuple[int, int, int]) -> None
     for step, keys in enumerate(steps):
         batch = order.batch(step)
         assert [key.index for key in keys] == batch.indices.tolist()
-        assert [key.index_in_step for key in keys] == list(range(len(batch.indices)))
-        assert [key.index_in_epoch - batch.start for key in keys] == [
-            key.index_in_step for key in keys
-        ]
+        places = [key.index_in_epoch - batch.start for key in keys]
+        assert places == list(range(len(batch.indices)))
+        strata = step_strata(3, step, len(batch.indices))
+        assert [key.stratum for key in keys] == strata.tolist()
         assert {key.epoch for key in keys} == {batch.epoch}
 
 
@@ -94,7 +95,7 @@ def test_a_resumed_order_continues_in_the_middle_of_an_epoch() -> None:
 def test_padding_is_of_the_steps_own_bucket_and_counts_nothing() -> None:
     order, layout = EpochOrder(BUCKET_OF, batch_size=8, seed=1), BatchLayout.of(8, 3, 2)
     for rank in range(2):
-        keys = StepBatchSampler(layout, order, first_step=0, last_step=20, rank=rank)
+        keys = StepBatchSampler(layout, order, first_step=0, last_step=20, rank=rank, seed=3)
         batches = list(keys)
         assert len(batches) == len(keys)
         for number, batch in enumerate(batches):

@@ -22,7 +22,7 @@ def test_share_of_dropped_captions_is_the_probability_and_follows_the_key() -> N
 
     first = dropped(keys)
     assert sum(first) / len(keys) == pytest.approx(0.25, abs=0.02)
-    assert dropped([replace(key, index_in_step=3, weight=0.0) for key in keys]) == first
+    assert dropped([replace(key, stratum=3, weight=0.0) for key in keys]) == first
     assert dropped(keys, seed=2) != first
     assert not any(is_caption_dropped(key, seed=1, caption_dropout=0) for key in keys)
     assert all(is_caption_dropped(key, seed=1, caption_dropout=1) for key in keys)

@@ -46,7 +46,7 @@ def make_dataset(
     )
 
 
-def test_draws_depend_on_epoch_sample_and_index_in_epoch_and_not_on_index_in_step() -> None:
+def test_draws_depend_on_epoch_sample_and_index_in_epoch_and_not_on_the_stratum() -> None:
     dataset, latents, asked = make_dataset(CaptionTransform(shuffle_tags=True))
     first = dataset[SampleKey(0, 1, 9, 0, 1.0)]
     again = dataset[SampleKey(0, 1, 9, 3, 0.0)]
@@ -57,7 +57,7 @@ def test_draws_depend_on_epoch_sample_and_index_in_epoch_and_not_on_index_in_ste
     assert not torch.equal(first["z0"], first["eps"])
     assert latents.asked[0] == latents.asked[1] != latents.asked[2]
     assert asked[0] == asked[1]
-    assert (int(again["index_in_step"]), float(again["weight"])) == (3, 0.0)
+    assert (int(again["stratum"]), float(again["weight"])) == (3, 0.0)
     assert first["offset"].shape == (2, 1, 1)
 
 

@@ -36,7 +36,7 @@ def batch(n: int = B, **others: Tensor) -> dict[str, Tensor]:
         "perturbation": perturbation,
         "offset": torch.randn(n, 4, 1, 1, generator=generator),
         "u": (torch.arange(n, dtype=torch.float64) + 0.5) / n,
-        "index_in_step": torch.arange(n),
+        "stratum": torch.arange(n),
         "text": torch.zeros(n, 2, 3),
         "dropped": torch.zeros(n, dtype=torch.bool),
     } | others
@@ -133,7 +133,7 @@ def test_gradients_of_importance_sampling_are_unbiased(make: Any) -> None:
     given = {name: x.expand(n, *x.shape[1:]) for name, x in given.items()}
     given |= {
         "u": (torch.arange(n, dtype=torch.float64) + 0.5) / n,
-        "index_in_step": torch.arange(n),
+        "stratum": torch.arange(n),
     }
 
     def gradient(objective: Objective, *, weighs: bool) -> Tensor:

@@ -49,7 +49,7 @@ def test_importance_keeps_the_mean_loss_that_of_uniform_timesteps() -> None:
         "z0": torch.zeros(N, 1, 1, 1),
         "eps": torch.zeros(N, 1, 1, 1),
         "u": (torch.arange(N, dtype=torch.float64) + 0.5) / N,
-        "index_in_step": torch.arange(N),
+        "stratum": torch.arange(N),
         "text": torch.zeros(N, 2, 3),
         "dropped": torch.zeros(N, dtype=torch.bool),
     }

@@ -3,7 +3,7 @@
 The order of an epoch is a function of (seed, epoch) and of the images' buckets. Optimiser step s
 takes batch s mod K of epoch s div K, whose images share a bucket, and so their size. Processes
 and micro-batches share out a batch's indices in the epoch, so the random numbers of a step, which
-depend on that index, never depend on the layout.
+depend on that index, never depend on the layout. Nor do its strata, a function of (seed, step).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from latentdiff.data.buckets import Epoch, Partial, make_epoch, num_batches
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.training.inputs.encode import OnlinePromptEmbeds
-from latentdiff.training.inputs.randomness import SampleKey, epoch_order
+from latentdiff.training.inputs.randomness import STRATA_RULE, SampleKey, epoch_order, step_strata
 from latentdiff.training.inputs.workers import TrackedDataset, ignore_signals, start_workers
 
 SMALL_BYTES = 1 << 16  # of an array in a worker's message
@@ -104,9 +104,18 @@ class StepBatchSampler(Sampler[list[SampleKey]]):
     """The micro-batches of one process from `first_step` to `last_step`, in order."""
 
     def __init__(
-        self, layout: BatchLayout, order: StepOrder, *, first_step: int, last_step: int, rank: int
+        self,
+        layout: BatchLayout,
+        order: StepOrder,
+        *,
+        first_step: int,
+        last_step: int,
+        rank: int,
+        seed: int,
+        strata_rule: int = STRATA_RULE,
     ) -> None:
-        self.layout, self.order = layout, order
+        """seed, strata_rule: as in `step_strata`."""
+        self.layout, self.order, self.seed, self.strata_rule = layout, order, seed, strata_rule
         self.first_step, self.last_step, self.rank = first_step, last_step, rank
 
     def __len__(self) -> int:
@@ -116,16 +125,24 @@ class StepBatchSampler(Sampler[list[SampleKey]]):
         layout = self.layout
         for step in range(self.first_step, self.last_step):
             batch = self.order.batch(step)
+            strata = step_strata(self.seed, step, len(batch.indices), rule=self.strata_rule)
             for accumulated in range(layout.accumulation):
                 first = (accumulated * layout.num_processes + self.rank) * layout.micro_batch_size
-                yield [_sample_key(batch, k) for k in range(first, first + layout.micro_batch_size)]
+                places = range(first, first + layout.micro_batch_size)
+                yield [_sample_key(batch, strata, k) for k in places]
 
 
-def _sample_key(batch: StepBatch, k: int) -> SampleKey:
+def _sample_key(batch: StepBatch, strata: np.ndarray, k: int) -> SampleKey:
     """Return the key of the step's sample k; past its last one, padding by its first."""
     counts = k < len(batch.indices)
     k = k if counts else 0
-    return SampleKey(int(batch.indices[k]), batch.epoch, batch.start + k, k, float(counts))
+    return SampleKey(
+        index=int(batch.indices[k]),
+        epoch=batch.epoch,
+        index_in_epoch=batch.start + k,
+        stratum=int(strata[k]),
+        weight=float(counts),
+    )
 
 
 def train_batches(

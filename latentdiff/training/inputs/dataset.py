@@ -65,7 +65,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return z0, or pixels and vae_noise; eps (C, h, w); offset (C, 1, 1); text; and scalars.
 
-        The scalars are u in [0, 1) for the timestep, dropped, weight, index_in_step and index.
+        The scalars are u in [0, 1) for the timestep, dropped, weight, stratum and index.
         With masks, mask (1, h, w); with a second noise, perturbation (C, h, w).
         """
 
@@ -90,6 +90,6 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             "text": self.encode_caption(self.transform.sample(captions, rng("caption"))),
             "dropped": torch.tensor(dropped),
             "weight": torch.tensor(key.weight, dtype=torch.float32),
-            "index_in_step": torch.tensor(key.index_in_step, dtype=torch.int64),
+            "stratum": torch.tensor(key.stratum, dtype=torch.int64),
             "index": torch.tensor(key.index, dtype=torch.int64),
         }

@@ -3,7 +3,8 @@
 The key is (seed, epoch, sample id, place in the epoch's global order). Neither workers, processes,
 accumulation nor a resumed run can change them, and no generator has to be saved. The stream is
 Philox4x64-10 (Salmon et al. 2011), a counter-based generator, so that a key costs microseconds.
-The history behind loss-aware timesteps depends on more than a key: it is saved.
+A step's strata are a function of (seed, step). The history behind loss-aware timesteps depends on
+more than a key: it is saved.
 """
 
 import hashlib
@@ -15,19 +16,22 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
+STRATA_RULE = 2  # of new runs; a checkpoint keeps that of its run
+RULE_BY_PLACE = 1  # until November 2026
+
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Which sample a step takes, where in the epoch and in the step, and whether it counts."""
+    """Which sample a step takes, where in the epoch, its stratum, and whether it counts."""
 
     index: int  # sample id
     epoch: int
     index_in_epoch: int
-    index_in_step: int
+    stratum: int  # part of [0, 1) that stratified timesteps come from, one of the step's each
     weight: float  # 0 for the padding of a partial batch
 
     def generator(self, purpose: str, *, seed: int) -> np.random.Generator:
-        """Return the sample's generator for one purpose: index_in_step plays no part."""
+        """Return the sample's generator for one purpose: the stratum plays no part."""
         return sample_generator(seed, self.epoch, self.index, self.index_in_epoch, purpose)
 
 
@@ -45,6 +49,17 @@ def sample_generator(
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     """Return the order of an epoch: a permutation of 0 .. num_samples - 1, (num_samples,) int64."""
     return _generator("order", seed, epoch).permutation(num_samples)
+
+
+def step_strata(seed: int, step: int, num_samples: int, *, rule: int = STRATA_RULE) -> np.ndarray:
+    """Return the strata of a step's samples: a permutation of 0 .. num_samples - 1, int64.
+
+    A sample's place in the step does not decide: class images come after those of the subject.
+    rule: RULE_BY_PLACE makes the place the stratum, for runs that were begun with it.
+    """
+    if rule == RULE_BY_PLACE:
+        return np.arange(num_samples)
+    return _generator("strata", seed, step).permutation(num_samples)
 
 
 def standard_normal(generator: np.random.Generator, shape: Sequence[int]) -> Tensor:

@@ -53,7 +53,7 @@ from latentdiff.training.inputs.encode import (
     text_source,
     unique_captions,
 )
-from latentdiff.training.inputs.randomness import sample_generator, standard_normal
+from latentdiff.training.inputs.randomness import STRATA_RULE, sample_generator, standard_normal
 from latentdiff.training.inputs.workers import TrackedDataset
 from latentdiff.training.text_to_image.model import trains_text_encoder
 
@@ -92,15 +92,27 @@ class TrainData:
         return own + [f"{self.class_images.root}/{name}" for name in others]
 
     def batches(
-        self, layout: BatchLayout, *, first_step: int, last_step: int, accelerator: Accelerator
+        self,
+        layout: BatchLayout,
+        *,
+        first_step: int,
+        last_step: int,
+        accelerator: Accelerator,
+        seed: int,
+        strata_rule: int = STRATA_RULE,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield this process's micro-batches from optimiser step first_step up to last_step."""
+        """Yield this process's micro-batches from optimiser step first_step up to last_step.
+
+        seed, strata_rule: as in `step_strata`.
+        """
         sampler = StepBatchSampler(
             layout,
             self.order,
             first_step=first_step,
             last_step=last_step,
             rank=accelerator.process_index,
+            seed=seed,
+            strata_rule=strata_rule,
         )
         latents, source = self.latents, self.source
         return train_batches(

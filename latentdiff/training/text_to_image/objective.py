@@ -52,7 +52,7 @@ class Objective:
         Where the batch has a mask (B, 1, h, w), a sample's loss is the mean weighted by the mask.
         """
         z0, eps = batch["z0"], batch["eps"]
-        t, importance_weight = self.sample_timesteps(batch["u"], batch["index_in_step"], count)
+        t, importance_weight = self.sample_timesteps(batch["u"], batch["stratum"], count)
         if self.offset_noise:
             eps = offset_noise(eps, batch["offset"], strength=self.offset_noise)
         zt = q_sample(self.schedule, z0, t, eps)

@@ -26,6 +26,7 @@ from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.fsdp import is_sharded, local_shard
 from latentdiff.training.inputs.encode import bucket_sizes
+from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,22 @@ def log_plan(run: Run, first_step: int) -> None:
         logger.info("power_ema/ will hold %d snapshots, %s in all", num_snapshots, size)
     if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
+    _warn_of_half_the_chain(run)
     if not len(run.train_data.heldout):
         logger.warning("no image is held out, so no held-out loss; set data.heldout_fraction")
+
+
+def _warn_of_half_the_chain(run: Run) -> None:
+    """Warn of a run with class images that was begun when the place in a step set the timestep."""
+    stratified = run.config.diffusion.timestep_sampling == "stratified"
+    is_by_place = run.strata_rule == RULE_BY_PLACE
+    if stratified and is_by_place and run.train_data.class_images is not None:
+        half = run.train_step.objective.schedule.num_timesteps // 2
+        logger.warning(
+            "an earlier version began this run, with timesteps below %d for the subject and from "
+            "there on for its class, and it ends so; a new --output_dir trains both on all",
+            half,
+        )
 
 
 def count_parameters(components: Components) -> list[str]:

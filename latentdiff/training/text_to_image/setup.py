@@ -34,6 +34,7 @@ from latentdiff.training.inputs.encode import (
     set_scaling_factor,
     unique_captions,
 )
+from latentdiff.training.inputs.randomness import STRATA_RULE
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, read_data
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.text_to_image.model import (
@@ -63,6 +64,7 @@ class Run:
     layout: BatchLayout
     nearest_images: NearestImages | None = None
     base_hash: str | None = None  # of a pretrained model that checkpoints hold a part of
+    strata_rule: int = STRATA_RULE  # of the run from its first step on, as in `step_strata`
 
 
 def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:

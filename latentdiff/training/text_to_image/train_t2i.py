@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     triple_losses,
 )
 from latentdiff.models.learned_variance import prediction_only
-from latentdiff.training.checkpoint import Parts, checkpoint_step
+from latentdiff.training.checkpoint import Parts, checkpoint_state, checkpoint_step
 from latentdiff.training.distributed import any_process, start_accelerator
 from latentdiff.training.fsdp import full_state, shard_state
+from latentdiff.training.inputs.randomness import RULE_BY_PLACE, STRATA_RULE
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.inputs.workers import report_worker_crash
 from latentdiff.training.loop import is_due, train_recipe
@@ -64,7 +66,9 @@ def train(config: Config) -> int:
     accelerator = start_accelerator(config)
     with open_run_folder(config.output_dir, accelerator) as folder:
         start = first_checkpoint(config, folder)
+        rule = strata_rule_of(start)
         run = setup(config, folder, accelerator)
+        run.strata_rule = rule
         first_step = checkpoint_step(start) if start else 0
         log_plan(run, first_step)
         if accelerator.is_main_process:
@@ -78,6 +82,22 @@ def train(config: Config) -> int:
                 accelerator=accelerator,
                 start=start,
             )
+
+
+def strata_rule_of(start: Path | None) -> int:
+    """Return the rule of a run's strata (`step_strata`): that of the checkpoint it starts from.
+
+    None: a new run. ValueError for a rule that this version does not know.
+    """
+    if start is None:
+        return STRATA_RULE
+    rule = checkpoint_state(start).get("strata_rule", RULE_BY_PLACE)
+    if rule not in (RULE_BY_PLACE, STRATA_RULE):
+        raise ValueError(
+            f"checkpoint {start}: its run assigns timesteps by rule {rule}, expected "
+            f"{RULE_BY_PLACE} or {STRATA_RULE}; continue it with the version that began it"
+        )
+    return int(rule)
 
 
 class TextToImageRecipe(Recipe):
@@ -100,6 +120,8 @@ class TextToImageRecipe(Recipe):
             first_step=first_step,
             last_step=run.config.train.max_steps,
             accelerator=run.accelerator,
+            seed=run.config.train.seed,
+            strata_rule=run.strata_rule,
         )
 
     def step(self, batches: Iterator[dict[str, torch.Tensor]], step: int) -> int:
@@ -210,6 +232,7 @@ class TextToImageRecipe(Recipe):
             "num_heldout": self._num_heldout,
             "scaling_factor": float(self.run.components.vae.config["scaling_factor"]),
             "base": self.run.base_hash,
+            "strata_rule": self.run.strata_rule,
         }
 
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
