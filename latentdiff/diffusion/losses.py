@@ -1,7 +1,7 @@
-"""The training objective: losses by sample, and changes to the noise.
+"""The training objective: losses by sample.
 
-Random numbers are arguments, so that the caller decides where they come from. Nothing here waits
-for the device. Targets are in prediction.py, weights over t in loss_weighting.py.
+Nothing here waits for the device. Targets are in prediction.py, weights over t in
+loss_weighting.py, changes to the noise in noise.py.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from latentdiff.diffusion.bound import bound_term
 from latentdiff.diffusion.ddpm import split_variance
 from latentdiff.diffusion.prediction import target
-from latentdiff.diffusion.schedules import Schedule, extract
+from latentdiff.diffusion.schedules import Schedule
 
 
 def per_sample_loss(
@@ -90,23 +90,3 @@ def hybrid_loss(
     truth = target(schedule, x0, eps, t, prediction_type=prediction_type)
     vlb = variance_loss(schedule, output, x0, xt, t, prediction_type=prediction_type, levels=levels)
     return per_sample_loss(prediction, truth) + vlb_weight * vlb
-
-
-def offset_noise(eps: Tensor, channel_noise: Tensor, *, strength: float) -> Tensor:
-    """Add noise that is constant over an image, so that its mean can change (Guttenberg 2023).
-
-    eps: (B, C, h, w); channel_noise: (B, C, 1, 1), standard normal. The result is also the
-    noise that the model must predict.
-    """
-    return eps + strength * channel_noise
-
-
-def perturb_input(
-    schedule: Schedule, xt: Tensor, t: Tensor, noise: Tensor, *, strength: float
-) -> Tensor:
-    """Add noise to xt that its target does not have, against exposure bias (Ning et al. 2023).
-
-    xt, noise: (B, ...), noise a second standard normal sample. The paper (Alg. 1) uses strength
-    0.1.
-    """
-    return xt + strength * extract(schedule.sqrt_one_minus_alphas_cumprod, t, like=xt) * noise

@@ -9,11 +9,10 @@ from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.loss_weighting import LOSS_WEIGHTINGS, loss_weights
 from latentdiff.diffusion.losses import (
     hybrid_loss,
-    offset_noise,
     per_sample_loss,
-    perturb_input,
     variance_loss,
 )
+from latentdiff.diffusion.noise import offset_noise, perturb_input
 from latentdiff.diffusion.prediction import PREDICTION_TYPES, predict_x0, target
 from latentdiff.diffusion.schedules import Schedule, make_betas, rescale_zero_terminal_snr
 

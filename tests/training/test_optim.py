@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
-from latentdiff.training.optim.amp_step import AmpStep
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import set_learning_rate
+from latentdiff.training.optim.mixed_precision import AmpStep
 from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
 

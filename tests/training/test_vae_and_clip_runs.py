@@ -25,8 +25,8 @@ from latentdiff.config.vae import VaeConfig
 from latentdiff.models.build import build_vae
 from latentdiff.training import loop
 from latentdiff.training.clip.train_clip import train_clip
-from latentdiff.training.optim.amp_step import AmpStep
 from latentdiff.training.optim.lr import learning_rate
+from latentdiff.training.optim.mixed_precision import AmpStep
 from latentdiff.training.vae.train_vae import train_vae
 
 STEPS = 8

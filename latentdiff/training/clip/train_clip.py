@@ -36,8 +36,8 @@ from latentdiff.training.clip.pairs import DistinctCaptions, Pairs, collate_pair
 from latentdiff.training.inputs.workers import ignore_signals, start_workers
 from latentdiff.training.loop import train_in_one_process
 from latentdiff.training.metrics_log import MeanLosses
-from latentdiff.training.optim.amp_step import AmpStep
 from latentdiff.training.optim.lr import learning_rate
+from latentdiff.training.optim.mixed_precision import AmpStep
 from latentdiff.training.optim.optimizer import parameter_groups
 from latentdiff.training.recipe import Recipe
 

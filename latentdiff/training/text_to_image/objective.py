@@ -13,11 +13,10 @@ from torch import Tensor
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.loss_weighting import loss_weights
 from latentdiff.diffusion.losses import (
-    offset_noise,
     per_sample_loss,
-    perturb_input,
     variance_loss,
 )
+from latentdiff.diffusion.noise import offset_noise, perturb_input
 from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from latentdiff.config.vae import VaeConfig
 from latentdiff.training.checkpoint import Parts
-from latentdiff.training.optim.amp_step import AmpStep
 from latentdiff.training.optim.ema import Ema
+from latentdiff.training.optim.mixed_precision import AmpStep
 from latentdiff.training.vae.losses import (
     Lpips,
     PatchDiscriminator,
