@@ -103,7 +103,13 @@ def demo_scratch_command(parser: ArgumentParser, arguments: Sequence[str]) -> in
         return status
     prompts = [scene.caption for scene in split_scenes()[1]][::3][:16]
     sheet = FOLDER_SCRATCH / "sheet.png"
-    options = SampleOptions(out=str(sheet), steps=NUM_STEPS, guidance_scale=GUIDANCE, seed=0)
+    options = SampleOptions(
+        out=str(sheet),
+        steps=NUM_STEPS,
+        guidance_scale=GUIDANCE,
+        seed=0,
+        prompt_weighting=False,
+    )
     model = Path(load_config(CONFIG_SCRATCH).output_dir) / "pipeline"
     for record in sample(str(model), prompts, options):
         print(f"wrote {record['kind']} {record['path']}")
@@ -133,7 +139,7 @@ def _generate(model: str, prompts: Sequence[str]) -> list[Any]:
     pipe.set_progress_bar_config(leave=False)
     seeds = list(range(len(prompts)))
     settings: dict[str, Any] = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE}
-    output: Any = pipe(list(prompts), seed=seeds, **settings)
+    output: Any = pipe(list(prompts), seed=seeds, prompt_weighting=False, **settings)
     return list(output.images)
 
 

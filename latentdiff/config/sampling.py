@@ -29,6 +29,8 @@ class SampleOptions:
         guidance_rescale: in [0, 1].
         guidance_interval: guided part of the chain, such as [0.1,0.8].
         long_prompts: "truncate", or "chunks" to encode long prompts in parts.
+        prompt_weighting: "(red:1.3) apple" weighs "red" by 1.3; false: prompts are taken verbatim,
+            as captions are in training.
         lora: a LoRA file or folder.
         lora_scale: strength of the LoRA; 1 as trained.
         dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
@@ -58,6 +60,7 @@ class SampleOptions:
     guidance_rescale: float = 0.0
     guidance_interval: list[float] | None = None
     long_prompts: str = "truncate"
+    prompt_weighting: bool = True
     lora: str | None = None
     lora_scale: float | None = None
     dtype: str = "auto"

@@ -101,7 +101,8 @@ class PreviewConfig:
     """Sample sheets during the run."""
 
     prompts: tuple[str, ...] = ()
-    """prompts of the sheets; by default eight held-out captions"""
+    """prompts of the sheets, where "(red:1.3) apple" weighs words as in a call of the pipeline; by
+    default eight held-out captions, verbatim"""
     every_steps: int = at_least(0, default=1000)
     """steps between two sheets in samples/; 0: only at the end"""
     num_steps: int = at_least(1, default=20)

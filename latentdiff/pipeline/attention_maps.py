@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from latentdiff.image_grid import draw_grid
-from latentdiff.pipeline.prompts import parse_prompt, tokenize_prompt
+from latentdiff.pipeline.prompts import Prompt, tokenize_prompt
 
 HEAT_SHARE = 0.6
 COLD, HOT = np.array([16.0, 16.0, 96.0]), np.array([255.0, 220.0, 0.0])
@@ -77,15 +77,15 @@ def record_attention(unet: UNet2DConditionModel, *, num_images: int) -> Iterator
 
 
 def heat_map_grid(
-    image: Image.Image, heat: Tensor, *, tokenizer: CLIPTokenizer, prompt: str, columns: int = 6
+    image: Image.Image, heat: Tensor, *, tokenizer: CLIPTokenizer, prompt: Prompt, columns: int = 6
 ) -> Image.Image:
     """Return a grid of one panel a token: its heat over the image, scaled from its own min to max.
 
     heat: (L, h, w) of `AttentionMaps.mean()`.
     """
     window = tokenizer.model_max_length - 2
-    panels, labels = [image.convert("RGB")], [prompt]
-    for index, token in enumerate(tokenize_prompt(tokenizer, parse_prompt(prompt)).ids):
+    panels, labels = [image.convert("RGB")], [prompt.text]
+    for index, token in enumerate(tokenize_prompt(tokenizer, prompt).ids):
         position = 1 + index + 2 * (index // window)  # each window has a start and an end token
         if position >= len(heat):
             break

@@ -113,6 +113,13 @@ def in_range(name: str, value: object, *, low: float, high: float) -> float:
     return float(value)
 
 
+def true_or_false(name: str, value: object) -> bool:
+    """Return a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def interval(name: str, value: object) -> tuple[float, float]:
     """Return (start, end) as parts of the chain, 0 <= start < end <= 1; None is all of it."""
     if value is None:
@@ -168,8 +175,7 @@ def output(output_type: object, return_dict: object) -> None:
         raise ValueError(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}"
         )
-    if not isinstance(return_dict, bool):
-        raise ValueError(f"return_dict must be True or False, got {return_dict!r}")
+    true_or_false("return_dict", return_dict)
 
 
 def callback(

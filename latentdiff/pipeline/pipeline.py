@@ -63,7 +63,8 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     Arguments of a call, all but the prompt by keyword; a bad one is a ValueError that names it:
     - prompt, negative_prompt: a text or a list; "(red:1.3) apple" weighs words. prompt_embeds,
       negative_prompt_embeds (B, L, D) stand for them. long_prompts: "truncate" warns of words that
-      do not fit, "chunks" reads all. clip_skip: layers of the text encoder that are skipped.
+      do not fit, "chunks" reads all. prompt_weighting: False takes texts verbatim, as training
+      takes captions. clip_skip: layers of the text encoder that are skipped.
     - image, strength in (0, 1]: start from an image; mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.
     - num_inference_steps, eta (DDIM's randomness); `set_scheduler` changes the scheduler.
@@ -156,6 +157,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         long_prompts: str = "truncate",
+        prompt_weighting: bool = True,
         clip_skip: int | None = None,
         lora_scale: float | None = None,
         output_type: str = "pil",
@@ -171,6 +173,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         guidance = self._read_guidance(guidance_scale, guidance_rescale, interval, score=score)
         texts, embeds = (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds)
         options = {"long_prompts": long_prompts, "clip_skip": clip_skip, "lora_scale": lora_scale}
+        options["prompt_weighting"] = prompt_weighting
         prompts = self._read_prompts(texts, embeds, num_images_per_prompt, options=options)
         images = self._read_images(prompts, image, mask_image, strength=strength)
         shape = self._latent_shape(prompts.num_images, images, height=height, width=width)

@@ -55,6 +55,7 @@ def generation_metadata(
         "long_prompts": prompts.long_prompts,
         "clip_skip": prompts.clip_skip,
         "lora_scale": prompts.lora_scale,
+        "prompt_weighting": None if prompts.prompt_weighting else False,  # None: the default
     }
     made_by = environment_metadata(pipe)
     settings = []

@@ -3,7 +3,7 @@ r"""Prompts to prompt embeddings (B, L, D), with weights and prompts of any leng
 A prompt is checked and parsed once, into `Prompt`; "(red:1.3) apple" weighs the embeddings of "red"
 by 1.3: embedding = null + 1.3 * (embedding - null), where null is the embedding of the empty prompt
 at the same place. Only "(text:number)" is read so; all other brackets are text, and "\(" is always
-a bracket.
+a bracket. With prompt_weighting=False a text is encoded verbatim, as training encodes captions.
 
 A prompt longer than the text encoder's window is truncated with a warning, or read in chunks, each
 with its own start and end token, put next to each other. Prompts of unequal length in one batch are
@@ -18,13 +18,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.models.text import NULL_CAPTION
+from latentdiff.models.text import NULL_CAPTION, expand_multivector_tokens
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.lora_scale import apply_lora_scale
 
@@ -56,6 +57,7 @@ class PromptInputs:
     long_prompts: str
     clip_skip: int | None
     lora_scale: float | None
+    prompt_weighting: bool = True
 
     @property
     def num_prompts(self) -> int:
@@ -90,21 +92,26 @@ class EncodePromptMixin:
         lora_scale: float | None = None,
         clip_skip: int | None = None,
         long_prompts: str = "truncate",
+        prompt_weighting: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the embeddings of prompts and, for guidance, of negative prompts, each (B, L, D).
 
-        The arguments are Stable Diffusion's, in its order, and long_prompts; B counts
-        num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone.
+        The arguments are Stable Diffusion's, in its order, long_prompts and prompt_weighting; B
+        counts num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone.
         """
+        parsed = partial(
+            self._parsed, weighting=checks.true_or_false("prompt_weighting", prompt_weighting)
+        )
         inputs = PromptInputs(
-            None if prompt_embeds is not None else self._parsed("prompt", prompt),
-            self._parsed("negative_prompt", negative_prompt) if negative_prompt else None,
+            None if prompt_embeds is not None else parsed("prompt", prompt),
+            parsed("negative_prompt", negative_prompt) if negative_prompt else None,
             prompt_embeds,
             negative_prompt_embeds,
             num_images_per_prompt,
             checks.long_prompts(long_prompts),
             clip_skip,
             lora_scale,
+            prompt_weighting,
         )
         return self._encode_inputs(inputs, device, is_guided=do_classifier_free_guidance)
 
@@ -119,7 +126,7 @@ class EncodePromptMixin:
         """Check and parse prompt and negative prompt, or check their embeddings.
 
         texts, embeds: of the prompt and of the negative prompt, which may be one for all or one a
-        prompt. options: long_prompts, clip_skip and lora_scale.
+        prompt. options: long_prompts, clip_skip, lora_scale and prompt_weighting.
         """
         (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds) = texts, embeds
         width = self.unet.config.cross_attention_dim
@@ -128,7 +135,8 @@ class EncodePromptMixin:
             raise ValueError(
                 f"pass one of prompt (a str or a list of str) and prompt_embeds, got {got}"
             )
-        prompts = None if prompt is None else self._parsed("prompt", prompt)
+        weighting = checks.true_or_false("prompt_weighting", options["prompt_weighting"])
+        prompts = None if prompt is None else self._parsed("prompt", prompt, weighting=weighting)
         if prompts is None:
             checks.prompt_embeds("prompt_embeds", prompt_embeds, width=width)
         elif self.text_encoder is None:
@@ -137,7 +145,12 @@ class EncodePromptMixin:
             )
         return PromptInputs(
             prompts,
-            self._read_negative(negative_prompt, embeds, num_prompts=len(prompts or prompt_embeds)),
+            self._read_negative(
+                negative_prompt,
+                embeds,
+                num_prompts=len(prompts or prompt_embeds),
+                weighting=weighting,
+            ),
             prompt_embeds,
             negative_prompt_embeds,
             long_prompts=checks.long_prompts(options["long_prompts"]),
@@ -146,10 +159,16 @@ class EncodePromptMixin:
             ),
             clip_skip=checks.clip_skip(options["clip_skip"], text_encoder=self.text_encoder),
             lora_scale=checks.lora_scale(options["lora_scale"]),
+            prompt_weighting=weighting,
         )
 
     def _read_negative(
-        self, negative_prompt: object, embeds: tuple[Any, Any], *, num_prompts: int
+        self,
+        negative_prompt: object,
+        embeds: tuple[Any, Any],
+        *,
+        num_prompts: int,
+        weighting: bool,
     ) -> list[Prompt] | None:
         """Check and parse the negative prompt; check its embeddings, which need the prompt's."""
         prompt_embeds, negative_prompt_embeds = embeds
@@ -166,7 +185,7 @@ class EncodePromptMixin:
             )
         if negative_prompt is None:
             return None
-        prompts = self._parsed("negative_prompt", negative_prompt)
+        prompts = self._parsed("negative_prompt", negative_prompt, weighting=weighting)
         if len(prompts) not in (1, num_prompts):
             raise ValueError(
                 f"negative_prompt has {len(prompts)} texts but there are {num_prompts} prompts; "
@@ -174,14 +193,18 @@ class EncodePromptMixin:
             )
         return prompts
 
-    def _parsed(self, name: str, value: object) -> list[Prompt]:
+    def _parsed(self, name: str, value: object, *, weighting: bool) -> list[Prompt]:
         """Check and parse one text or a list of them, multi-vector tokens of new words expanded."""
         prompts = []
         for text in checks.texts(name, value):
             expanded = text
             if self.tokenizer is not None and has_new_words(self.tokenizer):
-                expanded = self.maybe_convert_prompt(text, self.tokenizer)
-            prompts.append(Prompt(text, tuple(weighted_parts(expanded))))
+                if weighting:
+                    expanded = self.maybe_convert_prompt(text, self.tokenizer)
+                else:
+                    expanded = expand_multivector_tokens(self.tokenizer, [text])[0]
+            parts = parse_prompt(expanded, weighting=weighting).parts
+            prompts.append(Prompt(text, parts))
         return prompts
 
     def _encode_inputs(
@@ -226,9 +249,12 @@ class Tokens:
     weights: tuple[float, ...]
 
 
-def parse_prompt(text: str) -> Prompt:
-    """Split a prompt into parts with their weights; ValueError for a weight above 10."""
-    return Prompt(text, tuple(weighted_parts(text)))
+def parse_prompt(text: str, *, weighting: bool = True) -> Prompt:
+    """Split a prompt into parts with their weights; ValueError for a weight above 10.
+
+    weighting: False reads the text verbatim, as one part of weight 1.
+    """
+    return Prompt(text, tuple(weighted_parts(text)) if weighting else ((text, 1.0),))
 
 
 def weighted_parts(prompt: str) -> list[tuple[str, float]]:
@@ -242,7 +268,8 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
         weight = float(match[2])
         if weight > MAX_WEIGHT:
             raise ValueError(
-                f"prompt weighs {match[1]!r} by {weight:g}; expected 0..{MAX_WEIGHT:g}"
+                f"prompt weighs {match[1]!r} by {weight:g}; expected 0..{MAX_WEIGHT:g}, "
+                "or \\( for a bracket that is text, or prompt_weighting=false"
             )
         parts += [(prompt[end : match.start()], 1.0), (match[1], weight)]
         end = match.end()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from latentdiff.pipeline.attention_maps import heat_map_grid, record_attention
 from latentdiff.pipeline.callbacks import Trace
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.prompts import parse_prompt
 from latentdiff.sampling.open_pipeline import compile_unet
 from latentdiff.sampling.prompt_list import ImageJob
 
@@ -50,14 +51,16 @@ def generate_images(
     num_inference_steps: int,
     guidance_scale: float,
     size: tuple[int, int] | None = None,
+    prompt_weighting: bool = False,
     pads: bool = False,
     batches: Iterable[tuple[int, bool]] | None = None,
     desc: str = "",
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, image) for each prompt with its seed, batch_size at a time.
 
-    size: (height, width) in pixels, by default the trained one. pads, batches: see `index_batches`.
-    desc: of a progress bar over batches; empty: none.
+    size: (height, width) in pixels, by default the trained one. prompt_weighting: of prompts that a
+    person typed; by default they are captions, which are taken verbatim. pads, batches: see
+    `index_batches`. desc: of a progress bar over batches; empty: none.
     """
     height, width = size or (None, None)
     work = list(index_batches(len(prompts), batch_size=batch_size, pads=pads, batches=batches))
@@ -69,6 +72,7 @@ def generate_images(
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            prompt_weighting=prompt_weighting,
             return_dict=False,
         )
         yield from islice(zip(indices, images, strict=True), num_counted)
@@ -115,8 +119,9 @@ class BatchSampler:
             extras: Extras = {}
             if trace is not None and maps is not None:
                 heat, words = maps.mean()[index], self.pipe.tokenizer
+                prompt = parse_prompt(job.prompt, weighting=self.arguments["prompt_weighting"])
                 extras["trace"] = trace.grid(self.pipe.vae, image=index)
-                extras["attention"] = heat_map_grid(image, heat, tokenizer=words, prompt=job.prompt)
+                extras["attention"] = heat_map_grid(image, heat, tokenizer=words, prompt=prompt)
             yield job, image, extras
 
     def _warm_up(self, batch: Sequence[ImageJob]) -> None:

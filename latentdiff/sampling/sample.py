@@ -192,6 +192,7 @@ def _arguments(options: SampleOptions) -> dict[str, Any]:
         "guidance_rescale": options.guidance_rescale,
         "guidance_interval": None if interval is None else tuple(interval),
         "long_prompts": options.long_prompts,
+        "prompt_weighting": options.prompt_weighting,
         "lora_scale": options.lora_scale,
     }
 

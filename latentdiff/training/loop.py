@@ -6,6 +6,7 @@ step of each recipe (text_to_image/, vae/, clip/), a run's state on disk (resume
 the signal handlers (run_folder.py, stop_signals.py).
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from latentdiff.training.run_folder import open_run_folder
 from latentdiff.training.stop_signals import StopSignals, die_with_parent
 
 Settings = TypeVar("Settings")
+logger = logging.getLogger(__name__)
 NUM_UNTIMED, NUM_TIMED = 3, 10  # steps until caches are warm, and after
 
 
@@ -104,7 +106,7 @@ class Loop:
                 break
             with watch.paused():
                 is_best = self._evaluate(step, last=last)
-                self.log.write(step, recipe.save_samples(step, last=last))
+                self.log.write(step, self._save_samples(step, last=last))
             if is_best or (is_new and is_due(step, settings.checkpoint_every_steps, last)):
                 self.checkpoints.save(recipe, step)
             if last:
@@ -130,6 +132,15 @@ class Loop:
             log_throughput(figures["images_per_second"], num_images=num_images)
         shown = {"loss": f"{figures['loss']:.4f}", "img_s": f"{figures['images_per_second']:.1f}"}
         bar.set_postfix(shown)
+
+    def _save_samples(self, step: int, *, last: bool) -> dict[str, float]:
+        """Write a sheet where one is due; whatever prevents it is no reason to stop training."""
+        try:
+            return self.recipe.save_samples(step, last=last)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("no sheet of images for step %d, training continues: %s", step, reason)
+            return {}
 
     def _evaluate(self, step: int, *, last: bool) -> bool:
         """Evaluate where no checkpoint has it; return whether this is the best state to keep."""

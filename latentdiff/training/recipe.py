@@ -72,5 +72,8 @@ class Recipe(ABC):
         return {}
 
     def save_samples(self, step: int, *, last: bool) -> dict[str, float]:
-        """Write a sheet of images when it is due and not there yet; return its figures."""
+        """Write a sheet of images when it is due and not there yet; return its figures.
+
+        The loop logs any error of it as a warning, and training continues.
+        """
         return {}

@@ -81,9 +81,10 @@ def test_heat_maps_have_a_panel_a_token():
     pipe = tiny_pipeline()
     with record_attention(pipe.unet, num_images=1) as maps:
         image = pipe("a red heart", seed=1, num_inference_steps=1).images[0]
-    count = len(tokenize_prompt(pipe.tokenizer, parse_prompt("a red heart")).ids)
+    prompt = parse_prompt("a red heart")
+    count = len(tokenize_prompt(pipe.tokenizer, prompt).ids)
     sheet = heat_map_grid(
-        image, maps.mean()[0], tokenizer=pipe.tokenizer, prompt="a red heart", columns=count + 1
+        image, maps.mean()[0], tokenizer=pipe.tokenizer, prompt=prompt, columns=count + 1
     )
     assert sheet.width >= (count + 1) * 128
 

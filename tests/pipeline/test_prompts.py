@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
-from fakes_pipeline import tiny_text_encoder, tiny_tokenizer
+from fakes_pipeline import tiny_pipeline, tiny_text_encoder, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.models.text import encode_text, tokenize
+from latentdiff.pipeline.png_metadata import read_settings
 from latentdiff.pipeline.prompts import (
     common_length,
     encode,
@@ -58,6 +59,50 @@ def test_weights_are_read(prompt, parts):
             weighted_parts(prompt)
     else:
         assert weighted_parts(prompt) == parts
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a clock (12:30)",
+        "a screen (ratio 16:9)",
+        r"\(left\) a (red:1.5) apple",
+        "(:3) \\",
+        "(a:99)",
+    ],
+)
+def test_without_prompt_weighting_a_text_is_encoded_as_training_encodes_a_caption(caption):
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        expected = encode_text(pipe.text_encoder, tokenize(pipe.tokenizer, [caption]))
+        arguments = (caption, CPU, 1, True, caption)
+        got, negative = pipe.encode_prompt(*arguments, prompt_weighting=False)
+    assert torch.equal(got, expected)
+    assert torch.equal(negative, expected)
+
+
+def test_words_of_several_vectors_are_expanded_without_prompt_weighting():
+    pipe = tiny_pipeline()
+    pipe.tokenizer.add_tokens(["<x>", "<x>_1"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    with torch.no_grad():
+        expected = encode_text(pipe.text_encoder, tokenize(pipe.tokenizer, ["a <x> (1:2)"]))
+        got, _ = pipe.encode_prompt("a <x> (1:2)", CPU, 1, False, prompt_weighting=False)
+    assert torch.equal(got, expected)
+
+
+def test_an_image_of_a_verbatim_text_is_made_again_by_its_settings():
+    pipe = tiny_pipeline()
+    text, settings = "a clock (12:30)", {"seed": 1, "num_inference_steps": 1}
+    image = pipe(text, prompt_weighting=False, **settings).images[0]
+    call = read_settings(image)["call"]
+    assert call["prompt_weighting"] is False
+    assert pipe(**call).images[0].tobytes() == image.tobytes()
+    assert "prompt_weighting" not in read_settings(pipe("(a:2)", **settings).images[0])["call"]
+    with pytest.raises(ValueError, match="prompt weighs '12' by 30"):
+        pipe(text, **settings)
+    with pytest.raises(ValueError, match="prompt_weighting must be True or False"):
+        pipe(text, prompt_weighting="no", **settings)
 
 
 @given(st.text())

@@ -5,6 +5,7 @@ import pytest
 from fakes_pipeline import tiny_pipeline
 
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
+from latentdiff.pipeline.png_metadata import read_settings
 from latentdiff.sampling.batch_sampler import generate_images, index_batches
 
 PROMPTS = ["a red heart", "a cat", "blue sea", "a face", "a table"]
@@ -39,3 +40,18 @@ def test_batches_and_shares_do_not_change_an_image():
     for k, image in alone.items():
         difference = np.abs(np.asarray(image, int) - np.asarray(shared[k], int))
         assert difference.max() <= 1
+
+
+def test_captions_are_sampled_verbatim_and_typed_prompts_may_weigh_words():
+    pipe = tiny_pipeline()
+    call = {"seeds": [1], "batch_size": 1, "num_inference_steps": 1, "guidance_scale": 3.0}
+    prompt = ["a (red:1.5) heart"]
+    (_, caption), (_, typed) = (
+        *generate_images(pipe, prompt, **call),
+        *generate_images(pipe, prompt, prompt_weighting=True, **call),
+    )
+    assert read_settings(caption)["call"]["prompt_weighting"] is False
+    assert caption.tobytes() == pipe(**read_settings(caption)["call"]).images[0].tobytes()
+    assert typed.tobytes() == pipe(**read_settings(typed)["call"]).images[0].tobytes()
+    assert caption.tobytes() != typed.tobytes()
+    assert len(list(generate_images(pipe, ["a clock (12:30)"], **call))) == 1

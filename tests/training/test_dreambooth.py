@@ -63,7 +63,7 @@ def test_class_images_are_kept_and_topped_up(world, tmp_path, tokenizer):
     assert len(five) == 5
     assert three.items() <= five.items()
     assert generate("a dog", 2) == five
-    assert len(generate("a cat", 2)) == 7  # another prompt has images of its own
+    assert len(generate("a clock (12:30)", 2)) == 7  # another prompt has images of its own
 
 
 def test_half_of_each_step_is_of_the_class():

@@ -143,6 +143,7 @@ def sample_latents(
         captions = list(captioned.captions[start : start + eval_model.batch_size])
         sampled, _ = pipe(
             captions,
+            prompt_weighting=False,
             seed=eval_model.seed + start,
             guidance_scale=guidance_scale,
             num_inference_steps=num_steps,

@@ -2,7 +2,8 @@
 
 A prompt's seed depends on the run's seed and the prompt alone, so adding a prompt does not change
 the others' images. The prompts are shared out over the processes in batches of one size, so that
-neither does the number of processes.
+neither does the number of processes. Captions are taken verbatim, as in training; prompts that a
+person typed may weigh words.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from latentdiff.atomic import atomic_file
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.image_grid import draw_grid
 from latentdiff.models.components import Components
-from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline import LatentDiffPipeline, checks
+from latentdiff.pipeline.prompts import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.training.text_to_image.nearest_images import (
     NearestImage,
@@ -35,6 +37,15 @@ def prompt_seed(seed: int, prompt: str) -> int:
     """Return the seed of a prompt's image, in [0, 2^31)."""
     digest = hashlib.sha256(f"{seed}|{prompt}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise ValueError for typed prompts that could not be sampled: weights, Unicode."""
+    for text in checks.texts("preview.prompts", list(prompts)) if prompts else ():
+        try:
+            parse_prompt(text)
+        except ValueError as error:
+            raise ValueError(f"preview.prompts: {error}") from None
 
 
 def make_pipeline(components: Components) -> LatentDiffPipeline:
@@ -54,21 +65,31 @@ def write_sheet(
     seed: int,
     num_steps: int,
     guidance_scale: float,
+    prompt_weighting: bool = False,
     nearest_images: NearestImages | None = None,
 ) -> dict[str, float]:
     """Generate one image a prompt and write them as a labelled PNG.
 
+    prompt_weighting: of prompts that a person typed; False: captions, taken verbatim.
     nearest_images: adds the nearest training image of each. Returns their figures, on the main
-    process.
+    process. An error of one process is raised by all, so that none waits for another.
     """
-    own = generate_share(
-        components,
-        prompts,
-        accelerator=accelerator,
-        seed=seed,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-    )
+    own: dict[int, Image.Image] = {}
+    failure: Exception | None = None
+    try:
+        own = generate_share(
+            components,
+            prompts,
+            accelerator=accelerator,
+            seed=seed,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            prompt_weighting=prompt_weighting,
+        )
+    except Exception as error:
+        failure = error
+    if failures := gather_object([] if failure is None else [repr(failure)]):
+        raise failure or RuntimeError(failures[0])
     generated = dict(gather_object(list(own.items())))
     if not accelerator.is_main_process:
         return {}
@@ -114,6 +135,7 @@ def generate_share(
     seed: int,
     num_steps: int,
     guidance_scale: float,
+    prompt_weighting: bool = False,
 ) -> dict[int, Image.Image]:
     """Return this process's share of the prompts' images, by the prompt's index."""
     pipeline = make_pipeline(components)
@@ -126,6 +148,7 @@ def generate_share(
         batch_size=BATCH_SIZE,
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
+        prompt_weighting=prompt_weighting,
         pads=True,
         batches=rank_batches(-(-len(prompts) // BATCH_SIZE), shard),
     )

@@ -43,7 +43,7 @@ from latentdiff.training.stop_signals import die_with_parent
 from latentdiff.training.text_to_image.export import averaged, export
 from latentdiff.training.text_to_image.model import check_components
 from latentdiff.training.text_to_image.plan import log_plan
-from latentdiff.training.text_to_image.preview import write_sheet
+from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
 from latentdiff.training.text_to_image.setup import Run, setup
 from latentdiff.training.text_to_image.train_step import StepResult
 
@@ -63,6 +63,7 @@ def train(config: Config) -> int:
     """
     die_with_parent()
     check_components(config)
+    check_prompts(config.preview.prompts)
     accelerator = start_accelerator(config)
     with open_run_folder(config.output_dir, accelerator) as folder:
         start = first_checkpoint(config, folder)
@@ -187,21 +188,18 @@ class TextToImageRecipe(Recipe):
             return {}
         if not any_process(not path.exists(), run.accelerator):
             return {}  # made before the run was stopped
-        try:
-            with self._eval_mode():
-                return write_sheet(
-                    run.components,
-                    preview.prompts or default_prompts(run.train_data),
-                    path,
-                    accelerator=run.accelerator,
-                    seed=run.config.train.seed,
-                    num_steps=preview.num_steps,
-                    guidance_scale=preview.guidance_scale,
-                    nearest_images=run.nearest_images,
-                )
-        except OSError as error:  # such as a full disk: no reason to stop training
-            logger.error("no sheet for step %d: %s", step, error)
-            return {}
+        with self._eval_mode():
+            return write_sheet(
+                run.components,
+                preview.prompts or default_prompts(run.train_data),
+                path,
+                accelerator=run.accelerator,
+                seed=run.config.train.seed,
+                num_steps=preview.num_steps,
+                guidance_scale=preview.guidance_scale,
+                prompt_weighting=bool(preview.prompts),  # typed; captions are taken verbatim
+                nearest_images=run.nearest_images,
+            )
 
     def _save_posthoc_snapshots(self, step: int) -> None:
         """Write a snapshot of each post-hoc average, one at a time; training waits.
@@ -264,9 +262,11 @@ class TextToImageRecipe(Recipe):
         A learned variance is skipped: the prediction alone is measured and sampled.
         """
         model = self.train_step.model.eval()
-        with averaged(self.train_step), prediction_only(self.run.components):
-            yield
-        model.train()
+        try:
+            with averaged(self.train_step), prediction_only(self.run.components):
+                yield
+        finally:
+            model.train()
 
 
 class StepResults:
