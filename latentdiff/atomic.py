@@ -2,7 +2,8 @@
 
 Each is written under a temporary name in the same folder, flushed to the disk and renamed. A folder
 is locked while it is written, which tells the leftovers of a dead process from the work of a live
-one. Every module that must not leave half a file or folder writes through this one.
+one. All have the mode that the umask gives new files, though some libraries write theirs as 0600.
+Every module that must not leave half a file or folder writes through this one.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +29,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = _mode(temporary)
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, final)
@@ -64,6 +69,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     try:
         _lock(descriptor)
         yield folder
+        _apply_umask(folder)
         for path in (*folder.rglob("*"), folder):
             _flush(path)
         _publish(folder, final)
@@ -72,6 +78,31 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder whose files then take their places in `folder`, next to others there.
+
+    A new folder appears as a whole; in an older one each file does.
+    """
+    if not folder.exists():
+        with atomic_folder(folder) as temporary:
+            yield temporary
+        return
+    written = _temporary(folder) / "files"
+    written.parent.mkdir()
+    try:
+        with atomic_folder(written) as temporary:
+            yield temporary
+        for path in sorted(written.rglob("*")):
+            place = folder / path.relative_to(written)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                os.replace(path, place)
+    finally:
+        shutil.rmtree(written.parent, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -102,6 +133,18 @@ def file_hash(path: Path) -> dict[str, int | str]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give what is in a new folder the modes that follow from the folder's own."""
+    mode = _mode(folder)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _temporary(parent: Path) -> Path:

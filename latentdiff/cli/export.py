@@ -83,10 +83,13 @@ def convert_open_clip_command(parser: ArgumentParser, arguments: Sequence[str]) 
     parser.add_argument("out", type=str, help="folder for text_encoder/ and tokenizer/")
     args = parser.parse_args(arguments)
     quieten_libraries()
+    from latentdiff.atomic import atomic_files
     from latentdiff.models.open_clip import load_open_clip
+    from latentdiff.models.save import save_component
 
     text_encoder, tokenizer = load_open_clip(args.name, Path(args.weights))
-    text_encoder.save_pretrained(Path(args.out) / "text_encoder")
-    tokenizer.save_pretrained(Path(args.out) / "tokenizer")
+    for part, name in ((text_encoder, "text_encoder"), (tokenizer, "tokenizer")):
+        with atomic_files(Path(args.out) / name) as folder:
+            save_component(part, folder)
     print(f"wrote {args.out}/text_encoder (width {text_encoder.config.hidden_size}) and tokenizer")
     return 0

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from latentdiff.atomic import atomic_file
+from latentdiff.pipeline.files.model_info import public_name
 from latentdiff.pipeline.image_inputs import ImageInputs
 from latentdiff.pipeline.prompts import Prompt, PromptInputs
 
@@ -80,10 +81,11 @@ def environment_metadata(pipe: Any) -> dict[str, Any]:
 
 
 def model_metadata(pipe: Any) -> dict[str, Any]:
-    """Return the name or path, fingerprint and dtype of a pipeline's model."""
+    """Return the name without a path, fingerprint and dtype of a pipeline's model."""
+    name = pipe.config.get("_name_or_path")
     parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     return {
-        "name": pipe.config.get("_name_or_path"),
+        "name": name and public_name(name),
         "fingerprint": model_fingerprint(parts),
         "dtype": str(pipe.unet.dtype),
     }

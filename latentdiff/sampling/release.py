@@ -7,7 +7,6 @@ float32 by default.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.atomic import atomic_folder, write_text
+from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
 from latentdiff.pipeline.files.model_info import model_card
@@ -25,8 +24,8 @@ from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
 MB = 1_000_000
 HEADER = 200_000  # bytes that a shard has on top of its tensors, at the most
-ORIGIN = "_name_or_path"  # diffusers' note of where a component was loaded from
-VOCABULARY = ("tokenizer.json", "vocab.json")  # any text may be a word in these
+# any text may be a word in these
+VOCABULARY = ("tokenizer.json", "vocab.json", "added_tokens.json")
 LOCAL_PATH = re.compile(r"(/|~|[A-Za-z]:[\\/]).*[\\/].+")
 
 
@@ -52,9 +51,8 @@ def pack_model(
     if out.exists():
         raise ValueError(f"{out} already exists, expected the name of a new folder")
     pipe = LatentDiffPipeline.from_pretrained(model)
-    base = _last_part(pipe.model_info.base_model)
     scale = pipe.model_info.guidance_scale if guidance_scale is None else guidance_scale
-    pipe.model_info = dataclasses.replace(pipe.model_info, base_model=base, guidance_scale=scale)
+    pipe.model_info = dataclasses.replace(pipe.model_info, guidance_scale=scale)
     text = card.read_text(encoding="utf-8") if card else model_card(pipe.model_info, name=out.name)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -62,7 +60,7 @@ def pack_model(
     with atomic_folder(out) as temporary:
         (temporary / "README.md").write_text(text, encoding="utf-8")
         pipe.save_pretrained(temporary, max_shard_size=int(max_file_mb * MB))
-        _strip_local_paths(temporary)
+        _refuse_local_paths(temporary)
         return _sizes(temporary, max_file_mb=max_file_mb, max_total_mb=max_total_mb)
 
 
@@ -78,17 +76,13 @@ def _shrink(name: str, part: nn.Module, dtype: torch.dtype) -> None:
             )
 
 
-def _strip_local_paths(folder: Path) -> None:
-    """Remove the origins in the configs; ValueError for any other local path in them."""
+def _refuse_local_paths(folder: Path) -> None:
+    """Raise ValueError for a local path in a config."""
     for path in sorted(folder.rglob("*.json")):
         if path.name in VOCABULARY:
             continue
-        entries = read_json(path)
-        if entries.pop(ORIGIN, None) is not None:
-            write_text(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
-        if found := next(
-            (text for text in _text_files(entries) if LOCAL_PATH.fullmatch(text)), None
-        ):
+        texts = _text_files(read_json(path))
+        if found := next((text for text in texts if LOCAL_PATH.fullmatch(text)), None):
             name = path.relative_to(folder)
             raise ValueError(f"{name} names {found}, expected no path of this machine; take it out")
 
@@ -114,10 +108,3 @@ def _text_files(value: Any) -> Iterator[str]:
         yield from (text for one in value.values() for text in _text_files(one))
     elif isinstance(value, list):
         yield from (text for one in value for text in _text_files(one))
-
-
-def _last_part(base_model: str | None) -> str | None:
-    """Name a base model that is a folder of this machine by its last part alone."""
-    if base_model and LOCAL_PATH.fullmatch(base_model):
-        return Path(base_model).name
-    return base_model

@@ -23,7 +23,7 @@ from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.sampling import conversion, release
 from latentdiff.sampling.conversion import export_single_file
-from latentdiff.sampling.release import pack_model
+from latentdiff.sampling.release import VOCABULARY, pack_model
 from latentdiff.sampling.sample import sample
 from latentdiff.training.text_to_image.train_t2i import train
 
@@ -251,8 +251,13 @@ def test_shipped_model_is_small_complete_and_without_local_paths(name: str) -> N
     assert max(path.stat().st_size for path in files) <= 15_000_000
     assert sum(path.stat().st_size for path in files) <= 45_000_000
     assert (folder / "README.md").is_file()
+    if (tokenizer := folder / "tokenizer").is_dir():
+        # the form of transformers 4 as well
+        assert {"tokenizer.json", "vocab.json", "merges.txt"} < {
+            p.name for p in tokenizer.iterdir()
+        }
     for path in files:
-        if path.suffix in (".json", ".md") and path.name != "tokenizer.json":
+        if path.suffix in (".json", ".md") and path.name not in VOCABULARY:
             assert not re.search(r"[\"'\s(=\[](/|~/)\w+/", path.read_text(encoding="utf-8")), path
     vae = load_vae(name)
     assert all(bool(tensor.isfinite().all()) for tensor in vae.state_dict().values())

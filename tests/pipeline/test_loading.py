@@ -295,6 +295,19 @@ def test_lora_loads_scales_and_unloads(tmp_path):
     assert np.array_equal(images_of(pipe), plain)
 
 
+def test_folder_is_not_written_while_a_lora_is_loaded(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(lora_weights(), adapter_name="style")
+    with pytest.raises(ValueError, match=r"the LoRA style is loaded.*fuse_lora\(\)"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "model")
+    again = LatentDiffPipeline.from_pretrained(tmp_path / "model")
+    assert np.array_equal(images_of(again), images_of(pipe))
+
+
 def test_lora_equals_stock(tmp_path):
     weights = lora_weights()
     stock = StableDiffusionPipeline(**tiny_components(), requires_safety_checker=False)

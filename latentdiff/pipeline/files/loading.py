@@ -24,8 +24,10 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import Tensor, nn
 
+from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import check_compatible
 from latentdiff.models.components import Components, load_components, resolve_model
+from latentdiff.models.save import complete_component, remove_origin
 from latentdiff.models.weights import PICKLES, check_weights
 from latentdiff.pipeline.files.kohya_lora import warn_of_unused_layers
 from latentdiff.pipeline.files.model_info import (
@@ -209,17 +211,28 @@ class LoadingMixin(
     ) -> None:
         """Write a folder that stock diffusers opens, with the model's info and a model card.
 
-        A README.md that is there already stays as it is.
+        Programs with transformers 4 read it as well. It names no path of this machine. A README.md
+        that is there already stays as it is.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; leave it True")
-        folder = Path(save_directory)
-        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
-        if self.model_info != ModelInfo():
-            write_model_info(folder, self.model_info)
-        readme = folder / "README.md"
-        if not readme.exists():
-            readme.write_text(model_card(self.model_info, name=folder.name), encoding="utf-8")
+        if adapters := sorted({name for names in self._adapters().values() for name in names}):
+            raise ValueError(
+                f"the LoRA {', '.join(adapters)} is loaded, and a folder holds plain weights: call "
+                "fuse_lora() and then unload_lora_weights() to keep it, or the latter alone"
+            )
+        final = Path(save_directory)
+        with atomic_files(final) as folder:
+            super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+            for name, part in self.components.items():
+                complete_component(
+                    part, folder / name, variant=variant, max_shard_size=max_shard_size
+                )
+            remove_origin(folder)
+            if self.model_info != ModelInfo():
+                write_model_info(folder, self.model_info)
+            if not (final / "README.md").exists():
+                write_text(folder / "README.md", model_card(self.model_info, name=final.name))
 
     def push_to_hub(
         self,
@@ -236,7 +249,7 @@ class LoadingMixin(
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as scratch:
             card = model_card(self.model_info, name=repo_id)
-            (Path(scratch) / "README.md").write_text(card, encoding="utf-8")
+            write_text(Path(scratch) / "README.md", card)
             self.save_pretrained(scratch, variant=variant)
             commit = hub.upload_folder(
                 repo_id=repo_id,

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -113,9 +113,34 @@ def warn_if_guidance_untrained(info: ModelInfo, scale: float) -> None:
         )
 
 
+def public_name(model: str) -> str:
+    """Name a model without its place on this machine, as everything that may leave it does.
+
+    A hub id, or the name of a model that ships, stays as it is; of a path only the last part is
+    left, or for RUN/pipeline the run's.
+    """
+    is_path = re.match(r"[/~.\\]|[A-Za-z]:[\\/]", model) or model.count("/") > 1
+    if "://" in model or not (is_path or "\\" in model or Path(model).exists()):
+        return model
+    parts = [part for part in re.split(r"[\\/]+", os.path.abspath(model)) if part]
+    if len(parts) > 1 and parts[-1] == "pipeline":
+        parts.pop()
+    return parts[-1] if parts else ""
+
+
+def _published(info: ModelInfo) -> ModelInfo:
+    """Return the info without paths of this machine."""
+    origins = {"base_model": info.base_model, "dataset": info.dataset}
+    return replace(info, **{name: public_name(text) for name, text in origins.items() if text})
+
+
 def write_model_info(folder: str | os.PathLike[str], info: ModelInfo) -> Path:
-    """Write the known fields to the folder's `latentdiff.json`, atomically; return the path."""
-    known = {name: value for name, value in asdict(info).items() if value not in (None, {})}
+    """Write the known fields to the folder's `latentdiff.json`, atomically; return the path.
+
+    A base model or data set that is a path is named without its place (public_name).
+    """
+    fields_of = asdict(_published(info)).items()
+    known = {name: value for name, value in fields_of if value not in (None, {})}
     path = Path(folder) / FILE_NAME
     write_text(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     return path
@@ -126,6 +151,7 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
 
     name: of the model, a hub id or a folder's. Text from outside is escaped.
     """
+    info = _published(info)
     rows = [
         ("Base model", info.base_model or "none: trained from scratch, or not recorded"),
         ("Training data", info.dataset),
@@ -147,13 +173,14 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
 
 
 def _card_head(info: ModelInfo) -> ModelCardData:
+    base = info.base_model
     return ModelCardData(
         license=info.licence if info.licence and _is_plain(info.licence) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["latentdiff", "stable-diffusion-diffusers", "text-to-image"],
         datasets=[info.dataset] if info.dataset and _is_plain(info.dataset) else None,
-        base_model=info.base_model if info.base_model and _is_plain(info.base_model) else None,
+        base_model=base if base and "/" in base and _is_plain(base) else None,  # hub ids alone
     )
 
 

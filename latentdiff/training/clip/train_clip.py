@@ -30,6 +30,7 @@ from latentdiff.models.open_clip import (
     clip_tokenizer_from_open_clip,
     text_encoder_from_open_clip,
 )
+from latentdiff.models.save import save_component
 from latentdiff.models.text import tokenize, train_tokenizer
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs, collate_pairs
@@ -162,9 +163,9 @@ class ClipRecipe(Recipe):
         }
         for name, part in parts.items():
             with atomic_folder(self.folder / name) as temporary:
-                part.save_pretrained(temporary)
+                save_component(part, temporary)
                 if name == "clip":
-                    tokenizer.save_pretrained(temporary)
+                    save_component(tokenizer, temporary)
         write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         for name, value in report.items():
             if not name.endswith(("/low", "/high")):

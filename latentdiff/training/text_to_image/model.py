@@ -32,6 +32,7 @@ from latentdiff.models.components import (
 )
 from latentdiff.models.latents import Autoencoder, latent_factor
 from latentdiff.models.learned_variance import fit_variance
+from latentdiff.models.save import save_component
 from latentdiff.models.text import encode_text, train_tokenizer
 
 PLAIN_ATTENTION_PIXELS = 256
@@ -206,7 +207,7 @@ def _trained_tokenizer(config: Config, captions: Iterable[str], folder: Path) ->
         return CLIPTokenizer.from_pretrained(folder)
     text = config.model.text
     tokenizer = train_tokenizer(captions, vocab_size=text.vocab_size, max_length=text.max_tokens)
-    tokenizer.save_pretrained(folder)
+    save_component(tokenizer, folder)
     return tokenizer
 
 

@@ -25,6 +25,7 @@ from latentdiff.evaluation.metric_nets import load_mobilenet
 from latentdiff.models.build import build_vae
 from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec, latent_stats, set_scalar_scaling
+from latentdiff.models.save import save_component
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.loop import train_in_one_process
 from latentdiff.training.metrics_log import MeanLosses
@@ -119,7 +120,7 @@ class VaeRecipe(Recipe):
             dtype = torch.float16 if config.save_dtype == "fp16" else torch.float32
             saved = copy.deepcopy(vae).to(dtype).to(memory_format=torch.contiguous_format)
         with atomic_folder(self.folder / "vae") as temporary:
-            saved.save_pretrained(temporary)
+            save_component(saved, temporary)
         write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         logger.info("wrote %s: %s", self.folder / "vae", report)
 

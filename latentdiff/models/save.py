@@ -1,0 +1,75 @@
+"""Write components so that others read them: transformers 4 and 5, and who must not see our paths.
+
+Answers for: the names of CLIP's text weights, which begin with "text_model." in Stable Diffusion's
+format; both forms of a tokenizer, tokenizer.json and vocab.json with merges.txt; and configs that
+do not say where a component was loaded from. Does not answer for whole pipelines (pipeline/files/).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentdiff.atomic import write_text
+from latentdiff.models.compatibility import read_json
+from latentdiff.models.open_clip import clip_text_model
+from latentdiff.models.weights import stored_shapes, weight_files
+
+TEXT_PREFIX = "text_model."  # of a CLIPTextModel's weights in files
+ORIGIN = "_name_or_path"  # the libraries' note of where a component was loaded from
+CONFIGS = ("config.json", "model_index.json", "scheduler_config.json")
+
+
+def save_component(component: Any, folder: Path) -> None:
+    """Write a model or a tokenizer of diffusers or transformers to a folder."""
+    component.save_pretrained(folder)
+    complete_component(component, folder)
+
+
+def complete_component(
+    component: Any,
+    folder: Path,
+    *,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Correct what a component's own save_pretrained, with the same arguments, left in a folder."""
+    if isinstance(component, CLIPTokenizer):
+        _write_older_form(component, folder)
+    if isinstance(component, CLIPTextModel) and not _has_prefix(folder, variant=variant):
+        for path in weight_files(folder, variant=variant):
+            path.unlink()
+        named = clip_text_model(component.config, component.state_dict())
+        named.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size or "50GB")
+    remove_origin(folder)
+
+
+def remove_origin(folder: Path) -> None:
+    """Remove the note of where a component was loaded from, which may be a path of this machine."""
+    for name in CONFIGS:
+        path = folder / name
+        if path.is_file() and (entries := read_json(path)).pop(ORIGIN, None) is not None:
+            write_text(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_older_form(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Add the files that the tokenizer of transformers 4 and earlier reads next to tokenizer.json.
+
+    Words added to the vocabulary are in a file of their own, as these versions expect.
+    """
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    _write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
+    known = tokenizer.vocab_size
+    added = {word: index for word, index in tokenizer.get_added_vocab().items() if index >= known}
+    if added:
+        _write_json(folder / "added_tokens.json", added)
+
+
+def _has_prefix(folder: Path, *, variant: str | None) -> bool:
+    names = stored_shapes(weight_files(folder, variant=variant))
+    return all(name.startswith(TEXT_PREFIX) for name in names)
+
+
+def _write_json(path: Path, entries: dict[str, Any]) -> None:
+    write_text(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
