@@ -130,8 +130,12 @@ def public_name(model: str) -> str:
 
 def _published(info: ModelInfo) -> ModelInfo:
     """Return the info without paths of this machine."""
-    origins = {"base_model": info.base_model, "dataset": info.dataset}
-    return replace(info, **{name: public_name(text) for name, text in origins.items() if text})
+    base, dataset = info.base_model, info.dataset
+    return replace(
+        info,
+        base_model=public_name(base) if base else None,
+        dataset=public_name(dataset) if dataset else None,
+    )
 
 
 def write_model_info(folder: str | os.PathLike[str], info: ModelInfo) -> Path:
