@@ -32,7 +32,8 @@ class DataConfig:
     caption_column: str = "text"
     """column of the metadata file that holds the caption, or a list of captions"""
     file_column: str = "file_name"
-    """column of the metadata file that holds the image's name"""
+    """column of the metadata file that holds the image's name, or of a parquet or arrow data set
+    that holds the image itself (by default the one named image, or the only one of images)"""
     duplicate_rows: Literal["error", "captions"] = "error"
     """an image listed twice: an error, or one with several captions"""
     sidecar_lines: Literal["one", "captions"] = "one"

@@ -6,6 +6,7 @@ is 1 - cosine between the two models' images of it from one seed; the same betwe
 images of two unlike prompts gives the scale.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -125,7 +126,8 @@ def _generate(
 
 def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:
     """Return the photographs, scaled and cut about the centre to the models' size."""
-    images = (load_image(record.path, background=(255, 255, 255)) for record in folder)
+    files = (io.BytesIO(folder.read_bytes(index)) for index in range(len(folder)))
+    images = (load_image(file, background=(255, 255, 255)) for file in files)
     return [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in images]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.data.arrow.listing import TABLES
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.folder.splits import FOLDER_NAMES
 from latentdiff.data.images import resize_and_crop, to_pixels
@@ -189,7 +190,8 @@ def _classes(root: Path, ids: Sequence[str], column: str) -> tuple[str, ...]:
         if not known:
             raise ValueError(f"{root} has no column {column!r}; check --class_column")
         return tuple(known.get(name, "") for name in ids)
-    folders = [PurePosixPath(name).parent.parts for name in ids]
+    parents = [PurePosixPath(name).parent.parts for name in ids]
+    folders = [[x for x in parts if not x.endswith((".tar", *TABLES))] for parts in parents]
     below = [parts[1:] if parts and parts[0] in FOLDER_NAMES else parts for parts in folders]
     classes = tuple(parts[0] if parts else "" for parts in below)
     return classes if len(set(classes)) > 1 else ("",) * len(classes)

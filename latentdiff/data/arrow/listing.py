@@ -1,10 +1,12 @@
 """Listings of files and shard members as arrow columns, and how one of them is opened.
 
-An entry is a file of its own, or a member of a tar shard at a byte offset.
+An entry is a file of its own, or a member of a tar shard or of a table with images: at a byte
+offset, or at a place in a parquet file.
 """
 
 import io
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +15,28 @@ from typing import BinaryIO, NamedTuple, cast
 import pyarrow as pa
 
 from latentdiff.data.arrow.columns import CHUNK_ROWS
+from latentdiff.data.arrow.parquet_rows import read_place
 
 ALONE = -1  # the offset of a file that is no member of a shard
 SHARD = ".tar/"  # stands between a shard's path and its member's name
+TABLES = (".parquet", ".arrow")  # with images in them; a member is FILE/00000012, by its row
+TABLE_ROW = re.compile(r"(?i)(?<=\.)(parquet|arrow)/\d{8,}$")
 Progress = Callable[[int, int], None]  # (done, total)
 LISTING = pa.schema(
     [
         ("path", pa.large_string()),  # posix, relative to the root
         ("size", pa.int64()),  # bytes
         ("mtime_ns", pa.int64()),  # of a shard's member: the shard's
-        ("offset", pa.int64()),  # in the shard, or ALONE
+        ("offset", pa.int64()),  # in the shard or table, or ALONE
     ]
 )
 
 
 class Entry(NamedTuple):
-    """A file or member: path (of a member shard.tar/name), bytes, and offset, or ALONE."""
+    """A file or member: path (of a member shard.tar/name), bytes, and offset, or ALONE.
+
+    The offset in a parquet file is a place of parquet_rows.
+    """
 
     path: str
     size: int
@@ -39,7 +47,10 @@ def open_entry(root: Path, entry: Entry) -> BinaryIO:
     """Open a file for reading; of a member, nothing beyond it can be read."""
     if entry.offset == ALONE:
         return open(root / entry.path, "rb")
-    member = _ShardMember(root / shard_of(entry.path), entry.offset, entry.size)
+    shard = root / shard_of(entry.path)
+    if shard.suffix.lower() == ".parquet":
+        return io.BytesIO(read_place(shard, entry.offset))
+    member = _ShardMember(shard, entry.offset, entry.size)
     return cast(BinaryIO, io.BufferedReader(member))
 
 
@@ -55,8 +66,15 @@ def read_entry(root: Path, entry: Entry) -> bytes:
 
 
 def shard_of(path: str) -> str:
-    """Name the shard of a member's path."""
+    """Name the shard, or the table, of a member's path."""
+    if is_table_row(path):
+        return path.rpartition("/")[0]
     return path[: path.index(SHARD) + len(SHARD) - 1]
+
+
+def is_table_row(path: str) -> bool:
+    """Return whether a member's path names a row of a table."""
+    return TABLE_ROW.search(path) is not None
 
 
 @dataclass

@@ -181,8 +181,9 @@ def _report_missing(rows: Rows, paths: pa.Array, problems: Problems) -> None:
     close = find_names(lower, pc.utf8_lower(paths))
     for name, row, place in zip(rows.missing, np.flatnonzero(rows.file < 0), close, strict=True):
         hint = f"; there is {paths[int(place)].as_py()}" if place >= 0 else ""
+        key = "windows_path" if "\\" in name else "missing_file"
         if name not in refused:
-            problems.add("missing_file", rows.where(int(row)), f"{name}{hint}")
+            problems.add(key, rows.where(int(row)), f"{name}{hint}")
 
 
 def parent(path: str) -> str:

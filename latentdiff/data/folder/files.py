@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentdiff.data.arrow.columns import composed, find_strings, has_extension
-from latentdiff.data.arrow.listing import ListingBuilder
+from latentdiff.data.arrow.listing import TABLES, ListingBuilder
 from latentdiff.data.folder.problems import Problems
 
 IMAGE_EXTENSIONS = (
@@ -127,8 +127,8 @@ class _Walk:
 
     def _may_follow(self, entry: os.DirEntry[str], path: str) -> bool:
         target = os.path.realpath(entry.path)
-        matters = entry.is_dir() or is_image_name(path) or path.endswith((*TEXT_EXTENSIONS, ".tar"))
-        matters = matters or entry.name in METADATA_NAMES
+        matters = entry.is_dir() or is_image_name(path) or entry.name in METADATA_NAMES
+        matters = matters or path.endswith((*TEXT_EXTENSIONS, *TABLES, ".tar"))
         if not os.path.exists(target):
             if matters:
                 self.problems.add("link_broken", path, f"points to {target}")

@@ -2,8 +2,9 @@
 
 Captions come from metadata.jsonl / .csv / .parquet (Hugging Face's imagefolder convention), from
 .txt / .caption / .json files next to the images, or from the folders' names and a template. Tar
-shards are read as folders of their members. Splits come from train/, validation/ and test/ folders
-or from a stable hash of the record's id. Nothing below `root` is ever written.
+shards are read as folders of their members, and tables with images in them as folders of rows.
+Splits come from train/, validation/ and test/ folders or from a stable hash of the id. Nothing
+below `root` is ever written.
 """
 
 import re
@@ -22,7 +23,7 @@ from latentdiff.data.arrow.columns import (
     combined,
     iter_py,
 )
-from latentdiff.data.arrow.listing import Entry, Progress, read_entry
+from latentdiff.data.arrow.listing import TABLES, Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.caption_tables import CaptionRules
 from latentdiff.data.folder.files import existing_path
@@ -34,6 +35,7 @@ from latentdiff.data.folder.record_table import (
     last_records,
     map_records,
 )
+from latentdiff.data.folder.shards import ARCHIVES
 from latentdiff.data.folder.splits import SPLITS, Split
 
 MASK_COLUMNS = (7, 8, 9)
@@ -43,10 +45,10 @@ MASK_COLUMNS = (7, 8, 9)
 class Record:
     """One captioned image.
 
-    id: posix path relative to the folder, for a shard's member shard.tar/name; path: the folder
-    and the id, which opens only where there are no shards (`Folder.read_bytes` always does);
-    captions: at least one; width, height: pixels as the image is seen, that is, after its EXIF
-    orientation.
+    id: posix path relative to the folder, for a shard's member shard.tar/name, for a table's row
+    FILE.parquet/00000012; path: the folder and the id, which opens only where there are neither
+    (`Folder.read_bytes` always does); captions: at least one; width, height: pixels as the image
+    is seen, that is, after its EXIF orientation.
     """
 
     id: str
@@ -261,5 +263,10 @@ def _checked_root(root: Path | str) -> Path:
     if not root.exists():
         raise FileNotFoundError(f"the data folder {root} does not exist; check --data.root")
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file; --data.root must be a folder of images")
+        fix = "--data.root must be a folder of images"
+        if root.name.lower().endswith((".tar", *TABLES)):
+            fix = f"give its folder, --data.root={root.parent}"
+        elif root.name.lower().endswith(ARCHIVES):
+            fix = "unpack it (as with unzip NAME.zip -d FOLDER), and give that folder"
+        raise NotADirectoryError(f"{root} is a file; {fix}")
     return root

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from latentdiff.data.arrow.listing import LISTING, Entry, Progress, open_entry
+from latentdiff.data.arrow.listing import LISTING, Entry, Progress, is_table_row, open_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import IMAGE_THREADS, cached_rows
 from latentdiff.image_io import EXTENSIONS, ImageError, ImageHeader, load_image, read_header
@@ -66,6 +66,6 @@ def read_image_header(root: Path, entry: Entry, *, full: bool) -> ImageHeaders:
 def _note(path: str, header: ImageHeader) -> str | None:
     if header.is_animated:
         return "animated"
-    if not path.lower().endswith(EXTENSIONS[header.format]):
+    if not path.lower().endswith(EXTENSIONS[header.format]) and not is_table_row(path):
         return "wrong_extension"
     return "turned" if header.has_orientation else None

@@ -91,26 +91,31 @@ def match_captions(
     root: Path,
     listing: pa.Table,
     *,
+    tables: pa.Table,
     rules: CaptionRules,
     problems: Problems,
     index: ScanIndex | None = None,
 ) -> CaptionedFiles:
     """Find the captions of all images in a listing; in the result every place is found.
 
+    tables: images of tables, with their captions, which join the others; next to them an image
+    without a caption of its own is a by-product.
+
     A row of a caption table comes first, then a sidecar, then the folder's name, then the policy
     for none at all. Images without a caption are skipped, as are masks next to their image without
     a row and by-products without a caption, and every problem met is added.
     """
     paths = combined(listing["path"])
-    tables = find_tables(paths, problems)
-    found = _from_tables(root, listing, tables, rules=rules, problems=problems)
+    captions = find_tables(paths, problems)
+    found = _from_tables(root, listing, captions, rules=rules, problems=problems)
     _skip_masks(found, problems)
     _add_sidecars(found, listing, root=root, rules=rules, problems=problems, index=index)
-    _skip_by_products(found, problems)
-    _add_folder_names(found, tables, rules=rules)
-    _report_uncaptioned(found, paths, tables=tables, rules=rules, problems=problems)
+    _skip_by_products(found, problems, all_others=len(tables) > 0)
+    _add_folder_names(found, captions, rules=rules)
+    _report_uncaptioned(found, paths, tables=captions, rules=rules, problems=problems)
     captioned = np.flatnonzero(found.at >= 0).astype(np.int32)
-    return CaptionedFiles(take_rows(found.files, captioned), found.at[captioned], found.pool)
+    images = CaptionedFiles(take_rows(found.files, captioned), found.at[captioned], found.pool)
+    return _joined(images, tables) if len(tables) else images
 
 
 def _from_tables(
@@ -148,15 +153,25 @@ def _skip_masks(found: CaptionedFiles, problems: Problems) -> None:
         found.files, found.at = take_rows(found.files, kept), found.at[kept]
 
 
-def _skip_by_products(found: CaptionedFiles, problems: Problems) -> None:
-    """Skip the by-products, and the masks without an image, that have no caption of their own."""
+def _joined(images: CaptionedFiles, tables: pa.Table) -> CaptionedFiles:
+    """Join the images of tables with the others, sorted by path."""
+    start = images.pool.extend(combined(tables["captions"]))
+    files = pa.concat_tables([images.files, tables.drop_columns(["captions"])])
+    at = np.concatenate([images.at, np.arange(start, start + len(tables))]).astype(np.int32)
+    order = pc.sort_indices(files["path"]).to_numpy() if len(images) else np.arange(len(files))
+    return CaptionedFiles(take_rows(files, order), at[order], images.pool)
+
+
+def _skip_by_products(found: CaptionedFiles, problems: Problems, *, all_others: bool) -> None:
+    """Skip the by-products, and the masks without an image, that have no caption of their own.
+
+    all_others: every other image without a caption is a by-product too.
+    """
     paths, wanting = found.paths, np.flatnonzero(found.at == NONE)
     strays = wanting[is_mask_name(paths.take(pa.array(wanting)))]
     others = np.setdiff1d(wanting, strays)
-    for key, places in (
-        ("stray_mask", strays),
-        ("by_product", find_by_products(paths, among=others)),
-    ):
+    by_products = others if all_others else find_by_products(paths, among=others)
+    for key, places in (("stray_mask", strays), ("by_product", by_products)):
         for name in iter_py(paths, places):
             problems.add(key, name)
         found.at[places] = FAILED

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentdiff.data.captions import clean_caption
+from latentdiff.data.folder.files import is_utf8
 from latentdiff.data.folder.problems import Problems
 
 MAX_WAITING = 10_000  # rows after which a column that none has is missing
@@ -83,6 +84,30 @@ def no_column(caption_column: str, columns: Sequence[str], *, file_column: str =
     return f'no column "{caption_column}"; the columns are: {there}. Fix: {fix}'
 
 
+def listed_twice(column: str) -> str:
+    """Describe a column that a table has twice, and the fix."""
+    return f'the column "{column}" is there twice. Fix: remove or rename one'
+
+
+def parse_json(text: str, columns: Sequence[str]) -> Any:
+    """Parse JSON. Raises ValueError for a text of no JSON, and for one of `columns` given twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            names = [name for name, _ in pairs]
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise ValueError(listed_twice(twice[0]))
+        return row
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deep") from error
+
+
 _Cells = Iterator[tuple[int, Any, Any]]
 
 
@@ -91,7 +116,7 @@ def _jsonl(path: Path, name: str, columns: tuple[str, str], *, problems: Problem
     seen: dict[str, None] = {}
     waiting: list[tuple[int, Any, Any]] = []
     is_complete = False
-    for number, row in _json_objects(path, name, problems):
+    for number, row in _json_objects(path, name, columns, problems=problems):
         cells = (number, row.get(columns[0]), row.get(columns[1]))
         if is_complete:
             yield cells
@@ -108,16 +133,16 @@ def _jsonl(path: Path, name: str, columns: tuple[str, str], *, problems: Problem
 
 
 def _json_objects(
-    path: Path, name: str, problems: Problems
+    path: Path, name: str, columns: tuple[str, str], *, problems: Problems
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for number, line in enumerate(_lines_of(path), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                problems.add("broken_metadata", f"{name}:{number}", f"not JSON: {error}")
+                row = parse_json(line, columns)
+            except ValueError as error:
+                problems.add("broken_metadata", f"{name}:{number}", str(error))
                 continue
             if isinstance(row, dict):
                 yield number, row
@@ -132,8 +157,7 @@ def _csv(path: Path, name: str, columns: tuple[str, str], *, problems: Problems)
     reader = csv.reader(_lines_of(path), strict=True)
     try:
         header = next(reader, [])
-        if any(column not in header for column in columns):
-            _missing_column(name, columns, header, problems=problems)
+        if not _has_columns(name, columns, header, problems=problems):
             return
         at = [header.index(column) for column in columns]
         for cells in reader:
@@ -155,8 +179,7 @@ def _parquet(path: Path, name: str, columns: tuple[str, str], *, problems: Probl
     try:
         with pq.ParquetFile(path) as file:
             header = file.schema_arrow.names
-            if any(column not in header for column in columns):
-                _missing_column(name, columns, header, problems=problems)
+            if not _has_columns(name, columns, header, problems=problems):
                 return
             for batch in file.iter_batches(batch_size=8192, columns=list(columns)):
                 cells = [batch.column(column).to_pylist() for column in columns]
@@ -167,6 +190,25 @@ def _parquet(path: Path, name: str, columns: tuple[str, str], *, problems: Probl
         problems.add("caption_not_utf8", f"{name}, after row {number}", str(error))
     except (pa.ArrowException, OSError) as error:
         problems.add("broken_metadata", name, str(error).splitlines()[0])
+
+
+def _has_columns(
+    name: str, columns: tuple[str, str], header: list[str], *, problems: Problems
+) -> bool:
+    """Return whether a table has each of two columns once; else add the problem."""
+    for separator, word in ((";", "semicolons"), ("\t", "tabs")):
+        cells = header[0].split(separator) if len(header) == 1 else []
+        if len(cells) > 1:
+            detail = f"cells are separated by {word}. Fix: write it anew with commas"
+            problems.add("broken_metadata", f"{name}:1", detail)
+            return False
+    if twice := [column for column in columns if header.count(column) > 1]:
+        problems.add("broken_metadata", f"{name}:1", listed_twice(twice[0]))
+        return False
+    if all(column in header for column in columns):
+        return True
+    _missing_column(name, columns, header, problems=problems)
+    return False
 
 
 def _missing_column(
@@ -186,6 +228,9 @@ def _missing_column(
 def _path(file_name: Any, folder: str, *, where: str, problems: Problems) -> str | None:
     if not isinstance(file_name, str) or not file_name.strip():
         problems.add("file_name_type", where, f"got {_shown(file_name)}")
+        return None
+    if not is_utf8(file_name):
+        problems.add("half_character", where, f"got {_shown(file_name)}")
         return None
     parts = file_name.replace("\\", "/").split("/")
     if ".." in parts or not parts[0] or file_name[1:3] in (":\\", ":/"):

@@ -27,7 +27,7 @@ class Reason:
 
 REASONS: dict[str, Reason] = {
     # the folder
-    "no_images": Reason("error", "no image found", "check the path"),
+    "no_images": Reason("error", "no image found"),
     "no_captions": Reason(
         "error",
         "no image has a caption",
@@ -56,7 +56,27 @@ REASONS: dict[str, Reason] = {
     ),
     "shard_ignored": Reason("note", "shard members that are neither images nor captions"),
     "archive": Reason(
-        "note", "archive that is not read", "unpack it, or repack it as an uncompressed .tar"
+        "note",
+        "archive that is not read",
+        "unpack it (as with unzip NAME.zip -d FOLDER), or repack it as an uncompressed .tar",
+    ),
+    # tables with images
+    "broken_table": Reason("error", "truncated or damaged table", "fetch the file again"),
+    "table_ignored": Reason(
+        "note",
+        "table without a column of images, not read",
+        "a table of captions is named metadata.parquet",
+    ),
+    "stray_table": Reason("note", "arrow file that belongs to no data set, not read"),
+    "no_image_bytes": Reason(
+        "skipped",
+        "row without an image in it",
+        "write the data set with its images in it: Dataset.save_to_disk or push_to_hub",
+    ),
+    "large_row_groups": Reason(
+        "note",
+        "parquet file of large row groups, slow to read out of order",
+        "keep --data.cache=true, or write it with row_group_size=100",
     ),
     # images
     "empty_file": Reason("skipped", "empty file (0 bytes)"),
@@ -117,8 +137,16 @@ REASONS: dict[str, Reason] = {
     "broken_metadata": Reason("error", "broken caption table"),
     "no_column": Reason("error", "caption table without a column"),
     "file_name_type": Reason("error", "file name that is not text"),
+    "half_character": Reason(
+        "error",
+        "file name with half a character (one \\u code of a pair)",
+        "write both codes, or the character itself",
+    ),
     "outside": Reason(
         "error", "file name that leads out of the folder", "give a path below the table's folder"
+    ),
+    "windows_path": Reason(
+        "error", "file name with backslashes", "write / instead of \\ in the table"
     ),
     "missing_file": Reason(
         "error", "row for a file that is not there", "remove the row or add the file"

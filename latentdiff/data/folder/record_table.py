@@ -33,6 +33,7 @@ from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.shards import expand_shards
 from latentdiff.data.folder.splits import assign_splits
+from latentdiff.data.tables.image_tables import read_image_tables
 
 RECORDS_VERSION = 2  # raise it when the same files give other records
 RECORDS = pa.schema(
@@ -110,8 +111,11 @@ def build_record_table(
     report_same_names(combined(listing["path"]), problems)
     uses_masks = rules.mask == "file"
     listing, masks = separate_masks(listing) if uses_masks else (listing, LISTING.empty_table())
-    images = match_captions(root, listing, rules=rules.captions, problems=problems, index=index)
-    del listing
+    tables = read_image_tables(root, listing, rules=rules.captions, problems=problems, index=index)
+    images = match_captions(
+        root, listing, tables=tables, rules=rules.captions, problems=problems, index=index
+    )
+    del listing, tables
     release_memory()
     num_found = len(images) + problems.count("skipped")
     headers = read_image_headers(root, images.files, index=index, full=full, progress=progress)
@@ -131,8 +135,9 @@ def build_record_table(
 
 def _instead_of_images(problems: Problems) -> str:
     """Describe the files that a person may have meant as images, where there is none."""
-    there = [problems[key].line() for key in ("by_product", "stray_mask") if key in problems]
-    return "; ".join(there)
+    keys = ("archive", "table_ignored", "stray_table", "by_product", "stray_mask")
+    there = [problems[key].line() for key in keys if key in problems]
+    return "; ".join(there) or "check the path"
 
 
 def _stored(

@@ -1,7 +1,6 @@
 """Captions in files next to the images: cat.jpg with cat.txt, cat.caption or cat.json."""
 
 import io
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,12 @@ from latentdiff.data.arrow.scan_index import ScanIndex, settings_hash
 from latentdiff.data.arrow.stat_cache import cached_rows
 from latentdiff.data.captions import clean_caption
 from latentdiff.data.folder.files import TEXT_EXTENSIONS
-from latentdiff.data.folder.metadata import decoded_lines, no_column, to_texts
+from latentdiff.data.folder.metadata import (
+    decoded_lines,
+    no_column,
+    parse_json,
+    to_texts,
+)
 from latentdiff.data.folder.problems import Problems
 
 MAX_BYTES = 1_000_000
@@ -159,9 +163,9 @@ def _read_lines(root: Path, entry: Entry) -> list[str]:
 
 def _json_texts(text: str, caption_column: str) -> list[str]:
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _UnusableError("broken_metadata", f"not JSON: {error}") from error
+        row = parse_json(text, [caption_column])
+    except ValueError as error:
+        raise _UnusableError("broken_metadata", str(error)) from error
     if not isinstance(row, dict):
         got = type(row).__name__
         raise _UnusableError("broken_metadata", f"expected a JSON object, got {got}")

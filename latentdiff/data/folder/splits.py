@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from latentdiff.data.arrow.listing import is_table_row
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 FOLDER_NAMES: dict[str, Split] = {
@@ -41,8 +43,13 @@ def assign_splits(ids: Iterable[str], fraction: float, *, num: int) -> np.ndarra
 def split_of_folder(record_id: str) -> Split:
     """Read a record's split from its top folder's name; "train" for any other name.
 
-    A shard in the top folder counts as one by the start of its name, as in val-0001.tar.
+    A shard in the top folder counts as one by the start of its name, as in val-0001.tar; a table
+    by a word of its name or by any folder, as in data/test-00000-of-00001.parquet.
     """
+    if is_table_row(record_id):
+        *folders, file, _ = record_id.lower().split("/")
+        words = (*re.split(r"[-_.\d]", file), *folders)
+        return next((FOLDER_NAMES[word] for word in words if word in FOLDER_NAMES), "train")
     top, slash, _ = record_id.partition("/")
     if top.endswith(".tar"):
         top = re.split(r"[-_.\d]", top, maxsplit=1)[0]
