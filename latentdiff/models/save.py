@@ -1,8 +1,9 @@
 """Write components so that others read them: transformers 4 and 5, and who must not see our paths.
 
 Answers for: the names of CLIP's text weights, which begin with "text_model." in Stable Diffusion's
-format; both forms of a tokenizer, tokenizer.json and vocab.json with merges.txt; and configs that
-do not say where a component was loaded from. Does not answer for whole pipelines (pipeline/files/).
+format; both forms of a tokenizer, tokenizer.json and vocab.json with merges.txt, without traces of
+its last call; and configs that do not say where a component was loaded from. Does not answer for
+whole pipelines (pipeline/files/).
 """
 
 import json
@@ -18,6 +19,12 @@ from latentdiff.models.weights import stored_shapes, weight_files
 
 TEXT_PREFIX = "text_model."  # of a CLIPTextModel's weights in files
 ORIGIN = "_name_or_path"  # the libraries' note of where a component was loaded from
+# what a tokenizer's config gains by being loaded, and by being called before it was saved
+TRACES = (
+    *("is_local", "local_files_only", "max_length", "stride", "truncation_strategy"),
+    *("pad_to_multiple_of", "pad_token_type_id"),
+)
+SIDES = ("truncation_side", "padding_side")
 CONFIGS = ("config.json", "model_index.json", "scheduler_config.json")
 
 
@@ -36,6 +43,7 @@ def complete_component(
 ) -> None:
     """Correct what a component's own save_pretrained, with the same arguments, left in a folder."""
     if isinstance(component, CLIPTokenizer):
+        _remove_traces(folder)
         _write_older_form(component, folder)
     if isinstance(component, CLIPTextModel) and not _has_prefix(folder, variant=variant):
         for path in weight_files(folder, variant=variant):
@@ -64,6 +72,21 @@ def _write_older_form(tokenizer: CLIPTokenizer, folder: Path) -> None:
     added = {word: index for word, index in tokenizer.get_added_vocab().items() if index >= known}
     if added:
         _write_json(folder / "added_tokens.json", added)
+
+
+def _remove_traces(folder: Path) -> None:
+    """Make a saved tokenizer depend on its vocabulary and length alone, whatever it did before.
+
+    Every call leaves its padding and truncation in tokenizer.json, and loading that file leaves
+    them in the config; a call of the tokenizer sets both anew.
+    """
+    vocabulary, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    _write_json(vocabulary, read_json(vocabulary) | {"truncation": None, "padding": None})
+    kept = {name: value for name, value in read_json(config).items() if name not in TRACES}
+    for side in SIDES:
+        if kept.get(side) == "right":  # the default
+            del kept[side]
+    _write_json(config, kept)
 
 
 def _has_prefix(folder: Path, *, variant: str | None) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentdiff.device import DTYPES
+from latentdiff.pipeline.files.model_info import merged_info, public_name
 from latentdiff.pipeline.files.single_file import save_single_file
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.prompts import has_new_words
@@ -35,8 +36,23 @@ def merge_loras(
     pipe.set_adapters(names, weights)
     pipe.fuse_lora(adapter_names=names)
     pipe.unload_lora_weights()
+    pipe.model_info = merged_info(
+        pipe.model_info,
+        os.fspath(base),
+        loras=dict(zip(_distinct_names(loras), weights, strict=True)),
+        prediction_type=pipe.scheduler.config["prediction_type"],
+    )
     pipe.save_pretrained(out)
     return out
+
+
+def _distinct_names(loras: Sequence[PathLike]) -> list[str]:
+    """Name LoRAs as a card does, each otherwise than those before it."""
+    names: list[str] = []
+    for lora in loras:
+        name = public_name(os.fspath(lora))
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
 
 
 def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") -> Path:

@@ -19,7 +19,7 @@ from torch import nn
 from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
-from latentdiff.pipeline.files.model_info import model_card
+from latentdiff.pipeline.files.model_info import folder_title, model_card
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
 MB = 1_000_000
@@ -53,7 +53,8 @@ def pack_model(
     pipe = LatentDiffPipeline.from_pretrained(model)
     scale = pipe.model_info.guidance_scale if guidance_scale is None else guidance_scale
     pipe.model_info = dataclasses.replace(pipe.model_info, guidance_scale=scale)
-    text = card.read_text(encoding="utf-8") if card else model_card(pipe.model_info, name=out.name)
+    made = model_card(pipe.model_info, name=folder_title(out))
+    text = card.read_text(encoding="utf-8") if card else made
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _shrink(name, part, DTYPES[dtype])

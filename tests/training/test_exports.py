@@ -1,8 +1,9 @@
-"""What a run exports is for others: readable to them, by any transformers, and without our paths.
+"""What a run exports: for others to read, by any transformers, its facts, and the same each time.
 
 Holds for all that training, merging and packing write to be shared.
 """
 
+import hashlib
 import json
 import stat
 from pathlib import Path
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from fakes_finetune import finetuning, generate, open_ours, world
+from fakes_training import make_config, read_metrics
 from safetensors import safe_open
 
+from latentdiff.config.io import load_config
+from latentdiff.config.text_to_image import Config
+from latentdiff.pipeline.files.model_info import ModelInfo, model_card, read_model_info
 from latentdiff.pipeline.png_metadata import read_settings, save_png
 from latentdiff.sampling.conversion import merge_loras
 from latentdiff.sampling.release import pack_model
+from latentdiff.training.inputs.train_data import read_data
 from latentdiff.training.text_to_image.train_t2i import train
 
 __all__ = ["world"]
@@ -25,7 +31,11 @@ TOKENIZER = {
     "vocab.json",
     "merges.txt",
 }
-ORDINARY = {"train__max_steps": 1, "train__train_text_encoder": "true"}
+ORDINARY = {
+    "train__max_steps": 1,
+    "train__train_text_encoder": "true",
+    "diffusion__caption_dropout": 0,
+}
 METHODS = {
     "full": {},
     "lora": {"finetune__method": "lora", "finetune__lora_kohya": "true"},
@@ -106,3 +116,88 @@ def test_what_was_a_path_is_named_by_its_last_part(shared: Path) -> None:
 def test_exported_folders_open_and_generate(shared: Path) -> None:
     for name in FOLDERS:
         assert generate(open_ours(shared / name)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_facts_of_a_fine_tune_are_those_of_its_run(shared: Path, world: Path, name: str) -> None:
+    config, base = (config_of(world / run) for run in (name, "base"))
+    info, steps = read_model_info(shared / name), config.train.max_steps
+    assert (info.steps, info.base_model) == (steps, "base")
+    assert (info.dataset, info.resolution) == (Path(config.data.root).name, config.data.resolution)
+    assert (info.caption_dropout, info.base_caption_dropout) == (
+        config.diffusion.caption_dropout,
+        base.diffusion.caption_dropout,
+    )
+    assert info.caption_dropout != info.base_caption_dropout
+    num_images = len(read_data(config.data)[1])
+    assert info.metrics["num_heldout_images"] == num_images
+    assert info.metrics["num_heldout_draws"] == min(config.eval.num_heldout, max(num_images, 64))
+    assert info.metrics["heldout_loss"] == read_metrics(world / name, "heldout_loss")[steps]
+    card = (shared / name / "README.md").read_text()
+    assert f"\n# {name}\n" in card
+    assert f"| Training steps | {steps} |" in card
+    assert f"| Caption dropout | {config.diffusion.caption_dropout} |" in card
+    assert f"| Caption dropout of the base model | {base.diffusion.caption_dropout} |" in card
+
+
+def test_facts_of_a_new_model_are_those_of_its_run(shared: Path, world: Path) -> None:
+    config, info = config_of(world / "base"), read_model_info(shared / "scratch")
+    assert (info.steps, info.base_model) == (config.train.max_steps, None)
+    assert info.caption_dropout == info.null_caption_dropout == config.diffusion.caption_dropout
+    card = (shared / "scratch" / "README.md").read_text()
+    assert "\n# base\n" in card
+    assert "| Base model | none: trained from scratch |" in card
+
+
+def test_a_merged_model_has_the_facts_of_the_merge_and_none_of_its_base(shared: Path) -> None:
+    base, merged = (read_model_info(shared / name) for name in ("scratch", "merged"))
+    assert merged == ModelInfo(
+        base_model="scratch",
+        base_caption_dropout=base.caption_dropout,
+        prediction_type=base.prediction_type,
+        resolution=base.resolution,
+        loras={"lora-lora": 1.0},
+    )
+    card = (shared / "merged" / "README.md").read_text()
+    assert "\n# merged\n" in card
+    assert "| LoRAs merged in | lora-lora x 1 |" in card
+    assert "Training steps" not in card
+    assert "\n# packed\n" in (shared / "packed" / "README.md").read_text()
+    assert "| Base model | not recorded |" in model_card(ModelInfo(), name="unknown")
+
+
+def test_guidance_is_warned_of_only_where_no_training_dropped_captions() -> None:
+    for own, base, known in ((0.0, 0.1, 0.1), (0.0, 0.0, 0.0), (0.0, None, None), (0.1, None, 0.1)):
+        info = ModelInfo(base_model="a", caption_dropout=own, base_caption_dropout=base)
+        assert info.null_caption_dropout == known
+
+
+@pytest.mark.parametrize("method", ["scratch", "word"])
+def test_an_export_is_the_same_again_and_after_a_resume(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    def export(run: Path, num_steps: int) -> dict[str, str]:
+        """Train to a step, or only export where that is done; return the hash of every file."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        settings = {"train__max_steps": num_steps, "preview__num_nearest": 0}
+        settings |= {"data__cache_dir": tmp_path / "cache"}  # captions are tokenised once alone
+        if method == "scratch":
+            config = make_config(world, run, **settings)
+        else:
+            config = finetuning(world, run, **(METHODS[method] | settings))
+        assert train(config) == 0
+        files = [path for path in (run / "pipeline").rglob("*") if path.is_file()]
+        return {
+            str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+        }
+
+    first = export(tmp_path / "a" / "run", 2)
+    assert "pipeline/tokenizer/tokenizer.json" in first
+    assert export(tmp_path / "a" / "run", 2) == first
+    export(tmp_path / "b" / "run", 1)
+    assert export(tmp_path / "b" / "run", 2) == first
+
+
+def config_of(run: Path) -> Config:
+    return load_config(run / "config.yaml", kind=Config)

@@ -33,6 +33,7 @@ from latentdiff.pipeline.files.kohya_lora import warn_of_unused_layers
 from latentdiff.pipeline.files.model_info import (
     FILE_NAME,
     ModelInfo,
+    folder_title,
     model_card,
     read_model_info,
     write_model_info,
@@ -232,7 +233,9 @@ class LoadingMixin(
             if self.model_info != ModelInfo():
                 write_model_info(folder, self.model_info)
             if not (final / "README.md").exists():
-                write_text(folder / "README.md", model_card(self.model_info, name=final.name))
+                write_text(
+                    folder / "README.md", model_card(self.model_info, name=folder_title(final))
+                )
 
     def push_to_hub(
         self,

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCardData
 from latentdiff.atomic import write_text
 
 FILE_NAME = "latentdiff.json"
+OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
 UNKNOWN = "not recorded"  # in a card
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
 
@@ -28,7 +29,7 @@ CARD = """---
 
 # {name}
 
-A text-to-image latent diffusion model in Stable Diffusion's format, trained with LatentDiff.
+A text-to-image latent diffusion model in Stable Diffusion's format, made with LatentDiff.
 
 ## Training
 
@@ -64,12 +65,15 @@ logger = logging.getLogger(__name__)
 class ModelInfo:
     """How a model was trained; None where that is not known.
 
-    caption_dropout: part of the captions replaced by the empty one in training, 0 for none at all.
-    steps: optimiser steps. metrics: name to value, with sample counts where they are estimates.
-    guidance_scale: of a call that gives none.
+    caption_dropout: part of the captions replaced by the empty one in the last training, 0 for
+    none at all; base_caption_dropout: the most in any training of the base model before. dataset,
+    steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
+    metrics: name to value, with sample counts where they are estimates. guidance_scale: of a call
+    that gives none.
     """
 
     caption_dropout: float | None = None
+    base_caption_dropout: float | None = None
     prediction_type: str | None = None
     base_model: str | None = None
     dataset: str | None = None
@@ -77,7 +81,19 @@ class ModelInfo:
     steps: int | None = None
     resolution: int | None = None
     guidance_scale: float | None = None
+    loras: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def null_caption_dropout(self) -> float | None:
+        """The most caption dropout in any training, None where that is not known.
+
+        What a base model learned of the empty caption stays in those tuned from it.
+        """
+        if self.base_model is None:
+            return self.caption_dropout
+        known = [self.caption_dropout or None, self.base_caption_dropout]
+        return max((one for one in known if one is not None), default=None)
 
 
 def read_model_info(folder: str | os.PathLike[str]) -> ModelInfo:
@@ -98,6 +114,20 @@ def read_model_info(folder: str | os.PathLike[str]) -> ModelInfo:
     return ModelInfo(**{name: value for name, value in entries.items() if name in known})
 
 
+def merged_info(
+    info: ModelInfo, base_model: str, *, loras: Mapping[str, float], prediction_type: str
+) -> ModelInfo:
+    """Return what is known of a model with LoRAs merged in. info: of the base model."""
+    return ModelInfo(
+        base_model=base_model,
+        base_caption_dropout=info.null_caption_dropout,
+        prediction_type=prediction_type,
+        resolution=info.resolution,
+        guidance_scale=info.guidance_scale,
+        loras=loras,
+    )
+
+
 def default_guidance(info: ModelInfo) -> float:
     """Return the guidance scale of a call that gives none: the model's own, else 7.5."""
     return GUIDANCE_SCALE if info.guidance_scale is None else info.guidance_scale
@@ -105,7 +135,7 @@ def default_guidance(info: ModelInfo) -> float:
 
 def warn_if_guidance_untrained(info: ModelInfo, scale: float) -> None:
     """Warn where guidance is asked of a model that never saw the empty caption."""
-    if scale > 1 and info.caption_dropout == 0:
+    if scale > 1 and info.null_caption_dropout == 0:
         logger.warning(
             "guidance_scale is %g, but this model was trained without caption dropout and has no "
             "unconditional prediction to guide from; use guidance_scale=1",
@@ -117,15 +147,20 @@ def public_name(model: str) -> str:
     """Name a model without its place on this machine, as everything that may leave it does.
 
     A hub id, or the name of a model that ships, stays as it is; of a path only the last part is
-    left, or for RUN/pipeline the run's.
+    left, or for RUN/pipeline and RUN/lora the run's.
     """
     is_path = re.match(r"[/~.\\]|[A-Za-z]:[\\/]", model) or model.count("/") > 1
     if "://" in model or not (is_path or "\\" in model or Path(model).exists()):
         return model
     parts = [part for part in re.split(r"[\\/]+", os.path.abspath(model)) if part]
-    if len(parts) > 1 and parts[-1] == "pipeline":
+    if len(parts) > 1 and parts[-1] in OUTPUTS:
         parts.pop()
     return parts[-1] if parts else ""
+
+
+def folder_title(folder: str | os.PathLike[str]) -> str:
+    """Return the title of a model's card in a folder, there already or not: its public name."""
+    return public_name(os.path.abspath(folder))
 
 
 def _published(info: ModelInfo) -> ModelInfo:
@@ -156,15 +191,16 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
     name: of the model, a hub id or a folder's. Text from outside is escaped.
     """
     info = _published(info)
-    rows = [
-        ("Base model", info.base_model or "none: trained from scratch, or not recorded"),
-        ("Training data", info.dataset),
+    from_scratch = "none: trained from scratch" if info.steps is not None else None
+    rows: list[tuple[str, object]] = [
+        ("Base model", info.base_model or from_scratch),
+        *_last_training(info),
         ("Licence", info.licence),
-        ("Training steps", info.steps),
         ("Resolution in pixels", info.resolution),
         ("Prediction type", info.prediction_type),
-        ("Caption dropout", info.caption_dropout),
     ]
+    if info.base_model:
+        rows.append(("Caption dropout of the base model", info.base_caption_dropout))
     shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]
     return CARD.format(
         head=_card_head(info).to_yaml(),
@@ -174,6 +210,18 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
         literal=_literal(name),
         steps=default_steps,
     )
+
+
+def _last_training(info: ModelInfo) -> list[tuple[str, object]]:
+    """Return the rows of a card that tell how the model came from its base model."""
+    if info.loras:
+        loras = [f"{name} x {weight:g}" for name, weight in info.loras.items()]
+        return [("LoRAs merged in", ", ".join(loras))]
+    return [
+        ("Training data", info.dataset),
+        ("Training steps", info.steps),
+        ("Caption dropout", info.caption_dropout),
+    ]
 
 
 def _card_head(info: ModelInfo) -> ModelCardData:
@@ -200,7 +248,9 @@ def _is_plain(text: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None
 
 
-def _literal(text: str) -> str:
+def _literal(name: str) -> str:
+    """Return the argument that opens a model, as Python; only hub ids are one as they are."""
+    text = name if "/" in name else f"path/to/{name}"
     return '"' + re.sub(r'["\\`\s]', "_", text) + '"'
 
 

@@ -11,10 +11,15 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from latentdiff.atomic import atomic_folder
+from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
-from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
+from latentdiff.pipeline.files.model_info import (
+    ModelInfo,
+    folder_title,
+    model_card,
+    read_model_info,
+)
 from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import merged_components, save_adapters
@@ -26,6 +31,7 @@ from latentdiff.training.text_to_image.setup import Run
 from latentdiff.training.text_to_image.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
+HELDOUT_METRICS = ("heldout_loss", "heldout_se", "caption_use")
 WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
 
@@ -145,6 +151,7 @@ def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
     pipeline = make_pipeline(components)
     pipeline.model_info = facts
     with atomic_folder(final) as temporary:
+        write_text(temporary / "README.md", model_card(facts, name=folder_title(final)))
         pipeline.save_pretrained(temporary)
 
 
@@ -156,22 +163,23 @@ def _facts(run: Run, step: int) -> ModelInfo:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         figures = json.loads(line.replace('"held_out', '"heldout'))  # as earlier versions wrote
         last |= figures if figures["step"] <= step else {}
-    shown = ("heldout_loss", "heldout_se", "num_heldout", "caption_use")
+    metrics = {name: last[name] for name in HELDOUT_METRICS if name in last}
+    if metrics and (triples := run.train_data.heldout_triples) is not None:
+        metrics["num_heldout_images"] = min(len(triples), len(run.train_data.heldout))
+        metrics["num_heldout_draws"] = len(triples)  # of a timestep and noise for one of them
     base = (
         read_model_info(resolve_model(config.model.pretrained))
         if config.model.pretrained
         else ModelInfo()
     )
-    dropout: float | None = config.diffusion.caption_dropout
-    if config.model.pretrained and not dropout:  # what the base learned of the empty caption stays
-        dropout = base.caption_dropout
     return ModelInfo(
-        caption_dropout=dropout,
+        caption_dropout=config.diffusion.caption_dropout,
+        base_caption_dropout=base.null_caption_dropout,
         prediction_type=run.train_step.objective.prediction_type,
         base_model=config.model.pretrained or None,
         dataset=Path(config.data.root).name,
         steps=step,
         resolution=config.data.resolution,
         guidance_scale=base.guidance_scale,
-        metrics={name: last[name] for name in shown if name in last},
+        metrics=metrics,
     )
