@@ -1,6 +1,8 @@
-"""One image file to RGB as it is seen: decoded, oriented, 8 bits deep, put on a background.
+"""One image file to sRGB as it is seen: decoded, oriented, its color profile applied, 8 bits deep,
+put on a background.
 
-Answers for every way a file can disappoint: each ends in an `ImageError` that names the reason.
+Answers for every way a file can disappoint: each ends in an `ImageError` that names the reason. A
+broken color profile is none: the values are taken as sRGB, and `read_header` names it.
 """
 
 import io
@@ -15,9 +17,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
+from latentdiff.icc import is_converted, profile_fault, to_srgb
+
 MAX_PIXELS = 89_478_485  # a quarter of 1 GiB at 3 bytes a pixel: Pillow's own limit
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-EXTENSIONS = {
+EXTENSIONS = {  # the one table of the files that are read, for listing and for loading
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "MPO": (".jpg", ".jpeg", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -26,8 +30,19 @@ EXTENSIONS = {
     "BMP": (".bmp", ".dib"),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "AVIF": (".avif",),
+    "AVIF": (".avif", ".avifs"),
 }
+READABLE_EXTENSIONS = tuple(sorted({name for names in EXTENSIONS.values() for name in names}))
+# Kinds of image that are not read, as their decoders are missing, unsafe or without an agreed look.
+UNREADABLE_EXTENSIONS = (
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jpm", ".j2c", ".jxr"),
+    *(".svg", ".svgz", ".eps", ".ai", ".tga", ".psd", ".psb", ".xcf", ".kra", ".clip", ".qoi"),
+    *(".ico", ".icns", ".cur", ".pcx", ".dds", ".exr", ".hdr", ".pfm", ".pam", ".bpg", ".flif"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(".wdp", ".sgi", ".xbm", ".xpm", ".raw", ".jpg_large", ".jpg-large", ".jpg_orig"),
+    *(".jpeg_large", ".png_large", ".png-large", ".webp_large"),
+)
+IMAGE_EXTENSIONS = READABLE_EXTENSIONS + UNREADABLE_EXTENSIONS  # of files that mean to be images
 # What Pillow's decoders raise on damaged files, found by feeding them damaged files.
 DECODE_ERRORS = (
     OSError,
@@ -65,22 +80,39 @@ class ImageHeader:
     is_animated: bool
     looks_complete: bool  # the file ends as files of its format do
     has_orientation: bool  # its EXIF orientation is not 1
+    is_converted: bool  # its color profile is not sRGB's, so that its values are converted
+    profile_fault: str  # why its color profile cannot be used; empty where it can
 
 
 def load_image(
     source: ImageSource, *, background: tuple[int, int, int] = (255, 255, 255)
 ) -> Image.Image:
-    """Decode an image to RGB as it is seen: oriented, 8 bits deep, put on `background`.
+    """Decode an image to sRGB as it is seen: oriented, 8 bits deep, put on `background`.
 
     source: a path or an open binary file. Raises ImageError for a file that is empty, truncated,
     not an image, of an unsupported kind, or above 89 Mpx (the last before anything is decoded).
     """
+    return to_rgb(to_srgb(_oriented(decode_image(source))), background=background)
+
+
+def load_mask(source: ImageSource) -> Image.Image:
+    """Decode a mask to mode "L", 255 for white: oriented, transparency on black.
+
+    Its values are weights and no colors: a color profile does not change them. Raises ImageError
+    as `load_image` does.
+    """
+    return to_rgb(_oriented(decode_image(source)), background=(0, 0, 0)).convert("L")
+
+
+def decode_image(source: ImageSource) -> Image.Image:
+    """Decode an image as it is stored: not oriented, in its own mode and colors, which its info
+    tells. Raises ImageError as `load_image` does."""
     with _opened(source) as image:
         try:
             image.load()
         except DECODE_ERRORS as error:
             raise ImageError("truncated", _message(error)) from error
-        return _to_rgb(_oriented(image), background)
+        return image
 
 
 def load_alpha(source: ImageSource) -> Image.Image:
@@ -112,7 +144,7 @@ def load_thumbnail(
             image.load()
         except DECODE_ERRORS as error:
             raise ImageError("truncated", _message(error)) from error
-        small = _to_rgb(_oriented(image), background)
+        small = to_rgb(to_srgb(_oriented(image)), background=background)
     small.thumbnail((side, side))
     return small
 
@@ -129,7 +161,16 @@ def read_header(source: ImageSource) -> ImageHeader:
             whole = _ends_well(image)
         except DECODE_ERRORS as error:
             raise ImageError("truncated", _message(error)) from error
-        return ImageHeader(width, height, str(image.format), animated, whole, orientation != 1)
+        return ImageHeader(
+            width=width,
+            height=height,
+            format=str(image.format),
+            is_animated=animated,
+            looks_complete=whole,
+            has_orientation=orientation != 1,
+            is_converted=is_converted(image),
+            profile_fault=profile_fault(image),
+        )
 
 
 def _opened(source: ImageSource) -> ImageFile:
@@ -225,7 +266,10 @@ def _oriented(image: Image.Image) -> Image.Image:
         return image  # a damaged EXIF block has no orientation
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def to_rgb(image: Image.Image, *, background: tuple[int, int, int]) -> Image.Image:
+    """Convert an image of any mode to RGB, 8 bits deep, on a background; values are not colors yet
+    where `icc.to_srgb` has not been applied. Raises ImageError for a mode without an agreed range.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         return _from_deep_grey(image, background)
     try:

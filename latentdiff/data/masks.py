@@ -5,7 +5,6 @@ not, grey in part. A mask is resized, cropped and mirrored as its image is, and 
 each latent pixel. Answers for faults of mask files; mask_cache.py keeps the averages.
 """
 
-import hashlib
 import io
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.cache.decode_ahead import CropPlan, Item
+from latentdiff.data.folder.content_hash import file_digest, image_digest
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import resize_and_crop
-from latentdiff.image_io import ImageError, load_alpha, load_image
+from latentdiff.image_io import ImageError, load_alpha, load_mask
 
 MaskKind = Literal["alpha", "file"]
 
@@ -51,7 +51,7 @@ class Masks:
         record = self.folder[item.index]
         try:
             data = self._read(item.index)
-            if digest is not None and hashlib.sha256(data).digest() != digest:
+            if digest is not None and self._digest(data) != digest:
                 raise ValueError(f"the mask of {record.id} changes while it is read; start again")
             mask = _decoded(data, self.kind)
         except (ImageError, OSError) as error:
@@ -62,6 +62,9 @@ class Masks:
                 f"{record.width} x {record.height} as the image has"
             )
         return downsample_to_latents(mask, item, factor=self.factor)
+
+    def _digest(self, data: bytes) -> bytes:
+        return file_digest(data) if self.kind == "file" else image_digest(data)
 
     def _read(self, index: int) -> bytes:
         return (
@@ -83,6 +86,4 @@ def downsample_to_latents(mask: Image.Image, item: Item, *, factor: int) -> Tens
 
 
 def _decoded(data: bytes, kind: MaskKind) -> Image.Image:
-    if kind == "alpha":
-        return load_alpha(io.BytesIO(data))
-    return load_image(io.BytesIO(data), background=(0, 0, 0)).convert("L")
+    return load_alpha(io.BytesIO(data)) if kind == "alpha" else load_mask(io.BytesIO(data))

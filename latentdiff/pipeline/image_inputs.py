@@ -1,12 +1,14 @@
 """The caller's images and masks, checked and read before any compute.
 
-PIL images (turned upright by their EXIF tag, transparency on white), arrays (H, W, 3) or
+PIL images (turned upright by their EXIF tag, colors converted to sRGB by their profile,
+transparency on white), arrays (H, W, 3) or
 (B, H, W, 3) and tensors (3, H, W) or (B, 3, H, W), floating in [0, 1] as `output_type="np"` and
 `"pt"` give them, arrays of uint8 too; masks have one channel or none, and are white where to paint.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,11 +18,16 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from latentdiff.icc import profile_fault, to_srgb
+from latentdiff.image_io import ImageError, to_rgb
 from latentdiff.pipeline import checks
 
 ImageList: TypeAlias = list[Image.Image] | Tensor
 
 DEFAULT_STRENGTH = 0.8
+WHITE = (255, 255, 255)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def _read(name: str, value: object, channels: int) -> ImageList | None:
     if value is None:
         return None
     if isinstance(value, Image.Image):
-        return [_upright(name, value)]
+        return [_as_seen(name, value, is_mask=channels == 1)]
     if isinstance(value, (list, tuple)):
         return _read_list(name, list(value), channels)
     if isinstance(value, np.ndarray):
@@ -133,14 +140,19 @@ def _read_list(name: str, values: list[Any], channels: int) -> ImageList:
     return torch.cat(tensors)
 
 
-def _upright(name: str, image: Image.Image) -> Image.Image:
+def _as_seen(name: str, image: Image.Image, *, is_mask: bool) -> Image.Image:
+    """Return an image in sRGB; the values of a mask are no colors and stay as they are."""
     if 0 in image.size:
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, expected some")
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if is_mask:
+            return to_rgb(upright, background=WHITE)
+        if fault := profile_fault(upright):
+            logger.warning("%s is read as sRGB: %s", name, fault)
+        return to_rgb(to_srgb(upright), background=WHITE)
+    except (ImageError, OSError) as error:
+        raise ValueError(f"{name} cannot be used: {error}") from error
 
 
 def _from_array(name: str, value: np.ndarray[Any, Any], channels: int) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from latentdiff.config.sampling import SampleOptions
 from latentdiff.image_grid import draw_grid
+from latentdiff.image_io import ImageError, decode_image
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.files.model_info import default_guidance
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
@@ -201,10 +202,8 @@ def _open(name: str, path: str | None) -> Image.Image | None:
     if path is None:
         return None
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (UnidentifiedImageError, SyntaxError, OSError) as error:
+        return decode_image(path)
+    except (ImageError, OSError) as error:
         raise ValueError(f"{name} {path} is not a readable image: {error}") from error
 
 

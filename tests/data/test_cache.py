@@ -1,5 +1,6 @@
 """The cache encodes each image and caption once, ever, and never returns what is not right."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes_data import captioned_folder, save_image
+from fakes_data import captioned_folder, noise_image, save_image
+from fakes_icc import DISPLAY_P3, rgb_profile, srgb_profile
 from fakes_models import CAPTIONS, make_text_encoder, make_tiny_vae, make_vae
 from safetensors.torch import load_file
 
@@ -67,6 +69,24 @@ def repaint(path: Path, seed: int) -> None:
     before = path.stat().st_mtime_ns
     save_image(path, seed)
     os.utime(path, ns=(before + 10**9, before + 10**9))
+
+
+def test_only_images_whose_colors_are_converted_are_known_by_another_hash(root, cache_dir, codec):
+    plain = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in root.glob("*.png")}
+    profiles = {"1.png": rgb_profile(*DISPLAY_P3), "2.png": b"broken", "3.png": srgb_profile()}
+    for name, profile in profiles.items():
+        noise_image(50).save(root / name, icc_profile=profile)
+    folder = read_folder(root)
+    for record, digest in zip(folder, content_hash.image_hashes(folder), strict=True):
+        content = (root / record.id).read_bytes()
+        is_plain = digest.tobytes() == hashlib.sha256(content).digest()
+        assert is_plain == (record.id != "1.png")
+        assert record.id in profiles or plain[record.id] == digest.tobytes()
+    cache = build(root, codec, cache_dir)
+    assert verify_cache(cache, folder, codec=codec) < 1e-5
+    counts = {key: group.count for key, group in folder.problems.items()}
+    assert counts == {"color_profile": 1, "broken_profile": 1}
+    assert "damaged color profile" in folder.problems["broken_profile"].line()
 
 
 # what is kept

@@ -17,7 +17,7 @@ import pyarrow as pa
 from latentdiff.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
-VERSION = 2  # raise it when the meaning of a stored column changes
+VERSION = 3  # raise it when the meaning of a stored column changes
 KEPT_RECORDS = 4
 
 

@@ -1,6 +1,5 @@
 """Images decoded and cropped by threads, ahead of the encoder that takes them in batches."""
 
-import hashlib
 import io
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.data.folder.content_hash import image_digest
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import resize_and_crop
 from latentdiff.image_io import ImageError, load_image
@@ -84,7 +84,7 @@ def decode_ahead(
     """Yield batches of items that follow one another and share a size, with pixels (B, H, W, 3)
     uint8.
 
-    digests: (N, 32) SHA-256 of the records' files, to notice a change. Raises ValueError naming a
+    digests: (N, 32) `image_hashes` of the folder, to notice a change. Raises ValueError naming a
     file that has changed or cannot be read.
     """
 
@@ -126,7 +126,7 @@ def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray
     name = folder[item.index].id
     try:
         data = folder.read_bytes(item.index)
-        if digest is not None and hashlib.sha256(data).digest() != digest:
+        if digest is not None and image_digest(data) != digest:
             raise ValueError(f"{folder.root / name} changes while it is encoded; start again")
         image = load_image(io.BytesIO(data), background=item.background)
     except (ImageError, OSError) as error:

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentdiff.data.arrow.columns import combined, find_names, has_extension, iter_py, stems
-from latentdiff.data.folder.files import IMAGE_EXTENSIONS
 from latentdiff.data.folder.problems import Problems
+from latentdiff.image_io import IMAGE_EXTENSIONS
 
 # Folders of NAS systems, archives, file managers and trainers' previews; Synology's thumbnails.
 BY_PRODUCT = (

@@ -1,6 +1,11 @@
-"""Hashes of each record's file, read once and stored by path, size and time."""
+"""Hashes of each record's file, read once and stored by path, size and time.
+
+What is cached of an image depends on its bytes and on how its colors are decoded, so both are in
+its hash.
+"""
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +26,8 @@ from latentdiff.data.arrow.listing import (
 from latentdiff.data.arrow.scan_index import ScanIndex, settings_hash
 from latentdiff.data.arrow.stat_cache import IMAGE_THREADS, cached_rows
 from latentdiff.data.folder.folder import Folder
+from latentdiff.icc import VERSION
+from latentdiff.image_io import ImageError, read_header
 
 CONTENT_HASHES = pa.schema([*LISTING, pa.field("digest", pa.binary(32))])
 
@@ -28,18 +35,41 @@ CONTENT_HASHES = pa.schema([*LISTING, pa.field("digest", pa.binary(32))])
 def image_hashes(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> np.ndarray:
-    """Give the SHA-256 of each record's image file: (N, 32) uint8.
+    """Give the `image_digest` of each record's image file: (N, 32) uint8.
 
     Files that `index` knows, unchanged, are not opened. Raises OSError for one that cannot be read.
     """
-    return _sha256(folder, folder.entries, kind="digests", index=index, progress=progress)
+    return _digests(
+        folder, folder.entries, image_digest, kind="digests", index=index, progress=progress
+    )
 
 
 def mask_hashes(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> np.ndarray:
-    """Give the SHA-256 of each record's mask file, as `image_hashes` does of images."""
-    return _sha256(folder, folder.mask_entries, kind="mask-digests", index=index, progress=progress)
+    """Give the `file_digest` of each record's mask file, as `image_hashes` does of images."""
+    return _digests(
+        folder,
+        folder.mask_entries,
+        file_digest,
+        kind="mask-digests",
+        index=index,
+        progress=progress,
+    )
+
+
+def image_digest(content: bytes) -> bytes:
+    """Hash an image file, and the version of the color conversion where the image has one."""
+    try:
+        is_converted = read_header(io.BytesIO(content)).is_converted
+    except ImageError:
+        is_converted = False  # the decoder will name the fault
+    return file_digest(content + f"icc {VERSION}".encode() if is_converted else content)
+
+
+def file_digest(content: bytes) -> bytes:
+    """Hash a file: its SHA-256."""
+    return hashlib.sha256(content).digest()
 
 
 def hash_files(
@@ -70,9 +100,10 @@ def hash_files(
     )
 
 
-def _sha256(
+def _digests(
     folder: Folder,
     entries_of: Callable[[], Iterator[Entry]],
+    digest: Callable[[bytes], bytes],
     *,
     kind: str,
     index: ScanIndex | None,
@@ -83,7 +114,7 @@ def _sha256(
     selection = {"num": len(folder), "first": folder[0].id, "last": folder[-1].id}
     table = hash_files(
         folder,
-        lambda content: (hashlib.sha256(content).digest(),),
+        lambda content: (digest(content),),
         entries=entries_of(),
         name=f"{kind}-{settings_hash(selection)[:8]}",
         schema=CONTENT_HASHES,

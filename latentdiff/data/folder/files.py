@@ -13,12 +13,8 @@ import pyarrow.compute as pc
 from latentdiff.data.arrow.columns import composed, find_strings, has_extension
 from latentdiff.data.arrow.listing import TABLES, ListingBuilder
 from latentdiff.data.folder.problems import Problems
+from latentdiff.image_io import IMAGE_EXTENSIONS
 
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
-    *(".pgm", ".avif"),
-    *(".heic", ".heif", ".jp2", ".svg"),  # listed, to report that they cannot be used
-)
 TEXT_EXTENSIONS = (".txt", ".caption", ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 

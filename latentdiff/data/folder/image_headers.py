@@ -1,5 +1,6 @@
 """The size and kind of each image, by its header or by decoding it; problems are named."""
 
+import posixpath
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,9 +8,16 @@ import pyarrow as pa
 from latentdiff.data.arrow.listing import LISTING, Entry, Progress, is_table_row, open_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import IMAGE_THREADS, cached_rows
-from latentdiff.image_io import EXTENSIONS, ImageError, ImageHeader, load_image, read_header
+from latentdiff.image_io import (
+    EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+    ImageError,
+    ImageHeader,
+    load_image,
+    read_header,
+)
 
-# problem and note are keys of problems.REASONS; an image with a problem is skipped.
+# problem is a key of problems.REASONS, whose image is skipped; note holds such keys, with commas.
 HEADERS = pa.schema(
     [
         *LISTING,
@@ -57,15 +65,28 @@ def read_image_header(root: Path, entry: Entry, *, full: bool) -> ImageHeaders:
             if full or not header.looks_complete:
                 load_image(file)
     except ImageError as error:
-        return 0, 0, error.reason, error.detail, None
+        return 0, 0, *_refusal(entry.path, error), None
     except OSError as error:
         return 0, 0, "unreadable", error.strerror or str(error), None
-    return header.width, header.height, None, None, _note(entry.path, header)
+    detail = header.profile_fault or None
+    return header.width, header.height, None, detail, _notes(entry.path, header)
 
 
-def _note(path: str, header: ImageHeader) -> str | None:
-    if header.is_animated:
-        return "animated"
-    if not path.lower().endswith(EXTENSIONS[header.format]) and not is_table_row(path):
-        return "wrong_extension"
-    return "turned" if header.has_orientation else None
+def _refusal(path: str, error: ImageError) -> tuple[str, str]:
+    """Return why an image is not used; one without a known start may be of a kind that has none."""
+    extension = posixpath.splitext(path)[1].lower()
+    if error.reason == "not_an_image" and extension in UNREADABLE_EXTENSIONS:
+        return "unsupported", f"{extension} file"
+    return error.reason, error.detail
+
+
+def _notes(path: str, header: ImageHeader) -> str | None:
+    notes = {
+        "animated": header.is_animated,
+        "wrong_extension": not path.lower().endswith(EXTENSIONS[header.format])
+        and not is_table_row(path),
+        "turned": header.has_orientation,
+        "color_profile": header.is_converted,
+        "broken_profile": bool(header.profile_fault),
+    }
+    return ",".join(name for name, applies in notes.items() if applies) or None

@@ -19,8 +19,8 @@ from latentdiff.data.arrow.columns import (
     take_rows,
 )
 from latentdiff.data.arrow.listing import LISTING
-from latentdiff.data.folder.files import IMAGE_EXTENSIONS
 from latentdiff.data.folder.problems import Problems
+from latentdiff.image_io import IMAGE_EXTENSIONS
 
 MASK_EXTENSIONS = (".mask.png", "-masklabel.png")  # the first one found is used
 MASK_FILES = pa.schema(

@@ -30,11 +30,12 @@ from latentdiff.data.folder.caption_tables import (
     parent,
     read_rows,
 )
-from latentdiff.data.folder.files import IMAGE_EXTENSIONS, METADATA_NAMES, TEXT_EXTENSIONS
+from latentdiff.data.folder.files import METADATA_NAMES, TEXT_EXTENSIONS
 from latentdiff.data.folder.mask_files import belongs_to_image, is_mask_name
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.sidecars import FAILED, NONE, read_sidecars
 from latentdiff.data.folder.splits import FOLDER_NAMES
+from latentdiff.image_io import IMAGE_EXTENSIONS
 
 TABLE_LIKE = re.compile(r"\.(jsonl?|jsonlines|csv|tsv|parquet)$", re.IGNORECASE)
 

@@ -93,6 +93,12 @@ REASONS: dict[str, Reason] = {
     "animated": Reason("note", "animation, only the first frame is used"),
     "wrong_extension": Reason("note", "extension that is not the file's format, used all the same"),
     "turned": Reason("note", "image stored on its side or mirrored, used as its EXIF says"),
+    "color_profile": Reason("note", "image whose color profile is not sRGB's, converted to sRGB"),
+    "broken_profile": Reason(
+        "note",
+        "image whose color profile cannot be used, read as sRGB",
+        "export the image again in sRGB if its colors look wrong",
+    ),
     "by_product": Reason(
         "note",
         "thumbnail, sample or other by-product, not used",

@@ -206,7 +206,9 @@ def _refuse_by_size(headers: pa.Table, rules: ReadRules, *, problems: Problems) 
                 "aspect_ratio", row["path"], f"{size}, data.max_aspect={rules.max_aspect:g}"
             )
         else:
-            problems.add(row["note"], row["path"])
+            for note in row["note"].split(","):
+                detail = row["detail"] if note == "broken_profile" else ""
+                problems.add(note, row["path"], detail)
     return np.flatnonzero(~(is_bad | is_small | is_thin))
 
 
