@@ -8,6 +8,7 @@ transparency on white), arrays (H, W, 3) or
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -50,6 +51,15 @@ class ImageInputs:
         else:
             width, height = self.image[0].size
         return height // multiple * multiple, width // multiple * multiple
+
+    def digests(self) -> dict[str, list[str]]:
+        """Return 16 hex digits of each image and mask as it was read, by argument; {} for none."""
+        given = {"image": self.image, "mask_image": self.mask}
+        return {
+            name: [_digest(one) for one in images]
+            for name, images in given.items()
+            if images is not None
+        }
 
     def pixels(self, height: int, width: int, *, num_images: int) -> Tensor:
         """Return images as (num_images, 3, height, width) in [-1, 1], resized where needed."""
@@ -184,6 +194,14 @@ def _check_tensor(name: str, value: Tensor, channels: int) -> Tensor:
     if not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError(f"{name} must lie in [0, 1], got values outside of it or NaN")
     return value.detach().cpu()
+
+
+def _digest(image: Image.Image | Tensor) -> str:
+    if isinstance(image, Tensor):
+        kind, content = tuple(image.shape), image.float().numpy().tobytes()
+    else:
+        kind, content = image.size, image.tobytes()
+    return hashlib.sha256(f"{kind}|".encode() + content).hexdigest()[:16]
 
 
 def _repeat(batch: Tensor, num_images: int) -> Tensor:

@@ -9,6 +9,8 @@ import hashlib
 import inspect
 import json
 import os
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -40,8 +42,8 @@ def generation_metadata(
 ) -> list[dict[str, Any]]:
     """Return one JSON object an image; `pipe(**settings["call"])` makes that image alone.
 
-    shape: (B, C, h, w) of the latents. The caller's embeddings, generators, images and score
-    functions are not recorded.
+    shape: (B, C, h, w) of the latents. The caller's embeddings, generators and score functions are
+    not recorded, and of images and masks their digests alone, as "inputs".
     """
     guidance = pipe.guidance
     common = {
@@ -58,7 +60,7 @@ def generation_metadata(
         "lora_scale": prompts.lora_scale,
         "prompt_weighting": None if prompts.prompt_weighting else False,  # None: the default
     }
-    made_by = environment_metadata(pipe)
+    made_by, digests = environment_metadata(pipe), images.digests()
     settings = []
     for k in range(prompts.num_images):
         own = {
@@ -67,7 +69,10 @@ def generation_metadata(
             "seed": None if seeds is None else seeds[k],
         }
         call = {key: value for key, value in (own | common).items() if value is not None}
-        settings.append({"call": call, **made_by})
+        inputs = {
+            name: values[k * len(values) // prompts.num_images] for name, values in digests.items()
+        }
+        settings.append({"call": call, **({"inputs": inputs} if inputs else {}), **made_by})
     return settings
 
 
@@ -144,6 +149,17 @@ def _text(prompts: Sequence[Prompt] | None, index: int) -> str | None:
 
 
 KEY = "latentdiff"
+UNREADABLE = (  # by Pillow from damaged files; unidentified and truncated ones are OSErrors
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def attach_settings(image: Image.Image, settings: Any) -> Image.Image:
@@ -163,7 +179,8 @@ def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
     """Return the settings of an image that LatentDiff made, from its PNG file or as it was made.
 
     A dict for one image, a list of them for a sheet. Raises FileNotFoundError, and ValueError
-    for a file that is no image, or one without settings.
+    for a file that is no image, or one without settings, or with settings that are damaged: what
+    is no JSON object, a key twice, NaN, text that is no Unicode.
     """
     if isinstance(png, Image.Image):
         name, info = "this image", png.info
@@ -173,7 +190,9 @@ def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
             with Image.open(png) as image:
                 image.load()
                 info = dict(image.info)
-        except (UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
+        except (FileNotFoundError, PermissionError):
+            raise
+        except UNREADABLE as error:
             raise ValueError(f"{name} is not a readable image: {error}") from error
     if KEY not in info:
         raise ValueError(
@@ -181,9 +200,39 @@ def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
             "in another format or by another program may have lost them"
         )
     try:
-        return json.loads(info[KEY])
-    except (TypeError, ValueError) as error:
+        return _parse_settings(info[KEY])
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} holds damaged settings: {error}") from error
+
+
+def read_image_settings(png: str | os.PathLike[str] | Image.Image) -> dict[str, Any]:
+    """Return the settings of one image, "call" among them; ValueError for those of a sheet."""
+    settings = read_settings(png)
+    name = "this image" if isinstance(png, Image.Image) else os.fspath(png)
+    if isinstance(settings, list):
+        raise ValueError(f"{name} is a sheet of {len(settings)} images, expected one image")
+    if not isinstance(settings.get("call"), dict):
+        raise ValueError(f'{name} holds damaged settings: "call" is no object')
+    return settings
+
+
+def _parse_settings(text: str) -> dict[str, Any] | list[dict[str, Any]]:
+    """Read an object or a list of objects; ValueError or RecursionError for another text."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("an object has a key twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"a value is {constant}")
+
+    settings: Any = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    json.dumps(settings, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+    entries = settings if isinstance(settings, list) else [settings]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("expected an object, or a list of them")
+    return entries if isinstance(settings, list) else entries[0]
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:

@@ -21,6 +21,7 @@ from latentdiff.sampling.open_pipeline import compile_unet
 from latentdiff.sampling.prompt_list import ImageJob
 
 Extras: TypeAlias = dict[str, Image.Image]
+EXTRAS = ("trace", "attention")  # the kinds, where images are traced
 
 
 def index_batches(

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from latentdiff.pipeline import checks
+
+MAX_BYTES = 64 * 2**20
+MAX_CHARACTERS = 100_000
+LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines also splits within texts, as at U+2028
 
 
 @dataclass(frozen=True)
@@ -35,20 +42,27 @@ class ImageJob:
 def read_prompt_entries(path: Path) -> list[PromptEntry]:
     """Read a prompt list: a text file with one prompt a line, or JSON lines of PromptEntry.
 
-    Empty lines are skipped. Raises FileNotFoundError, or ValueError with file and line.
+    UTF-8, a byte order mark is skipped, as are empty lines; no line is a comment. Raises
+    FileNotFoundError, or ValueError with file and line.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a text file of prompts or a .jsonl file")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes, expected prompts of at most {MAX_BYTES}")
     try:
-        texts = path.read_bytes().decode("utf-8").splitlines()
+        texts = LINE_END.split(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.reason}"
         ) from None
-    numbered = [(number, text.strip()) for number, text in enumerate(texts, start=1)]
-    found = [
-        _json_line(path, number, text) if path.suffix == ".jsonl" else PromptEntry(text)
-        for number, text in numbered
-        if text
-    ]
+    read = _json_line if path.suffix.lower() == ".jsonl" else PromptEntry
+    found = []
+    for number, text in enumerate(texts, start=1):
+        if stripped := text.strip():
+            try:
+                found.append(_checked(read(stripped)))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} {error}") from None
     if not found:
         raise ValueError(f"{path} holds no prompts")
     return found
@@ -71,6 +85,12 @@ def plan_jobs(
     jobs: list[ImageJob] = []
     for row, entry in enumerate(entries):
         first = seed + row * num_images if entry.seed is None else entry.seed
+        last = first + num_images - 1
+        if first < 0 or last > checks.MAX_SEED:
+            raise ValueError(
+                f"prompt {row + 1} has the seeds {first}..{last}, expected a seed such that all "
+                f"lie in 0..{checks.MAX_SEED}"
+            )
         negative = negative_prompt if entry.negative_prompt is None else entry.negative_prompt
         for count, scale, index in product(steps, guidance_scales, range(num_images)):
             jobs.append(
@@ -79,16 +99,43 @@ def plan_jobs(
     return jobs
 
 
-def _json_line(path: Path, number: int, text: str) -> PromptEntry:
-    where = f"{path}, line {number}"
+def _json_line(text: str) -> PromptEntry:
     try:
-        entries: Any = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
+        entry: Any = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'must be an object with a text "prompt", got {text[:80]}')
     known = [one.name for one in fields(PromptEntry)]
-    if not isinstance(entries, dict) or not isinstance(entries.get("prompt"), str):
-        raise ValueError(f'{where} must be an object with a text "prompt", got {text[:80]}')
-    unknown = sorted(entries.keys() - known)
-    if unknown:
-        raise ValueError(f"{where} has unknown entries {unknown}; known: {', '.join(known)}")
-    return PromptEntry(**entries)
+    if unknown := sorted(entry.keys() - known):
+        raise ValueError(f"has unknown entries {unknown[:8]}; known: {', '.join(known)}")
+    return PromptEntry(**entry)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entry := dict(pairs)) < len(pairs):
+        raise ValueError("has an entry twice")
+    return entry
+
+
+def _checked(entry: PromptEntry) -> PromptEntry:
+    """Return the entry; ValueError for values that no image can be made of."""
+    for name in ("prompt", "negative_prompt"):
+        text: object = getattr(entry, name)
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"has {name}={text!r:.80}, expected a text")
+        if "\0" in text:
+            raise ValueError(f"has a null character in {name}; is the file text in UTF-8?")
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"has {len(text)} characters in {name}, at most {MAX_CHARACTERS}")
+        checks.texts(name, text)
+    seed: object = entry.seed
+    if seed is not None and (
+        not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= checks.MAX_SEED
+    ):
+        raise ValueError(f"has seed={seed!r:.80}, expected an integer in 0..{checks.MAX_SEED}")
+    return entry

@@ -17,11 +17,11 @@ from latentdiff.pipeline.files.model_info import default_guidance
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import (
     attach_settings,
-    model_metadata,
+    read_image_settings,
     read_settings,
     save_png,
 )
-from latentdiff.sampling.batch_sampler import BatchSampler, Extras
+from latentdiff.sampling.batch_sampler import EXTRAS, BatchSampler, Extras
 from latentdiff.sampling.open_pipeline import open_pipeline
 from latentdiff.sampling.prompt_list import (
     ImageJob,
@@ -29,6 +29,7 @@ from latentdiff.sampling.prompt_list import (
     plan_jobs,
     read_prompt_entries,
 )
+from latentdiff.sampling.resume_folder import ResumeFolder
 
 logger = logging.getLogger(__name__)
 
@@ -82,50 +83,29 @@ def _sample_folder(
     sampler: BatchSampler, jobs: Sequence[ImageJob], folder: Path
 ) -> Iterator[dict[str, Any]]:
     """Make the images that the folder lacks."""
-    model = model_metadata(sampler.pipe)
-    missing = [job for job in jobs if not _is_done(folder / _name(job), job, model)]
+    made = ResumeFolder(sampler.pipe, sampler.arguments)
+    missing = [
+        job
+        for job in jobs
+        if not made.is_done(folder / _name(job), job)
+        or (sampler.is_traced and not _has_extras(folder / _name(job)))
+    ]
     for job, image, extras in sampler.sample(missing):
         path = save_png(image, folder / _name(job))
-        yield {"path": str(path), "kind": "image", **read_settings(image)["call"]}
+        yield {"path": str(path), "kind": "image", **read_image_settings(image)["call"]}
         yield from _write_extras(extras, path)
     counts = {"made": len(missing), "images": len(jobs)}
     yield {"path": str(folder), "kind": "folder", **counts}
+
+
+def _has_extras(image_path: Path) -> bool:
+    return all(image_path.with_name(f"{image_path.stem}.{kind}.png").exists() for kind in EXTRAS)
 
 
 def _write_extras(extras: Extras, image_path: Path) -> Iterator[dict[str, Any]]:
     for kind, image in extras.items():
         path = save_png(image, image_path.with_name(f"{image_path.stem}.{kind}.png"))
         yield {"path": str(path), "kind": kind}
-
-
-def _is_done(path: Path, job: ImageJob, model: dict[str, Any]) -> bool:
-    """Return whether a job's image is there; ValueError where another one has its name."""
-    if not path.exists():
-        return False
-    settings = read_settings(path)
-    found, wanted = settings["call"], _call_of(job)
-    different = sorted(key for key, value in wanted.items() if found.get(key) != value)
-    if settings["model"]["fingerprint"] != model["fingerprint"]:
-        has, takes = (
-            str(one["dtype"]).removeprefix("torch.") for one in (settings["model"], model)
-        )
-        different.append("model" if has == takes else f"dtype, --dtype {has}")
-    if different:
-        raise ValueError(
-            f"{path} is an image of another {', '.join(different)}; it is not written over, "
-            "choose another folder"
-        )
-    return True
-
-
-def _call_of(job: ImageJob) -> dict[str, Any]:
-    return {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt or "",
-        "seed": job.seed,
-        "num_inference_steps": job.num_inference_steps,
-        "guidance_scale": job.guidance_scale,
-    }
 
 
 def _name(job: ImageJob) -> str:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from fakes_pipeline import tiny_pipeline
+from fakes_pipeline import lora_weights, tiny_pipeline
 from fakes_scripts import run_script
 from PIL import Image
 
 from latentdiff.image_grid import draw_grid
-from latentdiff.pipeline.png_metadata import read_settings
+from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.png_metadata import attach_settings, read_settings, save_png
 from latentdiff.sampling.open_pipeline import open_pipeline
 from latentdiff.sampling.prompt_list import PromptEntry, plan_jobs, read_prompt_entries
 
@@ -68,8 +69,13 @@ def test_missing_model_is_status_two(tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
+def lora_weights_of_unet():
+    return {name.removeprefix("unet."): value for name, value in lora_weights().items()}
+
+
 def records(capsys):
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def test_prompts_of_a_file_fill_a_folder_and_a_second_run_completes_it(model, tmp_path, capsys):
@@ -103,6 +109,100 @@ def test_image_of_other_settings_is_not_written_over(model, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "000000.png is an image of another num_inference_steps, prompt" in error
     assert (folder / "000000.png").read_bytes() == before
+
+
+OTHER_SETTINGS = [
+    (["--scheduler", "euler"], "scheduler"),
+    (["--height", 16], "height"),
+    (["--width", 16], "width"),
+    (["--guidance_rescale", 0.5], "guidance_rescale"),
+    (["--guidance_interval", "[0.1,0.8]"], "guidance_interval"),
+    (["--long_prompts", "chunks"], "long_prompts"),
+    (["--prompt_weighting", "false"], "prompt_weighting"),
+    (["--lora_scale", 0.5], "lora_scale"),
+    (["--negative_prompt", "sea"], "negative_prompt"),
+    (["--guidance_scale", 2], "guidance_scale"),
+    (["--seed", 1], "seed"),
+    (["--dtype", "bfloat16"], "dtype, --dtype float32"),
+    (["--image", "photo.png"], "strength, image"),
+    (["--lora", "lora"], "model"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), OTHER_SETTINGS, ids=lambda one: str(one)[:24])
+def test_an_image_of_any_other_setting_is_not_taken_for_done(
+    model, tmp_path, capsys, changes, named
+):
+    Image.effect_noise((32, 32), 60).save(tmp_path / "photo.png")
+    torch.manual_seed(0)
+    LatentDiffPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=lora_weights_of_unet())
+    out = tmp_path / "images"
+    arguments = [model, "a (red:2) heart", "--out", out, "--steps", 2, "--dtype", "float32"]
+    assert run(*arguments) == 0
+    assert run(*arguments, "--json") == 0
+    assert records(capsys)[-1]["made"] == 0
+    given = [tmp_path / one if one in ("photo.png", "lora") else one for one in changes]
+    assert run(*arguments, *given) == 2
+    assert f"is an image of another {named};" in capsys.readouterr().err
+
+
+def test_an_image_from_another_image_or_mask_is_not_taken_for_done(model, tmp_path, capsys):
+    for k in range(2):
+        Image.effect_noise((32, 32), 60 + 20 * k).save(tmp_path / f"photo{k}.png")
+        Image.new("L", (32, 32), 255 * k).save(tmp_path / f"mask{k}.png")
+    out = tmp_path / "images"
+    arguments = [model, "a cat", "--out", out, "--steps", 2, "--strength", 0.5]
+    photo, mask = ["--image", tmp_path / "photo0.png"], ["--mask", tmp_path / "mask1.png"]
+    assert run(*arguments, *photo, *mask) == 0
+    assert run(*arguments, *photo, *mask, "--json") == 0
+    assert records(capsys)[-1]["made"] == 0
+    for others, named in (
+        (["--image", tmp_path / "photo1.png", *mask], "image"),
+        ([*photo, "--mask", tmp_path / "mask0.png"], "mask_image"),
+        ([*photo, *mask, "--strength", 0.75], "strength"),
+        (photo, "mask_image"),
+    ):
+        assert run(*arguments, *others) == 2
+        assert f"is an image of another {named};" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_older_version_is_completed(model, tmp_path, capsys):
+    """Settings that did not exist then are the defaults; images to start from were not kept."""
+    out = tmp_path / "images"
+    arguments = [model, "a cat", "--out", out, "--steps", 1]
+    assert run(*arguments) == 0
+    old = read_settings(out / "000000.png")
+    for name in ("guidance_rescale", "guidance_interval", "eta"):
+        del old["call"][name]
+    old["call"]["long_prompts"] = "cut"
+    with Image.open(out / "000000.png") as image:
+        save_png(attach_settings(image.copy(), old), out / "000000.png")
+    assert run(*arguments, "--json") == 0
+    assert records(capsys)[-1]["made"] == 0
+
+
+def test_a_sheet_among_the_images_of_a_folder_is_named(model, tmp_path, capsys):
+    out = tmp_path / "images"
+    assert run(model, "a cat", "a dog", "--out", out / "000000.png", "--steps", 1) == 0
+    before = (out / "000000.png").read_bytes()
+    assert run(model, "a cat", "--out", out, "--steps", 1) == 2
+    assert "000000.png is a sheet of 2 images, expected one image" in capsys.readouterr().err
+    attach = {"call": {"seed": 0}, "model": ["no", "object"], "scheduler": 3, "inputs": "text"}
+    save_png(attach_settings(Image.new("RGB", (4, 4)), attach), out / "000000.png")
+    assert run(model, "a cat", "--out", out, "--steps", 1) == 2
+    assert "000000.png is an image of another" in capsys.readouterr().err
+    assert before != (out / "000000.png").read_bytes()
+
+
+def test_traces_that_a_folder_lacks_are_made(model, tmp_path, capsys):
+    arguments = [model, "a cat", "--out", tmp_path, "--steps", 1]
+    assert run(*arguments) == 0
+    assert run(*arguments, "--trace", "true") == 0
+    names = {"000000.png", "000000.trace.png", "000000.attention.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    capsys.readouterr()
+    assert run(*arguments, "--trace", "true", "--json") == 0
+    assert records(capsys)[-1]["made"] == 0
 
 
 def test_grid_has_an_image_for_each_pair_and_one_seed(model, tmp_path):

@@ -1,0 +1,145 @@
+"""Which images of a folder are made already: those whose stored settings are the ones asked for.
+
+Answers for: every setting that an image depends on, compared with the settings in its PNG file:
+those of the call, the scheduler, the model with its LoRA, the image and mask to start from. Does
+not answer for: what changes an image by rounding alone (batch size, the CPU's fast path, versions).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from latentdiff.pipeline import checks
+from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
+from latentdiff.pipeline.initial_latents import trained_size_px
+from latentdiff.pipeline.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.png_metadata import (
+    model_metadata,
+    read_image_settings,
+    scheduler_metadata,
+)
+from latentdiff.sampling.prompt_list import ImageJob
+
+DEFAULTS: dict[str, Any] = {  # of what a PNG file leaves out, as not given or older than it
+    "negative_prompt": "",
+    "guidance_rescale": 0.0,
+    "guidance_interval": [0.0, 1.0],
+    "strength": None,
+    "eta": 0.0,
+    "long_prompts": "truncate",
+    "prompt_weighting": True,
+    "clip_skip": None,
+    "lora_scale": None,
+}
+
+
+@dataclass(frozen=True)
+class ResumeFolder:
+    """The settings that the images of a folder share; arguments: of the pipeline's call."""
+
+    pipe: LatentDiffPipeline
+    arguments: Mapping[str, Any]
+
+    def is_done(self, path: Path, job: ImageJob) -> bool:
+        """Return whether a job's image is there; ValueError where another one has its name."""
+        if not path.exists():
+            return False
+        settings = read_image_settings(path)
+        found, wanted = DEFAULTS | settings["call"], self._call(job)
+        if found["long_prompts"] == checks.OLD_TRUNCATE:
+            found["long_prompts"] = "truncate"
+        different = [key for key in sorted(wanted) if not _is_same(found.get(key), wanted[key])]
+        different += self._other_inputs(settings)
+        if not _is_same(settings.get("scheduler"), self._scheduler):
+            different.append("scheduler")
+        different += _other_model(settings.get("model"), self._model)
+        if different:
+            raise ValueError(
+                f"{path} is an image of another {', '.join(different)}; it is not written over, "
+                "choose another folder"
+            )
+        return True
+
+    def _call(self, job: ImageJob) -> dict[str, Any]:
+        return self._shared | {
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt or "",
+            "seed": job.seed,
+            "num_inference_steps": job.num_inference_steps,
+            "guidance_scale": job.guidance_scale,
+        }
+
+    @cached_property
+    def _shared(self) -> dict[str, Any]:
+        """The settings of every image as a PNG file states them, defaults filled in."""
+        given, factor = self.arguments, self.pipe.vae_scale_factor
+        default = self._images.size(multiple=factor) or trained_size_px(
+            self.pipe.unet, factor=factor
+        )
+        height, width = checks.size_px(
+            given["height"], given["width"], default=default, multiple=factor
+        )
+        interval = checks.interval("guidance_interval", given["guidance_interval"])
+        return DEFAULTS | {
+            "height": height,
+            "width": width,
+            "strength": self._images.strength,
+            "guidance_rescale": given["guidance_rescale"],
+            "guidance_interval": list(interval),
+            "long_prompts": checks.long_prompts(given["long_prompts"]),
+            "prompt_weighting": given["prompt_weighting"],
+            "lora_scale": given["lora_scale"],
+        }
+
+    @cached_property
+    def _images(self) -> ImageInputs:
+        channels = self.pipe.num_channels
+        return read_image_inputs(
+            self.arguments["image"],
+            self.arguments["mask_image"],
+            strength=self.arguments["strength"],
+            num_prompts=1,
+            num_images=1,
+            needs_mask=self.pipe.unet.config.in_channels > channels,
+        )
+
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        return {name: digests[0] for name, digests in self._images.digests().items()}
+
+    @cached_property
+    def _scheduler(self) -> Any:
+        return json.loads(json.dumps(scheduler_metadata(self.pipe.scheduler), default=str))
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        return model_metadata(self.pipe)
+
+    def _other_inputs(self, settings: Mapping[str, Any]) -> list[str]:
+        """Name the images to start from that are not the ones of before."""
+        known = settings.get("inputs")
+        found = known if isinstance(known, dict) else {}
+        return [
+            name
+            for name in ("image", "mask_image")
+            if not _is_same(found.get(name), self._inputs.get(name))
+        ]
+
+
+def _other_model(found: Any, model: Mapping[str, Any]) -> list[str]:
+    """Name what differs of the model; a number format, by the option that gives it."""
+    known = found if isinstance(found, dict) else {}
+    if "fingerprint" in known and known["fingerprint"] == model["fingerprint"]:
+        return []
+    has, takes = (str(one.get("dtype")).removeprefix("torch.") for one in (known, model))
+    return ["model"] if has == takes else [f"dtype, --dtype {has}"]
+
+
+def _is_same(found: Any, wanted: Any) -> bool:
+    """Compare JSON values, where true is not 1."""
+    return bool(found == wanted) and isinstance(found, bool) == isinstance(wanted, bool)
