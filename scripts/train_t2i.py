@@ -1,6 +1,6 @@
 """Train or fine-tune a text-to-image latent diffusion model on a captioned folder.
 
-accelerate launch scripts/train_t2i.py --config configs/emoji.yaml --data.root=DIR
+python scripts/train_t2i.py --config configs/emoji.yaml --data.root=DIR
 """
 
 import sys

@@ -6,6 +6,7 @@ Answers for messages that name the setting, the given value and the nearest know
 import dataclasses
 import difflib
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,7 +75,8 @@ def parse_settings(
     """Parse settings and the options that a parser has besides; return both.
 
     Adds --config, --print_config and an option per setting to the parser. Raises ValueError with
-    one message for bad usage. An old name of a setting works and is logged once as a warning.
+    one message for bad usage. An old name of a setting works and is logged once as a warning. The
+    precision that accelerate launch was asked for stands where neither file nor option names one.
     """
     from jsonargparse import ArgumentError
 
@@ -82,13 +84,24 @@ def parse_settings(
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
     parser.add_class_arguments(kind)
     try:
-        parsed = parser.parse_args(_with_current_names(arguments, kind))
+        given = [*_asked_of_accelerate(kind), *arguments]
+        parsed = parser.parse_args(_with_current_names(given, kind))
         values = parser.instantiate_classes(parsed).as_dict()
         values.pop("config", None)
         options = {name: values.pop(name) for name in own if name in values}
         return kind(**values), options
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(_readable(str(error), [*own, *flat(kind())])) from error
+
+
+def _asked_of_accelerate(kind: Any) -> list[str]:
+    """Return the option for `accelerate launch --mixed_precision`; "no" is what it gives unasked.
+
+    It comes first, so that files and options win; training refuses to start where they differ.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    names = [name for name in flat(kind()) if name.rpartition(".")[2] == "mixed_precision"]
+    return [f"--{name}={asked}" for name in names if asked != "no"]
 
 
 def _with_current_names(arguments: Sequence[str], kind: Any) -> list[str]:

@@ -28,6 +28,7 @@ ON_THE_CPU = "On the CPU use torchrun --nproc_per_node N scripts/train_t2i.py"
 def start_accelerator(config: Config) -> Accelerator:
     """Start Accelerate; ValueError when it is not what was launched, or cannot be used."""
     _refuse_unsupported()
+    _refuse_other_precision(config.train.mixed_precision)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several CPU processes are not seen
@@ -71,6 +72,16 @@ def _refuse_unsupported() -> None:
         )
 
 
+def _refuse_other_precision(precision: str) -> None:
+    """Raise ValueError where accelerate launch was asked for another one; "no" it gives unasked."""
+    asked = os.environ.get(UNDER_ACCELERATE, "no")
+    if asked not in ("no", MIXED[precision]):
+        raise ValueError(
+            f"accelerate launch was asked for --mixed_precision {asked} and the config says "
+            f"mixed_precision={precision}: name one precision, either of launch or of the config"
+        )
+
+
 def _refuse_copies(accelerator: Accelerator) -> None:
     """Raise ValueError when fewer processes, or another kind, came to be than was asked for."""
     found, kind = accelerator.num_processes, accelerator.distributed_type
@@ -99,10 +110,12 @@ def _is_set(name: str) -> bool:
 
 
 def single_process_accelerator(precision: str) -> Accelerator:
-    """Start Accelerate; ValueError where several processes were launched: they would train copies.
+    """Start Accelerate; ValueError where several processes were launched: they would train copies,
+    or in another precision.
 
     Its autocast is wanted; gradients are scaled by optim.ScaledUpdate.
     """
+    _refuse_other_precision(precision)
     accelerator = Accelerator(mixed_precision=MIXED[precision])
     if accelerator.num_processes > 1:
         raise ValueError(

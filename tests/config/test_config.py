@@ -119,3 +119,33 @@ def test_every_renamed_setting_exists_and_its_old_name_is_free() -> None:
     for old, new in RENAMED.items():
         assert any(new in known for known in names), new
         assert not any(old in known for known in names), old
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Config, "train.mixed_precision"), (VaeConfig, "mixed_precision")]
+)
+def test_precision_asked_of_accelerate_launch_stands_where_the_config_names_none(
+    kind: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def precision(*arguments: str) -> object:
+        return flat(parse_arguments(kind, arguments))[name]
+
+    text = "train: {mixed_precision: fp32}" if "." in name else "mixed_precision: fp32"
+    (tmp_path / "named.yaml").write_text(text)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert precision() == "fp16"
+    assert precision(f"--{name}=bf16") == "bf16"  # which training then refuses
+    assert precision("--config", str(tmp_path / "named.yaml")) == "fp32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # given where nothing was asked for
+    assert precision() == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match=r"mixed_precision.*fp8"):
+        precision()
+
+
+def test_documented_commands_start_without_warnings_of_the_launcher() -> None:
+    root = Path(__file__).parents[2]
+    for path in (root / "README.md", *root.glob("configs/**/*.yaml"), *root.glob("docs/*.md")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if "accelerate launch" in line and "scripts/train" in line:
+                assert "--config_file" in line, f"{path}: {line}"

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from latentdiff.training import distributed
 from latentdiff.training.checkpoint import newest_valid
-from latentdiff.training.distributed import start_accelerator
+from latentdiff.training.distributed import single_process_accelerator, start_accelerator
 from latentdiff.training.loop import Loop
 from latentdiff.training.text_to_image.model import TextToImage
 from latentdiff.training.text_to_image.train_step import TrainStep
@@ -217,6 +217,7 @@ def test_sigterm_to_torchrun_saves_and_one_process_goes_on(world: Path, tmp_path
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP needs GPUs"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "expected fsdp_version: 2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, which"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "asked for --mixed_precision fp16 .*=fp32"),
     ],
 )
 def test_what_was_asked_for_and_is_not_there_is_refused(
@@ -275,3 +276,19 @@ def test_accelerate_launch_that_starts_one_process_of_two_exits_2(
     assert "was asked for several processes" in child.output()
     assert "returned non-zero exit status 2" in child.output()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("asked", "name"), [("no", "bf16"), ("bf16", "bf16"), ("no", "fp32")])
+def test_precision_that_accelerate_launch_agrees_with_is_trained_in(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, name: str
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    config = make_config(world, tmp_path / "run", train__mixed_precision=name)
+    assert start_accelerator(config).mixed_precision == ("no" if name == "fp32" else name)
+
+
+def test_one_process_recipes_refuse_another_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"--mixed_precision bf16 and the config .*=fp16"):
+        single_process_accelerator("fp16")
