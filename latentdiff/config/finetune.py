@@ -23,8 +23,9 @@ class FinetuneConfig:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """ends of the names of the U-Net's layers that get adapters; "attn2.to_k" is narrower,
     "ff.net.2" or "conv1" more"""
-    lora_kohya: bool = False
-    """write lora_kohya.safetensors too, in the naming of kohya, for ComfyUI and A1111"""
+    lora_kohya: bool = True
+    """write lora_kohya.safetensors too, in kohya's naming, for ComfyUI and A1111; lora/ is for
+    diffusers"""
     token: str = ""
     """textual_inversion: the new word, such as "<my-dog>" """
     initializer_token: str = ""

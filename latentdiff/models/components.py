@@ -27,6 +27,7 @@ from transformers import (
 
 from latentdiff.models.compatibility import check_compatible, read_configs, read_json
 from latentdiff.models.latents import Autoencoder
+from latentdiff.models.model_path import model_of_run, refuse_wrong_path
 from latentdiff.models.weights import (
     check_weights,
     mismatched_shapes,
@@ -91,13 +92,14 @@ BUNDLED = {
 
 
 def resolve_model(path_or_id: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model that ships, for its name; any other path or hub id as it is.
+    """Return the folder of a model that ships, for its name, or of the model that a training run
+    exported, for the run's; any other path or hub id as it is.
 
     Name a folder of your own that has the name of such a model as ./NAME. Raises FileNotFoundError
     where the package was installed without the model.
     """
     if (folder := BUNDLED.get(os.fspath(path_or_id))) is None:
-        return Path(path_or_id)
+        return Path(model_of_run(path_or_id))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{path_or_id} is not in this installation of LatentDiff ({folder} is absent); install "
@@ -167,15 +169,13 @@ def load_vae(
 def _folder(path_or_id: str | Path, *, variant: str | None) -> Path:
     """Return the local folder of a pipeline, fetched from the hub when it is not a path here."""
     folder = resolve_model(path_or_id)
+    refuse_wrong_path(folder, known=BUNDLED)
     if not folder.exists():
         download = diffusers.DiffusionPipeline.download
         folder = _fetch(
             lambda: download(str(path_or_id), use_safetensors=True, variant=variant), path_or_id
         )
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no model_index.json, expected a folder in Stable Diffusion's format"
-        )
+        refuse_wrong_path(folder, known=BUNDLED)
     return folder
 
 

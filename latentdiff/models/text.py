@@ -44,7 +44,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 def expand_multivector_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
     """Name all vectors of a word of textual inversion, "<cat> <cat>_1", where a caption names the
-    first, as diffusers' pipelines do with prompts (Gal et al. 2023).
+    first, in any case of letters, as the tokenizer finds it (Gal et al. 2023).
     """
     added = tokenizer.get_added_vocab()
     expanded = list(captions)
@@ -52,8 +52,9 @@ def expand_multivector_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str])
         if f"{word}_1" in added:
             more = [f"{word}_{k}" for k in range(1, len(added)) if f"{word}_{k}" in added]
             rest = "".join(f" {name}" for name in more)
-            once = re.compile(rf"{re.escape(word)}({re.escape(rest)}|(?!_\d))")
-            expanded = [once.sub(word + rest, caption) for caption in expanded]
+            once = re.compile(rf"{re.escape(word)}({re.escape(rest)}|(?!_\d))", flags=re.IGNORECASE)
+            whole = (word + rest).replace("\\", r"\\")  # no escape of the template
+            expanded = [once.sub(whole, caption) for caption in expanded]
     return expanded
 
 

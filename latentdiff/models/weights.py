@@ -17,6 +17,16 @@ from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
+SAFETENSORS_ERRORS = (SafetensorError, OSError, KeyError, TypeError, AttributeError)
+OTHER_FORMATS = (  # by their first bytes
+    (
+        rb"version https://git-lfs",
+        "a Git LFS pointer: run git lfs pull, or download the file itself",
+    ),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page, of a download that failed: download it again"),
+    (rb"PK\x03\x04|\x80[\x02-\x05][^\0]", "a pickle, which can run any code: convert it first"),
+    (rb"GGUF", "in GGUF format: take the .safetensors file"),
+)
 WEIGHT_FILE = re.compile(
     r"(diffusion_pytorch_model|model)(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors"
 )
@@ -142,11 +152,22 @@ def stored_shapes(files: Iterable[Path]) -> dict[str, Shape]:
             with safe_open(path, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                     shapes[key] = tuple(tensors.get_slice(key).get_shape())
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({error}); copy or download it again"
-            ) from error
+        except SAFETENSORS_ERRORS as error:
+            raise ValueError(damage(path, error)) from error
     return shapes
+
+
+def damage(path: Path, error: Exception) -> str:
+    """Return in a sentence what is wrong with a file that does not open as safetensors."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{path} cannot be read: {error.strerror}"
+    with path.open("rb") as file:
+        start = file.read(64)
+    for magic, kind in OTHER_FORMATS:
+        if re.match(magic, start, re.IGNORECASE):
+            return f"{path} is not a safetensors file but {kind}"
+    reason = str(error) if start else "it is empty"
+    return f"{path} is not a whole safetensors file ({reason}); copy or download it again"
 
 
 def mismatched_shapes(

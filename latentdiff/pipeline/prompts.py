@@ -78,7 +78,6 @@ class EncodePromptMixin:
     tokenizer: Any
     text_encoder: Any
     unet: Any
-    maybe_convert_prompt: Any
 
     def encode_prompt(  # noqa: PLR0917  (Stable Diffusion's signature)
         self,
@@ -199,10 +198,7 @@ class EncodePromptMixin:
         for text in checks.texts(name, value):
             expanded = text
             if self.tokenizer is not None and has_new_words(self.tokenizer):
-                if weighting:
-                    expanded = self.maybe_convert_prompt(text, self.tokenizer)
-                else:
-                    expanded = expand_multivector_tokens(self.tokenizer, [text])[0]
+                (expanded,) = expand_multivector_tokens(self.tokenizer, [text])
             parts = parse_prompt(expanded, weighting=weighting).parts
             prompts.append(Prompt(text, parts))
         return prompts

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentdiff.device import DTYPES
+from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.files.model_info import merged_info, public_name
 from latentdiff.pipeline.files.single_file import save_single_file
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
@@ -29,7 +30,7 @@ def merge_loras(
     if not loras or len(weights) != len(loras):
         raise ValueError(f"{len(weights)} weights for {len(loras)} LoRAs, expected one for each")
     _refuse_existing(out)
-    pipe = LatentDiffPipeline.from_pretrained(base)
+    pipe = LatentDiffPipeline.from_pretrained(model_of_run(base))
     names = [f"lora_{k}" for k in range(len(loras))]
     for lora, name in zip(loras, names, strict=True):
         pipe.load_lora_weights(lora, adapter_name=name)
@@ -68,7 +69,7 @@ def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") ->
             f"{', '.join(DTYPES)}"
         )
     _refuse_existing(out)
-    pipe = LatentDiffPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype])
+    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model), torch_dtype=DTYPES[dtype])
     if has_new_words(pipe.tokenizer):
         raise ValueError(
             f"{model} has learned words, and one file holds no vocabulary: convert the base "

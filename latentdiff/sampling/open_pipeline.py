@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from latentdiff.device import DTYPES, best_dtype, choose_device, tune_malloc
+from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
 AUTO = "auto"
@@ -26,7 +27,7 @@ def open_pipeline(
     device: str | None = None,
     fast: bool = False,
 ) -> LatentDiffPipeline:
-    """Open a model on a device, by default the best available one; ValueError for a wrong name.
+    """Open a model, or a run's, on a device, by default the best one; ValueError for a wrong name.
 
     dtype: a name, or "auto", see `best_dtype`. fast: on a CPU take packed layers, in float32 within
     1/255 of the plain ones (cpu/).
@@ -35,7 +36,7 @@ def open_pipeline(
         raise ValueError(f"dtype must be one of {AUTO}, {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
     wanted = best_dtype(place) if dtype == AUTO else DTYPES[dtype]
-    pipe = LatentDiffPipeline.from_pretrained(model, torch_dtype=wanted).to(place)
+    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model), torch_dtype=wanted).to(place)
     if fast and place.type == "cpu":
         tune_malloc()
         pipe.fast_cpu.is_on = True

@@ -19,6 +19,7 @@ from torch import nn
 from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
+from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.files.model_info import folder_title, model_card
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
@@ -50,7 +51,7 @@ def pack_model(
         raise ValueError(f"dtype={dtype}, expected one of {', '.join(DTYPES)}")
     if out.exists():
         raise ValueError(f"{out} already exists, expected the name of a new folder")
-    pipe = LatentDiffPipeline.from_pretrained(model)
+    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model))
     scale = pipe.model_info.guidance_scale if guidance_scale is None else guidance_scale
     pipe.model_info = dataclasses.replace(pipe.model_info, guidance_scale=scale)
     made = model_card(pipe.model_info, name=folder_title(out))

@@ -36,6 +36,7 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "output_dir",
     "data.cache_dir",
     "data.num_workers",
+    "finetune.lora_kohya",
     "train.max_steps",
     "train.micro_batch_size",
     "train.gradient_checkpointing",

@@ -1,4 +1,4 @@
-"""Loading and saving a pipeline by diffusers' loaders, with safetensors only.
+"""Loading and saving a pipeline by diffusers' loaders, with safetensors only; see also adapters.py.
 
 Pickles are never opened. A missing weight is an error that names it.
 """
@@ -15,21 +15,18 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders import (
-    FromSingleFileMixin,
-    StableDiffusionLoraLoaderMixin,
-    TextualInversionLoaderMixin,
-)
+from diffusers.loaders import FromSingleFileMixin
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import check_compatible
-from latentdiff.models.components import Components, load_components, resolve_model
+from latentdiff.models.components import BUNDLED, Components, load_components, resolve_model
+from latentdiff.models.model_path import refuse_wrong_path
 from latentdiff.models.save import complete_component, remove_origin
-from latentdiff.models.weights import PICKLES, check_weights
-from latentdiff.pipeline.files.kohya_lora import warn_of_unused_layers
+from latentdiff.models.weights import check_weights
+from latentdiff.pipeline.files.adapters import AdaptersMixin
 from latentdiff.pipeline.files.model_info import (
     FILE_NAME,
     ModelInfo,
@@ -44,9 +41,7 @@ STOCK_PIPELINE = "StableDiffusionPipeline"
 STOCK_INPAINTING = "StableDiffusionInpaintPipeline"
 
 
-class LoadingMixin(
-    StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin, FromSingleFileMixin
-):
+class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
     """Loading and saving of a pipeline; a mixin for DiffusionPipeline."""
 
     model_info: ModelInfo
@@ -79,6 +74,8 @@ class LoadingMixin(
             raise TypeError(f"from_pretrained() knows no argument {', '.join(unknown)}")
         if not use_safetensors:
             raise ValueError("use_safetensors=False would open pickles, which can run any code")
+        if os.fspath(pretrained_model_name_or_path) not in BUNDLED:
+            refuse_wrong_path(pretrained_model_name_or_path, known=BUNDLED)
         path = os.fspath(resolve_model(pretrained_model_name_or_path))
         if not os.path.isdir(path):
             path = _fetch(
@@ -126,74 +123,6 @@ class LoadingMixin(
             )
         pipe.register_to_config(_name_or_path=str(path))
         return pipe
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
-        adapter_name: str | None = None,
-        *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        """Load a LoRA in diffusers' or kohya's naming, besides the loaded ones.
-
-        Raises ValueError where it is a pickle, does not fit, or would be without effect.
-        """
-        source, before = pretrained_model_name_or_path_or_dict, self._adapters()
-        _refuse_pickle(source, weight_name)
-        where = {
-            "weight_name": weight_name,
-            "subfolder": subfolder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "use_safetensors": True,
-        }
-        given = dict(source) if isinstance(source, dict) else os.fspath(source)
-        try:
-            super().load_lora_weights(given, adapter_name=adapter_name, **where)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"the LoRA does not fit this model: {error}") from error
-        if self._adapters() == before:
-            raise ValueError(
-                "the LoRA has no weights for this model's U-Net or text encoder, so it would be "
-                "without effect; was it trained for another kind of model?"
-            )
-        named, *_ = self.lora_state_dict(given, **where)
-        warn_of_unused_layers(named, self._added_adapters(before))
-        self._check_components()
-
-    def load_textual_inversion(
-        self,
-        pretrained_model_name_or_path: Any,
-        token: str | list[str] | None = None,
-        *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        """Load new words: a safetensors file or folder, a state dict, or a list of them."""
-        source = pretrained_model_name_or_path
-        for one in source if isinstance(source, list) else [source]:
-            _refuse_pickle(one, weight_name)
-        super().load_textual_inversion(
-            os.fspath(source) if isinstance(source, os.PathLike) else source,
-            token=token,
-            weight_name=weight_name,
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            use_safetensors=True,
-        )
-        self._check_components()
 
     def to_json_string(self) -> str:
         """Return model_index.json, with the class name that stock diffusers opens the folder by."""
@@ -262,14 +191,6 @@ class LoadingMixin(
             )
         return str(commit.commit_url)
 
-    def _adapters(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = self.get_list_adapters()
-        return {part: sorted(names) for part, names in found.items()}
-
-    def _added_adapters(self, before: dict[str, list[str]]) -> dict[nn.Module, set[str]]:
-        adapters = self._adapters().items()
-        return {getattr(self, part): {*names} - {*before.get(part, [])} for part, names in adapters}
-
     def _check_components(self) -> None:
         """Raise ValueError where components do not fit each other, or a weight is missing."""
         configs = {
@@ -295,12 +216,3 @@ def _fetch(path_or_id: str, *, variant: str | None, **where: Any) -> str:
     with contextlib.suppress(EntryNotFoundError):  # most models have none
         hf_hub_download(path_or_id, FILE_NAME, **where)
     return os.fspath(folder)
-
-
-def _refuse_pickle(source: object, weight_name: str | None) -> None:
-    for name in (source, weight_name):
-        if isinstance(name, (str, os.PathLike)) and os.fspath(name).endswith(PICKLES):
-            raise ValueError(
-                f"{os.fspath(name)} is a pickle, which can run any code when it is opened; convert "
-                "it to .safetensors"
-            )

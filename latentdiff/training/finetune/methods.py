@@ -15,7 +15,11 @@ from latentdiff.config.choices import FinetuneMethod
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components
 from latentdiff.models.weights import weights_hash
-from latentdiff.pipeline.files.kohya_lora import kohya_weights, save_lora
+from latentdiff.pipeline.files.kohya_lora import (
+    kohya_weights,
+    layers_unknown_to_kohya,
+    save_lora,
+)
 from latentdiff.training.finetune import lora, textual_inversion
 
 logger = logging.getLogger(__name__)
@@ -82,14 +86,29 @@ def merged_components(components: Components, method: FinetuneMethod) -> Compone
 def save_adapters(components: Components, settings: FinetuneConfig, folder: Path) -> None:
     """Write the trained part alone: lora/, lora_kohya.safetensors or learned_embeds.safetensors."""
     if settings.method == "lora":
-        weights = lora.lora_weights(components)
-        path = folder / "lora" / lora.FILE_NAME
-        size = save_lora(weights, path)
-        num = sum(tensor.numel() for tensor in weights.values())
-        logger.info("%s: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
-        if settings.lora_kohya:
-            save_lora(kohya_weights(weights), folder / "lora_kohya.safetensors")
+        _save_lora_files(components, folder, kohya=settings.lora_kohya)
     if settings.method == "textual_inversion":
         path = folder / textual_inversion.FILE_NAME
         size = textual_inversion.save_embeds(components, settings.token, path)
         logger.info("%s: %d vectors, %d bytes", path, settings.num_vectors, size)
+
+
+def _save_lora_files(components: Components, folder: Path, *, kohya: bool) -> None:
+    """Write lora/ for diffusers and, if `kohya`, lora_kohya.safetensors for other programs."""
+    weights = lora.lora_weights(components)
+    path = folder / "lora" / lora.FILE_NAME
+    size = save_lora(weights, path)
+    num = sum(tensor.numel() for tensor in weights.values())
+    logger.info("%s, for diffusers: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
+    if not kohya:
+        return
+    other = folder / "lora_kohya.safetensors"
+    save_lora(kohya_weights(weights), other)
+    logger.info("%s, for ComfyUI, A1111 and kohya's scripts: the same", other)
+    if unknown := layers_unknown_to_kohya(weights):
+        logger.warning(
+            "kohya's own scripts have no place for %d of its layers and leave them out: %s; "
+            "ComfyUI and A1111 read all",
+            len(unknown),
+            ", ".join(unknown),
+        )

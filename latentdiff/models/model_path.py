@@ -1,0 +1,71 @@
+"""What a path says that is meant as a model: a training run, a file, or a name that is misspelt.
+
+Commands take a run for the model that it exported (`model_of_run`). Does not answer for: opening a
+folder (components.py), or the names of the models that ship (`resolve_model` there).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+from latentdiff.models.file_kind import describe
+from latentdiff.models.weights import stored_shapes
+
+INDEX = "model_index.json"
+EXPORT = "pipeline"  # folder of a run's exported model
+
+
+def model_of_run(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the folder of the model that a training run exported; any other path as it is."""
+    exported = Path(path_or_id) / EXPORT
+    is_run = (exported / INDEX).is_file() and not (Path(path_or_id) / INDEX).exists()
+    return exported if is_run else path_or_id
+
+
+def refuse_wrong_path(path_or_id: str | os.PathLike[str], *, known: Iterable[str]) -> None:
+    """Raise FileNotFoundError or ValueError where a path here, or a name, can be no model.
+
+    known: names of models that ship. A folder with a model_index.json passes, and so does what may
+    be the id of a model on the hub.
+    """
+    path, name = Path(path_or_id), os.fspath(path_or_id)
+    if path.is_dir():
+        _refuse_folder(path)
+    elif path.exists():
+        _refuse_file(path)
+    elif near := get_close_matches(name, known, n=1, cutoff=0.75):
+        raise FileNotFoundError(f"{name} is no folder here; did you mean {near[0]}?")
+    elif is_local(name):
+        raise FileNotFoundError(f"there is no folder {name}; check the spelling")
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name can only be a path: no id of the hub, OWNER/NAME, looks like it."""
+    has_suffix = name.lower().endswith((".safetensors", ".ckpt", ".bin", ".pt", ".pth"))
+    return has_suffix or name[:1] in ("", ".", "~", os.sep) or name.count("/") > 1
+
+
+def _refuse_folder(path: Path) -> None:
+    if (path / INDEX).is_file():
+        return
+    if (path / EXPORT / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{path} is the folder of a training run; the model that it exported is {path / EXPORT}"
+        )
+    if (path / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{path} is the folder of a training run without {EXPORT}/, which is written when the "
+            "run ends; run the same command again to its end"
+        )
+    raise FileNotFoundError(
+        f"{path} has no {INDEX}, expected a folder in Stable Diffusion's format"
+    )
+
+
+def _refuse_file(path: Path) -> None:
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path} is a file, expected a folder in Stable Diffusion's format")
+    raise ValueError(f"{path} is a file, not a folder: it holds {describe(stored_shapes([path]))}")
