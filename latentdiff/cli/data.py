@@ -73,7 +73,11 @@ def merge_folders_command(parser: ArgumentParser, arguments: Sequence[str]) -> i
     """Merge captioned folders into one, each with train/ and test/ and a metadata.jsonl in them."""
     parser.add_argument("out", type=str, help="the new folder")
     parser.add_argument(
-        "folders", type=str, nargs="+", metavar="DIR", help="a folder with train/ and test/"
+        "folders",
+        type=str,
+        nargs="+",
+        metavar="DIR",
+        help="a captioned folder, maybe with train/ and test/",
     )
     args = parser.parse_args(arguments)
     from latentdiff.data.merge_folders import merge_folders

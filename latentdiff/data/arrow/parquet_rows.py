@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 BATCH_BYTES = 4 << 20  # decoded at once
+MAX_BATCH = 64  # rows decoded at once, however small they are
 BUFFER_BYTES = 1 << 20  # read at once
 MAX_ROWS = 1 << 40
 _threads = threading.local()
@@ -61,7 +62,7 @@ def bytes_of(column: pa.Array) -> pa.Array:
 def batch_rows(file: pq.ParquetFile, group: int) -> int:
     """Return how many rows of a row group are decoded at once."""
     meta = file.metadata.row_group(group)
-    return int(np.clip(BATCH_BYTES * meta.num_rows // max(1, meta.total_byte_size), 1, 1024))
+    return int(np.clip(BATCH_BYTES * meta.num_rows // max(1, meta.total_byte_size), 1, MAX_BATCH))
 
 
 class _RowReader:
