@@ -17,7 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KINDS: tuple[str, ...] = ("png_settings", "prompt_files")  # one name for each fuzz_KIND.py
+KINDS: tuple[str, ...] = (
+    "parquet",
+    "png_settings",
+    "prompt_files",
+)  # one name for each fuzz_KIND.py
 REFUSALS = (ValueError, TypeError, FileNotFoundError)
 
 
