@@ -11,7 +11,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     *("train_throughput", "train_step_overhead", "heldout_race", "scaling"),
-    *("vae", "startup", "memory", "keyed_randomness"),
+    *("vae", "startup", "memory", "keyed_randomness", "open_in_transformers4"),
 )
 
 
