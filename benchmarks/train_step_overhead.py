@@ -36,7 +36,7 @@ from latentdiff.training.inputs import dataset as dataset_module
 from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.metrics_log import MetricsLog
 from latentdiff.training.recipe import LoopSettings
-from latentdiff.training.resume import CheckpointWriter, run_key
+from latentdiff.training.resume import CheckpointWriter
 from latentdiff.training.text_to_image import train_step as train_step_module
 from latentdiff.training.text_to_image.model import TextToImage
 from latentdiff.training.text_to_image.setup import setup
@@ -103,9 +103,7 @@ class FullLoop:
         self.batches = self.recipe.batches(0)
         self.log_file = MetricsLog(run.folder, is_main=True, first_step=0)
         settings = LoopSettings.of(run.config.train)
-        self.checkpoints = CheckpointWriter(
-            run.folder, settings, run_key(run.config), run.accelerator
-        )
+        self.checkpoints = CheckpointWriter(run.folder, settings, run.config, run.accelerator)
         clock.watch(self, "next_batch", "train_data")
         clock.watch(run.train_step.ema, "update", "ema")
         clock.watch(train_step_module, "clip_gradients", "clip_and_check")

@@ -24,7 +24,9 @@ def run_command(command: Command, arguments: Sequence[str], *, prog: str) -> int
     130 after Ctrl-C. A failed command leaves one message on stderr. Training handles SIGINT and
     SIGTERM itself and returns 130 or 143. Any other error is a bug and keeps its traceback.
     """
-    parser = ArgumentParser(prog=prog, description=getdoc(command), exit_on_error=False)
+    parser = ArgumentParser(
+        prog=prog, description=getdoc(command), exit_on_error=False, allow_abbrev=False
+    )
     try:
         return command(parser, arguments)
     except KeyboardInterrupt:

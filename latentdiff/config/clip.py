@@ -1,14 +1,26 @@
 """Every setting of the CLIP recipe, as a frozen dataclass."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from latentdiff.config.choices import MixedPrecision
+from latentdiff.config.effect import EffectRule, check_effect
 from latentdiff.config.ranges import at_least, check_ranges
+
+EFFECT_RULES = (
+    EffectRule(
+        ("vocab_size",),
+        lambda config: not config.tokenizer,
+        "it is for a vocabulary of the captions, and tokenizer brings its own",
+    ),
+)
 
 
 @dataclass(frozen=True)
 class ClipConfig:
     """A small CLIP trained on captioned folders."""
+
+    effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
     output_dir: str = "runs/clip"
     roots: tuple[str, ...] = ()
@@ -69,3 +81,4 @@ class ClipConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, naming the setting and the allowed values."""
         check_ranges(self)
+        check_effect(self)

@@ -9,11 +9,14 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from latentdiff.config.effect import without_idle_settings
 from latentdiff.config.text_to_image import Config
 
 if TYPE_CHECKING:
@@ -62,11 +65,17 @@ def load_config(
     return parse_arguments(settings_class, ["--config", str(path), *overrides])
 
 
+def load_stored_config(path: Path, kind: type[Settings]) -> Settings:
+    """Read the settings that a run has stored, as an earlier version may have written them.
+
+    What is absent has its default, and so has what had no effect, which a new run is refused for.
+    """
+    return kind(**without_idle_settings(_stored_values(path, kind), kind)[0])
+
+
 def parse_arguments(kind: type[Settings], arguments: Sequence[str]) -> Settings:
     """Parse options such as "--train.seed=1" and --config into settings; see parse_settings."""
-    from jsonargparse import ArgumentParser
-
-    return parse_settings(ArgumentParser(exit_on_error=False), kind, arguments)[0]
+    return parse_settings(_new_parser(), kind, arguments)[0]
 
 
 def parse_settings(
@@ -81,15 +90,11 @@ def parse_settings(
     from jsonargparse import ArgumentError
 
     own = list(parser.get_defaults().keys())
-    parser.add_argument("--config", action="config", help="a YAML file with these settings")
-    parser.add_class_arguments(kind)
     try:
         given = [*_asked_of_accelerate(kind), *arguments]
-        parsed = parser.parse_args(_with_current_names(given, kind))
-        values = parser.instantiate_classes(parsed).as_dict()
-        values.pop("config", None)
+        values = _parse_values(parser, kind, _with_current_names(given, kind))
         options = {name: values.pop(name) for name in own if name in values}
-        return kind(**values), options
+        return kind(**_as_begun(values, kind)), options
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(_readable(str(error), [*own, *flat(kind())])) from error
 
@@ -104,7 +109,50 @@ def _asked_of_accelerate(kind: Any) -> list[str]:
     return [f"--{name}={asked}" for name in names if asked != "no"]
 
 
-def _with_current_names(arguments: Sequence[str], kind: Any) -> list[str]:
+def _new_parser() -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False)
+
+
+def _parse_values(parser: "ArgumentParser", kind: Any, arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse options; return them by name, sections as their dataclasses, not checked as a whole."""
+    parser.add_argument("--config", action="config", help="a YAML file with these settings")
+    parser.add_class_arguments(kind)
+    values: dict[str, Any] = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    values.pop("config", None)
+    return values
+
+
+def _stored_values(path: Path, kind: Any) -> dict[str, Any]:
+    from jsonargparse import ArgumentError
+
+    given = _with_current_names(["--config", str(path)], kind, warns=False)
+    try:
+        return _parse_values(_new_parser(), kind, given)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}, the settings of a run: {_readable(str(error), list(flat(kind())))}"
+        ) from error
+
+
+def _as_begun(values: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """Return a config's values; of a run that was begun with settings without effect, less these.
+
+    Earlier versions took them. Any other run is refused for them when its config is built.
+    """
+    kept, names = without_idle_settings(values, kind)
+    path = Path(values["output_dir"]).expanduser() / "config.yaml"
+    if not names or not path.is_file():
+        return values
+    now, before = (SimpleNamespace(**found) for found in (values, _stored_values(path, kind)))
+    if any(attrgetter(name)(now) != attrgetter(name)(before) for name in names):
+        return values
+    logger.warning("without effect, as when %s was begun: %s", path.parent, ", ".join(names))
+    return kept
+
+
+def _with_current_names(arguments: Sequence[str], kind: Any, *, warns: bool = True) -> list[str]:
     """Rename settings that a config file or an option gives under their old names; warn once."""
     known, found, given = set(flat(kind())), {}, []
 
@@ -126,7 +174,7 @@ def _with_current_names(arguments: Sequence[str], kind: Any) -> list[str]:
         else:
             given.append(argument)
         is_path = argument == "--config"
-    if found:
+    if found and warns:
         names = ", ".join(f"{old} is now {new}" for old, new in sorted(found.items()))
         logger.warning("settings have new names, the old ones still work: %s", names)
     return given

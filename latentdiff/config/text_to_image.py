@@ -6,18 +6,88 @@ reads and writes them.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
+from latentdiff.config.effect import EffectRule, check_effect
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.config.model import ModelConfig
 from latentdiff.config.ranges import check_ranges
 from latentdiff.config.train import EvalConfig, PreviewConfig, TrainConfig
 
+EFFECT_RULES = (
+    EffectRule(
+        (
+            *("diffusion.num_timesteps", "diffusion.beta_schedule", "diffusion.beta_start"),
+            *("diffusion.beta_end", "diffusion.zero_terminal_snr"),
+        ),
+        lambda config: not config.model.pretrained,
+        "it is for training from scratch, and model.pretrained brings its own schedule",
+    ),
+    EffectRule(
+        ("diffusion.beta_start", "diffusion.beta_end"),
+        lambda config: config.diffusion.beta_schedule not in ("cosine", "squaredcos_cap_v2"),
+        "the cosine schedule has no part for it",
+    ),
+    EffectRule(
+        ("diffusion.logit_normal_mean", "diffusion.logit_normal_std"),
+        lambda config: config.diffusion.timestep_sampling == "logit_normal",
+        "it is for diffusion.timestep_sampling=logit_normal",
+    ),
+    EffectRule(
+        ("diffusion.snr_gamma",),
+        lambda config: config.diffusion.loss_weighting != "none",
+        "it is for a diffusion.loss_weighting, and there is none",
+    ),
+    EffectRule(
+        ("diffusion.huber_delta",),
+        lambda config: config.diffusion.loss == "huber",
+        "it is for diffusion.loss=huber",
+    ),
+    EffectRule(
+        ("finetune.token", "finetune.initializer_token", "finetune.num_vectors"),
+        lambda config: config.finetune.method == "textual_inversion",
+        "it is for finetune.method=textual_inversion",
+    ),
+    EffectRule(
+        (
+            *("finetune.lora_rank", "finetune.lora_alpha", "finetune.lora_dropout"),
+            *("finetune.lora_targets", "finetune.lora_kohya"),
+        ),
+        lambda config: config.finetune.method == "lora",
+        "it is for finetune.method=lora",
+    ),
+    EffectRule(
+        (
+            *("finetune.num_class_images", "finetune.class_images_dir", "finetune.class_num_steps"),
+            *("finetune.class_guidance_scale", "finetune.prior_loss_weight"),
+        ),
+        lambda config: bool(config.finetune.class_prompt),
+        "it is for the images of finetune.class_prompt, which is empty",
+    ),
+    EffectRule(
+        ("train.text_learning_rate",),
+        lambda config: (
+            config.train.train_text_encoder
+            or config.finetune.method == "textual_inversion"
+            or not (config.model.pretrained or config.model.text_encoder)
+        ),
+        "the text encoder is not trained; train.train_text_encoder=true trains it",
+    ),
+    EffectRule(
+        ("train.posthoc_ema_every_steps",),
+        lambda config: bool(config.train.posthoc_ema_sigma_rel),
+        "it is for the averages of train.posthoc_ema_sigma_rel, and there are none",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Config:
     """A whole text-to-image run."""
+
+    effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
     output_dir: str = "runs/new"
     data: DataConfig = field(default_factory=DataConfig)
@@ -39,6 +109,7 @@ class Config:
         _check_method(self)
         _check_class_images(self)
         _check_learned_variance(self)
+        check_effect(self)
 
 
 def _check_method(config: Config) -> None:

@@ -1,15 +1,36 @@
 """Every setting of the VAE recipe, as a frozen dataclass."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latentdiff.config.choices import MixedPrecision
+from latentdiff.config.effect import EffectRule, check_effect
 from latentdiff.config.ranges import at_least, check_ranges
+
+EFFECT_RULES = (
+    EffectRule(
+        ("train_part", "pca_channels"),
+        lambda config: bool(config.pretrained),
+        "train_part=decoder and pca_channels need --pretrained, a VAE to continue from",
+    ),
+    EffectRule(
+        ("lpips_weight",),
+        lambda config: bool(config.lpips),
+        "it weights --lpips, and there is none",
+    ),
+    EffectRule(
+        ("discriminator_start", "discriminator_width"),
+        lambda config: config.discriminator_weight > 0,
+        "discriminator_weight=0 trains without one",
+    ),
+)
 
 
 @dataclass(frozen=True)
 class VaeConfig:
     """A VAE trained on folders of images; captions are not needed."""
+
+    effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
     output_dir: str = "runs/vae"
     roots: tuple[str, ...] = ()
@@ -90,3 +111,4 @@ class VaeConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, naming the setting and the allowed values."""
         check_ranges(self)
+        check_effect(self)

@@ -4,7 +4,10 @@ A folder named step-%09d was written whole (atomic.py). manifest.json names ever
 and sha256, so that damage is found before the file is used. Only safetensors and JSON; nothing is
 unpickled. Each recipe decides what a checkpoint holds (`tensors` and `state` of recipe.py).
 
-    checkpoints/step-000012000/{<part>.safetensors ..., state.json, manifest.json}
+    checkpoints/step-000012000/{<part>.safetensors ..., state.json, config.yaml, manifest.json}
+
+A run that is resumed from an older checkpoint by its path begins a branch. The manifest has the
+checkpoint's lineage: the step and the seal of each checkpoint where a branch began on the way.
 """
 
 import hashlib
@@ -24,11 +27,12 @@ from torch import Tensor
 from latentdiff.atomic import atomic_folder, file_hash, remove_folder, remove_leftovers
 
 FORMAT = 1
-STATE, MANIFEST = "state.json", "manifest.json"
+STATE, MANIFEST, CONFIG = "state.json", "manifest.json", "config.yaml"
 FOLDER = re.compile(r"step-(?P<step>\d{9,})(?P<replaced>\.replaced)?")
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 Parts = Mapping[str, Mapping[str, Tensor]]
+Lineage = tuple[tuple[int, str], ...]  # step and seal of each checkpoint where a branch began
 
 
 class CheckpointError(ValueError):
@@ -55,11 +59,14 @@ def save_checkpoint(
     state: Mapping[str, Any],
     config_hash: str,
     world_size: int,
+    config: str | None = None,
+    lineage: Lineage = (),
 ) -> Path:
     """Write root/step-%09d, one safetensors file per key of `tensors`, and return its path.
 
-    For one process only. A folder of the same step is replaced. OSError when the disk fails or is
-    full: what was there before stays as it was. ValueError when `state` is no plain JSON.
+    config: the run's settings as YAML. For one process only. A folder of the same step is replaced.
+    OSError when the disk fails or is full: what was there before stays as it was. ValueError when
+    `state` is no plain JSON.
     """
     _check_parts(tensors)
     state_json = _to_json(state)
@@ -70,11 +77,14 @@ def save_checkpoint(
         for part, named in tensors.items():
             _save_tensors(named, folder / f"{part}.safetensors")
         (folder / STATE).write_text(state_json, encoding="utf-8")
+        if config is not None:
+            (folder / CONFIG).write_text(config, encoding="utf-8")
         manifest = {
             "format": FORMAT,
             "step": step,
             "config_hash": config_hash,
             "world_size": world_size,
+            "lineage": lineage,
             "files": {path.name: file_hash(path) for path in sorted(folder.iterdir())},
         }
         sealed = {**manifest, "seal": _hash(manifest)}
@@ -110,7 +120,7 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
     Other names in the folder are ignored.
     """
     skipped: list[str] = []
-    for path in reversed(_checkpoints(root)):
+    for path in reversed(checkpoint_folders(root)):
         try:
             validate_checkpoint(path)
             return path, skipped
@@ -132,6 +142,31 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot read {STATE}: {error}") from error
     return state
+
+
+def read_lineage(path: Path) -> Lineage:
+    """Return the lineage of a checkpoint, of which only the manifest is read."""
+    return _lineage(_read_manifest(path))
+
+
+def branch_at(path: Path) -> Lineage:
+    """Return the lineage of a branch that begins at a checkpoint."""
+    manifest = _read_manifest(path)
+    return (*_lineage(manifest), (manifest["step"], _hash(manifest)))
+
+
+def is_part_of(path: Path, lineage: Lineage) -> bool:
+    """Return whether a checkpoint is of the run with this lineage, or of one that it began from.
+
+    What has no readable manifest is not.
+    """
+    try:
+        manifest = _read_manifest(path)
+    except CheckpointError:
+        return False
+    own = _lineage(manifest)
+    is_older = len(own) < len(lineage) and manifest["step"] <= lineage[len(own)][0]
+    return own == lineage[: len(own)] and (is_older or len(own) == len(lineage))
 
 
 def validate_checkpoint(path: Path) -> dict[str, Any]:
@@ -160,20 +195,28 @@ def prune_checkpoints(
     keep_last: int,
     keep_every_steps: int | None = None,
     losses: Mapping[int, float] | None = None,
+    lineage: Lineage = (),
 ) -> list[Path]:
     """Delete checkpoints and return their former paths. Call it after a save, never before.
 
-    Kept: the last `keep_last`, every step that keep_every_steps divides, and of the existing ones
-    that with the minimum of `losses`, by step. A broken one is neither counted nor touched.
+    Kept: the last `keep_last`, every step that keep_every_steps divides, the checkpoint where the
+    branch of `lineage` began, and of the existing ones that with the minimum of `losses`, by step.
+    A broken one, or one of another branch, is neither counted nor touched.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}: expected 1 checkpoint or more")
-    steps = {path: step for path in _checkpoints(root) if (step := _whole_step(path)) is not None}
+    steps = {
+        path: step
+        for path in checkpoint_folders(root)
+        if is_part_of(path, lineage) and (step := _whole_step(path)) is not None
+    }
     best = best_step({step: losses[step] for step in steps.values() if losses and step in losses})
+    kept = {best, *(step for step, _ in lineage[-1:])}
     removable = [
         path
         for path in list(steps)[:-keep_last]
-        if steps[path] != best and not (keep_every_steps and steps[path] % keep_every_steps == 0)
+        if steps[path] not in kept
+        and not (keep_every_steps and steps[path] % keep_every_steps == 0)
     ]
     for path in removable:
         remove_folder(path)
@@ -237,8 +280,11 @@ class BackgroundSaver:
             self._failure = error
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    """Return the checkpoint folders, oldest first; of one step, the one being replaced first."""
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest first; of one step, the one being replaced first.
+
+    Whole or not; other names in the folder are ignored.
+    """
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         if (match := FOLDER.fullmatch(path.name)) and path.is_dir():
@@ -273,6 +319,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {path} was renamed: it holds step {body['step']}; give it back its name"
         )
     return body
+
+
+def _lineage(manifest: Mapping[str, Any]) -> Lineage:
+    """Return a manifest's lineage; those of earlier versions have none."""
+    return tuple((int(step), str(seal)) for step, seal in manifest.get("lineage", ()))
 
 
 def _check_size(path: Path, expected: int) -> None:

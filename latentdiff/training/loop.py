@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from latentdiff.atomic import write_text
 from latentdiff.config.io import to_yaml
-from latentdiff.training.checkpoint import best_step, checkpoint_step
+from latentdiff.training.checkpoint import best_step
 from latentdiff.training.distributed import any_process, single_process_accelerator
 from latentdiff.training.metrics_log import MetricsLog, Stopwatch, TimedIterator, log_throughput
 from latentdiff.training.recipe import LoopSettings, Recipe
 from latentdiff.training.resume import (
     CheckpointWriter,
-    first_checkpoint,
+    Start,
+    begin_run,
     load_state,
-    run_key,
     with_step_limit,
 )
 from latentdiff.training.run_folder import open_run_folder
@@ -45,27 +45,31 @@ def train_recipe(
     folder: Path,
     *,
     accelerator: Accelerator,
-    start: Path | None,
+    start: Start,
 ) -> int:
-    """Train from checkpoint `start`, None: from the beginning; export, and return the exit status.
+    """Train from where `begin_run` says; export, and return the exit status.
 
     0: done; 143 or 130: stopped by SIGTERM or SIGINT, its state saved. Writes config.yaml,
     metrics.jsonl, tensorboard/ and checkpoints/ into the run's folder. OSError when the last
     checkpoint could not be saved.
     """
     is_main = accelerator.is_main_process
-    first_step = checkpoint_step(start) if start else 0
+    if is_main and settings.lr_warmup_steps > settings.max_steps:
+        logger.warning(
+            "the learning rate never reaches its peak: lr_warmup_steps=%d is above max_steps=%d",
+            *(settings.lr_warmup_steps, settings.max_steps),
+        )
     with StopSignals() as signals:
         if is_main:
             write_text(folder / "config.yaml", to_yaml(config))
         # Before the state: a loader may draw from torch's generator, which is part of it.
-        batches = TimedIterator(recipe.batches(first_step))
+        batches = TimedIterator(recipe.batches(start.step))
         load_state(recipe, start)
-        log = MetricsLog(folder, is_main=is_main, first_step=first_step)
-        checkpoints = CheckpointWriter(folder, settings, run_key(config), accelerator)
+        log = MetricsLog(folder, is_main=is_main, first_step=start.step)
+        checkpoints = CheckpointWriter(folder, settings, config, accelerator, start.lineage)
         loop = Loop(recipe, settings, accelerator, log, checkpoints, signals)
         try:
-            stopped = loop.train_steps(batches, first_step=first_step)
+            stopped = loop.train_steps(batches, first_step=start.step)
         finally:
             checkpoints.wait()
         checkpoints.raise_error()
@@ -98,9 +102,9 @@ class Loop:
         for step in range(first_step, settings.max_steps + 1):
             is_new, last = step > first_step, step == settings.max_steps
             stop = any_process(self.signals.received is not None, self.accelerator) and not last
-            if is_new and is_due(step, settings.log_every_steps, last or stop):
+            if is_new and is_due(step, settings.log_every_steps, last):
                 self._log_steps(step, watch, bar)
-            if stop:
+            if stop:  # what is not logged yet is in the checkpoint
                 if is_new:
                     self.checkpoints.save(recipe, step)
                 break
@@ -173,7 +177,7 @@ def train_in_one_process(config: Settings, build: Callable[..., Recipe]) -> int:
         limited = with_step_limit(
             config, folder, minutes=given.max_minutes, steps_within=count_steps
         )
-        start = first_checkpoint(limited, folder)
+        start = begin_run(limited, folder, accelerator)
         recipe, settings = build(limited, folder, accelerator), LoopSettings.of(limited)
         return train_recipe(recipe, limited, settings, folder, accelerator=accelerator, start=start)
 

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from latentdiff.atomic import write_text
+from latentdiff.training.checkpoint import Parts
 
 logger = logging.getLogger(__name__)
+
+WINDOW = "window"  # part of a checkpoint: the steps since the last log line
 
 
 class MetricsLog:
@@ -147,12 +150,32 @@ class MeanLosses:
     def close(self, step: int) -> dict[str, float]:
         """Return their means; FloatingPointError when one is not finite after `step` steps."""
         means = {name: torch.stack(values).mean().item() for name, values in self._seen.items()}
-        if not all(math.isfinite(mean) for mean in means.values()):
-            raise FloatingPointError(
-                f"the losses are {means} at step {step}; lower --learning_rate"
-            )
+        _check_finite(means, f"at step {step}")
         self._seen = {}
         return means
+
+    def tensors(self) -> Parts:
+        """Return what a checkpoint holds of them: nothing at a log line.
+
+        So a resumed run logs the means of the run that never stopped. FloatingPointError when one
+        is not finite: the state after it is not to be saved.
+        """
+        if not self._seen:
+            return {}
+        stacked = {name: torch.stack(values) for name, values in self._seen.items()}
+        _check_finite({name: values.mean().item() for name, values in stacked.items()}, "so far")
+        return {WINDOW: stacked}
+
+    def load(self, tensors: Parts, device: torch.device) -> None:
+        """Take them back; earlier versions saved none."""
+        self._seen = {
+            name: list(values.to(device)) for name, values in tensors.get(WINDOW, {}).items()
+        }
+
+
+def _check_finite(means: Mapping[str, float], when: str) -> None:
+    if not all(math.isfinite(mean) for mean in means.values()):
+        raise FloatingPointError(f"the losses are {means} {when}; lower --learning_rate")
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -22,6 +22,7 @@ class LoopSettings:
     keep_checkpoints: int
     keep_every_steps: int = 0
     keep_best: bool = False
+    lr_warmup_steps: int = 0
 
     @classmethod
     def of(cls, section: object) -> "LoopSettings":
@@ -53,7 +54,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def tensors(self) -> Parts:
-        """Return what a checkpoint holds as tensors, by part and name; not copies."""
+        """Return what a checkpoint holds as tensors, by part and name; not copies.
+
+        What `figures` has not returned yet is part of it. FloatingPointError when it went wrong.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

@@ -1,23 +1,37 @@
-"""One run a folder: the lock that keeps two runs out of one folder, and who fails inside it.
+"""One run a folder: the lock that keeps two runs out of it, who fails inside, and what moves aside.
 
-Signals are stop_signals.py's.
+What a run leaves behind when it begins a branch or starts anew goes to previous/N, which is a run
+folder too: --output_dir=RUN/previous/N continues it. Signals are stop_signals.py's.
 """
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
+import re
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from accelerate import Accelerator
 
-from latentdiff.atomic import remove_leftovers
+from latentdiff.atomic import atomic_folder, remove_leftovers, write_bytes
 
 logger = logging.getLogger(__name__)
+
+EXPORTS = (  # what a run writes at its end; glob patterns
+    *("pipeline", "pipeline_learned_variance", "lora", "lora_kohya.safetensors"),
+    *("learned_embeds.safetensors", "vae", "clip", "text_encoder"),
+    *("metrics.json", "reconstructions_*.png"),
+)
+BY_STEP = ("samples", "power_ema")  # folders of files named step-%09d...
+RECORDS = ("config.yaml", "metrics.jsonl", "tensorboard")
+STATE = (*RECORDS, *BY_STEP, "tokenizer", "checkpoints")  # what it writes on the way
+STEP = re.compile(r"step-(\d{9,})\b.*")
 
 
 @contextlib.contextmanager
@@ -93,3 +107,65 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def exports_of(folder: Path) -> list[Path]:
+    """Return what a run has exported into its folder."""
+    return sorted(path for name in EXPORTS for path in folder.glob(name))
+
+
+def has_leftovers(folder: Path) -> bool:
+    """Return whether a folder holds anything that a run writes on its way."""
+    return any((folder / name).exists() for name in STATE)
+
+
+def next_previous(folder: Path) -> Path:
+    """Return the folder that takes what is moved aside next."""
+    numbers = itertools.count(1)
+    return next(path for n in numbers if not (path := folder / "previous" / str(n)).exists())
+
+
+def move_run_aside(folder: Path) -> None:
+    """Move all that a run wrote to previous/N, so that another may start in its folder."""
+    out = next_previous(folder)
+    moved = [*exports_of(folder), *(folder / name for name in STATE)]
+    _move([path for path in moved if path.exists()], folder, out)
+    logger.warning("the run that %s held was moved to %s", folder, out)
+
+
+def move_aside(folder: Path, *, after: int, checkpoints: Iterable[Path]) -> None:
+    """Move what a run wrote after a step to previous/N, where a branch begins from there.
+
+    Its checkpoints are given, and are moved last: until then the move is done again after a kill.
+    The records up to the step belong to both, and are copied.
+    """
+    out = next_previous(folder)
+    out.mkdir(parents=True)
+    for name in RECORDS[:2]:
+        if (folder / name).is_file():
+            write_bytes(out / name, (folder / name).read_bytes())
+    if (folder / "tensorboard").is_dir():
+        with atomic_folder(out / "tensorboard") as copy:
+            shutil.copytree(folder / "tensorboard", copy, dirs_exist_ok=True)
+    later = [
+        path
+        for name in BY_STEP
+        for path in sorted((folder / name).glob("step-*"))
+        if (match := STEP.fullmatch(path.name)) and int(match[1]) > after
+    ]
+    checkpoints = list(checkpoints)
+    _move([*later, *exports_of(folder), *checkpoints], folder, out)
+    names = ", ".join(path.name for path in checkpoints)
+    logger.warning(
+        "a branch begins after step %d: what %s held of another (%s) was moved to %s, which is a "
+        "run folder too",
+        *(after, folder, names, out),
+    )
+
+
+def _move(paths: Iterable[Path], folder: Path, out: Path) -> None:
+    """Move files and folders to the same places below `out`."""
+    for path in paths:
+        target = out / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)

@@ -8,7 +8,14 @@ import pytest
 import yaml
 
 from latentdiff.config.clip import ClipConfig
-from latentdiff.config.io import RENAMED, flat, load_config, parse_arguments, to_yaml
+from latentdiff.config.io import (
+    RENAMED,
+    flat,
+    load_config,
+    load_stored_config,
+    parse_arguments,
+    to_yaml,
+)
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 
@@ -57,6 +64,101 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
 )
 def test_bad_settings_are_named(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        parse_arguments(Config, [argument])
+
+
+@pytest.mark.parametrize(
+    ("given", "idle", "acting"),
+    [
+        ("--model.pretrained=a", "diffusion.num_timesteps=500", "model.pretrained="),
+        ("--model.pretrained=a", "diffusion.beta_start=0.001", "model.pretrained="),
+        ("--model.pretrained=a", "diffusion.beta_end=0.1", "model.pretrained="),
+        ("--model.pretrained=a", "diffusion.beta_schedule=linear", "model.pretrained="),
+        ("--diffusion.beta_schedule=cosine", "diffusion.beta_end=0.1", "diffusion.beta_schedule="),
+        (
+            "--finetune.token=<x>",
+            "finetune.initializer_token=dog",
+            "finetune.method=textual_inversion",
+        ),
+        ("--model.pretrained=a", "finetune.lora_rank=4", "finetune.method=lora"),
+        ("--model.pretrained=a", "finetune.prior_loss_weight=2", "finetune.class_prompt=a dog"),
+        ("--model.pretrained=a", "train.text_learning_rate=1", "train.train_text_encoder=true"),
+        (
+            "--train.seed=1",
+            "diffusion.logit_normal_mean=1",
+            "diffusion.timestep_sampling=logit_normal",
+        ),
+        (
+            "--train.seed=1",
+            "diffusion.logit_normal_std=2",
+            "diffusion.timestep_sampling=logit_normal",
+        ),
+        ("--train.seed=1", "diffusion.snr_gamma=2", "diffusion.loss_weighting=min_snr"),
+        ("--train.seed=1", "diffusion.huber_delta=2", "diffusion.loss=huber"),
+        ("--train.seed=1", "train.posthoc_ema_every_steps=2", "train.posthoc_ema_sigma_rel=[0.1]"),
+    ],
+)
+def test_settings_without_effect_are_refused_unless_another_makes_them_act(
+    given: str, idle: str, acting: str
+) -> None:
+    name = idle.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"{name}=\S+ has no effect: .*Leave out .*{name}"):
+        parse_arguments(Config, [given, f"--{idle}"])
+    model = ["--model.pretrained=a"] if acting.startswith("finetune") else []
+    parse_arguments(Config, [given, f"--{idle}", *model, f"--{acting}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "acting"),
+    [
+        (VaeConfig, "--train_part=decoder", "--pretrained=a"),
+        (VaeConfig, "--lpips_weight=2", "--lpips=a"),
+        (VaeConfig, "--discriminator_start=2", "--discriminator_weight=1"),
+        (ClipConfig, "--vocab_size=600", "--tokenizer="),
+    ],
+)
+def test_settings_without_effect_are_refused_in_the_other_recipes(
+    kind: type, argument: str, acting: str
+) -> None:
+    others = ["--tokenizer=open_clip"] if kind is ClipConfig else []
+    with pytest.raises(ValueError, match="has no effect"):
+        parse_arguments(kind, [argument, *others])
+    parse_arguments(kind, [argument, *others, acting])
+
+
+def test_a_run_begun_with_settings_without_effect_may_be_continued(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As earlier versions took them; their numbers do not depend on it."""
+    stored = tmp_path / "config.yaml"
+    stored.write_text(
+        "train: {warmup_steps: 3}\nfinetune: {token: <x>}\ndiffusion: {snr_gamma: 2}\n"
+    )
+    options = [f"--output_dir={tmp_path}", "--train.lr_warmup_steps=3"]
+    config = load_config(stored, options)
+    assert "without effect, as when" in caplog.text
+    assert config == parse_arguments(Config, options)
+    assert load_stored_config(stored, Config).train == config.train
+    with pytest.raises(ValueError, match=r"snr_gamma=3.0 has no effect"):
+        load_config(stored, [*options, "--diffusion.snr_gamma=3"])
+    with pytest.raises(ValueError, match=r"Leave out diffusion.snr_gamma, finetune.token"):
+        load_config(stored)
+
+
+def test_a_damaged_config_of_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {sed: 3}\n")
+    with pytest.raises(
+        ValueError, match=r"config.yaml, the settings of a run: .*did you mean train.seed"
+    ):
+        load_stored_config(tmp_path / "config.yaml", Config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"),
+    [("--train.max_step=5", "train.max_steps"), ("--output=x", "output_dir"), ("--conf=x", "")],
+)
+def test_abbreviated_options_are_refused_by_the_nearest_name(argument: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown setting .*{name}"):
         parse_arguments(Config, [argument])
 
 

@@ -17,10 +17,12 @@ from latentdiff.training import checkpoint
 from latentdiff.training.checkpoint import (
     BackgroundSaver,
     CheckpointError,
+    branch_at,
     config_hash,
     load_checkpoint,
     newest_valid,
     prune_checkpoints,
+    read_lineage,
     save_checkpoint,
     snapshot,
     validate_checkpoint,
@@ -43,7 +45,13 @@ def save(root: Path, step: int = 1, **changed: object) -> Path:
     state = changed.get("state", {"epoch": 2, "best": 0.1 + 0.2, "names": ["a"], "none": None})
     tensors = changed.get("tensors", make_tensors(step))
     return save_checkpoint(
-        root, step=step, tensors=tensors, state=state, config_hash="abc", world_size=2
+        root,
+        step=step,
+        tensors=tensors,
+        state=state,
+        config_hash="abc",
+        world_size=2,
+        lineage=changed.get("lineage", ()),
     )
 
 
@@ -266,6 +274,19 @@ def test_prune_counts_whole_checkpoints_only(tmp_path: Path) -> None:
     truncate(save(tmp_path, 2) / "unet.safetensors")
     assert prune_checkpoints(tmp_path, keep_last=1) == []
     assert newest_valid(tmp_path)[0] == good
+
+
+def test_prune_neither_counts_nor_touches_another_branch(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    lineage = branch_at(tmp_path / "step-000000002")
+    for step in (4, 5):
+        save(tmp_path, step, lineage=lineage)
+    save(tmp_path, 6, lineage=((1, "another"),))
+    removed = prune_checkpoints(tmp_path, keep_last=1, lineage=lineage)
+    assert [path.name[-1] for path in removed] == ["1", "4"]
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "3", "5", "6"]
+    assert read_lineage(tmp_path / "step-000000005") == lineage
 
 
 def test_config_hash_ignores_the_order_of_keys() -> None:

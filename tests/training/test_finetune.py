@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from latentdiff.models.components import load_components
 from latentdiff.training import loop
 from latentdiff.training.checkpoint import newest_valid
+from latentdiff.training.text_to_image import setup
+from latentdiff.training.text_to_image.model import pretrained_components
 from latentdiff.training.text_to_image.train_t2i import train
 
 
@@ -153,20 +155,18 @@ def test_checkpoint_holds_adapters_alone(lora_run):
     assert {name.split(".")[0] for name in saved} == {"unet", "text_encoder"}
 
 
-def test_checkpoint_of_another_base_is_refused(world, lora_run, tmp_path):
-    other = load_components(world / "base" / "pipeline")
-    with torch.no_grad():
-        other.unet.conv_in.weight += 1
-    folder = tmp_path / "other"
-    StableDiffusionPipeline(**other.as_dict(), requires_safety_checker=False).save_pretrained(
-        folder
-    )
-    checkpoint = lora_run / "checkpoints/step-000000004"
-    config = finetuning(
-        world,
-        tmp_path / "run",
-        **LORA | {"model__pretrained": folder, "train__resume": checkpoint, "train__max_steps": 5},
-    )
+def test_checkpoint_of_another_base_is_refused(world, lora_run, tmp_path, monkeypatch):
+    def changed(config):
+        components = pretrained_components(config)
+        components.unet.conv_in.weight.data += 1
+        return components
+
+    monkeypatch.setattr(setup, "pretrained_components", changed)
+    changes = {
+        "train__resume": lora_run / "checkpoints/step-000000004",
+        "train__max_steps": 5,
+    }
+    config = finetuning(world, tmp_path / "run", **LORA | changes)
     with pytest.raises(ValueError, match="other weights"):
         train(config)
 

@@ -277,7 +277,7 @@ def test_keeping_the_best_needs_heldout_images(world: Path, tmp_path: Path) -> N
         train(config)
 
 
-def test_checkpoint_without_an_average_is_refused_by_name(
+def test_checkpoint_with_other_averages_is_refused_by_name(
     world: Path, averaged: Path, tmp_path: Path
 ) -> None:
     start = averaged / "checkpoints" / "step-000000012"
@@ -288,5 +288,5 @@ def test_checkpoint_without_an_average_is_refused_by_name(
         train__posthoc_ema_sigma_rel=[0.25],
         train__max_steps=13,
     )
-    with pytest.raises(ValueError, match="holds no power_ema_0p25"):
+    with pytest.raises(ValueError, match=r"sigma_rel: \(0.1, 0.2, 0.15\) -> \(0.25,\)"):
         train(config)

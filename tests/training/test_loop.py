@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from latentdiff import LatentDiffPipeline, load_config
 from latentdiff.training import distributed
 from latentdiff.training.inputs.dataset import LatentDataset
+from latentdiff.training.text_to_image.train_step import TrainStep
 from latentdiff.training.text_to_image.train_t2i import train
 
 ENVIRONMENT = os.environ | {
@@ -168,6 +170,64 @@ def test_a_folder_of_another_run_is_refused(world: Path, whole: Path) -> None:
         train(make_config(world, whole, train__learning_rate=0.5))
     with pytest.raises(ValueError, match=r"--train\.resume=auto continues it"):
         train(make_config(world, whole, train__resume="never"))
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_its_path(
+    world: Path, whole: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "train__resume": whole / "checkpoints" / "step-000000008",
+        "train__max_steps": 9,
+        "diffusion__prediction_type": "v_prediction",
+    }
+    with pytest.raises(ValueError, match=r"diffusion.prediction_type:  -> v_prediction"):
+        train(make_config(world, tmp_path / "run", **settings))
+
+
+def test_max_steps_before_the_checkpoint_is_refused_and_changes_nothing(
+    world: Path, whole: Path
+) -> None:
+    before = (whole / "config.yaml").read_text(), (whole / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"train.max_steps=5 is less than the 8 steps of .*-0*8"):
+        train(make_config(world, whole, train__max_steps=5))
+    assert before == ((whole / "config.yaml").read_text(), (whole / "metrics.jsonl").read_text())
+
+
+def test_a_run_stopped_between_two_log_lines_is_logged_and_trained_as_the_whole_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a skipped update is in the cut window, which holds the learning rate back."""
+    planted(monkeypatch, bad={3})
+    settings = {"train__log_every_steps": 4, "train__max_steps": 12, "train__lr_warmup_steps": 9}
+    assert train(make_config(world, tmp_path / "whole", **settings)) == 0
+    step, run = TrainStep.step, tmp_path / "run"
+
+    def stopping(self: TrainStep, *args: Any, **others: Any) -> Any:
+        if others["step"] in (1, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **others)
+
+    monkeypatch.setattr(TrainStep, "step", stopping)
+    for _ in range(2):
+        assert train(make_config(world, run, **settings)) == 143
+    assert train(make_config(world, run, **settings)) == 0
+    for name in ("loss", "grad_norm", "skipped_updates", "learning_rate", "loss/t0-249"):
+        assert read_metrics(run, name) == read_metrics(tmp_path / "whole", name)
+    assert sum(read_metrics(run, "skipped_updates").values()) >= 3
+    assert_same_run(run, tmp_path / "whole", step=12)
+
+
+def test_all_that_a_run_writes_is_moved_aside_where_it_starts_anew(
+    world: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "checkpoints" / "step-000000008" / "ema.safetensors").unlink()
+    (run / "notes.txt").write_text("a user's own")
+    assert train(make_config(world, run, train__max_steps=2, train__resume="never")) == 0
+    moved, own = run / "previous" / "1", {".lock", "previous", "notes.txt"}
+    assert {path.name for path in moved.iterdir()} == {path.name for path in whole.iterdir()} - own
+    assert (run / "notes.txt").is_file()
+    assert list(read_metrics(run)) == [1, 2]
 
 
 def test_a_damaged_checkpoint_is_passed_over(

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +176,36 @@ def test_pieces_are_the_whole_bit_for_bit(
         ours, theirs = read_metrics(run), read_metrics(wholes[recipe])
         assert ours == {at: loss for at, loss in theirs.items() if at > step}
         assert exported(run) == exported(wholes[recipe])
+
+
+def test_log_lines_do_not_depend_on_where_a_run_was_cut(
+    world: Path, tmp_path: Path, recipe: str
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_recipe(recipe, world, whole, log_every_steps=3) == 0
+    start_from = str(whole / "checkpoints" / "step-000000004")
+    assert run_recipe(recipe, world, run, log_every_steps=3, resume=start_from) == 0
+    assert read_metrics(whole).keys() == {3, 6, 8}
+    assert read_metrics(run) == {at: loss for at, loss in read_metrics(whole).items() if at > 4}
+
+
+def test_a_run_without_a_usable_checkpoint_is_refused(
+    world: Path, wholes: dict[str, Path], tmp_path: Path, recipe: str
+) -> None:
+    run = shutil.copytree(wholes[recipe], tmp_path / "run")
+    for path in run.glob("checkpoints/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    log = (run / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="none can be used"):
+        run_recipe(recipe, world, run)
+    assert (run / "metrics.jsonl").read_text() == log
+    assert run_recipe(recipe, world, run, resume="never") == 0
+    assert (run / "previous" / "1" / "metrics.jsonl").read_text() == log
+    assert exported(run / "previous" / "1") == exported(run)
+    others = {"previous", ".lock", "config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in run.iterdir()} - others == {
+        path.name for path in (run / "previous" / "1").iterdir()
+    }  # everything that the recipe writes was moved
 
 
 def test_killed_runs_lose_nothing(world: Path, tmp_path: Path, recipe: str) -> None:

@@ -132,8 +132,8 @@ class ClipRecipe(Recipe):
         return self.losses.close(step) | {"learning_rate": self.learning_rate(step - 1)}
 
     def tensors(self) -> Parts:
-        """Return weights and optimiser state."""
-        return self.clip_step.tensors()
+        """Return weights, optimiser state, and the losses since the last log line."""
+        return {**self.clip_step.tensors(), **self.losses.tensors()}
 
     def state(self) -> dict[str, Any]:
         """Return the numbers next to them."""
@@ -142,6 +142,7 @@ class ClipRecipe(Recipe):
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
         """Take both back."""
         self.clip_step.load(tensors, state)
+        self.losses.load(tensors, self.accelerator.device)
 
     def export(self) -> None:
         """Write clip/, text_encoder/, tokenizer/, and the held-out recall in metrics.json."""

@@ -150,12 +150,6 @@ def pretrained_components(config: Config) -> Components:
     prediction_type = config.diffusion.prediction_type
     if prediction_type and prediction_type != components.scheduler.config["prediction_type"]:
         components.scheduler.register_to_config(prediction_type=prediction_type)
-    for name in ("beta_schedule", "zero_terminal_snr"):
-        if getattr(config.diffusion, name):
-            raise ValueError(
-                f"diffusion.{name} is for training from scratch, and model.pretrained brings its "
-                f"own schedule; leave diffusion.{name} out"
-            )
     check_objective(
         schedule_of(components.scheduler), components.scheduler.config["prediction_type"]
     )

@@ -22,13 +22,14 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     triple_losses,
 )
 from latentdiff.models.learned_variance import prediction_only
-from latentdiff.training.checkpoint import Parts, checkpoint_state, checkpoint_step
+from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator
 from latentdiff.training.fsdp import full_state, shard_state
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE, STRATA_RULE
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.inputs.workers import report_worker_crash
 from latentdiff.training.loop import is_due, train_recipe
+from latentdiff.training.metrics_log import WINDOW
 from latentdiff.training.optim.ema import COUNT
 from latentdiff.training.optim.posthoc_ema import (
     Snapshot,
@@ -37,7 +38,7 @@ from latentdiff.training.optim.posthoc_ema import (
     snapshot_path,
 )
 from latentdiff.training.recipe import LoopSettings, Recipe
-from latentdiff.training.resume import first_checkpoint
+from latentdiff.training.resume import begin_run
 from latentdiff.training.run_folder import open_run_folder
 from latentdiff.training.stop_signals import die_with_parent
 from latentdiff.training.text_to_image.export import averaged, export
@@ -66,14 +67,13 @@ def train(config: Config) -> int:
     check_prompts(config.preview.prompts)
     accelerator = start_accelerator(config)
     with open_run_folder(config.output_dir, accelerator) as folder:
-        start = first_checkpoint(config, folder)
-        rule = strata_rule_of(start)
+        start = begin_run(config, folder, accelerator)
+        rule = strata_rule_of(start.checkpoint)
         run = setup(config, folder, accelerator)
         run.strata_rule = rule
-        first_step = checkpoint_step(start) if start else 0
-        log_plan(run, first_step)
+        log_plan(run, start.step)
         if accelerator.is_main_process:
-            drop_snapshots_after(folder, first_step)
+            drop_snapshots_after(folder, start.step)
         with report_worker_crash(run.train_data.dataset, run.train_data.ids):
             return train_recipe(
                 TextToImageRecipe(run),
@@ -220,14 +220,15 @@ class TextToImageRecipe(Recipe):
                 logger.error("a snapshot for scripts/reconstruct_ema.py is missing: %s", error)
 
     def tensors(self) -> Parts:
-        """Return weights, optimiser state and averages."""
-        return self.train_step.tensors()
+        """Return weights, optimiser state, averages, and the steps since the last log line."""
+        return {**self.train_step.tensors(), **self.results.tensors()}
 
     def state(self) -> dict[str, Any]:
         """Return the numbers next to them, and the held-out losses so far."""
         return self.train_step.state() | {
             "heldout": {str(step): loss for step, loss in self.heldout.items()},
             "num_heldout": self._num_heldout,
+            "skipped_in_a_row": self.results.skipped_in_a_row,
             "scaling_factor": float(self.run.components.vae.config["scaling_factor"]),
             "base": self.run.base_hash,
             "strata_rule": self.run.strata_rule,
@@ -243,6 +244,7 @@ class TextToImageRecipe(Recipe):
                 "the base model of that run"
             )
         self.train_step.load(shard_state(tensors, self.train_step.parameters), state)
+        self.results.load(tensors, skipped_in_a_row=state.get("skipped_in_a_row", 0))
         if state.get("num_heldout") == self._num_heldout:
             self.heldout |= {int(step): loss for step, loss in state["heldout"].items()}
 
@@ -295,12 +297,8 @@ class StepResults:
         table = torch.stack(
             [torch.stack([r.loss, r.grad_norm, r.ok.float()]) for r in self.results]
         )  # (steps, 3)
-        buckets = torch.stack(
-            [torch.stack([r.bucket_losses, r.bucket_counts]) for r in self.results]
-        )  # (steps, 2, NUM_BUCKETS)
-        buckets = torch.where(torch.isfinite(buckets[:, :1]), buckets, 0.0).sum(0)
         losses = self.accelerator.reduce(table[:, 0].contiguous(), "sum").cpu()
-        buckets = self.accelerator.reduce(buckets, "sum").cpu()
+        buckets = self._buckets().sum(0).cpu()
         norms, ok = table[:, 1].cpu(), table[:, 2].cpu() > 0
         skipped = int((~ok).sum())
         self._check_skipped(ok.tolist(), step, ids)
@@ -316,6 +314,50 @@ class StepResults:
                 figures[f"loss/{label}"] = total / count
         self.results = []
         return figures, skipped
+
+    def tensors(self) -> Parts:
+        """Return what a checkpoint holds of these steps, of all processes: nothing at a log line.
+
+        So a resumed run logs, and counts as skipped, what the run that never stopped does.
+        """
+        if not self.results:
+            return {}
+        bucket_losses, bucket_counts = self._buckets().unbind(1)
+        losses = torch.stack([result.loss for result in self.results])
+        window = {
+            "loss": self.accelerator.reduce(losses, "sum"),
+            "bucket_losses": bucket_losses,
+            "bucket_counts": bucket_counts,
+            "grad_norm": torch.stack([result.grad_norm for result in self.results]),
+            "ok": torch.stack([result.ok for result in self.results]),
+            "indices": torch.cat([result.indices for result in self.results]),
+            "num_indices": torch.tensor([len(result.indices) for result in self.results]),
+        }
+        return {WINDOW: window}
+
+    def load(self, tensors: Parts, *, skipped_in_a_row: int) -> None:
+        """Take them back; earlier versions saved none."""
+        self.skipped_in_a_row = skipped_in_a_row
+        if not (window := dict(tensors.get(WINDOW, {}))):
+            return
+        if not self.accelerator.is_main_process:  # the main one has the sums
+            for name in ("loss", "bucket_losses", "bucket_counts"):
+                window[name] = torch.zeros_like(window[name])
+        indices = window.pop("indices").split(window.pop("num_indices").tolist())
+        on_device = {name: tensor.to(self.accelerator.device) for name, tensor in window.items()}
+        self.results = [
+            StepResult(**{name: tensor[k] for name, tensor in on_device.items()}, indices=one)
+            for k, one in enumerate(indices)
+        ]
+
+    def _buckets(self) -> torch.Tensor:
+        """Return losses and counts by timestep, of all processes, (steps, 2, NUM_BUCKETS)."""
+        buckets = torch.stack(
+            [torch.stack([r.bucket_losses, r.bucket_counts]) for r in self.results]
+        )
+        buckets = torch.where(torch.isfinite(buckets[:, :1]), buckets, 0.0)
+        summed: torch.Tensor = self.accelerator.reduce(buckets, "sum")
+        return summed
 
     def _check_skipped(self, ok: list[bool], step: int, ids: Sequence[str]) -> None:
         first = step - len(ok) + 1

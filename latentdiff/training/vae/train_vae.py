@@ -97,8 +97,8 @@ class VaeRecipe(Recipe):
         return self.losses.close(step) | {"learning_rate": self.learning_rate(step - 1)}
 
     def tensors(self) -> Parts:
-        """Return weights, optimiser states, averages and the states of torch's generators."""
-        return self.train_step.tensors()
+        """Return weights, optimiser states, averages, generators, and losses not logged yet."""
+        return {**self.train_step.tensors(), **self.losses.tensors()}
 
     def state(self) -> dict[str, Any]:
         """Return the numbers next to them."""
@@ -107,6 +107,7 @@ class VaeRecipe(Recipe):
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
         """Take both back."""
         self.train_step.load(tensors, state)
+        self.losses.load(tensors, self.device)
 
     def export(self) -> None:
         """Write vae/ with the EMA weights, metrics.json and reconstructions of held-out images."""
@@ -146,10 +147,6 @@ class VaeRecipe(Recipe):
 def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
     """Load the VAE to continue from, or build a new one; freeze all but the trainable part."""
     if not config.pretrained:
-        if config.train_part != "all" or config.pca_channels:
-            raise ValueError(
-                "train_part=decoder and pca_channels need --pretrained, a VAE to continue from"
-            )
         return build_vae(
             block_out_channels=config.block_out_channels,
             latent_channels=config.latent_channels,
