@@ -322,7 +322,7 @@ def test_export_tells_how_the_model_came_to_be(whole: Path) -> None:
     facts = json.loads((whole / "pipeline" / "latentdiff.json").read_text())
     assert facts["caption_dropout"] == 0.1
     assert facts["steps"] == 8
-    assert facts["metrics"]["num_heldout"] == 8
+    assert facts["metrics"]["num_heldout_draws"] == 8
 
 
 def test_processes_that_accelerate_does_not_see_are_refused(
