@@ -76,8 +76,8 @@ class ClipConfig:
     keep_checkpoints: int = at_least(1, default=2)
     """newest checkpoints that are kept"""
     resume: str = "auto"
-    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder, where a branch
-    begins, which the same command then continues"""
+    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder: a branch
+    begins there, which the same command then continues"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, naming the setting and the allowed values."""

@@ -66,8 +66,8 @@ class TrainConfig:
     seed: int = at_least(0, default=0)
     """all random numbers of the run are a function of it"""
     resume: str = "auto"
-    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder, where a branch
-    begins, which the same command then continues"""
+    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder: a branch
+    begins there, which the same command then continues"""
     log_every_steps: int = at_least(1, default=10)
     """steps between two lines of metrics, at which the host also waits for the device"""
     checkpoint_every_steps: int = at_least(1, default=1000)

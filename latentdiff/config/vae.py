@@ -104,8 +104,8 @@ class VaeConfig:
     keep_checkpoints: int = at_least(1, default=2)
     """newest checkpoints that are kept"""
     resume: str = "auto"
-    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder, where a branch
-    begins, which the same command then continues"""
+    """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder: a branch
+    begins there, which the same command then continues"""
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """dtype of the stored weights"""
 
