@@ -40,7 +40,13 @@ def serve(model: str, options: WebUIOptions) -> None:
     import gradio as gr
 
     small = options.preview_vae
-    pipe = open_pipeline(model, dtype=options.dtype, device=options.device, fast=True)
+    pipe = open_pipeline(
+        model,
+        dtype=options.dtype,
+        device=options.device,
+        fast=True,
+        safety_checker=options.safety_checker,
+    )
     session = WebSession(
         pipe,
         loras=find_loras(options.loras),

@@ -28,12 +28,14 @@ def merge_lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         "loras", type=str, nargs="+", help="LoRA files or folders, diffusers' or kohya's"
     )
     parser.add_argument("--weights", type=float, nargs="+", default=[], help="one a LoRA; 1 each")
+    parser.add_argument("--safety_checker", type=bool, default=True, help="false leaves it out")
     parser.add_argument("--out", type=str, required=True, help="the folder to write")
     args = parser.parse_args(arguments)
     quieten_libraries()
     from latentdiff.sampling.conversion import merge_loras
 
-    print(f"wrote {merge_loras(args.base, args.loras, Path(args.out), weights=args.weights)}")
+    options = {"weights": args.weights, "safety_checker": args.safety_checker}
+    print(f"wrote {merge_loras(args.base, args.loras, Path(args.out), **options)}")
     return 0
 
 
@@ -46,6 +48,7 @@ def pack_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("--max_total_mb", type=float, default=45.0, help="of all files together")
     parser.add_argument("--guidance_scale", type=float, help="the model's default from then on")
     parser.add_argument("--card", type=str, help="its README.md; by default made of its settings")
+    parser.add_argument("--safety_checker", type=bool, default=True, help="false leaves it out")
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
     from latentdiff.sampling.release import MB, pack_model

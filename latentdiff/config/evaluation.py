@@ -18,6 +18,7 @@ class EvalModelOptions:
         batch_size: images at once; lower it when memory runs out.
         seed: of every random draw.
         device: cpu, cuda, mps; the best available one by default.
+        safety_checker: false opens models without their safety checker.
     """
 
     data: str
@@ -28,6 +29,7 @@ class EvalModelOptions:
     batch_size: int = 32
     seed: int = 0
     device: str | None = None
+    safety_checker: bool = True
 
 
 @dataclass(frozen=True)

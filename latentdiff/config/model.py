@@ -50,6 +50,8 @@ class ModelConfig:
     text_encoder: str = ""
     """a folder with text_encoder/ and tokenizer/, frozen unless train.train_text_encoder is true;
     empty trains a new text encoder"""
+    safety_checker: bool = True
+    """with pretrained: keep the model's safety checker, if any; false leaves it out, unread"""
     unet: UNetConfig = field(default_factory=UNetConfig)
     text: TextConfig = field(default_factory=TextConfig)
     fit_scaling_factor: bool = True

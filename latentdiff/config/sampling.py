@@ -40,6 +40,7 @@ class SampleOptions:
             and is kept for later runs; a guidance_interval or scales of 1 and more compile twice.
             Meant for GPUs: on a CPU `fast` alone is faster.
         device: cpu, cuda, mps; the best there is by default.
+        safety_checker: false opens the model without its safety checker.
         trace: also write each image's chain and each word's heat map next to it.
     """
 
@@ -67,6 +68,7 @@ class SampleOptions:
     fast: bool = True
     compile: bool = False
     device: str | None = None
+    safety_checker: bool = True
     trace: bool = False
 
 
@@ -82,6 +84,7 @@ class WebUIOptions:
         dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
         device: cpu, cuda, mps; the best there is by default.
         max_side_px: largest height and width.
+        safety_checker: false opens the model without its safety checker.
     """
 
     host: str = "127.0.0.1"
@@ -91,3 +94,4 @@ class WebUIOptions:
     dtype: str = "auto"
     device: str | None = None
     max_side_px: int = 1024
+    safety_checker: bool = True

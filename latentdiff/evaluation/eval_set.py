@@ -92,7 +92,7 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name}={value}, expected at least 1")
     folder = read_eval_folder(options)
-    components = load_components(model)
+    components = load_components(model, safety_checker=options.safety_checker)
     device = choose_device(options.device)
     for part in (components.unet, components.vae, components.text_encoder):
         part.requires_grad_(False).to(device)

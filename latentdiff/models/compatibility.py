@@ -4,7 +4,7 @@ So a mistake is found before any weight is loaded.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ def check_compatible(
         raise ValueError("the components of this model do not fit: " + "; ".join(problems))
 
 
-def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the configs of a Stable-Diffusion-format folder's components; its JSON files only."""
+def read_configs(folder: Path, *, without: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Read the configs of a Stable-Diffusion-format folder's components; its JSON files only.
+
+    without: names of components that are left out.
+    """
     files = {
         "unet": "config.json",
         "vae": "config.json",
@@ -44,7 +47,8 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
         "scheduler": "scheduler_config.json",
     }
     paths = {name: folder / name / file for name, file in files.items()}
-    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    read = {name: path for name, path in paths.items() if name not in without}
+    return {name: read_json(path) for name, path in read.items() if path.is_file()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ for their mathematics (latents.py, text.py, diffusion/).
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,7 @@ class Components:
     def __post_init__(self) -> None:
         """Check that the components fit (ValueError)."""
         check_compatible(self.configs())
-        known, used = self.text_encoder.config.vocab_size, len(self.tokenizer)
-        if used > known:
-            raise ValueError(
-                f"the tokenizer has {used} tokens and the text encoder's vocab_size is {known}, "
-                "expected at least as many; take both from one model"
-            )
+        _check_vocabulary(self.text_encoder, self.tokenizer)
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return the components' configs as their JSON files hold them."""
@@ -113,35 +108,62 @@ def load_components(
     *,
     torch_dtype: torch.dtype = torch.float32,
     variant: str | None = None,
+    safety_checker: bool = True,
 ) -> Components:
     """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
 
-    Models come in eval mode on the CPU in `torch_dtype`; safety checker and image encoder keep
-    their stored dtype. `variant` picks weight files such as "fp16". FileNotFoundError or
-    ValueError names the mistake, before any weight is read where the configs show it.
+    Models come in eval mode on the CPU in `torch_dtype`; safety checker and image encoder in the
+    dtype of their configs. `variant` picks weight files such as "fp16". safety_checker: False
+    leaves the stored one out, unread. FileNotFoundError or ValueError names the mistake, before any
+    weight is read where the configs show it.
     """
-    folder = _folder(path_or_id, variant=variant)
-    names = _component_classes(folder)
-    check_compatible(read_configs(folder))
-    models = {
-        name: _load_model(name, names[name], folder / name, torch_dtype=dtype, variant=variant)
-        for name, dtype in (
-            ("unet", torch_dtype),
-            ("vae", torch_dtype),
-            ("text_encoder", torch_dtype),
-            ("safety_checker", None),
-            ("image_encoder", None),
+    given = left_out(safety_checker=not safety_checker)
+    return Components(**load_parts(path_or_id, given, torch_dtype=torch_dtype, variant=variant))
+
+
+def left_out(*, safety_checker: bool) -> dict[str, Any]:
+    """Return the components that are opened as None where the safety checker is left out."""
+    return dict.fromkeys(("safety_checker", "feature_extractor")) if safety_checker else {}
+
+
+def load_parts(
+    path_or_id: str | Path,
+    given: Mapping[str, Any],
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> dict[str, Any]:
+    """Return a model's components by name, opened as load_components does.
+
+    given: components that take the place of the stored ones, None for none. Of these, neither
+    files nor classes in the folder are looked at.
+    """
+    folder = _folder(path_or_id, given, variant=variant)
+    names = _component_classes(folder, given)
+    check_compatible(read_configs(folder, without=given))
+    dtypes = dict.fromkeys(("unet", "vae", "text_encoder"), torch_dtype)
+    loaded = {
+        name: _load_model(
+            name,
+            names[name],
+            folder / name,
+            torch_dtype=dtypes.get(name),
+            variant=variant,
         )
+        for name in COMPONENT_CLASSES
         if name in names
     }
     if "feature_extractor" in names:
         path = folder / "feature_extractor"
-        models["feature_extractor"] = CLIPImageProcessor.from_pretrained(path)
-    return Components(
-        **models,
-        tokenizer=_load_tokenizer(folder / "tokenizer"),
-        scheduler=_scheduler_class(names["scheduler"]).from_pretrained(folder / "scheduler"),
-    )
+        loaded["feature_extractor"] = CLIPImageProcessor.from_pretrained(path)
+    if "tokenizer" in names:
+        loaded["tokenizer"] = _load_tokenizer(folder / "tokenizer")
+    if "scheduler" in names:
+        cls = _scheduler_class(names["scheduler"])
+        loaded["scheduler"] = cls.from_pretrained(folder / "scheduler")
+    parts = loaded | dict(given)
+    _check_vocabulary(parts["text_encoder"], parts["tokenizer"])
+    return parts
 
 
 def load_vae(
@@ -166,15 +188,14 @@ def load_vae(
     return vae
 
 
-def _folder(path_or_id: str | Path, *, variant: str | None) -> Path:
-    """Return the local folder of a pipeline, fetched from the hub when it is not a path here."""
+def _folder(path_or_id: str | Path, given: Mapping[str, Any], *, variant: str | None) -> Path:
+    """Return the local folder of a pipeline; from the hub, without given components, elsewhere."""
     folder = resolve_model(path_or_id)
     refuse_wrong_path(folder, known=BUNDLED)
     if not folder.exists():
+        options: dict[str, Any] = {"use_safetensors": True, "variant": variant, **given}
         download = diffusers.DiffusionPipeline.download
-        folder = _fetch(
-            lambda: download(str(path_or_id), use_safetensors=True, variant=variant), path_or_id
-        )
+        folder = _fetch(lambda: download(str(path_or_id), **options), path_or_id)
         refuse_wrong_path(folder, known=BUNDLED)
     return folder
 
@@ -189,11 +210,17 @@ def _fetch(download: Callable[[], str], path_or_id: str | Path) -> Path:
         ) from error
 
 
-def _component_classes(folder: Path) -> dict[str, str]:
-    """Return class names by component from model_index.json; refuse those that are not ours."""
+def _component_classes(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return class names by component from model_index.json, but for the given components.
+
+    Refuses classes that are not ours.
+    """
     index = read_json(folder / "model_index.json")
-    names = {name: spec[1] for name, spec in index.items() if isinstance(spec, list) and all(spec)}
+    specs = {name: spec for name, spec in index.items() if isinstance(spec, list) and all(spec)}
+    names = {name: spec[1] for name, spec in specs.items() if name not in given}
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if name in given:
+            continue
         if name not in names:
             raise ValueError(f"{folder}/model_index.json names no {name}, expected one")
         if not (folder / name).is_dir():
@@ -202,7 +229,8 @@ def _component_classes(folder: Path) -> dict[str, str]:
             )
     for name in COMPONENT_CLASSES.keys() & names.keys():
         _component_class(name, names[name])
-    _scheduler_class(names["scheduler"])
+    if "scheduler" in names:
+        _scheduler_class(names["scheduler"])
     return names
 
 
@@ -212,6 +240,18 @@ def _component_class(name: str, class_name: str) -> Any:
             return known
     expected = " or ".join(known.__name__ for known in COMPONENT_CLASSES[name])
     raise ValueError(f"the {name} is a {class_name}, expected {expected}")
+
+
+def _check_vocabulary(text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | None) -> None:
+    """Raise ValueError where a tokenizer has tokens that the text encoder does not know."""
+    if text_encoder is None or tokenizer is None:
+        return
+    known, used = text_encoder.config.vocab_size, len(tokenizer)
+    if used > known:
+        raise ValueError(
+            f"the tokenizer has {used} tokens and the text encoder's vocab_size is {known}, "
+            "expected at least as many; take both from one model"
+        )
 
 
 def _scheduler_class(class_name: str) -> Any:
@@ -230,6 +270,25 @@ def _load_model(
     variant: str | None,
 ) -> Any:
     """Load one model and refuse it when its weights are not exactly those of its config."""
+    try:
+        return _load_whole_model(name, class_name, folder, torch_dtype=torch_dtype, variant=variant)
+    except (OSError, ValueError) as error:
+        if name != "safety_checker":
+            raise
+        raise ValueError(
+            f"{error}; without it the model opens by safety_checker=None in from_pretrained, or "
+            "safety_checker=false in a command (model.safety_checker=false in training)"
+        ) from error
+
+
+def _load_whole_model(
+    name: str,
+    class_name: str,
+    folder: Path,
+    *,
+    torch_dtype: torch.dtype | None,
+    variant: str | None,
+) -> Any:
     cls = _component_class(name, class_name)
     where = f"{name} ({folder})"
     stored = stored_shapes(weight_files(folder, variant=variant))

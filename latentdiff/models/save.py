@@ -2,15 +2,15 @@
 
 Answers for: the names of CLIP's text weights, which begin with "text_model." in Stable Diffusion's
 format; both forms of a tokenizer, tokenizer.json and vocab.json with merges.txt, without traces of
-its last call; and configs that do not say where a component was loaded from. Does not answer for
-whole pipelines (pipeline/files/).
+its last call; one default dtype, float32, for components of both libraries; and configs that do not
+say where a component was loaded from. Does not answer for whole pipelines (pipeline/files/).
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from latentdiff.atomic import write_text
 from latentdiff.models.compatibility import read_json
@@ -50,6 +50,8 @@ def complete_component(
             path.unlink()
         named = clip_text_model(component.config, component.state_dict())
         named.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size or "50GB")
+    if isinstance(component, PreTrainedModel):
+        _open_as_float32(folder)
     remove_origin(folder)
 
 
@@ -59,6 +61,15 @@ def remove_origin(folder: Path) -> None:
         path = folder / name
         if path.is_file() and (entries := read_json(path)).pop(ORIGIN, None) is not None:
             write_text(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def _open_as_float32(folder: Path) -> None:
+    """Make float32 the dtype that transformers opens a stored component in by default.
+
+    That is how diffusers opens its own components, whatever is stored.
+    """
+    path = folder / "config.json"
+    _write_json(path, read_json(path) | {"dtype": "float32"})
 
 
 def _write_older_form(tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentdiff.device import DTYPES
+from latentdiff.models.components import left_out
 from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.files.model_info import merged_info, public_name
 from latentdiff.pipeline.files.single_file import save_single_file
@@ -19,18 +20,24 @@ PathLike = str | os.PathLike[str]
 
 
 def merge_loras(
-    base: PathLike, loras: Sequence[PathLike], out: Path, *, weights: Sequence[float] = ()
+    base: PathLike,
+    loras: Sequence[PathLike],
+    out: Path,
+    *,
+    weights: Sequence[float] = (),
+    safety_checker: bool = True,
 ) -> Path:
     """Write the folder of a model with LoRAs added to its weights; return its path.
 
-    weights: how strongly each acts, by default 1. Raises ValueError for another number of weights,
-    an `out` that exists, or a LoRA that does not fit.
+    weights: how strongly each acts, by default 1. safety_checker: False leaves it out. Raises
+    ValueError for another number of weights, an `out` that exists, or a LoRA that does not fit.
     """
     weights = list(weights) or [1.0] * len(loras)
     if not loras or len(weights) != len(loras):
         raise ValueError(f"{len(weights)} weights for {len(loras)} LoRAs, expected one for each")
     _refuse_existing(out)
-    pipe = LatentDiffPipeline.from_pretrained(model_of_run(base))
+    given = left_out(safety_checker=not safety_checker)
+    pipe = LatentDiffPipeline.from_pretrained(model_of_run(base), **given)
     names = [f"lora_{k}" for k in range(len(loras))]
     for lora, name in zip(loras, names, strict=True):
         pipe.load_lora_weights(lora, adapter_name=name)
@@ -69,7 +76,9 @@ def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") ->
             f"{', '.join(DTYPES)}"
         )
     _refuse_existing(out)
-    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model), torch_dtype=DTYPES[dtype])
+    pipe = LatentDiffPipeline.from_pretrained(
+        model_of_run(model), torch_dtype=DTYPES[dtype], **left_out(safety_checker=True)
+    )  # one file holds none
     if has_new_words(pipe.tokenizer):
         raise ValueError(
             f"{model} has learned words, and one file holds no vocabulary: convert the base "

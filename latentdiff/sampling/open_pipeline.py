@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from latentdiff.device import DTYPES, best_dtype, choose_device, tune_malloc
+from latentdiff.models.components import left_out
 from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
@@ -26,17 +27,20 @@ def open_pipeline(
     dtype: str = "float32",
     device: str | None = None,
     fast: bool = False,
+    safety_checker: bool = True,
 ) -> LatentDiffPipeline:
     """Open a model, or a run's, on a device, by default the best one; ValueError for a wrong name.
 
     dtype: a name, or "auto", see `best_dtype`. fast: on a CPU take packed layers, in float32 within
-    1/255 of the plain ones (cpu/).
+    1/255 of the plain ones (cpu/). safety_checker: False leaves the model's own out, unread.
     """
     if dtype not in (AUTO, *DTYPES):
         raise ValueError(f"dtype must be one of {AUTO}, {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
     wanted = best_dtype(place) if dtype == AUTO else DTYPES[dtype]
-    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model), torch_dtype=wanted).to(place)
+    given = left_out(safety_checker=not safety_checker)
+    path = model_of_run(model)
+    pipe = LatentDiffPipeline.from_pretrained(path, torch_dtype=wanted, **given).to(place)
     if fast and place.type == "cpu":
         tune_malloc()
         pipe.fast_cpu.is_on = True

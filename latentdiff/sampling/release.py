@@ -19,6 +19,7 @@ from torch import nn
 from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
+from latentdiff.models.components import left_out
 from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.files.model_info import folder_title, model_card
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
@@ -39,19 +40,22 @@ def pack_model(
     max_total_mb: float = 45.0,
     guidance_scale: float | None = None,
     card: Path | None = None,
+    safety_checker: bool = True,
 ) -> dict[str, int]:
     """Write a model in `dtype`, in shards of at most max_file_mb; return the files' bytes.
 
     guidance_scale: of calls that give none, by default the model's own. card: the README.md to
-    put in; by default one is made of the model's info. `out` appears whole or not at
-    all. Raises ValueError for an `out` that exists, weights that `dtype` cannot hold, a
-    path of this machine in a config, and a file or folder that comes out too large.
+    put in; by default one is made of the model's info. safety_checker: False leaves it out.
+    `out` appears whole or not at all. Raises ValueError for an `out` that exists, weights that
+    `dtype` cannot hold, a path of this machine in a config, and a file or folder that comes out too
+    large.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}, expected one of {', '.join(DTYPES)}")
     if out.exists():
         raise ValueError(f"{out} already exists, expected the name of a new folder")
-    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model))
+    given = left_out(safety_checker=not safety_checker)
+    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model), **given)
     scale = pipe.model_info.guidance_scale if guidance_scale is None else guidance_scale
     pipe.model_info = dataclasses.replace(pipe.model_info, guidance_scale=scale)
     made = model_card(pipe.model_info, name=folder_title(out))

@@ -152,6 +152,7 @@ def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
         dtype=options.dtype,
         device=options.device,
         fast=options.fast,
+        safety_checker=options.safety_checker,
     )
     if options.scheduler is not None:
         pipe.set_scheduler(options.scheduler)

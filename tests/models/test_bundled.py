@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fakes_pipeline import sd1_shaped, tiny_pipeline
+from fakes_pipeline import sd1_shaped, tiny_pipeline, tiny_safety_checker
 from fakes_scripts import run_script
 from fakes_training import make_config, make_world
 from safetensors import safe_open
@@ -277,3 +277,27 @@ def test_mini_draws_what_it_is_asked_for_offline() -> None:
     dark, light = (sum(image.getpixel((1, 1))) for image in (red, blue))
     assert dark < 200
     assert light > 500
+
+
+@pytest.mark.parametrize("folder", ["bundled", "packed", "half"])
+def test_stock_opens_every_stored_model_without_a_dtype_and_generates_our_image(
+    folder: str, packed: Path, tmp_path: Path
+) -> None:
+    if folder == "half":
+        checked = tiny_pipeline(**tiny_safety_checker()).to(torch.float16)
+        checked.save_pretrained(tmp_path)
+    path = {"bundled": BUNDLED[MINI], "packed": packed, "half": tmp_path}[folder]
+    stock, ours = (
+        StableDiffusionPipeline.from_pretrained(path),
+        LatentDiffPipeline.from_pretrained(path),
+    )
+    assert {stock.unet.dtype, stock.vae.dtype, stock.text_encoder.dtype} == {torch.float32}
+    for pipe in (stock, ours):
+        pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 4.0}
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    expected = stock("a cat", generator=generators[0], **call)
+    image = ours("a cat", generator=generators[1], **call)
+    assert abs(image.images - expected.images).max() <= 1 / 255
+    half = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float16)
+    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.float16}

@@ -109,6 +109,40 @@ def test_safety_checker_is_kept_or_left_out(tmp_path):
         LatentDiffPipeline.from_pretrained(tmp_path, feature_extractor=None)
 
 
+@pytest.mark.parametrize("name", [*tiny_components()])
+def test_given_component_is_not_read_from_the_folder(tmp_path, name):
+    """Whatever lies there: nothing, damage, or a class that only stock diffusers knows."""
+    pipe = tiny_pipeline(**tiny_safety_checker())
+    pipe.save_pretrained(tmp_path)
+    for file in (tmp_path / name).rglob("*") if (tmp_path / name).is_dir() else ():
+        file.write_bytes(b"\x80\x04 no file of any kind")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index[name] = ["diffusers", "AsymmetricAutoencoderKL"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    if name != "image_encoder":
+        with pytest.raises((ValueError, FileNotFoundError, OSError)):
+            LatentDiffPipeline.from_pretrained(tmp_path)
+    none = {"safety_checker": None} if name == "feature_extractor" else {}
+    assert (
+        getattr(LatentDiffPipeline.from_pretrained(tmp_path, **none, **{name: None}), name) is None
+    )
+    given = getattr(pipe, name)
+    assert getattr(LatentDiffPipeline.from_pretrained(tmp_path, **{name: given}), name) is given
+    shutil.rmtree(tmp_path / name, ignore_errors=True)
+    assert getattr(LatentDiffPipeline.from_pretrained(tmp_path, **{name: given}), name) is given
+
+
+def test_given_component_is_not_fetched_from_the_hub(saved, monkeypatch):
+    asked = []
+    download = "latentdiff.pipeline.files.loading.DiffusionPipeline.download"
+    monkeypatch.setattr(download, lambda repo_id, **options: asked.append(options) or str(saved))
+    monkeypatch.setattr("latentdiff.pipeline.files.loading.hf_hub_download", lambda *_, **__: None)
+    stock = {"safety_checker": None, "requires_safety_checker": False}
+    loaded = LatentDiffPipeline.from_pretrained("someone/cats", **stock)
+    assert loaded.safety_checker is None
+    assert "safety_checker" in asked[0]
+
+
 def test_other_pipelines_give_their_components():
     stock = StableDiffusionPipeline(**tiny_components(), requires_safety_checker=False)
     ours = LatentDiffPipeline.from_pipe(stock)

@@ -7,13 +7,19 @@ import logging
 import pytest
 import torch
 from fakes_finetune import generate, open_ours
-from fakes_pipeline import lora_weights, sd1_shaped, tiny_pipeline
+from fakes_pipeline import lora_weights, sd1_shaped, tiny_pipeline, tiny_safety_checker
+from fakes_scripts import run_script
+from fakes_training import make_config, make_world
 from safetensors.torch import load_file, save_file
 
+from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.evaluation.eval_set import open_eval_model
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.sampling import conversion
 from latentdiff.sampling.conversion import export_single_file, merge_loras
+from latentdiff.sampling.open_pipeline import open_pipeline
+from latentdiff.training.text_to_image.model import pretrained_components
 
 
 def test_merged_folder_makes_the_images_of_its_loras(tmp_path):
@@ -36,6 +42,35 @@ def test_merged_folder_makes_the_images_of_its_loras(tmp_path):
         merge_loras(tmp_path / "base", files, merged)
     with pytest.raises(ValueError, match="1 weights for 2 LoRAs"):
         merge_loras(tmp_path / "base", files, tmp_path / "new", weights=[1.0])
+
+
+def test_every_command_can_leave_out_a_safety_checker_that_does_not_open(tmp_path, monkeypatch):
+    """As in folders whose safety checker was deleted, or is a pickle."""
+    pipe, folder = sd1_shaped(**tiny_safety_checker()), tmp_path / "model"
+    pipe.save_pretrained(folder)
+    torch.save({}, folder / "safety_checker" / "pytorch_model.bin")
+    (folder / "safety_checker" / "model.safetensors").unlink()
+    save_file(lora_weights(), tmp_path / "lora.safetensors")
+    monkeypatch.setattr(conversion, "CLIP_VOCABULARY", len(pipe.tokenizer))
+    world = make_world(tmp_path)
+    training = {"model__vae": "", "model__pretrained": folder}
+    with pytest.raises(ValueError, match=r"pickle.*safety_checker=None.*safety_checker=false"):
+        pretrained_components(make_config(world, tmp_path / "run", **training))
+    config = make_config(world, tmp_path / "run", **training, model__safety_checker="false")
+    assert pretrained_components(config).safety_checker is None
+    out = tmp_path / "cat.png"
+    options = ["--steps", 1, "--out", out, "--height", 32, "--width", 32]
+    assert run_script("sample.py", folder, "a cat", *options) == 2
+    assert run_script("sample.py", folder, "a cat", *options, "--safety_checker=false") == 0
+    lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged"
+    assert run_script("merge_lora.py", folder, lora, "--out", merged) == 2
+    without = "--safety_checker=false"
+    assert run_script("merge_lora.py", folder, lora, "--out", merged, without) == 0
+    assert run_script("pack_model.py", folder, "--out", tmp_path / "packed", without) == 0
+    data = EvalModelOptions(data=str(world / "data"), num_heldout=2, safety_checker=False)
+    assert open_eval_model(str(folder), data).components.safety_checker is None
+    assert open_pipeline(str(folder), safety_checker=False).safety_checker is None
+    export_single_file(folder, tmp_path / "model.safetensors")
 
 
 def test_single_file_comes_back_bit_for_bit(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from torch import nn
 
 from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import check_compatible
-from latentdiff.models.components import BUNDLED, Components, load_components, resolve_model
+from latentdiff.models.components import BUNDLED, Components, load_parts, resolve_model
 from latentdiff.models.model_path import refuse_wrong_path
 from latentdiff.models.save import complete_component, remove_origin
 from latentdiff.models.weights import check_weights
@@ -62,13 +62,16 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        requires_safety_checker: bool = True,
         **components: Any,
     ) -> Self:
         """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
 
         variant: of the weight files, such as "fp16". components: vae, unet, scheduler and so on, in
-        the place of the stored ones; None removes an optional one. Raises FileNotFoundError or
-        ValueError where a file or a weight is missing, damaged, a pickle, or does not fit.
+        the place of the stored ones, which are not loaded; None leaves one out, as in
+        safety_checker=None. requires_safety_checker is noted in what is saved. Raises
+        FileNotFoundError or ValueError where a file or a weight is missing, damaged, a pickle, or
+        does not fit.
         """
         if unknown := sorted(components.keys() - {one.name for one in fields(Components)}):
             raise TypeError(f"from_pretrained() knows no argument {', '.join(unknown)}")
@@ -80,6 +83,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         if not os.path.isdir(path):
             path = _fetch(
                 path,
+                components,
                 variant=variant,
                 revision=revision,
                 token=token,
@@ -87,8 +91,8 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
-        stored = load_components(path, torch_dtype=torch_dtype, variant=variant).as_dict()
-        pipe: Any = cls(**stored | components)
+        parts = load_parts(path, components, torch_dtype=torch_dtype, variant=variant)
+        pipe: Any = cls(**parts, requires_safety_checker=requires_safety_checker)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         pipe.model_info = read_model_info(path)
         return pipe
@@ -141,8 +145,9 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
     ) -> None:
         """Write a folder that stock diffusers opens, with the model's info and a model card.
 
-        Programs with transformers 4 read it as well. It names no path of this machine. A README.md
-        that is there already stays as it is.
+        Programs with transformers 4 read it as well. Weights keep their dtype; whoever opens the
+        folder without naming one gets float32 for all components. It names no path of this
+        machine. A README.md that is there already stays as it is.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; leave it True")
@@ -204,10 +209,13 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 check_weights(module, name)
 
 
-def _fetch(path_or_id: str, *, variant: str | None, **where: Any) -> str:
-    """Return the local folder of a hub repository, with its latentdiff.json where it has one."""
+def _fetch(path_or_id: str, given: dict[str, Any], *, variant: str | None, **where: Any) -> str:
+    """Return the local folder of a hub repository, with its latentdiff.json where it has one.
+
+    given: components that need not be fetched.
+    """
     try:
-        options = where | {"variant": variant, "use_safetensors": True}
+        options = where | {"variant": variant, "use_safetensors": True} | given
         folder = DiffusionPipeline.download(path_or_id, **options)
     except (OSError, ValueError, HFValidationError) as error:
         raise FileNotFoundError(

@@ -193,5 +193,5 @@ def _frozen_text_encoder(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] 
     folder = resolve_model(config.model.pretrained or config.model.text_encoder)
     if folder.is_dir():
         return load_text(folder)
-    components = load_components(config.model.pretrained)
+    components = load_components(config.model.pretrained, safety_checker=False)
     return components.text_encoder, components.tokenizer

@@ -146,7 +146,9 @@ def new_components(
 
 def pretrained_components(config: Config) -> Components:
     """Load the model to fine-tune; a prediction type other than its own goes to its scheduler."""
-    components = load_components(config.model.pretrained)
+    components = load_components(
+        config.model.pretrained, safety_checker=config.model.safety_checker
+    )
     prediction_type = config.diffusion.prediction_type
     if prediction_type and prediction_type != components.scheduler.config["prediction_type"]:
         components.scheduler.register_to_config(prediction_type=prediction_type)
