@@ -151,7 +151,8 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; leave it True")
-        if adapters := sorted({name for names in self._adapters().values() for name in names}):
+        loaded: dict[str, list[str]] = self.get_list_adapters()
+        if adapters := sorted({name for names in loaded.values() for name in names}):
             raise ValueError(
                 f"the LoRA {', '.join(adapters)} is loaded, and a folder holds plain weights: call "
                 "fuse_lora() and then unload_lora_weights() to keep it, or the latter alone"
