@@ -88,9 +88,7 @@ class EvalModel:
 
 def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
     """Load a pipeline folder and encode the images. ValueError or OSError names the fault."""
-    for name in ("num_heldout", "batch_size"):
-        if (value := getattr(options, name)) < 1:
-            raise ValueError(f"{name}={value}, expected at least 1")
+    check_eval_options(options)
     folder = read_eval_folder(options)
     components = load_components(model, safety_checker=options.safety_checker)
     device = choose_device(options.device)
@@ -100,6 +98,13 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
         components, folder, batch_size=options.batch_size, device=device, seed=options.seed
     )
     return EvalModel(components, latents, folder, device, options.batch_size, options.seed)
+
+
+def check_eval_options(options: EvalModelOptions) -> None:
+    """Raise ValueError for options out of range."""
+    for name in ("num_heldout", "batch_size"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"{name}={value}, expected at least 1")
 
 
 @torch.no_grad()
@@ -166,7 +171,7 @@ def read_real_images(
     stacked = torch.stack([to_uint8(one) for one in pixels])
     ids = tuple(record.id for record in folder)
     captions = tuple(record.captions[0] for record in folder)
-    return RealImages(captions, ids, _classes(folder.root, ids, class_column), stacked)
+    return RealImages(captions, ids, read_classes(folder.root, ids, class_column), stacked)
 
 
 def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tensor:
@@ -183,7 +188,8 @@ def _prompt_embeds(components: Components, captions: Sequence[str]) -> Tensor:
     return encode_text(components.text_encoder, ids).float().cpu()
 
 
-def _classes(root: Path, ids: Sequence[str], column: str) -> tuple[str, ...]:
+def read_classes(root: Path, ids: Sequence[str], column: str) -> tuple[str, ...]:
+    """Return the class of each image, "" where there are none; ValueError for no such column."""
     if column:
         named = read_folder(root, caption_column=column)
         known = {record.id: record.captions[0] for record in named}

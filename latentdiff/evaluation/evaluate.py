@@ -4,6 +4,8 @@ The metrics of one model's images are run.py's; this module adds the others and 
 """
 
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,54 @@ from latentdiff.config.evaluation import (
     EvaluationOptions,
     SweepOptions,
 )
-from latentdiff.evaluation.eval_set import open_eval_model
+from latentdiff.evaluation.eval_set import (
+    check_eval_options,
+    open_eval_model,
+    read_classes,
+    read_eval_folder,
+)
 from latentdiff.evaluation.metric_nets import load_metric_nets
 from latentdiff.evaluation.report.comparison import comparison_section
 from latentdiff.evaluation.report.heldout_loss import comparable
 from latentdiff.evaluation.report.html_report import write_evaluation_report
-from latentdiff.evaluation.report.section import Section
 from latentdiff.evaluation.report.sweeps import (
     guidance_report,
     guidance_section,
     step_report,
     steps_section,
 )
-from latentdiff.evaluation.report.vlb import bound_report, bound_section
-from latentdiff.evaluation.run import EvalResult, EvalRun, check_options, run_evaluation
+from latentdiff.evaluation.report.vlb import (
+    bound_chain,
+    bound_report,
+    bound_section,
+    check_bound,
+)
+from latentdiff.evaluation.run import (
+    OF_IMAGES,
+    EvalResult,
+    EvalRun,
+    check_options,
+    run_evaluation,
+    too_few,
+)
 from latentdiff.models.components import resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
+
+logger = logging.getLogger(__name__)
+ORDER = (  # of the sections in the report
+    "images",
+    "compare",
+    "following",
+    "clip_score",
+    "heldout",
+    "fidelity",
+    "memorisation",
+    "diversity",
+    "bound",
+    "guidance",
+    "steps",
+)
 
 
 def evaluate(
@@ -46,26 +79,68 @@ def evaluate(
     """Evaluate a model, write out/metrics.json and out/report.html; return the report's path.
 
     bound: None skips the bound. An impossible request raises ValueError or OSError before any image
-    is generated; FloatingPointError where the model's outputs are not finite.
+    is generated. A section that fails later, as with FloatingPointError where the model's outputs
+    are not finite, is raised when all others are computed and written.
     """
-    check_options(options, sweep)
+    _check(out, data=data, options=options, bound=bound, sweep=sweep)
     scale = options.guidance_scale
     if scale is None:
         scale = default_guidance(read_model_info(resolve_model(model)))
     nets = load_metric_nets(options, data)
     run = EvalRun(open_eval_model(model, data), nets, out / "images", data, options, scale)
+    if bound is not None:
+        bound_chain(run.eval_model, bound)
     other = None
     if options.compare is not None:
         other_model = open_eval_model(options.compare, data)
         other = replace(run, eval_model=other_model, folder=out / "images-other")
-    chain_sections = _chain_sections(run, out, bound=bound, sweep=sweep)
-    result = run_evaluation(run)
-    sections = result.sections + chain_sections
-    if other is not None:
-        index = 0 if result.generated is None else 1
-        sections.insert(index, _comparison(run, result, name=str(options.compare), other=other))
-    skipped = result.skipped | _not_requested(options, bound=bound, sweep=sweep)
-    return _write(model, out, run=run, result=result, sections=sections, skipped=skipped)
+    result = EvalResult(skipped=_not_requested(options, bound=bound, sweep=sweep))
+    try:
+        _add_chain_sections(result, run, out, bound=bound, sweep=sweep)
+        run_evaluation(run, result)
+        if other is not None:
+            with result.part("compare"):
+                _add_comparison(result, run, name=str(options.compare), other=other)
+    finally:  # what is done is written, also after Ctrl-C
+        report = _write(model, out, run=run, result=result)
+    for error in result.failures.values():
+        raise error
+    return report
+
+
+def _check(
+    out: Path,
+    *,
+    data: EvalModelOptions,
+    options: EvaluationOptions,
+    bound: BoundOptions | None,
+    sweep: SweepOptions,
+) -> None:
+    """Raise ValueError or OSError, before a model is loaded, for what would fail at the end.
+
+    Logs which sections the folder has too few images for; ValueError where that leaves none.
+    """
+    check_options(options, sweep)
+    if bound is not None:
+        check_bound(bound)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is a file, expected a folder for the results")
+    _known_metrics(out / "metrics.json")
+    check_eval_options(data)
+    folder = read_eval_folder(data)
+    read_classes(folder.root, [record.id for record in folder], options.class_column)
+    skipped = too_few(folder, options)
+    others = bound is not None or sweep.guidance_sweep or options.step_sweep
+    if len(skipped) == 1 + len(OF_IMAGES) and not others:
+        why = "; ".join(sorted(set(skipped.values())))
+        raise ValueError(
+            f"nothing can be estimated from the {data.split} split of {data.data}: {why}. Take "
+            "--split all for a folder that the model has not seen, raise --heldout_fraction as in "
+            "training, or name a folder test/ or validation/"
+        )
+    for why in sorted(set(skipped.values())):
+        names = ", ".join(name for name in skipped if skipped[name] == why)
+        logger.warning("skipped: %s, as %s", names, why)
 
 
 def _write(
@@ -74,14 +149,13 @@ def _write(
     *,
     run: EvalRun,
     result: EvalResult,
-    sections: list[Section],
-    skipped: dict[str, str],
 ) -> Path:
     """Write metrics.json and report.html; return the latter's path."""
-    settings = _settings(run, result)
+    settings, skipped = _settings(run, result), result.skipped
+    sections = sorted(result.sections, key=lambda section: ORDER.index(section.name))
     figures = {section.name: section.figures for section in sections if section.figures}
     metrics = {"model": model, "data": run.data.data, "settings": settings, "left_out": skipped}
-    write_metrics(out, metrics | figures)
+    write_metrics(out, metrics | figures, failed=list(result.failures))
     return write_evaluation_report(
         out / "report.html",
         title=f"Evaluation of {model}",
@@ -91,13 +165,25 @@ def _write(
     )
 
 
-def write_metrics(out: Path, metrics: dict[str, Any]) -> Path:
+def write_metrics(out: Path, metrics: dict[str, Any], *, failed: Sequence[str] = ()) -> Path:
     """Put sections of figures into out/metrics.json besides the ones it has; return its path.
 
-    Sections of another model or other data are dropped. ValueError where the file is no JSON
-    object.
+    Sections that failed now, or of another model or other data, are dropped. ValueError where the
+    file is no JSON object.
     """
     path = out / "metrics.json"
+    known = _known_metrics(path)
+    if any(known.get(name) != metrics.get(name) for name in ("model", "data")):
+        known = {}
+    known = {name: value for name, value in known.items() if name not in failed}
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(known | metrics, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+    return path
+
+
+def _known_metrics(path: Path) -> dict[str, Any]:
+    """Return what metrics.json holds already; ValueError where it is no JSON object."""
     known: Any = {}
     if path.is_file():
         try:
@@ -106,35 +192,34 @@ def write_metrics(out: Path, metrics: dict[str, Any]) -> Path:
             raise ValueError(f"{path} is not valid JSON: {error}; delete it") from error
     if not isinstance(known, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(known).__name__}; delete it")
-    if any(known.get(name) != metrics.get(name) for name in ("model", "data")):
-        known = {}
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(known | metrics, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
-    return path
+    return known
 
 
-def _chain_sections(
-    run: EvalRun, out: Path, *, bound: BoundOptions | None, sweep: SweepOptions
-) -> list[Section]:
+def _add_chain_sections(
+    result: EvalResult, run: EvalRun, out: Path, *, bound: BoundOptions | None, sweep: SweepOptions
+) -> None:
     """Evaluate the bound and the sweeps, where requested."""
-    eval_model, clip, sections = run.eval_model, run.nets.clip, []
+    eval_model, clip = run.eval_model, run.nets.clip
     if bound is not None:
-        sections.append(bound_section(bound_report(eval_model, out, bound), out))
+        with result.part("bound"):
+            result.sections.append(bound_section(bound_report(eval_model, out, bound), out))
     if sweep.guidance_sweep:
-        sections.append(guidance_section(guidance_report(eval_model, out, sweep, clip=clip), out))
+        with result.part("guidance"):
+            figures = guidance_report(eval_model, out, sweep, clip=clip)
+            result.sections.append(guidance_section(figures, out))
     if run.options.step_sweep:
         scale, steps = run.guidance_scale, run.options.step_sweep
-        figures = step_report(
-            eval_model, out, steps, options=sweep, guidance_scale=scale, clip=clip
-        )
-        sections.append(steps_section(figures, out))
-    return sections
+        with result.part("steps"):
+            figures = step_report(
+                eval_model, out, steps, options=sweep, guidance_scale=scale, clip=clip
+            )
+            result.sections.append(steps_section(figures, out))
 
 
-def _comparison(run: EvalRun, result: EvalResult, *, name: str, other: EvalRun) -> Section:
+def _add_comparison(result: EvalResult, run: EvalRun, *, name: str, other: EvalRun) -> None:
     """Evaluate the other model in the same way, and compare."""
-    second = run_evaluation(other)
+    second = EvalResult()
+    run_evaluation(other, second)
     why = comparable(run.eval_model, other.eval_model)
     a, b = result.generated, second.generated
     section = comparison_section(
@@ -145,7 +230,10 @@ def _comparison(run: EvalRun, result: EvalResult, *, name: str, other: EvalRun) 
         skipped={"heldout": why} if why else {},
     )
     own = {each.name: each.figures for each in second.sections if each.figures}
-    return replace(section, figures=section.figures | {"of_the_other": own})
+    result.sections.append(replace(section, figures=section.figures | {"of_the_other": own}))
+    for failed, error in second.failures.items():
+        result.failures[f"{failed} of the other"] = error
+        result.skipped[f"{failed} of the other"] = second.skipped[failed]
 
 
 def _not_requested(

@@ -3,11 +3,14 @@
 Metrics that cannot be computed are named with the reason.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions, SweepOptions
+from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.eval_set import (
     EvalModel,
     RealImages,
@@ -27,9 +30,11 @@ from latentdiff.evaluation.report.section import LabelledImage, PairedScore, Sec
 from latentdiff.evaluation.report.sweeps import check_sweep
 from latentdiff.image_grid import to_pil
 
+MIN_SAMPLES = 2  # of an interval
 MIN_GENERATED = 8
 MIN_TRAIN = 3
 NUM_SHOWN = 16
+logger = logging.getLogger(__name__)
 OF_IMAGES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
 
 
@@ -73,14 +78,27 @@ class EvalRun:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EvalResult:
     """The figures of one model; sections and scores are added one by one."""
 
-    sections: list[Section]
-    scores: dict[str, PairedScore]
-    skipped: dict[str, str]  # why, by the section's name
-    generated: GeneratedImages | None
+    sections: list[Section] = field(default_factory=list)
+    scores: dict[str, PairedScore] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # why, by the section's name
+    failures: dict[str, Exception] = field(default_factory=dict)  # by the section's name
+    generated: GeneratedImages | None = None
+
+    @contextmanager
+    def part(self, *names: str) -> Iterator[None]:
+        """Add the named sections inside the block; a failure is noted, and others follow."""
+        try:
+            yield
+        except Exception as error:
+            missing = [name for name in names if name not in self.skipped]
+            logger.warning("no section %s: %s", ", ".join(missing), error)
+            self.failures |= dict.fromkeys(missing, error)
+            reason = f"it failed: {type(error).__name__}: {error}"
+            self.skipped |= dict.fromkeys(missing, reason)
 
 
 def check_options(options: EvaluationOptions, sweep: SweepOptions) -> None:
@@ -104,28 +122,46 @@ def check_options(options: EvaluationOptions, sweep: SweepOptions) -> None:
         check_sweep(sweep)
 
 
-def run_evaluation(run: EvalRun) -> EvalResult:
-    """Generate the images and apply every metric; the held-out loss needs no images."""
+def too_few(folder: Folder, options: EvaluationOptions) -> dict[str, str]:
+    """Return why sections cannot be estimated from a folder's images, by the section's name."""
+    skipped = {}
+    if len(folder) < MIN_SAMPLES:
+        skipped["heldout"] = f"the data has {len(folder)} image, an interval needs two or more"
+    captions = len({record.captions[0] for record in folder})
+    if not options.num_images:
+        skipped |= dict.fromkeys(OF_IMAGES, "no image was generated (--num_images 0)")
+    elif captions < MIN_SAMPLES:
+        why = f"the data has {captions} different caption, two or more are needed"
+        skipped |= dict.fromkeys(OF_IMAGES, why)
+    return skipped
+
+
+def run_evaluation(run: EvalRun, result: EvalResult) -> None:
+    """Add every metric to the result; the held-out loss needs no generated images.
+
+    What cannot be estimated from so few images, and what fails, is skipped with its reason.
+    """
     eval_model, options = run.eval_model, run.options
-    loss, score = heldout_loss_section(eval_model)
-    heldout = read_real_images(
-        eval_model.folder, size=eval_model.size, class_column=options.class_column
-    )
-    captions = len(set(heldout.captions))
-    if not options.num_images or captions < 2:
-        why = "no image was generated (--num_images 0)"
-        if options.num_images:
-            why = f"the data has {captions} different caption, two or more are needed"
-        return EvalResult([loss], {"heldout": score}, dict.fromkeys(OF_IMAGES, why), None)
-    real_images = heldout.subsample(run.num_captions)
-    generated = run.generate(real_images.captions)
-    result = EvalResult([_images_section(generated, real_images)], {}, {}, generated)
-    _add_prompt_following(result, run, generated)
-    _add_clip_score(result, run, generated, real_images)
-    result.sections.append(loss)
-    result.scores["heldout"] = score
-    _add_image_comparisons(result, run, generated, real_images, heldout)
-    return result
+    result.skipped |= too_few(eval_model.folder, options)
+    if "heldout" not in result.skipped:
+        with result.part("heldout"):
+            loss, result.scores["heldout"] = heldout_loss_section(eval_model)
+            result.sections.append(loss)
+    if OF_IMAGES[0] in result.skipped:
+        return
+    with result.part(*OF_IMAGES):
+        heldout = read_real_images(
+            eval_model.folder, size=eval_model.size, class_column=options.class_column
+        )
+        real_images = heldout.subsample(run.num_captions)
+        result.generated = generated = run.generate(real_images.captions)
+        result.sections.append(_images_section(generated, real_images))
+        with result.part("following"):
+            _add_prompt_following(result, run, generated)
+        with result.part("clip_score"):
+            _add_clip_score(result, run, generated, real_images)
+        with result.part("fidelity", "memorisation", "diversity"):
+            _add_image_comparisons(result, run, generated, real_images, heldout)
 
 
 def _add_prompt_following(result: EvalResult, run: EvalRun, generated: GeneratedImages) -> None:
@@ -177,8 +213,9 @@ def _add_image_comparisons(
         result.skipped["fidelity"] = f"there are only {len(heldout)} real images"
     else:
         classes = [name for name in real_images.classes for _ in range(generated.per_caption)]
-        section = fidelity_section(features, classes=classes, real_classes=heldout.classes)
-        result.sections.append(section)
+        with result.part("fidelity"):
+            section = fidelity_section(features, classes=classes, real_classes=heldout.classes)
+            result.sections.append(section)
     if run.nets.features is not None:
         features = features.unit_length()
     if train is None:
@@ -186,15 +223,17 @@ def _add_image_comparisons(
             "it needs a training split besides the held-out one, with three images or more"
         )
     else:
-        section = memorization_section(
-            features, generated, train, num_train_in_all=num_train_in_all
-        )
-        result.sections.append(section)
-    if generated.per_caption > 1:
+        with result.part("memorisation"):
+            section = memorization_section(
+                features, generated, train, num_train_in_all=num_train_in_all
+            )
+            result.sections.append(section)
+    if generated.per_caption == 1:
+        result.skipped["diversity"] = "it needs two images a caption (--images_per_caption)"
+        return
+    with result.part("diversity"):
         section = diversity_section(features, per_caption=generated.per_caption)
         result.sections.append(section)
-    else:
-        result.skipped["diversity"] = "it needs two images a caption (--images_per_caption)"
 
 
 def _features(

@@ -47,7 +47,7 @@ def bound_report(eval_model: EvalModel, out: Path, options: BoundOptions) -> dic
     Writes bound_terms.png, rate_distortion.png, progressive.png and interpolation.png. ValueError
     for options out of range.
     """
-    chain = _checked(eval_model, options)
+    chain = bound_chain(eval_model, options)
     latents, batch_size, seed = eval_model.latents, eval_model.batch_size, eval_model.seed
     plan = pilot_plan(
         chain,
@@ -139,12 +139,17 @@ def compare_variances(eval_model: EvalModel, options: BoundOptions) -> dict[str,
     return figures
 
 
-def _checked(eval_model: EvalModel, options: BoundOptions) -> Chain:
-    """Return the chain to bound; ValueError before any work for options that cannot be used."""
+def check_bound(options: BoundOptions) -> None:
+    """Raise ValueError for options out of range, or where matplotlib is missing."""
     for name, lowest in (("draws", 1), ("repeats", 1), ("pilot", 1), ("image_steps", 0)):
         if (value := getattr(options, name)) < lowest:
             raise ValueError(f"{name}={value}, expected at least {lowest}")
     plots.check_matplotlib()
+
+
+def bound_chain(eval_model: EvalModel, options: BoundOptions) -> Chain:
+    """Return the chain to bound; ValueError before any work for options that cannot be used."""
+    check_bound(options)
     for steps in options.compare_variance:
         Chain.of(eval_model.components, steps=steps, variance_type=LEARNED)
     return Chain.of(eval_model.components, steps=options.chain, variance_type=options.variance_type)
