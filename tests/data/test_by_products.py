@@ -1,16 +1,20 @@
 """Images that other programs leave next to photographs, and names in both Unicode forms."""
 
+import io
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes_data import captioned_folder, noise_image, save_image, write_jsonl
+from fakes_icc import DISPLAY_P3, rgb_profile
+from PIL import Image
 
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.inspection.near_duplicates import find_near_duplicates
 from latentdiff.data.inspection.statistics import subfolder_counts
 from latentdiff.data.inspection.text_report import subfolders_text
+from latentdiff.image_io import load_image
 
 BY_PRODUCTS = (
     "@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
@@ -165,3 +169,29 @@ def test_the_data_folder_itself_is_found_in_either_form(tmp_path: Path) -> None:
     assert len(folder) == 2
     assert folder.read_bytes(0)
     assert np.array_equal(folder.widths, [40, 40])
+
+
+def test_forty_photographs_among_everything_else_are_the_forty_right_images(tmp_path: Path) -> None:
+    root, right = tmp_path / "data", {}
+    stored = Image.new("RGB", (64, 48), (200, 60, 60))
+    for i in range(40):
+        has_profile = i % 2 == 0
+        name = nfd(f"café {i}.png") if i % 3 else f"{i}.png"
+        (root / "masks").mkdir(parents=True, exist_ok=True)
+        profile = {"icc_profile": rgb_profile(*DISPLAY_P3)} if has_profile else {}
+        stored.save(root / name, **profile)
+        right[name] = (217, 42, 52) if has_profile else (200, 60, 60)
+        (root / nfc(name)).with_suffix(".txt").write_text(f"a clock (12:{i}) [on] a wall")
+        stem = (root / name).with_suffix("")
+        for extra in (f"{stem}-masklabel.png", f"{stem}_mask.png", root / "masks" / name):
+            stored.convert("L").save(extra)
+        save_image(root / "@eaDir" / name / "SYNOPHOTO_THUMB_M.jpg")
+        save_image(root / "samples" / f"{i}.png")
+    folder = read_folder(root)
+    folder.check()
+    assert ids(folder) == sorted(right)
+    for index, record in enumerate(folder):
+        number = record.id.removesuffix(".png").split()[-1]
+        assert record.captions == (f"a clock (12:{number}) [on] a wall",)
+        values = np.asarray(load_image(io.BytesIO(folder.read_bytes(index))), int)
+        assert abs(values - right[record.id]).max() <= 2
