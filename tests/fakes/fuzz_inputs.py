@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 KINDS: tuple[str, ...] = (
+    "embedding",
+    "lora",
     "parquet",
     "png_settings",
     "prompt_files",

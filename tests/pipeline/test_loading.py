@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
 from latentdiff.pipeline.files.single_file import save_single_file
+from latentdiff.sampling.open_pipeline import open_pipeline
 
 CALL = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "np"}
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -417,7 +418,7 @@ def test_single_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     (tmp_path / "model.txt").write_bytes(b"text")
     (tmp_path / "broken.safetensors").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"no Stable Diffusion 1\.x"):
+    with pytest.raises(ValueError, match=r"no whole Stable Diffusion 1\.x"):
         LatentDiffPipeline.from_single_file(lora)
     with pytest.raises(ValueError, match="pickle"):
         LatentDiffPipeline.from_single_file(tmp_path / "model.ckpt")
@@ -439,3 +440,57 @@ def test_tiny_autoencoder_serves_as_vae():
     )
     assert images_of(tiny_pipeline(vae=vae)).shape == (1, SIZE, SIZE, 3)
     assert tiny_vae().config.latent_channels == vae.config.latent_channels
+
+
+def test_a_run_a_file_and_a_misspelt_name_get_the_right_hint(saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "pipeline")
+    with pytest.raises(FileNotFoundError, match=r"a training run.*run/pipeline"):
+        LatentDiffPipeline.from_pretrained(run)
+    assert images_of(open_pipeline(str(run), dtype="float32", device="cpu")).shape[1] == SIZE
+    (tmp_path / "early" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="without pipeline/"):
+        LatentDiffPipeline.from_pretrained(tmp_path / "early")
+    save_file(lora_weights(), tmp_path / "style.safetensors")
+    with pytest.raises(ValueError, match=r"a LoRA: open it with pipe\.load_lora_weights"):
+        LatentDiffPipeline.from_pretrained(tmp_path / "style.safetensors")
+    with pytest.raises(FileNotFoundError, match="did you mean latentdiff-mini"):
+        LatentDiffPipeline.from_pretrained("latentdif-mini")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        LatentDiffPipeline.from_pretrained(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["conditioner.embedders.0.x", "model.diffusion_model.label_emb.0.0.weight"],
+            "Diffusion XL",
+        ),
+        (["model.diffusion_model.double_blocks.0.img_attn.proj.weight"], "Flux"),
+        (["double_blocks.0.img_attn.proj.weight"], "Flux"),
+        (["model.diffusion_model.joint_blocks.0.x.weight"], "Stable Diffusion 3"),
+        (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+        (["emb_params"], "an embedding"),
+        (["encoder.conv_in.weight"], "a VAE alone"),
+    ],
+)
+def test_single_files_of_other_models_are_named(names, said, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(2, 2) for name in names}, path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors .*{said}"):
+        LatentDiffPipeline.from_single_file(path)
+
+
+def test_a_single_file_without_its_text_encoder_is_named(tmp_path):
+    pipe = sd1_shaped()
+    pipe.save_pretrained(tmp_path / "model")
+    file = save_single_file(pipe, tmp_path / "model.safetensors")
+    weights = {k: w for k, w in load_file(file).items() if not k.startswith("cond_stage_model")}
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"model\.safetensors has no text encoder"):
+        LatentDiffPipeline.from_single_file(file, config=tmp_path / "model")
+    key = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
+    save_file(weights | {key: torch.zeros(16)}, file)
+    with pytest.raises(ValueError, match=r"model\.safetensors does not open as a whole model"):
+        LatentDiffPipeline.from_single_file(file, config=tmp_path / "model")

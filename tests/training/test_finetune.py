@@ -14,6 +14,7 @@ from fakes_training import read_metrics
 from safetensors.torch import load_file
 
 from latentdiff.models.components import load_components
+from latentdiff.pipeline.files.kohya_lora import layers_unknown_to_kohya
 from latentdiff.training import loop
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.text_to_image import setup
@@ -119,7 +120,7 @@ WORD = {
 def lora_run(world) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     run = world / "lora"
-    assert train(finetuning(world, run, **LORA, finetune__lora_kohya="true")) == 0
+    assert train(finetuning(world, run, **LORA)) == 0
     return run
 
 
@@ -286,3 +287,11 @@ def test_target_without_a_layer_is_named(world, tmp_path):
 def test_settings_that_do_not_fit_are_refused(world, tmp_path, settings, said):
     with pytest.raises(ValueError, match=said):
         finetuning(world, tmp_path / "run", **settings)
+
+
+def test_layers_that_kohyas_scripts_have_no_place_for_are_named():
+    layers = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    known = ("mid_block.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv")
+    names = [f"unet.{layer}.lora_A.weight" for layer in (*layers, *known)]
+    names.append("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight")
+    assert layers_unknown_to_kohya(names) == sorted(layers)

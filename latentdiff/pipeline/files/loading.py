@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import FromSingleFileMixin
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
@@ -37,6 +38,15 @@ from latentdiff.pipeline.files.model_info import (
 )
 from latentdiff.pipeline.files.single_file import config_folder
 
+UNREADABLE = (  # what diffusers raises for a file that lacks weights or has others
+    SingleFileComponentError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OSError,
+)
 STOCK_PIPELINE = "StableDiffusionPipeline"
 STOCK_INPAINTING = "StableDiffusionInpaintPipeline"
 
@@ -118,13 +128,17 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
             folder, parts = config_folder(
                 path, config=config, prediction_type=prediction_type, scratch=Path(scratch)
             )
-            pipe: Any = super().from_single_file(
-                str(path),
-                config=str(folder),
-                torch_dtype=torch_dtype,
-                local_files_only=True,
-                **parts,
-            )
+            try:
+                pipe: Any = super().from_single_file(
+                    str(path),
+                    config=str(folder),
+                    torch_dtype=torch_dtype,
+                    local_files_only=True,
+                    **parts,
+                )
+            except UNREADABLE as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"{path} does not open as a whole model: {reason}") from error
         pipe.register_to_config(_name_or_path=str(path))
         return pipe
 

@@ -24,14 +24,17 @@ from latentdiff.atomic import atomic_file
 from latentdiff.diffusion.prediction import parametrization
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.models.compatibility import read_json
+from latentdiff.models.file_kind import describe, family_of
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.models.weights import PICKLES, Shape, refuse_bad_weights, stored_shapes
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
+FAMILY_NAMES = ("Stable Diffusion 1", "Stable Diffusion 2")
 FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the prompt embeddings
 BASE_SIZE = 64
+TEXT_ROOT = "cond_stage_model."
 
 
 def config_folder(
@@ -53,10 +56,13 @@ def config_folder(
         return Path(config), {}
     if CONV_IN not in shapes or TEXT_KEY not in shapes:
         raise ValueError(
-            f"{path} is no Stable Diffusion 1.x or 2.x model in CompVis' naming: it lacks "
-            f"{CONV_IN} or {TEXT_KEY}; a LoRA opens with load_lora_weights, a folder with "
-            "from_pretrained"
+            f"{path} is no whole Stable Diffusion 1.x or 2.x model in CompVis' naming, it holds "
+            f"{describe(shapes)}"
         )
+    if (family := family_of(shapes)) not in (None, *FAMILY_NAMES):
+        raise ValueError(f"{path} is a model of {family}, expected {' or '.join(FAMILY_NAMES)}")
+    if len(shapes[CONV_IN]) != 4 or len(shapes[TEXT_KEY]) != 2:
+        raise ValueError(f"{path}: {CONV_IN} or {TEXT_KEY} has another number of dimensions")
     channels, width = shapes[CONV_IN][1], shapes[TEXT_KEY][-1]
     if width not in FAMILIES or channels not in (4, 9):
         raise ValueError(
@@ -77,11 +83,13 @@ def config_folder(
 
 
 def _check_is_safetensors(path: Path) -> None:
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise ValueError(f"{path} is a pickle, which can run any code; convert it to .safetensors")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; open it with from_pretrained")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file here")
-    if path.suffix != ".safetensors":
+        raise FileNotFoundError(f"{path} is no file here; check the spelling")
+    if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path} is no .safetensors file; expected a whole model in one")
 
 
@@ -98,6 +106,8 @@ def _check_complete(path: Path, shapes: Mapping[str, Shape], folder: Path) -> No
         vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
     expected = ldm_names(unet=unet, vae=vae)
     refuse_bad_weights(str(path), missing=expected - shapes.keys())
+    if not any(name.startswith(TEXT_ROOT) for name in shapes):
+        raise ValueError(f"{path} has no text encoder: no weight's name begins with {TEXT_ROOT}")
 
 
 def _set_prediction_type(configs: dict[str, dict[str, Any]], prediction_type: str) -> None:
