@@ -7,10 +7,12 @@ component) are checked where they are loaded, not here.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
@@ -24,8 +26,25 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 4096 * 4096
 MAX_IMAGES = 4096
+UNSUPPORTED = {  # arguments of stock pipelines
+    "ip_adapter_image": "IP-Adapters are read by StableDiffusionPipeline.from_pipe(pipe)",
+    "ip_adapter_image_embeds": "IP-Adapters are read by StableDiffusionPipeline.from_pipe(pipe)",
+    "masked_image_latents": "pass the masked image's own image and mask_image",
+    "padding_mask_crop": "crop image and mask_image before the call",
+}
 
 logger = logging.getLogger(__name__)
+
+
+def no_others(others: Mapping[str, object], known: Iterable[str]) -> None:
+    """Refuse keywords that a call does not know; stock's unsupported ones may be None."""
+    for name, value in others.items():
+        if name not in UNSUPPORTED:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"a call has no argument {name}{meant}")
+        if value is not None:
+            raise ValueError(f"{name} is not supported here; {UNSUPPORTED[name]}")
 
 
 def texts(name: str, value: object) -> list[str]:
@@ -63,9 +82,21 @@ def clip_skip(value: object, *, text_encoder: Any) -> int | None:
     return skipped
 
 
-def lora_scale(value: object) -> float | None:
-    """Return the scale of LoRAs, in -10..10; None leaves their own."""
-    return None if value is None else in_range("lora_scale", value, low=-10.0, high=10.0)
+def lora_scale(value: object, cross_attention_kwargs: object = None) -> float | None:
+    """Return the scale of LoRAs, in -10..10, from either argument; None leaves their own."""
+    scale = None if value is None else in_range("lora_scale", value, low=-10.0, high=10.0)
+    if cross_attention_kwargs is None or cross_attention_kwargs == {}:
+        return scale
+    if not isinstance(cross_attention_kwargs, Mapping) or {*cross_attention_kwargs} != {"scale"}:
+        raise ValueError(
+            'cross_attention_kwargs may hold the scale of LoRAs alone, {"scale": 0.5}, got '
+            f"{cross_attention_kwargs!r:.200}"
+        )
+    name = 'cross_attention_kwargs["scale"]'
+    other = in_range(name, cross_attention_kwargs["scale"], low=-10.0, high=10.0)
+    if scale not in (None, other):
+        raise ValueError(f"got lora_scale={scale:g} and {name}={other:g}; pass one of them")
+    return other
 
 
 def prompt_embeds(
@@ -102,6 +133,22 @@ def count(name: str, value: object, *, maximum: int) -> int:
     if integer is None or not 1 <= integer <= maximum:
         raise ValueError(f"{name} must be an int in 1..{maximum}, got {value!r}")
     return integer
+
+
+def descending(name: str, value: object, *, high: float, is_integer: bool) -> list[float] | None:
+    """Return timesteps (integers) or sigmas, in 0..high, each below the one before; None stays."""
+    if value is None:
+        return None
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{name} must be a list of numbers, noisiest first, got {value!r:.200}")
+    numbers = [in_range(f"{name}[{k}]", one, low=0.0, high=high) for k, one in enumerate(value)]
+    if is_integer and any(number != int(number) for number in numbers):
+        raise ValueError(f"{name} must be whole numbers, got {value!r:.200}")
+    if any(later >= before for before, later in pairwise(numbers)):
+        raise ValueError(f"{name} must descend, the noisiest first, got {value!r:.200}")
+    return [int(number) for number in numbers] if is_integer else numbers
 
 
 def in_range(name: str, value: object, *, low: float, high: float) -> float:

@@ -3,7 +3,8 @@
 PIL images (turned upright by their EXIF tag, colors converted to sRGB by their profile,
 transparency on white), arrays (H, W, 3) or
 (B, H, W, 3) and tensors (3, H, W) or (B, 3, H, W), floating in [0, 1] as `output_type="np"` and
-`"pt"` give them, arrays of uint8 too; masks have one channel or none, and are white where to paint.
+`"pt"` give them or in [-1, 1] as a VAE does, arrays of uint8 too; masks have one channel or none,
+lie in [0, 1] and are white where to paint.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from latentdiff.pipeline import checks
 ImageList: TypeAlias = list[Image.Image] | Tensor
 
 DEFAULT_STRENGTH = 0.8
+OVERSHOOT = 0.1  # pixels that lie less below 0 may be those of an image in [0, 1] that was resized
 WHITE = (255, 255, 255)
 
 logger = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ def read_image_inputs(
     if strength is None:
         strength = DEFAULT_STRENGTH if mask_image is None else 1.0
     given = ImageInputs(
-        _read("image", image, 3),
+        _to_unit_range(_read("image", image, 3)),
         _read("mask_image", mask_image, 1),
         checks.in_range("strength", strength, low=0.0, high=1.0),
     )
@@ -145,6 +147,11 @@ def _read_list(name: str, values: list[Any], channels: int) -> ImageList:
     if all(isinstance(part, list) for part in parts):
         return [image for part in parts if part is not None for image in part]
     tensors = [part for part in parts if isinstance(part, Tensor)]
+    if channels == 3 and 0 < sum(bool(tensor.min() < 0) for tensor in tensors) < len(tensors):
+        raise ValueError(
+            f"{name} must hold images of one range: some have values below 0, as in [-1, 1], and "
+            "others none, as in [0, 1]; convert all to [0, 1]"
+        )
     if len(tensors) < len(parts) or len({tensor.shape[-2:] for tensor in tensors}) > 1:
         raise ValueError(f"{name} must hold images of one kind, and arrays of one size")
     return torch.cat(tensors)
@@ -181,7 +188,7 @@ def _from_array(name: str, value: np.ndarray[Any, Any], channels: int) -> Tensor
 
 
 def _check_tensor(name: str, value: Tensor, channels: int) -> Tensor:
-    """Return (B, C, H, W), floating, in [0, 1]."""
+    """Return (B, C, H, W), floating, in [0, 1], or an image's in [-1, 1]."""
     got = f"got {value.dtype} of shape {tuple(value.shape)}"
     if channels == 1 and value.ndim == 2:
         value = value[None]
@@ -191,9 +198,23 @@ def _check_tensor(name: str, value: Tensor, channels: int) -> Tensor:
         raise ValueError(f"{name} must be a floating tensor (B, {channels}, H, W), {got}")
     if value.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, {got}")
-    if not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"{name} must lie in [0, 1], got values outside of it or NaN")
+    low, high = value.min().item(), value.max().item()
+    ranges = "[0, 1] or [-1, 1]" if channels == 3 else "[0, 1]"
+    if not (low >= (-1 if channels == 3 else 0) and high <= 1):  # NaN too
+        raise ValueError(f"{name} must lie in {ranges}, got values from {low:g} to {high:g}")
+    if -OVERSHOOT < low < 0:
+        raise ValueError(
+            f"{name} must lie in {ranges}, and its least value {low:g} fits both: clamp it to "
+            "[0, 1], or if it is an image in [-1, 1] pass image / 2 + 0.5"
+        )
     return value.detach().cpu()
+
+
+def _to_unit_range(images: ImageList | None) -> ImageList | None:
+    """Return images in [0, 1]; a tensor with values below 0 is one in [-1, 1]."""
+    if isinstance(images, Tensor) and bool(images.min() < 0):
+        return images / 2 + 0.5
+    return images
 
 
 def _digest(image: Image.Image | Tensor) -> str:

@@ -6,9 +6,10 @@ before any compute (checks.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Never
 
 import torch
 from diffusers import (
@@ -18,6 +19,7 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import Tensor
@@ -65,16 +67,18 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
       negative_prompt_embeds (B, L, D) stand for them. long_prompts: "truncate" warns of words that
       do not fit, "chunks" reads all. prompt_weighting: False takes texts verbatim, as training
       takes captions. clip_skip: layers of the text encoder that are skipped.
-    - image, strength in (0, 1]: start from an image; mask_image: white where to paint.
+    - image, strength in (0, 1]: start from an image, a tensor or array in [0, 1] or [-1, 1];
+      mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.
-    - num_inference_steps, eta (DDIM's randomness); `set_scheduler` changes the scheduler.
+    - num_inference_steps, or in its place timesteps or sigmas: the noisiest first; eta (DDIM's
+      randomness); `set_scheduler` changes the scheduler.
     - guidance_scale, 1 is none, by default the model's own or 7.5; guidance_rescale in [0, 1];
       guidance_interval: (start, end), the part of the chain that is guided, from 0, noise, to 1.
     - score_fn: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); its
       gradient, times score_scale, guides the chain too (gradient_guidance.py).
     - num_images_per_prompt; seed: one number s, counted up over the images, or a list of one a
       image; generator: a torch.Generator, or a list, as in diffusers; latents: the noise.
-    - lora_scale: how strongly loaded LoRAs act.
+    - lora_scale, or cross_attention_kwargs={"scale": s}: how strongly loaded LoRAs act.
     - output_type: "pil", "np", "pt" (both in [0, 1]) or "latent"; return_dict: False for a tuple.
     - callback_on_step_end(pipe, i, t, tensors) after each step, with the tensors that
       callback_on_step_end_tensor_inputs names (callbacks.py); tensors it returns replace them.
@@ -125,7 +129,6 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         self.register_to_config(
             requires_safety_checker=requires_safety_checker and safety_checker is not None
         )
-        self.vae_scale_factor = LatentCodec(vae).factor if vae is not None else 8
         self.model_info = ModelInfo()
         self._guidance, self._guidance_scale = Guidance(), 1.0
         self._num_timesteps = 0
@@ -143,7 +146,9 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = 50,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
@@ -160,51 +165,47 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         prompt_weighting: bool = True,
         clip_skip: int | None = None,
         lora_scale: float | None = None,
+        cross_attention_kwargs: Mapping[str, float] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepFunction | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **others: Never,
     ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
         """Make images for a prompt, or for each prompt of a list; see the class."""
         # 1. Checks, all before any compute
-        checks.output(output_type, return_dict)
+        self._check_call(others, output_type, return_dict)
         step_end = StepEndCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
         score, interval = (score_fn, score_scale), guidance_interval
         guidance = self._read_guidance(guidance_scale, guidance_rescale, interval, score=score)
         texts, embeds = (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds)
-        options = {"long_prompts": long_prompts, "clip_skip": clip_skip, "lora_scale": lora_scale}
-        options["prompt_weighting"] = prompt_weighting
-        prompts = self._read_prompts(texts, embeds, num_images_per_prompt, options=options)
+        options = (long_prompts, clip_skip, prompt_weighting)
+        lora, count = (lora_scale, cross_attention_kwargs), num_images_per_prompt
+        prompts = self._read_prompts(texts, embeds, count, options=options, lora=lora)
         images = self._read_images(prompts, image, mask_image, strength=strength)
-        shape = self._latent_shape(prompts.num_images, images, height=height, width=width)
-        checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
+        shape = self._latent_shape(prompts.num_images, images, latents, size=(height, width))
         seeds, generator = generators_for(seed, generator, num_images=prompts.num_images)
-        timesteps = self._timesteps(num_inference_steps, images.strength)
-        step_options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
+        chain = self._chain((num_inference_steps, timesteps, sigmas), images, step=(eta, generator))
         # 2. Prompts, encoded
-        embeddings = self._prompt_embeds(prompts, timesteps.device)
+        embeddings = self._prompt_embeds(prompts, chain.timesteps.device)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
         denoiser = self._denoiser(inputs, guidance, embeddings, lora_scale=prompts.lora_scale)
         # 4. Scheduler, step by step from noise to clean latents
-        z0 = self.denoise_loop(denoiser, timesteps, step_end=step_end, step_options=step_options)
+        z0 = self.denoise_loop(denoiser, chain, step_end=step_end)
         # 5. Output: images, with the settings that make them again
-        settings = generation_metadata(
-            self, prompts, images, seeds=seeds, shape=shape, steps=num_inference_steps, eta=eta
-        )
-        output = self._output(z0, settings, seeds=seeds, output_type=output_type)
-        return output if return_dict else (output.images, output.nsfw_content_detected)
+        settings = generation_metadata(self, prompts, images, chain, seeds=seeds, shape=shape)
+        return self._output(z0, settings, seeds=seeds, kind=(output_type, return_dict))
 
     def denoise_loop(
         self,
         denoiser: CFGDenoiser,
-        timesteps: Tensor,
+        chain: schedulers.Chain,
         *,
-        step_options: dict[str, Any],
         step_end: StepEndCallback,
     ) -> Tensor:
         """Return clean latents (B, C, h, w), or those of the step at which a callback stopped."""
-        inputs = denoiser.inputs
+        inputs, timesteps, options = denoiser.inputs, chain.timesteps, chain.step_options
         latents = inputs.start(self.scheduler, timesteps)
         may_change = step_end.function is not None or denoiser.lora_scale is not None
         self.fast_cpu.invalidate()
@@ -215,7 +216,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
                 xt = self.scheduler.scale_model_input(latents, t)
                 denoiser.guidance = replace(self._guidance, scale=self._guidance_scale)
                 prediction = denoiser(xt, t)
-                latents = self.scheduler.step(prediction.output, t, latents, **step_options)[0]
+                latents = self.scheduler.step(prediction.output, t, latents, **options)[0]
                 latents = inputs.paste_known(self.scheduler, latents, timesteps[i + 1 :])
                 latents, denoiser.prompt_embeds = step_end(
                     self,
@@ -266,9 +267,26 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         return self.unet is not None and self.unet.config.in_channels > self.num_channels
 
     @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels along one side of a latent pixel, of the VAE that is there now."""
+        return 8 if self.vae is None else LatentCodec(self.vae).factor
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Diffusers' conversion of images to pixels in [-1, 1] and back, for this VAE."""
+        factor, channels = self.vae_scale_factor, self.num_channels
+        return VaeImageProcessor(vae_scale_factor=factor, vae_latent_channels=channels)
+
+    @property
     def num_channels(self) -> int:
         """Channels of a latent."""
         return 4 if self.vae is None else int(self.vae.config.latent_channels)
+
+    def _check_call(self, others: Mapping[str, object], *output: object) -> None:
+        """Check the names of arguments, the output's kind and that swapped components fit."""
+        checks.no_others(others, inspect.signature(type(self).__call__).parameters)
+        checks.output(*output)
+        self._check_fit()
 
     def _read_guidance(
         self, scale: object, rescale: object, interval: object, *, score: tuple[Any, object]
@@ -293,26 +311,52 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         )
 
     def _latent_shape(
-        self, num_images: int, images: ImageInputs, *, height: object, width: object
+        self,
+        num_images: int,
+        images: ImageInputs,
+        latents: object,
+        *,
+        size: tuple[object, object],
     ) -> tuple[int, int, int, int]:
-        """Return (B, C, h, w) of a size in pixels, by default the image's or the trained one."""
+        """Return (B, C, h, w), which latents must have, of a size in pixels.
+
+        size: (height, width), by default the image's or the trained one.
+        """
         factor = self.vae_scale_factor
         default = images.size(multiple=factor) or trained_size_px(self.unet, factor=factor)
-        rows, columns = checks.size_px(height, width, default=default, multiple=factor)
-        return num_images, self.num_channels, rows // factor, columns // factor
+        rows, columns = checks.size_px(*size, default=default, multiple=factor)
+        shape = num_images, self.num_channels, rows // factor, columns // factor
+        checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
+        return shape
 
-    def _timesteps(self, num_inference_steps: object, strength: float | None) -> Tensor:
-        """Set the scheduler's steps and return its timesteps, those of the strength if any."""
+    def _chain(
+        self,
+        asked: tuple[object, object, object],
+        images: ImageInputs,
+        *,
+        step: tuple[object, Generators],
+    ) -> schedulers.Chain:
+        """Set the scheduler's steps and return them, those of the images' strength if any.
+
+        asked: num_inference_steps, timesteps and sigmas. step: eta and generator.
+        """
+        (num_steps, timesteps, sigmas), (eta, generator) = asked, step
         out_channels = self.unet.config.out_channels
         schedulers.check_variance(
             self.scheduler, out_channels=out_channels, channels=self.num_channels
         )
-        device = self._execution_device
-        timesteps = schedulers.set_timesteps(
-            self.scheduler, num_inference_steps, strength=strength, device=device
+        chain = schedulers.set_timesteps(
+            self.scheduler,
+            num_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            strength=images.strength,
+            device=self._execution_device,
         )
-        self._num_timesteps = len(timesteps)
-        return timesteps
+        self._num_timesteps = len(chain.timesteps)
+        eta = checks.in_range("eta", eta, low=0.0, high=1.0)
+        options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
+        return replace(chain, settings=chain.settings | {"eta": eta}, step_options=options)
 
     def _prompt_embeds(self, prompts: PromptInputs, device: torch.device) -> Tensor:
         """Return (B, L, D), or under guidance (2B, L, D) with the negative prompts first."""
@@ -362,9 +406,13 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         settings: list[dict[str, Any]],
         *,
         seeds: list[int] | None,
-        output_type: str,
-    ) -> LatentDiffOutput:
-        """Decode to images, PIL images with their settings, past the safety checker."""
+        kind: tuple[str, bool],
+    ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
+        """Decode to images, PIL images with their settings, past the safety checker.
+
+        kind: output_type and return_dict.
+        """
+        output_type, return_dict = kind
         if output_type != "latent":
             latents = self.fast_cpu.channels_last(latents)
         images, flagged = decode(
@@ -377,4 +425,5 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         if output_type == "pil":
             images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
         self.maybe_free_model_hooks()
-        return LatentDiffOutput(images, flagged, seeds, settings)
+        output = LatentDiffOutput(images, flagged, seeds, settings)
+        return output if return_dict else (images, flagged)

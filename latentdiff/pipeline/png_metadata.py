@@ -26,6 +26,7 @@ from latentdiff.atomic import atomic_file
 from latentdiff.pipeline.files.model_info import public_name
 from latentdiff.pipeline.image_inputs import ImageInputs
 from latentdiff.pipeline.prompts import Prompt, PromptInputs
+from latentdiff.pipeline.schedulers import Chain
 
 SAMPLED_VALUES = 64
 
@@ -34,11 +35,10 @@ def generation_metadata(
     pipe: Any,
     prompts: PromptInputs,
     images: ImageInputs,
+    chain: Chain,
     *,
     seeds: Sequence[int] | None,
     shape: Sequence[int],
-    steps: int,
-    eta: float,
 ) -> list[dict[str, Any]]:
     """Return one JSON object an image; `pipe(**settings["call"])` makes that image alone.
 
@@ -49,12 +49,11 @@ def generation_metadata(
     common = {
         "height": shape[-2] * pipe.vae_scale_factor,
         "width": shape[-1] * pipe.vae_scale_factor,
-        "num_inference_steps": int(steps),
+        **chain.settings,
         "guidance_scale": guidance.scale,
         "guidance_rescale": guidance.rescale,
         "guidance_interval": list(guidance.interval),
         "strength": images.strength,
-        "eta": float(eta),
         "long_prompts": prompts.long_prompts,
         "clip_skip": prompts.clip_skip,
         "lora_scale": prompts.lora_scale,

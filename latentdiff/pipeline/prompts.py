@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -120,21 +120,24 @@ class EncodePromptMixin:
         embeds: tuple[Any, Any],
         num_images_per_prompt: object,
         *,
-        options: Mapping[str, object],
+        options: tuple[object, object, object],
+        lora: tuple[object, object],
     ) -> PromptInputs:
         """Check and parse prompt and negative prompt, or check their embeddings.
 
         texts, embeds: of the prompt and of the negative prompt, which may be one for all or one a
-        prompt. options: long_prompts, clip_skip, lora_scale and prompt_weighting.
+        prompt. options: long_prompts, clip_skip and prompt_weighting. lora: lora_scale and
+        cross_attention_kwargs.
         """
         (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds) = texts, embeds
+        long_prompts, clip_skip, prompt_weighting = options
         width = self.unet.config.cross_attention_dim
         if (prompt is None) == (prompt_embeds is None):
             got = "neither" if prompt is None else "both"
             raise ValueError(
                 f"pass one of prompt (a str or a list of str) and prompt_embeds, got {got}"
             )
-        weighting = checks.true_or_false("prompt_weighting", options["prompt_weighting"])
+        weighting = checks.true_or_false("prompt_weighting", prompt_weighting)
         prompts = None if prompt is None else self._parsed("prompt", prompt, weighting=weighting)
         if prompts is None:
             checks.prompt_embeds("prompt_embeds", prompt_embeds, width=width)
@@ -152,12 +155,12 @@ class EncodePromptMixin:
             ),
             prompt_embeds,
             negative_prompt_embeds,
-            long_prompts=checks.long_prompts(options["long_prompts"]),
+            long_prompts=checks.long_prompts(long_prompts),
             num_images_per_prompt=checks.count(
                 "num_images_per_prompt", num_images_per_prompt, maximum=checks.MAX_IMAGES
             ),
-            clip_skip=checks.clip_skip(options["clip_skip"], text_encoder=self.text_encoder),
-            lora_scale=checks.lora_scale(options["lora_scale"]),
+            clip_skip=checks.clip_skip(clip_skip, text_encoder=self.text_encoder),
+            lora_scale=checks.lora_scale(*lora),
             prompt_weighting=weighting,
         )
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -20,36 +22,72 @@ from latentdiff.models.build import schedule_of
 from latentdiff.pipeline import checks
 
 
+@dataclass(frozen=True)
+class Chain:
+    """The steps of a call that are taken, and how they were asked for.
+
+    timesteps: noisiest first. settings: arguments that give this chain again. step_options: of each
+    of the scheduler's steps.
+    """
+
+    timesteps: Tensor
+    settings: dict[str, Any]
+    step_options: dict[str, Any] = field(default_factory=dict)
+
+
 def set_timesteps(
     scheduler: Any,
-    num_inference_steps: object,
+    num_inference_steps: object = None,
     *,
+    timesteps: object = None,
+    sigmas: object = None,
     strength: float | None = None,
     device: torch.device | None = None,
-) -> Tensor:
-    """Set a scheduler's chain of num_inference_steps and return its timesteps, noisiest first.
+) -> Chain:
+    """Set a scheduler's chain of num_inference_steps, or of timesteps or sigmas in their place.
 
     strength: of image-to-image, keeps that last part of the chain. Schedulers of second order
     return more timesteps than steps. Raises ValueError for a number of steps outside 1..the number
-    of training timesteps or unknown to the scheduler, or a strength that leaves no step.
+    of training timesteps, values that do not descend, any of these unknown to the scheduler, or a
+    strength that leaves no step.
     """
-    maximum = scheduler.config.num_train_timesteps
-    steps = checks.count("num_inference_steps", num_inference_steps, maximum=maximum)
+    settings = _spacing(scheduler, num_inference_steps, timesteps, sigmas)
+    ((name, asked),) = settings.items()
+    try:
+        scheduler.set_timesteps(**settings, device=device)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}={asked} does not fit {type(scheduler).__name__}: {error}"
+        ) from error
+    order, is_count = getattr(scheduler, "order", 1), name == "num_inference_steps"
+    steps = asked if is_count else math.ceil(len(scheduler.timesteps) / order)
     kept = steps if strength is None else int(steps * strength)
     if kept < 1:
-        raise ValueError(
-            f"strength={strength:g} of num_inference_steps={steps} leaves no step; raise one"
-        )
-    try:
-        scheduler.set_timesteps(steps, device=device)
-    except ValueError as error:
-        name = type(scheduler).__name__
-        raise ValueError(f"num_inference_steps={steps} does not fit {name}: {error}") from error
-    skipped = (steps - kept) * getattr(scheduler, "order", 1)
+        of = f"strength={strength:g} of " if strength is not None else ""
+        raise ValueError(f"{of}{name}={asked} leaves no step; raise one")
+    skipped = (steps - kept) * order
     if strength is not None and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
-    timesteps: Tensor = scheduler.timesteps[skipped:]
-    return timesteps
+    return Chain(scheduler.timesteps[skipped:], {"num_inference_steps": steps} | settings)
+
+
+def _spacing(scheduler: Any, steps: object, timesteps: object, sigmas: object) -> dict[str, Any]:
+    """Return the one argument that sets a scheduler's chain, checked."""
+    maximum = scheduler.config.num_train_timesteps
+    if timesteps is None and sigmas is None:
+        count = checks.count("num_inference_steps", steps, maximum=maximum)
+        return {"num_inference_steps": count}
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("got both timesteps and sigmas; pass one of them")
+    name, value = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+    high = maximum - 1 if sigmas is None else MAX_SIGMA
+    values = checks.descending(name, value, high=high, is_integer=sigmas is None)
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"{name} cannot be set on a {type(scheduler).__name__}; pass num_inference_steps, or "
+            'take another scheduler by set_scheduler("euler")'
+        )
+    return {name: values}
 
 
 def check_variance(scheduler: Any, *, out_channels: int, channels: int) -> None:
@@ -63,9 +101,9 @@ def check_variance(scheduler: Any, *, out_channels: int, channels: int) -> None:
         )
 
 
-def step_options(scheduler: Any, *, eta: object, generator: Generators) -> dict[str, Any]:
+def step_options(scheduler: Any, *, eta: float, generator: Generators) -> dict[str, Any]:
     """Return eta and generator where the scheduler's step takes them, and return_dict=False."""
-    options = {"eta": checks.in_range("eta", eta, low=0.0, high=1.0), "generator": generator}
+    options = {"eta": eta, "generator": generator}
     known = inspect.signature(scheduler.step).parameters
     read = {name: value for name, value in options.items() if name in known}
     return read | {"return_dict": False}
@@ -92,6 +130,7 @@ def nearest_timesteps(scheduler: Any, t: Tensor, *, count: int) -> Tensor:
     return t.round().long().clamp(0, last).expand(count)
 
 
+MAX_SIGMA = 1e6  # above that of any noise schedule
 KARRAS = {"use_karras_sigmas": True}
 
 SCHEDULERS: dict[str, tuple[type[Any], dict[str, Any]]] = {

@@ -65,6 +65,11 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "height": SIZES,
     "width": SIZES,
     "num_inference_steps": st.integers(1, 4),
+    "timesteps": st.one_of(
+        st.lists(st.integers(0, 999), min_size=1, max_size=4).map(lambda t: sorted(t)[::-1]),
+        st.sampled_from([[999, 499], torch.tensor([900, 20]), [20, 900], [9.5], [1000, 1]]),
+    ),
+    "sigmas": st.sampled_from([[10.0, 1.0, 0.0], [14.6, 2.7, 0.4, 0.0], np.ones(3), [5.0]]),
     "guidance_scale": st.floats(0, 30),
     "guidance_rescale": st.floats(0, 1),
     "guidance_interval": st.tuples(st.floats(0, 1), st.floats(0, 1)),
@@ -78,13 +83,18 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "prompt_embeds": st.sampled_from([torch.zeros(1, 16, 16), torch.ones(2, 8, 16)]),
     "negative_prompt_embeds": st.sampled_from([torch.zeros(1, 16, 16), torch.ones(2, 8, 16)]),
     "image": st.sampled_from(
-        [noise_image(32), noise_image(9), [noise_image(16)] * 2, torch.rand(3, 8, 8)]
+        [
+            *(noise_image(32), noise_image(9), [noise_image(16)] * 2),
+            *(torch.rand(3, 8, 8), 2 * torch.rand(3, 8, 8) - 1, torch.rand(3, 8, 8) - 0.01),
+        ]
     ),
     "mask_image": st.sampled_from([noise_image(32).convert("L"), torch.ones(8, 8), np.eye(9)]),
     "strength": st.floats(0, 1),
     "long_prompts": st.sampled_from(["truncate", "cut", "chunks"]),
     "clip_skip": st.integers(0, 1),
     "lora_scale": st.floats(-1, 2),
+    "cross_attention_kwargs": st.sampled_from([{"scale": 0.5}, {"scale": "x"}, {}, {"y": 1}]),
+    "ip_adapter_image": st.sampled_from([None, None, noise_image(8)]),
     "output_type": st.sampled_from(["pil", "np", "pt", "latent"]),
     "return_dict": st.booleans(),
     "callback_on_step_end": st.just(changed_latents),
@@ -96,6 +106,8 @@ RIVALS = [
     ("prompt", "prompt_embeds", "negative_prompt_embeds"),
     ("seed", "generator"),
     ("", "latents"),
+    ("num_inference_steps", "timesteps", "sigmas"),
+    ("lora_scale", "cross_attention_kwargs"),
 ]
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import check_compatible
 from latentdiff.models.components import BUNDLED, Components, load_parts, resolve_model
+from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import refuse_wrong_path
 from latentdiff.models.save import complete_component, remove_origin
 from latentdiff.models.weights import check_weights
@@ -211,14 +212,20 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
             )
         return str(commit.commit_url)
 
-    def _check_components(self) -> None:
-        """Raise ValueError where components do not fit each other, or a weight is missing."""
+    def _check_fit(self) -> None:
+        """Raise ValueError where components do not fit each other, by their configs alone."""
+        if self.vae is not None:
+            LatentCodec(self.vae)  # checks its class
         configs = {
             "vae": self.vae and dict(self.vae.config),
             "unet": self.unet and dict(self.unet.config),
             "text_encoder": self.text_encoder and self.text_encoder.config.to_dict(),
         }
         check_compatible({name: config for name, config in configs.items() if config is not None})
+
+    def _check_components(self) -> None:
+        """Raise ValueError where components do not fit each other, or a weight is missing."""
+        self._check_fit()
         for name, module in self.components.items():
             if isinstance(module, nn.Module) and not hasattr(module, "_hf_hook"):
                 check_weights(module, name)
