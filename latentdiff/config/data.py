@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentdiff.config.choices import Mask
-from latentdiff.config.ranges import at_least, share, share_below_1
+from latentdiff.config.ranges import at_least, between, color, share, share_below_1
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class DataConfig:
 
     root: str = ""
     """the captioned folder; it may hold train/ and test/ or validation/ folders"""
-    resolution: int = at_least(8, default=512)
+    resolution: int = between(8, 16384, default=512)
     """pixels of a square image; each is resized until it covers its size, then cropped"""
     buckets: bool = False
     """cut each image to the size nearest to its own aspect ratio, among sizes of at most
@@ -60,7 +60,7 @@ class DataConfig:
     """share held out by a stable hash where no test/ or validation/ folder exists"""
     random_flip: bool = False
     """mirror half of the images, but none whose caption mentions sides or writing"""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[int, int, int] = color(default=(255, 255, 255))
     """RGB under transparent images"""
     mask: Mask = "none"
     """region of the loss: everywhere, where an image is opaque, or where NAME.mask.png or
@@ -76,7 +76,7 @@ class DataConfig:
     """read through links that leave the folder (Hugging Face caches are made of them)"""
     cache_dir: str = "~/.cache/latentdiff"
     """folder of cached latents, prompt embeddings and scans, addressed by content"""
-    num_workers: int = at_least(0, default=0)
+    num_workers: int = between(0, 1024, default=0)
     """processes that prepare batches while training"""
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ from latentdiff.config.choices import (
     PredictionType,
     TimestepSampling,
 )
-from latentdiff.config.ranges import at_least, positive, share
+from latentdiff.config.ranges import at_least, beta, positive, share
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class DiffusionConfig:
 
     beta_schedule: Literal["", BetaSchedule] = ""
     """empty: scaled_linear from scratch, the model's own for fine-tuning"""
-    beta_start: float = 0.00085
+    beta_start: float = beta(default=0.00085)
     """first beta of the linear schedules"""
-    beta_end: float = 0.012
+    beta_end: float = beta(default=0.012)
     """last beta of the linear schedules"""
     num_timesteps: int = at_least(2, default=1000)
     """length of the chain, T"""
@@ -64,6 +64,11 @@ class DiffusionConfig:
         if not math.isfinite(self.logit_normal_mean):
             raise ValueError(
                 f"diffusion.logit_normal_mean={self.logit_normal_mean}, expected a finite number"
+            )
+        if self.beta_end < self.beta_start:
+            raise ValueError(
+                f"diffusion.beta_end={self.beta_end} is below diffusion.beta_start="
+                f"{self.beta_start}, expected betas that rise"
             )
         if self.logit_normal_unbiased and self.timestep_sampling != "logit_normal":
             raise ValueError(

@@ -8,7 +8,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ import yaml
 
 from latentdiff.config.effect import without_idle_settings
 from latentdiff.config.text_to_image import Config
+from latentdiff.config.yaml_file import check_yaml, read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -141,8 +142,11 @@ def _as_begun(values: dict[str, Any], kind: Any) -> dict[str, Any]:
 
     Earlier versions took them. Any other run is refused for them when its config is built.
     """
+    output_dir = values["output_dir"]
     kept, names = without_idle_settings(values, kind)
-    path = Path(values["output_dir"]).expanduser() / "config.yaml"
+    if not isinstance(output_dir, str) or "\0" in output_dir:
+        return values  # which the config itself refuses
+    path = Path(output_dir).expanduser() / "config.yaml"
     if not names or not path.is_file():
         return values
     now, before = (SimpleNamespace(**found) for found in (values, _stored_values(path, kind)))
@@ -170,6 +174,7 @@ def _with_current_names(arguments: Sequence[str], kind: Any, *, warns: bool = Tr
             text = _renamed_file(Path(path), current)
             given.append(argument if text is None else text if is_path else f"--config={text}")
         elif option.startswith("--"):
+            _check_value(option[2:], value)
             given.append(f"--{current(option[2:])}{equals}{value}")
         else:
             given.append(argument)
@@ -181,13 +186,22 @@ def _with_current_names(arguments: Sequence[str], kind: Any, *, warns: bool = Tr
 
 
 def _renamed_file(path: Path, current: Callable[[str], str]) -> str | None:
-    """Return the text of a YAML file with current names; None where nothing changes."""
+    """Return the text of a YAML file with current names; None where nothing changes.
+
+    Raises ValueError for a setting that is given under two spellings.
+    """
+    if not path.is_file():
+        raise ValueError(f"the config file {path} does not exist")
+    text = read_yaml(path)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None  # the parser's own message names the mistake
-    if not isinstance(settings, dict):
-        return None
+        settings = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError) as error:  # such as a date of month 13
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    given: dict[str, str] = {}
+    for name in _leaf_names(settings):
+        if (new := current(name)) in given:
+            raise ValueError(f"{path} gives {new} twice, as {given[new]} and {name}; keep one")
+        given[new] = name
     renamed: dict[str, Any] = {}
     for name, value in settings.items():
         if not isinstance(value, dict):
@@ -195,9 +209,29 @@ def _renamed_file(path: Path, current: Callable[[str], str]) -> str | None:
             continue
         for key, inner in value.items():
             section, dot, rest = current(f"{name}.{key}").partition(".")
-            renamed.setdefault(section, {})[rest if dot else key] = inner
+            inside = renamed.setdefault(section, {})
+            if not isinstance(inside, dict):
+                raise ValueError(f"{path}: {section} is {inside!r}, expected settings in it")
+            inside[rest if dot else key] = inner
         renamed.setdefault(str(name), {})
     return None if renamed == settings else yaml.safe_dump(renamed, sort_keys=False)
+
+
+def _leaf_names(settings: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every value."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _leaf_names(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _check_value(option: str, value: str) -> None:
+    """Refuse an option's value that the parser must not build as YAML."""
+    try:
+        check_yaml(value, where=f"the option --{option}")
+    except yaml.YAMLError:
+        return  # plain text
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -234,6 +268,8 @@ def _plain(value: Any) -> Any:
 def _readable(message: str, names: Sequence[str]) -> str:
     """Shorten jsonargparse's message and add the nearest of the known names to an unknown key."""
     message = re.sub(r"\s+", " ", message).strip()
+    if "argument after ** must be a mapping" in message or message.startswith("Unexpected config"):
+        return "a section of settings holds something else, expected lines such as 'seed: 1' in it"
     unknown = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", message) or re.search(
         r"[Uu]nrecognized arguments: --([\w.]+)", message
     )

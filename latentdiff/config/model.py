@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from latentdiff.config.ranges import at_least, share
+from latentdiff.config.ranges import at_least, check_multiples, share, widths
+
+GROUPS = 32  # of the U-Net's group norms
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """A U-Net trained from scratch."""
 
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    block_out_channels: tuple[int, ...] = widths(default=(320, 640, 1280, 1280))
     """width of each level, finest first"""
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     """which levels attend to the text"""
@@ -65,6 +67,10 @@ class ModelConfig:
                 f"model.unet.attention_levels has {len(unet.attention_levels)} entries, expected "
                 f"one for each of the {len(unet.block_out_channels)} model.unet.block_out_channels"
             )
+        if not self.pretrained:
+            check_multiples("model.unet.block_out_channels", unet.block_out_channels, GROUPS)
+            check_multiples("model.unet.block_out_channels", unet.block_out_channels, unet.head_dim)
+            check_multiples("model.text.width", [self.text.width], self.text.num_heads)
         if self.pretrained and (self.vae or self.text_encoder):
             raise ValueError(
                 "model.pretrained brings its own VAE and text encoder; leave model.vae and "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -28,14 +28,64 @@ def share_below_1(*, default: float) -> Any:
     return _ranged(default, lambda value: 0 <= value < 1, "a share in [0, 1), a number below 1")
 
 
-def _ranged(default: float, allows: Callable[[float], bool], expected: str) -> Any:
+def between(minimum: float, maximum: float, *, default: float) -> Any:
+    """Declare a number in [minimum, maximum]."""
+    return _ranged(
+        default, lambda value: minimum <= value <= maximum, f"a number in [{minimum}, {maximum}]"
+    )
+
+
+def beta(*, default: float) -> Any:
+    """Declare the variance of one diffusion step."""
+    return _ranged(default, lambda value: 0 < value < 1, "a number above 0 and below 1")
+
+
+def color(*, default: tuple[int, int, int]) -> Any:
+    """Declare an RGB color."""
+    return _ranged(
+        default, lambda value: all(0 <= part <= 255 for part in value), "three numbers in 0..255"
+    )
+
+
+def widths(*, default: tuple[int, ...]) -> Any:
+    """Declare the channels of each level, at least one."""
+    return _ranged(
+        default,
+        lambda value: value and all(0 < width <= 65536 for width in value),
+        "one or more widths of at least 1",
+    )
+
+
+def texts(*, default: tuple[str, ...] = ()) -> Any:
+    """Declare texts, none of them empty."""
+    return _ranged(default, lambda value: all(text.strip() for text in value), "texts, none empty")
+
+
+def folder(*, default: str) -> Any:
+    """Declare the name of a folder that is needed."""
+    return _ranged(
+        default,
+        lambda value: value.strip() and "\0" not in value,
+        "the name of a folder",
+    )
+
+
+def _ranged(default: Any, allows: Callable[[Any], Any], expected: str) -> Any:
     return dataclasses.field(default=default, metadata={"allows": allows, "expected": expected})
+
+
+def check_multiples(name: str, numbers: Sequence[int], divisor: int) -> None:
+    """Raise ValueError where one of the numbers is no multiple of the divisor."""
+    if odd := [number for number in numbers if number % divisor]:
+        raise ValueError(f"{name} holds {odd[0]}, expected multiples of {divisor}")
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise ValueError for the first number out of its range, by its dotted name."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value is None and "None" not in str(field.type):
+            raise ValueError(f"{prefix}{field.name} is null, expected a value; leave it out")
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{prefix}{field.name}.")
         elif "allows" in field.metadata and not field.metadata["allows"](value):

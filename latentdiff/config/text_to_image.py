@@ -13,7 +13,7 @@ from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.effect import EffectRule, check_effect
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.config.model import ModelConfig
-from latentdiff.config.ranges import check_ranges
+from latentdiff.config.ranges import check_ranges, folder
 from latentdiff.config.train import EvalConfig, PreviewConfig, TrainConfig
 
 EFFECT_RULES = (
@@ -89,7 +89,7 @@ class Config:
 
     effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
-    output_dir: str = "runs/new"
+    output_dir: str = folder(default="runs/new")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -106,6 +106,11 @@ class Config:
         self.diffusion.check()
         self.train.check()
         self.finetune.check()
+        if not self.model.pretrained and self.preview.num_steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"preview.num_steps={self.preview.num_steps}, expected at most "
+                f"diffusion.num_timesteps={self.diffusion.num_timesteps}"
+            )
         _check_method(self)
         _check_class_images(self)
         _check_learned_variance(self)

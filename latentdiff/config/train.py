@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentdiff.config.choices import AttentionKernel, LRDecay, MixedPrecision, OptimizerName
-from latentdiff.config.ranges import at_least, share_below_1
+from latentdiff.config.ranges import at_least, between, share_below_1, texts
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class TrainConfig:
     """images per optimiser step, over all processes and accumulated micro-batches"""
     micro_batch_size: int = at_least(0, default=0)
     """images per forward pass of one process; 0: batch_size / processes, no accumulation"""
-    learning_rate: float = at_least(0, default=1e-4)
+    learning_rate: float = between(0, 10, default=1e-4)
     """peak learning rate"""
-    text_learning_rate: float = at_least(0, default=0.0)
+    text_learning_rate: float = between(0, 10, default=0.0)
     """learning rate of the text encoder, where it is trained; 0: the same"""
     lr_schedule: LRDecay = "constant"
     """shape of the learning rate after the warm-up, over max_steps"""
@@ -63,7 +63,7 @@ class TrainConfig:
     rebuild any width from 0.03 to 0.2"""
     export: Literal["last", "best"] = "last"
     """the state that is exported to pipeline/: the last, or that with the lowest held-out loss"""
-    seed: int = at_least(0, default=0)
+    seed: int = between(0, 2**63 - 1, default=0)
     """all random numbers of the run are a function of it"""
     resume: str = "auto"
     """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder: a branch
@@ -101,7 +101,7 @@ class TrainConfig:
 class PreviewConfig:
     """Sample sheets during the run."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = texts()
     """prompts of the sheets, where "(red:1.3) apple" weighs words as in a call of the pipeline; by
     default eight held-out captions, verbatim"""
     every_steps: int = at_least(0, default=1000)

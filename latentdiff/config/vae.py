@@ -5,7 +5,16 @@ from typing import ClassVar, Literal
 
 from latentdiff.config.choices import MixedPrecision
 from latentdiff.config.effect import EffectRule, check_effect
-from latentdiff.config.ranges import at_least, check_ranges
+from latentdiff.config.ranges import (
+    at_least,
+    between,
+    check_multiples,
+    check_ranges,
+    folder,
+    share,
+    share_below_1,
+    widths,
+)
 
 EFFECT_RULES = (
     EffectRule(
@@ -32,24 +41,24 @@ class VaeConfig:
 
     effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
-    output_dir: str = "runs/vae"
+    output_dir: str = folder(default="runs/vae")
     roots: tuple[str, ...] = ()
     """folders of images; their test/ folders are held out"""
     pretrained: str = ""
     """a VAE's folder to continue from; empty starts from random weights"""
-    resolution: int = 64
+    resolution: int = between(8, 16384, default=64)
     """pixels of the square crops"""
-    block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
+    block_out_channels: tuple[int, ...] = widths(default=(32, 64, 128, 128))
     """width of each level; the factor is 2 ** (levels - 1)"""
-    layers_per_block: int = 1
+    layers_per_block: int = at_least(1, default=1)
     """residual blocks a level"""
-    norm_num_groups: int = 8
+    norm_num_groups: int = at_least(1, default=8)
     """groups of the group norms"""
-    latent_channels: int = 4
+    latent_channels: int = at_least(1, default=4)
     """channels of a latent"""
-    kl_weight: float = 1e-6
+    kl_weight: float = at_least(0, default=1e-6)
     """weight of the KL term, a sum over the latent, against the mean error of a pixel value"""
-    pca_channels: int = 0
+    pca_channels: int = at_least(0, default=0)
     """with pretrained: number of principal components of its latents to take as channels; 0: its
     own channels"""
     train_part: Literal["all", "decoder"] = "all"
@@ -57,45 +66,45 @@ class VaeConfig:
     them, as they are"""
     lpips: str = ""
     """a local file of LPIPS weights (named in training/vae/losses.py); empty: no such loss"""
-    lpips_weight: float = 0.5
+    lpips_weight: float = at_least(0, default=0.5)
     """weight of LPIPS"""
-    discriminator_weight: float = 0.0
+    discriminator_weight: float = at_least(0, default=0.0)
     """weight of the patch discriminator, times the adaptive weight; 0: none"""
-    discriminator_start: int = 2000
+    discriminator_start: int = at_least(0, default=2000)
     """optimiser step from which the discriminator's loss counts"""
-    discriminator_width: int = 32
+    discriminator_width: int = at_least(1, default=32)
     """channels of the discriminator's first layer"""
     features: str = ""
     """a local feature network's folder for the FD of held-out reconstructions; empty: no FD"""
-    equivariance_prob: float = 0.0
+    equivariance_prob: float = share(default=0.0)
     """share of steps whose latents are rotated, mirrored, and downscaled or shifted by part of a
     latent pixel, and must decode to the image so transformed: smoother latents, which diffusion
     learns faster (after Kouzelis et al. 2025)"""
-    latent_noise: float = 0.0
+    latent_noise: float = at_least(0, default=0.0)
     """largest noise added to latents before decoding, in units of their std, sampled for each image
     from zero up: the decoder then tolerates small errors of diffusion, and latents of different
     images move apart (after Zheng et al. 2025)"""
-    l2_weight: float = 1.0
+    l2_weight: float = at_least(0, default=1.0)
     """weight of the squared error, next to the absolute error"""
     max_steps: int = at_least(1, default=10_000)
     """optimiser steps"""
     max_minutes: float = at_least(0, default=0.0)
     """a limit that becomes one of max_steps, by timing a few steps when a run begins; 0: none"""
-    batch_size: int = 32
+    batch_size: int = at_least(1, default=32)
     """crops a step"""
-    learning_rate: float = 1e-3
+    learning_rate: float = between(0, 10, default=1e-3)
     """peak learning rate, cosine to zero"""
-    lr_warmup_steps: int = 100
+    lr_warmup_steps: int = at_least(0, default=100)
     """optimiser steps until the peak learning rate"""
-    ema_decay: float = 0.999
+    ema_decay: float = share_below_1(default=0.999)
     """decay of the weights' moving average; the average is saved"""
     mixed_precision: MixedPrecision = "bf16"
     """mixed precision of the forward and backward pass"""
     channels_last: bool = True
     """memory layout of the convolutions; which is faster depends on the machine"""
-    seed: int = 0
+    seed: int = between(0, 2**63 - 1, default=0)
     """all random numbers are a function of it"""
-    num_workers: int = 1
+    num_workers: int = between(0, 1024, default=1)
     """processes that prepare crops"""
     log_every_steps: int = at_least(1, default=50)
     """steps between two lines of metrics"""
@@ -113,3 +122,5 @@ class VaeConfig:
         """Raise ValueError for values out of range, naming the setting and the allowed values."""
         check_ranges(self)
         check_effect(self)
+        if not self.pretrained:
+            check_multiples("block_out_channels", self.block_out_channels, self.norm_num_groups)

@@ -49,7 +49,8 @@ def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> Metr
 
 def load_clip(folder: str | Path, *, device: torch.device | str = "cpu") -> Clip:
     """Load a transformers CLIPModel and its tokenizer from a folder; safetensors only."""
-    if not (Path(folder) / "config.json").is_file():
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a CLIP model")
     model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:
@@ -96,7 +97,7 @@ def load_features(folder: str | Path, *, device: torch.device | str = "cpu") -> 
 
     FileNotFoundError or ValueError names the part that the folder lacks.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if (folder / "config.json").is_file() and not (folder / "arch.json").is_file():
         return _load_vision_features(folder, torch.device(device))
     return features_from_module(load_mobilenet(folder).to(device), folder.resolve().name)
@@ -107,7 +108,7 @@ def load_mobilenet(folder: str | Path) -> MobileNet:
 
     FileNotFoundError or ValueError names the part that the folder lacks.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for name in ("arch.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, expected a feature network's folder")

@@ -94,7 +94,7 @@ def resolve_model(path_or_id: str | os.PathLike[str]) -> Path:
     where the package was installed without the model.
     """
     if (folder := BUNDLED.get(os.fspath(path_or_id))) is None:
-        return Path(model_of_run(path_or_id))
+        return Path(model_of_run(Path(path_or_id).expanduser()))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{path_or_id} is not in this installation of LatentDiff ({folder} is absent); install "

@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,19 +97,12 @@ class EncodePromptMixin:
         The arguments are Stable Diffusion's, in its order, long_prompts and prompt_weighting; B
         counts num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone.
         """
-        parsed = partial(
-            self._parsed, weighting=checks.true_or_false("prompt_weighting", prompt_weighting)
-        )
-        inputs = PromptInputs(
-            None if prompt_embeds is not None else parsed("prompt", prompt),
-            parsed("negative_prompt", negative_prompt) if negative_prompt else None,
-            prompt_embeds,
-            negative_prompt_embeds,
+        inputs = self._read_prompts(
+            (None if prompt_embeds is not None else prompt, negative_prompt or None),
+            (prompt_embeds, negative_prompt_embeds),
             num_images_per_prompt,
-            checks.long_prompts(long_prompts),
-            clip_skip,
-            lora_scale,
-            prompt_weighting,
+            options=(long_prompts, clip_skip, prompt_weighting),
+            lora=(lora_scale, None),
         )
         return self._encode_inputs(inputs, device, is_guided=do_classifier_free_guidance)
 

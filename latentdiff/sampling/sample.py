@@ -48,7 +48,7 @@ def sample(
     log: gets a line before steps that take minutes. Raises ValueError or OSError with one clear
     message for bad input, and never writes over an image that has other settings.
     """
-    out = Path(options.out)
+    out = Path(options.out).expanduser()
     if out.suffix and out.suffix.lower() != ".png":
         raise ValueError(f"out={options.out} must be a .png file, or a folder")
     if options.compile and options.trace:
@@ -125,7 +125,7 @@ def _label(job: ImageJob, jobs: Sequence[ImageJob]) -> str:
 def _prompt_entries(prompts: Sequence[str], options: SampleOptions) -> list[PromptEntry]:
     entries = [PromptEntry(prompt) for prompt in prompts]
     if options.prompt_file is not None:
-        entries += read_prompt_entries(Path(options.prompt_file))
+        entries += read_prompt_entries(Path(options.prompt_file).expanduser())
     if not entries:
         raise ValueError("no prompts; give some, or prompt_file")
     return entries
@@ -157,7 +157,7 @@ def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
     if options.scheduler is not None:
         pipe.set_scheduler(options.scheduler)
     if options.lora is not None:
-        pipe.load_lora_weights(options.lora)
+        pipe.load_lora_weights(Path(options.lora).expanduser())
     pipe.set_progress_bar_config(leave=False)
     return pipe
 
@@ -183,7 +183,7 @@ def _open(name: str, path: str | None) -> Image.Image | None:
     if path is None:
         return None
     try:
-        return decode_image(path)
+        return decode_image(Path(path).expanduser())
     except (ImageError, OSError) as error:
         raise ValueError(f"{name} {path} is not a readable image: {error}") from error
 

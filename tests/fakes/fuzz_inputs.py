@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS: tuple[str, ...] = (
+    "config",
     "embedding",
     "lora",
     "parquet",

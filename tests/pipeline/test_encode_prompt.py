@@ -84,3 +84,21 @@ def test_pipeline_without_a_text_encoder_asks_for_prompt_embeds():
         pipe("a cat")
     with pytest.raises(ValueError, match="negative_prompt_embeds"):
         pipe(prompt_embeds=torch.zeros(1, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_images_per_prompt": 0},
+        {"num_images_per_prompt": -1},
+        {"num_images_per_prompt": 1.5},
+        {"num_images_per_prompt": True},
+        {"clip_skip": 99},
+        {"lora_scale": float("nan")},
+        {"negative_prompt": ["a", "b", "c"]},
+    ],
+)
+def test_counts_are_checked_as_in_a_call(arguments):
+    pipe, settings = tiny_pipeline(), {"do_classifier_free_guidance": True} | arguments
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        pipe.encode_prompt("a cat", "cpu", **({"num_images_per_prompt": 1} | settings))

@@ -79,7 +79,8 @@ class Lpips(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist, expected LPIPS weights (safetensors)")
         self.features = _vgg16()
         self.heads = nn.ParameterList(

@@ -1,0 +1,81 @@
+"""Checks of YAML text before anything is built from it: size, depth, aliases, duplicate keys.
+
+YAML itself allows what no settings file means: a key given twice, of which one is lost in silence,
+and a few lines of aliases that stand for millions of values.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 20, 20_000
+
+
+def read_yaml(path: Path) -> str:
+    """Read a settings file. Raises ValueError that names the file, and the line of a fault."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{path} has more than {MAX_BYTES:,} bytes, expected a settings file")
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}: {error.reason}") from None
+    try:
+        root = check_yaml(text, where=str(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} holds no settings, expected lines such as 'output_dir: runs/new'")
+    return text
+
+
+def check_yaml(text: str, *, where: str) -> yaml.Node | None:
+    """Parse one document. Raises ValueError for text that must not be built, or YAMLError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            mark = event.start_mark
+            line = mark.line + 1 if mark else "?"
+            raise ValueError(f"{where}, line {line}: more than {MAX_DEPTH} levels in each other")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        for count, node in enumerate(_nodes(root, (), where)):
+            if count > MAX_NODES:
+                raise ValueError(
+                    f"{where}: its aliases stand for more than {MAX_NODES:,} values; write the "
+                    "values out"
+                )
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(node, where)
+    return root
+
+
+def _nodes(node: yaml.Node, above: tuple[int, ...], where: str) -> Iterator[yaml.Node]:
+    """Yield a node and all nodes below it, those behind aliases each time."""
+    if id(node) in above:
+        line = node.start_mark.line + 1
+        raise ValueError(f"{where}, line {line}: an alias that contains itself")
+    yield node
+    if isinstance(node, yaml.ScalarNode):
+        return
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+    for child in (child for pair in pairs for child in pair):
+        yield from _nodes(child, (*above, id(node)), where)
+
+
+def _check_keys(node: yaml.MappingNode, where: str) -> None:
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{where}, line {line}: a key that is no name of a setting")
+        if key.value in seen:
+            raise ValueError(
+                f"{where}, line {line}: {key.value} is given twice, first in line "
+                f"{seen[key.value]}; keep one"
+            )
+        seen[key.value] = line
