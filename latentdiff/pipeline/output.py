@@ -49,7 +49,7 @@ def decode(
     if not bool(torch.isfinite(latents).all()):
         raise ValueError(
             "the latents became NaN or Inf while sampling; lower guidance_scale, or load the "
-            "pipeline with torch_dtype=torch.bfloat16 or torch.float32"
+            "pipeline with dtype=torch.bfloat16 or torch.float32"
         )
     if output_type == "latent":
         return latents, None

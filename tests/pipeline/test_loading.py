@@ -57,10 +57,23 @@ def test_saved_pipeline_loads_equal(saved, suffix):
     assert not loaded.unet.training
 
 
-def test_dtype_is_chosen_at_loading(saved):
-    loaded = LatentDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtype_is_chosen_at_loading(saved, name):
+    loaded = LatentDiffPipeline.from_pretrained(saved, **{name: torch.bfloat16})
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.bfloat16}
     assert np.isfinite(images_of(loaded)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"dtype": "bfloat16"}, TypeError),
+        ({"dtype": torch.float16, "torch_dtype": torch.bfloat16}, ValueError),
+    ],
+)
+def test_a_dtype_that_is_none_or_two_is_refused(saved, options, error):
+    with pytest.raises(error, match="dtype"):
+        LatentDiffPipeline.from_pretrained(saved, **options)
 
 
 def test_stock_opens_the_folder_where_latentdiff_cannot_be_imported(saved, tmp_path):

@@ -65,7 +65,8 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         variant: str | None = None,
         use_safetensors: bool = True,
         revision: str | None = None,
@@ -78,12 +79,14 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
     ) -> Self:
         """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
 
-        variant: of the weight files, such as "fp16". components: vae, unet, scheduler and so on, in
+        dtype: of the weights, float32 by default; torch_dtype is its older name. variant: of the
+        weight files, such as "fp16". components: vae, unet, scheduler and so on, in
         the place of the stored ones, which are not loaded; None leaves one out, as in
         safety_checker=None. requires_safety_checker is noted in what is saved. Raises
         FileNotFoundError or ValueError where a file or a weight is missing, damaged, a pickle, or
         does not fit.
         """
+        dtype = _one_dtype(dtype, torch_dtype)
         if unknown := sorted(components.keys() - {one.name for one in fields(Components)}):
             raise TypeError(f"from_pretrained() knows no argument {', '.join(unknown)}")
         if not use_safetensors:
@@ -102,7 +105,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
-        parts = load_parts(path, components, torch_dtype=torch_dtype, variant=variant)
+        parts = load_parts(path, components, torch_dtype=dtype, variant=variant)
         pipe: Any = cls(**parts, requires_safety_checker=requires_safety_checker)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         pipe.model_info = read_model_info(path)
@@ -115,7 +118,8 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         *,
         config: str | os.PathLike[str] | None = None,
         prediction_type: str | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
     ) -> Self:
         """Open one local .safetensors file of a whole Stable Diffusion 1.x or 2.x model, offline.
 
@@ -124,7 +128,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         weights; by default "v_prediction" (768 px), pass "epsilon" for the 512 px base models.
         Raises FileNotFoundError or ValueError for another kind of file, or missing weights.
         """
-        path = Path(pretrained_model_link_or_path)
+        path, dtype = Path(pretrained_model_link_or_path), _one_dtype(dtype, torch_dtype)
         with tempfile.TemporaryDirectory() as scratch:
             folder, parts = config_folder(
                 path, config=config, prediction_type=prediction_type, scratch=Path(scratch)
@@ -133,7 +137,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 pipe: Any = super().from_single_file(
                     str(path),
                     config=str(folder),
-                    torch_dtype=torch_dtype,
+                    dtype=dtype,
                     local_files_only=True,
                     **parts,
                 )
@@ -229,6 +233,18 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         for name, module in self.components.items():
             if isinstance(module, nn.Module) and not hasattr(module, "_hf_hook"):
                 check_weights(module, name)
+
+
+def _one_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype:
+    """Return the dtype under either of its names, float32 where there is none."""
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ValueError(
+            f"dtype={dtype} and torch_dtype={torch_dtype} contradict; pass dtype alone"
+        )
+    chosen = torch_dtype if dtype is None else dtype
+    if chosen is not None and not isinstance(chosen, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, got {chosen!r}")
+    return chosen or torch.float32
 
 
 def _fetch(path_or_id: str, given: dict[str, Any], *, variant: str | None, **where: Any) -> str:
