@@ -241,7 +241,8 @@ def test_learned_embeds_open_in_stock_diffusers(world, word_run):
 def test_caption_dropout_of_the_base_is_recorded_after_tuning(world, word_run):
     base = json.loads((world / "base" / "pipeline" / "latentdiff.json").read_text())
     tuned = json.loads((word_run / "pipeline" / "latentdiff.json").read_text())
-    assert tuned["caption_dropout"] == base["caption_dropout"] > 0
+    assert tuned["caption_dropout"] == 0
+    assert tuned["base_caption_dropout"] == base["caption_dropout"] > 0
 
 
 def test_token_that_no_caption_has_is_refused(world, tmp_path):
