@@ -1,8 +1,8 @@
 """--help of every command answers at once, by its name or by its script's."""
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 from fakes_scripts import SCRIPTS, run_script
@@ -37,11 +37,17 @@ def test_help_of_no_command_loads_anything_heavy() -> None:
 def test_help_answers_within_half_a_second(arguments: list[str]) -> None:
     command, seconds = [sys.executable, "-m", "latentdiff", *arguments], []
     for _ in range(5):
-        started = time.perf_counter()
+        started = children_seconds()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(children_seconds() - started)
         assert "usage: latentdiff" in done.stdout
     assert min(seconds) < 0.5
+
+
+def children_seconds() -> float:
+    """Return the processor time of ended child processes, which other work does not lengthen."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 @pytest.mark.parametrize("name", NAMES)
