@@ -100,13 +100,13 @@ def lora_scale(value: object, cross_attention_kwargs: object = None) -> float | 
 
 
 def prompt_embeds(
-    name: str, value: object, *, width: int, shape: Sequence[int] | None = None
+    name: str, value: object, *, width: int | None, shape: Sequence[int] | None = None
 ) -> Tensor:
     """Check prompt embeddings: (B, L, width), of the given shape if any, floating, finite."""
-    expected = f"(prompts, tokens, {width})" if shape is None else f"{tuple(shape)}"
+    expected = f"(prompts, tokens, {width or 'width'})" if shape is None else f"{tuple(shape)}"
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor of shape {expected}, got {kind(value)}")
-    fits = value.ndim == 3 and value.shape[-1] == width and value.numel() > 0
+    fits = value.ndim == 3 and value.shape[-1] == (width or value.shape[-1]) and value.numel() > 0
     if not fits or (shape is not None and value.shape != tuple(shape)):
         raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
     return _finite(name, value)

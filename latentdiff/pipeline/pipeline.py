@@ -326,7 +326,8 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         default = images.size(multiple=factor) or trained_size_px(self.unet, factor=factor)
         rows, columns = checks.size_px(*size, default=default, multiple=factor)
         shape = num_images, self.num_channels, rows // factor, columns // factor
-        checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
+        if latents is not None:
+            checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
         return shape
 
     def _chain(

@@ -134,8 +134,9 @@ def model_fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
             if tensor.is_meta or isinstance(tensor, DTensor):
                 return None
             digest.update(f"{name}.{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            flat = tensor.detach().reshape(-1)
-            values.append(flat[:: max(1, len(flat) // SAMPLED_VALUES)][:SAMPLED_VALUES].float())
+            flat = tensor.reshape(-1)
+            step = max(1, len(flat) // SAMPLED_VALUES)
+            values.append(flat[: step * SAMPLED_VALUES : step].float())
     if values:
         digest.update(torch.cat([value.cpu() for value in values]).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -123,7 +123,6 @@ class EncodePromptMixin:
         """
         (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds) = texts, embeds
         long_prompts, clip_skip, prompt_weighting = options
-        width = self.unet.config.cross_attention_dim
         if (prompt is None) == (prompt_embeds is None):
             got = "neither" if prompt is None else "both"
             raise ValueError(
@@ -132,7 +131,7 @@ class EncodePromptMixin:
         weighting = checks.true_or_false("prompt_weighting", prompt_weighting)
         prompts = None if prompt is None else self._parsed("prompt", prompt, weighting=weighting)
         if prompts is None:
-            checks.prompt_embeds("prompt_embeds", prompt_embeds, width=width)
+            checks.prompt_embeds("prompt_embeds", prompt_embeds, width=self._prompt_width())
         elif self.text_encoder is None:
             raise ValueError(
                 "prompt needs a text encoder, and this pipeline has none; pass prompt_embeds"
@@ -156,6 +155,10 @@ class EncodePromptMixin:
             prompt_weighting=weighting,
         )
 
+    def _prompt_width(self) -> int | None:
+        """Return the width of prompt embeddings that the U-Net reads, None without a U-Net."""
+        return None if self.unet is None else self.unet.config.cross_attention_dim
+
     def _read_negative(
         self,
         negative_prompt: object,
@@ -173,7 +176,7 @@ class EncodePromptMixin:
                 )
             if prompt_embeds is None:
                 raise ValueError("negative_prompt_embeds needs prompt_embeds; pass both or neither")
-            width, shape = self.unet.config.cross_attention_dim, prompt_embeds.shape
+            width, shape = self._prompt_width(), prompt_embeds.shape
             checks.prompt_embeds(
                 "negative_prompt_embeds", negative_prompt_embeds, width=width, shape=shape
             )

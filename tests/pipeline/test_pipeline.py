@@ -191,6 +191,8 @@ def test_encode_prompt_needs_the_text_encoder_alone():
     alone = LatentDiffPipeline(**parts | {"unet": None, "vae": None, "scheduler": None})
     states, negative = alone.encode_prompt(PROMPTS, torch.device("cpu"), 2, True)
     assert states.shape == negative.shape == (4, 16, 16)
+    again, _ = alone.encode_prompt(None, torch.device("cpu"), 1, False, prompt_embeds=states)
+    assert torch.equal(again, states)
     rest = tiny_pipeline(text_encoder=None, tokenizer=None)
     call = {"seed": 1, "num_inference_steps": 2, "num_images_per_prompt": 1, "output_type": "np"}
     result = rest(prompt_embeds=states, negative_prompt_embeds=negative, **call)
