@@ -1,4 +1,4 @@
-"""The loop that trains every recipe, its files and its signals: stop, evaluate, sample, save, step.
+"""The loop of every recipe, its files and signals: stop, evaluate, sample, save, step, log.
 
 What optimiser step s sees is a function of the config, s and the state before it alone, so a run
 that is stopped after k steps and resumed is the run that never stopped. Does not answer for: the

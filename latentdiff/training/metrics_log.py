@@ -1,4 +1,7 @@
-"""A run's figures: metrics.jsonl, TensorBoard, speed, and the end when numbers go wrong.
+"""The log lines of a run: metrics.jsonl, TensorBoard, speed, and the end when numbers go wrong.
+
+Loss, gradient norm and learning rate come from the recipe, in text-to-image from `StepResults` of
+text_to_image/train_t2i.py; loop.py decides when a line is due, and shows it on the progress bar.
 
 The host looks at the device only where a line is logged, once every few steps.
 """

@@ -33,7 +33,7 @@ from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.shards import expand_shards
 from latentdiff.data.folder.splits import assign_splits
-from latentdiff.data.tables.image_tables import read_image_tables
+from latentdiff.data.image_tables.table_folder import read_image_tables
 
 RECORDS_VERSION = 2  # raise it when the same files give other records
 RECORDS = pa.schema(

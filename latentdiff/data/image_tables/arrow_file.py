@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentdiff.data.arrow.parquet_rows import bytes_of
-from latentdiff.data.tables.table_columns import UnusableTableError
+from latentdiff.data.image_tables.table_columns import UnusableTableError
 
 MAGIC = b"ARROW1"  # of a file; a stream, as `datasets` writes, has none
 

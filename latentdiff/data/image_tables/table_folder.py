@@ -26,8 +26,8 @@ from latentdiff.data.arrow.parquet_rows import (
 from latentdiff.data.arrow.scan_index import ScanIndex, settings_hash
 from latentdiff.data.folder.caption_tables import METADATA_PATTERN, CaptionRules
 from latentdiff.data.folder.problems import Problems
-from latentdiff.data.tables.arrow_file import byte_places, open_arrow
-from latentdiff.data.tables.table_columns import (
+from latentdiff.data.image_tables.arrow_file import byte_places, open_arrow
+from latentdiff.data.image_tables.table_columns import (
     TableColumns,
     UnusableTableError,
     captions_of,
