@@ -19,10 +19,17 @@ def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("prompts", type=str, nargs="*", help="one or several, each in quotes")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each file")
     parser.add_class_arguments(SampleOptions)
-    values = parser.parse_args(_current_names(arguments)).as_dict()
+    arguments = _current_names(arguments)
+    values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
-    from latentdiff.sampling.sample import sample
+    from latentdiff.sampling.sample import options_from_image, sample
 
+    if (source := values["settings_from"]) is not None:
+        prompts, defaults = options_from_image(source, has_image=values["image"] is not None)
+        parser.set_defaults(defaults)
+        values = parser.parse_args(arguments).as_dict()
+        if not values["prompts"] and values["prompt_file"] is None:
+            values["prompts"] = prompts
     log = partial(print, file=sys.stderr, flush=True)
     options = take_options(SampleOptions, values)
     for record in sample(values["model"], values["prompts"], options, log=log):

@@ -14,6 +14,8 @@ class SampleOptions:
             holds some of the images already is completed.
         prompt_file: a text file with one prompt a line, or .jsonl with prompt, negative_prompt and
             seed.
+        settings_from: a PNG file of LatentDiff or A1111, whose prompt, seed, steps, guidance, size
+            and scheduler are taken, but for those given here.
         steps: number of steps, or a list such as [10,20] for a grid.
         guidance_scale: scale of guidance, or a list for a grid; by default the model's own, or 7.5.
         seed: of the first image; the next prompts count up from it.
@@ -31,6 +33,7 @@ class SampleOptions:
         long_prompts: "truncate", or "chunks" to encode long prompts in parts.
         prompt_weighting: "(red:1.3) apple" weighs "red" by 1.3; false: prompts are taken verbatim,
             as captions are in training.
+        clip_skip: layers of the text encoder that are skipped, counted from the last; none is 0.
         lora: a LoRA file or folder.
         lora_scale: strength of the LoRA; 1 as trained.
         dtype: float32, bfloat16 or float16; auto: bfloat16 where the device is fast in it.
@@ -46,6 +49,7 @@ class SampleOptions:
 
     out: str
     prompt_file: str | None = None
+    settings_from: str | None = None
     steps: int | list[int] = 50
     guidance_scale: float | list[float] | None = None
     seed: int = 0
@@ -62,6 +66,7 @@ class SampleOptions:
     guidance_interval: list[float] | None = None
     long_prompts: str = "truncate"
     prompt_weighting: bool = True
+    clip_skip: int | None = None
     lora: str | None = None
     lora_scale: float | None = None
     dtype: str = "auto"

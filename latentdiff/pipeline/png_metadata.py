@@ -1,6 +1,7 @@
 """PNG metadata: the settings that make an image again, as JSON in the image's own PNG file.
 
-Written with the image, read back by `read_settings`.
+Written with the image, read back by `read_settings`; next to them A1111's text
+(webui_parameters.py), which is read where there is no JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from latentdiff.pipeline.files.model_info import public_name
 from latentdiff.pipeline.image_inputs import ImageInputs
 from latentdiff.pipeline.prompts import Prompt, PromptInputs
 from latentdiff.pipeline.schedulers import Chain
+from latentdiff.pipeline.webui_parameters import KEY as WEBUI_KEY
+from latentdiff.pipeline.webui_parameters import parameters_text, read_parameters
 
 SAMPLED_VALUES = 64
 
@@ -171,6 +174,9 @@ def attach_settings(image: Image.Image, settings: Any) -> Image.Image:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt(KEY, text)
     image.info[KEY] = text
+    if parameters := parameters_text(settings):
+        chunks.add_text(WEBUI_KEY, parameters)
+        image.info[WEBUI_KEY] = parameters
     image.encoderinfo = {"pnginfo": chunks}
     return image
 
@@ -178,7 +184,8 @@ def attach_settings(image: Image.Image, settings: Any) -> Image.Image:
 def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
     """Return the settings of an image that LatentDiff made, from its PNG file or as it was made.
 
-    A dict for one image, a list of them for a sheet. Raises FileNotFoundError, and ValueError
+    A dict for one image, a list of them for a sheet; of a PNG file of A1111's web UI those that
+    its "parameters" text states, under the same names. Raises FileNotFoundError, and ValueError
     for a file that is no image, or one without settings, or with settings that are damaged: what
     is no JSON object, a key twice, NaN, text that is no Unicode.
     """
@@ -194,13 +201,13 @@ def read_settings(png: str | os.PathLike[str] | Image.Image) -> Any:
             raise
         except UNREADABLE as error:
             raise ValueError(f"{name} is not a readable image: {error}") from error
-    if KEY not in info:
+    if KEY not in info and WEBUI_KEY not in info:
         raise ValueError(
-            f"{name} holds no settings of LatentDiff; only PNG files as it wrote them do, a copy "
-            "in another format or by another program may have lost them"
+            f"{name} holds no settings of LatentDiff or A1111; only PNG files as they wrote them "
+            "do, a copy in another format or by another program may have lost them"
         )
     try:
-        return _parse_settings(info[KEY])
+        return _parse_settings(info[KEY]) if KEY in info else read_parameters(info[WEBUI_KEY])
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} holds damaged settings: {error}") from error
 

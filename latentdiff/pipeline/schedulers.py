@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,7 +181,7 @@ def make_scheduler(name: str, *, trained: Any) -> Any:
     taken over. Case, spaces, "-" and "_" in the name do not matter. Raises ValueError for an
     unknown name, and for a scheduler that cannot do the model's zero terminal SNR.
     """
-    cls, settings = _find(name)
+    cls, settings = scheduler_of(name)
     config = {key: trained.config[key] for key in TRAINED_KEYS if key in trained.config}
     if str(trained.config.get("variance_type")).startswith("learned"):
         settings = settings | {"variance_type": trained.config["variance_type"]}
@@ -195,7 +196,19 @@ def make_scheduler(name: str, *, trained: Any) -> Any:
     return cls(**{key: value for key, value in wanted.items() if key in known})
 
 
-def _find(name: str) -> tuple[type[Any], dict[str, Any]]:
+def scheduler_name(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of a scheduler by its "class" and settings; None for one without a name."""
+    for name, (cls, own) in SCHEDULERS.items():
+        known = inspect.signature(cls.__init__).parameters
+        if cls.__name__ == settings.get("class") and all(
+            settings.get(key, known[key].default) == value for key, value in own.items()
+        ):
+            return f"{name}-karras" if settings.get("use_karras_sigmas") else name
+    return None
+
+
+def scheduler_of(name: str) -> tuple[type[Any], dict[str, Any]]:
+    """Return the class and settings of a name; ValueError for an unknown one."""
     if isinstance(name, str):
         plain = {_squeezed(known): (known, False) for known in SCHEDULERS}
         karras = {key + "karras": (known, True) for key, (known, _) in plain.items()}

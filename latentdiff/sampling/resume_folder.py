@@ -93,6 +93,7 @@ class ResumeFolder:
             "guidance_interval": list(interval),
             "long_prompts": checks.long_prompts(given["long_prompts"]),
             "prompt_weighting": given["prompt_weighting"],
+            "clip_skip": given["clip_skip"],
             "lora_scale": given["lora_scale"],
         }
 

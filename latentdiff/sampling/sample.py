@@ -21,6 +21,7 @@ from latentdiff.pipeline.png_metadata import (
     read_settings,
     save_png,
 )
+from latentdiff.pipeline.schedulers import scheduler_name
 from latentdiff.sampling.batch_sampler import EXTRAS, BatchSampler, Extras
 from latentdiff.sampling.open_pipeline import open_pipeline
 from latentdiff.sampling.prompt_list import (
@@ -65,6 +66,40 @@ def sample(
         yield from _sample_grid(sampler, jobs, out, columns=columns)
     else:
         yield from _sample_folder(sampler, jobs, out)
+
+
+OPTIONS = (  # of the command that are arguments of the call under the same name
+    *("guidance_scale", "seed", "negative_prompt", "height", "width", "guidance_rescale"),
+    *("guidance_interval", "long_prompts", "prompt_weighting", "clip_skip", "lora_scale"),
+)
+
+
+def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[str, Any]]:
+    """Return the prompts and options of a PNG file's settings; a sheet's may be of one image only.
+
+    has_image: an image to start from is given, so that the file's strength counts. Warns of what
+    the options cannot give again: LoRAs, and a scheduler without a name here.
+    """
+    settings = read_settings(Path(path).expanduser())
+    if isinstance(settings, list) and len(settings) == 1:
+        settings = settings[0]
+    elif isinstance(settings, list):
+        raise ValueError(f"settings_from={path} is a sheet of {len(settings)} images, expected one")
+    call = settings.get("call")
+    if not isinstance(call, dict) or not isinstance(call.get("prompt"), str):
+        raise ValueError(f"settings_from={path} states no prompt")
+    names = {name: name for name in (*OPTIONS, *(["strength"] if has_image else []))}
+    names |= {"steps": "num_inference_steps"}
+    options = {name: call[key] for name, key in names.items() if key in call}
+    if isinstance(scheduler := settings.get("scheduler"), dict):
+        if name := scheduler_name(scheduler):
+            options["scheduler"] = name
+        else:
+            label = scheduler.get("name", scheduler.get("class"))
+            logger.warning("%s: no scheduler %s here, the model's own is taken", path, label)
+    if loras := settings.get("loras"):
+        logger.warning("%s was made with the LoRAs %s; give them by --lora", path, ", ".join(loras))
+    return [call["prompt"]], options
 
 
 def _sample_grid(
@@ -175,6 +210,7 @@ def _arguments(options: SampleOptions) -> dict[str, Any]:
         "guidance_interval": None if interval is None else tuple(interval),
         "long_prompts": options.long_prompts,
         "prompt_weighting": options.prompt_weighting,
+        "clip_skip": options.clip_skip,
         "lora_scale": options.lora_scale,
     }
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from fakes_pipeline import lora_weights, tiny_pipeline
 from fakes_scripts import run_script
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from latentdiff.image_grid import draw_grid
 from latentdiff.pipeline import LatentDiffPipeline
@@ -368,3 +368,21 @@ def test_auto_takes_bf16_where_the_processor_has_it(model, monkeypatch):
         pipe = open_pipeline(str(model), dtype="auto", device="cpu", fast=True)
         assert pipe.unet.dtype == dtype
         assert pipe.fast_cpu.is_on
+
+
+def test_settings_of_an_image_are_used_but_for_those_given(model, tmp_path, capsys):
+    first, out = tmp_path / "first", tmp_path / "again"
+    given = ["--steps", 2, "--seed", 7, "--guidance_scale", 3, "--scheduler", "dpm++2m-karras"]
+    assert run(model, "a cat", "--out", first, "--negative_prompt", "sea", *given) == 0
+    assert run(model, "--settings_from", first / "000000.png", "--out", out) == 0
+    assert run(model, "--settings_from", first / "000000.png", "--out", out) == 0  # is complete
+    assert (out / "000000.png").read_bytes() == (first / "000000.png").read_bytes()
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", "a dog\nSteps: 2, Sampler: LMS, CFG scale: 4, Seed: 5")
+    Image.new("RGB", (4, 4)).save(tmp_path / "webui.png", pnginfo=chunks)
+    sheet = tmp_path / "sheet.png"
+    assert run(model, "--settings_from", tmp_path / "webui.png", "--seed", 6, "--out", sheet) == 0
+    call = read_settings(sheet)[0]["call"]
+    assert [call[key] for key in ("prompt", "seed", "guidance_scale")] == ["a dog", 6, 4]
+    assert run(model, "--settings_from", model, "--out", sheet) == 2
+    assert "Traceback" not in capsys.readouterr().err
