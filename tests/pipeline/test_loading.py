@@ -21,6 +21,7 @@ from fakes_pipeline import (
     tiny_unet,
     tiny_vae,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentdiff.pipeline import LatentDiffPipeline
@@ -404,6 +405,8 @@ def test_single_file_is_read_as_it_was_written(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     pipe = LatentDiffPipeline.from_pretrained(tmp_path / "model")
     file = save_single_file(pipe, tmp_path / "model.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["modelspec.title"] == "model"
     loaded = LatentDiffPipeline.from_single_file(file, config=tmp_path / "model")
     assert np.abs(images_of(loaded) - images_of(pipe)).max() == 0
     stock = StableDiffusionPipeline.from_single_file(str(file), config=str(tmp_path / "model"))

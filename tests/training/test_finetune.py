@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from fakes_finetune import finetuning, generate, open_ours
 from fakes_training import read_metrics
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentdiff.models.components import load_components
@@ -193,6 +194,17 @@ def test_lora_file_gives_the_merged_folders_image(world, lora_run, name, opened)
     assert (found - generate(open_ours(lora_run / "pipeline"))).abs().max() <= 1e-4
     pipe.fuse_lora()
     assert (generate(pipe) - found).abs().max() <= 1e-4
+
+
+def test_lora_files_tell_other_programs_how_they_were_made(lora_run):
+    with safe_open(lora_run / "lora_kohya.safetensors", "pt") as file:
+        found = file.metadata()
+    assert found["ss_network_module"] == "networks.lora"
+    assert found["ss_steps"] == found["ss_max_train_steps"] == "4"
+    assert int(found["ss_num_train_images"]) > 0
+    assert found["ss_output_name"] == found["modelspec.title"] == lora_run.name
+    with safe_open(lora_run / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.implementation"] == "diffusers"
 
 
 def test_lora_at_scale_0_is_the_base_bit_for_bit(world, lora_run):

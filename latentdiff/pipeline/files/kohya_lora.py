@@ -46,12 +46,14 @@ def layers_unknown_to_kohya(names: Iterable[str]) -> list[str]:
     )
 
 
-def save_lora(weights: Mapping[str, Tensor], path: Path) -> int:
+def save_lora(
+    weights: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None
+) -> int:
     """Write adapters to a safetensors file as a whole; return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.cpu() for name, tensor in weights.items()}
     with atomic_file(path) as temporary:
-        save_file(on_cpu, temporary, metadata={"format": "pt"})
+        save_file(on_cpu, temporary, metadata={"format": "pt"} | dict(metadata or {}))
     return path.stat().st_size
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from latentdiff.models.compatibility import read_json
 from latentdiff.models.file_kind import describe, family_of
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.models.weights import PICKLES, Shape, refuse_bad_weights, stored_shapes
+from latentdiff.pipeline.files.file_metadata import model_spec
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -220,8 +222,15 @@ def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
         ZERO_TERMINAL_SNR: bool(schedule.get("rescale_betas_zero_snr")),
     }
     weights |= {mark: torch.tensor([]) for mark, holds in marks.items() if holds}
+    metadata = {"format": "pt"} | model_spec(
+        weights,
+        info=replace(pipe.model_info, prediction_type=schedule.prediction_type),
+        title=Path(path).stem,
+        width=pipe.unet.config.cross_attention_dim,
+    )
     with atomic_file(path) as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary)
+        contiguous = {key: tensor.contiguous() for key, tensor in weights.items()}
+        save_file(contiguous, temporary, metadata=metadata)
     return Path(path)
 
 

@@ -6,7 +6,9 @@ textual_inversion (textual_inversion.py) leave all of them as they are.
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -15,11 +17,13 @@ from latentdiff.config.choices import FinetuneMethod
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components
 from latentdiff.models.weights import weights_hash
+from latentdiff.pipeline.files.file_metadata import kohya_metadata, model_spec
 from latentdiff.pipeline.files.kohya_lora import (
     kohya_weights,
     layers_unknown_to_kohya,
     save_lora,
 )
+from latentdiff.pipeline.files.model_info import ModelInfo
 from latentdiff.training.finetune import lora, textual_inversion
 
 logger = logging.getLogger(__name__)
@@ -83,27 +87,61 @@ def merged_components(components: Components, method: FinetuneMethod) -> Compone
     )
 
 
-def save_adapters(components: Components, settings: FinetuneConfig, folder: Path) -> None:
+@dataclass(frozen=True)
+class LoraFacts:
+    """What a LoRA's files tell other programs: of the model, its training, and the captions' tags.
+
+    name: of the LoRA; training: entries of kohya's metadata (file_metadata.kohya_metadata).
+    """
+
+    info: ModelInfo
+    name: str
+    trigger_word: str = ""
+    training: Mapping[str, object] = field(default_factory=dict)
+    tags: Mapping[str, int] = field(default_factory=dict)
+
+
+def save_adapters(
+    components: Components, settings: FinetuneConfig, folder: Path, *, facts: LoraFacts
+) -> None:
     """Write the trained part alone: lora/, lora_kohya.safetensors or learned_embeds.safetensors."""
     if settings.method == "lora":
-        _save_lora_files(components, folder, kohya=settings.lora_kohya)
+        _save_lora_files(components, settings, folder, facts=facts)
     if settings.method == "textual_inversion":
         path = folder / textual_inversion.FILE_NAME
         size = textual_inversion.save_embeds(components, settings.token, path)
         logger.info("%s: %d vectors, %d bytes", path, settings.num_vectors, size)
 
 
-def _save_lora_files(components: Components, folder: Path, *, kohya: bool) -> None:
-    """Write lora/ for diffusers and, if `kohya`, lora_kohya.safetensors for other programs."""
-    weights = lora.lora_weights(components)
+def _save_lora_files(
+    components: Components, settings: FinetuneConfig, folder: Path, *, facts: LoraFacts
+) -> None:
+    """Write lora/ for diffusers and, if asked for, lora_kohya.safetensors for other programs."""
+    weights, width = lora.lora_weights(components), components.unet.config.cross_attention_dim
+    spec = partial(
+        model_spec,
+        info=facts.info,
+        title=facts.name,
+        width=width,
+        is_lora=True,
+        trigger_word=facts.trigger_word,
+    )
     path = folder / "lora" / lora.FILE_NAME
-    size = save_lora(weights, path)
+    size = save_lora(weights, path, metadata=spec(weights, diffusers_names=True))
     num = sum(tensor.numel() for tensor in weights.values())
     logger.info("%s, for diffusers: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
-    if not kohya:
+    if not settings.lora_kohya:
         return
-    other = folder / "lora_kohya.safetensors"
-    save_lora(kohya_weights(weights), other)
+    other, renamed = folder / "lora_kohya.safetensors", kohya_weights(weights)
+    trained = kohya_metadata(
+        info=facts.info,
+        name=facts.name,
+        width=width,
+        rank=settings.lora_rank,
+        training=facts.training,
+        tags=facts.tags,
+    )
+    save_lora(renamed, other, metadata=spec(renamed) | trained)
     logger.info("%s, for ComfyUI, A1111 and kohya's scripts: the same", other)
     if unknown := layers_unknown_to_kohya(weights):
         logger.warning(

@@ -14,6 +14,7 @@ from torch import Tensor
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
+from latentdiff.pipeline.files.file_metadata import tag_counts
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
     folder_title,
@@ -22,7 +23,7 @@ from latentdiff.pipeline.files.model_info import (
 )
 from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
-from latentdiff.training.finetune.methods import merged_components, save_adapters
+from latentdiff.training.finetune.methods import LoraFacts, merged_components, save_adapters
 from latentdiff.training.fsdp import is_sharded
 from latentdiff.training.optim.posthoc_ema import gamma_of, read_snapshots, reconstruct
 from latentdiff.training.text_to_image.model import TextToImage
@@ -32,6 +33,7 @@ from latentdiff.training.text_to_image.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 HELDOUT_METRICS = ("heldout_loss", "heldout_se", "caption_use")
+MAX_COUNTED = 100_000  # images whose captions' tags are counted
 WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
 
@@ -53,9 +55,10 @@ def export(run: Run, heldout: Mapping[int, float]) -> None:
         step = _load_best(run, heldout) if wants_best else run.config.train.max_steps
         with averaged(run.train_step):
             run.components.unet.to(memory_format=torch.contiguous_format)
-            save_adapters(run.components, run.config.finetune, run.folder)
-            plain = merged_components(run.components, run.config.finetune.method)
-            _write_both(plain, run.folder / "pipeline", facts=_facts(run, step))
+            facts, settings = _facts(run, step), run.config.finetune
+            save_adapters(run.components, settings, run.folder, facts=_lora_facts(run, facts))
+            plain = merged_components(run.components, settings.method)
+            _write_both(plain, run.folder / "pipeline", facts=facts)
     run.accelerator.wait_for_everyone()
 
 
@@ -153,6 +156,27 @@ def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
     with atomic_folder(final) as temporary:
         write_text(temporary / "README.md", model_card(facts, name=folder_title(final)))
         pipeline.save_pretrained(temporary)
+
+
+def _lora_facts(run: Run, info: ModelInfo) -> LoraFacts:
+    """Return what the files of a LoRA tell of its training."""
+    config, train = run.config, run.train_data.train
+    training = {
+        "num_train_images": len(train),
+        "max_train_steps": config.train.max_steps,
+        "learning_rate": config.train.learning_rate,
+        "total_batch_size": config.train.batch_size,
+        "seed": config.train.seed,
+        "network_dropout": config.finetune.lora_dropout,
+    }
+    captions = train.captions.slice(0, MAX_COUNTED).flatten().to_pylist()
+    return LoraFacts(
+        info,
+        run.folder.resolve().name,
+        trigger_word=config.data.trigger_word,
+        training=training,
+        tags=tag_counts(captions) if config.finetune.method == "lora" else {},
+    )
 
 
 def _facts(run: Run, step: int) -> ModelInfo:
