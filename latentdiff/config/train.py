@@ -103,9 +103,9 @@ class PreviewConfig:
 
     prompts: tuple[str, ...] = texts()
     """prompts of the sheets, where "(red:1.3) apple" weighs words as in a call of the pipeline; by
-    default eight held-out captions, verbatim"""
+    default up to eight held-out captions, verbatim, and training captions where these are few"""
     every_steps: int = at_least(0, default=1000)
-    """steps between two sheets in samples/; 0: only at the end"""
+    """steps between two sheets in samples/; 0: only before the first step and at the end"""
     num_steps: int = at_least(1, default=20)
     """sampling steps"""
     guidance_scale: float = at_least(0, default=4.0)

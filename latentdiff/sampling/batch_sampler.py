@@ -65,7 +65,7 @@ def generate_images(
     """
     height, width = size or (None, None)
     work = list(index_batches(len(prompts), batch_size=batch_size, pads=pads, batches=batches))
-    for indices, num_counted in tqdm(work, desc=desc, leave=False, disable=not desc):
+    for indices, num_counted in tqdm(work, desc=desc, leave=False, disable=None if desc else True):
         images, _ = pipe(
             [prompts[k] for k in indices],
             seed=[seeds[k] for k in indices],

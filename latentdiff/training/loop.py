@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from latentdiff.atomic import write_text
 from latentdiff.config.io import to_yaml
 from latentdiff.training.checkpoint import best_step
 from latentdiff.training.distributed import any_process, single_process_accelerator
 from latentdiff.training.metrics_log import MetricsLog, Stopwatch, TimedIterator, log_throughput
+from latentdiff.training.progress import Progress, lines_above_bar
 from latentdiff.training.recipe import LoopSettings, Recipe
 from latentdiff.training.resume import (
     CheckpointWriter,
@@ -30,7 +30,7 @@ from latentdiff.training.resume import (
     load_state,
     with_step_limit,
 )
-from latentdiff.training.run_folder import open_run_folder
+from latentdiff.training.run_folder import exports_of, open_run_folder
 from latentdiff.training.stop_signals import StopSignals, die_with_parent
 
 Settings = TypeVar("Settings")
@@ -59,7 +59,7 @@ def train_recipe(
             "the learning rate never reaches its peak: lr_warmup_steps=%d is above max_steps=%d",
             *(settings.lr_warmup_steps, settings.max_steps),
         )
-    with StopSignals() as signals:
+    with lines_above_bar(), StopSignals(announces=is_main) as signals:
         if is_main:
             write_text(folder / "config.yaml", to_yaml(config))
         # Before the state: a loader may draw from torch's generator, which is part of it.
@@ -76,7 +76,20 @@ def train_recipe(
         if not stopped:
             recipe.export()
         log.close()
+        if is_main:
+            _log_end(recipe, folder, stopped=stopped)
         return signals.exit_code if stopped else 0
+
+
+def _log_end(recipe: Recipe, folder: Path, *, stopped: bool) -> None:
+    """Log what a run has written, and what to type next."""
+    if stopped:
+        logger.info("stopped, its state saved in %s: the same command continues", folder)
+        return
+    written = [*exports_of(folder), *sorted(folder.glob("samples/*.png"))[-1:]]
+    logger.info("written:%s", "".join(f"\n  {path}" for path in written))
+    if commands := recipe.next_commands():
+        logger.info("next:%s", "".join(f"\n  {command}" for command in commands))
 
 
 @dataclass
@@ -98,18 +111,23 @@ class Loop:
         """
         recipe, settings = self.recipe, self.settings
         watch = Stopwatch(self.accelerator.device)
-        bar = self._bar(first_step)
+        progress = Progress(
+            first_step,
+            settings.max_steps,
+            steps_per_epoch=recipe.steps_per_epoch,
+            is_main=self.accelerator.is_main_process,
+        )
         for step in range(first_step, settings.max_steps + 1):
             is_new, last = step > first_step, step == settings.max_steps
             stop = any_process(self.signals.received is not None, self.accelerator) and not last
             if is_new and is_due(step, settings.log_every_steps, last):
-                self._log_steps(step, watch, bar)
+                self._log_steps(step, watch, progress)
             if stop:  # what is not logged yet is in the checkpoint
                 if is_new:
                     self.checkpoints.save(recipe, step)
                 break
             with watch.paused():
-                is_best = self._evaluate(step, last=last)
+                is_best = self._evaluate(step, progress, last=last)
                 self.log.write(step, self._save_samples(step, last=last))
             if is_best or (is_new and is_due(step, settings.checkpoint_every_steps, last)):
                 self.checkpoints.save(recipe, step)
@@ -117,25 +135,21 @@ class Loop:
                 break
             num_images = recipe.step(batches, step)
             watch.add(num_images, waited=batches.take())
-            bar.update()
-        bar.close()
+            progress.advance()
+        progress.close()
         return stop
 
-    def _bar(self, first_step: int) -> tqdm:
-        disable = None if self.accelerator.is_main_process else True
-        return tqdm(initial=first_step, total=self.settings.max_steps, unit="step", disable=disable)
-
-    def _log_steps(self, step: int, watch: Stopwatch, bar: tqdm) -> None:
+    def _log_steps(self, step: int, watch: Stopwatch, progress: Progress) -> None:
         """Log the figures of the steps since the last line, and once how long the rest takes."""
         figures = self.recipe.figures(step)  # waits for the device
+        seconds = watch.seconds()
         figures |= watch.close()
         self.log.write(step, figures)
         self.checkpoints.log_error()
         if watch.num_closed == 1 and self.accelerator.is_main_process:
             num_images = (self.settings.max_steps - step) * self.settings.batch_size
             log_throughput(figures["images_per_second"], num_images=num_images)
-        shown = {"loss": f"{figures['loss']:.4f}", "img_s": f"{figures['images_per_second']:.1f}"}
-        bar.set_postfix(shown)
+        progress.show(step, figures, seconds=seconds)
 
     def _save_samples(self, step: int, *, last: bool) -> dict[str, float]:
         """Write a sheet where one is due; whatever prevents it is no reason to stop training."""
@@ -146,7 +160,7 @@ class Loop:
             logger.warning("no sheet of images for step %d, training continues: %s", step, reason)
             return {}
 
-    def _evaluate(self, step: int, *, last: bool) -> bool:
+    def _evaluate(self, step: int, progress: Progress, *, last: bool) -> bool:
         """Evaluate where no checkpoint has it; return whether this is the best state to keep."""
         heldout = self.recipe.heldout
         if step in heldout:
@@ -154,7 +168,9 @@ class Loop:
         figures = self.recipe.evaluate(step, last=last)
         self.log.write(step, figures)
         if math.isfinite(loss := figures.get("heldout_loss", math.nan)):
+            before = max(heldout.items(), default=None)
             heldout[step] = loss
+            progress.show_heldout(step, loss, before=before)
         saved = {at: loss for at, loss in heldout.items() if at}  # there is no checkpoint at 0
         return self.settings.keep_best and step in saved and best_step(saved) == step
 

@@ -112,9 +112,13 @@ class Stopwatch:
         yield
         self.started += time.perf_counter() - since
 
+    def seconds(self) -> float:
+        """Return the time since the last log line, without pauses."""
+        return max(time.perf_counter() - self.started, 1e-9)
+
     def close(self) -> dict[str, float]:
         """Return speed and memory up to now, when the device has done the steps."""
-        seconds = max(time.perf_counter() - self.started, 1e-9)
+        seconds = self.seconds()
         figures = {
             "images_per_second": self.num_images / seconds,
             "data_wait": self.waited / seconds,

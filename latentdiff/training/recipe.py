@@ -36,6 +36,7 @@ class Recipe(ABC):
 
     def __init__(self) -> None:
         self.heldout: dict[int, float] = {}  # losses so far, by step
+        self.steps_per_epoch = 0.0  # 0: not known
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterator[Any]:
@@ -70,6 +71,10 @@ class Recipe(ABC):
     @abstractmethod
     def export(self) -> None:
         """Write what the run was for, from its last state."""
+
+    def next_commands(self) -> list[str]:
+        """Return the commands that a person may want to type once the run has ended."""
+        return []
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, float]:
         """Return figures of the state after `step` steps, "heldout_loss" among them, when due."""

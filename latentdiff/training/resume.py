@@ -317,7 +317,7 @@ class CheckpointWriter:
             tensors = snapshot(tensors)
 
         def save() -> None:
-            save_checkpoint(
+            path = save_checkpoint(
                 self.root,
                 step=step,
                 tensors=tensors,
@@ -327,6 +327,7 @@ class CheckpointWriter:
                 config=to_yaml(self.config),
                 lineage=self.lineage,
             )
+            logger.info("checkpoint saved: %s", path)
             prune_checkpoints(
                 self.root,
                 keep_last=self.settings.keep_checkpoints,

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C: finish the step, save, exit 143 or 130.
 
-A signal only sets a mark that the loop reads between steps, so that a step is finished and its
-state saved before the process leaves.
+A signal only says so at once and sets a mark that the loop reads between steps, so that a step is
+finished and its state saved before the process leaves.
 """
 
 import contextlib
@@ -14,6 +14,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+NOTICE = {
+    signal.SIGINT: b"\nfinishing this step and saving; Ctrl-C again quits without saving\n",
+    signal.SIGTERM: b"\nSIGTERM: finishing this step and saving\n",
+}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -22,12 +26,12 @@ class StopSignals:
 
     A second SIGINT raises KeyboardInterrupt, for a person who will not wait. Launchers pass on a
     Ctrl-C that the terminal has sent to all of them already: what follows within `echo_s` seconds
-    is the same one. Enter it in the main thread.
+    is the same one. announces: tell on stderr what happens now. Enter it in the main thread.
     """
 
-    def __init__(self, *, echo_s: float = 1.0) -> None:
+    def __init__(self, *, echo_s: float = 1.0, announces: bool = False) -> None:
         self.received: int | None = None
-        self.echo_s = echo_s
+        self.echo_s, self.announces = echo_s, announces
         self._first_at = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -56,6 +60,9 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._first_at = number, now
+            if self.announces:  # past Python's buffers, which the signal may have interrupted
+                with contextlib.suppress(OSError):
+                    os.write(2, NOTICE[signal.Signals(number)])
         elif number == signal.SIGINT and now - self._first_at > self.echo_s:
             raise KeyboardInterrupt
 

@@ -104,7 +104,7 @@ def test_a_sheet_that_fails_is_a_warning_and_changes_no_weight(  # noqa: PLR0917
     monkeypatch.setattr(preview, "generate_share", fail)
     assert train(make_config(world, tmp_path, **SETTINGS)) == 0
     warnings = [one.getMessage() for one in caplog.records if "no sheet" in one.getMessage()]
-    assert len(warnings) == 2
+    assert len(warnings) == 3  # before the first step, and after each
     assert all(f"{type(failure).__name__}: {failure}" in one for one in warnings)
     assert not (tmp_path / "samples").exists()
     assert read_metrics(tmp_path) == read_metrics(undisturbed)
@@ -129,7 +129,7 @@ def test_a_sheet_may_fail_at_any_place(
     with monkeypatch.context() as patch:
         patch.setattr(preview, place, fail)
         assert train(make_config(world, tmp_path, **SETTINGS)) == 0
-    assert caplog.text.count(f"TypeError: {place}") == 2
+    assert caplog.text.count(f"TypeError: {place}") == 3
 
 
 def test_a_stop_signal_during_a_sheet_still_stops_the_run(

@@ -134,7 +134,9 @@ class LatentCache(CachedVariants):
     ) -> None:
         """Encode and store batches of the (M, 2) variants and indices of `todo`, in its order."""
         writer, done = StoreWriter(self._store.folder), 0
-        with tqdm(total=len(todo), desc="encoding", unit="img", disable=not progress) as bar:
+        with tqdm(
+            total=len(todo), desc="encoding", unit="img", disable=None if progress else True
+        ) as bar:
             try:
                 for items, pixels in batches:
                     moments = encode_moments(codec, pixels, dtype=dtype).cpu()
@@ -244,7 +246,7 @@ def prune_cache(
 
 def _digests(folder: Folder, cache_dir: Path | str, *, progress: bool) -> np.ndarray:
     index = ScanIndex(cache_dir, folder.root)
-    with tqdm(desc="hashing", unit="file", leave=False, disable=not progress) as bar:
+    with tqdm(desc="hashing", unit="file", leave=False, disable=None if progress else True) as bar:
         return image_hashes(folder, index=index, progress=_show(bar))
 
 

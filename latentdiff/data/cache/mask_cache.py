@@ -64,7 +64,9 @@ class MaskCache(CachedVariants):
             return masks.latent_mask(cache._item(*place), digest=digests[place[1]].tobytes())
 
         with (
-            tqdm(total=len(todo), desc="masks", unit="img", disable=not progress) as bar,
+            tqdm(
+                total=len(todo), desc="masks", unit="img", disable=None if progress else True
+            ) as bar,
             ThreadPoolExecutor(num_threads) as threads,
         ):
             try:

@@ -60,7 +60,7 @@ class PromptCache:
         writer = StoreWriter(store.folder)
         seen: list[np.ndarray] = []
         encoded: set[bytes] = set()
-        with tqdm(desc="captions", unit="caption", disable=not progress) as bar:
+        with tqdm(desc="captions", unit="caption", disable=None if progress else True) as bar:
             try:
                 for chunk in _chunks(chain([NULL_CAPTION], captions), CAPTIONS_AT_ONCE):
                     keys = [key_of(start, caption.encode()) for caption in chunk]

@@ -7,6 +7,7 @@ captions. Recall at k is measured on the folders' held-out pairs.
 import json
 import logging
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,7 @@ class ClipRecipe(Recipe):
         self.config, self.folder, self.folders = config, folder, folders
         self.accelerator, self.losses = accelerator, MeanLosses()
         self.train = [f.split("train") for f in folders]
+        self.steps_per_epoch = sum(map(len, self.train)) / config.batch_size
         torch.manual_seed(config.seed)
         self.tokenizer = _tokenizer(config, self.train)
         self.model = build_clip(config, self.tokenizer).to(accelerator.device).train()
@@ -130,6 +132,11 @@ class ClipRecipe(Recipe):
     def figures(self, step: int) -> dict[str, float]:
         """Return the mean loss."""
         return self.losses.close(step) | {"learning_rate": self.learning_rate(step - 1)}
+
+    def next_commands(self) -> list[str]:
+        """Return how to condition a model on this text encoder."""
+        path = shlex.quote(f"{self.folder / 'text_encoder'}")
+        return [f"latentdiff train --config CONFIG --data.root=FOLDER --model.text_encoder={path}"]
 
     def tensors(self) -> Parts:
         """Return weights, optimiser state, and the losses since the last log line."""

@@ -99,6 +99,7 @@ def write_sheet(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG")
+    logger.info("samples written: %s", path)
     return summarize_nearest(found) if found else {}
 
 

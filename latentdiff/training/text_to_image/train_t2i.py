@@ -5,6 +5,7 @@ a run is set up (setup.py).
 """
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from latentdiff.config.text_to_image import Config
+from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import (
     bucket_labels,
     summarize_gap,
@@ -48,6 +50,7 @@ from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
 from latentdiff.training.text_to_image.setup import Run, setup
 from latentdiff.training.text_to_image.train_step import StepResult
 
+MIN_PROMPTS = 4  # of the sheets' default prompts
 NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
 
 logger = logging.getLogger(__name__)
@@ -107,6 +110,7 @@ class TextToImageRecipe(Recipe):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run, self.train_step = run, run.train_step
+        self.steps_per_epoch = run.train_data.order.steps_per_epoch
         self.results = StepResults(
             run.accelerator,
             max_skipped_steps=run.config.train.max_skipped_steps,
@@ -181,17 +185,20 @@ class TextToImageRecipe(Recipe):
         return figures | summarize_gap(losses["true"][triples.order], trained_losses[trained.order])
 
     def save_samples(self, step: int, *, last: bool) -> dict[str, float]:
-        """Write a sheet of images when it is due and not there yet, with the EMA weights."""
+        """Write a sheet of images when it is due and not there yet, with the EMA weights.
+
+        The first one comes before the first step: what the model makes without training.
+        """
         run, preview = self.run, self.run.config.preview
         path = run.folder / "samples" / f"step-{step:09d}.png"
-        if not step or not is_due(step, preview.every_steps, last):
+        if step and not is_due(step, preview.every_steps, last):
             return {}
         if not any_process(not path.exists(), run.accelerator):
             return {}  # made before the run was stopped
         with self._eval_mode():
             return write_sheet(
                 run.components,
-                preview.prompts or default_prompts(run.train_data),
+                self._prompts(),
                 path,
                 accelerator=run.accelerator,
                 seed=run.config.train.seed,
@@ -200,6 +207,9 @@ class TextToImageRecipe(Recipe):
                 prompt_weighting=bool(preview.prompts),  # typed; captions are taken verbatim
                 nearest_images=run.nearest_images,
             )
+
+    def _prompts(self) -> Sequence[str]:
+        return self.run.config.preview.prompts or default_prompts(self.run.train_data)
 
     def _save_posthoc_snapshots(self, step: int) -> None:
         """Write a snapshot of each post-hoc average, one at a time; training waits.
@@ -251,6 +261,23 @@ class TextToImageRecipe(Recipe):
     def export(self) -> None:
         """Write pipeline/."""
         export(self.run, self.heldout)
+
+    def next_commands(self) -> list[str]:
+        """Return how to make images with the model, in a file or in the browser, and to measure it.
+
+        The prompt is the first of the run's sheets. None where no process had the whole weights.
+        """
+        run, folder = self.run, self.run.folder
+        if not (folder / "pipeline").is_dir():
+            return []
+        pipeline, data = shlex.quote(f"{folder / 'pipeline'}"), shlex.quote(run.config.data.root)
+        out = shlex.quote(f"{folder / 'evaluation'}")
+        evaluate = f"latentdiff evaluate {pipeline} --data {data} --out {out}"
+        return [
+            f"latentdiff sample {pipeline} {shlex.quote(self._prompts()[0])} --out sheet.png",
+            f"latentdiff app {pipeline}",
+            *([evaluate] if len(run.train_data.heldout) else []),
+        ]
 
     @property
     def _num_heldout(self) -> int:
@@ -374,11 +401,25 @@ class StepResults:
 
 
 def default_prompts(train_data: TrainData) -> list[str]:
-    """Return up to eight different captions, evenly over the folder, held-out if there are any."""
-    folder = train_data.heldout if len(train_data.heldout) else train_data.train
+    """Return up to eight different captions, held-out ones if there are any.
+
+    Where fewer than four are held out, those of training images make them up to four.
+    """
+    prompts = _distinct_captions(train_data, train_data.heldout, 8)
+    if len(prompts) >= MIN_PROMPTS:
+        return prompts
+    num = MIN_PROMPTS + len(prompts) if prompts else 8
+    own = _distinct_captions(train_data, train_data.train, num)
+    return list(dict.fromkeys(prompts + own))[: MIN_PROMPTS if prompts else 8]
+
+
+def _distinct_captions(train_data: TrainData, folder: Folder, num: int) -> list[str]:
+    """Return up to `num` different captions, evenly over the folder."""
+    if not len(folder):
+        return []
     looked_at = min(NUM_LOOKED_AT, len(folder))
     indices = [len(folder) * k // looked_at for k in range(looked_at)]
     captions = (train_data.transform.fixed(folder[index].captions[0]) for index in indices)
     distinct = list(dict.fromkeys(captions))
-    num = min(8, len(distinct))
+    num = min(num, len(distinct))
     return [distinct[len(distinct) * k // num] for k in range(num)]

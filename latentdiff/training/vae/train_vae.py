@@ -8,6 +8,7 @@ scaling measured on training crops. Held-out PSNR is reported over whole images.
 import copy
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,7 @@ class VaeRecipe(Recipe):
         vae = _initial_vae(config, self.crops).to(self.device)
         if config.channels_last:
             vae.to(memory_format=torch.channels_last)
+        self.steps_per_epoch = sum(map(len, self.crops.folders)) / config.batch_size
         self.train_step = VaeTrainStep(vae, config, accelerator)
         self.learning_rate = partial(  # half a cosine over the whole run, times the warm-up
             learning_rate,
@@ -124,6 +126,11 @@ class VaeRecipe(Recipe):
             save_component(saved, temporary)
         write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         logger.info("wrote %s: %s", self.folder / "vae", report)
+
+    def next_commands(self) -> list[str]:
+        """Return how to train a model on the latents of this VAE."""
+        vae = shlex.quote(f"{self.folder / 'vae'}")
+        return [f"latentdiff train --config CONFIG --data.root=FOLDER --model.vae={vae}"]
 
     def _heldout_report(self, codec: LatentCodec) -> dict[str, float]:
         """Measure the VAE on the held-out images of each folder."""

@@ -1,0 +1,100 @@
+"""What a person sees of a run: a live bar in a terminal, lines in a log, and what to do next.
+
+All of it goes to stderr, on the main process alone. The bar shows the figures of the last line of
+metrics, so it never waits for the device. Does not answer for: the figures themselves, which
+metrics_log.py writes.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+logger = logging.getLogger(__name__)
+LOG_INTERVAL_S = 30.0  # between two lines where there is no terminal
+BAR_FORMAT = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}, {desc}"
+
+
+def lines_above_bar() -> AbstractContextManager[None]:
+    """Let log lines appear above the bar, and not in the middle of it."""
+    return logging_redirect_tqdm()
+
+
+class Progress:
+    """The steps of a run, from first_step to max_steps, as a person watches them.
+
+    steps_per_epoch: 0 where a recipe counts no epochs. A terminal shows a bar; where stderr is a
+    file or a pipe a line is logged every LOG_INTERVAL_S seconds, and for the last step.
+    """
+
+    def __init__(
+        self, first_step: int, max_steps: int, *, steps_per_epoch: float, is_main: bool
+    ) -> None:
+        self.max_steps, self.steps_per_epoch, self.is_main = max_steps, steps_per_epoch, is_main
+        self._step = self._logged_step = first_step
+        self._shown: dict[str, str] = {}
+        self._seconds_per_step: float | None = None
+        self._last_line = -LOG_INTERVAL_S
+        self._bar = tqdm(
+            initial=first_step,
+            total=max_steps,
+            dynamic_ncols=True,
+            bar_format=BAR_FORMAT,
+            disable=not (is_main and sys.stderr.isatty()),
+        )
+
+    def advance(self) -> None:
+        """Count a step that was taken."""
+        self._step += 1
+        self._describe()
+        self._bar.update()
+
+    def show(self, step: int, figures: Mapping[str, float], *, seconds: float) -> None:
+        """Show a line of metrics, of the `seconds` since the last one, previews not counted."""
+        self._step = step
+        if (num := step - self._logged_step) > 0:
+            self._seconds_per_step = seconds / num
+        self._logged_step = step
+        self._shown |= {
+            "loss": f"loss {figures['loss']:.4f}",
+            "speed": f"{figures['images_per_second']:.3g} img/s",
+            "memory": f"{figures['memory_gb']:.1f} GB",
+        }
+        self._describe()
+        now = time.monotonic()
+        is_due = now - self._last_line >= LOG_INTERVAL_S or step == self.max_steps
+        if self.is_main and self._bar.disable and is_due:
+            self._last_line = now
+            logger.info("step %d of %d, %s", step, self.max_steps, self.text())
+
+    def show_heldout(self, step: int, loss: float, *, before: tuple[int, float] | None) -> None:
+        """Log the held-out loss of a step, and its change since the one before: (step, loss)."""
+        self._shown["heldout"] = f"held-out {loss:.4f}"
+        self._describe()
+        if self.is_main:
+            change = f" ({loss - before[1]:+.4f} since step {before[0]})" if before else ""
+            logger.info("held-out loss after step %d: %.4f%s", step, loss, change)
+
+    def text(self) -> str:
+        """Return the figures as one line, those that matter most first."""
+        parts = [self._shown[name] for name in ("loss", "heldout") if name in self._shown]
+        if self._seconds_per_step is not None:
+            left = self._seconds_per_step * (self.max_steps - self._step)
+            parts.insert(0, f"{tqdm.format_interval(left)} left")
+        parts += [self._shown[name] for name in ("speed", "memory") if name in self._shown]
+        if self.steps_per_epoch:
+            done, total = (n / self.steps_per_epoch for n in (self._step, self.max_steps))
+            parts.append(f"epoch {done:.1f} of {total:.1f}")
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    def _describe(self) -> None:
+        if not self._bar.disable:
+            self._bar.set_description_str(self.text(), refresh=False)
