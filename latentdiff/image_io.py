@@ -39,10 +39,16 @@ UNREADABLE_EXTENSIONS = (
     *(".svg", ".svgz", ".eps", ".ai", ".tga", ".psd", ".psb", ".xcf", ".kra", ".clip", ".qoi"),
     *(".ico", ".icns", ".cur", ".pcx", ".dds", ".exr", ".hdr", ".pfm", ".pam", ".bpg", ".flif"),
     *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
-    *(".wdp", ".sgi", ".xbm", ".xpm", ".raw", ".jpg_large", ".jpg-large", ".jpg_orig"),
-    *(".jpeg_large", ".png_large", ".png-large", ".webp_large"),
+    *(".wdp", ".sgi", ".xbm", ".xpm", ".raw"),
 )
-IMAGE_EXTENSIONS = READABLE_EXTENSIONS + UNREADABLE_EXTENSIONS  # of files that mean to be images
+# Names of browsers and download tools for what mostly is a JPEG, PNG or WebP: read by content.
+BY_CONTENT_EXTENSIONS = (
+    *(".jpg_large", ".jpg-large", ".jpg_orig", ".jpeg_large"),
+    *(".png_large", ".png-large", ".webp_large"),
+)
+IMAGE_EXTENSIONS = (  # of files that mean to be images
+    READABLE_EXTENSIONS + UNREADABLE_EXTENSIONS + BY_CONTENT_EXTENSIONS
+)
 # What Pillow's decoders raise on damaged files, found by feeding them damaged files.
 DECODE_ERRORS = (
     OSError,

@@ -1,6 +1,7 @@
 """Images that other programs leave next to photographs, and names in both Unicode forms."""
 
 import io
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -195,3 +196,104 @@ def test_forty_photographs_among_everything_else_are_the_forty_right_images(tmp_
         assert record.captions == (f"a clock (12:{number}) [on] a wall",)
         values = np.asarray(load_image(io.BytesIO(folder.read_bytes(index))), int)
         assert abs(values - right[record.id]).max() <= 2
+
+
+# ---- kinds of files ----
+
+
+def save_as(path: Path, seed: int, image_format: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = noise_image(seed)
+    if image_format == "PBM":
+        image, image_format = image.convert("1"), "PPM"
+    options = {"save_all": True, "append_images": [image]} if image_format == "MPO" else {}
+    image.save(path, image_format, **options)
+
+
+READ_KINDS = {
+    ".mpo": "MPO",
+    ".apng": "PNG",
+    ".dib": "BMP",
+    ".pnm": "PPM",
+    ".pbm": "PBM",
+    ".jpg_large": "JPEG",
+}
+UNREAD_KINDS = (".jxl", ".tga", ".psd", ".cr2")
+
+
+@pytest.mark.parametrize("in_shard", [False, True])
+def test_every_kind_that_can_be_read_is_listed_and_loaded(tmp_path: Path, in_shard: bool) -> None:
+    source = tmp_path / ("members" if in_shard else "data")
+    for seed, (extension, image_format) in enumerate(READ_KINDS.items()):
+        save_as(source / f"{seed}{extension}", seed, image_format)
+        (source / f"{seed}.txt").write_text(f"image {seed}")
+    if in_shard:
+        (tmp_path / "data").mkdir()
+        with tarfile.open(tmp_path / "data" / "0.tar", "w") as tar:
+            for path in sorted(source.iterdir()):
+                tar.add(path, path.name)
+    folder = read_folder(tmp_path / "data", full=True)
+    folder.check()
+    assert [record.captions[0] for record in folder] == [f"image {i}" for i in range(6)]
+    assert [Path(name).suffix for name in ids(folder)] == list(READ_KINDS)
+    for index, image_format in enumerate(READ_KINDS.values()):
+        stored = load_image(io.BytesIO(folder.read_bytes(index)))
+        assert stored.size == noise_image(index).size
+        if image_format in ("PNG", "BMP", "PPM"):
+            np.testing.assert_array_equal(stored, noise_image(index))
+    assert list(folder.problems) == ["wrong_extension"]  # the JPEG named .jpg_large
+
+
+@pytest.mark.parametrize("missing_caption", ["empty", "skip"])
+def test_kinds_that_are_not_read_are_named_and_spoil_nothing(
+    tmp_path: Path, missing_caption: str
+) -> None:
+    root = captioned_folder(tmp_path / "data", 3)
+    unread = [f"alone{extension}" for extension in UNREAD_KINDS]
+    copies = ["0.cr2", "1.PSD"]
+    for name in [*unread, *copies]:
+        (root / name).write_bytes(b"some other format")
+    (root / "1.txt").write_text("of the image alone")
+    folder = read_folder(root, missing_caption=missing_caption)
+    folder.check(max_invalid_fraction=0)
+    assert ids(folder) == ["0.png", "1.png", "2.png"]
+    found = by_reason(folder)
+    assert found.pop("unread_image") == sorted([*unread, *copies])
+    assert list(found) in ([], ["two_sources"])
+    assert folder.invalid_fraction == 0
+
+
+def test_a_kind_that_is_not_read_counts_where_it_has_a_caption(tmp_path: Path) -> None:
+    root = captioned_folder(tmp_path / "data", 3)
+    for name in ("a.psd", "b.jpg_large"):
+        (root / name).write_bytes(b"some other format")
+        (root / name).with_suffix(".txt").write_text("wanted")
+    folder = read_folder(root)
+    assert by_reason(folder) == {"unsupported": ["a.psd", "b.jpg_large"]}
+    assert folder.invalid_fraction == 0.4
+
+
+def test_files_of_other_kinds_are_counted_by_kind(tmp_path: Path) -> None:
+    root = captioned_folder(tmp_path / "data", 3)
+    side_files = ("README", "LICENSE", "notes.md", "x.npz", "Thumbs.db", ".DS_Store", "0.xmp")
+    for name in (*side_files, "a.mov", "sub/b.MOV", "c.jpg~", "noname", "@eaDir/0.png@Syno"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"x")
+    folder = read_folder(root)
+    folder.check()
+    assert dict(folder.problems["other_files"].examples) == {
+        ".jpg~": "1 file c.jpg~",
+        ".mov": "2 files, such as a.mov",
+        "no extension": "1 file noname",
+    }
+    assert list(folder.problems) == ["other_files"]
+    assert (
+        "kind of file that is not read (3): .jpg~: 1 file" in folder.problems["other_files"].line()
+    )
+
+
+def test_a_folder_of_nothing_that_can_be_read_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.jxl").write_bytes(b"x")
+    (tmp_path / "b.mp4").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no image found.*a\.jxl.*convert it.*\.mp4: 1 file"):
+        read_folder(tmp_path).check()

@@ -1,7 +1,12 @@
-"""Images that programs leave next to photographs: thumbnails, samples of runs, masks.
+"""Files next to the photographs that are not trained on: thumbnails, samples of runs, masks, kinds
+that cannot be read.
 
-They count only where somebody gave them a caption of their own; else each is named and not used.
+Images among them count only where somebody gave them a caption of their own; else each is named and
+not used. Other files are counted by kind.
 """
+
+import posixpath
+from collections import defaultdict
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +14,12 @@ import pyarrow.compute as pc
 
 from latentdiff.data.arrow.columns import combined, find_names, has_extension, iter_py, stems
 from latentdiff.data.folder.problems import Problems
-from latentdiff.image_io import IMAGE_EXTENSIONS
+from latentdiff.image_io import (
+    BY_CONTENT_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    READABLE_EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+)
 
 # Folders of NAS systems, archives, file managers and trainers' previews; Synology's thumbnails.
 BY_PRODUCT = (
@@ -18,6 +28,14 @@ BY_PRODUCT = (
 )
 # What is cut out of a path gives the path of the image that the file belongs to.
 COMPANION = r"(?i)([-_]mask|-condlabel)$|\bmasks?/"
+# Text, tables and what programs keep next to images: nobody means these as images.
+SIDE_FILES = (
+    r"(?i)(\.(txt|caption|jsonl?|jsonlines|csv|tsv|parquet|arrow|tar|gz|tgz|bz2|xz|zst|zip|7z|rar"
+    r"|npy|npz|pt|pth|safetensors|ckpt|bin|pkl|h5|md|rst|html?|xml|ya?ml|toml|ini|cfg|conf|py|ipynb"
+    r"|sh|log|xmp|aae|thm|pp3|dop|url|lnk|lock|sha256|md5|db|tmp|bak)"
+    r"|(^|/)(readme|licen[cs]e|copying|notice|authors|citation|makefile|dockerfile|checksums?"
+    r"|(sha256|md5)sums?|desktop\.ini|icon\r?))$"
+)
 RUN_FILES = ("config.yaml", "metrics.jsonl")  # in a folder: a training run's output
 
 
@@ -52,3 +70,28 @@ def find_by_products(images: pa.Array, *, among: np.ndarray) -> np.ndarray:
     if len(places):
         is_one[places] |= find_names(owners.take(pa.array(places)), stems(images)) >= 0
     return among[is_one]
+
+
+def find_unread(images: pa.Array, *, among: np.ndarray, next_to_copy: bool = False) -> np.ndarray:
+    """Find the images of kinds that are not read among those at the places `among`.
+
+    next_to_copy: only those next to a readable image of their name, as RAW next to JPEG.
+    """
+    unread = among[has_extension(images.take(pa.array(among)), UNREADABLE_EXTENSIONS)]
+    if not next_to_copy or not len(unread):
+        return unread
+    readable = READABLE_EXTENSIONS + BY_CONTENT_EXTENSIONS
+    copies = images.filter(pa.array(has_extension(images, readable)))
+    return unread[find_names(stems(images.take(pa.array(unread))), stems(copies)) >= 0]
+
+
+def report_other_files(paths: pa.Array, problems: Problems) -> None:
+    """Note how many files there are of each kind that is neither image, caption nor side file."""
+    is_known = pc.match_substring_regex(paths, SIDE_FILES)
+    is_known = pc.or_(is_known, pc.match_substring_regex(paths, BY_PRODUCT))
+    kinds: defaultdict[str, list[str]] = defaultdict(list)
+    for path in iter_py(paths.filter(pc.invert(is_known))):
+        kinds[posixpath.splitext(path)[1].lower() or "no extension"].append(path)
+    for kind, names in sorted(kinds.items()):
+        some = "file" if len(names) == 1 else "files, such as"
+        problems.add("other_files", kind, f"{len(names):,} {some} {names[0]}")

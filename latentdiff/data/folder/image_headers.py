@@ -9,6 +9,7 @@ from latentdiff.data.arrow.listing import LISTING, Entry, Progress, is_table_row
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import IMAGE_THREADS, cached_rows
 from latentdiff.image_io import (
+    BY_CONTENT_EXTENSIONS,
     EXTENSIONS,
     UNREADABLE_EXTENSIONS,
     ImageError,
@@ -75,7 +76,10 @@ def read_image_header(root: Path, entry: Entry, *, full: bool) -> ImageHeaders:
 def _refusal(path: str, error: ImageError) -> tuple[str, str]:
     """Return why an image is not used; one without a known start may be of a kind that has none."""
     extension = posixpath.splitext(path)[1].lower()
-    if error.reason == "not_an_image" and extension in UNREADABLE_EXTENSIONS:
+    if error.reason == "not_an_image" and extension in (
+        *UNREADABLE_EXTENSIONS,
+        *BY_CONTENT_EXTENSIONS,
+    ):
         return "unsupported", f"{extension} file"
     return error.reason, error.detail
 

@@ -20,7 +20,11 @@ from latentdiff.data.arrow.columns import (
 )
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.captions import label_caption
-from latentdiff.data.folder.by_products import find_by_products
+from latentdiff.data.folder.by_products import (
+    find_by_products,
+    find_unread,
+    report_other_files,
+)
 from latentdiff.data.folder.caption_tables import (
     CaptionRules,
     CaptionTables,
@@ -110,6 +114,7 @@ def match_captions(
     captions = find_tables(paths, problems)
     found = _from_tables(root, listing, captions, rules=rules, problems=problems)
     _skip_masks(found, problems)
+    _skip_unread_copies(found, problems)
     _add_sidecars(found, listing, root=root, rules=rules, problems=problems, index=index)
     _skip_by_products(found, problems, all_others=len(tables) > 0)
     _add_folder_names(found, captions, rules=rules)
@@ -133,6 +138,7 @@ def _from_tables(
     release_memory()
     match = match_rows(rows, paths, rules=rules, problems=problems)
     is_image = has_extension(paths, IMAGE_EXTENSIONS) | (match.of_file >= 0)
+    report_other_files(paths.filter(pa.array(~is_image)), problems)
     places = np.flatnonzero(is_image)
     at = match.of_file[places]
     at[at < 0] = NONE
@@ -154,6 +160,17 @@ def _skip_masks(found: CaptionedFiles, problems: Problems) -> None:
         found.files, found.at = take_rows(found.files, kept), found.at[kept]
 
 
+def _skip_unread_copies(found: CaptionedFiles, problems: Problems) -> None:
+    """Take out the files that cannot be read, next to an image of their name: RAW and JPEG."""
+    paths = found.paths
+    unread = find_unread(paths, among=np.flatnonzero(found.at == NONE), next_to_copy=True)
+    if len(unread):
+        for name in iter_py(paths, unread):
+            problems.add("unread_image", name)
+        kept = np.setdiff1d(np.arange(len(found)), unread)
+        found.files, found.at = take_rows(found.files, kept), found.at[kept]
+
+
 def _joined(images: CaptionedFiles, tables: pa.Table) -> CaptionedFiles:
     """Join the images of tables with the others, sorted by path."""
     start = images.pool.extend(combined(tables["captions"]))
@@ -164,7 +181,8 @@ def _joined(images: CaptionedFiles, tables: pa.Table) -> CaptionedFiles:
 
 
 def _skip_by_products(found: CaptionedFiles, problems: Problems, *, all_others: bool) -> None:
-    """Skip the by-products, and the masks without an image, that have no caption of their own.
+    """Skip by-products, masks without an image and kinds that are not read, where they have no
+    caption of their own.
 
     all_others: every other image without a caption is a by-product too.
     """
@@ -172,7 +190,9 @@ def _skip_by_products(found: CaptionedFiles, problems: Problems, *, all_others: 
     strays = wanting[is_mask_name(paths.take(pa.array(wanting)))]
     others = np.setdiff1d(wanting, strays)
     by_products = others if all_others else find_by_products(paths, among=others)
-    for key, places in (("stray_mask", strays), ("by_product", by_products)):
+    unread = find_unread(paths, among=np.setdiff1d(others, by_products))
+    skipped = {"stray_mask": strays, "by_product": by_products, "unread_image": unread}
+    for key, places in skipped.items():
         for name in iter_py(paths, places):
             problems.add(key, name)
         found.at[places] = FAILED

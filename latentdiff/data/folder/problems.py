@@ -104,6 +104,12 @@ REASONS: dict[str, Reason] = {
         "thumbnail, sample or other by-product, not used",
         "to use one, list it in metadata.jsonl or put a caption file next to it",
     ),
+    "unread_image": Reason(
+        "note",
+        "image of a kind that is not read, without a caption or next to a readable copy, not used",
+        "convert it to PNG or JPEG to use it",
+    ),
+    "other_files": Reason("note", "kind of file that is not read"),
     "same_name": Reason(
         "note",
         "names that look the same but are written differently (Unicode NFC and NFD)",

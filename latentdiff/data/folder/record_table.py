@@ -35,7 +35,7 @@ from latentdiff.data.folder.shards import expand_shards
 from latentdiff.data.folder.splits import assign_splits
 from latentdiff.data.image_tables.table_folder import read_image_tables
 
-RECORDS_VERSION = 2  # raise it when the same files give other records
+RECORDS_VERSION = 3  # raise it when the same files give other records
 RECORDS = pa.schema(
     [
         ("id", pa.large_string()),
@@ -135,7 +135,10 @@ def build_record_table(
 
 def _instead_of_images(problems: Problems) -> str:
     """Describe the files that a person may have meant as images, where there is none."""
-    keys = ("archive", "table_ignored", "stray_table", "by_product", "stray_mask")
+    keys = (
+        *("archive", "table_ignored", "stray_table", "by_product", "unread_image"),
+        *("stray_mask", "other_files"),
+    )
     there = [problems[key].line() for key in keys if key in problems]
     return "; ".join(there) or "check the path"
 

@@ -2,9 +2,9 @@
 
 cat.jpg and cat.txt (or cat.json) in a shard are an image and its caption, as they would be in a
 folder. Shards are local, uncompressed files; nothing is unpacked to disk, no member is ever
-unpickled, and only images, .txt and .json members are read. Links, devices, sparse files and names
-that lead out of the shard are refused. Ours: webdataset streams shards in order; an order that is
-the same for any number of processes needs each member by its offset.
+unpickled, and only images, .txt, .caption and .json members are read. Links, devices, sparse files
+and names that lead out of the shard are refused. Ours: webdataset streams shards in order; an order
+that is the same for any number of processes needs each member by its offset.
 """
 
 import io
@@ -22,11 +22,12 @@ from latentdiff.data.arrow.columns import combined, has_extension, iter_py
 from latentdiff.data.arrow.listing import LISTING, Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.arrow.stat_cache import cached_rows
-from latentdiff.data.folder.files import is_image_name, is_utf8
+from latentdiff.data.folder.files import TEXT_EXTENSIONS, is_image_name, is_utf8
 from latentdiff.data.folder.problems import Problems
 from latentdiff.html import printable
+from latentdiff.image_io import IMAGE_EXTENSIONS
 
-MEMBER_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".txt", ".json")
+MEMBER_EXTENSIONS = IMAGE_EXTENSIONS + TEXT_EXTENSIONS
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 MAX_MEMBER_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
@@ -69,7 +70,7 @@ def expand_shards(
     shards = cached_rows(
         tars,
         lambda entry: _read_shard(root, entry.path),
-        name="shards",
+        name="shards-2",  # raise it when other members are listed
         schema=SHARDS,
         index=index,
         progress=progress,
