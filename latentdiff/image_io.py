@@ -182,7 +182,7 @@ def read_header(source: ImageSource) -> ImageHeader:
 def _opened(source: ImageSource) -> ImageFile:
     """Open an image lazily and refuse what must not be decoded."""
     try:
-        image = Image.open(source, formats=_readable_formats())
+        image = _open_lazily(source)
     except PermissionError as error:
         raise ImageError("unreadable", error.strerror or str(error)) from error
     except (FileNotFoundError, IsADirectoryError):
@@ -199,6 +199,31 @@ def _opened(source: ImageSource) -> ImageFile:
         reason = "too_many_pixels" if num_pixels else "truncated"
         raise ImageError(reason, f"{image.width} x {image.height} pixels")
     return image
+
+
+def _open_lazily(source: ImageSource) -> ImageFile:
+    """Open an image, a PNG with a profile that Pillow refuses without it, which its info tells."""
+    try:
+        return Image.open(source, formats=_readable_formats())
+    except (UnidentifiedImageError, SyntaxError, ValueError):
+        if (plain := _without_profile(source)) is None:
+            raise
+    image = Image.open(plain, formats=_readable_formats())
+    image.info["icc_profile"] = None  # as Pillow reports one that does not unpack
+    return image
+
+
+def _without_profile(source: ImageSource) -> io.BytesIO | None:
+    """Copy a PNG file without its color profile; None where there is none."""
+    if not _head(source).startswith(b"\x89PNG"):
+        return None
+    data, at = _head(source, num_bytes=-1), 8
+    kept = [data[:at]]
+    while (kind := data[at + 4 : at + 8]) not in (b"", b"IDAT", b"IEND"):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        kept.append(b"" if kind == b"iCCP" else data[at:end])
+        at = end
+    return io.BytesIO(b"".join([*kept, data[at:]])) if b"" in kept else None
 
 
 @cache

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from fakes_data import noise_image
-from fakes_icc import ADOBE_RGB, DISPLAY_P3, PROPHOTO, cmyk_profile, grey_profile, rgb_profile
+from fakes_icc import (
+    ADOBE_RGB,
+    DISPLAY_P3,
+    PROPHOTO,
+    cmyk_profile,
+    grey_profile,
+    rgb_profile,
+    srgb_profile,
+)
 from PIL import Image, ImageCms
 
 from latentdiff.icc import is_converted, profile_fault, to_srgb
@@ -218,11 +226,17 @@ def test_a_broken_or_foreign_profile_is_named_and_the_values_are_srgb(profile: b
         chrm((0.3, 0.3, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3)),
         (b"cHRM", b"\0\0\0\1" * 3),
         (b"iCCP", b"name\0\0" + b"not deflated"),
+        (b"iCCP", b"name\0\0" + zlib.compress(b"\0" * (2 << 20))),  # above Pillow's limit
+        (b"iCCP", b"name\0\1" + zlib.compress(srgb_profile())),  # an unknown method
+        (b"iCCP", b"name"),
+        (b"iCCP", b""),
     ],
 )
 def test_broken_color_chunks_are_named_and_the_values_are_srgb(chunk: tuple[bytes, bytes]) -> None:
     file = with_chunks(encoded(noise_image(), "PNG").getvalue(), chunk)
-    assert read_header(file).profile_fault
+    header = read_header(file)
+    assert header.profile_fault
+    assert header.looks_complete
     assert difference(load_image(file), np.asarray(noise_image(), int)) == 0
 
 

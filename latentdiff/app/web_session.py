@@ -116,9 +116,10 @@ def find_loras(folder: str | None) -> dict[str, Path]:
     """Return the .safetensors files of a folder by name; FileNotFoundError for no folder."""
     if folder is None:
         return {}
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"loras={folder} is no folder here")
-    return {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"loras={path} is no folder here")
+    return {path.stem: path for path in sorted(path.glob("*.safetensors"))}
 
 
 def painted_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:

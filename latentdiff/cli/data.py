@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from os.path import expanduser
 
 from jsonargparse import ArgumentParser
 
@@ -12,13 +13,17 @@ from latentdiff.config.text_to_image import Config
 
 def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Report a captioned folder's content and its problems; exit code 1 where it is not usable."""
-    parser.add_argument("root", type=str, metavar="FOLDER")
+    parser.add_argument("root", type=expanduser, metavar="FOLDER")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--html", type=str, help="also write the report to this file")
+    parser.add_argument("--html", type=expanduser, help="also write the report to this file")
     parser.add_argument("--full", action="store_true", help="decode every image, known or not")
     parser.add_argument("--quick", action="store_true", help="skip the search for near-duplicates")
-    parser.add_argument("--tokenizer", type=str, default="", help="folder of a tokenizer, to count")
-    parser.add_argument("--vae", type=str, default="", help="folder of a VAE, to time its encoder")
+    parser.add_argument(
+        "--tokenizer", type=expanduser, default="", help="folder of a tokenizer, to count"
+    )
+    parser.add_argument(
+        "--vae", type=expanduser, default="", help="folder of a VAE, to time its encoder"
+    )
     config, options = parse_settings(parser, Config, arguments)
     quieten_libraries()
     from latentdiff.data.folder.folder import read_folder
@@ -44,7 +49,9 @@ def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """
     actions = ("build", "verify", "prune")
     parser.add_argument("action", nargs="?", choices=actions, default="build")
-    parser.add_argument("--also", type=str, nargs="+", default=[], help="prune: configs in use")
+    parser.add_argument(
+        "--also", type=expanduser, nargs="+", default=[], help="prune: configs in use"
+    )
     parser.add_argument("--delete", action="store_true", help="prune: delete, not only list")
     config, options = parse_settings(parser, Config, arguments)
     quieten_libraries()
@@ -71,10 +78,10 @@ def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
 def merge_folders_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Merge captioned folders into one, each with train/ and test/ and a metadata.jsonl in them."""
-    parser.add_argument("out", type=str, help="the new folder")
+    parser.add_argument("out", type=expanduser, help="the new folder")
     parser.add_argument(
         "folders",
-        type=str,
+        type=expanduser,
         nargs="+",
         metavar="DIR",
         help="a captioned folder, maybe with train/ and test/",

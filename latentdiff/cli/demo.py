@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def demo_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     Settings of training, such as --train.max_steps=100, are passed on to it.
     """
     parser.add_argument("--model", type=str, default="latentdiff-mini", help="the base model")
-    parser.add_argument("--out", type=str, default="demo-run", help="the folder to write")
+    parser.add_argument("--out", type=expanduser, default="demo-run", help="the folder to write")
     parser.add_argument("--num_train", type=int, default=1000, help="number of training images")
     settings = [text for text in arguments if "." in text.partition("=")[0] and text[:2] == "--"]
     args = parser.parse_args([text for text in arguments if text not in settings])

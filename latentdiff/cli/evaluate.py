@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -21,7 +22,7 @@ from latentdiff.config.evaluation import (
 def evaluate_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Measure a model on held-out captioned images; write metrics.json and report.html."""
     parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
-    parser.add_argument("--out", type=str, required=True, help="the folder for the results")
+    parser.add_argument("--out", type=expanduser, required=True, help="the folder for the results")
     parser.add_argument("--bound", action="store_true", help="the variational bound in bits")
     for options in (EvalModelOptions, EvaluationOptions, BoundOptions, SweepOptions):
         parser.add_class_arguments(options)
@@ -47,7 +48,7 @@ def compare_subject_command(parser: ArgumentParser, arguments: Sequence[str]) ->
     parser.add_argument("base", type=str, help="the model before: a folder or a hub id")
     parser.add_argument("tuned", type=str, help="the model after: a folder")
     for name in ("photos", "features", "out"):
-        parser.add_argument(f"--{name}", type=str, required=True)
+        parser.add_argument(f"--{name}", type=expanduser, required=True)
     parser.add_class_arguments(CompareSubjectOptions)
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
@@ -73,19 +74,19 @@ def card_sheets_command(parser: ArgumentParser, arguments: Sequence[str]) -> int
     parser.add_argument(
         "model", type=str, nargs="?", help="a Stable-Diffusion-format folder or a hub id"
     )
-    parser.add_argument("--data", type=str, nargs="+", default=[], help="captioned folders")
+    parser.add_argument("--data", type=expanduser, nargs="+", default=[], help="captioned folders")
     for name, description in (
         ("seen", "captions of training images on the first sheet, by folder"),
         ("unseen", "captions of held-out images alone on the second sheet, by folder"),
         ("questions", "training captions that readers are asked for, by folder"),
     ):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=[], help=description)
-    parser.add_argument("--out", type=str, default="sheets", help="the folder to write")
+    parser.add_argument("--out", type=expanduser, default="sheets", help="the folder to write")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0, help="of the captions and of the images")
     parser.add_argument("--caption_column", type=str, default="text")
-    parser.add_argument("--score", type=str, nargs=2, metavar=("KEY", "ANSWERS"))
+    parser.add_argument("--score", type=expanduser, nargs=2, metavar=("KEY", "ANSWERS"))
     args = parser.parse_args(arguments)
     quieten_libraries()
     return _score_answers(*map(Path, args.score)) if args.score else _write_card_sheets(args)
@@ -120,7 +121,7 @@ def _score_answers(key: Path, answers: Path) -> int:
 
 def swiss_roll_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train on a swiss roll in the plane: plot the chain, and the bound next to the entropy."""
-    parser.add_argument("--out", type=str, default="docs", help="the folder for both files")
+    parser.add_argument("--out", type=expanduser, default="docs", help="the folder for both files")
     parser.add_class_arguments(RollOptions)
     values = parser.parse_args(arguments).as_dict()
     from latentdiff.evaluation.report.plots import check_matplotlib

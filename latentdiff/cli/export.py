@@ -1,6 +1,7 @@
 """Commands that convert models: single files, merged LoRAs, small folders, EMAs, open_clip."""
 
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -11,7 +12,7 @@ from latentdiff.cli.command import quieten_libraries
 def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Write a Stable Diffusion 1.x folder as one .safetensors file for ComfyUI and A1111."""
     parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
-    parser.add_argument("--out", type=str, required=True, help="the file to write")
+    parser.add_argument("--out", type=expanduser, required=True, help="the file to write")
     parser.add_argument("--dtype", type=str, default="float32", help="float32, float16 or bfloat16")
     args = parser.parse_args(arguments)
     quieten_libraries()
@@ -25,11 +26,11 @@ def merge_lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Merge one or several LoRA files into a model's folder."""
     parser.add_argument("base", type=str, help="a Stable-Diffusion-format folder or a hub id")
     parser.add_argument(
-        "loras", type=str, nargs="+", help="LoRA files or folders, diffusers' or kohya's"
+        "loras", type=expanduser, nargs="+", help="LoRA files or folders, diffusers' or kohya's"
     )
     parser.add_argument("--weights", type=float, nargs="+", default=[], help="one a LoRA; 1 each")
     parser.add_argument("--safety_checker", type=bool, default=True, help="false leaves it out")
-    parser.add_argument("--out", type=str, required=True, help="the folder to write")
+    parser.add_argument("--out", type=expanduser, required=True, help="the folder to write")
     args = parser.parse_args(arguments)
     quieten_libraries()
     from latentdiff.sampling.conversion import merge_loras
@@ -42,12 +43,14 @@ def merge_lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 def pack_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Write a model small: in half precision, in shards, without a path of this machine."""
     parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
-    parser.add_argument("--out", type=str, required=True, help="the folder to write")
+    parser.add_argument("--out", type=expanduser, required=True, help="the folder to write")
     parser.add_argument("--dtype", type=str, default="float16", help="float16, bfloat16 or float32")
     parser.add_argument("--max_file_mb", type=float, default=14.0, help="of any one file")
     parser.add_argument("--max_total_mb", type=float, default=45.0, help="of all files together")
     parser.add_argument("--guidance_scale", type=float, help="the model's default from then on")
-    parser.add_argument("--card", type=str, help="its README.md; by default made of its settings")
+    parser.add_argument(
+        "--card", type=expanduser, help="its README.md; by default made of its settings"
+    )
     parser.add_argument("--safety_checker", type=bool, default=True, help="false leaves it out")
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
@@ -65,11 +68,11 @@ def pack_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 def reconstruct_ema_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Write a run's model with the weights' EMA of any width, from the snapshots in power_ema/."""
     parser.add_argument(
-        "run", type=str, help="the folder of a run with train.posthoc_ema_sigma_rel"
+        "run", type=expanduser, help="the folder of a run with train.posthoc_ema_sigma_rel"
     )
     parser.add_argument("--width", type=float, required=True, help="sigma_rel, such as 0.08")
     parser.add_argument("--step", type=int, help="a snapshot's step; by default the last")
-    parser.add_argument("--out", type=str, required=True, help="the folder to write")
+    parser.add_argument("--out", type=expanduser, required=True, help="the folder to write")
     args = parser.parse_args(arguments)
     quieten_libraries()
     from latentdiff.training.text_to_image.export import export_reconstructed
@@ -82,8 +85,8 @@ def reconstruct_ema_command(parser: ArgumentParser, arguments: Sequence[str]) ->
 def convert_open_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Convert the text encoder of an open_clip model to a text_encoder and a tokenizer folder."""
     parser.add_argument("name", type=str, help="the model's name in open_clip, such as ViT-H-14")
-    parser.add_argument("weights", type=str, help="its weights, a .safetensors file")
-    parser.add_argument("out", type=str, help="folder for text_encoder/ and tokenizer/")
+    parser.add_argument("weights", type=expanduser, help="its weights, a .safetensors file")
+    parser.add_argument("out", type=expanduser, help="folder for text_encoder/ and tokenizer/")
     args = parser.parse_args(arguments)
     quieten_libraries()
     from latentdiff.atomic import atomic_files

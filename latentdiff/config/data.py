@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentdiff.config.choices import Mask
-from latentdiff.config.ranges import at_least, between, color, share, share_below_1
+from latentdiff.config.ranges import at_least, between, color, folder, share, share_below_1
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DataConfig:
     """share of unusable images above which training does not start"""
     follow_links: bool = False
     """read through links that leave the folder (Hugging Face caches are made of them)"""
-    cache_dir: str = "~/.cache/latentdiff"
+    cache_dir: str = folder(default="~/.cache/latentdiff")
     """folder of cached latents, prompt embeddings and scans, addressed by content"""
     num_workers: int = between(0, 1024, default=0)
     """processes that prepare batches while training"""

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,8 @@ def load_config(
     Raises ValueError or FileNotFoundError for a missing file, an unknown key (with the nearest
     name), a wrong type or a value out of range.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"the config file {path} does not exist")
     settings_class: Any = kind or Config
     return parse_arguments(settings_class, ["--config", str(path), *overrides])
@@ -76,7 +78,7 @@ def load_stored_config(path: Path, kind: type[Settings]) -> Settings:
 
 def parse_arguments(kind: type[Settings], arguments: Sequence[str]) -> Settings:
     """Parse options such as "--train.seed=1" and --config into settings; see parse_settings."""
-    return parse_settings(_new_parser(), kind, arguments)[0]
+    return _parsed(_parser_of(kind), kind, arguments, own=())[0]
 
 
 def parse_settings(
@@ -88,12 +90,20 @@ def parse_settings(
     one message for bad usage. An old name of a setting works and is logged once as a warning. The
     precision that accelerate launch was asked for stands where neither file nor option names one.
     """
+    own = list(parser.get_defaults().keys())
+    _add_settings(parser, kind)
+    return _parsed(parser, kind, arguments, own=own)
+
+
+def _parsed(
+    parser: "ArgumentParser", kind: type[Settings], arguments: Sequence[str], *, own: Sequence[str]
+) -> tuple[Settings, dict[str, Any]]:
+    """Parse settings, and the parser's own options, of these names."""
     from jsonargparse import ArgumentError
 
-    own = list(parser.get_defaults().keys())
     try:
         given = [*_asked_of_accelerate(kind), *arguments]
-        values = _parse_values(parser, kind, _with_current_names(given, kind))
+        values = _parse_values(parser, _with_current_names(given, kind))
         options = {name: values.pop(name) for name in own if name in values}
         return kind(**_as_begun(values, kind)), options
     except (ArgumentError, ValueError, TypeError) as error:
@@ -110,16 +120,23 @@ def _asked_of_accelerate(kind: Any) -> list[str]:
     return [f"--{name}={asked}" for name in names if asked != "no"]
 
 
-def _new_parser() -> "ArgumentParser":
+@cache
+def _parser_of(kind: type[Settings]) -> "ArgumentParser":
+    """Build the parser of settings alone, which takes longer than most parsing."""
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    _add_settings(parser, kind)
+    return parser
 
 
-def _parse_values(parser: "ArgumentParser", kind: Any, arguments: Sequence[str]) -> dict[str, Any]:
-    """Parse options; return them by name, sections as their dataclasses, not checked as a whole."""
+def _add_settings(parser: "ArgumentParser", kind: Any) -> None:
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
     parser.add_class_arguments(kind)
+
+
+def _parse_values(parser: "ArgumentParser", arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse options; return them by name, sections as their dataclasses, not checked as a whole."""
     values: dict[str, Any] = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
     values.pop("config", None)
     return values
@@ -130,7 +147,7 @@ def _stored_values(path: Path, kind: Any) -> dict[str, Any]:
 
     given = _with_current_names(["--config", str(path)], kind, warns=False)
     try:
-        return _parse_values(_new_parser(), kind, given)
+        return _parse_values(_parser_of(kind), given)
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path}, the settings of a run: {_readable(str(error), list(flat(kind())))}"
@@ -170,9 +187,10 @@ def _with_current_names(arguments: Sequence[str], kind: Any, *, warns: bool = Tr
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if is_path or (option == "--config" and equals):
-            path = argument if is_path else value
-            text = _renamed_file(Path(path), current)
-            given.append(argument if text is None else text if is_path else f"--config={text}")
+            path = Path(argument if is_path else value).expanduser()
+            text = _renamed_file(path, current)
+            text = str(path) if text is None else text
+            given.append(text if is_path else f"--config={text}")
         elif option.startswith("--"):
             _check_value(option[2:], value)
             given.append(f"--{current(option[2:])}{equals}{value}")

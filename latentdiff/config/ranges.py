@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+NO_FOLDER = ("", "null", "none", "~", "''", '""')  # a folder of such a name is ./null
+
 
 def at_least(minimum: float, *, default: float) -> Any:
     """Declare a finite number from `minimum` up."""
@@ -65,7 +67,7 @@ def folder(*, default: str) -> Any:
     """Declare the name of a folder that is needed."""
     return _ranged(
         default,
-        lambda value: value.strip() and "\0" not in value,
+        lambda value: value.strip().lower() not in NO_FOLDER and "\0" not in value,
         "the name of a folder",
     )
 

@@ -77,7 +77,7 @@ def load_open_clip_scorer(
 
     if name not in open_clip.list_models():
         raise ValueError(f"{name!r} is no open_clip model, expected one of open_clip.list_models()")
-    path = Path(weights)
+    path = Path(weights).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a .safetensors file; pickle files are not opened")
     if not path.is_file():

@@ -20,8 +20,9 @@ EXPORT = "pipeline"  # folder of a run's exported model
 
 def model_of_run(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Return the folder of the model that a training run exported; any other path as it is."""
-    exported = Path(path_or_id) / EXPORT
-    is_run = (exported / INDEX).is_file() and not (Path(path_or_id) / INDEX).exists()
+    folder = Path(path_or_id).expanduser()
+    exported = folder / EXPORT
+    is_run = (exported / INDEX).is_file() and not (folder / INDEX).exists()
     return exported if is_run else path_or_id
 
 
@@ -31,7 +32,8 @@ def refuse_wrong_path(path_or_id: str | os.PathLike[str], *, known: Iterable[str
     known: names of models that ship. A folder with a model_index.json passes, and so does what may
     be the id of a model on the hub.
     """
-    path, name = Path(path_or_id), os.fspath(path_or_id)
+    name = os.path.expanduser(path_or_id)
+    path = Path(name)
     if path.is_dir():
         _refuse_folder(path)
     elif path.exists():

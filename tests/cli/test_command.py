@@ -1,11 +1,13 @@
 """Errors become exit codes in one place; commands show nothing of the libraries but errors."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from fakes_data import captioned_folder
 from jsonargparse import ArgumentParser
 
 from latentdiff.cli.command import run_command, take_options
@@ -114,3 +116,70 @@ def test_options_are_taken_out_of_the_parsed_values() -> None:
     assert values == {"model": "m"}
     with pytest.raises(KeyError):
         take_options(WebUIOptions, values)
+
+
+# ---- ~ in paths ----
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder and, elsewhere, a current folder; shells leave the ~ of --option=~/x alone."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_commands_read_and_write_below_the_home_folder(home: Path) -> None:
+    for name in ("a", "b"):
+        captioned_folder(home / name, 4)
+    (home / "config.yaml").write_text("data: {cache_dir: ~/cache}\n")
+    options = ["--config=~/config.yaml", "--html=~/report.html", "--quick"]
+    assert main(["inspect", "~/a", *options]) == 0
+    assert (home / "report.html").is_file()
+    assert (home / "cache").is_dir()
+    assert main(["merge-folders", "~/merged", "~/a", "~/b"]) == 0
+    assert len(list((home / "merged").rglob("*.png"))) == 8
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_model_and_a_run_below_the_home_folder_are_opened(home: Path, sd_folder: Path) -> None:
+    for name in ("model", "run/pipeline"):
+        shutil.copytree(sd_folder, home / name)
+    for name in ("model", "run"):
+        assert main(["pack", f"~/{name}", f"--out=~/{name}-packed"]) == 0
+        assert (home / f"{name}-packed" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "~/absent"),
+        ("merge-folders", "~/out", "~/absent"),
+        ("cache", "--config=~/absent"),
+        ("cache", "--config", "~/absent"),
+        ("cache", "prune", "--also=~/absent"),
+        ("train", "--data.root=~/absent", "--model.vae=latentdiff-vae", "--output_dir=~/run"),
+        ("train-vae", "--roots=[~/absent]", "--output_dir=~/run"),
+        ("train-clip", "--roots=[~/absent]", "--output_dir=~/run"),
+        ("sample", "~/absent", "x", "--out=~/x.png"),
+        ("sample", "latentdiff-mini", "--prompt_file=~/absent", "--out=~/x.png"),
+        ("sample", "latentdiff-mini", "x", "--image=~/absent", "--out=~/x.png"),
+        ("sample", "latentdiff-mini", "x", "--lora=~/absent", "--out=~/x.png"),
+        ("app", "latentdiff-mini", "--loras=~/absent"),
+        ("evaluate", "latentdiff-mini", "--data=~/absent", "--out=~/out"),
+        ("card-sheets", "--score", "~/absent", "~/absent"),
+        ("export-single-file", "~/absent", "--out=~/x.safetensors"),
+        ("merge-lora", "latentdiff-mini", "~/absent", "--out=~/out"),
+        ("pack", "~/absent", "--out=~/out"),
+        ("reconstruct-ema", "~/absent", "--width=0.08", "--out=~/out"),
+        ("convert-open-clip", "ViT-B-32", "~/absent.safetensors", "~/out"),
+    ],
+)
+def test_a_path_that_is_absent_is_looked_for_in_the_home_folder(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str]
+) -> None:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert str(home / "absent") in message
+    assert not list(Path.cwd().iterdir())

@@ -41,6 +41,15 @@ def test_a_file_that_must_not_be_built_is_refused(tmp_path: Path, text: str, mes
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize("kind", [VaeConfig, ClipConfig])
+def test_no_recipe_writes_into_a_folder_named_null(tmp_path: Path, kind: type) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ValueError, match="output_dir=null, expected the name of a folder"):
+        load_config(path, ["--output_dir=null"], kind=kind)
+    assert load_config(path, ["--output_dir=./null"], kind=kind).output_dir == "./null"
+
+
 def test_a_plain_alias_is_written_out(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("finetune: {instance_prompts: &p [a dog]}\npreview: {prompts: *p}\n")
@@ -66,6 +75,13 @@ def test_a_plain_alias_is_written_out(tmp_path: Path) -> None:
         "preview.guidance_scale=-1",
         "train.learning_rate=1e10",
         "train.learning_rate=-1",
+        "output_dir=null",
+        "output_dir=",
+        "output_dir=''",
+        "output_dir= ",
+        "output_dir=~",
+        "data.cache_dir=null",
+        "data.cache_dir=",
         "train.seed=99999999999999999999",
     ],
 )

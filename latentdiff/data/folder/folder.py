@@ -259,7 +259,7 @@ def _reopen(root: Path, found: RecordTable | Path, rows: np.ndarray) -> Folder:
 def _checked_root(root: Path | str) -> Path:
     if re.match(r"[a-z][a-z0-9+.-]+:(//)?", str(root)) and not Path(root).expanduser().exists():
         raise ValueError(f"data.root={root}: only local folders are read; fetch the files first")
-    root = existing_path(Path(root))
+    root = existing_path(Path(root).expanduser())
     if not root.exists():
         raise FileNotFoundError(f"the data folder {root} does not exist; check --data.root")
     if not root.is_dir():
