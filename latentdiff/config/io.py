@@ -78,7 +78,8 @@ def load_stored_config(path: Path, kind: type[Settings]) -> Settings:
 
 def parse_arguments(kind: type[Settings], arguments: Sequence[str]) -> Settings:
     """Parse options such as "--train.seed=1" and --config into settings; see parse_settings."""
-    return _parsed(_parser_of(kind), kind, arguments, own=())[0]
+    settings_class: Any = kind
+    return _parsed(_parser_of(settings_class), kind, arguments, own=())[0]
 
 
 def parse_settings(

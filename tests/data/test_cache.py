@@ -1,14 +1,17 @@
 """The cache encodes each image and caption once, ever, and never returns what is not right."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import shutil
 import struct
 import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from fakes_data import captioned_folder, noise_image, save_image
@@ -20,6 +23,7 @@ from latentdiff.data.cache import latent_cache as cache_module
 from latentdiff.data.cache import tensor_store
 from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.cache.latent_cache import LatentCache, prune_cache, verify_cache
+from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.cache.prompt_cache import PromptCache
 from latentdiff.data.cache.shard_file import as_keys, key_of, read_shard, write_shard
@@ -27,6 +31,7 @@ from latentdiff.data.cache.tensor_store import StoreWriter, TensorStore
 from latentdiff.data.folder import content_hash
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import resize_and_crop, to_pixels
+from latentdiff.data.masks import Masks
 from latentdiff.image_io import load_image
 from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec
@@ -526,6 +531,119 @@ def test_prune_lists_what_nothing_uses_and_removes_it_only_when_told(root, cache
     assert sorted(p.name for p in (cache_dir / "latents").iterdir()) == [kept.name, "new.tmp"]
     assert build(root, codec, cache_dir).num_encoded == 0
     assert prune_cache(cache_dir / "nowhere", []) == []
+
+
+# a full disk, and files of other content
+
+
+def fill_disk(monkeypatch, *, free: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(tensor_store.shutil, "disk_usage", lambda path: usage)
+
+
+def test_captions_that_do_not_fit_are_refused(cache_dir, tokenizer, text_encoder, monkeypatch):
+    fill_disk(monkeypatch, free=1000)
+    with pytest.raises(OSError, match=rf"{cache_dir}/text needs .* MB free; .*data\.cache_dir"):
+        build_text(CAPTIONS, tokenizer, text_encoder, cache_dir)
+    assert not any(cache_dir.rglob("*.safetensors"))
+
+
+def test_what_does_not_fit_is_refused_before_encoding(root, cache_dir, codec, monkeypatch):
+    monkeypatch.setattr(cache_module, "encode_moments", None)  # nothing is encoded
+    row = 2 * codec.channels * (32 // codec.factor) ** 2 * 4
+    fill_disk(monkeypatch, free=9 * row - 1)
+    with pytest.raises(OSError, match=rf"{cache_dir}/latents needs .* MB free.*data\.cache=false"):
+        build(root, codec, cache_dir)
+    fill_disk(monkeypatch, free=1000)
+    for i in range(9):
+        noise_image(i).convert("L").save(root / f"{i}.mask.png")
+    masked = read_folder(root, mask="file")
+    masks = Masks(masked, square(masked), 4, "file")
+    with pytest.raises(OSError, match=rf"{cache_dir}/masks needs .* MB free"):
+        MaskCache.build(masks, cache_dir=cache_dir, progress=False)
+    assert not any(cache_dir.rglob("*.safetensors"))
+
+
+def test_the_estimate_is_what_is_written(root, cache_dir, codec, monkeypatch):
+    row = 2 * codec.channels * (32 // codec.factor) ** 2 * 4
+    fill_disk(monkeypatch, free=9 * row)
+    assert build(root, codec, cache_dir).num_encoded == 9
+    fill_disk(monkeypatch, free=0)
+    assert build(root, codec, cache_dir).num_encoded == 0  # needs no room
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_is_one_message_and_what_was_written_stays(
+    root, cache_dir, codec, monkeypatch, code
+):
+    calls = []
+
+    def write(folder, keys, *, rows):
+        calls.append(len(keys))
+        if len(calls) == 3:
+            raise OSError(code, os.strerror(code))
+        return write_shard(folder, keys, rows=rows)
+
+    monkeypatch.setattr(tensor_store, "SHARD_BYTES", 1)
+    monkeypatch.setattr(tensor_store, "write_shard", write)
+    with pytest.raises(
+        OSError, match=rf"{cache_dir}/latents has no room for .*stays usable"
+    ) as error:
+        build(root, codec, cache_dir, batch_size=2)
+    assert "data.cache_dir" in str(error.value)
+    assert "[Errno" not in str(error.value)
+    monkeypatch.undo()
+    assert build(root, codec, cache_dir).num_encoded == 9 - 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: [],
+        lambda header: {},
+        lambda header: {"rows": 3},
+        lambda header: header | {"keys": header["keys"] | {"data_offsets": [-16, -8]}},
+        lambda header: header | {"rows": header["rows"] | {"shape": [-1, 2]}},
+        lambda header: header | {"rows": header["rows"] | {"dtype": "I64"}},
+        lambda header: {k: v for k, v in header.items() if k != "checks"},
+        lambda header: header | {"__metadata__": {}},
+    ],
+)
+def test_a_header_of_other_content_is_a_damaged_shard(tmp_path, change):
+    path = write_shard(tmp_path, as_keys([key_of(b"", b"x")]), rows=torch.zeros(1, 2))
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    text = json.dumps(change(json.loads(data[8 : 8 + length]))).encode()
+    head = struct.pack("<Q", len(text)) + text
+    forged = tmp_path / f"{hashlib.sha256(head).hexdigest()[:32]}.safetensors"
+    forged.write_bytes(head + data[8 + length :])
+    path.unlink()
+    assert len(TensorStore(tmp_path)) == 0
+    assert forged.with_suffix(".damaged").exists()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"problems": "[]", "num_found": "1"},
+        {"problems": "{", "num_found": "1"},
+        {"problems": '{"nosuch": {"count": 1, "examples": []}}', "num_found": "1"},
+        {"problems": '{"turned": 3}', "num_found": "1"},
+        {"problems": "{}", "num_found": "many"},
+        {"num_found": "1"},
+    ],
+)
+def test_a_scan_index_of_other_content_is_made_anew(root, cache_dir, metadata):
+    right = list(read_folder(root, cache_dir=cache_dir))
+    (path,) = cache_dir.rglob("records-*.arrow")
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all().replace_schema_metadata(metadata)
+    tmp = path.with_suffix(".new")
+    with pa.OSFile(str(tmp), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    tmp.rename(path)
+    assert list(read_folder(root, cache_dir=cache_dir)) == right
 
 
 # text

@@ -24,8 +24,15 @@ from latentdiff.data.cache.latent_encoding import (
     encode_moments,
     latent_keys,
     mean_and_std,
+    num_moments,
 )
-from latentdiff.data.cache.tensor_store import MISSING, CachedVariants, StoreWriter, TensorStore
+from latentdiff.data.cache.tensor_store import (
+    MISSING,
+    CachedVariants,
+    StoreWriter,
+    TensorStore,
+    check_room,
+)
 from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import Folder
 from latentdiff.models.latents import LatentCodec
@@ -114,6 +121,7 @@ class LatentCache(CachedVariants):
             dtype=dtype,
             check_rows=check_rows,
         )
+        check_room(cache._store.folder, cache._missing_bytes(codec, dtype))
         todo = cache._missing(shard)
         items = (cache._item(variant, index) for variant, index in todo.tolist())
         batches = decode_ahead(
@@ -121,6 +129,12 @@ class LatentCache(CachedVariants):
         )
         cache._encode(batches, todo, codec=codec, folder=folder, dtype=dtype, progress=progress)
         return cache
+
+    def _missing_bytes(self, codec: LatentCodec, dtype: torch.dtype) -> int:
+        """Count the bytes of what no process has encoded yet."""
+        indices = self._missing((0, 1))[:, 1]
+        num_pixels = int((self.plan.sizes[indices].astype(np.int64) // self.factor).prod(1).sum())
+        return num_pixels * self.channels * num_moments(codec) * dtype.itemsize
 
     def _encode(
         self,

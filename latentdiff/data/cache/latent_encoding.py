@@ -67,8 +67,12 @@ def encode_moments(codec: LatentCodec, pixels: Tensor, *, dtype: torch.dtype) ->
     device = codec.vae.device
     with torch.autocast(device.type, enabled=False):
         mean, std = codec.raw_moments(uint8_to_pixels(pixels.to(device, non_blocking=True)))
-    parts = [mean] if isinstance(codec.vae, AutoencoderTiny) else [mean, std]
-    return torch.stack(parts, dim=1).to(dtype)
+    return torch.stack([mean, std][: num_moments(codec)], dim=1).to(dtype)
+
+
+def num_moments(codec: LatentCodec) -> int:
+    """Count what is stored of a latent: its mean, and its standard deviation unless it is 0."""
+    return 1 if isinstance(codec.vae, AutoencoderTiny) else 2
 
 
 def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:

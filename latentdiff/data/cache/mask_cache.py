@@ -16,7 +16,12 @@ from tqdm import tqdm
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.cache.latent_encoding import crop_keys
-from latentdiff.data.cache.tensor_store import CachedVariants, StoreWriter, TensorStore
+from latentdiff.data.cache.tensor_store import (
+    CachedVariants,
+    StoreWriter,
+    TensorStore,
+    check_room,
+)
 from latentdiff.data.folder.content_hash import image_hashes, mask_hashes
 from latentdiff.data.masks import Masks
 
@@ -58,6 +63,8 @@ class MaskCache(CachedVariants):
         digests = _digests(masks, cache_dir)
         cache = cls.open(masks, cache_dir=cache_dir)
         todo = cache._missing(shard)
+        sizes = masks.plan.sizes[cache._missing((0, 1))[:, 1]].astype(np.int64) // masks.factor
+        check_room(cache._store.folder, int(sizes.prod(1).sum()) * torch.float32.itemsize)
         writer = StoreWriter(cache._store.folder)
 
         def read(place: tuple[int, int]) -> Tensor:

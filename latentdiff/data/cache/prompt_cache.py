@@ -18,7 +18,13 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.data.cache.shard_file import as_keys, key_of
-from latentdiff.data.cache.tensor_store import MISSING, StoreWriter, TensorStore, owned_by_rank
+from latentdiff.data.cache.tensor_store import (
+    MISSING,
+    StoreWriter,
+    TensorStore,
+    check_room,
+    owned_by_rank,
+)
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
 from latentdiff.models.weights import weights_hash
 
@@ -57,6 +63,10 @@ class PromptCache:
         """
         start = encoder_hash(tokenizer, text_encoder, dtype=dtype)
         store = TensorStore(Path(cache_dir) / "text", check_all=check_rows)
+        if isinstance(captions, Sequence):
+            wanted = {key_of(start, caption.encode()) for caption in (NULL_CAPTION, *captions)}
+            size = tokenizer.model_max_length * text_encoder.config.hidden_size * dtype.itemsize
+            check_room(store.folder, size * len(_missing(store, list(wanted), shard=(0, 1))))
         writer = StoreWriter(store.folder)
         seen: list[np.ndarray] = []
         encoded: set[bytes] = set()

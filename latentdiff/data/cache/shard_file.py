@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -85,27 +85,41 @@ def read_shard(path: Path) -> tuple[Shard, np.ndarray]:
     """Read a shard's index and its keys (N, 2), not its rows. Raises DamagedShardError, or
     FileNotFoundError."""
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
-            raise DamagedShardError(f"no header in {size:,} bytes")
-        text = file.read(length)
-        if _name_of(head + text) != path.stem:
-            raise DamagedShardError("the header is not the one that was written")
-        header = json.loads(text)  # as we wrote it: its hash is the file's name
-        start = 8 + length
-        end = start + max(tensor["data_offsets"][1] for k, tensor in header.items() if k[0] != "_")
-        if end != size:
-            raise DamagedShardError(f"expected {end:,} bytes, got {size:,}")
-        keys = _read_part(file.fileno(), start, header["keys"]).view(np.uint64).reshape(-1, 2)
-        checks = _read_part(file.fileno(), start, header["checks"]).view(np.uint32)
+        try:
+            return _read_index(path, file)
+        except DamagedShardError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DamagedShardError(f"the header is not one of a cache: {error!r}") from error
+
+
+def _read_index(path: Path, file: BinaryIO) -> tuple[Shard, np.ndarray]:
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+    if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+        raise DamagedShardError(f"no header in {size:,} bytes")
+    text = file.read(length)
+    if _name_of(head + text) != path.stem:
+        raise DamagedShardError("the header is not the one that was written")
+    header = json.loads(text)
+    start = 8 + length
+    end = start + max(tensor["data_offsets"][1] for k, tensor in header.items() if k[0] != "_")
+    if end != size:
+        raise DamagedShardError(f"expected {end:,} bytes, got {size:,}")
+    keys = _read_part(file.fileno(), start, header["keys"]).view(np.uint64).reshape(-1, 2)
+    checks = _read_part(file.fileno(), start, header["checks"]).view(np.uint32)
     if _index_hash(keys, checks) != header["__metadata__"]["index_sha256"]:
         raise DamagedShardError("its keys are not those that were written")
     rows = header["rows"]
-    shape = tuple(rows["shape"][1:])
-    start += rows["data_offsets"][0]
-    return Shard(path, start, shape, DTYPES[rows["dtype"]], checks), keys
+    low, high = rows["data_offsets"]
+    shard = Shard(path, start + low, tuple(rows["shape"][1:]), DTYPES[rows["dtype"]], checks)
+    if (
+        not len(keys) == len(checks) == rows["shape"][0]
+        or shard.row_bytes * len(keys) != high - low
+    ):
+        raise DamagedShardError("its rows are not as many, or not as large, as its keys say")
+    return shard, keys
 
 
 def quarantine(path: Path, error: DamagedShardError) -> None:
@@ -125,6 +139,8 @@ def _index_hash(keys: np.ndarray, checks: np.ndarray) -> str:
 
 def _read_part(file: int, start: int, tensor: dict[str, Any]) -> np.ndarray:
     low, high = tensor["data_offsets"]
+    if not 0 <= low <= high:
+        raise DamagedShardError(f"a part from byte {low} to {high}")
     return np.frombuffer(os.pread(file, high - low, start + low), np.uint8)
 
 

@@ -4,7 +4,9 @@ Shards are only ever added, so any number of processes may write to one folder a
 can always be rebuilt. `CachedVariants` finds the rows of each record of a folder, in every crop.
 """
 
+import errno
 import mmap
+import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -29,6 +31,11 @@ from latentdiff.data.cache.shard_file import (
 SHARD_BYTES, FLUSH_SECONDS = 16 << 20, 60.0
 OPEN_SHARDS = 8  # mapped at a time: pages of a map count as memory of the process
 MISSING = -1
+MB = 1_000_000
+MORE_ROOM = (
+    "free some, or set data.cache_dir to a folder on another disk, or data.cache=false, which "
+    "encodes images at every step"
+)
 
 
 class TensorStore:
@@ -119,8 +126,21 @@ class TensorStore:
             ) from error
 
 
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raise OSError where the disk of a store's folder has no room for so many bytes more."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if num_bytes > (free := shutil.disk_usage(there).free):
+        raise OSError(
+            f"the cache folder {folder} needs {num_bytes / MB:,.1f} MB more, and its disk has "
+            f"{free / MB:,.1f} MB free; {MORE_ROOM}"
+        )
+
+
 class StoreWriter:
-    """Collects rows and writes shards when there are enough bytes, or a minute has passed."""
+    """Collects rows and writes shards when there are enough bytes, or a minute has passed.
+
+    Raises OSError, of one message, where the disk is full; shards written before stay.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,8 +160,19 @@ class StoreWriter:
         waiting, self._rows = self._rows, {}
         for parts in waiting.values():
             keys = np.concatenate([keys for keys, _ in parts])
-            write_shard(self.folder, keys, rows=torch.cat([rows for _, rows in parts]))
+            self._write(keys, torch.cat([rows for _, rows in parts]))
         self._num_bytes, self._flushed = 0, time.monotonic()
+
+    def _write(self, keys: np.ndarray, rows: Tensor) -> None:
+        try:
+            write_shard(self.folder, keys, rows=rows)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"the cache folder {self.folder} has no room for {rows.nbytes / MB:,.1f} MB more "
+                f"({error.strerror}); what it holds stays usable; {MORE_ROOM}, and start again"
+            ) from error
 
 
 class MappedFiles:

@@ -244,6 +244,8 @@ class Problems(Mapping[str, ProblemGroup]):
     def from_json(cls, data: Mapping[str, Any]) -> "Problems":
         problems = cls()
         for key, group in data.items():
+            if key not in REASONS:
+                raise KeyError(key)
             examples = [(str(where), str(detail)) for where, detail in group["examples"]]
             problems._groups[key] = ProblemGroup(key, int(group["count"]), examples)
         return problems

@@ -226,8 +226,11 @@ def map_records(path: Path) -> RecordTable | None:
     if table is None or not table.schema.equals(RECORDS):
         return None
     meta = table.schema.metadata
-    problems = Problems.from_json(json.loads(meta[b"problems"]))
-    return RecordTable(table, problems, int(meta[b"num_found"]), path)
+    try:
+        problems = Problems.from_json(json.loads(meta[b"problems"]))
+        return RecordTable(table, problems, int(meta[b"num_found"]), path)
+    except (AttributeError, KeyError, TypeError, ValueError):  # not as it was stored
+        return None
 
 
 def _prefix(rules: ReadRules) -> str:
