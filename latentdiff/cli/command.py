@@ -33,7 +33,9 @@ def run_command(command: Command, arguments: Sequence[str], *, prog: str) -> int
         return 130
     except ArgumentError as error:
         message = re.sub(r"\s+", " ", str(error)).strip()
-        return _fail(prog, f"{message} (--help lists the options)", code=2)
+        is_late = re.search(r"unrecognized arguments: (?!-)", message, re.IGNORECASE)
+        place = "; prompts and paths come before the options" if is_late else ""
+        return _fail(prog, f"{message}{place} (--help lists the options)", code=2)
     except (ValueError, OSError) as error:
         return _fail(prog, error, code=2)
     except FloatingPointError as error:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 
+TYPE_NOUNS = {"float": "a finite number", "int": "a whole number", "bool": "true or false"}
 RENAMED = {  # old name of a setting -> its name; an old file or command line still works
     "data.split_fraction": "data.heldout_fraction",
     "data.max_bad_fraction": "data.max_invalid_fraction",
@@ -293,6 +294,11 @@ def _readable(message: str, names: Sequence[str]) -> str:
         r"[Uu]nrecognized arguments: --([\w.]+)", message
     )
     inside = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    mistyped = re.search(r'Parser key "([\w.]+)": Expected (.+?)\. Got value: (.*)', message)
+    if mistyped:
+        kind = re.sub(r"an? typing\.Literal\[(.*)\]", r"one of \1", mistyped[2])
+        kind = re.sub(r"an? <class '(\w+)'>", lambda one: TYPE_NOUNS.get(one[1], one[1]), kind)
+        return f"{mistyped[1]}={mistyped[3]}, expected {kind}"
     wrong = f"{inside[1]}.{inside[2]}" if inside else unknown[1] if unknown else ""
     if wrong:
         near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)

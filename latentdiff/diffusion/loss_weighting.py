@@ -1,7 +1,8 @@
 """Loss weights over the timesteps: min-SNR, soft min-SNR and P2.
 
 Each weighting is a function of SNR and gamma, the weight of the epsilon loss; LOSS_WEIGHTINGS names
-them. `loss_weights` gives the weight that means the same for another prediction type.
+them, and config/choices.py lists the names that a setting may take. `loss_weights` gives the weight
+that means the same for another prediction type.
 """
 
 from collections.abc import Callable

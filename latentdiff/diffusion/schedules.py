@@ -1,6 +1,8 @@
 """Noise schedules: the betas of the forward chain, the tables made of them, shorter chains.
 
-Everything is float64; BETA_SCHEDULES names the schedules, as diffusers does where it has them.
+Everything is float64; BETA_SCHEDULES names the schedules, as diffusers does where it has them (the
+names that a setting may take are in config/choices.py). The chain of a run is the scheduler of
+models/build.py, where diffusers computes its own schedules and the zero-SNR rescaling itself.
 Sources: Ho et al. 2020 (linear), Song et al. 2021 (quadratic), Rombach et al. 2022 (the same, as
 scaled linear), Nichol & Dhariwal 2021 (cosine, re-spacing), Xu et al. 2022 (sigmoid), Lin et al.
 2023 (zero terminal SNR), Kingma et al. 2021 (logSNR).

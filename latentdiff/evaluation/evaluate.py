@@ -152,7 +152,7 @@ def _write(
 ) -> Path:
     """Write metrics.json and report.html; return the latter's path."""
     settings, skipped = _settings(run, result), result.skipped
-    sections = sorted(result.sections, key=lambda section: ORDER.index(section.name))
+    sections = sorted(result.sections, key=lambda one: [*ORDER, one.name].index(one.name))
     figures = {section.name: section.figures for section in sections if section.figures}
     metrics = {"model": model, "data": run.data.data, "settings": settings, "left_out": skipped}
     write_metrics(out, metrics | figures, failed=list(result.failures))

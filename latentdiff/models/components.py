@@ -138,6 +138,9 @@ def load_parts(
     given: components that take the place of the stored ones, None for none. Of these, neither
     files nor classes in the folder are looked at.
     """
+    for name, part in given.items():
+        if isinstance(part, (str, Path)):
+            raise TypeError(f"{name} must be a loaded component or None, got {str(part)!r}")
     folder = _folder(path_or_id, given, variant=variant)
     names = _component_classes(folder, given)
     check_compatible(read_configs(folder, without=given))

@@ -34,6 +34,8 @@ def refuse_wrong_path(path_or_id: str | os.PathLike[str], *, known: Iterable[str
     """
     name = os.path.expanduser(path_or_id)
     path = Path(name)
+    if not name.strip():
+        raise ValueError("the model's name is empty; pass a folder, a hub id or a name that ships")
     if path.is_dir():
         _refuse_folder(path)
     elif path.exists():

@@ -2,7 +2,8 @@
 
 Image-to-image (SDEdit, Meng et al. 2022), inpainting by putting the known part back after each
 step (RePaint's first half, Lugmayr et al. 2022), and inpainting U-Nets that read the mask and the
-masked image as five more channels (Rombach et al. 2022, 4.5).
+masked image as five more channels (Rombach et al. 2022, 4.5). Which steps `strength` leaves is
+decided in schedulers.py.
 
 Each image has its own generator, so that it can be made again alone. Generators live on the CPU, so
 that one seed gives one image on every device.

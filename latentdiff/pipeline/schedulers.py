@@ -1,5 +1,7 @@
 """Schedulers: every one of diffusers' driven alike, and the names people know them by.
 
+`set_timesteps` chooses the steps of a call, of which `strength` keeps the last part.
+
 Names such as "ddim", "euler a", "DPM++ 2M Karras", "unipc", "lcm".
 """
 

@@ -195,7 +195,7 @@ def _check_settings(checkpoint: Path, config: Any, what: str) -> None:
             "--output_dir"
         )
     old, new = run_key(before), run_key(config)
-    differing = [f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
+    differing = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]
     if differing:
         raise ValueError(
             f"{what} with other settings ({'; '.join(differing)}); set them back, or choose "

@@ -1,5 +1,6 @@
 """Settings: which are refused and by which message, and that the written file holds all."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,3 +252,17 @@ def test_documented_commands_start_without_warnings_of_the_launcher() -> None:
         for line in path.read_text(encoding="utf-8").splitlines():
             if "accelerate launch" in line and "scripts/train" in line:
                 assert "--config_file" in line, f"{path}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--train.learning_rate=nan", "train.learning_rate=nan, expected a finite number"),
+        ("--train.max_steps=2.5", "train.max_steps=2.5, expected a whole number"),
+        ("--data.random_flip=maybe", "data.random_flip=maybe, expected true or false"),
+        ("--train.optimizer=sgd", "train.optimizer=sgd, expected one of 'adamw'"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_the_type_that_is_expected(option, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        parse_arguments(Config, [option])

@@ -6,6 +6,7 @@ meaning is lora_layers.py's and embedding_file.py's, the layers are peft's, by d
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from latentdiff.pipeline.files.adapter_file import (
     EMBEDDING_NAMES,
@@ -71,8 +73,7 @@ class AdaptersMixin(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin)
             active = _active_adapters(models[part])
             named = {f"{part}.{key}": tensor for key, tensor in weights.items()}
             load = self.load_lora_into_unet if part == "unet" else self.load_lora_into_text_encoder
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            with _without_false_warnings():
                 load(named, None, models[part], adapter_name=name, **LOADING, _pipeline=self)
             for layer in _adapted_layers(models[part]):
                 layer.set_adapter([*active, name])
@@ -158,6 +159,19 @@ class AdaptersMixin(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin)
 
     def _check_components(self) -> None:
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def _without_false_warnings() -> Iterator[None]:
+    """Keep peft and transformers from warning that a LoRA loaded before is lost: it is not."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _adapted_layers(module: nn.Module) -> Iterator[Any]:

@@ -3,7 +3,8 @@
 The order of an epoch is a function of (seed, epoch) and of the images' buckets. Optimiser step s
 takes batch s mod K of epoch s div K, whose images share a bucket, and so their size. Processes
 and micro-batches share out a batch's indices in the epoch, so the random numbers of a step, which
-depend on that index, never depend on the layout. Nor do its strata, a function of (seed, step).
+depend on that index, never depend on the layout. Nor do its strata, a function of (seed, step). A
+resumed run begins at its step. The tensors of one sample are made in dataset.py.
 """
 
 from collections.abc import Iterator, Sequence

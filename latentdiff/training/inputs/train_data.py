@@ -360,7 +360,8 @@ def _check_masks(masks: MaskSource, data: DataConfig) -> None:
     kept = [float(masks.mask(i, flipped=False, crop=0.5).mean()) for i in chosen.tolist()]
     share = float(np.mean(kept))
     if share in (0.0, 1.0):
-        reason = "no image has transparency" if share else "the masks are black all over"
+        white = {"alpha": "no image has transparency"}.get(data.mask, "the masks are all white")
+        reason = white if share else "the masks are all black"
         raise ValueError(
             f"data.mask={data.mask} and {reason}, of {len(kept):,} checked; leave it out, or "
             "make masks in which the subject to learn is opaque, or white"
