@@ -32,6 +32,8 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     from latentdiff.data.inspection.text_report import report_as_text
 
     settings = {**vars(config.train), **vars(config.data), **options}
+    if config.finetune.instance_prompts:  # which stand for captions, as in training
+        settings["missing_caption"] = "empty"
     folder = read_folder(**matching_settings(settings, read_folder), progress=progress_bar())
     report = inspect_folder(
         folder, **matching_settings(settings, inspect_folder), progress=progress_bar()

@@ -231,6 +231,14 @@ def test_quick_skips_the_search_for_duplicates(tmp_path, monkeypatch, capsys):
     assert "--tokenizer=FOLDER" in out
 
 
+def test_instance_prompts_stand_for_captions_as_in_training(tmp_path, monkeypatch, capsys):
+    for number in range(4):
+        save_image(tmp_path / f"{number}.png", number)
+    prompts = '--finetune.instance_prompts=["a photo of sks"]'
+    assert run(monkeypatch, capsys, str(tmp_path), "--quick")[0] == 1
+    assert run(monkeypatch, capsys, str(tmp_path), "--quick", prompts)[0] == 0
+
+
 def test_an_empty_folder_has_a_report_too(tmp_path, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, str(tmp_path), "--html", str(tmp_path / "r.html"))
     assert code == 1
