@@ -40,10 +40,13 @@ class DataConfig:
     """a text file next to an image is one caption, or has one a line"""
     caption_template: str = ""
     """such as "a photo of a {label}" where the folders' names are the only captions"""
-    missing_caption: Literal["skip", "empty"] = "skip"
-    """skip an image without a caption, or give it the empty caption"""
+    missing_caption: Literal["skip", "empty", "file_name"] = "skip"
+    """skip an image without a caption, or give it the empty caption, or its file's name without
+    ending, underscores read as spaces"""
     caption_choice: Literal["random", "first"] = "random"
     """the caption of an image with several: one at random each time, or the first"""
+    wildcards: bool = False
+    """replace {a|b} in a caption by one of the alternatives each time, before anything else"""
     shuffle_tags: bool = False
     """shuffle the comma-separated tags of a caption each time"""
     keep_tags: int = at_least(0, default=0)

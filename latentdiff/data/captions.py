@@ -8,11 +8,13 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
 
 BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")  # one without others inside
 SIDE_WORDS = (
     "left",
     "right",
@@ -32,13 +34,15 @@ SIDE_WORDS = (
 class CaptionTransform:
     """How an image's captions are chosen and edited in training.
 
-    choice: one of several at random, or always the first. Tags are the comma-separated parts; the
+    choice: one of several at random, or always the first. wildcards: {a|b} becomes one of the
+    alternatives, before anything else. Tags are the comma-separated parts; the
     first `keep_tags` neither move nor drop out, each other one drops out with probability
     `tag_dropout`. `trigger` becomes the first tag unless the caption has it already. `prefix` and
     `suffix` are put around the result as they are.
     """
 
     choice: Literal["random", "first"] = "random"
+    wildcards: bool = False
     shuffle_tags: bool = False
     keep_tags: int = 0
     tag_dropout: float = 0.0
@@ -47,8 +51,12 @@ class CaptionTransform:
     suffix: str = ""
 
     @property
-    def edits_tags(self) -> bool:
+    def edits_randomly(self) -> bool:
         """Whether a caption differs each time, so that its embeddings cannot be cached."""
+        return self._edits_tags or self.wildcards
+
+    @property
+    def _edits_tags(self) -> bool:
         return self.shuffle_tags or self.tag_dropout != 0
 
     def sample(self, captions: Sequence[str], rng: np.random.Generator) -> str:
@@ -59,7 +67,9 @@ class CaptionTransform:
         caption = captions[0]
         if self.choice == "random" and len(captions) > 1:
             caption = captions[int(rng.integers(len(captions)))]
-        if self.edits_tags:
+        if self.wildcards:
+            caption = resolve_wildcards(caption, rng)
+        if self._edits_tags:
             caption = edit_tags(
                 caption,
                 rng,
@@ -67,11 +77,29 @@ class CaptionTransform:
                 keep=self.keep_tags,
                 dropout=self.tag_dropout,
             )
-        return self.fixed(caption)
+        return self._with_fixed(caption)
 
     def fixed(self, caption: str) -> str:
-        """Apply all edits but those of tags, as for held-out images."""
+        """Apply all edits that are not random, as for held-out images; of {a|b} it takes a."""
+        return self._with_fixed(resolve_wildcards(caption) if self.wildcards else caption)
+
+    def _with_fixed(self, caption: str) -> str:
         return f"{self.prefix}{with_trigger(caption, self.trigger_word)}{self.suffix}"
+
+
+def resolve_wildcards(caption: str, rng: np.random.Generator | None = None) -> str:
+    """Replace each {a|b}, inner ones first, by an alternative at random; by the first without rng.
+
+    Braces without | stay as they are.
+    """
+
+    def one(match: re.Match[str]) -> str:
+        choices = match[1].split("|")
+        return choices[0 if rng is None else int(rng.integers(len(choices)))]
+
+    while (resolved := WILDCARD.sub(one, caption)) != caption:
+        caption = resolved
+    return caption
 
 
 def edit_tags(
@@ -124,6 +152,12 @@ def clean_caption(caption: str) -> tuple[str, bool]:
 def label_caption(template: str, label: str) -> str:
     """Fill `{label}` in a template with a folder's name, underscores read as spaces."""
     return template.replace("{label}", label.replace("_", " ").strip())
+
+
+def file_name_caption(path: str) -> str:
+    """Return the caption that a file's name is: without folder, ending and a copy's " (2)"."""
+    name = re.sub(r"\s*\(\d+\)$", "", PurePosixPath(path).stem)
+    return clean_caption(name.replace("_", " "))[0]
 
 
 def _is_control(character: str) -> bool:

@@ -117,3 +117,22 @@ def test_labels_are_filled_in_as_words():
         "a photo of a golden retriever"
     )
     assert label_caption("{label} {0} {label.__class__}", "x") == "x {0} {label.__class__}"
+
+
+def test_wildcards_are_resolved_before_tags_and_drawn_by_the_key():
+    transform = CaptionTransform(wildcards=True, trigger_word="sks")
+    caption = "a {red|{dark|light} blue} {car|bike}, {label}"
+    seen = {transform.sample([caption], np.random.default_rng(k)) for k in range(60)}
+    colors, things = ("red", "dark blue", "light blue"), ("car", "bike")
+    assert seen == {f"sks, a {one} {thing}, {{label}}" for one in colors for thing in things}
+    again = [transform.sample([caption], np.random.default_rng(3)) for _ in range(2)]
+    assert again[0] == again[1]
+    assert transform.fixed(caption) == "sks, a red car, {label}"
+    assert transform.edits_randomly
+
+
+def test_captions_are_text_without_wildcards():
+    rng = np.random.default_rng(0)
+    assert CaptionTransform().sample(["a {b|c}"], rng) == "a {b|c}"
+    assert CaptionTransform().fixed("a {b|c}") == "a {b|c}"
+    assert not CaptionTransform().edits_randomly

@@ -646,3 +646,14 @@ def test_the_summary_names_each_reason_with_files_and_fixes(tmp_path):
     assert "empty file (0 bytes) (5): 0.png: 0 bytes; 1.png" in text
     assert "and 2 more" in text
     assert "scripts/inspect_data.py" in text
+
+
+def test_file_names_are_captions_where_there_is_none(tmp_path):
+    for name in ("a_red heart (2).png", "deep/apollo_11.png", "own.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        noise_image().save(tmp_path / name)
+    (tmp_path / "own.txt").write_text("a caption of its own")
+    folder = read_folder(tmp_path, missing_caption="file_name")
+    folder.check()
+    captions = [record.captions for record in folder]
+    assert captions == [("a red heart",), ("apollo 11",), ("a caption of its own",)]

@@ -213,7 +213,7 @@ def read_folder(
     caption_column: str = "text",
     file_column: str = "file_name",
     caption_template: str = "",
-    missing_caption: Literal["skip", "empty"] = "skip",
+    missing_caption: Literal["skip", "empty", "file_name"] = "skip",
     duplicate_rows: Literal["error", "captions"] = "error",
     sidecar_lines: Literal["one", "captions"] = "one",
     follow_links: bool = False,

@@ -19,7 +19,7 @@ from latentdiff.data.arrow.columns import (
     take_rows,
 )
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.captions import label_caption
+from latentdiff.data.captions import file_name_caption, label_caption
 from latentdiff.data.folder.by_products import (
     find_by_products,
     find_unread,
@@ -253,9 +253,14 @@ def _report_uncaptioned(
     rules: CaptionRules,
     problems: Problems,
 ) -> None:
-    """Report images without a caption; under missing_caption="empty", give an empty caption."""
+    """Report images without a caption, or give them the one that missing_caption names."""
     wanting = np.flatnonzero(found.at == NONE)
     if not len(wanting):
+        return
+    if rules.missing_caption == "file_name":
+        captions = [[file_name_caption(name)] for name in iter_py(found.paths, wanting)]
+        start = found.pool.extend(pa.array(captions, CAPTIONS))
+        found.at[wanting] = np.arange(start, start + len(wanting))
         return
     if rules.missing_caption == "empty":
         found.at[wanting] = found.pool.extend(pa.array([[""]], CAPTIONS))

@@ -130,7 +130,9 @@ REASONS: dict[str, Reason] = {
     "unused_mask": Reason("note", "mask next to an image, not used", "--data.mask=file uses it"),
     # captions
     "no_caption": Reason(
-        "skipped", "image without a caption", "add one, or pass --data.missing_caption=empty"
+        "skipped",
+        "image without a caption",
+        "add one, or pass --data.missing_caption=empty or file_name",
     ),
     "empty_caption": Reason("note", "empty caption"),
     "control_characters": Reason("note", "control characters removed from the caption"),

@@ -65,7 +65,7 @@ def captions_of(
 ) -> Iterator[tuple[list[str] | None, str | None, str | None]]:
     """Yield each row's captions, or None, with a problem and its detail.
 
-    missing: "skip" or "empty", the policy for a null.
+    missing: the policy for a null: "empty" gives the empty caption.
     """
     empty = ([""], "empty_caption", None) if missing == "empty" else (None, "no_caption", None)
     for cell in column.to_pylist():

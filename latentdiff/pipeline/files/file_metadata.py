@@ -25,7 +25,10 @@ ARCHITECTURES = {
     1024: ("stable-diffusion-v2-512", "sd_v2"),
     2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
 }
-V_ARCHITECTURES = {1024: ("stable-diffusion-v2-768-v", "sd_v2_v")}
+V_ARCHITECTURES = {
+    768: ("stable-diffusion-v1", "sd_v1_v"),
+    1024: ("stable-diffusion-v2-768-v", "sd_v2_v"),
+}
 OTHER_ARCHITECTURE = "latent-diffusion"
 PREDICTION_TYPES = {"v_prediction": "v"}  # where modelspec's name is another
 IMPLEMENTATIONS = {

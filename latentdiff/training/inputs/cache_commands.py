@@ -188,7 +188,7 @@ def _opened(folder: Folder, codec: LatentCodec, data: DataConfig) -> LatentCache
 
 def _frozen_text_encoder(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] | None:
     """Load the text encoder whose embeddings a config's run caches; None where it caches none."""
-    if trains_text_encoder(config) or caption_transform(config.data).edits_tags:
+    if trains_text_encoder(config) or caption_transform(config.data).edits_randomly:
         return None
     folder = resolve_model(config.model.pretrained or config.model.text_encoder)
     if folder.is_dir():

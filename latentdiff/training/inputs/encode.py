@@ -183,6 +183,7 @@ def caption_transform(data: DataConfig) -> CaptionTransform:
     """Return how captions are chosen and edited."""
     return CaptionTransform(
         choice=data.caption_choice,
+        wildcards=data.wildcards,
         shuffle_tags=data.shuffle_tags,
         keep_tags=data.keep_tags,
         tag_dropout=data.tag_dropout,
@@ -273,7 +274,7 @@ def text_source(
     """Return how captions reach the model; a cache is filled with `captions` where one is used."""
     if trains_text_encoder:
         return TokenIds(components)
-    if caption_transform(data).edits_tags:
+    if caption_transform(data).edits_randomly:
         return OnlinePromptEmbeds(components, accelerator.device)
     tokenizer, text_encoder = components.tokenizer, components.text_encoder
     cache = cache_prompts(list(captions), tokenizer, text_encoder, data, accelerator=accelerator)
