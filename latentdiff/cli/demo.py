@@ -13,8 +13,7 @@ from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config
 from latentdiff.config.sampling import SampleOptions
 
-ROOT = Path(__file__).parents[2]
-CONFIG, CONFIG_SCRATCH = (ROOT / "configs" / name for name in ("demo.yaml", "demo_scratch.yaml"))
+CONFIG, CONFIG_SCRATCH = "demo", "demo_scratch"
 FOLDER_SCRATCH = Path("demo-scratch-run")
 STYLE = "smiling"
 KNOWN = (  # emoji, flowers and shapes, as the bundled model's training captions call them
@@ -125,11 +124,11 @@ def demo_scratch_command(parser: ArgumentParser, arguments: Sequence[str]) -> in
     return 0
 
 
-def _train(config: Path, settings: Sequence[str]) -> int:
+def _train(config: str, settings: Sequence[str]) -> int:
     """Train in processes of its own; return the exit code."""
     from latentdiff.training.distributed import launch
 
-    return launch(ROOT / "scripts" / "train_t2i.py", ["--config", str(config), *settings])
+    return launch("train", ["--config", config, *settings])
 
 
 def _generate(model: str, prompts: Sequence[str]) -> list[Any]:

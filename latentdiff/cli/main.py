@@ -17,6 +17,7 @@ COMMANDS: dict[str, Command] = {
     "train": train.train_command,
     "train-vae": train.train_vae_command,
     "train-clip": train.train_clip_command,
+    "configs": train.configs_command,
     "inspect": data.inspect_command,
     "cache": data.cache_command,
     "merge-folders": data.merge_folders_command,

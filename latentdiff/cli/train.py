@@ -1,4 +1,4 @@
-"""Commands that train: text-to-image models, autoencoders and CLIPs."""
+"""Commands that train text-to-image models, autoencoders and CLIPs, and list their configs."""
 
 import logging
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from latentdiff.config.clip import ClipConfig
 from latentdiff.config.io import parse_settings
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
+from latentdiff.config.yaml_file import CONFIGS, first_line, shipped_configs
 
 
 def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
@@ -40,3 +41,14 @@ def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     from latentdiff.training.clip.train_clip import train_clip
 
     return train_clip(config)
+
+
+def configs_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """List the configs that ship, each of which --config takes by its name."""
+    parser.parse_args(arguments)
+    configs = shipped_configs()
+    width = max(map(len, configs))
+    for name, path in configs.items():
+        print(f"{name:{width}}  {first_line(path)}")
+    print(f"\nThe files, to read or to copy, are in {CONFIGS.resolve()}")
+    return 0

@@ -19,7 +19,7 @@ import yaml
 
 from latentdiff.config.effect import without_idle_settings
 from latentdiff.config.text_to_image import Config
-from latentdiff.config.yaml_file import check_yaml, read_yaml
+from latentdiff.config.yaml_file import check_yaml, find_config, read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -59,14 +59,13 @@ def load_config(
 ) -> Settings:
     """Read a YAML file and overrides such as "--train.seed=1" into a Config (or VaeConfig).
 
+    path: a file, or the name of a config that ships, such as "demo".
+
     Raises ValueError or FileNotFoundError for a missing file, an unknown key (with the nearest
     name), a wrong type or a value out of range.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"the config file {path} does not exist")
     settings_class: Any = kind or Config
-    return parse_arguments(settings_class, ["--config", str(path), *overrides])
+    return parse_arguments(settings_class, ["--config", str(find_config(path)), *overrides])
 
 
 def load_stored_config(path: Path, kind: type[Settings]) -> Settings:
@@ -133,7 +132,11 @@ def _parser_of(kind: type[Settings]) -> "ArgumentParser":
 
 
 def _add_settings(parser: "ArgumentParser", kind: Any) -> None:
-    parser.add_argument("--config", action="config", help="a YAML file with these settings")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a YAML file with these settings, or the name of one that ships",
+    )
     parser.add_class_arguments(kind)
 
 
@@ -189,9 +192,8 @@ def _with_current_names(arguments: Sequence[str], kind: Any, *, warns: bool = Tr
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if is_path or (option == "--config" and equals):
-            path = Path(argument if is_path else value).expanduser()
-            text = _renamed_file(path, current)
-            text = str(path) if text is None else text
+            path = find_config(argument if is_path else value)
+            text = _renamed_file(path, current) or str(path)
             given.append(text if is_path else f"--config={text}")
         elif option.startswith("--"):
             _check_value(option[2:], value)
@@ -210,8 +212,6 @@ def _renamed_file(path: Path, current: Callable[[str], str]) -> str | None:
 
     Raises ValueError for a setting that is given under two spellings.
     """
-    if not path.is_file():
-        raise ValueError(f"the config file {path} does not exist")
     text = read_yaml(path)
     try:
         settings = yaml.safe_load(text) or {}

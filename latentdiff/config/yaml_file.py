@@ -1,15 +1,46 @@
-"""Checks of YAML text before anything is built from it: size, depth, aliases, duplicate keys.
+"""Settings files: those that ship, by name, and checks of YAML text before it is built.
 
-YAML itself allows what no settings file means: a key given twice, of which one is lost in silence,
-and a few lines of aliases that stand for millions of values.
+The checks are of size, depth, aliases and duplicate keys. YAML itself allows what no settings file
+means: a key given twice, of which one is lost in silence, and a few lines of aliases that stand for
+millions of values.
 """
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
+PACKAGE = Path(__file__).parents[1]
+# In a wheel a folder, in a clone a link to its configs/, which a checkout on Windows may lack.
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 20, 20_000
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the settings files that ship by their names, such as "demo", sorted."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the settings file at a path, or the one that ships under a name; the path wins.
+
+    Raises FileNotFoundError that gives the nearest name.
+    """
+    path, shipped = Path(name).expanduser(), shipped_configs()
+    if path.is_file():
+        return path
+    if str(name) in shipped:
+        return shipped[str(name)]
+    near = get_close_matches(path.stem, shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"those that ship: {', '.join(shipped)}"
+    raise FileNotFoundError(f"the config file {path} does not exist; {hint}")
+
+
+def first_line(path: Path) -> str:
+    """Return what the comment in a settings file's first line says of it."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
 
 
 def read_yaml(path: Path) -> str:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed
@@ -136,8 +135,8 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     return bool(raised.item())
 
 
-def launch(script: Path | str, arguments: Sequence[str]) -> int:
-    """Run scripts/train_t2i.py with arguments; return its exit status.
+def launch(command: str, arguments: Sequence[str]) -> int:
+    """Run a command such as `latentdiff train` with arguments; return its exit status.
 
     In a process for each half of a CPU's cores, at most two, or in one on a GPU: so small a model
     gains more from two processes than from two threads.
@@ -145,6 +144,6 @@ def launch(script: Path | str, arguments: Sequence[str]) -> int:
     num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     num_processes = 1 if torch.accelerator.is_available() else min(2, num_cores)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node", str(num_processes), str(script), *arguments]
+    launcher += ["--nproc_per_node", str(num_processes), "--module", "latentdiff", command]
     threads = {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}
-    return subprocess.run(command, env=os.environ | threads, check=False).returncode
+    return subprocess.run([*launcher, *arguments], env=os.environ | threads, check=False).returncode

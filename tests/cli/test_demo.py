@@ -32,7 +32,6 @@ from latentdiff.data.shapes import (
 from latentdiff.training import distributed as launching
 from latentdiff.training.text_to_image.train_t2i import train
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     *("--data.resolution=32", "--train.max_steps=2", "--train.batch_size=4", "--train.ema=false"),
     *("--train.mixed_precision=fp32", "--eval.every_steps=0", "--eval.num_heldout=8"),
@@ -50,8 +49,8 @@ def test_demo_fine_tunes_and_shows_before_and_after(
     tiny_pipeline().save_pretrained(tmp_path / "base")
     out = tmp_path / "demo"
 
-    def here(script: Path, arguments: Sequence[str]) -> int:
-        assert script == ROOT / "scripts" / "train_t2i.py"
+    def here(command: str, arguments: Sequence[str]) -> int:
+        assert command == "train"
         return train(parse_arguments(Config, arguments))
 
     monkeypatch.setattr(launching, "launch", here)
@@ -75,7 +74,7 @@ def test_demo_from_scratch_trains_with_its_config_and_hands_on_the_status(
 ) -> None:
     asked: list[Sequence[str]] = []
 
-    def refuse(script: Path, arguments: Sequence[str]) -> int:
+    def refuse(command: str, arguments: Sequence[str]) -> int:
         asked.append(arguments)
         return 3
 
@@ -83,8 +82,8 @@ def test_demo_from_scratch_trains_with_its_config_and_hands_on_the_status(
     monkeypatch.chdir(tmp_path)
     write_shapes("demo-scratch-run/shapes", num_train=3000, num_test=100)
     assert run("demo_scratch.py", []) == 3
-    assert asked == [["--config", str(ROOT / "configs" / "demo_scratch.yaml")]]
-    config = load_config(ROOT / "configs" / "demo_scratch.yaml")
+    assert asked == [["--config", "demo_scratch"]]
+    config = load_config("demo_scratch")
     assert Path(config.data.root) == Path("demo-scratch-run/shapes")
     assert Path(config.output_dir) == Path("demo-scratch-run/model")
 
@@ -104,10 +103,10 @@ def test_launch_shares_the_cores(
     monkeypatch.setattr(subprocess, "run", note)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(has_gpu))
-    assert launching.launch("train_t2i.py", ["--seed=1"]) == 7
+    assert launching.launch("train", ["--seed=1"]) == 7
     command, env = calls[0]
     assert command[command.index("--nproc_per_node") + 1] == str(expected)
-    assert command[-2:] == ["train_t2i.py", "--seed=1"]
+    assert command[-4:] == ["--module", "latentdiff", "train", "--seed=1"]
     assert env["OMP_NUM_THREADS"] == str(num_cores // expected)
 
 
