@@ -293,8 +293,10 @@ def test_sheet_that_a_kill_prevented_is_made_by_the_resumed_run(
     run = tmp_path / "run"
     settings = {"train__max_steps": STEPS, **OFTEN}
 
-    def die(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die(*args: Any, **others: Any) -> dict[str, float]:
+        if args[2].name == f"step-{STEPS:09d}.png":  # not the one before the first step
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_sheet(*args, **others)
 
     child = start(world, run, plant=lambda: setattr(text_to_image, "write_sheet", die), **settings)
     assert child.wait() == -signal.SIGKILL
@@ -332,7 +334,7 @@ def test_no_evaluation_or_sheet_is_made_twice_and_skipped_ones_are_made_up_for(
     assert read_metrics(run, "heldout_loss") == read_metrics(tmp_path / "whole", "heldout_loss")
     lines = (run / "metrics.jsonl").read_text()
     assert lines.count('"heldout_loss":') == 4
-    assert made == [f"step-{step:09d}.png" for step in (2, 4, 6)]
+    assert made == [f"step-{step:09d}.png" for step in (0, 2, 4, 6)]
     assert_same_state(run, tmp_path / "whole", step=6)
 
 
