@@ -1,6 +1,6 @@
 """Metadata in safetensors files that other programs show: modelspec.* and kohya's ss_*.
 
-modelspec (Stability AI's model metadata standard 1.0) names a file's architecture, title, date,
+modelspec (Stability AI's model metadata standard 1.0) names a file's architecture, title,
 hash and use; A1111, ComfyUI and model managers show it. kohya's scripts and A1111 read how a LoRA
 was trained from ss_*. Files are read without either.
 """
@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
@@ -60,7 +59,6 @@ def model_spec(
         "architecture": f"{architecture}/lora" if is_lora else architecture,
         "implementation": IMPLEMENTATIONS[diffusers_names],
         "title": title,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hash_sha256": f"0x{tensors_hash(weights)}",
         "license": info.licence,
         "resolution": info.resolution and f"{info.resolution}x{info.resolution}",
