@@ -19,6 +19,7 @@ from fakes_faults import SCRIPT, Child, assert_same_state, fork, run_command
 from fakes_training import make_world, read_metrics
 from kill_runs import kill_runs
 from safetensors.torch import load_file
+from torch import Tensor
 
 from latentdiff.config.clip import ClipConfig
 from latentdiff.config.io import load_config
@@ -148,6 +149,16 @@ def slowly() -> None:
     AmpStep.step = slow  # type: ignore[method-assign]
 
 
+def divergently() -> None:
+    """Make steps so large that the weights overflow."""
+    step = AmpStep.step
+
+    def diverge(self: AmpStep, loss: Tensor, *, learning_rate: float) -> None:
+        step(self, loss, learning_rate=1e30)
+
+    AmpStep.step = diverge  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_the_resumed_run_is_the_whole_one(
     world: Path, wholes: dict[str, Path], tmp_path: Path, recipe: str, number: int
@@ -240,7 +251,7 @@ def test_a_run_that_is_done_exports_again_and_adds_nothing(
 
 
 def test_numbers_that_go_wrong_exit_1(world: Path, tmp_path: Path, recipe: str) -> None:
-    child = start(recipe, world, tmp_path / "run", learning_rate=1e30)
+    child = start(recipe, world, tmp_path / "run", plant=divergently)
     assert child.wait() == 1, child.output()
     assert "lower --learning_rate" in child.output()
     assert not exported(tmp_path / "run")
