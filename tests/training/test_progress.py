@@ -27,7 +27,7 @@ def test_a_run_tells_what_it_writes_and_what_to_type_next(
 ) -> None:
     caplog.set_level(logging.INFO)
     world, run = make_world(tmp_path), tmp_path / "run"
-    settings = {"eval__every_steps": 2, "train__max_steps": 3}
+    settings = {"eval__every_steps": 2, "train__max_steps": 3, "data__heldout_fraction": 0.3}
     assert train(make_config(world, run, **settings | {"train__max_steps": 2})) == 0
     first = (run / "samples" / "step-000000000.png").stat().st_mtime_ns
     caplog.clear()
@@ -38,6 +38,7 @@ def test_a_run_tells_what_it_writes_and_what_to_type_next(
     assert " since step 2)" in caplog.text
     assert f"\n  {run / 'pipeline'}\n" in caplog.text
     assert f"latentdiff sample {run / 'pipeline'} '" in caplog.text
+    assert f"--out {run / 'evaluation'} --heldout_fraction 0.3\n" in caplog.text + "\n"
     assert "epoch 1.0 of 1.0" in caplog.text
     stderr = capfd.readouterr().err
     assert "encoding:" not in stderr  # no bar, whose carriage returns fill a log

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import (
@@ -273,6 +274,9 @@ class TextToImageRecipe(Recipe):
         pipeline, data = shlex.quote(f"{folder / 'pipeline'}"), shlex.quote(run.config.data.root)
         out = shlex.quote(f"{folder / 'evaluation'}")
         evaluate = f"latentdiff evaluate {pipeline} --data {data} --out {out}"
+        for name in ("heldout_fraction", "caption_column"):  # other values make another split
+            if (value := getattr(run.config.data, name)) != getattr(DataConfig, name):
+                evaluate += f" --{name} {shlex.quote(str(value))}"
         return [
             f"latentdiff sample {pipeline} {shlex.quote(self._prompts()[0])} --out sheet.png",
             f"latentdiff app {pipeline}",
