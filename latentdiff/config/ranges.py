@@ -58,7 +58,7 @@ def widths(*, default: tuple[int, ...]) -> Any:
     )
 
 
-def texts(*, default: tuple[str, ...] = ()) -> Any:
+def non_empty_texts(*, default: tuple[str, ...] = ()) -> Any:
     """Declare texts, none of them empty."""
     return _ranged(default, lambda value: all(text.strip() for text in value), "texts, none empty")
 

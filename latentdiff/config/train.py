@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentdiff.config.choices import AttentionKernel, LRDecay, MixedPrecision, OptimizerName
-from latentdiff.config.ranges import at_least, between, share_below_1, texts
+from latentdiff.config.ranges import at_least, between, non_empty_texts, share_below_1
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TrainConfig:
 class PreviewConfig:
     """Sample sheets during the run."""
 
-    prompts: tuple[str, ...] = texts()
+    prompts: tuple[str, ...] = non_empty_texts()
     """prompts of the sheets, where "(red:1.3) apple" weighs words as in a call of the pipeline; by
     default up to eight held-out captions, verbatim, and training captions where these are few"""
     every_steps: int = at_least(0, default=1000)

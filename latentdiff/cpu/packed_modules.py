@@ -62,7 +62,7 @@ class Shared:
         return self._timesteps[t, length]
 
     def keep(self, rows: Tensor) -> Tensor:
-        """Return rows (B, D), which are equal and depend on a timestep alone, to be told again."""
+        """Return rows (B, D), which are equal and depend on a timestep alone, to be known again."""
         self._of_timestep[id(rows)] = {self: rows}  # as long as it is kept, its id is its own
         return rows
 

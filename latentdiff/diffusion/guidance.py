@@ -82,7 +82,7 @@ def with_score_guidance(
 
     score: (x, t) -> (B,), larger is better, differentiable in x. through_x0: x is the predicted x0
     and the gradient goes back through the model; otherwise x is xt, for scores trained on noisy
-    samples. The model must take timesteps 0 .. T-1 of this schedule. Goes on top of
+    samples. The model must take timesteps 0 .. T-1 of this schedule. Comes on top of
     classifier-free guidance; variance channels are left alone.
     """
     check_objective(schedule, prediction_type)

@@ -1,4 +1,4 @@
-"""Which kind of weights a file holds, and for which model family, told by names and shapes alone.
+"""Which kind of weights a file holds, and for which model family, by names and shapes alone.
 
 For messages: a file of the wrong kind is named as what it is, with the function that opens it.
 """

@@ -200,7 +200,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     def denoise_loop(
         self,
         denoiser: CFGDenoiser,
-        chain: schedulers.Chain,
+        chain: schedulers.DenoisingSteps,
         *,
         step_end: StepEndCallback,
     ) -> Tensor:
@@ -336,7 +336,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         images: ImageInputs,
         *,
         step: tuple[object, Generators],
-    ) -> schedulers.Chain:
+    ) -> schedulers.DenoisingSteps:
         """Set the scheduler's steps and return them, those of the images' strength if any.
 
         asked: num_inference_steps, timesteps and sigmas. step: eta and generator.

@@ -27,7 +27,7 @@ from latentdiff.atomic import atomic_file
 from latentdiff.pipeline.files.model_info import public_name
 from latentdiff.pipeline.image_inputs import ImageInputs
 from latentdiff.pipeline.prompts import Prompt, PromptInputs
-from latentdiff.pipeline.schedulers import Chain
+from latentdiff.pipeline.schedulers import DenoisingSteps
 from latentdiff.pipeline.webui_parameters import KEY as WEBUI_KEY
 from latentdiff.pipeline.webui_parameters import parameters_text, read_parameters
 
@@ -38,7 +38,7 @@ def generation_metadata(
     pipe: Any,
     prompts: PromptInputs,
     images: ImageInputs,
-    chain: Chain,
+    chain: DenoisingSteps,
     *,
     seeds: Sequence[int] | None,
     shape: Sequence[int],

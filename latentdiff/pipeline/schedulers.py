@@ -26,7 +26,7 @@ from latentdiff.pipeline import checks
 
 
 @dataclass(frozen=True)
-class Chain:
+class DenoisingSteps:
     """The steps of a call that are taken, and how they were asked for.
 
     timesteps: noisiest first. settings: arguments that give this chain again. step_options: of each
@@ -46,7 +46,7 @@ def set_timesteps(
     sigmas: object = None,
     strength: float | None = None,
     device: torch.device | None = None,
-) -> Chain:
+) -> DenoisingSteps:
     """Set a scheduler's chain of num_inference_steps, or of timesteps or sigmas in their place.
 
     strength: of image-to-image, keeps that last part of the chain. Schedulers of second order
@@ -71,7 +71,7 @@ def set_timesteps(
     skipped = (steps - kept) * order
     if strength is not None and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
-    return Chain(scheduler.timesteps[skipped:], {"num_inference_steps": steps} | settings)
+    return DenoisingSteps(scheduler.timesteps[skipped:], {"num_inference_steps": steps} | settings)
 
 
 def _spacing(scheduler: Any, steps: object, timesteps: object, sigmas: object) -> dict[str, Any]:

@@ -77,6 +77,16 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+def make_root(module: nn.Module) -> None:
+    """Make a sharded module the root of its parts, as its first forward pass does.
+
+    Without this a part whose forward pass comes first, as the U-Net's in sampling before any step,
+    becomes a root of its own, and the whole can no longer be run. FSDP2 has no public name for it.
+    """
+    if isinstance(module, FSDPModule):
+        module._get_fsdp_state()._lazy_init()
+
+
 def _parameter_of(name: str, parameters: Mapping[str, Tensor]) -> Tensor | None:
     return parameters.get(name, parameters.get(name.rpartition("/")[0]))
 

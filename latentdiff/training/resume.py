@@ -2,7 +2,7 @@
 
 A run continues from the newest valid checkpoint of its folder. A checkpoint given by its path
 begins a branch: what the folder's run has after it is moved aside, and never deleted. Where no
-checkpoint can be used a run is refused, and starts anew only when told so.
+checkpoint can be used a run is refused, and starts anew only when asked to.
 
 The held-out loss of a step is measured before its checkpoint is saved, and a step with the minimum
 loss so far is saved whatever the cadence. So a checkpoint knows all losses up to its own, and the

@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_its_path(
         "train__max_steps": 9,
         "diffusion__prediction_type": "v_prediction",
     }
-    with pytest.raises(ValueError, match=r"diffusion.prediction_type:  -> v_prediction"):
+    with pytest.raises(ValueError, match=r"diffusion.prediction_type: '' -> 'v_prediction'"):
         train(make_config(world, tmp_path / "run", **settings))
 
 

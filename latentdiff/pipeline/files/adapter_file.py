@@ -152,9 +152,9 @@ def _read(path: Path) -> AdapterFile:
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the LoRA's settings: in diffusers' metadata, or in peft's file next to it."""
     text, place = metadata.get("lora_adapter_metadata"), f"the metadata of {path}"
-    beside = path.with_name(PEFT_CONFIG)
-    if text is None and path.name == PEFT_NAME and beside.is_file():
-        text, place = beside.read_text(encoding="utf-8", errors="replace"), os.fspath(beside)
+    config = path.with_name(PEFT_CONFIG)
+    if text is None and path.name == PEFT_NAME and config.is_file():
+        text, place = config.read_text(encoding="utf-8", errors="replace"), os.fspath(config)
     if text is None:
         return {}
     try:

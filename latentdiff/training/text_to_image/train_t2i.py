@@ -27,7 +27,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 from latentdiff.models.learned_variance import prediction_only
 from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator
-from latentdiff.training.fsdp import full_state, shard_state
+from latentdiff.training.fsdp import full_state, make_root, shard_state
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE, STRATA_RULE
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.inputs.workers import report_worker_crash
@@ -294,6 +294,7 @@ class TextToImageRecipe(Recipe):
 
         A learned variance is skipped: the prediction alone is measured and sampled.
         """
+        make_root(self.train_step.wrapped)
         model = self.train_step.model.eval()
         try:
             with averaged(self.train_step), prediction_only(self.run.components):
