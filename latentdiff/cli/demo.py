@@ -118,7 +118,7 @@ def demo_scratch_command(parser: ArgumentParser, arguments: Sequence[str]) -> in
         f'Another image:   .venv/bin/python scripts/sample.py {model} "a large red star on a '
         'pink background" --out star.png\n'
         "Your own folder:   .venv/bin/python scripts/inspect_data.py DIR\n"
-        "                   .venv/bin/accelerate launch scripts/train_t2i.py "
+        "                   .venv/bin/python scripts/train_t2i.py "
         "--config configs/emoji.yaml --data.root=DIR --model.vae=latentdiff-vae"
     )
     return 0

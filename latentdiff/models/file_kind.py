@@ -54,10 +54,7 @@ IN_FOLDER = "open the folder that it belongs to with LatentDiffPipeline.from_pre
 CONTROL = FileKind("a ControlNet", "ControlNets are not supported here")
 KINDS = (
     (LORA, r"lora|\.hada_|\.lokr_|\.oft_|\.dora_scale$"),
-    (
-        FileKind("a ControlNet", "ControlNets are not supported here"),
-        r"control_model|control_?net|zero_conv",
-    ),
+    (CONTROL, r"control_model|control_?net|zero_conv"),
     (EMBEDDING, r"^emb_params$|^clip_[lg]$|^string_to_param$|^<.*>$"),
     (WHOLE, r"^model\.diffusion_model\.|^(double|joint)_blocks\."),
     (FileKind("a U-Net alone", IN_FOLDER), r"^(down_blocks|mid_block|up_blocks)\."),
