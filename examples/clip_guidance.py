@@ -2,7 +2,7 @@
 
 python examples/clip_guidance.py CLIP --text "a red heart" --out clip_guidance.png
 
-CLIP is the folder of a transformers CLIP model, such as scripts/train_clip.py writes. The upper row
+CLIP is the folder of a transformers CLIP model, such as latentdiff train-clip writes. The upper row
 is sampled without the guide, the lower row with it, from the same noise; their mean CLIP scores are
 printed. Fast only for a small CLIP: the gradient goes through it at every step.
 """

@@ -10,4 +10,4 @@ import sys
 from latentdiff.cli.main import run_as_script
 
 if __name__ == "__main__":
-    sys.exit(run_as_script("card-sheets"))
+    sys.exit(run_as_script("export card-sheets"))

@@ -9,4 +9,4 @@ import sys
 from latentdiff.cli.main import run_as_script
 
 if __name__ == "__main__":
-    sys.exit(run_as_script("compare-subject"))
+    sys.exit(run_as_script("compare"))

@@ -8,4 +8,4 @@ import sys
 from latentdiff.cli.main import run_as_script
 
 if __name__ == "__main__":
-    sys.exit(run_as_script("convert-open-clip"))
+    sys.exit(run_as_script("convert open-clip"))

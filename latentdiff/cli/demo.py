@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config
 from latentdiff.config.sampling import SampleOptions
+from latentdiff.program import program
 
 CONFIG, CONFIG_SCRATCH = "demo", "demo_scratch"
 FOLDER_SCRATCH = Path("demo-scratch-run")
@@ -75,18 +76,19 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
 
 def _next_steps(tuned: Path, out: Path) -> str:
     """Explain the sheets and list commands to try."""
+    command = program()
     return (
         f"\nThe first {NUM_NEW} prompts of {out / 'sheet.png'} ask for shapes with a face whose "
         "combination of kind, colour and background was in no training image;\n"
         f"the last {len(UNRELATED)} for subjects that the model knew before.\n"
-        f'Another image:    .venv/bin/python scripts/sample.py {tuned} "a smiling large red '
-        'circle on a pink background" --guidance_scale 3 --out circle.png\n'
-        f'The model as it is: .venv/bin/python scripts/sample.py latentdiff-mini "a cat" '
-        "--guidance_scale 3 --out cat.png\n"
-        "Your own images:  .venv/bin/python scripts/inspect_data.py DIR\n"
-        "                    .venv/bin/python scripts/train_t2i.py --config configs/demo.yaml "
-        "--data.root=DIR --output_dir=runs/mine\n"
-        "All from scratch:   make demo-scratch"
+        f'Another image:      {command} sample {tuned} "a smiling large red circle on a pink '
+        'background" --guidance_scale 3 --out circle.png\n'
+        f'The model as it is: {command} sample latentdiff-mini "a cat" --guidance_scale 3 --out '
+        "cat.png\n"
+        f"Your own images:    {command} inspect DIR\n"
+        f"                    {command} train --config demo --data.root=DIR "
+        "--output_dir=runs/mine\n"
+        f"All from scratch:   {command} demo scratch"
     )
 
 
@@ -113,13 +115,14 @@ def demo_scratch_command(parser: ArgumentParser, arguments: Sequence[str]) -> in
     model = Path(load_config(CONFIG_SCRATCH).output_dir) / "pipeline"
     for record in sample(str(model), prompts, options):
         print(f"wrote {record['kind']} {record['path']}")
+    command = program()
     print(
         f"\n{sheet} shows {len(prompts)} captions whose combination was never in {root}/train.\n"
-        f'Another image:   .venv/bin/python scripts/sample.py {model} "a large red star on a '
-        'pink background" --out star.png\n'
-        "Your own folder:   .venv/bin/python scripts/inspect_data.py DIR\n"
-        "                   .venv/bin/python scripts/train_t2i.py "
-        "--config configs/emoji.yaml --data.root=DIR --model.vae=latentdiff-vae"
+        f'Another image:     {command} sample {model} "a large red star on a pink background" '
+        "--out star.png\n"
+        f"Your own folder:   {command} inspect DIR\n"
+        f"                   {command} train --config emoji --data.root=DIR "
+        "--model.vae=latentdiff-vae"
     )
     return 0
 

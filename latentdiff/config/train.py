@@ -57,7 +57,7 @@ class TrainConfig:
     each step"""
     posthoc_ema_sigma_rel: tuple[float, ...] = ()
     """widths (sigma_rel) of power-function averages to track as well, such as [0.05, 0.1], from
-    whose snapshots scripts/reconstruct_ema.py makes any width (Karras et al. 2024)"""
+    whose snapshots `latentdiff export ema` makes any width (Karras et al. 2024)"""
     posthoc_ema_every_steps: int = at_least(1, default=1000)
     """steps between two snapshots of each in power_ema/, and one at the end; ten or more of a run
     rebuild any width from 0.03 to 0.2"""

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from latentdiff.atomic import write_text
 from latentdiff.config.io import to_yaml
+from latentdiff.program import program
 from latentdiff.training.checkpoint import best_step
 from latentdiff.training.distributed import any_process, single_process_accelerator
 from latentdiff.training.metrics_log import MetricsLog, Stopwatch, TimedIterator, log_throughput
@@ -89,7 +90,8 @@ def _log_end(recipe: Recipe, folder: Path, *, stopped: bool) -> None:
     written = [*exports_of(folder), *sorted(folder.glob("samples/*.png"))[-1:]]
     logger.info("written:%s", "".join(f"\n  {path}" for path in written))
     if commands := recipe.next_commands():
-        logger.info("next:%s", "".join(f"\n  {command}" for command in commands))
+        lines = (f"\n  {program()} {command}" for command in commands)
+        logger.info("next:%s", "".join(lines))
 
 
 @dataclass

@@ -73,7 +73,7 @@ class Recipe(ABC):
         """Write what the run was for, from its last state."""
 
     def next_commands(self) -> list[str]:
-        """Return the commands that a person may want to type once the run has ended."""
+        """Return what a person may want to type after `latentdiff` once the run has ended."""
         return []
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, float]:

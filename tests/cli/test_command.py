@@ -83,7 +83,9 @@ def test_an_unforeseen_error_keeps_its_traceback(error: Exception) -> None:
     ("arguments", "message"),
     [
         (["trian"], "unknown command trian; did you mean train?"),
-        (["zzz"], "known: train, train-vae"),
+        (["zzz"], "known: demo, "),
+        (["export", "pak"], "unknown command export pak; did you mean export pack?"),
+        (["export"], "export is a family of commands: export single-file, "),
         (["train", "--train.sed=1"], "did you mean train.seed?"),
         (["inspect", "DIR", "--jsn"], "did you mean json?"),
         (["train", "--train.max_step=5"], "did you mean train.max_steps?"),
@@ -92,8 +94,8 @@ def test_an_unforeseen_error_keeps_its_traceback(error: Exception) -> None:
         (["cache", "clean"], "invalid choice: 'clean'"),
         (["sample", "MODEL", "a cat"], "arguments are required: out"),
         (["sample", "MODEL", "a cat", "--out=a.png", "--seed=first"], "seed"),
-        (["merge-lora", "BASE", "--out=a"], "arguments are required: loras"),
-        (["pack", "MODEL", "--out=a", "--max_file_mb=much"], "max_file_mb"),
+        (["export", "merge", "BASE", "--out=a"], "arguments are required: loras"),
+        (["export", "pack", "MODEL", "--out=a", "--max_file_mb=much"], "max_file_mb"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(
@@ -138,7 +140,7 @@ def test_commands_read_and_write_below_the_home_folder(home: Path) -> None:
     assert main(["inspect", "~/a", *options]) == 0
     assert (home / "report.html").is_file()
     assert (home / "cache").is_dir()
-    assert main(["merge-folders", "~/merged", "~/a", "~/b"]) == 0
+    assert main(["convert", "merge-folders", "~/merged", "~/a", "~/b"]) == 0
     assert len(list((home / "merged").rglob("*.png"))) == 8
     assert not list(Path.cwd().iterdir())
 
@@ -147,7 +149,7 @@ def test_a_model_and_a_run_below_the_home_folder_are_opened(home: Path, sd_folde
     for name in ("model", "run/pipeline"):
         shutil.copytree(sd_folder, home / name)
     for name in ("model", "run"):
-        assert main(["pack", f"~/{name}", f"--out=~/{name}-packed"]) == 0
+        assert main(["export", "pack", f"~/{name}", f"--out=~/{name}-packed"]) == 0
         assert (home / f"{name}-packed" / "model_index.json").is_file()
 
 
@@ -155,7 +157,7 @@ def test_a_model_and_a_run_below_the_home_folder_are_opened(home: Path, sd_folde
     "arguments",
     [
         ("inspect", "~/absent"),
-        ("merge-folders", "~/out", "~/absent"),
+        ("convert", "merge-folders", "~/out", "~/absent"),
         ("cache", "--config=~/absent"),
         ("cache", "--config", "~/absent"),
         ("cache", "prune", "--also=~/absent"),
@@ -168,12 +170,12 @@ def test_a_model_and_a_run_below_the_home_folder_are_opened(home: Path, sd_folde
         ("sample", "latentdiff-mini", "x", "--lora=~/absent", "--out=~/x.png"),
         ("app", "latentdiff-mini", "--loras=~/absent"),
         ("evaluate", "latentdiff-mini", "--data=~/absent", "--out=~/out"),
-        ("card-sheets", "--score", "~/absent", "~/absent"),
-        ("export-single-file", "~/absent", "--out=~/x.safetensors"),
-        ("merge-lora", "latentdiff-mini", "~/absent", "--out=~/out"),
-        ("pack", "~/absent", "--out=~/out"),
-        ("reconstruct-ema", "~/absent", "--width=0.08", "--out=~/out"),
-        ("convert-open-clip", "ViT-B-32", "~/absent.safetensors", "~/out"),
+        ("export", "card-sheets", "--score", "~/absent", "~/absent"),
+        ("export", "single-file", "~/absent", "--out=~/x.safetensors"),
+        ("export", "merge", "latentdiff-mini", "~/absent", "--out=~/out"),
+        ("export", "pack", "~/absent", "--out=~/out"),
+        ("export", "ema", "~/absent", "--width=0.08", "--out=~/out"),
+        ("convert", "open-clip", "ViT-B-32", "~/absent.safetensors", "~/out"),
     ],
 )
 def test_a_path_that_is_absent_is_looked_for_in_the_home_folder(

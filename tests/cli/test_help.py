@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from fakes_scripts import SCRIPTS, run_script
 
-from latentdiff.cli.main import COMMANDS, main
+from latentdiff.cli.main import COMMANDS, ENTRIES, RENAMED, family, main
 
 HEAVY = ("torch", "diffusers", "transformers", "open_clip", "gradio", "matplotlib")
 PROBE = """
@@ -15,7 +16,7 @@ import sys
 from latentdiff.cli.main import COMMANDS, main
 for name in COMMANDS:
     try:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     except SystemExit as end:
         assert not end.code
 print("loaded:", *(name for name in sys.argv[1:] if name in sys.modules))
@@ -28,8 +29,9 @@ def test_help_of_no_command_loads_anything_heavy() -> None:
         [sys.executable, "-c", PROBE, *HEAVY], capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()
-    usages = [line.split()[1:3] for line in lines if line.startswith("usage: ")]
-    assert usages == [["latentdiff", name] for name in COMMANDS]
+    usages = [line for line in lines if line.startswith("usage: ")]
+    for usage, name in zip(usages, COMMANDS, strict=True):
+        assert usage.startswith(f"usage: latentdiff {name}")
     assert lines[-1].strip() == "loaded:"
 
 
@@ -69,5 +71,43 @@ def test_help_lists_every_command_with_a_summary(capsys: pytest.CaptureFixture[s
     assert main(["--help"]) == 0
     usage, *lines = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: latentdiff COMMAND")
-    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
-    assert all(line.strip().endswith(".") for line in lines if line.startswith("  "))
+    summaries = [line[9:] for line in lines[:-2] if line]
+    listed = [entry for entry in ENTRIES if entry.group]
+    for line, entry in zip(summaries, listed, strict=True):
+        assert line.split()[0] == entry.name
+        assert line.endswith(entry.summary)
+    assert len(lines) < 24
+    assert max(map(len, lines)) < 80
+
+
+@pytest.mark.parametrize("name", ["export", "convert"])
+def test_help_of_a_family_lists_its_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert family(name)
+    assert all(entry.summary in out for entry in family(name))
+
+
+def test_every_command_has_a_group_or_a_family_and_one_line() -> None:
+    assert len(COMMANDS) == len(ENTRIES)
+    for entry in ENTRIES:
+        assert bool(entry.group) == (" " not in entry.name)
+        assert entry.summary.endswith(".")
+        assert len(entry.summary) <= 60
+        assert bool(entry.function) != (entry.name in ("export", "convert"))
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_starts_its_command_with_one_line_of_notice(
+    old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([old, "--help"])
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: latentdiff {new}")
+    assert err == f"latentdiff: {old} is now {new}; the old name still works\n"
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"latentdiff {version('latentdiff')}\n"

@@ -14,6 +14,7 @@ from latentdiff.data.folder.content_hash import image_digest
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import resize_and_crop
 from latentdiff.image_io import ImageError, load_image
+from latentdiff.program import program
 
 BATCHES_AHEAD = 3
 
@@ -131,7 +132,7 @@ def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray
         image = load_image(io.BytesIO(data), background=item.background)
     except (ImageError, OSError) as error:
         raise ValueError(
-            f"{folder.root / name} cannot be encoded: {error}. python scripts/inspect_data.py "
+            f"{folder.root / name} cannot be encoded: {error}. {program()} inspect "
             f"{folder.root} --full finds all such files; fix or remove them"
         ) from error
     crop = resize_and_crop(

@@ -37,6 +37,7 @@ from latentdiff.data.folder.record_table import (
 )
 from latentdiff.data.folder.shards import ARCHIVES
 from latentdiff.data.folder.splits import SPLITS, Split
+from latentdiff.program import program
 
 MASK_COLUMNS = (7, 8, 9)
 
@@ -195,7 +196,7 @@ class Folder(Sequence[Record]):
         if self.invalid_fraction > max_invalid_fraction:
             lines.append(f"  {self.refusals(max_invalid_fraction=max_invalid_fraction)[-1]}:")
             lines += [f"    {group.line()}" for group in self.problems.groups("skipped")]
-        lines.append(f"  python scripts/inspect_data.py {self.root} shows everything")
+        lines.append(f"  {program()} inspect {self.root} shows everything")
         raise ValueError("\n".join(lines))
 
     def _entry(self, row: int, columns: tuple[int, int, int] = (0, 5, 6)) -> Entry:

@@ -1,7 +1,7 @@
 """A report on a captioned folder: its content, its problems, and the cost of training on it.
 
 `inspect_folder` measures by a run's settings; text_report and html_report show the result. A
-report is plain data: `scripts/inspect_data.py --json` prints its `to_json`.
+report is plain data: `latentdiff inspect --json` prints its `to_json`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

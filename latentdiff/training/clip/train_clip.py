@@ -136,7 +136,7 @@ class ClipRecipe(Recipe):
     def next_commands(self) -> list[str]:
         """Return how to condition a model on this text encoder."""
         path = shlex.quote(f"{self.folder / 'text_encoder'}")
-        return [f"latentdiff train --config CONFIG --data.root=FOLDER --model.text_encoder={path}"]
+        return [f"train --config CONFIG --data.root=FOLDER --model.text_encoder={path}"]
 
     def tensors(self) -> Parts:
         """Return weights, optimiser state, and the losses since the last log line."""

@@ -228,7 +228,7 @@ class TextToImageRecipe(Recipe):
             try:
                 save_snapshot(stored, snapshot_path(self.run.folder, step, sigma_rel))
             except OSError as error:
-                logger.error("a snapshot for scripts/reconstruct_ema.py is missing: %s", error)
+                logger.error("a snapshot for latentdiff export ema is missing: %s", error)
 
     def tensors(self) -> Parts:
         """Return weights, optimiser state, averages, and the steps since the last log line."""
@@ -273,13 +273,13 @@ class TextToImageRecipe(Recipe):
             return []
         pipeline, data = shlex.quote(f"{folder / 'pipeline'}"), shlex.quote(run.config.data.root)
         out = shlex.quote(f"{folder / 'evaluation'}")
-        evaluate = f"latentdiff evaluate {pipeline} --data {data} --out {out}"
+        evaluate = f"evaluate {pipeline} --data {data} --out {out}"
         for name in ("heldout_fraction", "caption_column"):  # other values make another split
             if (value := getattr(run.config.data, name)) != getattr(DataConfig, name):
                 evaluate += f" --{name} {shlex.quote(str(value))}"
         return [
-            f"latentdiff sample {pipeline} {shlex.quote(self._prompts()[0])} --out sheet.png",
-            f"latentdiff app {pipeline}",
+            f"sample {pipeline} {shlex.quote(self._prompts()[0])} --out sheet.png",
+            f"app {pipeline}",
             *([evaluate] if len(run.train_data.heldout) else []),
         ]
 

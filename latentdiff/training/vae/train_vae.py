@@ -130,7 +130,7 @@ class VaeRecipe(Recipe):
     def next_commands(self) -> list[str]:
         """Return how to train a model on the latents of this VAE."""
         vae = shlex.quote(f"{self.folder / 'vae'}")
-        return [f"latentdiff train --config CONFIG --data.root=FOLDER --model.vae={vae}"]
+        return [f"train --config CONFIG --data.root=FOLDER --model.vae={vae}"]
 
     def _heldout_report(self, codec: LatentCodec) -> dict[str, float]:
         """Measure the VAE on the held-out images of each folder."""
