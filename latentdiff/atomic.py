@@ -7,16 +7,22 @@ Every module that must not leave half a file or folder writes through this one.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 TEMPORARY = "*.tmp"  # names of files that a killed process may leave behind
+FAR = 1 << 30  # a byte past what lock files hold: Windows lets nobody read a byte that is locked
 
 
 @contextlib.contextmanager
@@ -65,19 +71,16 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     folder = _temporary(final.parent)
     folder.mkdir(parents=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _lock(descriptor)
-        yield folder
-        _apply_umask(folder)
-        for path in (*folder.rglob("*"), folder):
-            _flush(path)
-        _publish(folder, final)
+        with _locked(folder):
+            yield folder
+            _apply_umask(folder)
+            for path in (*folder.rglob("*"), folder):
+                _flush(path)
+            _publish(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -161,31 +164,54 @@ def _publish(folder: Path, final: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Make the disk hold a file's bytes or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make the disk hold a file's bytes or a folder's list of names; Windows opens no folder."""
+    if fcntl is None and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if fcntl else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock a folder until its descriptor is closed or its process dies; False when it is taken."""
+def try_lock(descriptor: int) -> bool:
+    """Lock a file or folder until its descriptor is closed or its process dies; False when taken.
+
+    Raises OSError on a file system without locks.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, FAR, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        return True  # a file system without locks; the run folder's own lock has to do
     return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder inside the block; False when it is taken, True where there are no locks."""
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            is_ours = try_lock(descriptor)
+        except OSError:
+            is_ours = True  # the run folder's own lock has to do
+        yield is_ours
+    finally:
+        os.close(descriptor)
 
 
 def _is_being_written(folder: Path) -> bool:
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        with _locked(folder) as is_ours:
+            return not is_ours
     except OSError:
         return False
-    try:
-        return not _lock(descriptor)
-    finally:
-        os.close(descriptor)

@@ -139,8 +139,11 @@ def launch(command: str, arguments: Sequence[str]) -> int:
     """Run a command such as `latentdiff train` with arguments; return its exit status.
 
     In a process for each half of a CPU's cores, at most two, or in one on a GPU: so small a model
-    gains more from two processes than from two threads.
+    gains more from two processes than from two threads. Windows, for which PyTorch is built without
+    what torchrun meets its processes by, trains in one.
     """
+    if sys.platform == "win32":
+        return subprocess.call([sys.executable, "-m", "latentdiff", command, *arguments])
     num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     num_processes = 1 if torch.accelerator.is_available() else min(2, num_cores)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

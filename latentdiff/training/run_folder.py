@@ -5,7 +5,6 @@ folder too: --output_dir=RUN/previous/N continues it. Signals are stop_signals.p
 """
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import IO
 
 from accelerate import Accelerator
 
-from latentdiff.atomic import atomic_folder, remove_leftovers, write_bytes
+from latentdiff.atomic import atomic_folder, remove_leftovers, try_lock, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def open_run_folder(path: str, accelerator: Accelerator) -> Iterator[Path]:
 class RunLock:
     """Hold a run folder; ValueError names the holder when another run has it.
 
-    The lock is the kernel's (flock on folder/.lock): it ends with the process, however that ends,
+    The lock is the kernel's (of folder/.lock): it ends with the process, however that ends,
     and is not handed on to forked data workers. Take it in the main process only.
     """
 
@@ -70,26 +69,28 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = open(self.path, "a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_free = try_lock(file.fileno())
+        except OSError as error:
+            is_free = True
+            logger.warning(
+                "%s cannot be locked (%s): see to it that no second run uses it",
+                self.path.parent,
+                error,
+            )
+        if not is_free:
             with file:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
             raise ValueError(
                 f"{self.path.parent} is in use by {holder}: wait for that run to end, or choose "
                 "another output_dir"
-            ) from None
-        except OSError as error:
-            logger.warning(
-                "%s cannot be locked (%s): see to it that no second run uses it",
-                self.path.parent,
-                error,
             )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         self._file = file
-        os.register_at_fork(after_in_child=self._close)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._close)
         return self
 
     def __exit__(

@@ -78,14 +78,18 @@ def ignore_signals(worker_id: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _let_one_pass)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return an iterator over a DataLoader whose worker_init_fn is ignore_signals.
 
-    A signal that arrives while workers start waits until each of them can ignore the signal.
+    A signal that arrives while workers start waits until each of them can ignore the signal, but
+    for Windows, where signals cannot be held back.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the workers
     try:
         return iter(loader)
