@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 AS_ON_WINDOWS = """
 import importlib, os, pkgutil, signal, sys
 from pathlib import Path
+
+import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 def import_all():
@@ -45,6 +49,7 @@ print((folder / "whole" / "file").read_text())
 """
 
 
+@pytest.mark.slow
 def test_package_imports_and_writes_without_what_windows_lacks(tmp_path: Path) -> None:
     command = [sys.executable, "-c", AS_ON_WINDOWS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
