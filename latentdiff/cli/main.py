@@ -42,6 +42,7 @@ ENTRIES = (
     Entry("demo", "demo:demo_command", "Fine-tune the bundled model in minutes.", "start"),
     Entry("demo scratch", "demo:demo_scratch_command", "Train from scratch on shapes, in minutes."),
     Entry("demo swiss-roll", "evaluate:swiss_roll_command", "Train on a swiss roll in the plane."),
+    Entry("doctor", "doctor:doctor_command", "What this machine can do, what to install.", "start"),
     Entry("configs", "train:configs_command", "List the configs that --config takes.", "start"),
     Entry("inspect", "data:inspect_command", "Report problems of a captioned folder.", "data"),
     Entry("cache", "data:cache_command", "Encode images and captions ahead of training.", "data"),
