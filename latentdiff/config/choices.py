@@ -35,7 +35,9 @@ Scheduler = Literal[  # pipeline/schedulers.py SCHEDULERS
     "tcd",
 ]
 
-OptimizerName = Literal["adamw", "adamw8bit", "muon"]  # training/optim/optimizer.py
+OptimizerName = Literal[  # training/optim/optimizer.py OPTIMIZERS
+    "adamw", "adamw8bit", "muon", "prodigy", "schedule_free_adamw", "lion"
+]
 LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/lr.py
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
 AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/text_to_image/model.py

@@ -76,6 +76,11 @@ EFFECT_RULES = (
         "the text encoder is not trained; train.train_text_encoder=true trains it",
     ),
     EffectRule(
+        ("train.beta2",),
+        lambda config: config.train.optimizer != "lion",
+        "lion has no second moment",
+    ),
+    EffectRule(
         ("train.posthoc_ema_every_steps",),
         lambda config: bool(config.train.posthoc_ema_sigma_rel),
         "it is for the averages of train.posthoc_ema_sigma_rel, and there are none",

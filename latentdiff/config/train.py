@@ -6,6 +6,16 @@ from typing import Literal
 from latentdiff.config.choices import AttentionKernel, LRDecay, MixedPrecision, OptimizerName
 from latentdiff.config.ranges import at_least, between, non_empty_texts, share_below_1
 
+LEARNING_RATES: dict[OptimizerName, float] = {  # where train.learning_rate is 0
+    "adamw": 1e-4,
+    "adamw8bit": 1e-4,
+    "muon": 1e-4,
+    "prodigy": 1.0,
+    "schedule_free_adamw": 3e-4,
+    "lion": 3e-5,
+}
+MIN_PRODIGY_RATE = 0.1  # a smaller factor of its estimate is a learning rate of another optimiser
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -17,8 +27,9 @@ class TrainConfig:
     """images per optimiser step, over all processes and accumulated micro-batches"""
     micro_batch_size: int = at_least(0, default=0)
     """images per forward pass of one process; 0: batch_size / processes, no accumulation"""
-    learning_rate: float = between(0, 10, default=1e-4)
-    """peak learning rate"""
+    learning_rate: float = between(0, 10, default=0.0)
+    """peak learning rate; 0: the optimiser's own default, 1e-4 of adamw, adamw8bit and muon, 3e-5
+    of lion, 3e-4 of schedule_free_adamw, and 1 of prodigy, which multiplies it by an estimate"""
     text_learning_rate: float = between(0, 10, default=0.0)
     """learning rate of the text encoder, where it is trained; 0: the same"""
     lr_schedule: LRDecay = "constant"
@@ -26,13 +37,17 @@ class TrainConfig:
     lr_warmup_steps: int = at_least(0, default=500)
     """optimiser steps until the peak learning rate"""
     weight_decay: float = at_least(0, default=0.01)
-    """AdamW's, not applied to norms and biases"""
+    """decoupled, as AdamW's, and not applied to norms and biases; lion's authors advise three to
+    ten times as much"""
     optimizer: OptimizerName = "adamw"
     """adamw, fused where the device has it; adamw8bit, whose state is a quarter, which needs
     bitsandbytes and a GPU; muon, which needs fewer images when training from scratch, at the
-    price of some matrix products a step (Jordan et al. 2024)"""
+    price of some matrix products a step (Jordan et al. 2024); prodigy, which estimates the
+    learning rate (Mishchenko & Defazio 2024); schedule_free_adamw, which averages weights in place
+    of a decay of the learning rate (Defazio et al. 2024); lion, whose state is half (Chen et al.
+    2023). The last three need the extra latentdiff[optimizers]"""
     beta2: float = share_below_1(default=0.999)
-    """AdamW's second-moment decay"""
+    """decay of the second moment; lion has none, and its own 0.99"""
     max_grad_norm: float = at_least(0, default=1.0)
     """gradients are clipped to this norm"""
     mixed_precision: MixedPrecision = "bf16"
@@ -81,8 +96,14 @@ class TrainConfig:
     max_skipped_steps: int = at_least(1, default=20)
     """stop after so many updates in a row were skipped because of NaN or Inf"""
 
+    def __post_init__(self) -> None:
+        """Take the optimiser's default learning rate where none is given."""
+        if self.learning_rate == 0:
+            object.__setattr__(self, "learning_rate", LEARNING_RATES[self.optimizer])
+
     def check(self) -> None:
         """Raise ValueError for settings that exclude each other."""
+        self._check_optimizer()
         widths = self.posthoc_ema_sigma_rel
         if odd := [width for width in widths if not 0 < width <= 0.28]:
             raise ValueError(
@@ -94,6 +115,31 @@ class TrainConfig:
         if self.export == "best" and not self.keep_best:
             raise ValueError(
                 "train.export=best needs the best checkpoint: set train.keep_best=true"
+            )
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer == "prodigy" and self.learning_rate < MIN_PRODIGY_RATE:
+            raise ValueError(
+                f"train.learning_rate={self.learning_rate:g} is a factor of the learning rate that "
+                "train.optimizer=prodigy estimates, expected about 1: set train.learning_rate=1"
+            )
+        if self.optimizer == "prodigy" and self.text_learning_rate not in (0, self.learning_rate):
+            raise ValueError(
+                f"train.text_learning_rate={self.text_learning_rate:g}, and train.optimizer=prodigy"
+                " has one learning rate for all that is trained: set train.text_learning_rate=0"
+            )
+        if self.optimizer != "schedule_free_adamw":
+            return
+        if self.lr_schedule != "constant":
+            raise ValueError(
+                f"train.lr_schedule={self.lr_schedule}, and train.optimizer=schedule_free_adamw "
+                "averages weights in its place: set train.lr_schedule=constant"
+            )
+        if self.ema or self.posthoc_ema_sigma_rel:
+            raise ValueError(
+                "train.optimizer=schedule_free_adamw exports its own average of the weights, and "
+                "an EMA would average once more: set train.ema=false, and leave "
+                "train.posthoc_ema_sigma_rel empty"
             )
 
 

@@ -64,6 +64,8 @@ class Progress:
             "speed": f"{figures['images_per_second']:.3g} img/s",
             "memory": f"{figures['memory_gb']:.1f} GB",
         }
+        if "prodigy_d" in figures:
+            self._shown["prodigy_d"] = f"d {figures['prodigy_d']:.2g}"
         self._describe()
         now = time.monotonic()
         is_due = now - self._last_line >= LOG_INTERVAL_S or step == self.max_steps
@@ -85,7 +87,8 @@ class Progress:
         if self._seconds_per_step is not None:
             left = self._seconds_per_step * (self.max_steps - self._step)
             parts.insert(0, f"{tqdm.format_interval(left)} left")
-        parts += [self._shown[name] for name in ("speed", "memory") if name in self._shown]
+        names = ("prodigy_d", "speed", "memory")
+        parts += [self._shown[name] for name in names if name in self._shown]
         if self.steps_per_epoch:
             done, total = (n / self.steps_per_epoch for n in (self._step, self.max_steps))
             parts.append(f"epoch {done:.1f} of {total:.1f}")

@@ -5,9 +5,11 @@ from typing import Any, get_args
 import pytest
 
 from latentdiff.config import choices
+from latentdiff.config.train import LEARNING_RATES
 from latentdiff.diffusion import ddpm, loss_weighting, prediction, schedules, timesteps
 from latentdiff.pipeline.schedulers import SCHEDULERS
 from latentdiff.training.finetune.methods import TRAINABLE
+from latentdiff.training.optim.optimizer import OPTIMIZERS
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,8 @@ from latentdiff.training.finetune.methods import TRAINABLE
         (choices.LossWeighting, ("none", *loss_weighting.LOSS_WEIGHTINGS)),
         (choices.TimestepSampling, timesteps.TIMESTEP_SAMPLINGS),
         (choices.Scheduler, SCHEDULERS),
+        (choices.OptimizerName, OPTIMIZERS),
+        (choices.OptimizerName, LEARNING_RATES),
     ],
 )
 def test_settings_offer_exactly_the_names_that_the_code_knows(names: Any, known: Any) -> None:

@@ -1,5 +1,6 @@
 """Updates that can be skipped; optimiser states that come back bitwise."""
 
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,13 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import set_learning_rate
 from latentdiff.training.optim.mixed_precision import AmpStep
-from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
+from latentdiff.training.optim.optimizer import (
+    build_optimizer,
+    check_optimizer,
+    estimates,
+    evaluated_weights,
+    parameter_groups,
+)
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -22,6 +29,11 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.01, momentum=0.9),
     "sgd-stateless": lambda p: SGD(p, lr=0.01),
     "adagrad": lambda p: Adagrad(p, lr=0.01),
+    "prodigy": lambda p: build_optimizer([{"params": [*p]}], name="prodigy", lr=1.0),
+    "schedule_free": lambda p: build_optimizer(
+        [{"params": [*p]}], name="schedule_free_adamw", lr=0.01
+    ),
+    "lion": lambda p: build_optimizer([{"params": [*p]}], name="lion", lr=0.01),
 }
 
 
@@ -71,8 +83,12 @@ def test_what_cannot_be_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes.*latentdiff\[8bit\]"):
         build_optimizer(groups, name="adamw8bit", lr=0.1)
-    with pytest.raises(ValueError, match="optimizer is 'lion'"):
-        build_optimizer(groups, name="lion", lr=0.1)  # type: ignore[arg-type]
+    for name, package in (("prodigy", "prodigyopt"), ("schedule_free_adamw", "schedulefree")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ValueError, match=rf"needs {package}.*latentdiff\[optimizers\]"):
+            check_optimizer(name, torch.device("cpu"))
+    with pytest.raises(ValueError, match="optimizer is 'sgd'"):
+        build_optimizer(groups, name="sgd", lr=0.1)  # type: ignore[arg-type]
     module.requires_grad_(False)
     with pytest.raises(ValueError, match="everything is frozen"):
         build_optimizer(parameter_groups(module, weight_decay=0.0), name="adamw", lr=0.1)
@@ -179,6 +195,48 @@ def test_state_follows_names_not_positions_and_brings_the_options() -> None:
     assert again.param_groups[0]["betas"] == (0.7, 0.8)
     assert again.param_groups[0]["weight_decay"] == 0.1
     assert again.param_groups[0]["fused"]
+
+
+def test_state_of_every_optimizer_is_plain_json() -> None:
+    for make in OPTIMIZERS.values():
+        module = make_module()
+        optimizer = make(module.parameters())
+        give_gradients(module, 0)
+        optimizer.step()
+        _, state = optimizer_tensors(optimizer, names_of(module))
+        json.dumps(state, allow_nan=False)
+
+
+def test_schedule_free_evaluates_its_average_and_trains_on_bit_for_bit() -> None:
+    """The average x of the points z, as each weighs the square of its learning rate, here one."""
+    module = make_module()
+    optimizer = OPTIMIZERS["schedule_free"](module.parameters())
+    weight, points = module[0].weight, []
+    for step in range(5):
+        give_gradients(module, step)
+        optimizer.step()
+        points.append(optimizer.state[weight]["z"].clone())
+    y = weight.detach().clone()
+    with evaluated_weights(optimizer):
+        x = weight.detach().clone()
+    torch.testing.assert_close(x, torch.stack(points).mean(0))
+    torch.testing.assert_close(y, 0.9 * x + 0.1 * points[-1])
+    assert torch.equal(weight, y)
+    give_gradients(module, 5)
+    optimizer.step()  # in training mode again
+
+
+def test_prodigy_finds_a_learning_rate_and_tells_it() -> None:
+    torch.manual_seed(0)
+    target, weight = torch.randn(20), nn.Parameter(torch.zeros(20) + 0.1)
+    optimizer = build_optimizer([{"params": [weight]}], name="prodigy", lr=1.0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (weight - target).square().sum().backward()
+        optimizer.step()
+    assert 1e-3 < estimates(optimizer)["prodigy_d"] < 10
+    assert (weight - target).square().sum() < 0.05 * target.square().sum()
+    assert estimates(AdamW([weight])) == {}
 
 
 def test_plain_numbers_in_a_state_come_back() -> None:

@@ -1,6 +1,14 @@
-"""The optimiser by name, and its parameter groups."""
+"""The optimiser by name, and its parameter groups.
 
-from collections.abc import Mapping, Sequence
+AdamW is torch's, Muon ours; the others are their authors' libraries, as these advise for diffusion
+models. What else an optimiser does than step, schedule-free's two sets of weights and Prodigy's
+estimate, is told by `evaluated_weights` and `estimates`.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +18,65 @@ from torch.optim import AdamW, Optimizer
 from latentdiff.config.choices import OptimizerName
 from latentdiff.training.optim.gradients import FUSED_DEVICES
 from latentdiff.training.optim.muon import Muon, muon_params
+
+
+def _adamw8bit() -> Any:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def _prodigy() -> Any:
+    from prodigyopt import Prodigy
+
+    return Prodigy
+
+
+def _schedule_free_adamw() -> Any:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree
+
+
+def _lion() -> Any:
+    from lion_pytorch.foreach import Lion
+
+    return Lion
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An optimiser: its class, tensors of state for each parameter, and options that it needs.
+
+    package, extra: what `load` imports, and the extra of this project that installs it.
+    """
+
+    load: Callable[[], Any]
+    num_moments: int = 2
+    package: str = ""
+    extra: str = "optimizers"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+OPTIMIZERS: dict[OptimizerName, _Kind] = {
+    "adamw": _Kind(lambda: AdamW),
+    "adamw8bit": _Kind(_adamw8bit, package="bitsandbytes", extra="8bit"),  # Dettmers et al. 2022
+    "muon": _Kind(lambda: Muon),
+    "prodigy": _Kind(  # Mishchenko & Defazio 2024; no growth limit, as a number that JSON has
+        _prodigy,
+        num_moments=4,
+        package="prodigyopt",
+        options={
+            "use_bias_correction": True,
+            "safeguard_warmup": True,
+            "growth_rate": sys.float_info.max,
+        },
+    ),
+    "schedule_free_adamw": _Kind(_schedule_free_adamw, package="schedulefree"),  # Defazio 2024
+    "lion": _Kind(  # Chen et al. 2023, which has one moment and no epsilon
+        _lion, num_moments=1, package="lion-pytorch", options={"betas": (0.9, 0.99)}
+    ),
+}
 
 
 def parameter_groups(
@@ -36,10 +103,8 @@ def parameter_groups(
 
 def check_optimizer(name: OptimizerName, device: torch.device) -> None:
     """Raise ValueError for an optimiser that cannot run on `device`, before anything is loaded."""
-    if name != "adamw8bit":
-        return
-    _adamw8bit_class()
-    if device.type == "cpu":
+    _load_class(name)
+    if name == "adamw8bit" and device.type == "cpu":
         raise ValueError(
             "train.optimizer=adamw8bit needs a GPU and this run is on the CPU: take adamw"
         )
@@ -56,54 +121,65 @@ def build_optimizer(
 ) -> Optimizer:
     """Return AdamW (Loshchilov & Hutter 2019), fused where the device has it, or another by name.
 
-    weight_decay: of the groups that name none; muon needs groups made for it. ValueError when
-    nothing is trainable, or when bitsandbytes is asked for and absent.
+    weight_decay: of the groups that name none; muon needs groups made for it; lion has its own
+    betas. ValueError when nothing is trainable, or when the optimiser's package is not installed.
     """
     groups = [dict(group) for group in parameter_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
         raise ValueError("no parameter is trainable: everything is frozen")
-    if name == "adamw8bit":
-        return _adamw_8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    if name == "muon":
-        return Muon(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    if name != "adamw":
-        raise ValueError(f"optimizer is {name!r}, expected adamw, adamw8bit or muon")
-    fused = all(
-        parameter.device.type in FUSED_DEVICES and parameter.is_floating_point()
-        for parameter in parameters
-    )
-    return AdamW(
-        groups,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        fused=True if fused else None,
-    )
-
-
-def _adamw_8bit(
-    groups: list[dict[str, Any]],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> Optimizer:
-    """Return AdamW with block-wise 8-bit state (Dettmers et al. 2022)."""
-    optimizer: Optimizer = _adamw8bit_class()(
-        groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    if name != "lion":
+        options["eps"] = eps
+    if name == "adamw":
+        fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
+        options["fused"] = True if fused else None
+    cls = _load_class(name)
+    optimizer: Optimizer = cls(groups, **(options | dict(OPTIMIZERS[name].options)))
+    if name == "schedule_free_adamw":
+        optimizer.train()  # type: ignore[attr-defined]  # its own mode, not a module's
     return optimizer
 
 
-def _adamw8bit_class() -> Any:
+@contextmanager
+def evaluated_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Give the model the weights to evaluate and to export inside the block.
+
+    Those of schedule-free (Defazio et al. 2024) are the average x, while gradients are taken at
+    another point y, which comes back bit for bit; any other optimiser has one set of weights.
+    """
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
     try:
-        from bitsandbytes.optim import AdamW8bit
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]  # up to rounding
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, kept)
+
+
+def estimates(optimizer: Optimizer) -> dict[str, float]:
+    """Return what an optimiser has found out so far, for the log: Prodigy's d, else nothing.
+
+    Prodigy's learning rate is d times the schedule's.
+    """
+    group = optimizer.param_groups[0]
+    return {"prodigy_d": float(group["d"])} if "d" in group else {}
+
+
+def _load_class(name: OptimizerName) -> Any:
+    """Return an optimiser's class; ValueError for an unknown name, or a package that is missing."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {name!r}, expected one of {', '.join(OPTIMIZERS)}")
+    kind = OPTIMIZERS[name]
+    try:
+        return kind.load()
     except ImportError as error:
         raise ValueError(
-            "optimizer adamw8bit needs bitsandbytes, which is not installed: "
-            "pip install 'latentdiff[8bit]', or take adamw"
+            f"train.optimizer={name} needs {kind.package}, which is not installed: "
+            f"pip install 'latentdiff[{kind.extra}]', or take adamw"
         ) from error
-    return AdamW8bit

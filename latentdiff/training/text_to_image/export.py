@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import LoraFacts, merged_components, save_adapters
 from latentdiff.training.fsdp import is_sharded
+from latentdiff.training.optim.optimizer import evaluated_weights
 from latentdiff.training.optim.posthoc_ema import gamma_of, read_snapshots, reconstruct
 from latentdiff.training.text_to_image.model import TextToImage
 from latentdiff.training.text_to_image.preview import make_pipeline
@@ -89,10 +90,10 @@ def export_reconstructed(
 
 
 def averaged(train_step: TrainStep) -> AbstractContextManager[None]:
-    """Give the model its EMA weights inside the block, if the run keeps any."""
-    return (
-        nullcontext() if train_step.ema is None else train_step.ema.swap_weights(train_step.model)
-    )
+    """Give the model its averaged weights inside the block: an EMA's or the optimiser's, if any."""
+    if train_step.ema is None:
+        return evaluated_weights(train_step.optimizer)
+    return train_step.ema.swap_weights(train_step.model)
 
 
 def _load_best(run: Run, heldout: Mapping[int, float]) -> int:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from latentdiff.config.choices import OptimizerName
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.statistics import subfolder_counts
 from latentdiff.data.inspection.text_report import size_text, subfolders_text
@@ -27,6 +28,7 @@ from latentdiff.models.latents import LatentCodec
 from latentdiff.training.fsdp import is_sharded, local_shard
 from latentdiff.training.inputs.encode import bucket_sizes
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
+from latentdiff.training.optim.optimizer import OPTIMIZERS
 from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -127,13 +129,16 @@ def estimate_memory(run: Run) -> Memory:
     )
 
 
-def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: str) -> int:
-    """Return the bytes of AdamW's two moments, in 32 bits or, block-wise, in 8; Muon keeps one."""
-    total = 0
+def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: OptimizerName) -> int:
+    """Return the bytes of an optimiser's moments, in 32 bits, or block-wise in 8; Muon keeps one.
+
+    Prodigy keeps less for parameters that begin at 0, as half of a LoRA's do.
+    """
+    total, num_moments = 0, OPTIMIZERS[name].num_moments
     for group in groups:
         for n in (local_shard(parameter).numel() for parameter in group["params"]):
             in_bytes = name == "adamw8bit" and n >= SMALL_PARAMETER
-            total += (1 if group.get("orthogonal") else 2) * n * (1 if in_bytes else 4)
+            total += (1 if group.get("orthogonal") else num_moments) * n * (1 if in_bytes else 4)
     return total
 
 
@@ -255,7 +260,7 @@ def _log_steps(run: Run, first_step: int) -> None:
     )
     logger.info(
         "steps %d to %d, %d images each (%d processes x %d x %d accumulated), %d steps an epoch, "
-        "%.1f epochs; learning rate %.2g %s after %d warm-up steps",
+        "%.1f epochs; %s, learning rate %.2g%s, %s after %d warm-up steps",
         first_step,
         settings.max_steps,
         settings.batch_size,
@@ -264,7 +269,9 @@ def _log_steps(run: Run, first_step: int) -> None:
         layout.accumulation,
         per_epoch,
         settings.max_steps / per_epoch,
+        settings.optimizer,
         settings.learning_rate,
+        " times its own estimate (prodigy_d)" if settings.optimizer == "prodigy" else "",
         settings.lr_schedule,
         settings.lr_warmup_steps,
     )

@@ -34,6 +34,7 @@ from latentdiff.training.inputs.workers import report_worker_crash
 from latentdiff.training.loop import is_due, train_recipe
 from latentdiff.training.metrics_log import WINDOW
 from latentdiff.training.optim.ema import COUNT
+from latentdiff.training.optim.optimizer import estimates
 from latentdiff.training.optim.posthoc_ema import (
     Snapshot,
     drop_snapshots_after,
@@ -147,7 +148,7 @@ class TextToImageRecipe(Recipe):
         rate = self.train_step.lr_schedule.at(step - 1 - self.train_step.skipped)
         figures, skipped = self.results.close(step, self.run.train_data.ids, learning_rate=rate)
         self.train_step.skipped += skipped
-        return figures
+        return figures | estimates(self.train_step.optimizer)
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, float]:
         """Measure the held-out loss when it is due, and that of training images next to it.
