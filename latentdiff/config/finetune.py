@@ -23,6 +23,9 @@ class FinetuneConfig:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """ends of the names of the U-Net's layers that get adapters; "attn2.to_k" is narrower,
     "ff.net.2" or "conv1" more"""
+    init_lora: str = ""
+    """lora: a LoRA to start from, as kohya's network_weights: a file, folder, run or hub id in
+    diffusers', peft's or kohya's naming. Rank and layers are its own"""
     lora_kohya: bool = True
     """write lora_kohya.safetensors too, in kohya's naming, for ComfyUI and A1111; lora/ is for
     diffusers"""
@@ -32,6 +35,9 @@ class FinetuneConfig:
     """textual_inversion: known words that initialise the new one, such as "dog" """
     num_vectors: int = at_least(1, default=1)
     """textual_inversion: number of embeddings of the new word"""
+    init_embedding: str = ""
+    """textual_inversion: an embedding to start from, in place of initializer_token and num_vectors:
+    learned_embeds.safetensors, or A1111's as safetensors"""
     instance_prompts: tuple[str, ...] = ()
     """captions of every image in place of its own, such as ["a photo of sks dog"]; several: one
     at random each time. The folder then needs no captions"""
@@ -72,8 +78,8 @@ class FinetuneConfig:
                 f"finetune.token={token!r}, expected a new word in angle brackets of small letters,"
                 ' digits and hyphens, such as "<my-dog>"'
             )
-        if not self.initializer_token.strip():
+        if not self.initializer_token.strip() and not self.init_embedding:
             raise ValueError(
                 "finetune.initializer_token is empty, expected a known word to start from, such "
-                'as "dog"'
+                'as "dog", or set finetune.init_embedding'
             )

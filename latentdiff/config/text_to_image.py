@@ -46,14 +46,17 @@ EFFECT_RULES = (
         "it is for diffusion.loss=huber",
     ),
     EffectRule(
-        ("finetune.token", "finetune.initializer_token", "finetune.num_vectors"),
+        (
+            *("finetune.token", "finetune.initializer_token", "finetune.num_vectors"),
+            "finetune.init_embedding",
+        ),
         lambda config: config.finetune.method == "textual_inversion",
         "it is for finetune.method=textual_inversion",
     ),
     EffectRule(
         (
             *("finetune.lora_rank", "finetune.lora_alpha", "finetune.lora_dropout"),
-            *("finetune.lora_targets", "finetune.lora_kohya"),
+            *("finetune.lora_targets", "finetune.lora_kohya", "finetune.init_lora"),
         ),
         lambda config: config.finetune.method == "lora",
         "it is for finetune.method=lora",

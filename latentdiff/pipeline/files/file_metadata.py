@@ -74,22 +74,23 @@ def kohya_metadata(
     info: ModelInfo,
     name: str,
     width: int,
-    rank: int,
+    rank: int | None,
     training: Mapping[str, object],
     tags: Mapping[str, int],
 ) -> dict[str, str]:
     """Return kohya's ss_* entries of a LoRA; all values are texts there.
 
-    name: the file's without its ending. rank: alpha too, the scale being part of the matrices.
-    training: further entries, without ss_. tags: counts, under the data set's name.
+    name: the file's without its ending. rank: alpha too, the scale being part of the matrices;
+    None where it differs by layer. training: further entries, without ss_. tags: counts, under the
+    data set's name.
     """
     size = info.resolution
     entries: dict[str, object] = {
         "base_model_version": _architecture(width, info.prediction_type)[1],
         "output_name": name,
         "network_module": "networks.lora",
-        "network_dim": rank,
-        "network_alpha": float(rank),
+        "network_dim": "Dynamic" if rank is None else rank,
+        "network_alpha": "Dynamic" if rank is None else float(rank),
         "sd_model_name": info.base_model and public_name(info.base_model),
         "v2": width == 1024,
         "steps": info.steps,

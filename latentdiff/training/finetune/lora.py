@@ -6,7 +6,8 @@ with them merged in. In a file alpha is the rank, the scale being part of B, so 
 applies them alike. Their files are written by pipeline/files/kohya_lora.py.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import CLIPTextModel
 
 from latentdiff.models.components import Components
 from latentdiff.models.weights import load_into_meta
+from latentdiff.pipeline.files.lora_layers import TEXT, UNET, LoraLayers
 
 ADAPTER = "default"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -34,25 +36,35 @@ def add_lora(
     targets: Sequence[str],
     trains_text_encoder: bool,
     seed: int,
+    initial: LoraLayers | None = None,
 ) -> None:
     """Add adapters to layers of the U-Net, and of the text encoder where it is trained.
 
     targets: ends of layers' names. B starts at 0, so that the model's output is the same at first;
-    A follows from the seed. Raises ValueError for a target that no layer of the U-Net is named.
+    A follows from the seed. initial: layers to start from; a part that has some gets these and no
+    others, of their own ranks, with the same scale alpha / rank. Raises ValueError for a target
+    that no layer of the U-Net is named.
     """
-    _check_targets(components.unet, targets)
+    known = initial.parts if initial is not None else {}
+    if UNET not in known:
+        _check_targets(components.unet, targets)
     torch.manual_seed(seed)
-    parts: list[tuple[nn.Module, Sequence[str]]] = [(components.unet, targets)]
-    if trains_text_encoder:
-        parts.append((components.text_encoder, TEXT_TARGETS))
-    for module, names in parts:
+    scale = alpha / rank if alpha else 1.0
+    for part, names in ((UNET, targets), (TEXT, TEXT_TARGETS if trains_text_encoder else ())):
+        module, weights = getattr(components, part), known.get(part, {})
+        if not weights and not names:
+            continue
+        ranks = {path: len(weights[f"{path}.lora_A.weight"]) for path in _paths(weights)}
         settings = LoraConfig(
             r=rank,
-            lora_alpha=alpha or rank,  # type: ignore[arg-type]  # any number does
+            lora_alpha=scale * rank,  # type: ignore[arg-type]  # any number does
             lora_dropout=dropout,
-            target_modules=list(names),
+            target_modules=list(ranks or names),
+            rank_pattern={f"^{re.escape(path)}": r for path, r in ranks.items()},
+            alpha_pattern={f"^{re.escape(path)}": scale * r for path, r in ranks.items()},
         )
         inject_adapter_in_model(settings, module, ADAPTER)
+        _load(module, weights)
 
 
 def is_adapter(name: str) -> bool:
@@ -72,6 +84,12 @@ def lora_weights(components: Components) -> dict[str, Tensor]:
             scaled = up.detach() * layer.scaling[ADAPTER]
             weights[f"{prefix}.{path}.lora_B.weight"] = scaled.contiguous()
     return weights
+
+
+def rank_of(weights: Mapping[str, Tensor]) -> int | None:
+    """Return the rank of all of a LoRA's layers, None where it differs."""
+    ranks = {len(weights[f"{path}.lora_A.weight"]) for path in _paths(weights)}
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 def merge_adapters(components: Components) -> Components:
@@ -106,6 +124,24 @@ def _merged(empty: Any, adapted: nn.Module) -> Any:
             tensor + layers[path].get_delta_weight(ADAPTER) if has_delta else tensor
         )
     return load_into_meta(empty, weights, like=adapted)
+
+
+@torch.no_grad()
+def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy the matrices of a LoRA that acts at scale 1 into adapters, which divide B by theirs."""
+    adapted = dict(_adapted(module)) if weights else {}
+    assert adapted.keys() == set(_paths(weights))
+    for path, layer in adapted.items():
+        layer.lora_A[ADAPTER].weight.copy_(weights[f"{path}.lora_A.weight"])
+        layer.lora_B[ADAPTER].weight.copy_(
+            weights[f"{path}.lora_B.weight"] / layer.scaling[ADAPTER]
+        )
+
+
+def _paths(weights: Iterable[str]) -> list[str]:
+    """Return the layers whose matrices are named."""
+    end = ".lora_A.weight"
+    return [name.removesuffix(end) for name in weights if name.endswith(end)]
 
 
 def _adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:

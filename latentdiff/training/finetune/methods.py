@@ -25,6 +25,7 @@ from latentdiff.pipeline.files.kohya_lora import (
 )
 from latentdiff.pipeline.files.model_info import ModelInfo
 from latentdiff.training.finetune import lora, textual_inversion
+from latentdiff.training.finetune.initial_weights import InitialWeights
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,17 @@ def base_weights_hash(components: Components) -> str:
 
 
 def add_adapters(
-    components: Components, settings: FinetuneConfig, *, trains_text_encoder: bool, seed: int
+    components: Components,
+    settings: FinetuneConfig,
+    *,
+    initial: InitialWeights,
+    trains_text_encoder: bool,
+    seed: int,
 ) -> None:
-    """Add the method's LoRA adapters or new tokens, if any; the model's output stays the same."""
+    """Add the method's LoRA adapters or new tokens, if any.
+
+    The model's output stays the same, or becomes that with the LoRA of `initial` loaded.
+    """
     if settings.method == "lora":
         lora.add_lora(
             components,
@@ -57,14 +66,17 @@ def add_adapters(
             targets=settings.lora_targets,
             trains_text_encoder=trains_text_encoder,
             seed=seed,
+            initial=initial.lora,
         )
     if settings.method == "textual_inversion":
-        textual_inversion.add_tokens(
-            components,
-            token=settings.token,
-            initializer_token=settings.initializer_token,
-            num_vectors=settings.num_vectors,
-        )
+        vectors = initial.vectors
+        if vectors is None:
+            vectors = textual_inversion.known_vectors(
+                components,
+                initializer_token=settings.initializer_token,
+                num_vectors=settings.num_vectors,
+            )
+        textual_inversion.add_tokens(components, token=settings.token, vectors=vectors)
 
 
 def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: FinetuneMethod) -> None:
@@ -109,8 +121,8 @@ def save_adapters(
         _save_lora_files(components, settings, folder, facts=facts)
     if settings.method == "textual_inversion":
         path = folder / textual_inversion.FILE_NAME
-        size = textual_inversion.save_embeds(components, settings.token, path)
-        logger.info("%s: %d vectors, %d bytes", path, settings.num_vectors, size)
+        num, size = textual_inversion.save_embeds(components, settings.token, path)
+        logger.info("%s: %d vectors, %d bytes", path, num, size)
 
 
 def _save_lora_files(
@@ -137,7 +149,7 @@ def _save_lora_files(
         info=facts.info,
         name=facts.name,
         width=width,
-        rank=settings.lora_rank,
+        rank=lora.rank_of(weights),
         training=facts.training,
         tags=facts.tags,
     )

@@ -39,28 +39,29 @@ class TokenEmbeddings(nn.Module):
         return torch.where(is_new, new.to(known.dtype), known)
 
 
-def add_tokens(
-    components: Components, *, token: str, initializer_token: str, num_vectors: int
-) -> None:
-    """Add a token of num_vectors embeddings to the tokenizer and the text encoder.
+def add_tokens(components: Components, *, token: str, vectors: Tensor) -> None:
+    """Add a token of n embeddings, vectors (n, D), to the tokenizer and the text encoder.
 
-    initializer_token: known words; each vector starts as the mean of their embeddings. Raises
-    ValueError where the tokenizer has the token already.
+    Raises ValueError where the tokenizer has the token already.
     """
     tokenizer, text_encoder = components.tokenizer, components.text_encoder
-    names = [token, *(f"{token}_{k}" for k in range(1, num_vectors))]
+    names = [token, *(f"{token}_{k}" for k in range(1, len(vectors)))]
     if known := [name for name in names if name in tokenizer.get_vocab()]:
         raise ValueError(
             f"finetune.token={token} is no new token: the model's tokenizer has {known[0]} "
             "already; choose another"
         )
     first, embeddings = len(tokenizer), text_encoder.get_input_embeddings()
-    ids = tokenizer(initializer_token, add_special_tokens=False).input_ids
-    start = embeddings.weight.detach()[ids].mean(0)  # (D,)
     tokenizer.add_tokens(names)
-    text_encoder.set_input_embeddings(
-        TokenEmbeddings(embeddings, start.repeat(num_vectors, 1), first=first)
-    )
+    start = vectors.to(embeddings.weight, copy=True)
+    text_encoder.set_input_embeddings(TokenEmbeddings(embeddings, start, first=first))
+
+
+def known_vectors(components: Components, *, initializer_token: str, num_vectors: int) -> Tensor:
+    """Return vectors (num_vectors, D), each the mean of the embeddings of known words."""
+    ids = components.tokenizer(initializer_token, add_special_tokens=False).input_ids
+    embeddings = components.text_encoder.get_input_embeddings()
+    return embeddings.weight.detach()[ids].mean(0).repeat(num_vectors, 1)
 
 
 def check_captions_have_token(captions: Iterable[str], token: str) -> None:
@@ -72,13 +73,13 @@ def check_captions_have_token(captions: Iterable[str], token: str) -> None:
         )
 
 
-def save_embeds(components: Components, token: str, path: Path) -> int:
-    """Write the trained embeddings as diffusers reads them; return the file's size in bytes."""
+def save_embeds(components: Components, token: str, path: Path) -> tuple[int, int]:
+    """Write the trained embeddings as diffusers reads them; return their number, and bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     vectors = _token_embeddings(components).new.detach().cpu()  # (n, D)
     with atomic_file(path) as temporary:
         save_file({token: vectors[0].clone() if len(vectors) == 1 else vectors}, temporary)
-    return path.stat().st_size
+    return len(vectors), path.stat().st_size
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.finetune.dreambooth import generate_class_images
+from latentdiff.training.finetune.initial_weights import read_initial_weights, run_base_hash
 from latentdiff.training.finetune.methods import add_adapters, base_weights_hash, set_trainable
 from latentdiff.training.finetune.textual_inversion import check_captions_have_token
 from latentdiff.training.inputs.batches import BatchLayout
@@ -142,6 +143,7 @@ def _load_base_model(
     finetune, trains_text = config.finetune, trains_text_encoder(config)
     components = pretrained_components(config)
     found = base_weights_hash(components) if finetune.is_partial or finetune.class_prompt else None
+    initial = read_initial_weights(components, finetune)
     class_images = None
     if found and finetune.class_prompt:
         class_images = generate_class_images(
@@ -150,9 +152,16 @@ def _load_base_model(
     if finetune.method == "textual_inversion":
         captions = unique_captions((train_folder,), caption_transform(config.data))
         check_captions_have_token(captions, finetune.token)
-    add_adapters(components, finetune, trains_text_encoder=trains_text, seed=config.train.seed)
+    add_adapters(
+        components,
+        finetune,
+        initial=initial,
+        trains_text_encoder=trains_text,
+        seed=config.train.seed,
+    )
     latents = cache_latents(train_folder, components.vae, config.data, accelerator=accelerator)
-    return _BaseModel(components, latents, class_images, found)
+    run_base = found and run_base_hash(found, initial)
+    return _BaseModel(components, latents, class_images, run_base)
 
 
 def build_train_step(

@@ -27,6 +27,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 from latentdiff.models.learned_variance import prediction_only
 from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator
+from latentdiff.training.finetune.initial_weights import open_initial_file
 from latentdiff.training.fsdp import full_state, make_root, shard_state
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE, STRATA_RULE
 from latentdiff.training.inputs.train_data import TrainData
@@ -70,6 +71,7 @@ def train(config: Config) -> int:
     die_with_parent()
     check_components(config)
     check_prompts(config.preview.prompts)
+    open_initial_file(config.finetune)
     accelerator = start_accelerator(config)
     with open_run_folder(config.output_dir, accelerator) as folder:
         start = begin_run(config, folder, accelerator)
@@ -252,8 +254,8 @@ class TextToImageRecipe(Recipe):
         if state.get("base") != self.run.base_hash:
             raise ValueError(
                 "the checkpoint was trained on other weights than model.pretrained="
-                f"{self.run.config.model.pretrained} holds now, which its own are added to; give "
-                "the base model of that run"
+                f"{self.run.config.model.pretrained} and the files that finetune names hold now, "
+                "which its own are added to; give those of that run"
             )
         self.train_step.load(shard_state(tensors, self.train_step.parameters), state)
         self.results.load(tensors, skipped_in_a_row=state.get("skipped_in_a_row", 0))
