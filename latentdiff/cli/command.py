@@ -6,10 +6,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from inspect import getdoc
+from itertools import takewhile
 from typing import Any, TypeAlias, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
+
+from latentdiff.cli.help import CommandParser, UnknownOptionError, help_of
 
 # Adds its options to the parser, parses the arguments, calls the library, prints the result and
 # returns 0, or 1 where the answer is no. Its docstring is its help.
@@ -24,33 +26,49 @@ def run_command(command: Command, arguments: Sequence[str], *, prog: str) -> int
     130 after Ctrl-C. A failed command leaves one message on stderr. Training handles SIGINT and
     SIGTERM itself and returns 130 or 143. Any other error is a bug and keeps its traceback.
     """
-    parser = ArgumentParser(
-        prog=prog, description=getdoc(command), exit_on_error=False, allow_abbrev=False
-    )
     try:
-        return command(parser, arguments)
+        if (words := _help_words(arguments)) is not None:
+            print(help_of(command, prog=prog).text(words))
+            return 0
+        return command(CommandParser(prog=prog), arguments)
     except KeyboardInterrupt:
         return 130
-    except ArgumentError as error:
-        message = re.sub(r"\s+", " ", str(error)).strip()
-        is_late = re.search(r"unrecognized arguments: (?!-)", message, re.IGNORECASE)
-        place = "; prompts and paths come before the options" if is_late else ""
-        return _fail(prog, f"{message}{place} (--help lists the options)", code=2)
-    except (ValueError, OSError) as error:
-        return _fail(prog, error, code=2)
-    except FloatingPointError as error:
-        return _fail(prog, error, code=1)
-    except RuntimeError as error:
+    except Exception as error:
+        if (code := _code_of(error)) is None:
+            raise
+        print(f"{prog}: {_message_of(error)}", file=sys.stderr)
+        return code
+
+
+def _code_of(error: Exception) -> int | None:
+    """Return the exit code of an error that is no bug, and None for a bug."""
+    if isinstance(error, (ArgumentError, ValueError, OSError)):
+        return 2
+    if isinstance(error, (FloatingPointError, UnknownOptionError)):
+        return 1
+    if isinstance(error, RuntimeError):
         from latentdiff.training.inputs.workers import DeadWorkerError
 
-        if not isinstance(error, DeadWorkerError):
-            raise
-        return _fail(prog, error, code=1)
+        return 1 if isinstance(error, DeadWorkerError) else None
+    return None
 
 
-def _fail(prog: str, message: object, *, code: int) -> int:
-    print(f"{prog}: {message}", file=sys.stderr)
-    return code
+def _message_of(error: Exception) -> str:
+    """Return an error's message; of the parser's in one line, with what to look at."""
+    if not isinstance(error, ArgumentError):
+        return str(error)
+    message = re.sub(r"\s+", " ", str(error)).strip()
+    is_late = re.search(r"unrecognized arguments: (?!-)", message, re.IGNORECASE)
+    place = "; prompts and paths come before the options" if is_late else ""
+    return f"{message}{place} (--help lists the options)"
+
+
+def _help_words(arguments: Sequence[str]) -> list[str] | None:
+    """Return the words after --help; None where it is not asked for."""
+    asked = [index for index, one in enumerate(arguments) if one in ("-h", "--help")]
+    if not asked:
+        return None
+    return [*takewhile(lambda word: not word.startswith("-"), arguments[asked[0] + 1 :])]
 
 
 def take_options(kind: type[Options], values: dict[str, Any]) -> Options:

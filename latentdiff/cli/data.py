@@ -13,16 +13,22 @@ from latentdiff.config.text_to_image import Config
 
 def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Report a captioned folder's content and its problems; exit code 1 where it is not usable."""
-    parser.add_argument("root", type=expanduser, metavar="FOLDER")
+    parser.add_argument("root", type=expanduser, metavar="FOLDER", help="a captioned folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--html", type=expanduser, help="also write the report to this file")
     parser.add_argument("--full", action="store_true", help="decode every image, known or not")
     parser.add_argument("--quick", action="store_true", help="skip the search for near-duplicates")
     parser.add_argument(
-        "--tokenizer", type=expanduser, default="", help="folder of a tokenizer, to count"
+        "--tokenizer",
+        type=expanduser,
+        default="",
+        help="folder of a tokenizer, to count the tokens of captions",
     )
     parser.add_argument(
-        "--vae", type=expanduser, default="", help="folder of a VAE, to time its encoder"
+        "--vae",
+        type=expanduser,
+        default="",
+        help="folder of a VAE, to time its encoder and estimate the caching",
     )
     config, options = parse_settings(parser, Config, arguments)
     quieten_libraries()
@@ -50,9 +56,15 @@ def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     verify: exit code 1 where cached latents differ from the VAE's.
     """
     actions = ("build", "verify", "prune")
-    parser.add_argument("action", nargs="?", choices=actions, default="build")
     parser.add_argument(
-        "--also", type=expanduser, nargs="+", default=[], help="prune: configs in use"
+        "action", nargs="?", choices=actions, default="build", help="what to do with the cache"
+    )
+    parser.add_argument(
+        "--also",
+        type=expanduser,
+        nargs="+",
+        default=[],
+        help="prune: other configs in use, whose cached files are kept",
     )
     parser.add_argument("--delete", action="store_true", help="prune: delete, not only list")
     config, options = parse_settings(parser, Config, arguments)

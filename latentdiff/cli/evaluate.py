@@ -47,8 +47,12 @@ def compare_subject_command(parser: ArgumentParser, arguments: Sequence[str]) ->
     """Measure a fine-tuned subject: similarity to its photographs, drift on unrelated prompts."""
     parser.add_argument("base", type=str, help="the model before: a folder or a hub id")
     parser.add_argument("tuned", type=str, help="the model after: a folder")
-    for name in ("photos", "features", "out"):
-        parser.add_argument(f"--{name}", type=expanduser, required=True)
+    for name, description in (
+        ("photos", "the folder of the subject's photographs"),
+        ("features", "folder of a feature network, as for evaluate: its features are compared"),
+        ("out", "the folder to write the images and results to"),
+    ):
+        parser.add_argument(f"--{name}", type=expanduser, required=True, help=description)
     parser.add_class_arguments(CompareSubjectOptions)
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
@@ -82,11 +86,21 @@ def card_sheets_command(parser: ArgumentParser, arguments: Sequence[str]) -> int
     ):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=[], help=description)
     parser.add_argument("--out", type=expanduser, default="sheets", help="the folder to write")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the captions and of the images")
-    parser.add_argument("--caption_column", type=str, default="text")
-    parser.add_argument("--score", type=expanduser, nargs=2, metavar=("KEY", "ANSWERS"))
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 and more")
+    parser.add_argument(
+        "--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of captions and images")
+    parser.add_argument(
+        "--caption_column", type=str, default="text", help="column that holds the caption"
+    )
+    parser.add_argument(
+        "--score",
+        type=expanduser,
+        nargs=2,
+        metavar=("KEY", "ANSWERS"),
+        help="score these answers of readers instead",
+    )
     args = parser.parse_args(arguments)
     quieten_libraries()
     return _score_answers(*map(Path, args.score)) if args.score else _write_card_sheets(args)

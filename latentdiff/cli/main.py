@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from latentdiff.cli.command import Command, run_command
+from latentdiff.cli.help import help_of
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given[:1] = new.split()
     name = next((name for name in (" ".join(given[:2]), given[0]) if name in COMMANDS), "")
     rest = given[len(name.split()) :]
-    if name and COMMANDS[name].function:
-        return run_command(COMMANDS[name].load(), rest, prog=f"latentdiff {name}")
-    if name and rest[:1] in (["-h"], ["--help"]):
+    if name and rest in (["-h"], ["--help"]) and family(name):
         print(family_overview(name))
         return 0
+    if name and COMMANDS[name].function:
+        return run_command(COMMANDS[name].load(), rest, prog=f"latentdiff {name}")
     print(f"latentdiff: {_unknown(name, rest or given)}", file=sys.stderr)
     return 2
 
@@ -120,9 +121,12 @@ def overview() -> str:
 
 
 def family_overview(name: str) -> str:
-    """Return the usage line of a family of commands and a line for each of it."""
-    usage = f"usage: latentdiff {name} COMMAND [--help] ..."
-    return "\n".join([usage, "", COMMANDS[name].summary, "", *_lines(name, family(name))])
+    """Return the help of a family of commands: that of its own command, and a line for each."""
+    if COMMANDS[name].function:
+        lines = [help_of(COMMANDS[name].load(), prog=f"latentdiff {name}").text()]
+    else:
+        lines = [f"usage: latentdiff {name} COMMAND [--help] ...", "", COMMANDS[name].summary]
+    return "\n".join([*lines, "", *_lines(name, family(name))])
 
 
 def family(name: str) -> list[Entry]:

@@ -23,6 +23,8 @@ class ClipConfig:
     effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
     output_dir: str = folder(default="runs/clip")
+    """the run's folder: its settings, log, checkpoints and CLIP; the same command continues the
+    run in it"""
     roots: tuple[str, ...] = ()
     """captioned folders; their test/ folders are held out"""
     resolution: int = between(8, 16384, default=64)

@@ -40,12 +40,9 @@ class DataConfig:
     """a text file next to an image is one caption, or has one a line"""
     caption_template: str = ""
     """such as "a photo of a {label}" where the folders' names are the only captions"""
-    missing_caption: Literal["skip", "empty", "file_name", "folder_name"] = "skip"
-    """skip an image without a caption, or give it the empty caption, or the name of its file
-    without ending or of its folder, underscores read as spaces"""
-    repeat_folders: bool = False
-    """show the images of a folder named as in 10_dog that many times in an epoch, as kohya's
-    trainer does; the rest of the name is the folder's name for captions"""
+    missing_caption: Literal["skip", "empty", "file_name"] = "skip"
+    """skip an image without a caption, or give it the empty caption, or its file's name without
+    ending, underscores read as spaces"""
     caption_choice: Literal["random", "first"] = "random"
     """the caption of an image with several: one at random each time, or the first"""
     wildcards: bool = False

@@ -8,6 +8,7 @@ import difflib
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from operator import attrgetter
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from latentdiff.config.describe import commented_yaml
 from latentdiff.config.effect import without_idle_settings
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.yaml_file import check_yaml, find_config, read_yaml
@@ -87,10 +89,16 @@ def parse_settings(
 ) -> tuple[Settings, dict[str, Any]]:
     """Parse settings and the options that a parser has besides; return both.
 
-    Adds --config, --print_config and an option per setting to the parser. Raises ValueError with
-    one message for bad usage. An old name of a setting works and is logged once as a warning. The
-    precision that accelerate launch was asked for stands where neither file nor option names one.
+    Adds --config, --print_config and an option per setting to the parser; --print_config ends the
+    process. Raises ValueError with one message for bad usage. An old name of a setting works and is
+    logged once as a warning. The precision that accelerate launch was asked for stands where
+    neither file nor option names one.
     """
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        help="print the resulting settings as a YAML file with their descriptions, and exit",
+    )
     own = list(parser.get_defaults().keys())
     _add_settings(parser, kind)
     return _parsed(parser, kind, arguments, own=own)
@@ -106,6 +114,9 @@ def _parsed(
         given = [*_asked_of_accelerate(kind), *arguments]
         values = _parse_values(parser, _with_current_names(given, kind))
         options = {name: values.pop(name) for name in own if name in values}
+        if options.pop("print_config", False):  # also where a setting is still to be filled in
+            sys.stdout.write(commented_yaml(SimpleNamespace(**values), kind))
+            raise SystemExit(0)
         return kind(**_as_begun(values, kind)), options
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(_readable(str(error), [*own, *flat(kind())])) from error
@@ -126,7 +137,7 @@ def _parser_of(kind: type[Settings]) -> "ArgumentParser":
     """Build the parser of settings alone, which takes longer than most parsing."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     _add_settings(parser, kind)
     return parser
 
@@ -135,7 +146,8 @@ def _add_settings(parser: "ArgumentParser", kind: Any) -> None:
     parser.add_argument(
         "--config",
         action="config",
-        help="a YAML file with these settings, or the name of one that ships",
+        metavar="NAME",
+        help="a config that ships, by its name, or a YAML file",
     )
     parser.add_class_arguments(kind)
 

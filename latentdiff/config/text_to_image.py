@@ -98,6 +98,8 @@ class Config:
     effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
     output_dir: str = folder(default="runs/new")
+    """the run's folder: its settings, log, checkpoints, samples and exported model; the same
+    command continues the run in it"""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -42,6 +42,8 @@ class VaeConfig:
     effect_rules: ClassVar[tuple[EffectRule, ...]] = EFFECT_RULES
 
     output_dir: str = folder(default="runs/vae")
+    """the run's folder: its settings, log, checkpoints and VAE; the same command continues the
+    run in it"""
     roots: tuple[str, ...] = ()
     """folders of images; their test/ folders are held out"""
     pretrained: str = ""

@@ -8,17 +8,17 @@ from importlib.metadata import version
 import pytest
 from fakes_scripts import SCRIPTS, run_script
 
+from latentdiff.cli.help import MAX_DESCRIBED, help_of
 from latentdiff.cli.main import COMMANDS, ENTRIES, RENAMED, family, main
+from latentdiff.config.describe import settings_of
+from latentdiff.config.text_to_image import Config
 
 HEAVY = ("torch", "diffusers", "transformers", "open_clip", "gradio", "matplotlib")
 PROBE = """
 import sys
 from latentdiff.cli.main import COMMANDS, main
 for name in COMMANDS:
-    try:
-        main([*name.split(), "--help"])
-    except SystemExit as end:
-        assert not end.code
+    assert main([*name.split(), "--help"]) == 0
 print("loaded:", *(name for name in sys.argv[1:] if name in sys.modules))
 """
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.py"))
@@ -35,15 +35,17 @@ def test_help_of_no_command_loads_anything_heavy() -> None:
     assert lines[-1].strip() == "loaded:"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
-def test_help_answers_within_half_a_second(arguments: list[str]) -> None:
-    command, seconds = [sys.executable, "-m", "latentdiff", *arguments], []
-    for _ in range(5):
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_answers_within_half_a_second(name: str) -> None:
+    command, seconds = [sys.executable, "-m", "latentdiff", *name.split(), "--help"], 0.0
+    for _ in range(5):  # the least of some, as other work slows them
         started = children_seconds()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(children_seconds() - started)
+        seconds = children_seconds() - started
         assert "usage: latentdiff" in done.stdout
-    assert min(seconds) < 0.5
+        if seconds < 0.5:
+            return
+    pytest.fail(f"{seconds:.2f} s")
 
 
 def children_seconds() -> float:
@@ -101,8 +103,7 @@ def test_every_command_has_a_group_or_a_family_and_one_line() -> None:
 def test_an_old_name_starts_its_command_with_one_line_of_notice(
     old: str, new: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        main([old, "--help"])
+    assert main([old, "--help"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"usage: latentdiff {new}")
     assert err == f"latentdiff: {old} is now {new}; the old name still works\n"
@@ -111,3 +112,67 @@ def test_an_old_name_starts_its_command_with_one_line_of_notice(
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"latentdiff {version('latentdiff')}\n"
+
+
+@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if entry.function])
+def test_every_option_of_every_command_is_described(name: str) -> None:
+    found = help_of(COMMANDS[name].load(), prog=name)
+    options = [*found.arguments, *found.options, *found.settings]
+    assert [one.name for one in options if len(one.description) < 12] == []
+    text = found.text(["all"] if len(found.settings) > MAX_DESCRIBED else [])
+    for one in [*found.options, *found.settings]:
+        assert f"--{one.name}" in text
+        assert " ".join(one.description.split()) in " ".join(text.split())
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def help_lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert main([*arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_of_many_settings_names_them_by_section(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = help_lines(capsys, "train", "--help")
+    text = " ".join("\n".join(lines).split())
+    assert all(one.name.rpartition(".")[2] in text for one in settings_of(Config))
+    assert any(line.startswith("  model.unet: A U-Net") for line in lines)
+    assert len(lines) < 70
+
+
+def test_help_shows_meaning_default_range_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = help_lines(capsys, "train", "--help", "train.lr_schedule", "warm-up")
+    assert lines[0] == "  --train.lr_schedule {constant,cosine,linear}"
+    assert lines[1].endswith("over max_steps (default constant)")
+    lines = help_lines(capsys, "train", "--help", "network_dim")  # kohya's name
+    assert lines == [
+        "  --finetune.lora_rank INT",
+        "      rank of each adapter (default 16; a number of at least 1)",
+    ]
+
+
+def test_help_of_a_section_holds_those_in_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = help_lines(capsys, "train", "--help", "model")
+    shown = {line.split()[0] for line in lines if line.startswith("  --")}
+    known = (f"--{one.name}" for one in settings_of(Config))
+    assert shown == {name for name in known if name.startswith("--model.")}
+
+
+def test_help_comes_first_whatever_else_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert help_lines(capsys, "train", "--config=absent", "--help")
+    assert help_lines(capsys, "sample", "--zzz", "-h")
+
+
+def test_help_for_a_word_of_no_option_is_a_no_with_the_nearest_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--help", "learning_rat"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--help", "learnin_rate"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "did you mean train.learning_rate?" in err

@@ -20,7 +20,7 @@ from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.inputs.encode import bucket_ids, bucket_sizes, crop_plan
-from latentdiff.training.inputs.sources import read_data
+from latentdiff.training.inputs.train_data import read_data
 from latentdiff.training.text_to_image.train_t2i import train
 
 

@@ -139,16 +139,6 @@ class Folder(Sequence[Record]):
         return self._numbers("split")
 
     @property
-    def repeats(self) -> np.ndarray:
-        """(N,) int32: how often an epoch shows each record; 1 without repeats."""
-        return self._numbers("repeats")
-
-    @property
-    def sources(self) -> np.ndarray:
-        """(N,) int16: which of several sources each record is of, counted from 0."""
-        return self._numbers("source")
-
-    @property
     def widths(self) -> np.ndarray:
         """(N,) int32 pixels."""
         return self._numbers("width")
@@ -224,8 +214,7 @@ def read_folder(
     caption_column: str = "text",
     file_column: str = "file_name",
     caption_template: str = "",
-    missing_caption: Literal["skip", "empty", "file_name", "folder_name"] = "skip",
-    repeat_folders: bool = False,
+    missing_caption: Literal["skip", "empty", "file_name"] = "skip",
     duplicate_rows: Literal["error", "captions"] = "error",
     sidecar_lines: Literal["one", "captions"] = "one",
     follow_links: bool = False,
@@ -253,7 +242,6 @@ def read_folder(
         missing_caption=missing_caption,
         duplicate_rows=duplicate_rows,
         sidecar_lines=sidecar_lines,
-        repeat_folders=repeat_folders,
     )
     rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None

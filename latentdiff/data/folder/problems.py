@@ -132,7 +132,7 @@ REASONS: dict[str, Reason] = {
     "no_caption": Reason(
         "skipped",
         "image without a caption",
-        "add one, or pass --data.missing_caption=empty, file_name or folder_name",
+        "add one, or pass --data.missing_caption=empty or file_name",
     ),
     "empty_caption": Reason("note", "empty caption"),
     "control_characters": Reason("note", "control characters removed from the caption"),
@@ -171,7 +171,6 @@ REASONS: dict[str, Reason] = {
         "keep one row, or pass --data.duplicate_rows=captions to use the caption of each",
     ),
     "unlisted": Reason("note", "image without a row in the caption table, not used"),
-    "zero_repeats": Reason("note", "image of a folder with 0 repeats, not used"),
 }
 
 

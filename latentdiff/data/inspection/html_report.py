@@ -14,17 +14,11 @@ from latentdiff.atomic import write_text
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.folder.problems import SEVERITIES
 from latentdiff.data.inspection.inspect import DataReport
-from latentdiff.data.inspection.statistics import (
-    BucketRow,
-    CaptionStats,
-    LongCaption,
-    SampleRow,
-)
+from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, LongCaption
 from latentdiff.data.inspection.text_report import (
     SEVERITY_TITLES,
     duplicate_sections,
     leak_text,
-    repeats_text,
     size_text,
     time_text,
 )
@@ -84,7 +78,6 @@ def report_as_html(report: DataReport, folder: Folder) -> str:
             ("Problems", _problems(report, folder)),
             ("Sizes", _sizes(folder)),
             ("Captions", _captions(report.captions)),
-            ("Samples of an epoch", _sample_table(report.samples)),
             ("Buckets of the training images", _buckets(report.buckets, folder)),
             ("Duplicates", _duplicates(report, folder)),
             ("Cost", _cost(report)),
@@ -197,21 +190,6 @@ def _with_cut(long: LongCaption) -> Markup:
     return render_template(
         "{{ kept }}{% if cut %}<del>{{ cut }}</del>{% endif %}", kept=kept, cut=cut
     )
-
-
-def _sample_table(rows: Sequence[SampleRow]) -> Markup:
-    head = ["", "training images", "each", "samples", "share"]
-    lines = [
-        [
-            row.name,
-            f"{row.num_images:,}",
-            repeats_text(row),
-            f"{row.num_samples:,}",
-            f"{row.share:.1%}",
-        ]
-        for row in rows
-    ]
-    return table(head, lines, classes=("", *["n"] * 4)) if rows else Markup()
 
 
 def _buckets(rows: Sequence[BucketRow], folder: Folder) -> Markup:

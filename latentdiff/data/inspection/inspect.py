@@ -17,8 +17,7 @@ from transformers import CLIPTokenizer
 
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.buckets import Bucket, Partial, assign_buckets, make_buckets
-from latentdiff.data.epoch_draws import make_draws
+from latentdiff.data.buckets import Bucket, Partial, make_buckets
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.folder.splits import SPLITS
 from latentdiff.data.inspection.cost_estimate import CacheShape, CostEstimate, Encode, estimate_cost
@@ -26,11 +25,9 @@ from latentdiff.data.inspection.near_duplicates import DuplicateGroup, find_near
 from latentdiff.data.inspection.statistics import (
     BucketRow,
     CaptionStats,
-    SampleRow,
     SizeStats,
     bucket_rows,
     caption_stats,
-    sample_rows,
     size_stats,
     subfolder_counts,
 )
@@ -59,7 +56,6 @@ class DataReport:
     problems: dict[str, dict[str, Any]]
     sizes: SizeStats | None  # None of an empty folder, as are captions and cost
     captions: CaptionStats | None
-    samples: list[SampleRow]  # empty where an epoch shows each training image once
     buckets: list[BucketRow]
     duplicates: list[DuplicateNames] | None  # None where they were not searched
     cost: CostEstimate | None
@@ -88,8 +84,7 @@ def make_data_report(
     why_not = folder.refusals(max_invalid_fraction=max_invalid_fraction)
     num_in_split = np.bincount(folder.splits, minlength=len(SPLITS)).tolist()
     train = folder.split("train")
-    draws = make_draws(train, assign_buckets(train.widths, train.heights, buckets=buckets))
-    rows = bucket_rows(train, buckets, batch_size=batch_size, partial=partial, draws=draws)
+    rows = bucket_rows(train, buckets, batch_size=batch_size, partial=partial)
     return DataReport(
         root=str(folder.root),
         is_usable=not why_not,
@@ -101,7 +96,6 @@ def make_data_report(
         problems=_problems(folder),
         sizes=size_stats(folder) if len(folder) else None,
         captions=caption_stats(folder, tokenizer) if len(folder) else None,
-        samples=[] if draws is None else sample_rows(train, draws),
         buckets=rows,
         duplicates=None if duplicates is None else _duplicate_groups(folder, duplicates),
         cost=estimate_cost(

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -17,8 +18,7 @@ from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
-from latentdiff.data.epoch_draws import make_draws
-from latentdiff.data.folder.folder import Folder
+from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
@@ -45,6 +45,7 @@ from latentdiff.training.inputs.encode import (
     TokenIds,
     bucket_ids,
     bucket_sizes,
+    cache_dir,
     cache_latents,
     cache_masks,
     caption_transform,
@@ -121,6 +122,42 @@ class TrainData:
             latent_encoder=latents if isinstance(latents, OnlineLatentEncoder) else None,
             text_encoder=source if isinstance(source, OnlinePromptEmbeds) else None,
         )
+
+
+def read_data(
+    data: DataConfig, *, prompts: Sequence[str] = (), trust_index: bool = False
+) -> tuple[Folder, Folder]:
+    """Read the folder; return training and held-out records. ValueError names its problems.
+
+    prompts: captions of all images, which then need none of their own. trust_index: take the
+    scan that another process has just made.
+    """
+    if prompts:
+        data = replace(data, missing_caption="empty")
+    if not data.root:
+        raise ValueError("data.root is empty, expected a captioned folder; give --data.root=DIR")
+    folder = read_folder(
+        Path(data.root).expanduser(),
+        caption_column=data.caption_column,
+        file_column=data.file_column,
+        duplicate_rows=data.duplicate_rows,
+        sidecar_lines=data.sidecar_lines,
+        caption_template=data.caption_template,
+        missing_caption=data.missing_caption,
+        follow_links=data.follow_links,
+        heldout_fraction=data.heldout_fraction,
+        min_size=data.min_size,
+        max_aspect=data.max_aspect,
+        mask=data.mask,
+        cache_dir=cache_dir(data),
+        trust_index=trust_index,
+    )
+    folder.check(max_invalid_fraction=data.max_invalid_fraction)
+    folder = folder.with_captions(prompts) if prompts else folder
+    train = folder.split("train")
+    if not len(train):
+        raise ValueError(f"the data folder {data.root} has no image in its training split")
+    return train, folder.heldout()
 
 
 @dataclass(frozen=True)
@@ -212,15 +249,9 @@ def _samples(
     transform, partial_batches = caption_transform(config.data), config.data.partial_batches
     subject = _dataset(config, images, source=source, transform=transform, seed=seed)
     buckets = bucket_ids(images.folder, config.data)
-    make_order = partial(
-        EpochOrder,
-        buckets,
-        seed=seed,
-        partial=partial_batches,
-        draws=make_draws(images.folder, buckets),
-    )
     if class_images is None:
-        return subject, make_order(batch_size=batch_size)
+        order = EpochOrder(buckets, batch_size=batch_size, seed=seed, partial=partial_batches)
+        return subject, order
     classes = encode(class_images, replace(config.data, mask="none"))
     half, seed_of_class = batch_size // 2, class_seed(seed)
     prior = _dataset(
@@ -234,7 +265,7 @@ def _samples(
         num_subject=len(images.folder),
         prior_loss_weight=config.finetune.prior_loss_weight,
     )
-    order = make_order(batch_size=batch_size - half)
+    order = EpochOrder(buckets, batch_size=batch_size - half, seed=seed, partial=partial_batches)
     class_buckets = bucket_ids(classes.folder, config.data)
     class_order = EpochOrder(class_buckets, batch_size=half, seed=seed_of_class, partial="fill")
     return dataset, PairedOrder(order, class_order)

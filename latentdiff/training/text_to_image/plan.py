@@ -20,14 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from latentdiff.config.choices import OptimizerName
-from latentdiff.data.epoch_draws import EpochDraws
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.inspection.statistics import sample_rows, subfolder_counts
-from latentdiff.data.inspection.text_report import (
-    samples_text,
-    size_text,
-    subfolders_text,
-)
+from latentdiff.data.inspection.statistics import subfolder_counts
+from latentdiff.data.inspection.text_report import size_text, subfolders_text
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.fsdp import is_sharded, local_shard
@@ -69,7 +64,7 @@ def log_plan(run: Run, first_step: int) -> None:
     memory = estimate_memory(run)
     if not run.accelerator.is_main_process:
         return
-    _log_images(run.train_data.train, run.train_data.order.draws)
+    _log_images(run.train_data.train)
     _log_steps(run, first_step)
     logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
     _log_memory(memory, run)
@@ -243,12 +238,9 @@ def _activations_of(run: Run) -> int | None:
         return None
 
 
-def _log_images(train: Folder, draws: EpochDraws | None) -> None:
+def _log_images(train: Folder) -> None:
     """Log where the training images are, and which images of the folder are no records."""
     logger.info("training images: %s", subfolders_text(subfolder_counts(train)))
-    if draws is not None:
-        rows = sample_rows(train, draws)
-        logger.info("an epoch has %s samples: %s", f"{len(draws):,}", samples_text(rows))
     for key in UNUSED_IMAGES:
         if key in train.problems:
             logger.info("not trained on: %s", train.problems[key].line())
