@@ -1,4 +1,4 @@
-"""Commands that convert models: single files, merged LoRAs, small folders, EMAs, open_clip."""
+"""Commands that write models for others: single files, LoRAs, merged, packed, on the Hub."""
 
 from collections.abc import Sequence
 from os.path import expanduser
@@ -19,6 +19,7 @@ def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str])
     from latentdiff.sampling.conversion import export_single_file
 
     print(f"wrote {export_single_file(args.model, Path(args.out), dtype=args.dtype)}")
+    print("ComfyUI looks for it in models/checkpoints, A1111 in models/Stable-diffusion")
     return 0
 
 
@@ -82,20 +83,65 @@ def reconstruct_ema_command(parser: ArgumentParser, arguments: Sequence[str]) ->
     return 0
 
 
-def convert_open_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
-    """Convert the text encoder of an open_clip model to a text_encoder and a tokenizer folder."""
-    parser.add_argument("name", type=str, help="the model's name in open_clip, such as ViT-H-14")
-    parser.add_argument("weights", type=expanduser, help="its weights, a .safetensors file")
-    parser.add_argument("out", type=expanduser, help="folder for text_encoder/ and tokenizer/")
+def lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Write a LoRA in the names of kohya (ComfyUI, A1111) or of diffusers, from either.
+
+    Reads kohya's, diffusers' and peft's files, DoRA too; each layer acts as strongly as before.
+    """
+    parser.add_argument("lora", type=expanduser, help="a LoRA file or folder, or a run's folder")
+    parser.add_argument("--out", type=expanduser, required=True, help="the .safetensors file")
+    parser.add_argument(
+        "--format", type=str, default="kohya", help="kohya or diffusers: whose names to write"
+    )
+    parser.add_argument(
+        "--base", type=str, help="the model it was trained for, if it does not tell"
+    )
+    parser.add_argument(
+        "--dtype", type=str, help="float32, float16 or bfloat16; by default as in the file"
+    )
     args = parser.parse_args(arguments)
     quieten_libraries()
-    from latentdiff.atomic import atomic_files
-    from latentdiff.models.open_clip import load_open_clip
-    from latentdiff.models.save import save_component
+    from latentdiff.sampling.lora_conversion import convert_lora
 
-    text_encoder, tokenizer = load_open_clip(args.name, Path(args.weights))
-    for part, name in ((text_encoder, "text_encoder"), (tokenizer, "tokenizer")):
-        with atomic_files(Path(args.out) / name) as folder:
-            save_component(part, folder)
-    print(f"wrote {args.out}/text_encoder (width {text_encoder.config.hidden_size}) and tokenizer")
+    options = {"naming": args.format, "base": args.base, "dtype": args.dtype}
+    written = convert_lora(args.lora, Path(args.out), **options)
+    print(f"wrote {written.path}: {written.num_layers} layers in the names of {args.format}")
+    if args.format == "kohya" and (unknown := written.unknown_to_kohya):
+        print(f"kohya's own scripts leave out {len(unknown)} of them: {', '.join(unknown)}")
+    return 0
+
+
+def push_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Upload a model, a LoRA or an embedding to the Hugging Face Hub, with its card.
+
+    A README.md that you wrote is its card; otherwise one is made of what the run recorded.
+    """
+    parser.add_argument("source", type=str, help="a run's folder, a model's, or a LoRA file")
+    parser.add_argument("repo_id", type=str, help="OWNER/NAME on the Hub, made if it is not there")
+    parser.add_argument("--part", type=str, default="model", help="model, lora or embedding")
+    parser.add_argument("--private", action="store_true", help="a new repository is private")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be sent, no more")
+    parser.add_argument("--image", type=expanduser, help="an image for the top of the card")
+    parser.add_argument(
+        "--message", type=str, default="Upload with LatentDiff", help="of the commit"
+    )
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    args = parser.parse_args(arguments)
+    if args.part not in (parts := ("model", "lora", "embedding")):
+        raise ValueError(f"--part={args.part}, expected one of {', '.join(parts)}")
+    quieten_libraries()
+    from latentdiff.sampling import hub_upload
+    from latentdiff.sampling.release import MB
+
+    image = Path(args.image) if args.image else None
+    upload = hub_upload.plan_upload(args.source, args.repo_id, part=args.part, image=image)
+    sizes = upload.sizes()
+    for name, size in sizes.items():
+        print(f"{size / MB:8.2f} MB  {name}")
+    print(f"{sum(sizes.values()) / MB:8.2f} MB  for {args.repo_id}", flush=True)
+    if args.dry_run:
+        print(f"\nnothing is sent; {hub_upload.CARD} would be:\n\n{upload.card}")
+        return 0
+    options = {"private": args.private or None, "message": args.message}
+    print(f"sent: {hub_upload.send(upload, create_pr=args.create_pr, **options)}")
     return 0

@@ -56,12 +56,16 @@ ENTRIES = (
     Entry("compare", "evaluate:compare_subject_command", "Measure a tuned subject.", "measure"),
     Entry("export", "", "Write a model for other tools, smaller, or merged.", "share"),
     Entry("export single-file", "export:export_single_file_command", "One .safetensors file."),
+    Entry("export lora", "export:lora_command", "A LoRA in kohya's or diffusers' names."),
     Entry("export merge", "export:merge_lora_command", "Merge LoRA files into a model."),
     Entry("export ema", "export:reconstruct_ema_command", "Another EMA width of a run's weights."),
     Entry("export pack", "export:pack_command", "A small model: half precision, in shards."),
+    Entry("export push", "export:push_command", "Upload to the Hugging Face Hub, with a card."),
     Entry("export card-sheets", "evaluate:card_sheets_command", "The sheets of a model's card."),
     Entry("convert", "", "Convert what other tools wrote.", "share"),
-    Entry("convert open-clip", "export:convert_open_clip_command", "An open_clip text encoder."),
+    Entry("convert single-file", "convert:convert_single_file_command", "A .safetensors model."),
+    Entry("convert vae", "convert:convert_vae_command", "The VAE of a .safetensors file."),
+    Entry("convert open-clip", "convert:convert_open_clip_command", "An open_clip text encoder."),
     Entry("convert merge-folders", "data:merge_folders_command", "Captioned folders into one."),
 )
 COMMANDS = {entry.name: entry for entry in ENTRIES}

@@ -66,8 +66,19 @@ def pack_model(
     with atomic_folder(out) as temporary:
         (temporary / "README.md").write_text(text, encoding="utf-8")
         pipe.save_pretrained(temporary, max_shard_size=int(max_file_mb * MB))
-        _refuse_local_paths(temporary)
+        refuse_local_paths(temporary)
         return _sizes(temporary, max_file_mb=max_file_mb, max_total_mb=max_total_mb)
+
+
+def refuse_local_paths(folder: Path) -> None:
+    """Raise ValueError for a path of this machine in a config of a model's folder."""
+    for path in sorted(folder.rglob("*.json")):
+        if path.name in VOCABULARY:
+            continue
+        texts = _text_files(read_json(path))
+        if found := next((text for text in texts if LOCAL_PATH.fullmatch(text)), None):
+            name = path.relative_to(folder)
+            raise ValueError(f"{name} names {found}, expected no path of this machine; take it out")
 
 
 @torch.no_grad()
@@ -80,17 +91,6 @@ def _shrink(name: str, part: nn.Module, dtype: torch.dtype) -> None:
                 f"{key} of the {name} is not finite in {dtype}, expected weights that it can hold; "
                 "bfloat16 has float32's range"
             )
-
-
-def _refuse_local_paths(folder: Path) -> None:
-    """Raise ValueError for a local path in a config."""
-    for path in sorted(folder.rglob("*.json")):
-        if path.name in VOCABULARY:
-            continue
-        texts = _text_files(read_json(path))
-        if found := next((text for text in texts if LOCAL_PATH.fullmatch(text)), None):
-            name = path.relative_to(folder)
-            raise ValueError(f"{name} names {found}, expected no path of this machine; take it out")
 
 
 def _sizes(folder: Path, *, max_file_mb: float, max_total_mb: float) -> dict[str, int]:

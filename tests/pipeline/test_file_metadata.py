@@ -36,11 +36,15 @@ def test_entries_name_family_and_leave_out_what_is_unknown(tmp_path):
     spec = model_spec(weights, info=ModelInfo(), title="ink", width=64)
     assert spec["modelspec.architecture"] == "latent-diffusion"
     options = {"name": "ink", "rank": 4, "training": {"seed": 3}, "tags": {"cat": 2}}
-    known = kohya_metadata(info=ModelInfo(base_model="/home/me/sd15"), width=768, **options)
+    known = kohya_metadata(
+        weights, info=ModelInfo(base_model="/home/me/sd15"), width=768, **options
+    )
     assert known["ss_base_model_version"] == "sd_v1"
     assert known["ss_sd_model_name"] == "sd15"
     assert json.loads(known["ss_tag_frequency"]) == {"data": {"cat": 2}}
-    assert "ss_base_model_version" not in kohya_metadata(info=ModelInfo(), width=64, **options)
+    assert "ss_base_model_version" not in kohya_metadata(
+        weights, info=ModelInfo(), width=64, **options
+    )
     save_file(weights, tmp_path / "x.safetensors", metadata=spec | known)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == spec | known

@@ -72,6 +72,12 @@ def open_adapter(
     return _read(found)
 
 
+def stored_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a safetensors file holds next to its tensors."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def _checked_tensors(source: Mapping[Any, Any]) -> dict[str, Tensor]:
     for name, tensor in source.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

@@ -70,6 +70,7 @@ def model_spec(
 
 
 def kohya_metadata(
+    weights: Mapping[str, Tensor],
     *,
     info: ModelInfo,
     name: str,
@@ -78,11 +79,11 @@ def kohya_metadata(
     training: Mapping[str, object],
     tags: Mapping[str, int],
 ) -> dict[str, str]:
-    """Return kohya's ss_* entries of a LoRA; all values are texts there.
+    """Return kohya's ss_* entries of a LoRA, and the hash that A1111 names it by; all are texts.
 
-    name: the file's without its ending. rank: alpha too, the scale being part of the matrices;
-    None where it differs by layer. training: further entries, without ss_. tags: counts, under the
-    data set's name.
+    weights: by kohya's names. name: the file's without its ending. rank: alpha too, the scale being
+    part of the matrices; None where it differs by layer. training: further entries, without ss_.
+    tags: counts, under the data set's name.
     """
     size = info.resolution
     entries: dict[str, object] = {
@@ -93,12 +94,15 @@ def kohya_metadata(
         "network_alpha": "Dynamic" if rank is None else float(rank),
         "sd_model_name": info.base_model and public_name(info.base_model),
         "v2": width == 1024,
+        "v_parameterization": info.prediction_type and info.prediction_type == "v_prediction",
         "steps": info.steps,
         "resolution": size and f"({size}, {size})",
-        "tag_frequency": json.dumps({info.dataset or "data": dict(tags)}, ensure_ascii=False),
+        "tag_frequency": tags
+        and json.dumps({info.dataset or "data": dict(tags)}, ensure_ascii=False),
         **training,
     }
-    return {f"ss_{key}": str(value) for key, value in entries.items() if value is not None}
+    known = {f"ss_{key}": str(value) for key, value in entries.items() if value not in (None, {})}
+    return known | {"sshs_model_hash": tensors_hash(weights)}
 
 
 def tag_counts(captions: Iterable[str]) -> dict[str, int]:

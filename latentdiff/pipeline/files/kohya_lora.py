@@ -22,7 +22,10 @@ KOHYA_BLOCKS = re.compile(r"\.(attentions|resnets|downsamplers|upsamplers)\.")
 
 
 def kohya_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same adapters by kohya's names, such as lora_unet_X_to_q.lora_down.weight."""
+    """Return the same adapters by kohya's names, such as lora_unet_X_to_q.lora_down.weight.
+
+    DoRA's norms (Liu et al. 2024) are its dora_scale, a column there.
+    """
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         part, layer, matrix = _split(name)
@@ -30,9 +33,18 @@ def kohya_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if matrix == "lora_A":
             renamed[f"{flat}.lora_down.weight"] = tensor
             renamed[f"{flat}.alpha"] = torch.tensor(float(len(tensor)))
+        elif matrix == "lora_magnitude_vector":
+            dims = weights[name.partition(f".{matrix}")[0] + ".lora_A.weight"].ndim
+            renamed[f"{flat}.dora_scale"] = tensor.reshape(-1, *[1] * (dims - 1))
         else:
             renamed[f"{flat}.lora_up.weight"] = tensor
     return renamed
+
+
+def lora_rank(weights: Mapping[str, Tensor]) -> int | None:
+    """Return the layers' rank, None where it differs by layer; weights: by kohya's names."""
+    ranks = {len(x) for name, x in weights.items() if name.endswith(".lora_down.weight")}
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 def layers_unknown_to_kohya(names: Iterable[str]) -> list[str]:
@@ -51,7 +63,7 @@ def save_lora(
 ) -> int:
     """Write adapters to a safetensors file as a whole; return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    on_cpu = {name: tensor.cpu() for name, tensor in weights.items()}
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     with atomic_file(path) as temporary:
         save_file(on_cpu, temporary, metadata={"format": "pt"} | dict(metadata or {}))
     return path.stat().st_size

@@ -58,6 +58,30 @@ Its images show its training data's subjects, gaps and biases, and may repeat \
 training images.
 """
 
+ADAPTER_CARD = """---
+{head}
+---
+
+# {name}
+
+A {noun} for {base}, made with LatentDiff.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base_literal})
+pipe.{load}({literal})
+pipe({prompt}).images[0].save("image.png")
+```
+"""
+LOADING = {"LoRA": "load_lora_weights", "embedding": "load_textual_inversion"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -212,6 +236,36 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
     )
 
 
+def adapter_card(info: ModelInfo, *, name: str, noun: str, trigger: str = "") -> str:
+    """Return the card of a "LoRA" or an "embedding"; info: of the run's model.
+
+    trigger: words that call for what was learned, if any.
+    """
+    info = _published(info)
+    base = info.base_model
+    rows: list[tuple[str, object]] = [
+        ("Trigger words", trigger or "none"),
+        ("Base model", base),
+        *_last_training(info),
+        ("Licence", info.licence),
+        ("Resolution in pixels", info.resolution),
+    ]
+    shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]
+    head = _card_head(info, tag="lora" if noun == "LoRA" else "textual_inversion")
+    head["instance_prompt"] = trigger or None
+    return ADAPTER_CARD.format(
+        head=head.to_yaml(),
+        name=_escaped(name),
+        noun=noun,
+        base=_escaped(base or "a Stable Diffusion model"),
+        rows="\n".join(f"| {label} | {value} |" for label, value in shown),
+        base_literal=_literal(base or "base_model"),
+        load=LOADING[noun],
+        literal=_literal(name),
+        prompt=json.dumps(trigger or "a cat"),
+    )
+
+
 def _last_training(info: ModelInfo) -> list[tuple[str, object]]:
     """Return the rows of a card that tell how the model came from its base model."""
     if info.loras:
@@ -224,13 +278,13 @@ def _last_training(info: ModelInfo) -> list[tuple[str, object]]:
     ]
 
 
-def _card_head(info: ModelInfo) -> ModelCardData:
+def _card_head(info: ModelInfo, *, tag: str | None = None) -> ModelCardData:
     base = info.base_model
     return ModelCardData(
         license=info.licence if info.licence and _is_plain(info.licence) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["latentdiff", "stable-diffusion-diffusers", "text-to-image"],
+        tags=["latentdiff", "stable-diffusion-diffusers", "text-to-image", *([tag] if tag else [])],
         datasets=[info.dataset] if info.dataset and _is_plain(info.dataset) else None,
         base_model=base if base and "/" in base and _is_plain(base) else None,  # hub ids alone
     )

@@ -71,7 +71,7 @@ def config_folder(
             f"{path} reads prompt embeddings of width {width} and {channels} channels, expected "
             "768 or 1024 and 4 or 9; pass config= with the folder of such a model"
         )
-    configs = _bundled_configs(FAMILIES[width])
+    configs = bundled_configs(FAMILIES[width])
     configs["unet"]["in_channels"] = channels
     if prediction_type is None and V_PREDICTION in shapes:
         prediction_type = "v_prediction"
@@ -95,7 +95,8 @@ def _check_is_safetensors(path: Path) -> None:
         raise ValueError(f"{path} is no .safetensors file; expected a whole model in one")
 
 
-def _bundled_configs(family: str) -> dict[str, dict[str, Any]]:
+def bundled_configs(family: str) -> dict[str, dict[str, Any]]:
+    """Return the components' configs of a model family, "sd1" or "sd2", by component."""
     source = resources.files("latentdiff") / "assets" / "single_file" / f"{family}.json"
     configs: dict[str, dict[str, Any]] = json.loads(source.read_text(encoding="utf-8"))
     return configs

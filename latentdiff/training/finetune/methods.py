@@ -146,6 +146,7 @@ def _save_lora_files(
         return
     other, renamed = folder / "lora_kohya.safetensors", kohya_weights(weights)
     trained = kohya_metadata(
+        renamed,
         info=facts.info,
         name=facts.name,
         width=width,

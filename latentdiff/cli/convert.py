@@ -1,0 +1,71 @@
+"""Commands that convert what other programs wrote into folders: single files, VAEs, open_clip."""
+
+from collections.abc import Sequence
+from os.path import expanduser
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from latentdiff.cli.command import quieten_libraries
+
+DTYPE_HELP = "float32, float16 or bfloat16; by default as in the file"
+
+
+def convert_single_file_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Write a whole Stable Diffusion 1.x or 2.x model of one .safetensors file as a folder.
+
+    For checkpoints of ComfyUI, A1111, kohya's scripts and CivitAI. Nothing is fetched.
+    """
+    parser.add_argument("file", type=expanduser, help="the .safetensors file")
+    parser.add_argument("--out", type=expanduser, required=True, help="the folder to write")
+    parser.add_argument(
+        "--base", type=str, help="a model of the same layout, where the family's is another"
+    )
+    parser.add_argument(
+        "--prediction_type", type=str, help="epsilon for Stable Diffusion 2's 512 px base models"
+    )
+    parser.add_argument("--dtype", type=str, help=DTYPE_HELP)
+    values = parser.parse_args(arguments).as_dict()
+    quieten_libraries()
+    from latentdiff.sampling.single_files import folder_of_single_file
+
+    out = folder_of_single_file(values.pop("file"), Path(values.pop("out")), **values)
+    print(f"wrote {out}\nnext: latentdiff sample {out} 'a prompt' --out sheet.png")
+    return 0
+
+
+def convert_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Write the VAE of a .safetensors file, alone or of a whole model, as a folder."""
+    parser.add_argument("file", type=expanduser, help="the .safetensors file")
+    parser.add_argument("--out", type=expanduser, required=True, help="the folder to write")
+    parser.add_argument(
+        "--base", type=str, help="a model with a VAE of the same layout; by default SD 1's"
+    )
+    parser.add_argument("--scaling_factor", type=float, help="of its latents; the base's (0.18215)")
+    parser.add_argument("--dtype", type=str, help=DTYPE_HELP)
+    values = parser.parse_args(arguments).as_dict()
+    quieten_libraries()
+    from latentdiff.sampling.single_files import folder_of_vae
+
+    out = folder_of_vae(values.pop("file"), Path(values.pop("out")), **values)
+    print(f"wrote {out}\nnext: latentdiff train ... --model.vae={out}")
+    return 0
+
+
+def convert_open_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Convert the text encoder of an open_clip model to a text_encoder and a tokenizer folder."""
+    parser.add_argument("name", type=str, help="the model's name in open_clip, such as ViT-H-14")
+    parser.add_argument("weights", type=expanduser, help="its weights, a .safetensors file")
+    parser.add_argument("out", type=expanduser, help="folder for text_encoder/ and tokenizer/")
+    args = parser.parse_args(arguments)
+    quieten_libraries()
+    from latentdiff.atomic import atomic_files
+    from latentdiff.models.open_clip import load_open_clip
+    from latentdiff.models.save import save_component
+
+    text_encoder, tokenizer = load_open_clip(args.name, Path(args.weights))
+    for part, name in ((text_encoder, "text_encoder"), (tokenizer, "tokenizer")):
+        with atomic_files(Path(args.out) / name) as folder:
+            save_component(part, folder)
+    print(f"wrote {args.out}/text_encoder (width {text_encoder.config.hidden_size}) and tokenizer")
+    return 0
