@@ -32,12 +32,17 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     )
     config, options = parse_settings(parser, Config, arguments)
     quieten_libraries()
+    if config.model.pretrained:  # its size is that of data.resolution
+        from latentdiff.training.text_to_image.model import with_resolution
+
+        config = with_resolution(config)
     from latentdiff.data.folder.folder import read_folder
     from latentdiff.data.inspection.html_report import write_report_html
     from latentdiff.data.inspection.inspect import inspect_folder, matching_settings, progress_bar
     from latentdiff.data.inspection.text_report import report_as_text
 
-    settings = {**vars(config.train), **vars(config.data), **options}
+    settings = {**vars(config.train), **vars(config.data), "resolution": config.data.side_px}
+    settings |= options
     if config.finetune.instance_prompts:  # which stand for captions, as in training
         settings["missing_caption"] = "empty"
     folder = read_folder(**matching_settings(settings, read_folder), progress=progress_bar())

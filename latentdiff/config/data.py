@@ -6,6 +6,8 @@ from typing import Literal
 from latentdiff.config.choices import Mask
 from latentdiff.config.ranges import at_least, between, color, folder, share, share_below_1
 
+FROM_SCRATCH_PX = 512  # data.resolution of a new model whose config gives none
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -13,8 +15,9 @@ class DataConfig:
 
     root: str = ""
     """the captioned folder; it may hold train/ and test/ or validation/ folders"""
-    resolution: int = between(8, 16384, default=512)
-    """pixels of a square image; each is resized until it covers its size, then cropped"""
+    resolution: int | None = between(8, 16384, default=None)
+    """pixels of a square image; each is resized until it covers its size, then cropped; null: the
+    size that model.pretrained was trained at, or 512 from scratch"""
     buckets: bool = False
     """cut each image to the size nearest to its own aspect ratio, among sizes of at most
     resolution x resolution pixels, instead of to the square"""
@@ -82,9 +85,14 @@ class DataConfig:
     num_workers: int = between(0, 1024, default=0)
     """processes that prepare batches while training"""
 
+    @property
+    def side_px(self) -> int:
+        """Pixels of a square image; of a run, whose config names its resolution, just that."""
+        return FROM_SCRATCH_PX if self.resolution is None else self.resolution
+
     def check(self) -> None:
         """Raise ValueError for settings that exclude each other."""
-        if self.buckets and self.resolution % self.bucket_multiple:
+        if self.buckets and self.resolution and self.resolution % self.bucket_multiple:
             raise ValueError(
                 f"data.resolution={self.resolution} is not a multiple of data.bucket_multiple="
                 f"{self.bucket_multiple}; the bucket multiple is the VAE's factor times the "

@@ -30,10 +30,12 @@ def share_below_1(*, default: float) -> Any:
     return _ranged(default, lambda value: 0 <= value < 1, "a share in [0, 1), a number below 1")
 
 
-def between(minimum: float, maximum: float, *, default: float) -> Any:
-    """Declare a number in [minimum, maximum]."""
+def between(minimum: float, maximum: float, *, default: float | None) -> Any:
+    """Declare a number in [minimum, maximum]; None too where it is the default."""
     return _ranged(
-        default, lambda value: minimum <= value <= maximum, f"a number in [{minimum}, {maximum}]"
+        default,
+        lambda value: value is default is None or minimum <= value <= maximum,
+        f"a number in [{minimum}, {maximum}]",
     )
 
 

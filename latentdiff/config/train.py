@@ -26,7 +26,8 @@ class TrainConfig:
     batch_size: int = at_least(1, default=16)
     """images per optimiser step, over all processes and accumulated micro-batches"""
     micro_batch_size: int = at_least(0, default=0)
-    """images per forward pass of one process; 0: batch_size / processes, no accumulation"""
+    """images per forward pass of one process; 0: batch_size / processes, on a GPU halved until its
+    estimated memory fits"""
     learning_rate: float = between(0, 10, default=0.0)
     """peak learning rate; 0: the optimiser's own default, 1e-4 of adamw, adamw8bit and muon, 3e-5
     of lion, 3e-4 of schedule_free_adamw, and 1 of prodigy, which multiplies it by an estimate"""

@@ -4,6 +4,7 @@ So a mistake is found before any weight is loaded.
 """
 
 import json
+import math
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,32 @@ def read_json(path: Path) -> dict[str, Any]:
 def unet_factor(config: ComponentConfig) -> int:
     """Return the latent pixels along one side of a pixel of the U-Net's lowest level."""
     return 1 << (len(config["block_out_channels"]) - 1)
+
+
+def sample_size_px(unet: ComponentConfig, *, factor: int) -> tuple[int, int]:
+    """Return (height, width) in pixels that a U-Net was trained at; factor: the VAE's."""
+    size = unet.get("sample_size") or 64
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return int(height) * factor, int(width) * factor
+
+
+def size_in_reach(
+    height: int, width: int, *, trained: tuple[int, int], multiple: int
+) -> tuple[int, int] | None:
+    """Return a size of the same shape that a model can make, for one far beyond what it can.
+
+    That is twice the trained pixels and more, where subjects repeat and parts come apart; None for
+    any other size. trained: (height, width) in pixels. multiple: of pixels that sides must have.
+    """
+    times = height * width / (trained[0] * trained[1])
+    if times < 2:
+        return None
+    sides = (
+        max(multiple, round(side / math.sqrt(times) / multiple) * multiple)
+        for side in (height, width)
+    )
+    rows, columns = sides
+    return rows, columns
 
 
 REQUIRED = {

@@ -121,6 +121,18 @@ def load_components(
     return Components(**load_parts(path_or_id, given, torch_dtype=torch_dtype, variant=variant))
 
 
+def read_model_configs(path_or_id: str | Path) -> dict[str, dict[str, Any]]:
+    """Read the configs of a model's components; of a hub id they alone are fetched."""
+    folder = resolve_model(path_or_id)
+    refuse_wrong_path(folder, known=BUNDLED)
+    if not folder.exists():
+        patterns = ["*/*config.json"]
+        folder = _fetch(
+            lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
+        )
+    return read_configs(folder)
+
+
 def left_out(*, safety_checker: bool) -> dict[str, Any]:
     """Return the components that are opened as None where the safety checker is left out."""
     return dict.fromkeys(("safety_checker", "feature_extractor")) if safety_checker else {}

@@ -11,8 +11,10 @@ that one seed gives one image on every device.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +24,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm import Generators
+from latentdiff.models.compatibility import sample_size_px, size_in_reach, unet_factor
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.image_inputs import ImageInputs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,26 @@ def randn(shape: Sequence[int], generator: Generators, *, device: torch.device) 
 
 def trained_size_px(unet: UNet2DConditionModel, *, factor: int) -> tuple[int, int]:
     """Return (height, width) in pixels that the U-Net was trained at; factor: the VAE's."""
-    size = unet.config.sample_size or 64
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    return int(height) * factor, int(width) * factor
+    return sample_size_px(unet.config, factor=factor)
+
+
+def warn_if_beyond_trained(
+    size: tuple[int, int], unet: UNet2DConditionModel, *, factor: int
+) -> None:
+    """Warn, once in a process, of a size far beyond the trained one; name one that the model makes.
+
+    size: (height, width) in pixels of images that start from noise alone.
+    """
+    trained = trained_size_px(unet, factor=factor)
+    better = size_in_reach(*size, trained=trained, multiple=factor * unet_factor(unet.config))
+    if better is not None:
+        _warn_of_size(size, trained, better)
+
+
+@cache
+def _warn_of_size(size: tuple[int, int], trained: tuple[int, int], better: tuple[int, int]) -> None:
+    logger.warning(
+        "%d x %d pixels are %.1f times what this model was trained at (%d x %d), where subjects "
+        "repeat and parts come apart; take height=%d, width=%d",
+        *(*size, size[0] * size[1] / (trained[0] * trained[1]), *trained, *better),
+    )

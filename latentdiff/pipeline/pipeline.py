@@ -49,6 +49,7 @@ from latentdiff.pipeline.initial_latents import (
     generators_for,
     prepare_latents,
     trained_size_px,
+    warn_if_beyond_trained,
 )
 from latentdiff.pipeline.output import LatentDiffOutput, decode
 from latentdiff.pipeline.png_metadata import attach_settings, generation_metadata
@@ -323,8 +324,11 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         size: (height, width), by default the image's or the trained one.
         """
         factor = self.vae_scale_factor
-        default = images.size(multiple=factor) or trained_size_px(self.unet, factor=factor)
+        given = images.size(multiple=factor)
+        default = given or trained_size_px(self.unet, factor=factor)
         rows, columns = checks.size_px(*size, default=default, multiple=factor)
+        if given is None:
+            warn_if_beyond_trained((rows, columns), self.unet, factor=factor)
         shape = num_images, self.num_channels, rows // factor, columns // factor
         if latents is not None:
             checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))

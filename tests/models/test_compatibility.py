@@ -6,7 +6,7 @@ import pytest
 from fakes_models import make_unet
 from transformers import CLIPTokenizer
 
-from latentdiff.models.compatibility import check_compatible, read_configs
+from latentdiff.models.compatibility import check_compatible, read_configs, size_in_reach
 from latentdiff.models.components import Components
 
 
@@ -64,3 +64,15 @@ def test_components_refuse_parts_that_do_not_fit(components: Components) -> None
     )
     with pytest.raises(ValueError, match=r"tokenizer has 70\d tokens .* vocab_size is 572"):
         Components(**components.as_dict() | {"tokenizer": more})
+
+
+def test_size_in_reach_keeps_the_shape_and_the_trained_area() -> None:
+    def at_512(height: int, width: int) -> tuple[int, int] | None:
+        return size_in_reach(height, width, trained=(512, 512), multiple=64)
+
+    assert at_512(512, 512) is at_512(640, 768) is at_512(64, 64) is None
+    assert at_512(1024, 1024) == (512, 512)
+    assert at_512(1536, 768) == (704, 384)
+    assert at_512(4096, 64) is None  # no more pixels than it was trained at
+    assert size_in_reach(512, 512, trained=(64, 64), multiple=16) == (64, 64)
+    assert size_in_reach(4096, 16, trained=(64, 64), multiple=16) == (1024, 16)

@@ -15,6 +15,7 @@ from fakes_pipeline import (
     tiny_safety_checker,
     tiny_unet,
 )
+from PIL import Image
 
 from latentdiff.pipeline import LatentDiffPipeline
 
@@ -175,6 +176,22 @@ def test_sizes_other_than_the_trained_one():
     pipe = tiny_pipeline()
     image = pipe("a cat", height=20, width=44, num_inference_steps=2, seed=1).images[0]
     assert image.size == (44, 20)
+
+
+def test_a_size_far_beyond_the_trained_one_warns_once_with_one_that_fits(caplog):
+    pipe = tiny_pipeline()
+    trained = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    wide = {"height": trained, "width": 4 * trained, "num_inference_steps": 1, "seed": 1}
+    for _ in range(2):
+        pipe("a cat", **wide)
+    said = [one for one in caplog.messages if "what this model was trained at" in one]
+    assert len(said) == 1
+    assert f"height={trained // 2}, width={2 * trained}" in said[0]
+    caplog.clear()
+    pipe("a cat", height=trained, width=trained + 12, num_inference_steps=1, seed=1)
+    given = Image.new("RGB", (2 * trained, 2 * trained))
+    pipe("a cat", image=given, strength=0.5, num_inference_steps=2, seed=1)
+    assert not caplog.messages
 
 
 def test_prompt_embeds_stand_for_the_prompt():

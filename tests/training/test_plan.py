@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from latentdiff.models.build import build_unet
+from latentdiff.training.distributed import start_accelerator
+from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.metrics_log import log_throughput
+from latentdiff.training.text_to_image import plan
 from latentdiff.training.text_to_image.plan import estimate_activations, optimizer_bytes
+from latentdiff.training.text_to_image.setup import setup
 from latentdiff.training.text_to_image.train_t2i import train
 
 CHANNELS, LATENT_SIZE = 4, 16
@@ -131,3 +136,27 @@ def test_plan_is_logged_before_the_first_step(
     assert messages.index(next(m for m in messages if m.startswith("memory of a"))) < (
         messages.index(next(m for m in messages if "images/s" in m))
     )
+
+
+def test_micro_batch_is_halved_until_its_memory_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_activations_of", lambda run: run.layout.micro_batch_size * 10**6)
+    world = make_world(tmp_path)
+    config = make_config(world, tmp_path / "run", train__batch_size=7)
+    run = setup(config, tmp_path / "run", start_accelerator(config))
+    needed = plan.estimate_memory(run).on_device
+
+    def sizes(available: int | None, *, given: int = 0) -> tuple[int, int]:
+        settings = replace(config, train=replace(config.train, micro_batch_size=given))
+        layout = BatchLayout.of(7, given, 1)
+        fitted = plan.fitting_layout(
+            replace(run, config=settings, layout=layout), available=available
+        )
+        return fitted.micro_batch_size, fitted.accumulation
+
+    assert sizes(None) == sizes(needed) == (7, 1)
+    assert sizes(needed - 1) == sizes(needed - 3 * 10**6) == (4, 2)
+    assert sizes(needed - 5 * 10**6) == (2, 4)
+    assert sizes(1) == (1, 7)
+    assert sizes(1, given=4) == (4, 2)

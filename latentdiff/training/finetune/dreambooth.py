@@ -107,7 +107,7 @@ def generate_class_images(
         "model": base_hash,
         "scheduler": {k: str(v) for k, v in sorted(components.scheduler.config.items())},
         "prompt": settings.class_prompt,
-        "resolution": config.data.resolution,
+        "resolution": config.data.side_px,
         "num_steps": settings.class_num_steps,
         "guidance_scale": settings.class_guidance_scale,
     }
@@ -141,7 +141,7 @@ def _generate(
     accelerator: Accelerator,
 ) -> None:
     """Generate this process's share of the missing images, by their numbers, into `root`."""
-    settings, size = config.finetune, config.data.resolution
+    settings, size = config.finetune, config.data.side_px
     if not missing:
         return
     pipeline = make_pipeline(replace(components, safety_checker=None, feature_extractor=None))

@@ -37,6 +37,7 @@ from latentdiff.training.text_to_image.model import (
     check_components,
     load_vae_of,
     trains_text_encoder,
+    with_resolution,
 )
 
 TOLERANCE = 0.05  # of raw latents: above the rounding of another device, below another VAE's
@@ -87,6 +88,7 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
 
     ValueError or FileNotFoundError names the error in the config or the data.
     """
+    config = with_resolution(config)
     train, heldout = _checked(config)
     vae = load_vae_of(config)
     for name, folder, data in _parts(config, train, heldout):
@@ -110,6 +112,7 @@ def verify_caches(
     config: Config, *, num_samples: int = 16, device: torch.device | str = "cpu"
 ) -> Iterator[Verified]:
     """Encode a subsample of a config's images again and compare; nothing is written."""
+    config = with_resolution(config)
     train, heldout = _checked(config)
     codec = LatentCodec(load_vae_of(config).to(device))
     for name, folder, data in _parts(config, train, heldout):
@@ -144,6 +147,7 @@ def describe_pruned(found: Sequence[tuple[Path, int]], *, deleted: bool) -> Iter
 
 def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
     """Yield the keys of all cached items that a run with this config reads."""
+    config = with_resolution(config)
     check_components(config)
     folders = read_data(config.data, prompts=config.finetune.instance_prompts)
     if config.data.cache:

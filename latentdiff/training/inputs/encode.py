@@ -45,9 +45,9 @@ MaskSource: TypeAlias = MaskCache | Masks
 def bucket_sizes(data: DataConfig) -> tuple[Bucket, ...]:
     """List the sizes that images are cut to; the square alone without data.buckets."""
     if not data.buckets:
-        return (Bucket(data.resolution, data.resolution),)
+        return (Bucket(data.side_px, data.side_px),)
     return make_buckets(
-        data.resolution, multiple=data.bucket_multiple, max_aspect=data.bucket_max_aspect
+        data.side_px, multiple=data.bucket_multiple, max_aspect=data.bucket_max_aspect
     )
 
 
@@ -95,7 +95,7 @@ def cache_latents(
         cache_dir=cache_dir(data),
         plan=plan,
         flips=data.random_flip,
-        batch_size=max(1, min(32, PIXELS_PER_BATCH // data.resolution**2)),
+        batch_size=max(1, min(32, PIXELS_PER_BATCH // data.side_px**2)),
         shard=(accelerator.process_index, accelerator.num_processes),
         progress=accelerator.is_local_main_process,
     )

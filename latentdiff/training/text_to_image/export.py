@@ -204,7 +204,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         base_model=config.model.pretrained or None,
         dataset=Path(config.data.root).name,
         steps=step,
-        resolution=config.data.resolution,
+        resolution=config.data.side_px,
         guidance_scale=base.guidance_scale,
         metrics=metrics,
     )

@@ -6,6 +6,7 @@ Also the attention kernel of the U-Net in training. Does not answer for: wrappin
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,25 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config.choices import AttentionKernel
-from latentdiff.config.data import DataConfig
+from latentdiff.config.data import FROM_SCRATCH_PX, DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.cpu.fused_transformers import fuse_transformers
 from latentdiff.diffusion.prediction import check_objective
 from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler, schedule_of
-from latentdiff.models.compatibility import check_compatible, read_configs, read_json, unet_factor
+from latentdiff.models.compatibility import (
+    check_compatible,
+    read_configs,
+    read_json,
+    sample_size_px,
+    unet_factor,
+)
 from latentdiff.models.components import (
     Components,
     load_components,
     load_text,
     load_vae,
+    read_model_configs,
     resolve_model,
 )
 from latentdiff.models.latents import Autoencoder, latent_factor
@@ -55,13 +63,28 @@ class TextToImage(nn.Module):
         return output
 
 
+def with_resolution(config: Config) -> Config:
+    """Return the config with the size of images that it leaves to the model to fine-tune.
+
+    Reads config files only. FileNotFoundError or ValueError for a model that cannot be found.
+    """
+    if config.data.resolution is not None:
+        return config
+    size = FROM_SCRATCH_PX
+    if config.model.pretrained:
+        configs = read_model_configs(config.model.pretrained)
+        if "unet" in configs and "vae" in configs:
+            size = min(sample_size_px(configs["unet"], factor=latent_factor(configs["vae"])))
+    return replace(config, data=replace(config.data, resolution=size))
+
+
 def check_components(config: Config) -> None:
     """Raise ValueError or FileNotFoundError for parts that do not fit; reads config files only."""
     if config.model.pretrained:
         folder = resolve_model(config.model.pretrained)
         if folder.is_dir():
             configs = read_configs(folder)
-            check_compatible(configs, image_size=config.data.resolution)
+            check_compatible(configs, image_size=config.data.side_px)
             _check_buckets(configs, config.data)
         return
     if not config.model.vae:
@@ -86,7 +109,7 @@ def check_components(config: Config) -> None:
             "cross_attention_dim": text_config.get("hidden_size"),
         },
     }
-    check_compatible(configs, image_size=config.data.resolution)
+    check_compatible(configs, image_size=config.data.side_px)
     _check_buckets(configs, config.data)
 
 
@@ -127,7 +150,7 @@ def new_components(
             num_heads=model.text.num_heads,
         )
     unet = build_unet(
-        sample_size=config.data.resolution // latent_factor(vae.config),
+        sample_size=config.data.side_px // latent_factor(vae.config),
         in_channels=vae.config["latent_channels"],
         block_out_channels=model.unet.block_out_channels,
         attention_levels=model.unet.attention_levels,

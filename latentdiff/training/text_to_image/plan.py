@@ -9,10 +9,11 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -23,15 +24,18 @@ from latentdiff.config.choices import OptimizerName
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.statistics import subfolder_counts
 from latentdiff.data.inspection.text_report import size_text, subfolders_text
+from latentdiff.models.compatibility import sample_size_px, size_in_reach
 from latentdiff.models.components import Components
-from latentdiff.models.latents import LatentCodec
+from latentdiff.models.latents import LatentCodec, latent_factor
 from latentdiff.training.fsdp import is_sharded, local_shard
+from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import bucket_sizes
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.optim.optimizer import OPTIMIZERS
 from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
+USABLE = 0.85  # share of a GPU's memory; the rest is for kernels and unused blocks
 SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
 UNUSED_IMAGES = ("by_product", "unused_mask", "stray_mask", "second_mask", "unlisted")
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
@@ -76,6 +80,7 @@ def log_plan(run: Run, first_step: int) -> None:
     if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
     _warn_of_half_the_chain(run)
+    _warn_of_resolution(run)
     if not len(run.train_data.heldout):
         logger.warning("no image is held out, so no held-out loss; set data.heldout_fraction")
 
@@ -91,6 +96,45 @@ def _warn_of_half_the_chain(run: Run) -> None:
             "there on for its class, and it ends so; a new --output_dir trains both on all",
             half,
         )
+
+
+def _warn_of_resolution(run: Run) -> None:
+    """Warn of images far larger than those that the model to fine-tune was trained at."""
+    side, vae = run.config.data.side_px, run.components.vae
+    trained = sample_size_px(run.components.unet.config, factor=latent_factor(vae.config))
+    if size_in_reach(side, side, trained=trained, multiple=1) is not None:
+        logger.warning(
+            "data.resolution=%d is far beyond the %d px that this model was trained at: each image "
+            "costs %.0f times as much, and so small a model may never draw them; leave "
+            "data.resolution out to train at %d px",
+            *(side, min(trained), side**2 / (trained[0] * trained[1]), min(trained)),
+        )
+
+
+def usable_memory(device: torch.device) -> int | None:
+    """Return the bytes of a GPU that training may plan with; None for other devices."""
+    if device.type != "cuda":
+        return None
+    return int(USABLE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def fitting_layout(run: Run, *, available: int | None) -> BatchLayout:
+    """Return the layout whose micro-batch needs at most `available` bytes, by the estimate.
+
+    Halved until it fits; one image at once where even that does not. The run's own where the config
+    names a micro-batch, or where memory is not known. The sums of a step, and so its result but for
+    rounding, are those of the whole batch. Every process must call it; all take the smallest.
+    """
+    layout = run.layout
+    if run.config.train.micro_batch_size or available is None:
+        return layout
+    while layout.micro_batch_size > 1:
+        memory = estimate_memory(replace(run, layout=layout))
+        if memory.activations is None or memory.on_device <= available:
+            break
+        layout = replace(layout, micro_batch_size=-(-layout.micro_batch_size // 2))
+    smallest = min(gather_object([layout.micro_batch_size]))
+    return replace(layout, micro_batch_size=smallest)
 
 
 def count_parameters(components: Components) -> list[str]:
@@ -254,7 +298,7 @@ def _log_steps(run: Run, first_step: int) -> None:
         run.folder,
         f"{len(run.train_data.train):,}",
         f"{len(run.train_data.heldout):,}",
-        run.config.data.resolution,
+        run.config.data.side_px,
         settings.mixed_precision,
         run.accelerator.device,
     )

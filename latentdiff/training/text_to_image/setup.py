@@ -208,7 +208,7 @@ def _trainable_model(
     model.train()
     if _is_channels_last(settings.channels_last, accelerator):
         components.unet.to(memory_format=torch.channels_last)
-    side = config.data.resolution // LatentCodec(components.vae).factor
+    side = config.data.side_px // LatentCodec(components.vae).factor
     set_attention(components.unet, settings.attention, num_latent_pixels=side**2, device=device)
     if device.type == "cpu" and settings.attention == "auto":
         use_fused_transformers(model)

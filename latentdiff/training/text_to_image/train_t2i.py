@@ -47,8 +47,8 @@ from latentdiff.training.resume import begin_run
 from latentdiff.training.run_folder import open_run_folder
 from latentdiff.training.stop_signals import die_with_parent
 from latentdiff.training.text_to_image.export import averaged, export
-from latentdiff.training.text_to_image.model import check_components
-from latentdiff.training.text_to_image.plan import log_plan
+from latentdiff.training.text_to_image.model import check_components, with_resolution
+from latentdiff.training.text_to_image.plan import fitting_layout, log_plan, usable_memory
 from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
 from latentdiff.training.text_to_image.setup import Run, setup
 from latentdiff.training.text_to_image.train_step import StepResult
@@ -69,6 +69,7 @@ def train(config: Config) -> int:
     at once: nothing is lost by it.
     """
     die_with_parent()
+    config = with_resolution(config)
     check_components(config)
     check_prompts(config.preview.prompts)
     open_initial_file(config.finetune)
@@ -78,6 +79,7 @@ def train(config: Config) -> int:
         rule = strata_rule_of(start.checkpoint)
         run = setup(config, folder, accelerator)
         run.strata_rule = rule
+        run.layout = fitting_layout(run, available=usable_memory(accelerator.device))
         log_plan(run, start.step)
         if accelerator.is_main_process:
             drop_snapshots_after(folder, start.step)
