@@ -26,7 +26,7 @@ from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.training.text_to_image.train_t2i import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHODS = {"full": ("finetune_sd15.yaml", 256), "lora": ("finetune_lora.yaml", 512)}
+METHODS = {"full": ("full_sd15_40gb.yaml", 256), "lora": ("lora_sd15_8gb.yaml", 512)}
 
 
 def make_folder(path: Path) -> None:

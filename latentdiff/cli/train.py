@@ -10,7 +10,7 @@ from latentdiff.config.clip import ClipConfig
 from latentdiff.config.io import parse_settings
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
-from latentdiff.config.yaml_file import CONFIGS, first_line, shipped_configs
+from latentdiff.config.yaml_file import CONFIGS, GOALS, find_config, read_header, shipped_configs
 
 
 def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
@@ -44,11 +44,30 @@ def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
 
 def configs_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
-    """List the configs that ship, each of which --config takes by its name."""
-    parser.parse_args(arguments)
-    configs = shipped_configs()
-    width = max(map(len, configs))
-    for name, path in configs.items():
-        print(f"{name:{width}}  {first_line(path)}")
-    print(f"\nThe files, to read or to copy, are in {CONFIGS.resolve()}")
+    """List the configs that --config takes, by goal, with memory and time; or print one of them.
+
+    A config is a file of settings: print one to read it, or write it to a file and change that.
+    """
+    parser.add_argument("name", type=str, nargs="?", help="a config, to print its file")
+    name = parser.parse_args(arguments).name
+    print(config_table() if name is None else find_config(name).read_text(encoding="utf-8"), end="")
     return 0
+
+
+def config_table() -> str:
+    """Return the configs that ship, a line each under their goals."""
+    headers = {name: read_header(path) for name, path in shipped_configs().items()}
+    width, lines = max(map(len, headers)), []
+    for goal, meaning in GOALS.items():
+        lines += ["", f"{goal}: {meaning}"]
+        for name, header in headers.items():
+            if header.goal == goal:
+                lines.append(f"  {name:{width}}  {header.memory}; {header.time}")
+                lines.append(f"  {'':{width}}  {header.data}")
+    lines += [
+        "",
+        "Start:  latentdiff train --config NAME --data.root=DIR",
+        "Read:   latentdiff configs NAME     (what it does, and its own command)",
+        f"Files:  {CONFIGS.resolve()}",
+    ]
+    return "\n".join(lines[1:]) + "\n"

@@ -5,15 +5,37 @@ means: a key given twice, of which one is lost in silence, and a few lines of al
 millions of values.
 """
 
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 import yaml
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = Path(__file__).parents[1]
 # In a wheel a folder, in a clone a link to its configs/, which a checkout on Windows may lack.
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+GOALS = {  # of a config that ships, as in its header -> what it is for
+    "start": "see it work",
+    "lora": "a style, a subject or a few: a small file on top of a model",
+    "dreambooth": "one subject from a handful of photographs",
+    "textual_inversion": "a new word, and nothing else of the model changes",
+    "full": "a domain: all of the model",
+    "scratch": "a model of your own, from noise",
+    "parts": "a VAE or a text encoder for one",
+}
+RENAMED_CONFIGS = {  # old name of a config that ships -> its name; the old one still works
+    "dreambooth_lora": "dreambooth_sd15_8gb",
+    "finetune_full": "full_sd15_24gb",
+    "finetune_lora": "lora_sd15_8gb",
+    "finetune_sd15": "full_sd15_40gb",
+    "mini": "scratch_mini",
+    "textual_inversion": "textual_inversion_sd15_8gb",
+}
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 20, 20_000
 
 
@@ -25,22 +47,48 @@ def shipped_configs() -> dict[str, Path]:
 def find_config(name: str | Path) -> Path:
     """Return the settings file at a path, or the one that ships under a name; the path wins.
 
-    Raises FileNotFoundError that gives the nearest name.
+    An old name, also as configs/OLD.yaml, gives the new file, with one warning. Raises
+    FileNotFoundError that gives the nearest name.
     """
     path, shipped = Path(name).expanduser(), shipped_configs()
     if path.is_file():
         return path
     if str(name) in shipped:
         return shipped[str(name)]
+    old = path.stem if path.suffix == ".yaml" and path.parent.name == "configs" else str(name)
+    if old in RENAMED_CONFIGS:
+        _warn_of_old_name(old)
+        return shipped[RENAMED_CONFIGS[old]]
     near = get_close_matches(path.stem, shipped, n=1)
     hint = f"did you mean {near[0]}?" if near else f"those that ship: {', '.join(shipped)}"
     raise FileNotFoundError(f"the config file {path} does not exist; {hint}")
 
 
-def first_line(path: Path) -> str:
-    """Return what the comment in a settings file's first line says of it."""
-    with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("# ").strip()
+@cache
+def _warn_of_old_name(name: str) -> None:
+    logger.warning("the config %s is now %s; the old name still works", name, RENAMED_CONFIGS[name])
+
+
+@dataclass(frozen=True)
+class ConfigHeader:
+    """What the comment at the top of a config that ships says; goal is a key of GOALS.
+
+    summary: its first line. time: of a run, "not measured" where it is a guess.
+    """
+
+    summary: str
+    goal: str
+    data: str
+    memory: str
+    time: str
+    command: str
+
+
+def read_header(path: Path) -> ConfigHeader:
+    """Read the comment at the top of a config that ships: a summary, then a line for each field."""
+    lines = [line.strip("# ") for line in path.read_text(encoding="utf-8").splitlines()[:6]]
+    given = {key: value for key, _, value in (line.partition(": ") for line in lines[1:])}
+    return ConfigHeader(lines[0], **given)
 
 
 def read_yaml(path: Path) -> str:
