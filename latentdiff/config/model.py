@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from latentdiff.config.ranges import at_least, check_multiples, share, widths
+from latentdiff.config.ranges import at_least, at_least_if_given, check_multiples, share, widths
 
 GROUPS = 32  # of the U-Net's group norms
 
@@ -52,6 +52,10 @@ class ModelConfig:
     text_encoder: str = ""
     """a folder with text_encoder/ and tokenizer/, frozen unless train.train_text_encoder is true;
     empty trains a new text encoder"""
+    clip_skip: int | None = at_least_if_given(0)
+    """last layers of the text encoder that are skipped when captions are encoded, as diffusers
+    counts: 1 is what A1111 and kohya call clip skip 2. null: as model.pretrained was trained, else
+    0"""
     safety_checker: bool = True
     """with pretrained: keep the model's safety checker, if any; false leaves it out, unread"""
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -71,6 +75,11 @@ class ModelConfig:
             check_multiples("model.unet.block_out_channels", unet.block_out_channels, GROUPS)
             check_multiples("model.unet.block_out_channels", unet.block_out_channels, unet.head_dim)
             check_multiples("model.text.width", [self.text.width], self.text.num_heads)
+        if self.clip_skip and not (self.pretrained or self.text_encoder):
+            raise ValueError(
+                f"model.clip_skip={self.clip_skip} skips layers of a text encoder that is trained "
+                "already, and a new one has none to spare: set model.text.num_layers instead"
+            )
         if self.pretrained and (self.vae or self.text_encoder):
             raise ValueError(
                 "model.pretrained brings its own VAE and text encoder; leave model.vae and "

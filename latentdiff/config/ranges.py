@@ -15,6 +15,15 @@ def at_least(minimum: float, *, default: float) -> Any:
     )
 
 
+def at_least_if_given(minimum: float) -> Any:
+    """Declare a finite number from `minimum` up, or none."""
+    return _ranged(
+        None,
+        lambda value: value is None or minimum <= value < math.inf,
+        f"a number of at least {minimum}, or null",
+    )
+
+
 def positive(*, default: float) -> Any:
     """Declare a finite number above 0."""
     return _ranged(default, lambda value: 0 < value < math.inf, "a number above 0")

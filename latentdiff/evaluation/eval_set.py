@@ -185,7 +185,8 @@ def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tenso
 
 def _prompt_embeds(components: Components, captions: Sequence[str]) -> Tensor:
     ids = tokenize(components.tokenizer, captions)
-    return encode_text(components.text_encoder, ids).float().cpu()
+    end_id = components.tokenizer.eos_token_id
+    return encode_text(components.text_encoder, ids, end_id=end_id).float().cpu()
 
 
 def read_classes(root: Path, ids: Sequence[str], column: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ tokenizers trained from scratch. Encoders of open_clip models are converted in o
 import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -58,12 +59,55 @@ def expand_multivector_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str])
     return expanded
 
 
-def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
-    """Return prompt embeddings (B, L, D) of token ids (B, L): the last hidden state after the final
-    layer norm.
+def clip_skip_of(text_encoder: CLIPTextModel | None) -> int:
+    """Return how many layers of a text encoder are skipped by default, counted from the last.
 
-    No attention mask, as in Stable Diffusion: padding is attended to. dtype is the encoder's
-    (autocast applies).
+    Its config has the number, as `set_clip_skip` leaves it; 0 where it has none. Raises ValueError
+    for a config with another value than 0 .. layers - 1.
+    """
+    if text_encoder is None:
+        return 0
+    config = text_encoder.config
+    return check_clip_skip(
+        getattr(config, "clip_skip", 0),
+        num_layers=config.num_hidden_layers,
+        name="clip_skip of the text encoder's config.json",
+    )
+
+
+def check_clip_skip(value: object, *, num_layers: int, name: str) -> int:
+    """Return a number of skipped layers; ValueError, with its name, where a text encoder has too
+    few.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_layers:
+        raise ValueError(
+            f"{name} is {value!r:.80}, expected 0 to {num_layers - 1}: the text encoder has "
+            f"{num_layers} layers"
+        )
+    return value
+
+
+def set_clip_skip(text_encoder: CLIPTextModel, value: int | None) -> None:
+    """Let a text encoder skip its last layers wherever prompts are encoded; None: as it is.
+
+    Kept in its config, so it is saved with the model. ValueError where it has too few layers.
+    """
+    if value is None or value == clip_skip_of(text_encoder):
+        return
+    num_layers = text_encoder.config.num_hidden_layers
+    check_clip_skip(value, num_layers=num_layers, name="model.clip_skip")
+    text_encoder.config.clip_skip = value
+
+
+def encode_text(
+    text_encoder: CLIPTextModel, input_ids: Tensor, *, end_id: int | None = None
+) -> Tensor:
+    """Return prompt embeddings (B, L, D) of token ids (B, L): the last hidden state after the final
+    layer norm, or one before it as `clip_skip_of` says.
+
+    end_id: of the end token. Where layers are skipped, the empty caption is still that of the last
+    layer, as diffusers encodes the empty negative prompt. No attention mask, as in Stable
+    Diffusion: padding is attended to. dtype is the encoder's (autocast applies).
     """
     limit = text_encoder.config.max_position_embeddings
     if input_ids.ndim != 2 or input_ids.shape[1] > limit:
@@ -72,8 +116,23 @@ def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
             f"{limit}; set the tokenizer's model_max_length to the text encoder's "
             "max_position_embeddings"
         )
-    prompt_embeds: Tensor = text_encoder(input_ids.to(text_encoder.device)).last_hidden_state
-    return prompt_embeds  # (B, L, D)
+    input_ids, skipped = input_ids.to(text_encoder.device), clip_skip_of(text_encoder)
+    output: Any = text_encoder(input_ids, output_hidden_states=skipped > 0)
+    last: Tensor = output.last_hidden_state  # (B, L, D)
+    if not skipped:
+        return last
+    is_null = input_ids[:, 1] == (-1 if end_id is None else end_id)  # after the start token
+    earlier = earlier_layer(text_encoder, output.hidden_states, skipped)
+    return torch.where(is_null[:, None, None], last, earlier)
+
+
+def earlier_layer(
+    text_encoder: CLIPTextModel, hidden_states: Sequence[Tensor], skipped: int
+) -> Tensor:
+    """Return the hidden state (B, L, D) so many layers before the last, after the final norm."""
+    text_model = getattr(text_encoder, "text_model", text_encoder)
+    normed: Tensor = text_model.final_layer_norm(hidden_states[-(skipped + 1)])
+    return normed
 
 
 def truncated_part(tokenizer: CLIPTokenizer, caption: str) -> str:

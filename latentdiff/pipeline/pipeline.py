@@ -67,7 +67,8 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     - prompt, negative_prompt: a text or a list; "(red:1.3) apple" weighs words. prompt_embeds,
       negative_prompt_embeds (B, L, D) stand for them. long_prompts: "truncate" warns of words that
       do not fit, "chunks" reads all. prompt_weighting: False takes texts verbatim, as training
-      takes captions. clip_skip: layers of the text encoder that are skipped.
+      takes captions. clip_skip: layers of the text encoder that are skipped,
+      by default as in its training.
     - image, strength in (0, 1]: start from an image, a tensor or array in [0, 1] or [-1, 1];
       mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.

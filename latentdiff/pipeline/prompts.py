@@ -24,7 +24,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.models.text import NULL_CAPTION, expand_multivector_tokens
+from latentdiff.models.text import (
+    NULL_CAPTION,
+    clip_skip_of,
+    earlier_layer,
+    expand_multivector_tokens,
+)
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.lora_scale import apply_lora_scale
 
@@ -95,7 +100,8 @@ class EncodePromptMixin:
         """Return the embeddings of prompts and, for guidance, of negative prompts, each (B, L, D).
 
         The arguments are Stable Diffusion's, in its order, long_prompts and prompt_weighting; B
-        counts num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone.
+        counts num_images_per_prompt images a prompt. As there, clip_skip acts on the prompt alone;
+        None is what the text encoder was trained with.
         """
         inputs = self._read_prompts(
             (None if prompt_embeds is not None else prompt, negative_prompt or None),
@@ -123,6 +129,8 @@ class EncodePromptMixin:
         """
         (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds) = texts, embeds
         long_prompts, clip_skip, prompt_weighting = options
+        if clip_skip is None:
+            clip_skip = clip_skip_of(self.text_encoder) or None
         if (prompt is None) == (prompt_embeds is None):
             got = "neither" if prompt is None else "both"
             raise ValueError(
@@ -366,9 +374,7 @@ def _forward(text_encoder: CLIPTextModel, input_ids: Tensor, clip_skip: int | No
         embeds: Tensor = text_encoder(input_ids).last_hidden_state
         return embeds
     layers = text_encoder(input_ids, output_hidden_states=True).hidden_states
-    text_model = getattr(text_encoder, "text_model", text_encoder)
-    normed: Tensor = text_model.final_layer_norm(layers[-(clip_skip + 1)])
-    return normed
+    return earlier_layer(text_encoder, layers, clip_skip)
 
 
 def _warn_of_truncation(tokenizer: CLIPTokenizer, tokens: Sequence[Tokens], window: int) -> None:

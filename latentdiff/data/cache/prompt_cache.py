@@ -25,7 +25,7 @@ from latentdiff.data.cache.tensor_store import (
     check_room,
     owned_by_rank,
 )
-from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
+from latentdiff.models.text import NULL_CAPTION, clip_skip_of, encode_text, tokenize
 from latentdiff.models.weights import weights_hash
 
 T = TypeVar("T")
@@ -140,6 +140,8 @@ def encoder_hash(
         "tokenizer": tokenizer_identity(tokenizer),
         "dtype": str(dtype),
     }
+    if skipped := clip_skip_of(text_encoder):  # absent without, as before there was the setting
+        settings["clip_skip"] = skipped
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 
@@ -158,7 +160,8 @@ def encode_captions(
 ) -> Tensor:
     """Encode captions to prompt embeddings (B, L, D) on the CPU, without autocast."""
     with torch.autocast(text_encoder.device.type, enabled=False):
-        return encode_text(text_encoder, tokenize(tokenizer, captions)).cpu()
+        ids = tokenize(tokenizer, captions)
+        return encode_text(text_encoder, ids, end_id=tokenizer.eos_token_id).cpu()
 
 
 def _missing(store: TensorStore, keys: list[bytes], *, shard: tuple[int, int]) -> list[int]:

@@ -95,6 +95,7 @@ def kohya_metadata(
         "sd_model_name": info.base_model and public_name(info.base_model),
         "v2": width == 1024,
         "v_parameterization": info.prediction_type and info.prediction_type == "v_prediction",
+        "clip_skip": info.clip_skip and info.clip_skip + 1,
         "steps": info.steps,
         "resolution": size and f"({size}, {size})",
         "tag_frequency": tags

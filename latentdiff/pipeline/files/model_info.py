@@ -93,7 +93,7 @@ class ModelInfo:
     none at all; base_caption_dropout: the most in any training of the base model before. dataset,
     steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
     metrics: name to value, with sample counts where they are estimates. guidance_scale: of a call
-    that gives none.
+    that gives none. clip_skip: layers of the text encoder that captions skipped.
     """
 
     caption_dropout: float | None = None
@@ -105,6 +105,7 @@ class ModelInfo:
     steps: int | None = None
     resolution: int | None = None
     guidance_scale: float | None = None
+    clip_skip: int | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -148,6 +149,7 @@ def merged_info(
         prediction_type=prediction_type,
         resolution=info.resolution,
         guidance_scale=info.guidance_scale,
+        clip_skip=info.clip_skip,
         loras=loras,
     )
 
@@ -223,6 +225,9 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
         ("Resolution in pixels", info.resolution),
         ("Prediction type", info.prediction_type),
     ]
+    if info.clip_skip:
+        named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
+        rows.append(("Clip skip", named))
     if info.base_model:
         rows.append(("Caption dropout of the base model", info.base_caption_dropout))
     shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]

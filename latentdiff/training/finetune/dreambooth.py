@@ -23,6 +23,7 @@ from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.models.components import Components
+from latentdiff.models.text import clip_skip_of
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.training.inputs.batches import EpochOrder, StepBatch
 from latentdiff.training.inputs.dataset import LatentDataset
@@ -111,6 +112,8 @@ def generate_class_images(
         "num_steps": settings.class_num_steps,
         "guidance_scale": settings.class_guidance_scale,
     }
+    if skipped := clip_skip_of(components.text_encoder):
+        made_by["clip_skip"] = skipped
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(settings.class_images_dir or run_folder / "class_images").expanduser() / key
     root.mkdir(parents=True, exist_ok=True)

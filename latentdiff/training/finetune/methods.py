@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from latentdiff.config.choices import FinetuneMethod
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components
+from latentdiff.models.text import clip_skip_of
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.file_metadata import kohya_metadata, model_spec
 from latentdiff.pipeline.files.kohya_lora import (
@@ -88,6 +90,14 @@ def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: Finet
             parameter.requires_grad_(name.endswith("token_embedding.new"))
         else:
             parameter.requires_grad_(method != "lora" or lora.is_adapter(name))
+    if text_encoder is not None:
+        _freeze_skipped_layers(text_encoder)
+
+
+def _freeze_skipped_layers(text_encoder: Any) -> None:
+    """Freeze the last layers of a text encoder that captions do not pass."""
+    layers = getattr(text_encoder, "text_model", text_encoder).encoder.layers
+    layers[len(layers) - clip_skip_of(text_encoder) :].requires_grad_(False)
 
 
 def merged_components(components: Components, method: FinetuneMethod) -> Components:

@@ -21,6 +21,7 @@ from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import size_text
 from latentdiff.models.components import load_components, load_text, resolve_model
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.text import set_clip_skip
 from latentdiff.training.inputs.encode import (
     cache_dir,
     cache_latents,
@@ -196,6 +197,9 @@ def _frozen_text_encoder(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] 
         return None
     folder = resolve_model(config.model.pretrained or config.model.text_encoder)
     if folder.is_dir():
-        return load_text(folder)
-    components = load_components(config.model.pretrained, safety_checker=False)
-    return components.text_encoder, components.tokenizer
+        text_encoder, tokenizer = load_text(folder)
+    else:
+        components = load_components(config.model.pretrained, safety_checker=False)
+        text_encoder, tokenizer = components.text_encoder, components.tokenizer
+    set_clip_skip(text_encoder, config.model.clip_skip)
+    return text_encoder, tokenizer

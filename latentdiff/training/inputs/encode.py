@@ -248,7 +248,8 @@ class OnlinePromptEmbeds:
         """Return embeddings (B, L, D) of ids (B, L), on the text encoder's device."""
         device = self._text_encoder.device
         with torch.autocast(device.type, enabled=False):
-            return encode_text(self._text_encoder, ids.to(device, non_blocking=True))
+            ids = ids.to(device, non_blocking=True)
+            return encode_text(self._text_encoder, ids, end_id=self._tokenizer.eos_token_id)
 
     def batch(self, captions: Sequence[str]) -> Tensor:
         """Return embeddings (n, L, D) on the CPU."""

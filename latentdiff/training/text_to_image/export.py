@@ -14,6 +14,7 @@ from torch import Tensor
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
+from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.files.file_metadata import tag_counts
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
@@ -206,5 +207,6 @@ def _facts(run: Run, step: int) -> ModelInfo:
         steps=step,
         resolution=config.data.side_px,
         guidance_scale=base.guidance_scale,
+        clip_skip=clip_skip_of(run.components.text_encoder) or None,
         metrics=metrics,
     )

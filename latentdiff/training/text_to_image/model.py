@@ -41,7 +41,12 @@ from latentdiff.models.components import (
 from latentdiff.models.latents import Autoencoder, latent_factor
 from latentdiff.models.learned_variance import fit_variance
 from latentdiff.models.save import save_component
-from latentdiff.models.text import encode_text, train_tokenizer
+from latentdiff.models.text import (
+    check_clip_skip,
+    encode_text,
+    set_clip_skip,
+    train_tokenizer,
+)
 
 PLAIN_ATTENTION_PIXELS = 256
 
@@ -51,14 +56,16 @@ class TextToImage(nn.Module):
 
     def __init__(self, components: Components, *, trains_text_encoder: bool) -> None:
         super().__init__()
-        self.unet = components.unet
+        self.unet, self._end_id = components.unet, components.tokenizer.eos_token_id
         self.text_encoder: CLIPTextModel | None = (
             components.text_encoder if trains_text_encoder else None
         )
 
     def forward(self, zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or embeddings."""
-        prompt_embeds = text if self.text_encoder is None else encode_text(self.text_encoder, text)
+        prompt_embeds = text
+        if self.text_encoder is not None:
+            prompt_embeds = encode_text(self.text_encoder, text, end_id=self._end_id)
         output: Tensor = self.unet(zt, t, prompt_embeds, return_dict=False)[0]
         return output
 
@@ -86,6 +93,7 @@ def check_components(config: Config) -> None:
             configs = read_configs(folder)
             check_compatible(configs, image_size=config.data.side_px)
             _check_buckets(configs, config.data)
+            _check_clip_skip(configs.get("text_encoder", {}), config)
         return
     if not config.model.vae:
         raise ValueError(
@@ -96,6 +104,7 @@ def check_components(config: Config) -> None:
     unet, text = config.model.unet, config.model.text
     if config.model.text_encoder:
         text_config = read_configs(_text_folder(config)).get("text_encoder", {})
+        _check_clip_skip(text_config, config)
     else:
         text_config = {"hidden_size": text.width, "max_position_embeddings": text.max_tokens}
     channels = vae["latent_channels"]
@@ -125,6 +134,13 @@ def _check_buckets(configs: Mapping[str, Mapping[str, Any]], data: DataConfig) -
         )
 
 
+def _check_clip_skip(text_config: Mapping[str, Any], config: Config) -> None:
+    """Raise ValueError where a text encoder, if its config is there, has too few layers to skip."""
+    num_layers, skipped = text_config.get("num_hidden_layers"), config.model.clip_skip
+    if isinstance(num_layers, int) and skipped is not None:
+        check_clip_skip(skipped, num_layers=num_layers, name="model.clip_skip")
+
+
 def load_vae_of(config: Config) -> Autoencoder:
     """Load the VAE that a run encodes with: model.vae, or that of the model to fine-tune."""
     return load_vae(config.model.pretrained or config.model.vae)
@@ -141,6 +157,7 @@ def new_components(
     torch.manual_seed(config.train.seed)
     if model.text_encoder:
         text_encoder, tokenizer = load_text(_text_folder(config))
+        set_clip_skip(text_encoder, model.clip_skip)
     else:
         tokenizer = _trained_tokenizer(config, captions, tokenizer_dir)
         text_encoder = build_text_encoder(
@@ -172,6 +189,7 @@ def pretrained_components(config: Config) -> Components:
     components = load_components(
         config.model.pretrained, safety_checker=config.model.safety_checker
     )
+    set_clip_skip(components.text_encoder, config.model.clip_skip)
     prediction_type = config.diffusion.prediction_type
     if prediction_type and prediction_type != components.scheduler.config["prediction_type"]:
         components.scheduler.register_to_config(prediction_type=prediction_type)
