@@ -1,11 +1,11 @@
-# make demo · make demo-scratch · make test · make check: each makes its own .venv, may run again at once.
+# make demo · make demo-scratch · make test · make check · make docs: each makes its own .venv, may run again at once.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-scratch test lint check format
+.PHONY: demo demo-scratch test lint check format docs
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -23,6 +23,10 @@ lint: .venv/installed-test
 	$(BIN)/lint-imports
 
 check: lint test
+
+docs: .venv/installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
 
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .

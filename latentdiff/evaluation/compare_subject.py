@@ -23,9 +23,9 @@ from latentdiff.config.evaluation import CompareSubjectOptions
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import to_pixels
 from latentdiff.device import choose_device
-from latentdiff.evaluation.metric_nets import load_mobilenet
+from latentdiff.evaluation.metric_nets import load_features
 from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean
-from latentdiff.evaluation.metrics.features import MobileNet
+from latentdiff.evaluation.metrics.features import Features
 from latentdiff.evaluation.report.comparison import Comparison, compare
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import load_image
@@ -55,14 +55,14 @@ def compare_subject(
     """Generate, measure, write out/subject.json and out/subject.png; return the figures.
 
     base, tuned: model folders. photos: a folder of the subject's photographs. features: a folder
-    that load_mobilenet reads. Raises ValueError or FileNotFoundError for a missing part.
+    that load_features reads. Raises ValueError or FileNotFoundError for a missing part.
     """
     if options.num_seeds < 2 or len(options.unrelated) < 2:
         raise ValueError(
             f"{options.num_seeds} seeds and {len(options.unrelated)} unrelated prompts, expected "
             "at least 2 of each (10 or more for a useful interval)"
         )
-    network = load_mobilenet(features)
+    network = load_features(features)
     folder = read_folder(photos, missing_caption="empty")
     folder.check()
     prompts = [options.base_prompt or options.prompt, options.prompt]
@@ -132,10 +132,9 @@ def _photographs(folder: Folder, *, size: tuple[int, int]) -> list[Image.Image]:
     return [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in images]
 
 
-def _features(network: MobileNet, images: Sequence[Image.Image]) -> Tensor:
+def _features(network: Features, images: Sequence[Image.Image]) -> Tensor:
     """Return features (n, D) of images."""
-    features: Tensor = network(torch.stack([to_pixels(one.convert("RGB")) for one in images]))
-    return features
+    return network.embed(torch.stack([to_pixels(one.convert("RGB")) for one in images]))
 
 
 def _write_sheet(

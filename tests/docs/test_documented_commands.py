@@ -1,0 +1,115 @@
+"""Every command and every piece of Python in README and docs runs, on tiny stand-ins."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from fakes_clip import random_clip
+from fakes_docs import (
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    inline_commands,
+    options_of,
+    pages,
+    run_command,
+)
+from fakes_models import make_components, make_vae, save_folder
+from fakes_pipeline import tiny_tokenizer
+from transformers import CLIPTokenizer
+
+from latentdiff.cli.main import COMMANDS
+from latentdiff.config.yaml_file import shipped_configs
+from latentdiff.data.shapes import write_shapes
+from latentdiff.models import components
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages()}
+RUNNABLE = [name for name, text in PAGES.items() if "```sh" in text or "```python" in text]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """What the pages take as given: folders of images, a base model, networks."""
+    root = tmp_path_factory.mktemp("documented")
+    torch.manual_seed(0)
+    for name in ("photos", "more-photos", "subject", "style"):
+        write_shapes(root / name, num_train=12, num_test=4, size_px=32)
+    save_folder(make_components(tokenizer), root / SD15)
+    make_vae().save_pretrained(root / "vae")
+    for name in ("clip", "features"):
+        random_clip().save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user who reads one page, in which the models that ship are small."""
+    folder = tmp_path / "here"
+    shutil.copytree(world, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("gradio.Blocks.launch", lambda *_, **__: None)  # it would serve for ever
+    monkeypatch.setitem(components.BUNDLED, "latentdiff-mini", world / SD15)
+    monkeypatch.setitem(components.BUNDLED, "latentdiff-vae", world / "vae")
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_page_runs_from_top_to_bottom(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for block in blocks(PAGES[name], name):
+        run_block(block, capsys)
+
+
+def run_block(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a block's commands, or its Python. Fails with the place and what was printed."""
+    if block.kind == "python":
+        exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
+    for words in commands(block) if block.kind == "sh" else ():
+        capsys.readouterr()
+        try:
+            run_command(words)
+        except (AssertionError, Exception) as error:
+            shown = "".join(capsys.readouterr())[-2000:]
+            where = f"{block.page}, line {block.line}: {' '.join(words)}"
+            raise AssertionError(f"{where}: {error}\n{shown}") from error
+
+
+INLINE = [(name, command) for name, text in PAGES.items() for command in inline_commands(text)]
+
+
+@pytest.mark.parametrize(("name", "command"), INLINE)
+def test_command_named_in_prose_exists_with_its_options(name: str, command: str) -> None:
+    words = [word for word in command.split()[1:] if word != "..."]
+    two, one = " ".join(words[:2]), words[0]
+    if one in ("COMMAND", "--help", "--version"):
+        return
+    known = two if two in COMMANDS else one
+    assert known in COMMANDS, f"{name}: {command}"
+    options = set(re.findall(r"(?<=\s--)[\w.]+", command)) - {"help", "config", "print_config"}
+    assert options <= options_of(known), f"{name}: {command}"
+    config = re.search(r"--config[= ](\w+)", command)
+    assert config is None or config[1] in ("NAME", *shipped_configs()), f"{name}: {command}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "latentdiff tarin --config demo",
+        "latentdiff sample latentdiff-mini 'a cat' --steppes 2 --out a.png",
+        "latentdiff inspect no-such-folder",
+        "make coffee",
+        "pip install 'latentdiff[nothing]'",
+        "curl example.org",
+    ],
+)
+def test_a_wrong_command_is_found(
+    command: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError, match=r"page\.md, line 3: "):
+        run_block(Block("page.md", 3, "sh", command), capsys)

@@ -1,0 +1,166 @@
+"""The commands of README and docs, read from their ```sh blocks and run on tiny stand-ins."""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+
+from latentdiff.cli.help import help_of
+from latentdiff.cli.main import COMMANDS, main
+from latentdiff.config.io import parse_arguments
+from latentdiff.config.text_to_image import Config
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+
+# The most of each option; a page's own value is kept where it is smaller.
+TRAIN = {
+    **{"train.max_steps": 2, "train.batch_size": 2, "train.micro_batch_size": 1},
+    **{"preview.num_steps": 1, "preview.num_nearest": 2, "eval.num_heldout": 2},
+    **{"data.resolution": 32, "data.num_workers": 0},
+}
+CLASS_IMAGES = {"finetune.num_class_images": 2, "finetune.class_num_steps": 1}
+OPTIONS = {
+    "train-vae": {"max_steps": 2, "batch_size": 2, "max_minutes": 0, "resolution": 32},
+    "train-clip": {"max_steps": 2, "batch_size": 2, "resolution": 16, "width": 32},
+    "sample": {"steps": 1},
+    "evaluate": {
+        **{"num_images": 8, "steps": 1, "num_heldout": 2, "num_train": 4, "draws": 4},
+        **{"pilot": 1, "image_steps": 0, "sweep_captions": 2, "sweep_images": 2, "sweep_steps": 1},
+    },
+    "demo swiss-roll": {"steps": 5, "num_timesteps": 8, "num_points": 100},
+    "compare": {"steps": 1, "num_seeds": 2},
+    "demo": {"num_train": 6, **TRAIN},
+}
+SCRATCH = (
+    *("--model.unet.block_out_channels=[32,32]", "--model.unet.attention_levels=[false,true]"),
+    *("--model.unet.layers_per_block=1", "--model.unet.head_dim=16"),
+)
+SCRATCH_TEXT = (
+    *("--model.text.width=32", "--model.text.num_layers=1", "--model.text.num_heads=2"),
+    "--model.text.vocab_size=560",
+)
+SMALL_VAE = ("--block_out_channels=[8,16]",)
+SMALL_CLIP = ("--text_width=32", "--num_layers=1", "--text_num_layers=1", "--vocab_size=560")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its page, its first line there, and its kind, such as sh."""
+
+    page: str
+    line: int
+    kind: str
+    text: str
+
+
+def pages() -> list[Path]:
+    """Return README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def blocks(text: str, page: str) -> Iterator[Block]:
+    """Yield the fenced blocks of a page."""
+    for fence in FENCE.finditer(text):
+        line = text.count("\n", 0, fence.start()) + 2
+        yield Block(page, line, fence["kind"], fence["text"])
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """Yield the words of each command of a block; a line may go on after a backslash."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def inline_commands(text: str) -> Iterator[str]:
+    """Yield what a page's prose and tables call a command: `latentdiff ...`."""
+    prose = FENCE.sub("", text)
+    yield from (" ".join(one.split()) for one in re.findall(r"`(latentdiff [^`]+)`", prose))
+
+
+@cache
+def options_of(name: str) -> set[str]:
+    """Return the names of a command's options, without dashes."""
+    if not COMMANDS[name].function:
+        return {"help"}
+    found = help_of(COMMANDS[name].load(), prog=name)
+    return {one.name for one in (*found.options, *found.settings)}
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Run a documented command, shortened. Raises AssertionError where it fails."""
+    program, *arguments = words
+    if program == "latentdiff":
+        AcceleratorState._reset_state(reset_partial_state=True)  # a command is a process
+        status = main(shortened(arguments))
+        assert status == 0, f"exit code {status}"
+    elif program == "make":
+        known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(arguments) <= set(known), f"the Makefile has no {arguments}"
+    elif program == "pip":
+        _check_pip(arguments)
+    elif program == "python" and arguments[0].startswith("examples/"):
+        assert (ROOT / arguments[0]).is_file()
+        assert (
+            Path(arguments[0]).stem
+            in (ROOT / "tests" / "examples" / "test_examples.py").read_text()
+        )
+    else:
+        raise AssertionError(f"{program} is not run in documentation; mark its block as text")
+
+
+def _check_pip(arguments: Sequence[str]) -> None:
+    extras = re.findall(r"^([\w-]+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert arguments[0] == "install"
+    for extra in re.findall(r"\[([\w,-]+)\]", " ".join(arguments)):
+        assert set(extra.split(",")) <= set(extras), f"setup.cfg has no extra {extra}"
+
+
+def shortened(arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments with its numbers capped, and networks of a few thousand."""
+    name, *given = arguments
+    if given and f"{name} {given[0]}" in COMMANDS:
+        name, given = f"{name} {given[0]}", given[1:]
+    if name == "train":
+        return [name, *_shortened_training(given)]
+    given = _capped(given, OPTIONS.get(name, {}))
+    extra = {"train-vae": SMALL_VAE, "train-clip": SMALL_CLIP}.get(name, ())
+    is_new = "--pretrained" not in " ".join(given)
+    return [*name.split(), *given, *(extra if is_new else ())]
+
+
+def _shortened_training(given: list[str]) -> list[str]:
+    config: Any = parse_arguments(Config, given)
+    caps = TRAIN | (CLASS_IMAGES if config.finetune.class_prompt else {})
+    extra = ["--train.mixed_precision=fp32"]
+    if config.train.optimizer == "adamw8bit":
+        extra.append("--train.optimizer=adamw")
+    if not config.model.pretrained:
+        extra += SCRATCH if config.model.text_encoder else (*SCRATCH, *SCRATCH_TEXT)
+    return [*_capped(given, caps), *extra]
+
+
+def _capped(given: Sequence[str], caps: dict[str, int]) -> list[str]:
+    """Set each option to its cap, or leave a smaller number that is given."""
+    kept, left = list(given), dict(caps)
+    for index, word in enumerate(kept):
+        option, equals, value = word.partition("=")
+        cap = left.pop(option[2:], None) if option.startswith("--") else None
+        if cap is None:
+            continue
+        if equals:
+            kept[index] = f"{option}={_smaller(value, cap)}"
+        else:
+            kept[index + 1] = _smaller(kept[index + 1], cap)
+    return [*kept, *(f"--{name}={cap}" for name, cap in left.items())]
+
+
+def _smaller(value: str, cap: int) -> str:
+    return str(min(int(value), cap)) if value.isdigit() else value
