@@ -26,17 +26,18 @@ def run_command(command: Command, arguments: Sequence[str], *, prog: str) -> int
     130 after Ctrl-C. A failed command leaves one message on stderr. Training handles SIGINT and
     SIGTERM itself and returns 130 or 143. Any other error is a bug and keeps its traceback.
     """
+    parser = CommandParser(prog=prog)
     try:
         if (words := _help_words(arguments)) is not None:
             print(help_of(command, prog=prog).text(words))
             return 0
-        return command(CommandParser(prog=prog), arguments)
+        return command(parser, arguments)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if (code := _code_of(error)) is None:
             raise
-        print(f"{prog}: {_message_of(error)}", file=sys.stderr)
+        print(f"{prog}: {_message_of(error, parser)}", file=sys.stderr)
         return code
 
 
@@ -53,14 +54,18 @@ def _code_of(error: Exception) -> int | None:
     return None
 
 
-def _message_of(error: Exception) -> str:
+def _message_of(error: Exception, parser: CommandParser) -> str:
     """Return an error's message; of the parser's in one line, with what to look at."""
     if not isinstance(error, ArgumentError):
         return str(error)
     message = re.sub(r"\s+", " ", str(error)).strip()
     is_late = re.search(r"unrecognized arguments: (?!-)", message, re.IGNORECASE)
-    place = "; prompts and paths come before the options" if is_late else ""
-    return f"{message}{place} (--help lists the options)"
+    if is_late:
+        message += "; prompts and paths come before the options"
+    unknown = re.search(r"unrecognized arguments: (--\w+)", message, re.IGNORECASE)
+    if unknown and (near := parser.nearest(unknown[1])):
+        message += f"; did you mean {near}?"
+    return f"{message} (--help lists the options)"
 
 
 def _help_words(arguments: Sequence[str]) -> list[str] | None:
@@ -69,6 +74,15 @@ def _help_words(arguments: Sequence[str]) -> list[str] | None:
     if not asked:
         return None
     return [*takewhile(lambda word: not word.startswith("-"), arguments[asked[0] + 1 :])]
+
+
+def add_model(
+    parser: ArgumentParser, name: str = "model", *, of: str = "", nargs: str | None = None
+) -> None:
+    """Add a model as an argument. of: which of several it is, such as "before"."""
+    where = "its folder, a run's folder, a Hugging Face id, or latentdiff-mini, which ships"
+    description = f"the model{f' {of}' if of else ''}: {where}"
+    parser.add_argument(name, type=str, nargs=nargs, help=description)
 
 
 def take_options(kind: type[Options], values: dict[str, Any]) -> Options:

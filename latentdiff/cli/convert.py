@@ -56,8 +56,13 @@ def convert_open_clip_command(parser: ArgumentParser, arguments: Sequence[str]) 
     """Convert the text encoder of an open_clip model to a text_encoder and a tokenizer folder."""
     parser.add_argument("name", type=str, help="the model's name in open_clip, such as ViT-H-14")
     parser.add_argument("weights", type=expanduser, help="its weights, a .safetensors file")
-    parser.add_argument("out", type=expanduser, help="folder for text_encoder/ and tokenizer/")
+    parser.add_argument(
+        "place", type=expanduser, nargs="?", metavar="OUT", help="the same as --out"
+    )
+    parser.add_argument("--out", type=expanduser, help="folder for text_encoder/ and tokenizer/")
     args = parser.parse_args(arguments)
+    if not (place := args.out or args.place):
+        raise ValueError("expected --out, the folder for text_encoder/ and tokenizer/")
     quieten_libraries()
     from latentdiff.atomic import atomic_files
     from latentdiff.models.open_clip import load_open_clip
@@ -65,7 +70,7 @@ def convert_open_clip_command(parser: ArgumentParser, arguments: Sequence[str]) 
 
     text_encoder, tokenizer = load_open_clip(args.name, Path(args.weights))
     for part, name in ((text_encoder, "text_encoder"), (tokenizer, "tokenizer")):
-        with atomic_files(Path(args.out) / name) as folder:
+        with atomic_files(Path(place) / name) as folder:
             save_component(part, folder)
-    print(f"wrote {args.out}/text_encoder (width {text_encoder.config.hidden_size}) and tokenizer")
+    print(f"wrote {place}/text_encoder (width {text_encoder.config.hidden_size}) and tokenizer")
     return 0

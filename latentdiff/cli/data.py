@@ -97,18 +97,21 @@ def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
 def merge_folders_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Merge captioned folders into one, each with train/ and test/ and a metadata.jsonl in them."""
-    parser.add_argument("out", type=expanduser, help="the new folder")
     parser.add_argument(
         "folders",
         type=expanduser,
         nargs="+",
         metavar="DIR",
-        help="a captioned folder, maybe with train/ and test/",
+        help="captioned folders; without --out the first is the new one",
     )
+    parser.add_argument("--out", type=expanduser, help="the new folder")
     args = parser.parse_args(arguments)
+    out, *folders = [args.out, *args.folders] if args.out else args.folders
+    if not folders:
+        raise ValueError("expected --out and the captioned folders to merge")
     from latentdiff.data.merge_folders import merge_folders
 
-    for name, splits in merge_folders(args.out, args.folders).items():
+    for name, splits in merge_folders(out, folders).items():
         print(f"{name}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items()))
-    print(f"wrote {args.out}; train on all of its captions with --data.caption_column=captions")
+    print(f"wrote {out}; train on all of its captions with --data.caption_column=captions")
     return 0

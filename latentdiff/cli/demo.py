@@ -107,7 +107,7 @@ def demo_scratch_command(parser: ArgumentParser, arguments: Sequence[str]) -> in
     sheet = FOLDER_SCRATCH / "sheet.png"
     options = SampleOptions(
         out=str(sheet),
-        steps=NUM_STEPS,
+        num_inference_steps=NUM_STEPS,
         guidance_scale=GUIDANCE,
         seed=0,
         prompt_weighting=False,

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from latentdiff.atomic import write_text
-from latentdiff.cli.command import quieten_libraries, take_options
+from latentdiff.cli.command import add_model, quieten_libraries, take_options
 from latentdiff.config.evaluation import (
     BoundOptions,
     CompareSubjectOptions,
@@ -21,7 +21,7 @@ from latentdiff.config.evaluation import (
 
 def evaluate_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Measure a model on held-out captioned images; write metrics.json and report.html."""
-    parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
+    add_model(parser)
     parser.add_argument("--out", type=expanduser, required=True, help="the folder for the results")
     parser.add_argument("--bound", action="store_true", help="the variational bound in bits")
     for options in (EvalModelOptions, EvaluationOptions, BoundOptions, SweepOptions):
@@ -45,8 +45,8 @@ def evaluate_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
 def compare_subject_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Measure a fine-tuned subject: similarity to its photographs, drift on unrelated prompts."""
-    parser.add_argument("base", type=str, help="the model before: a folder or a hub id")
-    parser.add_argument("tuned", type=str, help="the model after: a folder")
+    add_model(parser, "base", of="before")
+    add_model(parser, "tuned", of="after")
     for name, description in (
         ("photos", "the folder of the subject's photographs"),
         ("features", "folder of a feature network, as for evaluate: its features are compared"),
@@ -75,9 +75,7 @@ def compare_subject_command(parser: ArgumentParser, arguments: Sequence[str]) ->
 
 def card_sheets_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Write the sheets of a model's card and a test for readers, or score the readers' answers."""
-    parser.add_argument(
-        "model", type=str, nargs="?", help="a Stable-Diffusion-format folder or a hub id"
-    )
+    add_model(parser, nargs="?")
     parser.add_argument("--data", type=expanduser, nargs="+", default=[], help="captioned folders")
     for name, description in (
         ("seen", "captions of training images on the first sheet, by folder"),
@@ -86,7 +84,9 @@ def card_sheets_command(parser: ArgumentParser, arguments: Sequence[str]) -> int
     ):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=[], help=description)
     parser.add_argument("--out", type=expanduser, default="sheets", help="the folder to write")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 and more")
+    parser.add_argument(
+        "--num_inference_steps", type=int, default=50, help="sampling steps, 1 and more"
+    )
     parser.add_argument(
         "--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance"
     )
@@ -114,7 +114,10 @@ def _write_card_sheets(args: Namespace) -> int:
     if not args.model or not args.data or any(len(one) != len(args.data) for one in counts):
         raise ValueError("expected a model, --data, and one number a folder in each of the others")
     sheets = [SheetCounts(*row) for row in zip(args.data, *counts, strict=True)]
-    sampling, out = SheetSampling(args.steps, args.guidance_scale, args.seed), Path(args.out)
+    sampling, out = (
+        SheetSampling(args.num_inference_steps, args.guidance_scale, args.seed),
+        Path(args.out),
+    )
     write_card_sheets(
         args.model, sheets, out, sampling=sampling, caption_column=args.caption_column
     )

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.cli.command import quieten_libraries
+from latentdiff.cli.command import add_model, quieten_libraries
 
 
 def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Write a Stable Diffusion 1.x folder as one .safetensors file for ComfyUI and A1111."""
-    parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
+    add_model(parser)
     parser.add_argument("--out", type=expanduser, required=True, help="the file to write")
     parser.add_argument("--dtype", type=str, default="float32", help="float32, float16 or bfloat16")
     args = parser.parse_args(arguments)
@@ -25,7 +25,7 @@ def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str])
 
 def merge_lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Merge one or several LoRA files into a model's folder."""
-    parser.add_argument("base", type=str, help="a Stable-Diffusion-format folder or a hub id")
+    add_model(parser, "base")
     parser.add_argument(
         "loras", type=expanduser, nargs="+", help="LoRA files or folders, diffusers' or kohya's"
     )
@@ -43,7 +43,7 @@ def merge_lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
 def pack_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Write a model small: in half precision, in shards, without a path of this machine."""
-    parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
+    add_model(parser)
     parser.add_argument("--out", type=expanduser, required=True, help="the folder to write")
     parser.add_argument("--dtype", type=str, default="float16", help="float16, bfloat16 or float32")
     parser.add_argument("--max_file_mb", type=float, default=14.0, help="of any one file")

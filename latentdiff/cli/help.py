@@ -28,6 +28,17 @@ MAX_WIDTH = 100
 HELP = "describe the options; with WORDs those that have them in their name or description"
 
 
+OTHER_SPELLINGS = {  # of an option -> the spellings that stand for it, the first that a command has
+    "--data": ("--data.root",),
+    "--data.root": ("--data",),
+    "--out": ("--output_dir",),
+    "--output_dir": ("--out",),
+    "--sampler": ("--scheduler",),
+    "--seed": ("--train.seed",),
+    "--steps": ("--num_inference_steps", "--max_steps"),
+}
+
+
 class UnknownOptionError(Exception):
     """No option has the words that were searched for."""
 
@@ -46,6 +57,28 @@ class CommandParser(ArgumentParser):
         """Add an option for each field of a dataclass."""
         self.kinds.append(kind)
         return super().add_class_arguments(kind, *arguments, **named)
+
+    def parse_args(self, args: Any = None, *others: Any, **named: Any) -> Any:
+        """Parse arguments, options under any of their spellings."""
+        if args is not None:
+            args = [*map(self._spelled, args, [*args[1:], ""])]
+        return super().parse_args(args, *others, **named)
+
+    def nearest(self, name: str) -> str:
+        """Return the option whose name is nearest to another; empty where none is near."""
+        return next(iter(get_close_matches(name, self._option_string_actions, n=1)), "")
+
+    def _spelled(self, argument: str, following: str) -> str:
+        """Return an option under the spelling that the command has."""
+        option, equals, value = argument.partition("=")
+        known = self._option_string_actions
+        is_yaml = (value if equals else following).endswith((".yaml", ".json", "}"))
+        is_section = f"{option}.root" in known and not is_yaml
+        if option in known and not is_section:
+            return argument
+        spellings = OTHER_SPELLINGS.get(option, ())
+        found = next((other for other in spellings if other in known), option)
+        return f"{found}{equals}{value}"
 
 
 class _HelpParser(CommandParser):

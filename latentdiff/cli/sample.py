@@ -7,19 +7,16 @@ from functools import partial
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.cli.command import quieten_libraries, take_options
+from latentdiff.cli.command import add_model, quieten_libraries, take_options
 from latentdiff.config.sampling import SampleOptions, WebUIOptions
-
-RENAMED = {"--sampler": "--scheduler"}  # old name of an option -> its name; the old one still works
 
 
 def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Make images from prompts: a labelled sheet, or a folder of images that can be resumed."""
-    parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
+    add_model(parser)
     parser.add_argument("prompts", type=str, nargs="*", help="one or several, each in quotes")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each file")
     parser.add_class_arguments(SampleOptions)
-    arguments = _current_names(arguments)
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
     from latentdiff.sampling.sample import options_from_image, sample
@@ -40,7 +37,7 @@ def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
 def app_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Serve a web UI that makes images with a model, at http://127.0.0.1:7860, until Ctrl-C."""
-    parser.add_argument("model", type=str, help="a Stable-Diffusion-format folder or a hub id")
+    add_model(parser)
     parser.add_class_arguments(WebUIOptions)
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
@@ -53,9 +50,3 @@ def app_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         pass  # the usual way to stop a server
     return 0
-
-
-def _current_names(arguments: Sequence[str]) -> list[str]:
-    """Rename options that are given under their old names."""
-    parts = [argument.partition("=") for argument in arguments]
-    return ["".join((RENAMED.get(option, option), *rest)) for option, *rest in parts]

@@ -35,10 +35,10 @@ class EvaluationOptions:
     """The images that the model generates, and the networks that score them."""
 
     num_images: int = 128
-    """images generated for held-out captions, 0 and more; 0: none"""
+    """images generated for held-out captions, 8 and more; 0: none"""
     images_per_caption: int = 2
     """generated images of one caption, 1 and more; more where captions are few"""
-    steps: int = 25
+    num_inference_steps: int = 25
     """sampling steps, 1 and more"""
     guidance_scale: float | None = None
     """scale of classifier-free guidance, of both models alike; by default the scale that the first
@@ -51,7 +51,7 @@ class EvaluationOptions:
     clip_weights: str | None = None
     """safetensors file of the open_clip model that --clip names"""
     num_train: int = 5000
-    """maximum number of training images that are searched for copies, 0 and more"""
+    """maximum number of training images that are searched for copies, 3 and more"""
     class_column: str = ""
     """column of the metadata file that names an image's class; by default, folders"""
     compare: str | None = None
@@ -128,7 +128,7 @@ class CompareSubjectOptions:
     """prompts whose images should not have changed; ten and more"""
     num_seeds: int = 16
     """images of the subject by each model, 2 and more"""
-    steps: int = 30
+    num_inference_steps: int = 30
     """sampling steps, 1 and more"""
     guidance_scale: float = 5.0
     """scale of classifier-free guidance"""
@@ -138,7 +138,7 @@ class CompareSubjectOptions:
 class RollOptions:
     """The size of the example, and the known coordinate."""
 
-    steps: int = 6000
+    max_steps: int = 6000
     """optimiser steps, 1 and more"""
     num_timesteps: int = 100
     """length of the chain, 2 and more"""

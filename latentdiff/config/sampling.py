@@ -17,7 +17,7 @@ class SampleOptions:
     settings_from: str | None = None
     """a PNG file of LatentDiff or A1111, whose prompt, seed, steps, guidance, size and scheduler
     are taken, but for those given here"""
-    steps: int | list[int] = 50
+    num_inference_steps: int | list[int] = 50
     """sampling steps, 1 and more, or a list such as [10,20] for a grid"""
     guidance_scale: float | list[float] | None = None
     """scale of classifier-free guidance, 1 and below: none, or a list such as [2,7] for a grid; by

@@ -119,7 +119,7 @@ def _generate(
             prompts,
             seeds=seeds,
             batch_size=BATCH_SIZE,
-            num_inference_steps=options.steps,
+            num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
         )
     ]

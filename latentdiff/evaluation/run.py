@@ -58,7 +58,7 @@ class EvalRun:
     def num_inference_steps(self) -> int:
         """Sampling steps, at most those of the chain."""
         num_timesteps = int(self.eval_model.components.scheduler.config["num_train_timesteps"])
-        return min(self.options.steps, num_timesteps)
+        return min(self.options.num_inference_steps, num_timesteps)
 
     def generate(
         self, captions: Sequence[str], *, suffix: str = "", skip_seeds: int = 0
@@ -111,7 +111,7 @@ def check_options(options: EvaluationOptions, sweep: SweepOptions) -> None:
             f"images_per_caption={each}, expected at least 1, and num_images={num} to give two "
             "captions or more"
         )
-    for name, lowest in (("steps", 1), ("num_train", MIN_TRAIN)):
+    for name, lowest in (("num_inference_steps", 1), ("num_train", MIN_TRAIN)):
         if (value := getattr(options, name)) < lowest:
             raise ValueError(f"{name}={value}, expected at least {lowest}")
     if min(options.step_sweep, default=1) < 1:

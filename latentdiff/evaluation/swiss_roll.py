@@ -140,14 +140,14 @@ def swiss_roll(options: RollOptions) -> tuple[dict[str, Any], Clouds]:
 
     ValueError for options out of range.
     """
-    for name, lowest in (("steps", 1), ("num_timesteps", 8), ("num_points", 100)):
+    for name, lowest in (("max_steps", 1), ("num_timesteps", 8), ("num_points", 100)):
         if (value := getattr(options, name)) < lowest:
             raise ValueError(f"{name}={value}, expected at least {lowest}")
     if not options.tolerance > 0:
         raise ValueError(f"tolerance={options.tolerance}, expected a number above 0")
     roll = SwissRoll()
     schedule = Schedule.from_betas(make_betas("cosine", options.num_timesteps))
-    model = train_denoiser(roll, schedule, num_steps=options.steps, seed=options.seed)
+    model = train_denoiser(roll, schedule, num_steps=options.max_steps, seed=options.seed)
     clouds = sample_clouds(roll, schedule, model, options)
     distance, chance = posterior_distance(clouds, roll, options)
     figures = bounds(roll, schedule, model, options) | {

@@ -65,7 +65,8 @@ def _refuse_folder(path: Path) -> None:
             "run ends; run the same command again to its end"
         )
     raise FileNotFoundError(
-        f"{path} has no {INDEX}, expected a folder in Stable Diffusion's format"
+        f"{path} has neither {INDEX} nor {EXPORT}/{INDEX}, expected a model's folder in Stable "
+        "Diffusion's format or a run's folder"
     )
 
 

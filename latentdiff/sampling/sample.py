@@ -69,8 +69,9 @@ def sample(
 
 
 OPTIONS = (  # of the command that are arguments of the call under the same name
-    *("guidance_scale", "seed", "negative_prompt", "height", "width", "guidance_rescale"),
-    *("guidance_interval", "long_prompts", "prompt_weighting", "clip_skip", "lora_scale"),
+    *("num_inference_steps", "guidance_scale", "seed", "negative_prompt", "height", "width"),
+    *("guidance_rescale", "guidance_interval", "long_prompts", "prompt_weighting", "clip_skip"),
+    "lora_scale",
 )
 
 
@@ -88,9 +89,8 @@ def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[s
     call = settings.get("call")
     if not isinstance(call, dict) or not isinstance(call.get("prompt"), str):
         raise ValueError(f"settings_from={path} states no prompt")
-    names = {name: name for name in (*OPTIONS, *(["strength"] if has_image else []))}
-    names |= {"steps": "num_inference_steps"}
-    options = {name: call[key] for name, key in names.items() if key in call}
+    names = (*OPTIONS, *(["strength"] if has_image else []))
+    options = {name: call[name] for name in names if name in call}
     if isinstance(scheduler := settings.get("scheduler"), dict):
         if name := scheduler_name(scheduler):
             options["scheduler"] = name
@@ -175,7 +175,7 @@ def _jobs(
         entries,
         seed=options.seed,
         negative_prompt=options.negative_prompt,
-        steps=_list(options.steps),
+        steps=_list(options.num_inference_steps),
         guidance_scales=[guidance_scale] if scales is None else [float(s) for s in _list(scales)],
         num_images=checks.count("num_images", options.num_images, maximum=checks.MAX_IMAGES),
     )
@@ -227,5 +227,5 @@ def _open(name: str, path: str | None) -> Image.Image | None:
 def _list(value: Any) -> list[Any]:
     values = value if isinstance(value, list) else [value]
     if not values:
-        raise ValueError("steps and guidance_scale need at least one value")
+        raise ValueError("num_inference_steps and guidance_scale need at least one value")
     return values

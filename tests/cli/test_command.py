@@ -109,12 +109,46 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("train --model.vae=latentdiff-vae --data absent", "check --data.root"),
+        ("train --model.vae=latentdiff-vae --data=absent", "check --data.root"),
+        ("train --model.vae=latentdiff-vae --data {root:\u00a0absent}", "check --data.root"),
+        ("train --seed=-1", "train.seed=-1, expected"),
+        ("sample latentdiff-mini x --out=a.png --steps=0", "num_inference_steps must be"),
+        ("sample latentdiff-mini x --output_dir=a.gif", "out=a.gif must be"),
+        ("sample latentdiff-mini x --out=a.png --sampler=x", "scheduler"),
+        ("evaluate latentdiff-mini --data.root=absent --output_dir=o --steps=0", "num_inference_"),
+        ("demo swiss-roll --steps=0", "max_steps=0"),
+        ("sample latentdiff-mini x --outs=a.png", "did you mean --out?"),
+        ("train --dat=x", "unknown setting dat"),
+    ],
+)
+def test_a_common_option_is_known_under_its_other_spellings(
+    given: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.replace("\u00a0", " ") for word in given.split(" ")]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "train-vae", "train-clip"])
+def test_a_run_is_written_to_out_as_to_output_dir(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--out", "there", "--print_config"])
+    assert "\noutput_dir: there\n" in capsys.readouterr().out
+
+
 def test_options_are_taken_out_of_the_parsed_values() -> None:
     parser = ArgumentParser()
     parser.add_argument("model", type=str)
     parser.add_class_arguments(SampleOptions)
-    values = parser.parse_args(["m", "--out=a.png", "--steps=[1, 2]"]).as_dict()
-    assert take_options(SampleOptions, values) == SampleOptions(out="a.png", steps=[1, 2])
+    values = parser.parse_args(["m", "--out=a.png", "--num_inference_steps=[1, 2]"]).as_dict()
+    assert take_options(SampleOptions, values) == SampleOptions(
+        out="a.png", num_inference_steps=[1, 2]
+    )
     assert values == {"model": "m"}
     with pytest.raises(KeyError):
         take_options(WebUIOptions, values)
@@ -185,3 +219,44 @@ def test_a_path_that_is_absent_is_looked_for_in_the_home_folder(
     message = capsys.readouterr().err
     assert str(home / "absent") in message
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "MODEL", "x", "--out=x.png"),
+        ("app", "MODEL"),
+        ("evaluate", "MODEL", "--data=PHOTOS", "--out=out", "--split=all"),
+        ("train", "--model.pretrained=MODEL", "--data.root=PHOTOS"),
+        ("demo", "--model=MODEL"),
+        ("export", "single-file", "MODEL", "--out=x.safetensors"),
+        ("export", "merge", "MODEL", "absent", "--out=out"),
+        ("export", "pack", "MODEL", "--out=out"),
+        ("export", "card-sheets", "MODEL", "--data=PHOTOS", "--seen=1"),
+    ],
+)
+def test_a_folder_that_is_neither_a_model_nor_a_run_is_refused_alike(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str]
+) -> None:
+    (home / "empty").mkdir(parents=True)
+    captioned_folder(home / "photos", 4)
+    places = {"MODEL": str(home / "empty"), "PHOTOS": str(home / "photos")}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    assert main(arguments) == 2
+    assert "expected a model's folder in Stable Diffusion's format or a run's folder" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_run_stands_for_the_model_that_it_exported(
+    tmp_path: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(sd_folder, run / "pipeline")
+    small = ["--num_inference_steps=1", "--height=32", "--width=32"]
+    assert main(["sample", str(run), "x", f"--out={tmp_path / 'x.png'}", *small]) == 0
+    assert main(["export", "pack", str(run), f"--out={tmp_path / 'packed'}"]) == 0
+    assert (tmp_path / "packed" / "model_index.json").is_file()
+    assert main(["evaluate", str(run), f"--data={run}", f"--out={tmp_path / 'eval'}"]) == 2
+    assert str(run / "pipeline") not in capsys.readouterr().err  # the data, not the model

@@ -19,6 +19,7 @@ from latentdiff.config.describe import (
 )
 from latentdiff.config.io import flat, load_config, parse_arguments, to_yaml
 from latentdiff.config.ranges import at_least
+from latentdiff.config.sampling import SampleOptions
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 from latentdiff.config.yaml_file import shipped_configs
@@ -86,7 +87,8 @@ def test_values_are_written_as_in_yaml() -> None:
 
 
 def test_names_in_other_tools_stand_for_settings_that_there_are() -> None:
-    known = {name.rpartition(".")[2] for name in flat(Config())} | {"guidance_scale"}
+    known = {name.rpartition(".")[2] for name in flat(Config())}
+    known |= {one.name for one in settings_of(SampleOptions)}
     assert set(OTHER_TOOLS.values()) <= known
     assert not set(OTHER_TOOLS) & known
 

@@ -35,7 +35,7 @@ def test_the_same_model_gains_nothing_and_does_not_drift(shared_dir, sd_folder, 
         prompt="a red circle",
         unrelated=("a green square", "two small yellow triangles"),
         num_seeds=2,
-        steps=2,
+        num_inference_steps=2,
     )
     report = compare_subject(
         str(sd_folder),

@@ -134,7 +134,7 @@ def test_captions_are_text_in_the_page(folders: Path, tmp_path: Path) -> None:
     [
         (["--num_images", 3], "num_images=3"),
         (["--images_per_caption", 64, "--num_images", 64], "images_per_caption=64"),
-        (["--steps", 0], "steps=0"),
+        (["--steps", 0], "num_inference_steps=0"),
         (["--step_sweep", "[0,2]"], "step_sweep"),
         (["--clip_weights", "x.safetensors"], "clip_weights"),
         (["--clip", "none"], "none"),

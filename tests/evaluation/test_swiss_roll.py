@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "swiss_roll.py"
 
 @pytest.fixture(scope="module")
 def short() -> tuple[dict[str, Any], Clouds]:
-    return swiss_roll(RollOptions(steps=1200, num_timesteps=50, num_points=1000))
+    return swiss_roll(RollOptions(max_steps=1200, num_timesteps=50, num_points=1000))
 
 
 def test_density_is_one_in_all_and_that_of_the_samples() -> None:
