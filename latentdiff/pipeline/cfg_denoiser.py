@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.diffusion.guidance import ScoreFunction, classifier_free, is_guided, rescale
+from latentdiff.models.guidance_embedding import guidance_features, has_guidance_embedding
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.gradient_guidance import apply_score_guidance
 from latentdiff.pipeline.initial_latents import InpaintState
@@ -129,7 +129,7 @@ class CFGDenoiser:
                 x,
                 t,
                 encoder_hidden_states=prompt_embeds.to(self.dtype),
-                timestep_cond=guidance_embedding(self.unet, self.guidance.scale, like=xt),
+                timestep_cond=self._guidance_features(len(x)),
                 return_dict=False,
             )[0]
         output = output.to(torch.float32, copy=True)  # an ordinary tensor, whatever the pass was
@@ -146,12 +146,8 @@ class CFGDenoiser:
             guided = rescale(guided, cond, self.guidance.rescale)
         return Prediction(torch.cat([guided, variance], dim=1), cond - uncond)
 
-
-def guidance_embedding(unet: UNet2DConditionModel, scale: float, *, like: Tensor) -> Tensor | None:
-    """Return the scale as a distilled U-Net reads it (Meng et al. 2023), (B, D), else None."""
-    width = unet.config.time_cond_proj_dim
-    if width is None:
-        return None
-    scales = torch.full((len(like),), (scale - 1) * 1000.0, device=like.device)
-    embedding: Tensor = get_timestep_embedding(scales, width, downscale_freq_shift=1)
-    return embedding.to(unet.dtype)
+    def _guidance_features(self, num: int) -> Tensor | None:
+        """Return the scale as a distilled U-Net reads it, (num, D), else None."""
+        if not has_guidance_embedding(self.unet):
+            return None
+        return guidance_features(self.unet, self.guidance.scale, num=num)

@@ -1,0 +1,69 @@
+"""The guidance embedding of a distilled U-Net: the guidance scale as an input (Meng et al. 2023).
+
+A U-Net with `time_cond_proj_dim` reads sinusoidal features of scale - 1 through a projection that
+is added to those of the timestep, as the latent consistency models of diffusers do; stock pipelines
+then turn classifier-free guidance off and pass the scale on.
+"""
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor
+
+WIDTH = 256  # features of a scale, as diffusers' distilled models have
+PROJECTION = "time_embedding.cond_proj.weight"
+FIRST_LAYER = "time_embedding.linear_1."
+
+
+def guidance_features(unet: UNet2DConditionModel, scale: float | Tensor, *, num: int) -> Tensor:
+    """Return the features of guidance scales that the U-Net reads, (num, D), in its dtype.
+
+    scale: one number or (num,). ValueError for a U-Net without a guidance embedding.
+    """
+    width = unet.config.time_cond_proj_dim
+    if width is None:
+        raise ValueError("the U-Net has no guidance embedding: its time_cond_proj_dim is null")
+    scales = (torch.as_tensor(scale, device=unet.device) - 1) * 1000.0
+    features: Tensor = get_timestep_embedding(scales.expand(num), width, downscale_freq_shift=1)
+    return features.to(unet.dtype)
+
+
+def has_guidance_embedding(unet: UNet2DConditionModel) -> bool:
+    """Tell whether a U-Net reads the guidance scale as an input."""
+    return unet.config.time_cond_proj_dim is not None
+
+
+def add_guidance_embedding(unet: UNet2DConditionModel, width: int = WIDTH) -> UNet2DConditionModel:
+    """Return a copy of a U-Net that reads the guidance scale, at first without effect.
+
+    The new projection is zero, so the outputs are the same. One that has the embedding is copied.
+    """
+    state = dict(unet.state_dict())
+    if PROJECTION not in state:
+        first = state[FIRST_LAYER + "weight"]
+        state[PROJECTION] = first.new_zeros(unet.time_embedding.linear_1.in_features, width)
+    return _with_state(unet, state, width=state[PROJECTION].shape[1])
+
+
+def fold_guidance(unet: UNet2DConditionModel, scale: float) -> UNet2DConditionModel:
+    """Return a copy of a U-Net with one guidance scale fixed, which reads no scale any more.
+
+    The projected features of the scale go into the bias of the timestep's first layer, exactly.
+    """
+    state = dict(unet.state_dict())
+    features = guidance_features(unet, scale, num=1)[0].double()
+    shift = state[FIRST_LAYER + "weight"].double() @ (state.pop(PROJECTION).double() @ features)
+    bias = state[FIRST_LAYER + "bias"]
+    state[FIRST_LAYER + "bias"] = (bias.double() + shift).to(bias.dtype)
+    return _with_state(unet, state, width=None)
+
+
+def _with_state(
+    unet: UNet2DConditionModel, state: dict[str, Tensor], *, width: int | None
+) -> UNet2DConditionModel:
+    """Return a U-Net of the same shape with other weights, which it does not share."""
+    copy: UNet2DConditionModel = UNet2DConditionModel.from_config(
+        unet.config, time_cond_proj_dim=width
+    )
+    copy.load_state_dict({name: one.clone() for name, one in state.items()}, assign=True)
+    return copy
