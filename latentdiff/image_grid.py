@@ -15,14 +15,17 @@ MARGIN = 8
 FONT_SIZE = 12
 MAX_LINES = 6
 MIN_CELL = 128
+BOXES = "boxes"
+TILES = "tiles"  # text of a sheet's PNG file: JSON of where each image is, and its label
 BACKGROUND, INK = (255, 255, 255), (32, 32, 32)
 
 
 def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], *, columns: int) -> Image.Image:
     """Lay out images in rows of `columns`, each with its wrapped label underneath.
 
-    Images smaller than 128 pixels are enlarged by a whole factor without smoothing. Raises
-    ValueError for no images, or where there is not one label an image.
+    Images smaller than 128 pixels are enlarged by a whole factor without smoothing. The grid's
+    info[BOXES] has each image's (left, top, right, bottom). Raises ValueError for no images, or
+    where there is not one label an image.
     """
     if not images or len(images) != len(labels) or columns < 1:
         raise ValueError(
@@ -38,14 +41,16 @@ def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], *, columns: 
     rows = -(-len(shown) // columns)
     size = (MARGIN + columns * (width + MARGIN), MARGIN + rows * (height + MARGIN))
     sheet = Image.new("RGB", size, BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
+    draw, boxes = ImageDraw.Draw(sheet), []
     for index, (image, wrapped) in enumerate(zip(shown, lines, strict=True)):
         x = MARGIN + (index % columns) * (width + MARGIN)
         y = MARGIN + (index // columns) * (height + MARGIN)
         sheet.paste(image, (x, y))
+        boxes.append((x, y, x + image.width, y + image.height))
         for number, line in enumerate(wrapped):
             top = y + image.height + MARGIN // 2 + number * _line_height()
             draw.text((x, top), line, fill=INK, font=_font())
+    sheet.info[BOXES] = boxes
     return sheet
 
 

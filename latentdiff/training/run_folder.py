@@ -19,6 +19,7 @@ from typing import IO
 from accelerate import Accelerator
 
 from latentdiff.atomic import atomic_folder, remove_leftovers, try_lock, write_bytes
+from latentdiff.training.run_log import LOG, RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ EXPORTS = (  # what a run writes at its end; glob patterns
     *("metrics.json", "reconstructions_*.png"),
 )
 BY_STEP = ("samples", "power_ema")  # folders of files named step-%09d...
-RECORDS = ("config.yaml", "metrics.jsonl", "tensorboard")
-STATE = (*RECORDS, *BY_STEP, "tokenizer", "checkpoints")  # what it writes on the way
+PLAN = "plan.json"
+RECORDS = ("config.yaml", "metrics.jsonl", PLAN)  # files of a branch and of what it leaves aside
+STATE = (*RECORDS, *BY_STEP, "tensorboard", "tokenizer", "checkpoints")  # what it writes on the way
 STEP = re.compile(r"step-(\d{9,})\b.*")
 
 
@@ -44,7 +46,7 @@ def open_run_folder(path: str, accelerator: Accelerator) -> Iterator[Path]:
         if not accelerator.is_main_process:
             yield folder
             return
-        with RunLock(folder):
+        with RunLock(folder), RunLog(folder):
             remove_leftovers(folder)
             yield folder
     except Exception as error:
@@ -129,7 +131,7 @@ def next_previous(folder: Path) -> Path:
 def move_run_aside(folder: Path) -> None:
     """Move all that a run wrote to previous/N, so that another may start in its folder."""
     out = next_previous(folder)
-    moved = [*exports_of(folder), *(folder / name for name in STATE)]
+    moved = [*exports_of(folder), *(folder / name for name in (*STATE, LOG))]
     _move([path for path in moved if path.exists()], folder, out)
     logger.warning("the run that %s held was moved to %s", folder, out)
 
@@ -142,7 +144,7 @@ def move_aside(folder: Path, *, after: int, checkpoints: Iterable[Path]) -> None
     """
     out = next_previous(folder)
     out.mkdir(parents=True)
-    for name in RECORDS[:2]:
+    for name in (*RECORDS, LOG):
         if (folder / name).is_file():
             write_bytes(out / name, (folder / name).read_bytes())
     if (folder / "tensorboard").is_dir():

@@ -1,15 +1,18 @@
 """The plan of a run, logged before its first step: parameters, memory, steps, time.
 
+plan.json keeps it for `latentdiff report`.
+
 Memory is an estimate. Weights, gradients, optimiser and averages follow from the parameters;
 activations come from a forward and backward pass of one micro-batch on fake tensors, which have
 sizes and no contents. The kernels' own memory and the allocator's unused blocks come on top.
 """
 
+import json
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from latentdiff.atomic import write_text
 from latentdiff.config.choices import OptimizerName
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.statistics import subfolder_counts
@@ -32,10 +36,12 @@ from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import bucket_sizes
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.optim.optimizer import OPTIMIZERS
+from latentdiff.training.run_folder import PLAN
 from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
 USABLE = 0.85  # share of a GPU's memory; the rest is for kernels and unused blocks
+NUM_EXAMPLES, NUM_STEPS_COUNTED = 5, 100  # in plan.json, of a problem; of the first epoch
 SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
 UNUSED_IMAGES = ("by_product", "unused_mask", "stray_mask", "second_mask", "unlisted")
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
@@ -64,11 +70,14 @@ class Memory:
 
 
 def log_plan(run: Run, first_step: int) -> None:
-    """Log the plan of a run, on the main process."""
+    """Log the plan of a run, and write it to plan.json, on the main process."""
     memory = estimate_memory(run)
     if not run.accelerator.is_main_process:
         return
     _log_images(run.train_data.train)
+    plan = {"data": _data_plan(run), "steps": _step_plan(run), "memory": asdict(memory)}
+    plan |= {"parameters": count_parameters(run.components), "device": _device_name(run)}
+    write_text(run.folder / PLAN, json.dumps(plan, indent=1) + "\n")
     _log_steps(run, first_step)
     logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
     _log_memory(memory, run)
@@ -83,6 +92,46 @@ def log_plan(run: Run, first_step: int) -> None:
     _warn_of_resolution(run)
     if not len(run.train_data.heldout):
         logger.warning("no image is held out, so no held-out loss; set data.heldout_fraction")
+
+
+def _data_plan(run: Run) -> dict[str, Any]:
+    """Return the number of images by split and by sub-folder, and the folder's problems."""
+    data = run.train_data
+    counts = {"train": data.train, "held out": data.heldout, "of the class": data.class_images}
+    problems = [
+        {
+            "severity": group.reason.severity,
+            "title": group.reason.title,
+            "count": group.count,
+            "fix": group.reason.fix,
+            "examples": [list(example) for example in group.examples[:NUM_EXAMPLES]],
+        }
+        for group in data.train.problems.values()
+    ]
+    return {
+        "splits": {name: len(folder) for name, folder in counts.items() if folder is not None},
+        "subfolders": subfolder_counts(data.train),
+        "problems": problems,
+    }
+
+
+def _step_plan(run: Run) -> dict[str, float]:
+    """Return the steps of a run and how the images of one are shared out."""
+    order, layout = run.train_data.order, run.layout
+    num_steps = min(order.steps_per_epoch, NUM_STEPS_COUNTED)
+    return {
+        "max_steps": run.config.train.max_steps,
+        "steps_per_epoch": order.steps_per_epoch,
+        "images_per_step": sum(map(order.count, range(num_steps))) / num_steps,
+        "num_processes": layout.num_processes,
+        "micro_batch_size": layout.micro_batch_size,
+        "accumulation": layout.accumulation,
+    }
+
+
+def _device_name(run: Run) -> str:
+    device = run.accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _warn_of_half_the_chain(run: Run) -> None:

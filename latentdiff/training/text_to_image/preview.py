@@ -7,18 +7,21 @@ person typed may weigh words.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.atomic import atomic_file
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
-from latentdiff.image_grid import draw_grid
+from latentdiff.image_grid import BOXES, TILES, draw_grid
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.prompts import parse_prompt
@@ -95,10 +98,12 @@ def write_sheet(
         return {}
     images = [generated[index] for index in range(len(prompts))]
     found = _find_nearest(images, nearest_images)
-    sheet = _sheet(images, prompts, found)
+    sheet, tiles = _sheet(images, prompts, found)
+    text = PngInfo()
+    text.add_text(TILES, json.dumps(tiles))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG", pnginfo=text)
     logger.info("samples written: %s", path)
     return summarize_nearest(found) if found else {}
 
@@ -116,15 +121,23 @@ def _find_nearest(
 
 def _sheet(
     images: Sequence[Image.Image], prompts: Sequence[str], found: Sequence[NearestImage]
-) -> Image.Image:
-    """Lay out images, each followed by its nearest training image."""
-    if not found:
-        return draw_grid(images, list(prompts), columns=min(8, len(prompts)))
-    tiles, labels = [], []
-    for image, prompt, one in zip(images, prompts, found, strict=True):
+) -> tuple[Image.Image, list[dict[str, Any]]]:
+    """Lay out images, each followed by its nearest training image; return the sheet and its tiles.
+
+    A tile is {"label": a prompt or a file's name, "box": pixels, "is_nearest": bool}.
+    """
+    tiles, labels = list(images), list(prompts)
+    columns = min(8, len(prompts))
+    if found:
+        tiles, labels, columns = [], [], 2 * min(4, len(prompts))
+    for image, prompt, one in zip(images, prompts, found, strict=True) if found else ():
         tiles += [image, ImageOps.contain(one.image, image.size)]
         labels += [prompt, one.label]
-    return draw_grid(tiles, labels, columns=2 * min(4, len(prompts)))
+    sheet = draw_grid(tiles, labels, columns=columns)
+    return sheet, [
+        {"label": label, "box": box, "is_nearest": bool(found) and k % 2 == 1}
+        for k, (label, box) in enumerate(zip(labels, sheet.info[BOXES], strict=True))
+    ]
 
 
 @torch.no_grad()
