@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto
 h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 table { border-collapse: collapse; width: 100% } td, th { padding: .3rem .6rem; text-align: left;
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
-td:first-child:not(.n) { min-width: 9rem }
+th { overflow-wrap: normal } td:first-child:not(.n) { min-width: 9rem }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .grid { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 128px }
 figcaption, figcaption .soft { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }

@@ -54,6 +54,7 @@ ENTRIES = (
     Entry("app", "sample:app_command", "Make images in a web UI.", "use"),
     Entry("evaluate", "evaluate:evaluate_command", "Measure a model on held-out data.", "measure"),
     Entry("compare", "evaluate:compare_subject_command", "Measure a tuned subject.", "measure"),
+    Entry("report", "report:report_command", "One page on runs: curves, sheets.", "measure"),
     Entry("export", "", "Write a model for other tools, smaller, or merged.", "share"),
     Entry("export single-file", "export:export_single_file_command", "One .safetensors file."),
     Entry("export lora", "export:lora_command", "A LoRA in kohya's or diffusers' names."),

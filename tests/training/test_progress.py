@@ -1,6 +1,7 @@
 """What a person sees of a run: lines in a log, a bar in a terminal, the notice of a signal."""
 
 import io
+import json
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 from fakes_training import make_config, make_world
 
 from latentdiff.training.progress import LOG_INTERVAL_S, Progress
+from latentdiff.training.run_log import read_log
 from latentdiff.training.stop_signals import StopSignals
 from latentdiff.training.text_to_image.train_t2i import train
 
@@ -40,6 +42,9 @@ def test_a_run_tells_what_it_writes_and_what_to_type_next(
     assert f"latentdiff sample {run / 'pipeline'} '" in caplog.text
     assert f"--out {run / 'evaluation'} --heldout_fraction 0.3\n" in caplog.text + "\n"
     assert "epoch 1.0 of 1.0" in caplog.text
+    assert "checkpoint saved" in (run / "log.txt").read_text()
+    assert read_log(run)[-1].session == 1
+    assert json.loads((run / "plan.json").read_text())["steps"]["images_per_step"] == 10 / 3
     stderr = capfd.readouterr().err
     assert "encoding:" not in stderr  # no bar, whose carriage returns fill a log
     assert "/3 " not in stderr

@@ -161,7 +161,7 @@ def _limits(curves: Sequence[Curve], *, from_zero: bool) -> tuple[float, float]:
         values += [y + sign * h for y, h in zip(curve.y, half, strict=True) for sign in (-1, 1)]
     low, high = min(values), max(values)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return (min(0.0, low) if from_zero else low - pad), high + pad
+    return (min(0.0, low) if from_zero or not (low or high) else low - pad), high + pad
 
 
 def _thinned(curve: Curve) -> Curve:

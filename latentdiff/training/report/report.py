@@ -4,11 +4,12 @@ It reads run folders, also while they are written, and changes nothing in them. 
 without scripts or fetches: what a mail or a browser without network shows.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from latentdiff.atomic import write_text
 from latentdiff.data.inspection.text_report import size_text
@@ -79,11 +80,16 @@ def run_report_html(runs: Sequence[RunRecord]) -> str:
         sections = [
             ("Curves", charts(runs)),
             ("Settings that differ", _differences(runs)),
-            ("Same prompts, same seeds", side_by_side(runs)),
+            (_samples_title(runs), side_by_side(runs)),
             ("Each run", Markup().join(each)),
         ]
     body = render_template(BODY, title=title, head=head, sections=sections)
     return page(f"{title}: training", body=body, style=STYLE)
+
+
+def _samples_title(runs: Sequence[RunRecord]) -> str:
+    has_one_seed = len({run.setting("train.seed") for run in runs}) == 1
+    return "Same prompts, same seeds" if has_one_seed else "Same prompts"
 
 
 def _sections(run: RunRecord, number: int) -> list[tuple[str, Markup]]:
@@ -144,7 +150,7 @@ def _differences(runs: Sequence[RunRecord]) -> Markup:
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     values = {name: [_text(run.settings.get(name, "")) for run in runs] for name in names}
     rows = [
-        [name, *found]
+        [_name(name), *found]
         for name, found in values.items()
         if len(set(found)) > 1 and name != "output_dir"
     ]
@@ -254,19 +260,24 @@ def _warnings(run: RunRecord) -> Markup:
 def _settings(run: RunRecord) -> Markup:
     """List the settings that differ from their defaults, and all of them by section."""
     changed = [
-        [name, _text(value), _text(run.defaults[name])]
+        [_name(name), _text(value), _text(run.defaults[name])]
         for name, value in run.settings.items()
         if value != run.defaults[name]
     ]
     body = table(["differs from the default", "value", "default"], changed)
-    sections: dict[str, list[list[str]]] = {}
+    sections: dict[str, list[list[str | Markup]]] = {}
     for name, value in run.settings.items():
         section = name.partition(".")[0] if "." in name else "run"
-        sections.setdefault(section, []).append([name, _text(value)])
+        sections.setdefault(section, []).append([_name(name), _text(value)])
     for section, rows in sections.items():
         title = f"all of {section} ({len(rows)})"
         body += render_template(DETAILS, title=title, content=table(["setting", "value"], rows))
     return body
+
+
+def _name(setting: str) -> Markup:
+    """Let a setting's name break at its dots and underscores."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(setting))))
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from latentdiff.html import figure, grid, inline_image, render_template
+from latentdiff.html import figure, inline_image, render_template
 from latentdiff.image_grid import TILES
 from latentdiff.training.report.run_record import RunRecord
 
@@ -30,8 +30,16 @@ STYLE = f"""
 .samples {{ grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); display: grid }}
 .samples figure {{ width: auto; min-width: 0 }} .samples img {{ max-width: 100%; width: 100% }}
 .pixels img {{ image-rendering: pixelated }} img.sheet {{ max-width: 100% }}
-.prompt {{ margin: .9rem 0 .2rem; font-size: .85rem; overflow-wrap: anywhere }}
+.prompts {{ display: grid; gap: .8rem 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)) }}
+.prompts p {{ margin: 0 0 .2rem; font-size: .85rem; overflow-wrap: anywhere }}
+.row {{ display: grid; gap: .4rem }} .row figure {{ width: auto; min-width: 0 }}
+.row img {{ width: 100%; max-width: 100% }}
 """
+PROMPTS = """\
+<div class="prompts">{% for prompt, images in rows %}<div><p>{{ prompt }}</p><div class="row" \
+style="grid-template-columns: repeat({{ images | length }}, minmax(0, 160px))">\
+{% for image in images %}{{ image }}{% endfor %}</div></div>{% endfor %}</div>"""
 SLIDER = """\
 <div class="slider">{% for step, _ in panels %}<input type="radio" name="{{ name }}" \
 id="{{ name }}-{{ step }}"{% if loop.last %} checked{% endif %}><label \
@@ -61,30 +69,34 @@ def sheet_slider(run: RunRecord, *, name: str) -> Markup:
 def side_by_side(runs: Sequence[RunRecord]) -> Markup:
     """Show the last images of several runs next to each other, for the prompts that all have.
 
-    The images of the first run's first sheet come before them: no training yet.
+    The images of the first run's first sheet come before them, where it precedes training.
     """
-    with_sheets = [run for run in runs if run.sheets]
-    if len(with_sheets) < 2:
+    runs = [run for run in runs if run.sheets]
+    if len(runs) < 2:
         return Markup("")
-    last = {run.name: _generated(run.sheets[max(run.sheets)]) for run in with_sheets}
-    shared = [p for p in next(iter(last.values())) if all(p in tiles for tiles in last.values())]
+    sheets = {f"{run.name}, step {max(run.sheets):,}": run.sheets[max(run.sheets)] for run in runs}
+    columns = {label: _generated(path) for label, path in sheets.items()}
+    shared = [
+        prompt
+        for prompt in next(iter(columns.values()))
+        if all(prompt in images for images in columns.values())
+    ]
     if not shared:
         return Markup('<p class="soft">The runs have no prompt in common.</p>')
-    first = _generated(with_sheets[0].sheets[min(with_sheets[0].sheets)])
-    rows = []
-    for prompt in shared:
-        columns = {
-            f"{run.name}, step {max(run.sheets):,}": last[run.name][prompt] for run in with_sheets
-        }
-        if prompt in first and min(with_sheets[0].sheets) == 0:
-            columns = {f"{with_sheets[0].name}, before": first[prompt], **columns}
-        shown = grid(figure(_shown(image), label=label) for label, image in columns.items())
-        rows.append(
-            render_template(
-                '<p class="prompt">{{ prompt }}</p>{{ shown }}', prompt=prompt, shown=shown
-            )
+    if 0 in runs[0].sheets:
+        columns = {f"{runs[0].name}, before": _generated(runs[0].sheets[0]), **columns}
+    rows = [
+        (
+            prompt,
+            [
+                figure(_shown(images[prompt]), label=label)
+                for label, images in columns.items()
+                if prompt in images
+            ],
         )
-    return Markup().join(rows)
+        for prompt in shared
+    ]
+    return render_template(PROMPTS, rows=rows)
 
 
 def tiles_of(path: Path) -> list[Tile]:
@@ -126,7 +138,7 @@ def _panel(path: Path) -> Markup:
             label=""
             if tile.is_nearest
             else textwrap.shorten(tile.label, MAX_CAPTION, placeholder=" …"),
-            note=f"nearest: {tile.label}" if tile.is_nearest else "",
+            note=tile.label if tile.is_nearest else "",
         )
         for tile in tiles
     ]
