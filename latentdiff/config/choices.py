@@ -40,6 +40,7 @@ OptimizerName = Literal[  # training/optim/optimizer.py OPTIMIZERS
 ]
 LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/lr.py
 MixedPrecision = Literal["fp32", "bf16", "fp16"]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]  # training/trackers.py PACKAGES
 AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/text_to_image/model.py
 FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE
     "full", "attention", "cross_attention", "lora", "textual_inversion"

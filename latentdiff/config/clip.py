@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latentdiff.config.choices import MixedPrecision
+from latentdiff.config.choices import MixedPrecision, Tracker
 from latentdiff.config.effect import EffectRule, check_effect
 from latentdiff.config.ranges import at_least, between, check_multiples, check_ranges, folder, share
 
@@ -73,6 +73,11 @@ class ClipConfig:
     """processes that prepare images"""
     log_every_steps: int = at_least(1, default=50)
     """steps between two lines of metrics"""
+    report_to: Tracker | tuple[Tracker, ...] = "tensorboard"
+    """tracker of figures, sheets and settings, besides metrics.jsonl: tensorboard (in RUN/); wandb
+    or trackio, of the extra trackers; none; or several, as in [tensorboard, wandb]"""
+    tracker_project_name: str = "latentdiff"
+    """project of the run in wandb and trackio, where it is named after its folder"""
     checkpoint_every_steps: int = at_least(1, default=1000)
     """steps between two checkpoints; one more is saved at the end"""
     keep_checkpoints: int = at_least(1, default=2)

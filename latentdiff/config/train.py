@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from latentdiff.config.choices import AttentionKernel, LRDecay, MixedPrecision, OptimizerName
+from latentdiff.config.choices import (
+    AttentionKernel,
+    LRDecay,
+    MixedPrecision,
+    OptimizerName,
+    Tracker,
+)
 from latentdiff.config.ranges import at_least, between, non_empty_texts, share_below_1
 
 LEARNING_RATES: dict[OptimizerName, float] = {  # where train.learning_rate is 0
@@ -86,6 +92,11 @@ class TrainConfig:
     begins there, which the same command then continues"""
     log_every_steps: int = at_least(1, default=10)
     """steps between two lines of metrics, at which the host also waits for the device"""
+    report_to: Tracker | tuple[Tracker, ...] = "tensorboard"
+    """tracker of figures, sheets and settings, besides metrics.jsonl: tensorboard (in RUN/); wandb
+    or trackio, of the extra trackers; none; or several, as in [tensorboard, wandb]"""
+    tracker_project_name: str = "latentdiff"
+    """project of the run in wandb and trackio, where it is named after its folder"""
     checkpoint_every_steps: int = at_least(1, default=1000)
     """steps between two checkpoints; one more is saved at the end"""
     keep_checkpoints: int = at_least(1, default=2)

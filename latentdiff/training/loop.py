@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 
 from latentdiff.atomic import write_text
-from latentdiff.config.io import to_yaml
+from latentdiff.config.io import flat, to_yaml
 from latentdiff.program import program
 from latentdiff.training.checkpoint import best_step
 from latentdiff.training.distributed import any_process, single_process_accelerator
@@ -32,7 +32,9 @@ from latentdiff.training.resume import (
     with_step_limit,
 )
 from latentdiff.training.run_folder import exports_of, open_run_folder
+from latentdiff.training.run_log import begin_run_log
 from latentdiff.training.stop_signals import StopSignals, die_with_parent
+from latentdiff.training.trackers import Trackers, check_trackers
 
 Settings = TypeVar("Settings")
 logger = logging.getLogger(__name__)
@@ -63,10 +65,20 @@ def train_recipe(
     with lines_above_bar(), StopSignals(announces=is_main) as signals:
         if is_main:
             write_text(folder / "config.yaml", to_yaml(config))
+            begin_run_log()
         # Before the state: a loader may draw from torch's generator, which is part of it.
         batches = TimedIterator(recipe.batches(start.step))
         load_state(recipe, start)
-        log = MetricsLog(folder, is_main=is_main, first_step=start.step)
+        trackers = None
+        if is_main:
+            trackers = Trackers(
+                settings.report_to,
+                folder,
+                project=settings.tracker_project_name,
+                settings=flat(config),
+                first_step=start.step,
+            )
+        log = MetricsLog(folder, is_main=is_main, first_step=start.step, trackers=trackers)
         checkpoints = CheckpointWriter(folder, settings, config, accelerator, start.lineage)
         loop = Loop(recipe, settings, accelerator, log, checkpoints, signals)
         try:
@@ -155,8 +167,13 @@ class Loop:
 
     def _save_samples(self, step: int, *, last: bool) -> dict[str, float]:
         """Write a sheet where one is due; whatever prevents it is no reason to stop training."""
+        sheet = self.log.folder / "samples" / f"step-{step:09d}.png"
         try:
-            return self.recipe.save_samples(step, last=last)
+            is_new = not sheet.exists()
+            figures = self.recipe.save_samples(step, last=last)
+            if is_new and sheet.exists():
+                self.log.write_sheet(step, sheet)
+            return figures
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             logger.warning("no sheet of images for step %d, training continues: %s", step, reason)
@@ -186,6 +203,7 @@ def train_in_one_process(config: Settings, build: Callable[..., Recipe]) -> int:
     die_with_parent()
     given: Any = config
     accelerator = single_process_accelerator(given.mixed_precision)
+    check_trackers(given.report_to, is_main=True)
     with open_run_folder(given.output_dir, accelerator) as folder:
 
         def count_steps() -> int:

@@ -1,4 +1,4 @@
-"""The log lines of a run: metrics.jsonl, TensorBoard, speed, and the end when numbers go wrong.
+"""The log lines of a run: metrics.jsonl, trackers, speed, and the end when numbers go wrong.
 
 Loss, gradient norm and learning rate come from the recipe, in text-to-image from `StepResults` of
 text_to_image/train_t2i.py; loop.py decides when a line is due, and shows it on the progress bar.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from latentdiff.atomic import write_text
 from latentdiff.training.checkpoint import Parts
+from latentdiff.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +32,15 @@ WINDOW = "window"  # part of a checkpoint: the steps since the last log line
 
 
 class MetricsLog:
-    """metrics.jsonl and tensorboard/ of a run folder, written by the main process only."""
+    """metrics.jsonl of a run folder and its trackers, written by the main process only."""
 
-    def __init__(self, folder: Path, *, is_main: bool, first_step: int) -> None:
-        self.path, self._is_main = folder / "metrics.jsonl", is_main
-        self._unwritten = ""
-        self._board: Any = None
+    def __init__(
+        self, folder: Path, *, is_main: bool, first_step: int, trackers: Trackers | None = None
+    ) -> None:
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self._is_main, self._unwritten, self._trackers = is_main, "", trackers
         if is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
             _drop_lines_after(self.path, first_step)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Add a line for a step, in which null stands for a figure that is not finite.
@@ -58,20 +57,18 @@ class MetricsLog:
             self._unwritten = ""
         except OSError as error:
             logger.error("no line for step %d in metrics.jsonl yet: %s", step, error)
-        self._draw(step, known)
+        if self._trackers is not None:
+            self._trackers.log(step, known)
 
-    def _draw(self, step: int, figures: Mapping[str, float]) -> None:
-        try:
-            for name, value in figures.items() if self._board is not None else ():
-                self._board.add_scalar(name, value, step)
-        except OSError as error:
-            logger.error("no more TensorBoard in this run: %s", error)
-            self._board = None
+    def write_sheet(self, step: int, path: Path) -> None:
+        """Give trackers a sheet that was just written."""
+        if self._trackers is not None:
+            self._trackers.log_sheet(step, path)
 
     def close(self) -> None:
-        """Flush what TensorBoard still holds."""
-        if self._board is not None:
-            self._board.close()
+        """Flush what trackers still hold."""
+        if self._trackers is not None:
+            self._trackers.finish()
 
 
 class TimedIterator(Iterator[Any]):

@@ -23,6 +23,8 @@ class LoopSettings:
     keep_every_steps: int = 0
     keep_best: bool = False
     lr_warmup_steps: int = 0
+    report_to: str | tuple[str, ...] = "tensorboard"
+    tracker_project_name: str = "latentdiff"
 
     @classmethod
     def of(cls, section: object) -> "LoopSettings":

@@ -63,6 +63,8 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "train.channels_last",
     "train.resume",
     "train.log_every_steps",
+    "train.report_to",
+    "train.tracker_project_name",
     "train.checkpoint_every_steps",
     "train.keep_",
     "train.export",
@@ -76,6 +78,8 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "num_workers",
     "resume",
     "log_every_steps",
+    "report_to",
+    "tracker_project_name",
     "checkpoint_every_steps",
     "keep_",
 )

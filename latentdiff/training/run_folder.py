@@ -29,9 +29,12 @@ EXPORTS = (  # what a run writes at its end; glob patterns
     *("metrics.json", "reconstructions_*.png"),
 )
 BY_STEP = ("samples", "power_ema")  # folders of files named step-%09d...
-PLAN = "plan.json"
+PLAN, TRACKERS = "plan.json", "trackers.json"
 RECORDS = ("config.yaml", "metrics.jsonl", PLAN)  # files of a branch and of what it leaves aside
-STATE = (*RECORDS, *BY_STEP, "tensorboard", "tokenizer", "checkpoints")  # what it writes on the way
+STATE = (  # what it writes on the way
+    *(*RECORDS, *BY_STEP, TRACKERS),
+    *("tensorboard", "wandb", "tokenizer", "checkpoints"),
+)
 STEP = re.compile(r"step-(\d{9,})\b.*")
 
 
@@ -157,6 +160,8 @@ def move_aside(folder: Path, *, after: int, checkpoints: Iterable[Path]) -> None
         if (match := STEP.fullmatch(path.name)) and int(match[1]) > after
     ]
     checkpoints = list(checkpoints)
+    if (folder / TRACKERS).is_file():  # the branch is another run there
+        later.append(folder / TRACKERS)
     _move([*later, *exports_of(folder), *checkpoints], folder, out)
     names = ", ".join(path.name for path in checkpoints)
     logger.warning(

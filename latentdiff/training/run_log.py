@@ -19,21 +19,33 @@ TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 class RunLog(logging.Handler):
     """Write what this package logs inside the block into the folder's log.txt.
 
-    The file is opened for each line, so it may be moved aside meanwhile; a full disk loses lines
-    and does not stop training.
+    Lines are kept until the run has begun, so that a refused run leaves the folder as it was. A
+    full disk loses lines and does not stop training.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path, self._has_begun = folder / LOG, False
+        self._kept: list[str] = []
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", TIME_FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a line, after a blank one where another session wrote before."""
+        """Append a line once the run has begun."""
+        self._kept.append(self.format(record) + "\n")
+        if self._has_begun:
+            self._write()
+
+    def begin(self) -> None:
+        """Write the lines so far, after a blank one where another session wrote before."""
+        if self.path.is_file():
+            self._kept.insert(0, "\n")
+        self._has_begun = True
+        self._write()
+
+    def _write(self) -> None:
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-            begins = not self._has_begun and file.tell() > 0
-            file.write("\n" * begins + self.format(record) + "\n")
-            self._has_begun = True
+            file.writelines(self._kept)
+        self._kept = []
 
     def __enter__(self) -> "RunLog":
         logging.getLogger("latentdiff").addHandler(self)
@@ -48,6 +60,13 @@ class RunLog(logging.Handler):
         logging.getLogger("latentdiff").removeHandler(self)
         if isinstance(error, Exception) and self._has_begun:
             self.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": str(error)}))
+
+
+def begin_run_log() -> None:
+    """Let the log of the run folder that is open write from here on: its run is not refused."""
+    for handler in logging.getLogger("latentdiff").handlers:
+        if isinstance(handler, RunLog):
+            handler.begin()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from latentdiff.training.metrics_log import MetricsLog, Stopwatch
 from latentdiff.training.text_to_image.train_step import StepResult
 from latentdiff.training.text_to_image.train_t2i import StepResults
+from latentdiff.training.trackers import Trackers
 
 NAN = float("nan")
 FIGURES = {
@@ -77,12 +78,18 @@ def test_speed_and_wait_are_of_training_alone() -> None:
     assert figures["memory_gb"] > 0
 
 
+def open_log(folder: Path, *, first_step: int) -> MetricsLog:
+    board = Trackers("tensorboard", folder, project="", settings={}, first_step=first_step)
+    return MetricsLog(folder, is_main=True, first_step=first_step, trackers=board)
+
+
 def test_both_logs_hold_every_figure_and_a_resumed_run_drops_later_ones(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, is_main=True, first_step=0)
+    Accelerator(cpu=True)
+    log = open_log(tmp_path, first_step=0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0 / step, "loss/t0-249": 2.0})
     log.close()
-    again = MetricsLog(tmp_path, is_main=True, first_step=2)
+    again = open_log(tmp_path, first_step=2)
     again.write(3, {"loss": 9.0})
     again.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -74,7 +74,8 @@ def make_run(
 
 
 def log_lines(folder: Path, *messages: str, level: int = logging.WARNING) -> None:
-    with RunLog(folder):
+    with RunLog(folder) as log:
+        log.begin()
         for message in messages:
             logging.getLogger("latentdiff.training").log(level, message)
 
@@ -155,8 +156,8 @@ def test_a_failed_run_says_so_with_its_error(tmp_path: Path) -> None:
 
 
 def fail_in(run: Path) -> None:
-    with RunLog(run):
-        logging.getLogger("latentdiff").warning("begun")
+    with RunLog(run) as log:
+        log.begin()
         raise FloatingPointError("the loss was NaN")
 
 
@@ -191,6 +192,16 @@ def test_log_lines_come_back_with_their_sessions(tmp_path: Path) -> None:
         ("WARNING", "resumed", 1),
     ]
     assert read_log(tmp_path / "absent") == []
+
+
+def test_a_refused_run_writes_no_log_and_one_that_begins_writes_all_of_it(tmp_path: Path) -> None:
+    with RunLog(tmp_path):
+        logging.getLogger("latentdiff").warning("refused")
+    assert read_log(tmp_path) == []
+    with RunLog(tmp_path) as log:
+        logging.getLogger("latentdiff").warning("before")
+        log.begin()
+    assert [entry.message for entry in read_log(tmp_path)] == ["before"]
 
 
 def test_smoothing_keeps_a_constant_and_reaches_back_over_a_share() -> None:

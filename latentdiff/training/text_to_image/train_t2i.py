@@ -52,6 +52,7 @@ from latentdiff.training.text_to_image.plan import fitting_layout, log_plan, usa
 from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
 from latentdiff.training.text_to_image.setup import Run, setup
 from latentdiff.training.text_to_image.train_step import StepResult
+from latentdiff.training.trackers import check_trackers
 
 MIN_PROMPTS = 4  # of the sheets' default prompts
 NUM_LOOKED_AT = 64  # captions that the sheets' default prompts are chosen from
@@ -74,6 +75,7 @@ def train(config: Config) -> int:
     check_prompts(config.preview.prompts)
     open_initial_file(config.finetune)
     accelerator = start_accelerator(config)
+    check_trackers(config.train.report_to, is_main=accelerator.is_main_process)
     with open_run_folder(config.output_dir, accelerator) as folder:
         start = begin_run(config, folder, accelerator)
         rule = strata_rule_of(start.checkpoint)
