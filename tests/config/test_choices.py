@@ -10,6 +10,7 @@ from latentdiff.diffusion import ddpm, loss_weighting, prediction, schedules, ti
 from latentdiff.pipeline.schedulers import SCHEDULERS
 from latentdiff.training.finetune.methods import TRAINABLE
 from latentdiff.training.optim.optimizer import OPTIMIZERS
+from latentdiff.training.trackers import PACKAGES
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ from latentdiff.training.optim.optimizer import OPTIMIZERS
         (choices.LossWeighting, ("none", *loss_weighting.LOSS_WEIGHTINGS)),
         (choices.TimestepSampling, timesteps.TIMESTEP_SAMPLINGS),
         (choices.Scheduler, SCHEDULERS),
+        (choices.Tracker, ("none", *PACKAGES)),
         (choices.OptimizerName, OPTIMIZERS),
         (choices.OptimizerName, LEARNING_RATES),
     ],
