@@ -8,6 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,9 @@ class Trackers:
         for name in names_of(report_to):
             options = _options(name, folder, first_step=first_step, settings=plain)
             place = "tensorboard" if name == "tensorboard" else project
-            self._try(name, lambda name=name, p=place, o=options: self._start(name, p, o))
+            self._try(name, partial(self._start, name, place, options))
             if name == "tensorboard":
-                self._try(name, lambda: self._board_settings(plain))
+                self._try(name, partial(self._board_settings, plain))
 
     def _start(self, name: str, place: str, options: Mapping[str, Any]) -> None:
         tracker = tracking.LOGGER_TYPE_TO_CLASS[name](place, **options)
@@ -95,12 +96,12 @@ class Trackers:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Report the figures of a step, finite ones."""
         for name in list(self._open):
-            self._try(name, lambda name=name: self._open[name].log(dict(figures), step=step))
+            self._try(name, partial(self._open[name].log, dict(figures), step=step))
 
     def log_sheet(self, step: int, path: Path) -> None:
         """Report a sheet of images."""
         for name in list(self._open):
-            self._try(name, lambda name=name: _log_image(self._open[name], path, step=step))
+            self._try(name, partial(_log_image, self._open[name], path, step=step))
 
     def finish(self) -> None:
         """Send what trackers still hold, and close them."""

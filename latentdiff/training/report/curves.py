@@ -169,9 +169,11 @@ def _thinned(curve: Curve) -> Curve:
     if len(curve.x) <= MAX_POINTS or curve.half_width:
         return curve
     groups = np.array_split(np.arange(len(curve.x)), MAX_POINTS)
-    x, y = np.asarray(curve.x), np.asarray(curve.y)
-    means = [(float(x[group].mean()), float(y[group].mean())) for group in groups]
-    return Curve(curve.label, *zip(*means, strict=True), color=curve.color, kind=curve.kind)
+    x, y = (
+        [float(np.asarray(values)[group].mean()) for group in groups]
+        for values in (curve.x, curve.y)
+    )
+    return Curve(curve.label, x, y, curve.color, curve.kind)
 
 
 def _paths(curve: Curve, frame: _Frame) -> Iterable[Markup]:

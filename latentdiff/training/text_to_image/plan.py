@@ -75,8 +75,13 @@ def log_plan(run: Run, first_step: int) -> None:
     if not run.accelerator.is_main_process:
         return
     _log_images(run.train_data.train)
-    plan = {"data": _data_plan(run), "steps": _step_plan(run), "memory": asdict(memory)}
-    plan |= {"parameters": count_parameters(run.components), "device": _device_name(run)}
+    plan = {
+        "data": _data_plan(run),
+        "steps": _step_plan(run),
+        "memory": asdict(memory),
+        "parameters": count_parameters(run.components),
+        "device": _device_name(run),
+    }
     write_text(run.folder / PLAN, json.dumps(plan, indent=1) + "\n")
     _log_steps(run, first_step)
     logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
