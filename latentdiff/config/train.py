@@ -29,6 +29,9 @@ class TrainConfig:
 
     max_steps: int = at_least(1, default=10_000)
     """optimiser steps of the whole run"""
+    max_epochs: float = at_least(0, default=0.0)
+    """passes over the training images, in place of max_steps, which they become when a run begins;
+    0: max_steps"""
     batch_size: int = at_least(1, default=16)
     """images per optimiser step, over all processes and accumulated micro-batches"""
     micro_batch_size: int = at_least(0, default=0)

@@ -140,6 +140,8 @@ class Loop:
                 if is_new:
                     self.checkpoints.save(recipe, step)
                 break
+            if step == first_step + 1:
+                watch.total_paused = 0.0  # what comes before the first step comes once
             with watch.paused():
                 is_best = self._evaluate(step, progress, last=last)
                 self.log.write(step, self._save_samples(step, last=last))
@@ -163,7 +165,7 @@ class Loop:
         if watch.num_closed == 1 and self.accelerator.is_main_process:
             num_images = (self.settings.max_steps - step) * self.settings.batch_size
             log_throughput(figures["images_per_second"], num_images=num_images)
-        progress.show(step, figures, seconds=seconds)
+        progress.show(step, figures, seconds=seconds, paused=watch.total_paused)
 
     def _save_samples(self, step: int, *, last: bool) -> dict[str, float]:
         """Write a sheet where one is due; whatever prevents it is no reason to stop training."""

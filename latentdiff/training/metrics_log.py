@@ -93,7 +93,7 @@ class Stopwatch:
     """The time that the steps since the last log line took."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.num_closed = device, 0
+        self.device, self.num_closed, self.total_paused = device, 0, 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -109,7 +109,9 @@ class Stopwatch:
         """Leave out the time inside the block: previews are no training."""
         since = time.perf_counter()
         yield
-        self.started += time.perf_counter() - since
+        seconds = time.perf_counter() - since
+        self.started += seconds
+        self.total_paused += seconds
 
     def seconds(self) -> float:
         """Return the time since the last log line, without pauses."""
@@ -133,13 +135,21 @@ def log_throughput(images_per_second: float, *, num_images: int) -> None:
     if not images_per_second > 0:
         return
     seconds = num_images / images_per_second
+    form = "%H:%M" if seconds < 12 * 3600 else "%d %B %H:%M"
     logger.info(
-        "%.3g images/s: the rest takes about %d:%02d h, until %s, without previews",
+        "%.3g images/s: the rest takes about %s, until %s, without previews",
         images_per_second,
-        seconds // 3600,
-        seconds % 3600 // 60,
-        time.strftime("%d %B %H:%M", time.localtime(time.time() + seconds)),
+        duration_text(seconds),
+        time.strftime(form, time.localtime(time.time() + seconds)),
     )
+
+
+def duration_text(seconds: float) -> str:
+    """Write a duration: 42 s, 3 min 5 s, 2 h 10 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class MeanLosses:

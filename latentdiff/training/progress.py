@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger(__name__)
 LOG_INTERVAL_S = 30.0  # between two lines where there is no terminal
+MANY_EPOCHS = 100  # from which on a tenth of one is no news
 BAR_FORMAT = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}, {desc}"
 
 
@@ -27,15 +28,16 @@ def lines_above_bar() -> AbstractContextManager[None]:
 class Progress:
     """The steps of a run, from first_step to max_steps, as a person watches them.
 
-    steps_per_epoch: 0 where a recipe counts no epochs. A terminal shows a bar; where stderr is a
-    file or a pipe a line is logged every LOG_INTERVAL_S seconds, and for the last step.
+    steps_per_epoch: 0 where a recipe counts no epochs; they are shown next to the steps. A terminal
+    shows a bar; where stderr is a file or a pipe a line is logged every LOG_INTERVAL_S seconds, and
+    for the last step.
     """
 
     def __init__(
         self, first_step: int, max_steps: int, *, steps_per_epoch: float, is_main: bool
     ) -> None:
         self.max_steps, self.steps_per_epoch, self.is_main = max_steps, steps_per_epoch, is_main
-        self._step = self._logged_step = first_step
+        self._step = self._logged_step = self._first_step = first_step
         self._shown: dict[str, str] = {}
         self._seconds_per_step: float | None = None
         self._last_line = -LOG_INTERVAL_S
@@ -53,11 +55,17 @@ class Progress:
         self._describe()
         self._bar.update()
 
-    def show(self, step: int, figures: Mapping[str, float], *, seconds: float) -> None:
-        """Show a line of metrics, of the `seconds` since the last one, previews not counted."""
+    def show(
+        self, step: int, figures: Mapping[str, float], *, seconds: float, paused: float = 0.0
+    ) -> None:
+        """Show a line of metrics, of the `seconds` since the last one, previews not counted.
+
+        paused: seconds of previews and evaluation since the first step, a share of which every step
+        that is left is expected to take too.
+        """
         self._step = step
         if (num := step - self._logged_step) > 0:
-            self._seconds_per_step = seconds / num
+            self._seconds_per_step = seconds / num + paused / (step - self._first_step)
         self._logged_step = step
         self._shown |= {
             "loss": f"loss {figures['loss']:.4f}",
@@ -89,9 +97,10 @@ class Progress:
             parts.insert(0, f"{tqdm.format_interval(left)} left")
         names = ("prodigy_d", "speed", "memory")
         parts += [self._shown[name] for name in names if name in self._shown]
-        if self.steps_per_epoch:
+        if self.steps_per_epoch > 1:  # else the steps say it already
             done, total = (n / self.steps_per_epoch for n in (self._step, self.max_steps))
-            parts.append(f"epoch {done:.1f} of {total:.1f}")
+            digits = 1 if total < MANY_EPOCHS else 0
+            parts.append(f"epoch {done:,.{digits}f} of {total:,.{digits}f}")
         return ", ".join(parts)
 
     def close(self) -> None:

@@ -58,6 +58,7 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "data.num_workers",
     "finetune.lora_kohya",
     "train.max_steps",
+    "train.max_epochs",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.channels_last",

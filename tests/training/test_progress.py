@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fakes_training import make_config, make_world
 
+from latentdiff.training.metrics_log import duration_text
 from latentdiff.training.progress import LOG_INTERVAL_S, Progress
 from latentdiff.training.run_log import read_log
 from latentdiff.training.stop_signals import StopSignals
@@ -64,6 +65,32 @@ def test_a_log_gets_the_first_line_the_last_and_one_every_so_often(
     assert caplog.messages[0] == (
         "step 10 of 50, 01:20 left, loss 0.2500, 12 img/s, 1.5 GB, epoch 1.0 of 5.0"
     )
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "expected"),
+    [(0, ""), (0.5, ""), (1, ""), (2, "epoch 20 of 1,000"), (100, "epoch 0.4 of 20.0")],
+)
+def test_epochs_are_shown_where_they_say_more_than_the_steps(
+    steps_per_epoch: float, expected: str
+) -> None:
+    progress = Progress(0, 2000, steps_per_epoch=steps_per_epoch, is_main=False)
+    progress.show(40, FIGURES, seconds=1.0)
+    assert progress.text().partition(" GB")[2].removeprefix(", ") == expected
+
+
+def test_the_time_left_counts_sheets_and_evaluation_to_come() -> None:
+    progress = Progress(0, 40, steps_per_epoch=0, is_main=False)
+    progress.show(10, FIGURES, seconds=10.0, paused=20.0)
+    assert progress.text().startswith("01:30 left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(17, "17 s"), (185, "3 min 5 s"), (7800, "2 h 10 min"), (3599.7, "1 h 0 min")],
+)
+def test_a_duration_is_in_words(seconds: float, expected: str) -> None:
+    assert duration_text(seconds) == expected
 
 
 @pytest.mark.parametrize("is_main", [True, False])

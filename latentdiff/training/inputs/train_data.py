@@ -245,15 +245,13 @@ def _samples(
     """Return a run's samples and their order; class images are half of each step."""
     if images.masks is not None:
         _check_masks(images.masks, config.data)
-    seed, batch_size = config.train.seed, config.train.batch_size
-    transform, partial_batches = caption_transform(config.data), config.data.partial_batches
+    seed, transform = config.train.seed, caption_transform(config.data)
     subject = _dataset(config, images, source=source, transform=transform, seed=seed)
-    buckets = bucket_ids(images.folder, config.data)
+    order = subject_order(config, images.folder)
     if class_images is None:
-        order = EpochOrder(buckets, batch_size=batch_size, seed=seed, partial=partial_batches)
         return subject, order
     classes = encode(class_images, replace(config.data, mask="none"))
-    half, seed_of_class = batch_size // 2, class_seed(seed)
+    seed_of_class = class_seed(seed)
     prior = _dataset(
         config, classes, source=source, transform=CaptionTransform(), seed=seed_of_class
     )
@@ -265,10 +263,24 @@ def _samples(
         num_subject=len(images.folder),
         prior_loss_weight=config.finetune.prior_loss_weight,
     )
-    order = EpochOrder(buckets, batch_size=batch_size - half, seed=seed, partial=partial_batches)
     class_buckets = bucket_ids(classes.folder, config.data)
+    half = config.train.batch_size // 2
     class_order = EpochOrder(class_buckets, batch_size=half, seed=seed_of_class, partial="fill")
     return dataset, PairedOrder(order, class_order)
+
+
+def subject_order(config: Config, train: Folder) -> EpochOrder:
+    """Return the order of the training images, of which class images leave a step the larger half.
+
+    An epoch is one pass over them.
+    """
+    num_class = config.train.batch_size // 2 if config.finetune.class_prompt else 0
+    return EpochOrder(
+        bucket_ids(train, config.data),
+        batch_size=config.train.batch_size - num_class,
+        seed=config.train.seed,
+        partial=config.data.partial_batches,
+    )
 
 
 def _dataset(

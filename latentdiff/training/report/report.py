@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from latentdiff.atomic import write_text
 from latentdiff.data.inspection.text_report import size_text
 from latentdiff.html import page, render_template, table
+from latentdiff.training.metrics_log import duration_text
 from latentdiff.training.report import curves
 from latentdiff.training.report.charts import charts
 from latentdiff.training.report.run_record import RunRecord, read_runs
@@ -123,14 +124,6 @@ def facts_of(run: RunRecord) -> dict[str, str]:
     if memory := run.series("memory_gb").values:
         facts["peak memory"] = f"{max(memory):.2f} GB"
     return facts
-
-
-def duration_text(seconds: float) -> str:
-    """Write a duration: 42 s, 3 min 5 s, 2 h 10 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _facts(run: RunRecord) -> Markup:

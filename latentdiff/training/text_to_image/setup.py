@@ -3,7 +3,9 @@
 Everything that can be wrong with the input is reported here, before the first step.
 """
 
-from dataclasses import dataclass
+import logging
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ from accelerate import Accelerator, DistributedType
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
+from latentdiff.data.inspection.text_report import counted
 from latentdiff.diffusion.timesteps import (
     SamplingOptions,
     TimestepSampler,
@@ -36,7 +39,12 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.randomness import STRATA_RULE
-from latentdiff.training.inputs.train_data import TrainData, build_train_data, read_data
+from latentdiff.training.inputs.train_data import (
+    TrainData,
+    build_train_data,
+    read_data,
+    subject_order,
+)
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.text_to_image.model import (
     TextToImage,
@@ -50,6 +58,8 @@ from latentdiff.training.text_to_image.model import (
 from latentdiff.training.text_to_image.nearest_images import NearestImages
 from latentdiff.training.text_to_image.objective import Objective
 from latentdiff.training.text_to_image.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,14 +78,35 @@ class Run:
     strata_rule: int = STRATA_RULE  # of the run from its first step on, as in `step_strata`
 
 
-def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
-    """Read the data, load or build the model, encode what the caches lack, wrap for training."""
+def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:
+    """Return a config whose max_epochs have become max_steps, by reading the data folder.
+
+    So nothing below knows of epochs, and config.yaml reproduces the run.
+    """
+    if not config.train.max_epochs:
+        return config
+    per_epoch = subject_order(config, _read_data(config, accelerator)[0]).steps_per_epoch
+    max_steps = max(1, math.ceil(config.train.max_epochs * per_epoch))
+    if accelerator.is_main_process:
+        logger.info(
+            "max_epochs=%g become max_steps=%d, %s an epoch",
+            *(config.train.max_epochs, max_steps, counted(per_epoch, "step")),
+        )
+    return replace(config, train=replace(config.train, max_steps=max_steps, max_epochs=0.0))
+
+
+def _read_data(config: Config, accelerator: Accelerator) -> tuple[Folder, Folder]:
     with accelerator.main_process_first():
-        train_folder, heldout = read_data(
+        return read_data(
             config.data,
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
         )
+
+
+def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
+    """Read the data, load or build the model, encode what the caches lack, wrap for training."""
+    train_folder, heldout = _read_data(config, accelerator)
     load = _load_base_model if config.model.pretrained else _build_new_model
     base = load(config, folder, train_folder, accelerator)
     train_data = build_train_data(

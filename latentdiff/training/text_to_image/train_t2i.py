@@ -50,7 +50,7 @@ from latentdiff.training.text_to_image.export import averaged, export
 from latentdiff.training.text_to_image.model import check_components, with_resolution
 from latentdiff.training.text_to_image.plan import fitting_layout, log_plan, usable_memory
 from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
-from latentdiff.training.text_to_image.setup import Run, setup
+from latentdiff.training.text_to_image.setup import Run, setup, with_epochs_as_steps
 from latentdiff.training.text_to_image.train_step import StepResult
 from latentdiff.training.trackers import check_trackers
 
@@ -77,6 +77,7 @@ def train(config: Config) -> int:
     accelerator = start_accelerator(config)
     check_trackers(config.train.report_to, is_main=accelerator.is_main_process)
     with open_run_folder(config.output_dir, accelerator) as folder:
+        config = with_epochs_as_steps(config, accelerator)
         start = begin_run(config, folder, accelerator)
         rule = strata_rule_of(start.checkpoint)
         run = setup(config, folder, accelerator)
