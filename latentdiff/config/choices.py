@@ -45,4 +45,5 @@ AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/text_
 FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE
     "full", "attention", "cross_attention", "lora", "textual_inversion"
 ]
+AdapterType = Literal["lora", "dora", "lokr"]  # training/finetune/lora.py, lokr.py
 Mask = Literal["none", "alpha", "file"]  # data/masks.py

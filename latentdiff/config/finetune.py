@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from latentdiff.config.choices import FinetuneMethod
+from latentdiff.config.choices import AdapterType, FinetuneMethod
 from latentdiff.config.ranges import at_least, share_below_1
 
 
@@ -14,8 +14,15 @@ class FinetuneConfig:
     """full: the whole U-Net; attention, cross_attention: those layers of it alone; lora: adapters
     on some of its layers (Hu et al. 2022); textual_inversion: new words alone (Gal et al. 2023).
     train.train_text_encoder adds the text encoder, with lora by adapters"""
+    adapter_type: AdapterType = "lora"
+    """lora: what each adapter is: lora; dora (Liu et al. 2024), which trains the norm of each
+    output's weights apart and takes longer; or lokr (Yeh et al. 2023), a Kronecker product, whose
+    file is smaller, on the U-Net alone"""
     lora_rank: int = at_least(1, default=16)
-    """rank of each adapter"""
+    """rank of each adapter; of lokr, of the larger factor"""
+    lokr_factor: int = at_least(-1, default=-1)
+    """rows and columns of lokr's smaller factor where they divide the layer's; -1: near the square
+    root"""
     lora_alpha: float = at_least(0, default=0.0)
     """adapters are scaled by lora_alpha / lora_rank; 0: by 1"""
     lora_dropout: float = share_below_1(default=0.0)
@@ -65,6 +72,13 @@ class FinetuneConfig:
         if self.method == "lora" and not self.lora_targets:
             raise ValueError(
                 'finetune.lora_targets is empty, expected names such as ["to_q", "to_v"]'
+            )
+        if self.lokr_factor == 0:
+            raise ValueError("finetune.lokr_factor=0, expected -1 or a number of at least 1")
+        if self.adapter_type == "lokr" and self.init_lora:
+            raise ValueError(
+                "finetune.init_lora starts adapters of lora and dora, and finetune.adapter_type is "
+                "lokr: leave one of them out"
             )
         if self.method == "textual_inversion":
             self._check_token()

@@ -57,9 +57,20 @@ EFFECT_RULES = (
         (
             *("finetune.lora_rank", "finetune.lora_alpha", "finetune.lora_dropout"),
             *("finetune.lora_targets", "finetune.lora_kohya", "finetune.init_lora"),
+            "finetune.adapter_type",
         ),
         lambda config: config.finetune.method == "lora",
         "it is for finetune.method=lora",
+    ),
+    EffectRule(
+        ("finetune.lora_dropout",),
+        lambda config: config.finetune.adapter_type != "lokr",
+        "lokr has no dropout",
+    ),
+    EffectRule(
+        ("finetune.lokr_factor",),
+        lambda config: config.finetune.adapter_type == "lokr",
+        "it is for finetune.adapter_type=lokr",
     ),
     EffectRule(
         (
@@ -138,6 +149,11 @@ def _check_method(config: Config) -> None:
         raise ValueError(
             f"train.posthoc_ema_sigma_rel needs whole weights, which finetune.method={method} does "
             "not train; leave train.posthoc_ema_sigma_rel empty (train.ema averages these too)"
+        )
+    if config.finetune.adapter_type == "lokr" and config.train.train_text_encoder:
+        raise ValueError(
+            "finetune.adapter_type=lokr adapts the U-Net alone, as diffusers reads it: set "
+            "train.train_text_encoder=false, or finetune.adapter_type=lora or dora"
         )
     if method == "textual_inversion" and config.train.train_text_encoder:
         raise ValueError(

@@ -194,7 +194,7 @@ def test_loras_keep_the_models_dtype_and_fit_half_precision():
 
 REFUSED = {
     "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
+    "lokr_t2": "LoKr in Tucker form",
     "oft_blocks": "OFT",
     "on_input": r"\(IA\)3",
     "diff": "whole weights",
@@ -340,3 +340,55 @@ def test_non_finite_matrices_are_refused_before_anything_changes():
         pipe.load_lora_weights(weights)
     assert not pipe.get_list_adapters()
     assert torch.equal(outputs(pipe), plain)
+
+
+def lokr_of(weight: torch.Tensor, *, rank: int | None) -> dict[str, torch.Tensor]:
+    """Return factors of a LoKr for a layer, w2 as a product of a rank or whole."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = len(weight) // 2, weight.shape[1] // 4
+    kernel = weight.shape[2:]
+    factors = {"lokr_w1": torch.randn(2, 4, generator=generator) * 0.3}
+    if rank is None:
+        whole = torch.randn(rows, columns, *kernel, generator=generator)
+        return factors | {"lokr_w2": whole, "alpha": torch.tensor(7.0)}
+    b = torch.randn(rank, columns * kernel.numel(), generator=generator)
+    a = torch.randn(rows, rank, generator=generator) * 0.3
+    return factors | {"lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(1.0)}
+
+
+@pytest.mark.parametrize("rank", [2, 40, None])
+def test_lokr_acts_as_its_kronecker_product(rank):
+    """And a whole w2 is not scaled by alpha, as in LyCORIS."""
+    pipe, merged, weights = tiny_pipeline(), tiny_pipeline(), {}
+    for path in (ATTENTION[0], CONVS[0]):
+        weight = merged.unet.get_submodule(path).weight
+        factors = lokr_of(weight, rank=rank)
+        w1, scale = factors["lokr_w1"], 1.0
+        if rank is None:
+            w2 = factors["lokr_w2"].flatten(1)
+        else:
+            w2, scale = factors["lokr_w2_a"] @ factors["lokr_w2_b"], 1 / rank
+        weight.data += scale * torch.kron(w1, w2).view(weight.shape)
+        name = "lora_unet_" + path.replace(".", "_")
+        weights |= {f"{name}.{key}": factor for key, factor in factors.items()}
+    pipe.load_lora_weights(weights)
+    torch.testing.assert_close(outputs(pipe), outputs(merged), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lokr_w2_b": None}, "alone, expected"),
+        ({"lokr_w2_b": torch.ones(3, 4)}, "do not fit"),
+        ({"lokr_w1": torch.ones(3, 3)}, "expected"),
+        ({"lokr_w1": torch.tensor(1.0)}, "do not fit"),
+        ({"lora_up.weight": torch.ones(2, 2)}, "alone, expected"),
+    ],
+)
+def test_lokr_that_does_not_fit_is_refused(change, said):
+    pipe = tiny_pipeline()
+    factors = lokr_of(pipe.unet.get_submodule(ATTENTION[0]).weight, rank=2) | change
+    name = "lora_unet_" + ATTENTION[0].replace(".", "_")
+    weights = {f"{name}.{key}": value for key, value in factors.items() if value is not None}
+    with pytest.raises(ValueError, match=said):
+        pipe.load_lora_weights(weights)

@@ -1,7 +1,8 @@
 """LoRA files, written in two namings of the same matrices.
 
 diffusers names a matrix `unet.X.to_q.lora_A.weight`; kohya, whose naming ComfyUI and A1111 read,
-`lora_unet_X_to_q.lora_down.weight`, with the layer's alpha next to it. Both are read by
+`lora_unet_X_to_q.lora_down.weight`, with the layer's alpha next to it; what kohya's scripts leave
+to LyCORIS, DoRA's norms and LoKr's factors, has the names of that library. Both are read by
 lora_layers.py.
 """
 
@@ -24,7 +25,7 @@ KOHYA_BLOCKS = re.compile(r"\.(attentions|resnets|downsamplers|upsamplers)\.")
 def kohya_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same adapters by kohya's names, such as lora_unet_X_to_q.lora_down.weight.
 
-    DoRA's norms (Liu et al. 2024) are its dora_scale, a column there.
+    DoRA's norms (Liu et al. 2024) are its dora_scale, a column there; LoKr's factors keep theirs.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -36,8 +37,12 @@ def kohya_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif matrix == "lora_magnitude_vector":
             dims = weights[name.partition(f".{matrix}")[0] + ".lora_A.weight"].ndim
             renamed[f"{flat}.dora_scale"] = tensor.reshape(-1, *[1] * (dims - 1))
-        else:
+        elif matrix == "lora_B":
             renamed[f"{flat}.lora_up.weight"] = tensor
+        else:
+            renamed[f"{flat}.{matrix}"] = tensor
+            if matrix.endswith("_b"):  # the rank, which is what alpha is divided by
+                renamed[f"{flat}.alpha"] = torch.tensor(float(len(tensor)))
     return renamed
 
 

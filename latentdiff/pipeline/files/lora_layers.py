@@ -3,14 +3,15 @@
 A layer gives W x + (alpha / rank) B A x. Names are diffusers' (unet.X.to_q.lora_A.weight, and older
 ones), peft's (base_model.model.X.lora_A.weight) or kohya's (lora_unet_X_to_q.lora_down.weight, X by
 diffusers' or CompVis' names); alpha is a tensor next to the matrices, or a setting of peft, and
-each layer has its own. It is folded into B, so that every layer acts at scale 1.
+each layer has its own. It is folded into B, so that every layer acts at scale 1. The factors of a
+LoKr (Yeh et al. 2023) are multiplied out to the LoRA that does the same.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ MATRIX = re.compile(
     r"\.lora_(?P<new>A|B|down|up|mid)(?:\.default)?\.weight"
     r"|(?:_lora|\.lora|\.lora_linear_layer)\.(?P<old>down|up)\.weight"
     r"|(?:\.lora_(?:down|A))?\.(?P<scale>alpha)"
+    r"|\.(?P<lokr>lokr_w[12](?:_[ab])?)(?:\.default)?"
     r"|\.(?P<dora>dora_scale|lora_magnitude_vector)(?:(?:\.default)?\.weight)?"
     r")"
 )
@@ -51,13 +53,19 @@ MAGNITUDES = {  # as diffusers' U-Nets and transformers' models read them
 ROLES = {"A": "down", "B": "up"}
 OTHER_KINDS = (  # of adapters: LyCORIS', peft's and OneTrainer's
     ("LoHa", r"\.hada_"),
-    ("LoKr", r"\.lokr_"),
+    ("LoKr in Tucker form", r"\.lokr_t"),
     ("OFT", r"\.oft_|\.boft_"),
     ("(IA)3", r"\.on_input$|\.ia3_"),
     ("GLoRA", r"\.[ab][12]\.weight$"),
     ("whole weights", r"\.diff(_b)?$|\.[wb]_norm$"),
     ("biases", r"\.lora_B(\.default)?\.bias$"),
     ("a bundled embedding", r"^bundle_emb\."),
+)
+LOKR_FACTORS = (  # that a layer may have
+    {"lokr_w1", "lokr_w2"},
+    {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
 )
 
 
@@ -119,8 +127,8 @@ def _refuse_other_kinds(name: str, shapes: Mapping[str, Shape]) -> None:
     for kind, pattern in OTHER_KINDS:
         if any(re.search(pattern, key) for key in shapes):
             raise ValueError(
-                f"{name} holds {kind} besides or in place of LoRA matrices, and only LoRA and DoRA "
-                "are read here; merge it into a model with the program that made it"
+                f"{name} holds {kind} besides or in place of LoRA matrices, and only LoRA, DoRA "
+                "and LoKr are read here; merge it into a model with the program that made it"
             )
     if not shapes:
         raise ValueError(f"{name} holds no weights, expected a LoRA")
@@ -142,18 +150,27 @@ def _by_layer(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
                 f"{file.name} is no LoRA that is known here: {name[:200]!r} is the name of no "
                 "matrix of one"
             )
-        role = match["new"] or match["old"] or match["scale"] or match["dora"]
+        role = next(one for one in match.groups()[1:] if one is not None)
         matrices = layers.setdefault(match["layer"], {})
         if ROLES.get(role, role) in matrices:
             raise ValueError(f"{file.name}: {name[:200]} is there twice, by two names")
         matrices[ROLES.get(role, role)] = tensor
     for layer, matrices in layers.items():
-        if not {"down", "up"} <= matrices.keys():
+        if not _is_whole(matrices):
             has = ", ".join(matrices)
             raise ValueError(
-                f"{file.name}: layer {layer} has {has} alone, expected a matrix down and one up"
+                f"{file.name}: layer {layer} has {has} alone, expected a matrix down and one up, "
+                "or LoKr's factors w1 and w2"
             )
     return layers
+
+
+def _is_whole(matrices: Iterable[str]) -> bool:
+    """Return whether a layer has the matrices of a LoRA, or those of a LoKr and no other."""
+    own = set(matrices) - {"alpha"}
+    if not any(name.startswith("lokr_") for name in own):
+        return {"down", "up"} <= own
+    return own in LOKR_FACTORS
 
 
 def _places(part: str, module: nn.Module | None) -> Iterator[tuple[str, Place]]:
@@ -202,6 +219,9 @@ def _peft_weights(
     settings: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """Return one layer's matrices by peft's names, with alpha / rank folded into B."""
+    if any(name.startswith("lokr_") for name in matrices):
+        matrices = _lokr_as_lora(place, matrices, settings=settings, where=where)
+        settings = {}
     down, up = matrices["down"].float(), matrices["up"].float()
     if "mid" in matrices:
         down = _with_kernel(down, matrices["mid"].float(), where=where)
@@ -223,6 +243,57 @@ def _peft_weights(
             f"{where} is not finite in {kind}: NaN or infinite, so every image would be"
         )
     return cast
+
+
+def _lokr_as_lora(
+    place: Place, factors: Mapping[str, Tensor], *, settings: Mapping[str, Any], where: str
+) -> dict[str, Tensor]:
+    """Return down and up of the LoRA that is a LoKr: w1 kron a b = (w1 kron a) (1 kron b).
+
+    Its rank is that of w2 times the columns of w1, or the layer's outputs where they are fewer.
+    """
+    parts = {name: part.float() for name, part in factors.items() if name != "alpha"}
+    num_out, num_in = len(place.weight), place.weight[0].numel()
+    if "lokr_w2" in parts:
+        parts["lokr_w2"] = parts["lokr_w2"].flatten(1) if parts["lokr_w2"].ndim else torch.ones(0)
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    try:
+        w1, w2 = (
+            parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+            for name in ("lokr_w1", "lokr_w2")
+        )
+        (rows1, columns1), (rows2, columns2) = w1.shape, w2.shape
+    except (RuntimeError, ValueError):
+        raise ShapeError(f"{where}: the factors of its LoKr do not fit: {shapes}") from None
+    if (rows1 * rows2, columns1 * columns2) != (num_out, num_in):
+        raise ShapeError(f"{where} has a LoKr of {shapes}, expected {tuple(place.weight.shape)}")
+    a, b = (parts.get(f"lokr_w2_{end}") for end in "ab")
+    if a is None or b is None:
+        a, b = torch.eye(rows2, device=w2.device), w2
+    up, down = torch.kron(w1, a), torch.kron(torch.eye(columns1, device=w1.device), b)
+    if len(down) > num_out:
+        up, down = torch.eye(num_out, device=w1.device), up @ down
+    up = up * _lokr_scale(place, factors, settings=settings, where=where)
+    ones = [1] * (place.weight.ndim - 2)
+    return {"down": down.view(-1, *place.weight.shape[1:]), "up": up.view(*up.shape, *ones)}
+
+
+def _lokr_scale(
+    place: Place, factors: Mapping[str, Tensor], *, settings: Mapping[str, Any], where: str
+) -> float:
+    """Return alpha / rank; LyCORIS and ComfyUI scale only factors that are matrix products."""
+    rank = next((len(factors[f"lokr_w{k}_b"]) for k in "21" if f"lokr_w{k}_b" in factors), None)
+    own = {key.removeprefix(f"{place.part}."): value for key, value in settings.items()}
+    if "alpha" in factors:
+        return (
+            1.0
+            if rank is None
+            else _scale(place, factors["alpha"], rank=rank, settings={}, where=where)
+        )
+    if own.get("rank_pattern") or own.get("alpha_pattern"):
+        raise ValueError(f"{where}: a LoKr with ranks or alphas of single layers cannot be read")
+    renamed = {"lora_alpha": own["alpha"]} if "alpha" in own and "r" in own else {}
+    return _scale(place, None, rank=own.get("r", 1), settings=renamed, where=where)
 
 
 def _fitted(matrix: Tensor, shape: tuple[int, ...], *, what: str) -> Tensor:

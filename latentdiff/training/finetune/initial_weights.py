@@ -73,6 +73,10 @@ def read_initial_weights(components: Components, settings: FinetuneConfig) -> In
             width = components.text_encoder.config.hidden_size
             _, vectors = read_embedding(file, settings.token, width=width)
             return InitialWeights(vectors=vectors, file_hash=file_hash)
+        if any(".lokr_" in name for name in file.weights):
+            raise ValueError(
+                f"{file.name} is a LoKr, and only LoRA and DoRA can be trained further"
+            )
         models = {"unet": components.unet, "text_encoder": components.text_encoder}
         layers = lora_layers(file, models)
     except ValueError as error:

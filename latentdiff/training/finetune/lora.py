@@ -1,9 +1,9 @@
 """Low-rank adapters (Hu et al. 2022): a layer gives W x + (alpha / r) B A x, and A and B are
-trained.
+trained. With DoRA (Liu et al. 2024) the norm of each row of W + (alpha / r) B A is trained too.
 
 Answers for: adding them (peft's layers), their weights by diffusers' names, and the plain model
-with them merged in. In a file alpha is the rank, the scale being part of B, so that every reader
-applies them alike. Their files are written by pipeline/files/kohya_lora.py.
+with them, or with LoKr (lokr.py), merged in. In a file alpha is the rank, the scale being part of
+B, so that every reader applies them alike. Their files are written by pipeline/files/kohya_lora.py.
 """
 
 import re
@@ -15,12 +15,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from latentdiff.models.components import Components
 from latentdiff.models.weights import load_into_meta
-from latentdiff.pipeline.files.lora_layers import TEXT, UNET, LoraLayers
+from latentdiff.pipeline.files.lora_layers import MAGNITUDES, TEXT, UNET, LoraLayers
 
 ADAPTER = "default"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -34,6 +35,7 @@ def add_lora(
     alpha: float,
     dropout: float,
     targets: Sequence[str],
+    use_dora: bool = False,
     trains_text_encoder: bool,
     seed: int,
     initial: LoraLayers | None = None,
@@ -43,11 +45,14 @@ def add_lora(
     targets: ends of layers' names. B starts at 0, so that the model's output is the same at first;
     A follows from the seed. initial: layers to start from; a part that has some gets these and no
     others, of their own ranks, with the same scale alpha / rank. Raises ValueError for a target
-    that no layer of the U-Net is named.
+    that no layer of the U-Net is named, and for layers to start from that are DoRA's where
+    use_dora is false, or the other way.
     """
     known = initial.parts if initial is not None else {}
     if UNET not in known:
-        _check_targets(components.unet, targets)
+        check_targets(components.unet, targets)
+    for weights in known.values():
+        _check_kind(weights, use_dora=use_dora)
     torch.manual_seed(seed)
     scale = alpha / rank if alpha else 1.0
     for part, names in ((UNET, targets), (TEXT, TEXT_TARGETS if trains_text_encoder else ())):
@@ -59,23 +64,39 @@ def add_lora(
             r=rank,
             lora_alpha=scale * rank,  # type: ignore[arg-type]  # any number does
             lora_dropout=dropout,
+            use_dora=use_dora,
             target_modules=list(ranks or names),
             rank_pattern={f"^{re.escape(path)}": r for path, r in ranks.items()},
             alpha_pattern={f"^{re.escape(path)}": scale * r for path, r in ranks.items()},
         )
         inject_adapter_in_model(settings, module, ADAPTER)
-        _load(module, weights)
+        _load(part, module, weights)
+
+
+def check_targets(unet: nn.Module, targets: Iterable[str]) -> None:
+    """Raise ValueError for the end of a name that no layer of the U-Net has."""
+    layers = [name for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            ends = sorted({name.rpartition("attn1.")[2] for name in layers if "attn1." in name})
+            raise ValueError(
+                f"finetune.lora_targets holds {target!r}, and no layer of this U-Net has a name "
+                f"that ends so; there are {', '.join(ends)} and others"
+            )
 
 
 def is_adapter(name: str) -> bool:
     """Return whether a parameter of that name is an adapter's."""
-    return ".lora_A." in name or ".lora_B." in name
+    return any(f".{end}" in name for end in ("lora_A.", "lora_B.", "lora_magnitude_", "lokr_w"))
 
 
 def lora_weights(components: Components) -> dict[str, Tensor]:
-    """Return A and B of every adapter by diffusers' names, such as unet.X.to_q.lora_A.weight."""
+    """Return the matrices of every adapter by diffusers' names, such as unet.X.to_q.lora_A.weight.
+
+    With DoRA also the norms, X.to_q.lora_magnitude_vector.
+    """
     weights: dict[str, Tensor] = {}
-    for prefix, module in (("unet", components.unet), ("text_encoder", components.text_encoder)):
+    for prefix, module in ((UNET, components.unet), (TEXT, components.text_encoder)):
         for name, layer in _adapted(module):
             # older transformers have a text_model inside, and the files are named after it
             path = name if prefix == "unet" else f"text_model.{name.removeprefix('text_model.')}"
@@ -83,17 +104,14 @@ def lora_weights(components: Components) -> dict[str, Tensor]:
             weights[f"{prefix}.{path}.lora_A.weight"] = down.detach().clone().contiguous()
             scaled = up.detach() * layer.scaling[ADAPTER]
             weights[f"{prefix}.{path}.lora_B.weight"] = scaled.contiguous()
+            if ADAPTER in layer.lora_magnitude_vector:
+                norms = layer.lora_magnitude_vector[ADAPTER].weight
+                weights[f"{prefix}.{path}.{MAGNITUDES[prefix]}"] = norms.detach().clone()
     return weights
 
 
-def rank_of(weights: Mapping[str, Tensor]) -> int | None:
-    """Return the rank of all of a LoRA's layers, None where it differs."""
-    ranks = {len(weights[f"{path}.lora_A.weight"]) for path in _paths(weights)}
-    return ranks.pop() if len(ranks) == 1 else None
-
-
 def merge_adapters(components: Components) -> Components:
-    """Return the plain model with its adapters added to the weights, W + (alpha / r) B A.
+    """Return the plain model with its adapters, of any type, merged into the weights.
 
     Weights without adapters are shared with the model in training.
     """
@@ -110,7 +128,7 @@ def merge_adapters(components: Components) -> Components:
 @torch.no_grad()
 def _merged(empty: Any, adapted: nn.Module) -> Any:
     """Return a module with its adapters merged; one without any as it is."""
-    layers = dict(_adapted(adapted))
+    layers = dict(_adapted(adapted, kind=BaseTunerLayer))
     if not layers:
         return adapted
     weights: dict[str, Tensor] = {}
@@ -120,14 +138,12 @@ def _merged(empty: Any, adapted: nn.Module) -> Any:
         if is_adapter(name):
             continue
         has_delta = path != owner and key == "weight"
-        weights[f"{path}.{key}"] = (
-            tensor + layers[path].get_delta_weight(ADAPTER) if has_delta else tensor
-        )
+        weights[f"{path}.{key}"] = _merged_weight(layers[path], tensor) if has_delta else tensor
     return load_into_meta(empty, weights, like=adapted)
 
 
 @torch.no_grad()
-def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _load(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy the matrices of a LoRA that acts at scale 1 into adapters, which divide B by theirs."""
     adapted = dict(_adapted(module)) if weights else {}
     assert adapted.keys() == set(_paths(weights))
@@ -136,6 +152,9 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         layer.lora_B[ADAPTER].weight.copy_(
             weights[f"{path}.lora_B.weight"] / layer.scaling[ADAPTER]
         )
+        if ADAPTER in layer.lora_magnitude_vector:
+            norms = weights[f"{path}.{MAGNITUDES[part]}"]
+            layer.lora_magnitude_vector[ADAPTER].weight.copy_(norms)
 
 
 def _paths(weights: Iterable[str]) -> list[str]:
@@ -144,18 +163,24 @@ def _paths(weights: Iterable[str]) -> list[str]:
     return [name.removesuffix(end) for name in weights if name.endswith(end)]
 
 
-def _adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """Return W + delta, and with DoRA its rows at their trained norms (Liu et al. 2024, Eq. 5)."""
+    merged: Tensor = weight + layer.get_delta_weight(ADAPTER)
+    magnitudes = getattr(layer, "lora_magnitude_vector", {})
+    if ADAPTER not in magnitudes:
+        return merged
+    factor = magnitudes[ADAPTER].weight.flatten() / merged.flatten(1).norm(dim=1)
+    return merged * factor.view(-1, *[1] * (merged.ndim - 1))
+
+
+def _adapted(module: nn.Module, kind: type = LoraLayer) -> Iterator[tuple[str, Any]]:
     for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, kind):
             yield name, layer
 
 
-def _check_targets(unet: nn.Module, targets: Iterable[str]) -> None:
-    layers = [name for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            ends = sorted({name.rpartition("attn1.")[2] for name in layers if "attn1." in name})
-            raise ValueError(
-                f"finetune.lora_targets holds {target!r}, and no layer of this U-Net has a name "
-                f"that ends so; there are {', '.join(ends)} and others"
-            )
+def _check_kind(weights: Iterable[str], *, use_dora: bool) -> None:
+    has_norms = any(".lora_magnitude_vector" in name for name in weights)
+    if has_norms != use_dora:
+        kind, wanted = ("a DoRA", "dora") if has_norms else ("a plain LoRA", "lora")
+        raise ValueError(f"finetune.init_lora is {kind}: set finetune.adapter_type={wanted}")

@@ -5,6 +5,7 @@ textual_inversion (textual_inversion.py) leave all of them as they are.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,13 +24,16 @@ from latentdiff.pipeline.files.file_metadata import kohya_metadata, model_spec
 from latentdiff.pipeline.files.kohya_lora import (
     kohya_weights,
     layers_unknown_to_kohya,
+    lora_rank,
     save_lora,
 )
 from latentdiff.pipeline.files.model_info import ModelInfo
-from latentdiff.training.finetune import lora, textual_inversion
+from latentdiff.training.finetune import lokr, lora, textual_inversion
 from latentdiff.training.finetune.initial_weights import InitialWeights
 
 logger = logging.getLogger(__name__)
+
+READERS = {False: "kohya's scripts", True: "LyCORIS"}  # by whether it is LoKr
 
 TRAINABLE: dict[FinetuneMethod, Callable[[str], bool]] = {  # by the names of a U-Net's parameters
     "full": lambda name: True,
@@ -59,13 +63,23 @@ def add_adapters(
 
     The model's output stays the same, or becomes that with the LoRA of `initial` loaded.
     """
-    if settings.method == "lora":
+    if settings.method == "lora" and settings.adapter_type == "lokr":
+        lokr.add_lokr(
+            components.unet,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            factor=settings.lokr_factor,
+            targets=settings.lora_targets,
+            seed=seed,
+        )
+    elif settings.method == "lora":
         lora.add_lora(
             components,
             rank=settings.lora_rank,
             alpha=settings.lora_alpha,
             dropout=settings.lora_dropout,
             targets=settings.lora_targets,
+            use_dora=settings.adapter_type == "dora",
             trains_text_encoder=trains_text_encoder,
             seed=seed,
             initial=initial.lora,
@@ -119,7 +133,7 @@ class LoraFacts:
     info: ModelInfo
     name: str
     trigger_word: str = ""
-    training: Mapping[str, object] = field(default_factory=dict)
+    training: dict[str, object] = field(default_factory=dict)
     tags: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -135,11 +149,24 @@ def save_adapters(
         logger.info("%s: %d vectors, %d bytes", path, num, size)
 
 
+def _network(settings: FinetuneConfig) -> dict[str, object]:
+    """Return kohya's entries for an adapter that is LyCORIS' there; none for a plain LoRA."""
+    arguments: dict[str, object] = {
+        "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+        "lokr": {"algo": "lokr", "factor": settings.lokr_factor},
+    }
+    if settings.adapter_type not in arguments:
+        return {}
+    text = json.dumps(arguments[settings.adapter_type])
+    return {"network_module": "lycoris.kohya", "network_args": text}
+
+
 def _save_lora_files(
     components: Components, settings: FinetuneConfig, folder: Path, *, facts: LoraFacts
 ) -> None:
     """Write lora/ for diffusers and, if asked for, lora_kohya.safetensors for other programs."""
-    weights, width = lora.lora_weights(components), components.unet.config.cross_attention_dim
+    is_lokr, width = settings.adapter_type == "lokr", components.unet.config.cross_attention_dim
+    weights = lokr.lokr_weights(components.unet) if is_lokr else lora.lora_weights(components)
     spec = partial(
         model_spec,
         info=facts.info,
@@ -149,7 +176,10 @@ def _save_lora_files(
         trigger_word=facts.trigger_word,
     )
     path = folder / "lora" / lora.FILE_NAME
-    size = save_lora(weights, path, metadata=spec(weights, diffusers_names=True))
+    own = spec(weights, diffusers_names=True)
+    if is_lokr:
+        own |= lokr.adapter_metadata(weights, rank=settings.lora_rank, factor=settings.lokr_factor)
+    size = save_lora(weights, path, metadata=own)
     num = sum(tensor.numel() for tensor in weights.values())
     logger.info("%s, for diffusers: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
     if not settings.lora_kohya:
@@ -160,12 +190,22 @@ def _save_lora_files(
         info=facts.info,
         name=facts.name,
         width=width,
-        rank=lora.rank_of(weights),
-        training=facts.training,
+        rank=settings.lora_rank if is_lokr else lora_rank(renamed),
+        training=facts.training | _network(settings),
         tags=facts.tags,
     )
     save_lora(renamed, other, metadata=spec(renamed) | trained)
-    logger.info("%s, for ComfyUI, A1111 and kohya's scripts: the same", other)
+    if settings.adapter_type == "dora":
+        logger.warning(
+            "%s, for LyCORIS: the same; ComfyUI and A1111 take another norm in DoRA, so that their "
+            "images differ: use the merged model there, %s",
+            other,
+            folder / "pipeline",
+        )
+        return
+    logger.info("%s, for ComfyUI, A1111 and %s: the same", other, READERS[is_lokr])
+    if is_lokr:
+        return
     if unknown := layers_unknown_to_kohya(weights):
         logger.warning(
             "kohya's own scripts have no place for %d of its layers and leave them out: %s; "

@@ -163,7 +163,7 @@ def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
 def _lora_facts(run: Run, info: ModelInfo) -> LoraFacts:
     """Return what the files of a LoRA tell of its training."""
     config, train = run.config, run.train_data.train
-    training = {
+    training: dict[str, object] = {
         "num_train_images": len(train),
         "max_train_steps": config.train.max_steps,
         "learning_rate": config.train.learning_rate,

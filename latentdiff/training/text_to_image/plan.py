@@ -31,6 +31,7 @@ from latentdiff.data.inspection.text_report import size_text, subfolders_text
 from latentdiff.models.compatibility import sample_size_px, size_in_reach
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec, latent_factor
+from latentdiff.training.finetune.lokr import without_drawing
 from latentdiff.training.fsdp import is_sharded, local_shard
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import bucket_sizes
@@ -330,7 +331,8 @@ def _activations_of(run: Run) -> int | None:
         return zt, t, torch.empty(n, *null.shape[1:], dtype=null.dtype, device=device)
 
     try:
-        return estimate_activations(model, inputs, autocast=run.accelerator.autocast)
+        with without_drawing(model):
+            return estimate_activations(model, inputs, autocast=run.accelerator.autocast)
     except RuntimeError as error:
         logger.warning("the memory of activations cannot be estimated: %s", error)
         return None
