@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-scratch test lint check format docs
+.PHONY: demo demo-scratch test lint check format docs results-lock
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -27,6 +27,10 @@ check: lint test
 docs: .venv/installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
+
+# after numbers were meant to change: make results-lock WHY="the reason", which CHANGELOG.md gets too
+results-lock: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fakes/results_lock.py --why "$(WHY)"
 
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .

@@ -26,7 +26,8 @@ PRESETS = {  # by the memory of a GPU in GB: the config to begin with, where it 
 }
 ADDS = {  # what an extra is for
     "8bit": "optimisers with 8-bit states (CUDA)",
-    "data": "Hugging Face data sets by their id",
+    "datasets": "Hugging Face data sets by their id",
+    "optimizers": "Prodigy, schedule-free AdamW and Lion",
     "plots": "figures of examples and reports",
     "trackers": "runs shown in Weights & Biases or trackio",
     "ui": "the web UI, latentdiff app",

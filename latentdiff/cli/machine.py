@@ -107,7 +107,7 @@ def read_machine() -> Machine:
         version=_version("latentdiff") or "not installed",
         python=platform.python_version(),
         system=platform.platform(terse=True),
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         num_cores=_num_cores(),
         memory_gb=min(memory.total, limit) / GB,
         free_memory_gb=min(memory.available, limit) / GB,
@@ -291,7 +291,8 @@ def _cgroup_memory() -> int:
     return int(text) if text.isdigit() else NO_LIMIT
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name as its maker gives it."""
     found = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
     return found[1].strip() if found else platform.processor() or platform.machine()
 

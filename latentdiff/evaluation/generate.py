@@ -11,6 +11,7 @@ from torch import Tensor
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import save_png
 from latentdiff.sampling.batch_sampler import generate_images
+from latentdiff.sampling.resume_folder import write_image_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,12 @@ def generate(
             desc="images",
         )
     ]
+    rows = []
     for number, image in enumerate(images):
         m, k = divmod(number, per_caption)
-        save_png(image, folder / f"{m:04d}-{k}.png")
+        path = save_png(image, folder / f"{m:04d}-{k}.png")
+        rows.append({"file_name": path.name, "text": captions[m], "seed": first_seed + number})
+    write_image_table(folder, rows)
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])  # (M K, H, W, 3)
     pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2)
     return GeneratedImages(

@@ -148,7 +148,7 @@ def _metadata(
     width = models["unet"].config.cross_attention_dim
     is_diffusers = naming == "diffusers"
     spec = model_spec(
-        weights, info=info, title=title, width=width, is_lora=True, diffusers_names=is_diffusers
+        weights, info=info, title=title, width=width, adapter="lora", diffusers_names=is_diffusers
     )
     trained: dict[str, str] = {}
     if not is_diffusers:

@@ -1,5 +1,8 @@
 """Which images of a folder are made already: those whose stored settings are the ones asked for.
 
+Also writes the folder's metadata.jsonl, with which it is a captioned folder for training, and for
+`datasets.load_dataset("imagefolder")`.
+
 Answers for: every setting that an image depends on, compared with the settings in its PNG file:
 those of the call, the scheduler, the model with its LoRA, the image and mask to start from. Does
 not answer for: what changes an image by rounding alone (batch size, the CPU's fast path, versions).
@@ -8,12 +11,14 @@ not answer for: what changes an image by rounding alone (batch size, the CPU's f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from latentdiff.atomic import write_text
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
 from latentdiff.pipeline.initial_latents import trained_size_px
@@ -24,6 +29,10 @@ from latentdiff.pipeline.png_metadata import (
     scheduler_metadata,
 )
 from latentdiff.sampling.prompt_list import ImageJob
+
+TABLE = "metadata.jsonl"
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = {  # of what a PNG file leaves out, as not given or older than it
     "negative_prompt": "",
@@ -144,3 +153,22 @@ def _other_model(found: Any, model: Mapping[str, Any]) -> list[str]:
 def _is_same(found: Any, wanted: Any) -> bool:
     """Compare JSON values, where true is not 1."""
     return bool(found == wanted) and isinstance(found, bool) == isinstance(wanted, bool)
+
+
+def write_image_table(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a folder's metadata.jsonl: a row for each image, with its file_name and text.
+
+    Rows of other images that are still there are kept. A table that is not one of ours is left as
+    it is, with a warning.
+    """
+    path = folder / TABLE
+    given = {str(row["file_name"]): dict(row) for row in rows}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        known = {str(row["file_name"]): row for row in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is no table of images by file_name, it is left as it is", path)
+        return
+    kept = {name: row for name, row in known.items() if (folder / name).is_file()} | given
+    texts = (json.dumps(kept[name], ensure_ascii=False) + "\n" for name in sorted(kept))
+    write_text(path, "".join(texts))

@@ -30,7 +30,7 @@ from latentdiff.sampling.prompt_list import (
     plan_jobs,
     read_prompt_entries,
 )
-from latentdiff.sampling.resume_folder import ResumeFolder
+from latentdiff.sampling.resume_folder import ResumeFolder, write_image_table
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,20 @@ def _sample_folder(
         path = save_png(image, folder / _name(job))
         yield {"path": str(path), "kind": "image", **read_image_settings(image)["call"]}
         yield from _write_extras(extras, path)
+    write_image_table(folder, (_row(job) for job in jobs))
     counts = {"made": len(missing), "images": len(jobs)}
     yield {"path": str(folder), "kind": "folder", **counts}
+
+
+def _row(job: ImageJob) -> dict[str, Any]:
+    return {
+        "file_name": _name(job),
+        "text": job.prompt,
+        "negative_prompt": job.negative_prompt or "",
+        "seed": job.seed,
+        "num_inference_steps": job.num_inference_steps,
+        "guidance_scale": job.guidance_scale,
+    }
 
 
 def _has_extras(image_path: Path) -> bool:

@@ -28,7 +28,7 @@ def test_hash_is_that_of_the_tensors_in_the_file(tmp_path):
 def test_entries_name_family_and_leave_out_what_is_unknown(tmp_path):
     weights = {"a": torch.ones(2)}
     info = ModelInfo(prediction_type="v_prediction", resolution=768)
-    spec = model_spec(weights, info=info, title="ink", width=1024, is_lora=True)
+    spec = model_spec(weights, info=info, title="ink", width=1024, adapter="lora")
     assert spec["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     assert spec["modelspec.prediction_type"] == "v"
     assert spec["modelspec.resolution"] == "768x768"

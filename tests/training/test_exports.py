@@ -13,9 +13,11 @@ from accelerate.state import AcceleratorState
 from fakes_finetune import finetuning, generate, open_ours, world
 from fakes_training import make_config, read_metrics
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from latentdiff.config.io import load_config
 from latentdiff.config.text_to_image import Config
+from latentdiff.pipeline.files.file_metadata import tensors_hash
 from latentdiff.pipeline.files.model_info import ModelInfo, model_card, read_model_info
 from latentdiff.pipeline.png_metadata import read_settings, save_png
 from latentdiff.sampling.conversion import merge_loras
@@ -38,7 +40,11 @@ ORDINARY = {
 }
 METHODS = {
     "full": {},
-    "lora": {"finetune__method": "lora", "finetune__lora_kohya": "true"},
+    "lora": {
+        "finetune__method": "lora",
+        "finetune__lora_kohya": "true",
+        "finetune__instance_prompts": '["a photo of sks"]',
+    },
     "word": {
         "finetune__method": "textual_inversion",
         "finetune__token": "<toy>",
@@ -147,6 +153,22 @@ def test_facts_of_a_new_model_are_those_of_its_run(shared: Path, world: Path) ->
     card = (shared / "scratch" / "README.md").read_text()
     assert "\n# base\n" in card
     assert "| Base model | none: trained from scratch |" in card
+
+
+def test_files_of_adapters_name_the_words_that_call_for_them(shared: Path) -> None:
+    files = ("lora-lora/pytorch_lora_weights", "lora-lora_kohya", "word-learned_embeds")
+    found = {}
+    for name in files:
+        with safe_open(shared / f"{name}.safetensors", "pt") as file:
+            found[name] = file.metadata()
+    phrases = [entries["modelspec.trigger_phrase"] for entries in found.values()]
+    assert phrases == ["a photo of sks", "a photo of sks", "<toy>"]
+    kinds = [entries["modelspec.architecture"].partition("/")[2] for entries in found.values()]
+    assert kinds == ["lora", "lora", "textual-inversion"]
+    kohya = found["lora-lora_kohya"]
+    weights = load_file(shared / "lora-lora_kohya.safetensors")
+    assert kohya["sshs_model_hash"] == tensors_hash(weights)
+    assert kohya["ss_v_parameterization"] in ("True", "False")
 
 
 def test_a_merged_model_has_the_facts_of_the_merge_and_none_of_its_base(shared: Path) -> None:

@@ -43,20 +43,21 @@ def model_spec(
     info: ModelInfo,
     title: str,
     width: int,
-    is_lora: bool = False,
+    adapter: str = "",
     diffusers_names: bool = False,
     trigger_word: str = "",
 ) -> dict[str, str]:
     """Return the modelspec.* entries of a file of these weights; those unknown are absent.
 
-    width: of the prompt embeddings. diffusers_names: the weights' names are diffusers', not
-    CompVis' or kohya's. hash_sha256 is of the file's tensors, as they lie in it.
+    width: of the prompt embeddings. adapter: "lora" or "textual-inversion", "" for a whole model.
+    trigger_word: words that call for what an adapter learned. diffusers_names: the weights' names
+    are diffusers', not CompVis' or kohya's. hash_sha256 is of the tensors, as they lie in the file.
     """
     architecture = _architecture(width, info.prediction_type)[0] or OTHER_ARCHITECTURE
     prediction = info.prediction_type
     entries = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"{architecture}/lora" if is_lora else architecture,
+        "architecture": f"{architecture}/{adapter}" if adapter else architecture,
         "implementation": IMPLEMENTATIONS[diffusers_names],
         "title": title,
         "hash_sha256": f"0x{tensors_hash(weights)}",

@@ -145,7 +145,18 @@ def save_adapters(
         _save_lora_files(components, settings, folder, facts=facts)
     if settings.method == "textual_inversion":
         path = folder / textual_inversion.FILE_NAME
-        num, size = textual_inversion.save_embeds(components, settings.token, path)
+        vectors = textual_inversion.learned_embeds(components, settings.token)
+        width = components.text_encoder.config.hidden_size
+        spec = model_spec(
+            vectors,
+            info=facts.info,
+            title=facts.name,
+            width=width,
+            adapter="textual-inversion",
+            diffusers_names=True,
+            trigger_word=settings.token,
+        )
+        num, size = textual_inversion.save_embeds(vectors, path, metadata=spec)
         logger.info("%s: %d vectors, %d bytes", path, num, size)
 
 
@@ -172,7 +183,7 @@ def _save_lora_files(
         info=facts.info,
         title=facts.name,
         width=width,
-        is_lora=True,
+        adapter="lora",
         trigger_word=facts.trigger_word,
     )
     path = folder / "lora" / lora.FILE_NAME

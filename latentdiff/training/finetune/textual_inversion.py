@@ -6,7 +6,7 @@ the training, so they stay bit for bit.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,13 +73,21 @@ def check_captions_have_token(captions: Iterable[str], token: str) -> None:
         )
 
 
-def save_embeds(components: Components, token: str, path: Path) -> tuple[int, int]:
-    """Write the trained embeddings as diffusers reads them; return their number, and bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def learned_embeds(components: Components, token: str) -> dict[str, Tensor]:
+    """Return the trained embeddings by their token, as diffusers, A1111 and ComfyUI read them."""
     vectors = _token_embeddings(components).new.detach().cpu()  # (n, D)
+    return {token: vectors[0].clone() if len(vectors) == 1 else vectors}
+
+
+def save_embeds(
+    embeds: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]
+) -> tuple[int, int]:
+    """Write the embeddings of one token; return their number, and bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
-        save_file({token: vectors[0].clone() if len(vectors) == 1 else vectors}, temporary)
-    return len(vectors), path.stat().st_size
+        save_file(dict(embeds), temporary, metadata={"format": "pt"} | dict(metadata))
+    (vectors,) = embeds.values()
+    return len(vectors) if vectors.ndim > 1 else 1, path.stat().st_size
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ def _lora_facts(run: Run, info: ModelInfo) -> LoraFacts:
     return LoraFacts(
         info,
         run.folder.resolve().name,
-        trigger_word=config.data.trigger_word,
+        trigger_word=config.data.trigger_word or ", ".join(config.finetune.instance_prompts),
         training=training,
         tags=tag_counts(captions) if config.finetune.method == "lora" else {},
     )

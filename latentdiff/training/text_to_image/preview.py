@@ -26,6 +26,7 @@ from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.prompts import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
+from latentdiff.sampling.resume_folder import write_image_table
 from latentdiff.training.text_to_image.nearest_images import (
     NearestImage,
     NearestImages,
@@ -104,6 +105,7 @@ def write_sheet(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG", pnginfo=text)
+    write_image_table(path.parent, [{"file_name": path.name, "text": " | ".join(prompts)}])
     logger.info("samples written: %s", path)
     return summarize_nearest(found) if found else {}
 
