@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from os.path import expanduser
 
 from jsonargparse import ArgumentParser
@@ -13,7 +14,13 @@ from latentdiff.config.text_to_image import Config
 
 def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Report a captioned folder's content and its problems; exit code 1 where it is not usable."""
-    parser.add_argument("root", type=expanduser, metavar="FOLDER", help="a captioned folder")
+    parser.add_argument(
+        "root",
+        type=expanduser,
+        nargs="?",
+        metavar="FOLDER",
+        help="the folder to report on; by default data.root or data.sources",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--html", type=expanduser, help="also write the report to this file")
     parser.add_argument("--full", action="store_true", help="decode every image, known or not")
@@ -36,16 +43,23 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         from latentdiff.training.text_to_image.model import with_resolution
 
         config = with_resolution(config)
-    from latentdiff.data.folder.folder import read_folder
     from latentdiff.data.inspection.html_report import write_report_html
     from latentdiff.data.inspection.inspect import inspect_folder, matching_settings, progress_bar
     from latentdiff.data.inspection.text_report import report_as_text
+    from latentdiff.training.inputs.sources import join_sources, read_sources, source_weights
 
-    settings = {**vars(config.train), **vars(config.data), "resolution": config.data.side_px}
-    settings |= options
-    if config.finetune.instance_prompts:  # which stand for captions, as in training
-        settings["missing_caption"] = "empty"
-    folder = read_folder(**matching_settings(settings, read_folder), progress=progress_bar())
+    data = config.data
+    if options["root"]:
+        data = replace(data, root=options["root"], sources=())
+    folders = read_sources(
+        data,
+        needs_captions=not config.finetune.instance_prompts,  # which stand for captions
+        full=options["full"],
+        progress=progress_bar(),
+    )
+    folder = join_sources(data, folders)
+    settings = {**vars(config.train), **vars(data), "resolution": data.side_px, **options}
+    settings |= {"sources": folders if data.sources else None, "weights": source_weights(data)}
     report = inspect_folder(
         folder, **matching_settings(settings, inspect_folder), progress=progress_bar()
     )

@@ -49,9 +49,9 @@ class CommandParser(ArgumentParser):
     def __init__(self, **named: Any) -> None:
         """Build the parser without options."""
         self.kinds: list[Any] = []
-        super().__init__(
-            exit_on_error=False, allow_abbrev=False, add_help=False, print_config=None, **named
-        )
+        plain = {"exit_on_error": False, "allow_abbrev": False, "add_help": False}
+        # A list of dataclasses makes a parser of this class for them, by names of its own.
+        super().__init__(**plain | {"print_config": None} | named)
 
     def add_class_arguments(self, kind: Any, *arguments: Any, **named: Any) -> Any:
         """Add an option for each field of a dataclass."""
@@ -132,7 +132,8 @@ def help_of(command: Any, *, prog: str) -> CommandHelp:
         actions, kinds = built.args
     known = {one.name for kind in kinds for one in settings_of(kind)}
     sections = {name.rpartition(".")[0] for name in known}
-    own = [action for action in actions if action.dest not in known | sections]
+    helps = {f"{name}.help" for name in known}  # that a list of dataclasses brings along
+    own = [action for action in actions if action.dest not in known | sections | helps]
     arguments, options = (
         [_setting(action) for action in own if bool(action.option_strings) == is_option]
         for is_option in (False, True)

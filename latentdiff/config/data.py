@@ -1,10 +1,59 @@
-"""Settings of the captioned folder and of how its images are read."""
+"""Settings of the captioned folder, or of several sources, and of how their images are read."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from latentdiff.config.choices import Mask
-from latentdiff.config.ranges import at_least, between, color, folder, share, share_below_1
+from latentdiff.config.ranges import (
+    at_least,
+    between,
+    check_ranges,
+    color,
+    folder,
+    share,
+    share_below_1,
+)
+
+MissingCaption = Literal["skip", "empty", "file_name", "folder_name"]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of several sources of images, and its caption rules; null: as data.* says for all."""
+
+    root: str
+    """the captioned folder, as data.root"""
+    repeats: int = at_least(1, default=1)
+    """how often an epoch shows each image"""
+    weight: float = at_least(0, default=0.0)
+    """share of an epoch next to the weights of the other sources, instead of repeats; each image is
+    shown at least once; 0: no weights"""
+    caption_column: str | None = None
+    """as data.caption_column"""
+    file_column: str | None = None
+    """as data.file_column"""
+    caption_template: str | None = None
+    """as data.caption_template"""
+    missing_caption: MissingCaption | None = None
+    """as data.missing_caption"""
+    shuffle_tags: bool | None = None
+    """as data.shuffle_tags"""
+    keep_tags: int | None = None
+    """as data.keep_tags"""
+    tag_dropout: float | None = None
+    """as data.tag_dropout"""
+    trigger_word: str | None = None
+    """as data.trigger_word"""
+    caption_prefix: str | None = None
+    """as data.caption_prefix"""
+    caption_suffix: str | None = None
+    """as data.caption_suffix"""
+
+    def rules(self) -> dict[str, Any]:
+        """Return the settings of data.* that stand for this source, by their names."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: given[name] for name in given.keys() - {"repeats", "weight"}}
+
 
 FROM_SCRATCH_PX = 512  # data.resolution of a new model whose config gives none
 
@@ -15,6 +64,10 @@ class DataConfig:
 
     root: str = ""
     """the captioned folder; it may hold train/ and test/ or validation/ folders"""
+    sources: tuple[DataSource, ...] = ()
+    """several folders instead of one, as in [{root: cats, repeats: 2}, {root: dogs}]; each may have
+    repeats or a weight, and caption_column, file_column, caption_template, missing_caption,
+    shuffle_tags, keep_tags, tag_dropout, trigger_word, caption_prefix, caption_suffix of its own"""
     resolution: int | None = between(8, 16384, default=None)
     """pixels of a square image; each is resized until it covers its size, then cropped; null: the
     size that model.pretrained was trained at, or 512 from scratch"""
@@ -43,9 +96,12 @@ class DataConfig:
     """a text file next to an image is one caption, or has one a line"""
     caption_template: str = ""
     """such as "a photo of a {label}" where the folders' names are the only captions"""
-    missing_caption: Literal["skip", "empty", "file_name"] = "skip"
-    """skip an image without a caption, or give it the empty caption, or its file's name without
-    ending, underscores read as spaces"""
+    missing_caption: MissingCaption = "skip"
+    """skip an image without a caption, or give it the empty caption, or the name of its file
+    without ending or of its folder, underscores read as spaces"""
+    repeat_folders: bool = False
+    """show the images of a folder named as in 10_dog that many times in an epoch, as kohya's
+    trainer does; the rest of the name is the folder's name for captions"""
     caption_choice: Literal["random", "first"] = "random"
     """the caption of an image with several: one at random each time, or the first"""
     wildcards: bool = False
@@ -90,8 +146,14 @@ class DataConfig:
         """Pixels of a square image; of a run, whose config names its resolution, just that."""
         return FROM_SCRATCH_PX if self.resolution is None else self.resolution
 
+    def each_source(self) -> tuple["DataConfig", ...]:
+        """Return the settings of each source, or these alone where there are none."""
+        each = (replace(self, sources=(), **source.rules()) for source in self.sources)
+        return tuple(each) or (self,)
+
     def check(self) -> None:
         """Raise ValueError for settings that exclude each other."""
+        self._check_sources()
         if self.buckets and self.resolution and self.resolution % self.bucket_multiple:
             raise ValueError(
                 f"data.resolution={self.resolution} is not a multiple of data.bucket_multiple="
@@ -103,3 +165,27 @@ class DataConfig:
                 "data.num_crops=0 crops anywhere each time, which cannot be cached: add "
                 "--data.cache=false, or give a number of crops"
             )
+
+    def _check_sources(self) -> None:
+        if self.root and self.sources:
+            raise ValueError(
+                f"data.root={self.root} and data.sources exclude each other; give the folder as "
+                "one of the sources, or leave out one of the two"
+            )
+        weights = [source.weight for source in self.sources]
+        own = self.each_source()
+        for number, source in enumerate(self.sources):
+            check_ranges(own[number], f"data.sources[{number}].")
+            if not source.root:
+                raise ValueError(f"data.sources[{number}].root is empty, expected a folder")
+            if any(weights) and not source.weight:
+                raise ValueError(
+                    f"data.sources[{number}] ({source.root}) has no weight and others have; give "
+                    "each source a weight above 0, or none"
+                )
+            if source.weight and source.repeats != 1:
+                raise ValueError(
+                    f"data.sources[{number}] ({source.root}) has repeats={source.repeats} and "
+                    f"weight={source.weight:g}; a weight decides how often its images come, so "
+                    "leave out one of the two"
+                )

@@ -25,6 +25,7 @@ OTHER_TOOLS = {  # option of diffusers' scripts, kohya's, OneTrainer or ai-toolk
     "cfg": "guidance_scale",
     "checkpointing_steps": "checkpoint_every_steps",
     "checkpoints_total_limit": "keep_checkpoints",
+    "dataset_name": "root",
     "enable_bucket": "buckets",
     "gradient_accumulation_steps": "micro_batch_size",
     "instance_data_dir": "root",
@@ -37,6 +38,7 @@ OTHER_TOOLS = {  # option of diffusers' scripts, kohya's, OneTrainer or ai-toolk
     "network_alpha": "lora_alpha",
     "network_dim": "lora_rank",
     "network_dropout": "lora_dropout",
+    "num_repeats": "repeat_folders",
     "noise_offset": "offset_noise",
     "optimizer_type": "optimizer",
     "placeholder_token": "token",
@@ -141,7 +143,15 @@ def form_of(annotation: Any) -> str:
     if origin in (list, tuple):
         is_open = origin is list or parts[-1] is Ellipsis
         return f"[{form_of(parts[0])},...]" if is_open else f"[{','.join(map(form_of, parts))}]"
-    return NOUNS.get(annotation, "VALUE")
+    return NOUNS.get(annotation) or _entry_form(annotation)
+
+
+def _entry_form(annotation: Any) -> str:
+    """Return the form of a dataclass in a list, by its first field: "{root: TEXT, ...}"."""
+    if not dataclasses.is_dataclass(annotation):
+        return "VALUE"
+    first = dataclasses.fields(annotation)[0].name
+    return f"{{{first}: {form_of(get_type_hints(annotation)[first])}, ...}}"
 
 
 def value_text(value: Any) -> str:
@@ -153,6 +163,22 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if abs(value) < 1e6 else str(value)
     return "null" if value is None else str(value) or "empty"
+
+
+def plain_value(value: Any) -> Any:
+    """Return a setting, or a dataclass of them, as the values of YAML; a list's without nulls."""
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: plain_value(getattr(value, name)) for name in names}
+    if not isinstance(value, tuple):
+        return value
+    return [_without_nulls(plain_value(entry)) for entry in value]
+
+
+def _without_nulls(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    return {name: value for name, value in entry.items() if value is not None}
 
 
 def commented_yaml(config: Any, kind: Any) -> str:
@@ -180,8 +206,10 @@ def _commented(config: Any, kind: Any, prefix: str, settings: dict[str, Setting]
         one = settings[prefix + field.name]
         notes = [one.form, f"default {one.default}", one.expected]
         yield from _comment(f"{one.description} ({'; '.join(filter(None, notes))})", indent)
-        plain = [list(value) if isinstance(value, tuple) else value]
-        text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**6)
+        plain = [plain_value(value)]
+        text = yaml.safe_dump(
+            plain, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False
+        )
         yield f"{indent}{field.name}: {text.strip()[1:-1]}"
 
 

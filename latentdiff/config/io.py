@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from latentdiff.config.describe import commented_yaml
+from latentdiff.config.data import DataSource
+from latentdiff.config.describe import commented_yaml, plain_value
 from latentdiff.config.effect import without_idle_settings
+from latentdiff.config.ranges import is_list_of_settings
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.yaml_file import check_yaml, find_config, read_yaml
 
@@ -274,16 +276,15 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             settings |= flat(value, f"{prefix}{field.name}.")
         else:
-            settings[prefix + field.name] = value
+            is_list = is_list_of_settings(value)
+            settings[prefix + field.name] = plain_value(value) if is_list else value
     return settings
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain dicts, lists and values, as its YAML file holds them."""
-    return {
-        name: _plain(value)
-        for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-    }
+    plain: dict[str, Any] = plain_value(config)
+    return plain
 
 
 def to_yaml(config: Any) -> str:
@@ -291,15 +292,11 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _readable(message: str, names: Sequence[str]) -> str:
     """Shorten jsonargparse's message and add the nearest of the known names to an unknown key."""
     message = re.sub(r"\s+", " ", message).strip()
+    if entry := re.match(r'Parser key "data.sources": (.*)', message):
+        return f"data.sources: {_readable_entry(entry[1])}"
     if "argument after ** must be a mapping" in message or message.startswith("Unexpected config"):
         return "a section of settings holds something else, expected lines such as 'seed: 1' in it"
     unknown = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", message) or re.search(
@@ -317,3 +314,17 @@ def _readable(message: str, names: Sequence[str]) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
         return f"unknown setting {wrong}; {hint}"
     return message
+
+
+def _readable_entry(message: str) -> str:
+    """Describe a fault in an entry of data.sources."""
+    names = [field.name for field in dataclasses.fields(DataSource)]
+    if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
+        near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        return f"unknown setting {unknown[1]} of a source; {hint}"
+    if "arguments are required: root" in message:
+        return "a source has no root, expected the folder of its images"
+    if inner := re.search(r'Parser key "([\w.]+)": .*', message):
+        return _readable(inner[0], names)
+    return "expected a list of sources, such as [{root: cats, repeats: 2}, {root: dogs}]"

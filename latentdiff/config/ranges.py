@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,10 +98,18 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise ValueError for the first number out of its range, by its dotted name."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is None and "None" not in str(field.type):
+        if value is None and not re.search("None|Optional", str(field.type)):
             raise ValueError(f"{prefix}{field.name} is null, expected a value; leave it out")
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{prefix}{field.name}.")
+        elif is_list_of_settings(value):
+            for number, entry in enumerate(value):
+                check_ranges(entry, f"{prefix}{field.name}[{number}].")
         elif "allows" in field.metadata and not field.metadata["allows"](value):
             expected = field.metadata["expected"]
             raise ValueError(f"{prefix}{field.name}={value}, expected {expected}")
+
+
+def is_list_of_settings(value: Any) -> bool:
+    """Return whether a value is a tuple of dataclasses."""
+    return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -30,6 +30,15 @@ SIDE_WORDS = (
 )
 
 
+class Captioned(Protocol):
+    """A record's captions, and which of several sources it is of."""
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
+    @property
+    def source(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class CaptionTransform:
     """How an image's captions are chosen and edited in training.
@@ -38,7 +47,8 @@ class CaptionTransform:
     alternatives, before anything else. Tags are the comma-separated parts; the
     first `keep_tags` neither move nor drop out, each other one drops out with probability
     `tag_dropout`. `trigger` becomes the first tag unless the caption has it already. `prefix` and
-    `suffix` are put around the result as they are.
+    `suffix` are put around the result as they are. sources: the edits of each of several sources,
+    instead of these.
     """
 
     choice: Literal["random", "first"] = "random"
@@ -49,10 +59,17 @@ class CaptionTransform:
     trigger_word: str = ""
     prefix: str = ""
     suffix: str = ""
+    sources: tuple["CaptionTransform", ...] = ()
+
+    def of_source(self, source: int) -> "CaptionTransform":
+        """Return the edits of a source's captions. source: `Record.source`."""
+        return self.sources[source] if self.sources else self
 
     @property
     def edits_randomly(self) -> bool:
         """Whether a caption differs each time, so that its embeddings cannot be cached."""
+        if self.sources:
+            return any(source.edits_randomly for source in self.sources)
         return self._edits_tags or self.wildcards
 
     @property
@@ -78,6 +95,10 @@ class CaptionTransform:
                 dropout=self.tag_dropout,
             )
         return self._with_fixed(caption)
+
+    def first(self, record: Captioned) -> str:
+        """Return a record's first caption with all edits that are not random."""
+        return self.of_source(record.source).fixed(record.captions[0])
 
     def fixed(self, caption: str) -> str:
         """Apply all edits that are not random, as for held-out images; of {a|b} it takes a."""

@@ -16,7 +16,7 @@ from latentdiff.config.io import load_config, to_yaml
 from latentdiff.models.components import load_vae
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import cache_latents
-from latentdiff.training.inputs.train_data import read_data
+from latentdiff.training.inputs.sources import read_data
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cache_latents.py"
 DATA = {"resolution": 32, "buckets": True, "bucket_multiple": 8, "num_crops": 2}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentdiff.data.epoch_draws import EpochDraws
 from latentdiff.training.inputs.batches import BatchLayout, EpochOrder, StepBatchSampler
 from latentdiff.training.inputs.randomness import SampleKey, epoch_order, step_strata
 
@@ -102,3 +103,40 @@ def test_padding_is_of_the_steps_own_bucket_and_counts_nothing() -> None:
             step = order.batch(number // layout.accumulation)
             assert len(batch) == 3
             assert {BUCKET_OF[key.index] for key in batch} == {BUCKET_OF[step.indices[0]]}
+
+
+def repeated_order(**changes: Any) -> EpochOrder:
+    """53 images in four buckets, some of them repeated, of two sources in shares of 1 and 2."""
+    repeats = np.random.default_rng(1).integers(1, 5, 53)
+    sources = np.repeat([0, 1], [30, 23])
+    draws = EpochDraws(repeats, BUCKET_OF, sources=sources, weights=(1.0, 2.0))
+    return EpochOrder(BUCKET_OF, batch_size=8, seed=3, draws=draws, **changes)
+
+
+def test_every_epoch_of_repeats_has_the_same_counts_in_another_order() -> None:
+    order, orders = repeated_order(), []
+    assert order.draws is not None
+    for epoch in range(3):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        batches = [order.batch(step) for step in steps]
+        assert all(batch.epoch == epoch for batch in batches)
+        assert all(len(set(BUCKET_OF[batch.indices])) == 1 for batch in batches)
+        seen = np.concatenate([batch.indices for batch in batches])
+        assert len(seen) == len(order.draws)
+        assert set(seen) == set(range(53))
+        counts = np.bincount(np.repeat([0, 1], [30, 23])[seen])
+        assert counts.tolist() == list(order.draws.source_counts.values())
+        orders.append(seen)
+    assert not np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(np.sort(orders[0]), np.sort(orders[1])), "who comes once more changes"
+
+
+def test_repeats_draw_apart_and_no_layout_or_resume_changes_them() -> None:
+    order, last = repeated_order(), 2 * repeated_order().steps_per_epoch + 3
+    whole = keys_of(order, BatchLayout(8, 8, 1), 0, last)
+    for layout in (BatchLayout(8, 2, 2), BatchLayout(8, 3, 1), BatchLayout(8, 1, 3)):
+        assert keys_of(repeated_order(), layout, 0, last) == whole
+    assert keys_of(repeated_order(), BatchLayout(8, 4, 2), 5, last) == whole[5:]
+    keys = [(key.epoch, key.index, key.index_in_epoch) for step in whole for key in step]
+    assert len(set(keys)) == len(keys)
+    assert len({key[:2] for key in keys}) < len(keys), "some image comes twice in an epoch"

@@ -24,7 +24,7 @@ from latentdiff.training.inputs.encode import (
     crop_plan,
     eval_crop_config,
 )
-from latentdiff.training.inputs.train_data import read_data
+from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.text_to_image.model import check_components
 from latentdiff.training.text_to_image.train_t2i import default_prompts, train
 

@@ -22,7 +22,7 @@ from latentdiff.pipeline.files.model_info import ModelInfo, model_card, read_mod
 from latentdiff.pipeline.png_metadata import read_settings, save_png
 from latentdiff.sampling.conversion import merge_loras
 from latentdiff.sampling.release import pack_model
-from latentdiff.training.inputs.train_data import read_data
+from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.text_to_image.train_t2i import train
 
 __all__ = ["world"]

@@ -19,7 +19,7 @@ from kill_runs import kill_text_to_image_runs
 
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.inputs.dataset import LatentDataset
-from latentdiff.training.inputs.train_data import read_data
+from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.metrics_log import MetricsLog
 from latentdiff.training.text_to_image import train_t2i as text_to_image
 from latentdiff.training.text_to_image.preview import write_sheet

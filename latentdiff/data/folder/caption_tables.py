@@ -27,9 +27,10 @@ class CaptionRules:
     caption_column: str = "text"  # of a table: texts, or lists of texts
     file_column: str = "file_name"  # of a table: paths relative to its folder
     caption_template: str = ""  # as "a photo of a {label}": else the folder's name is the label
-    missing_caption: Literal["skip", "empty", "file_name"] = "skip"  # images with none at all
+    missing_caption: Literal["skip", "empty", "file_name", "folder_name"] = "skip"  # with none
     duplicate_rows: Literal["error", "captions"] = "error"  # an image listed twice
     sidecar_lines: Literal["one", "captions"] = "one"  # a text file is one caption, or one a line
+    repeat_folders: bool = False  # the number in a folder's name, as in 10_dog, is no part of it
 
 
 @dataclass

@@ -8,7 +8,6 @@ below `root` is ever written.
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentdiff.data.arrow.columns import (
     CAPTIONS,
@@ -27,6 +27,7 @@ from latentdiff.data.arrow.listing import TABLES, Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.caption_tables import CaptionRules
 from latentdiff.data.folder.files import existing_path
+from latentdiff.data.folder.join_records import SourceTable, join_records
 from latentdiff.data.folder.record_table import (
     RECORDS,
     ReadRules,
@@ -40,6 +41,7 @@ from latentdiff.data.folder.splits import SPLITS, Split
 from latentdiff.program import program
 
 MASK_COLUMNS = (7, 8, 9)
+SOURCE = RECORDS.names.index("source")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Record:
     width: int
     height: int
     split: Split
+    source: int = 0  # which of several, counted from 0
 
 
 class Folder(Sequence[Record]):
@@ -93,7 +96,9 @@ class Folder(Sequence[Record]):
             return self.select(np.arange(len(self))[index])
         row = int(self._rows[index])
         name, captions, width, height, split = (c[row].as_py() for c in self._columns[:5])
-        return Record(name, self.root / name, tuple(captions), width, height, SPLITS[split])
+        source = self._columns[SOURCE][row].as_py()
+        where = self.root / name
+        return Record(name, where, tuple(captions), width, height, SPLITS[split], source)
 
     def read_bytes(self, index: int) -> bytes:
         """Read the image file of record `index` as it is on disk or in its shard."""
@@ -101,8 +106,8 @@ class Folder(Sequence[Record]):
 
     def read_bytes_of(self, record_id: str) -> bytes:
         """Read the image file of the record of that id. Raises KeyError if there is none."""
-        row = bisect_left(self._columns[0], record_id.encode(), key=lambda x: x.as_py().encode())
-        if row == len(self._columns[0]) or self._columns[0][row].as_py() != record_id:
+        row = pc.index(self._columns[0], record_id).as_py()
+        if row < 0:
             raise KeyError(record_id)
         return read_entry(self.root, self._entry(row))
 
@@ -139,6 +144,16 @@ class Folder(Sequence[Record]):
         return self._numbers("split")
 
     @property
+    def repeats(self) -> np.ndarray:
+        """(N,) int32: how often an epoch shows each record; 1 without repeats."""
+        return self._numbers("repeats")
+
+    @property
+    def sources(self) -> np.ndarray:
+        """(N,) int16: which of several sources each record is of, counted from 0."""
+        return self._numbers("source")
+
+    @property
     def widths(self) -> np.ndarray:
         """(N,) int32 pixels."""
         return self._numbers("width")
@@ -164,9 +179,20 @@ class Folder(Sequence[Record]):
         return self.select(np.flatnonzero(self.splits == SPLITS.index(name)))
 
     def heldout(self) -> "Folder":
-        """The validation records, or the test records where there are none; may be empty."""
-        validation = self.split("validation")
-        return validation if len(validation) else self.split("test")
+        """The validation records, or the test records of a source without any; may be empty."""
+        splits, sources = self.splits, self.sources
+        is_held = splits == SPLITS.index("validation")
+        for source in np.unique(sources):
+            is_own = sources == source
+            if not (is_own & is_held).any():
+                is_held |= is_own & (splits == SPLITS.index("test"))
+        return self.select(np.flatnonzero(is_held))
+
+    def by_source(self) -> Iterator["Folder"]:
+        """Yield the records of each source in turn, up to the last one that has any here."""
+        sources = self.sources
+        for source in range(int(sources.max(initial=-1)) + 1):
+            yield self.select(np.flatnonzero(sources == source))
 
     @property
     def invalid_fraction(self) -> float:
@@ -214,7 +240,8 @@ def read_folder(
     caption_column: str = "text",
     file_column: str = "file_name",
     caption_template: str = "",
-    missing_caption: Literal["skip", "empty", "file_name"] = "skip",
+    missing_caption: Literal["skip", "empty", "file_name", "folder_name"] = "skip",
+    repeat_folders: bool = False,
     duplicate_rows: Literal["error", "captions"] = "error",
     sidecar_lines: Literal["one", "captions"] = "one",
     follow_links: bool = False,
@@ -242,12 +269,25 @@ def read_folder(
         missing_caption=missing_caption,
         duplicate_rows=duplicate_rows,
         sidecar_lines=sidecar_lines,
+        repeat_folders=repeat_folders,
     )
     rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
     found = found or build_record_table(root, rules, index=index, full=full, progress=progress)
     return Folder(root, found)
+
+
+def join_folders(
+    folders: Sequence[Folder], *, repeats: Sequence[int], cache_dir: Path | str | None = None
+) -> Folder:
+    """Join the folders of several sources to one, in their order; its root is above them all.
+
+    repeats: how often an epoch shows each source's images. cache_dir: where the joined table is
+    kept, so that it need not be in memory. Raises ValueError where one is in another.
+    """
+    parts = [SourceTable(f.root, f._found, num) for f, num in zip(folders, repeats, strict=True)]
+    return Folder(*join_records(parts, cache_dir=cache_dir))
 
 
 def _reopen(root: Path, found: RecordTable | Path, rows: np.ndarray) -> Folder:

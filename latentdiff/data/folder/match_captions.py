@@ -37,6 +37,7 @@ from latentdiff.data.folder.caption_tables import (
 from latentdiff.data.folder.files import METADATA_NAMES, TEXT_EXTENSIONS
 from latentdiff.data.folder.mask_files import belongs_to_image, is_mask_name
 from latentdiff.data.folder.problems import Problems
+from latentdiff.data.folder.repeats import count_repeats, repeat_folder
 from latentdiff.data.folder.sidecars import FAILED, NONE, read_sidecars
 from latentdiff.data.folder.splits import FOLDER_NAMES
 from latentdiff.image_io import IMAGE_EXTENSIONS
@@ -121,7 +122,10 @@ def match_captions(
     _report_uncaptioned(found, paths, tables=captions, rules=rules, problems=problems)
     captioned = np.flatnonzero(found.at >= 0).astype(np.int32)
     images = CaptionedFiles(take_rows(found.files, captioned), found.at[captioned], found.pool)
-    return _joined(images, tables) if len(tables) else images
+    images = _joined(images, tables) if len(tables) else images
+    if rules.repeat_folders:
+        _skip_zero_repeats(images, problems)
+    return images
 
 
 def _from_tables(
@@ -180,6 +184,15 @@ def _joined(images: CaptionedFiles, tables: pa.Table) -> CaptionedFiles:
     return CaptionedFiles(take_rows(files, order), at[order], images.pool)
 
 
+def _skip_zero_repeats(images: CaptionedFiles, problems: Problems) -> None:
+    """Take out the images of folders such as 0_dog."""
+    repeats = count_repeats(images.paths)
+    for name in iter_py(images.paths, np.flatnonzero(repeats == 0)):
+        problems.add("zero_repeats", name)
+    kept = np.flatnonzero(repeats)
+    images.files, images.at = take_rows(images.files, kept), images.at[kept]
+
+
 def _skip_by_products(found: CaptionedFiles, problems: Problems, *, all_others: bool) -> None:
     """Skip by-products, masks without an image and kinds that are not read, where they have no
     caption of their own.
@@ -229,15 +242,34 @@ def _add_folder_names(found: CaptionedFiles, tables: CaptionTables, *, rules: Ca
     """Give images that no table covers their folder's name in the template."""
     if not rules.caption_template:
         return
-    places: dict[str, int] = {}
     wanting = np.flatnonzero(found.at == NONE)
-    for i, name in zip(wanting, iter_py(found.paths, wanting), strict=True):
-        folder = parent(name)
-        if is_label(folder) and not tables.covers(folder):
-            if folder not in places:
-                caption = label_caption(rules.caption_template, name_of(folder))
-                places[folder] = found.pool.extend(pa.array([[caption]], CAPTIONS))
-            found.at[i] = places[folder]
+    folders = [parent(name) for name in iter_py(found.paths, wanting)]
+    uncovered = [not tables.covers(folder) for folder in folders]
+    _name_by_folder(found, wanting[np.array(uncovered, bool)], rules.caption_template, rules=rules)
+
+
+def _name_by_folder(
+    found: CaptionedFiles, places: np.ndarray, template: str, *, rules: CaptionRules
+) -> None:
+    """Give the images at `places` their folder's name in a template, where it may be a label."""
+    captions: dict[str, int] = {}
+    for i, name in zip(places, iter_py(found.paths, places), strict=True):
+        label = label_of(parent(name), rules)
+        if label is not None:
+            if label not in captions:
+                caption = label_caption(template, label)
+                captions[label] = found.pool.extend(pa.array([[caption]], CAPTIONS))
+            found.at[i] = captions[label]
+
+
+def label_of(folder: str, rules: CaptionRules) -> str | None:
+    """Return what a folder's name says of its images; None for a name that is no label.
+
+    With repeat_folders, that is the class of a folder such as 10_dog, in or above it.
+    """
+    if rules.repeat_folders and (found := repeat_folder(folder)):
+        return found[1]
+    return name_of(folder) if is_label(folder) else None
 
 
 def is_label(folder: str) -> bool:
@@ -262,6 +294,9 @@ def _report_uncaptioned(
         start = found.pool.extend(pa.array(captions, CAPTIONS))
         found.at[wanting] = np.arange(start, start + len(wanting))
         return
+    if rules.missing_caption == "folder_name":
+        _name_by_folder(found, wanting, "{label}", rules=rules)
+        wanting = np.flatnonzero(found.at == NONE)
     if rules.missing_caption == "empty":
         found.at[wanting] = found.pool.extend(pa.array([[""]], CAPTIONS))
         for name in iter_py(found.paths, wanting):

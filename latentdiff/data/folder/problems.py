@@ -132,7 +132,7 @@ REASONS: dict[str, Reason] = {
     "no_caption": Reason(
         "skipped",
         "image without a caption",
-        "add one, or pass --data.missing_caption=empty or file_name",
+        "add one, or pass --data.missing_caption=empty, file_name or folder_name",
     ),
     "empty_caption": Reason("note", "empty caption"),
     "control_characters": Reason("note", "control characters removed from the caption"),
@@ -171,6 +171,7 @@ REASONS: dict[str, Reason] = {
         "keep one row, or pass --data.duplicate_rows=captions to use the caption of each",
     ),
     "unlisted": Reason("note", "image without a row in the caption table, not used"),
+    "zero_repeats": Reason("note", "image of a folder with 0 repeats, not used"),
 }
 
 
@@ -215,6 +216,14 @@ class Problems(Mapping[str, ProblemGroup]):
         group.count += 1
         if len(group.examples) < MAX_EXAMPLES:
             group.examples.append((where, detail))
+
+    def add_all(self, others: "Problems", *, prefix: str) -> None:
+        """Add the problems of a folder, whose names get a prefix."""
+        for key, group in others.items():
+            own = self._groups.setdefault(key, ProblemGroup(key))
+            own.count += group.count
+            room = MAX_EXAMPLES - len(own.examples)
+            own.examples += [(prefix + where, detail) for where, detail in group.examples[:room]]
 
     def count(self, severity: Severity) -> int:
         return sum(group.count for group in self.groups(severity))

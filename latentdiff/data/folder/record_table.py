@@ -31,6 +31,7 @@ from latentdiff.data.folder.image_headers import read_image_headers
 from latentdiff.data.folder.mask_files import MASK_FILES, match_masks, no_masks, separate_masks
 from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
 from latentdiff.data.folder.problems import Problems
+from latentdiff.data.folder.repeats import count_repeats
 from latentdiff.data.folder.shards import expand_shards
 from latentdiff.data.folder.splits import assign_splits
 from latentdiff.data.image_tables.table_folder import read_image_tables
@@ -46,6 +47,8 @@ RECORDS = pa.schema(
         ("size", pa.int64()),  # of the file, in bytes
         ("offset", pa.int64()),  # in its shard, or files.ALONE
         *MASK_FILES,  # the mask file next to it, null where masks are not used
+        ("repeats", pa.int32()),  # in an epoch of training
+        ("source", pa.int16()),  # of several, counted from 0
     ]
 )
 
@@ -178,6 +181,7 @@ def _records(
 ) -> Iterator[pa.Table]:
     """Yield the table of records in parts, so that it never is in memory whole."""
     good = take_rows(headers.select(["path", "width", "height", "size", "offset"]), kept)
+    counts_repeats = rules.captions.repeat_folders
     splits = assign_splits(iter_py(good["path"]), rules.heldout_fraction, num=len(good))
     for start in range(0, len(good), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
@@ -185,7 +189,9 @@ def _records(
         captions = images.pool.take(images.at[kept[part]])
         some = no_masks(len(path)) if masks is None else masks.slice(start, CHUNK_ROWS)
         found = some.combine_chunks().columns
+        repeats = count_repeats(combined(path)) if counts_repeats else np.ones(len(path), np.int32)
         columns = [path, captions, width, height, pa.array(splits[part]), size, offset, *found]
+        columns += [pa.array(repeats), pa.array(np.zeros(len(path), np.int16))]
         yield pa.table(columns, schema=RECORDS).combine_chunks()
         release_memory()
 
@@ -236,6 +242,8 @@ def map_records(path: Path) -> RecordTable | None:
 def _prefix(rules: ReadRules) -> str:
     settings = asdict(rules)
     settings["split_fraction"] = settings.pop("heldout_fraction")  # as in an index of any version
+    if not rules.captions.repeat_folders:  # as in an index of any version
+        del settings["captions"]["repeat_folders"]
     settings["version"] = RECORDS_VERSION
     return f"records-{settings_hash(settings)[:16]}"
 

@@ -14,11 +14,17 @@ from latentdiff.atomic import write_text
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.folder.problems import SEVERITIES
 from latentdiff.data.inspection.inspect import DataReport
-from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, LongCaption
+from latentdiff.data.inspection.statistics import (
+    BucketRow,
+    CaptionStats,
+    LongCaption,
+    SampleRow,
+)
 from latentdiff.data.inspection.text_report import (
     SEVERITY_TITLES,
     duplicate_sections,
     leak_text,
+    repeats_text,
     size_text,
     time_text,
 )
@@ -78,12 +84,14 @@ def report_as_html(report: DataReport, folder: Folder) -> str:
             ("Problems", _problems(report, folder)),
             ("Sizes", _sizes(folder)),
             ("Captions", _captions(report.captions)),
+            ("Samples of an epoch", _sample_table(report.samples)),
             ("Buckets of the training images", _buckets(report.buckets, folder)),
             ("Duplicates", _duplicates(report, folder)),
             ("Cost", _cost(report)),
         ],
     )
-    return page(Path(report.root).name, body=body, style=STYLE)
+    title = report.root if " + " in report.root else Path(report.root).name
+    return page(title, body=body, style=STYLE)
 
 
 def _samples(folder: Folder) -> Markup:
@@ -190,6 +198,15 @@ def _with_cut(long: LongCaption) -> Markup:
     return render_template(
         "{{ kept }}{% if cut %}<del>{{ cut }}</del>{% endif %}", kept=kept, cut=cut
     )
+
+
+def _sample_table(rows: Sequence[SampleRow]) -> Markup:
+    head = ["", "training images", "held out", "each", "samples", "share"]
+    lines = []
+    for row in rows:
+        counts = [f"{n:,}" for n in (row.num_images, row.num_heldout, row.num_samples)]
+        lines.append([row.name, *counts[:2], repeats_text(row), counts[2], f"{row.share:.1%}"])
+    return table(head, lines, classes=("", *["n"] * 5)) if rows else Markup()
 
 
 def _buckets(rows: Sequence[BucketRow], folder: Folder) -> Markup:

@@ -17,7 +17,8 @@ from transformers import CLIPTokenizer
 
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.buckets import Bucket, Partial, make_buckets
+from latentdiff.data.buckets import Bucket, Partial, assign_buckets, make_buckets
+from latentdiff.data.epoch_draws import EpochDraws, make_draws
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.folder.splits import SPLITS
 from latentdiff.data.inspection.cost_estimate import CacheShape, CostEstimate, Encode, estimate_cost
@@ -25,9 +26,11 @@ from latentdiff.data.inspection.near_duplicates import DuplicateGroup, find_near
 from latentdiff.data.inspection.statistics import (
     BucketRow,
     CaptionStats,
+    SampleRow,
     SizeStats,
     bucket_rows,
     caption_stats,
+    sample_rows,
     size_stats,
     subfolder_counts,
 )
@@ -56,6 +59,7 @@ class DataReport:
     problems: dict[str, dict[str, Any]]
     sizes: SizeStats | None  # None of an empty folder, as are captions and cost
     captions: CaptionStats | None
+    samples: list[SampleRow]  # by source; by folder where these have repeats, else empty
     buckets: list[BucketRow]
     duplicates: list[DuplicateNames] | None  # None where they were not searched
     cost: CostEstimate | None
@@ -75,18 +79,29 @@ def make_data_report(
     duplicates: Sequence[DuplicateGroup] | None = None,
     cache: CacheShape | None = None,
     encode: Encode | None = None,
+    sources: Mapping[str, Folder] | None = None,
+    weights: Sequence[float] = (),
 ) -> DataReport:
     """Measure a folder.
 
-    duplicates: from `find_near_duplicates`. encode: the VAE's encoder of pixels (1, 3, H, W) in
-    [-1, 1], to measure its speed. Buckets and steps are those of the training split.
+    sources: the folders that it joins, by name; weights: of each of them, or none. duplicates: from
+    `find_near_duplicates`. encode: the VAE's encoder of pixels (1, 3, H, W) in [-1, 1], to measure
+    its speed. Buckets and steps are those of the training split.
     """
-    why_not = folder.refusals(max_invalid_fraction=max_invalid_fraction)
+    refusals = {
+        name: part.refusals(max_invalid_fraction=max_invalid_fraction)
+        for name, part in (sources or {"": folder}).items()
+    }
+    why_not = [f"{name}: {one}" if name else one for name in refusals for one in refusals[name]]
     num_in_split = np.bincount(folder.splits, minlength=len(SPLITS)).tolist()
     train = folder.split("train")
-    rows = bucket_rows(train, buckets, batch_size=batch_size, partial=partial)
+    bucket_of = assign_buckets(train.widths, train.heights, buckets=buckets)
+    draws = make_draws(train, bucket_of, weights)
+    if draws is None and sources:
+        draws = EpochDraws(train.repeats, bucket_of, sources=train.sources)
+    rows = bucket_rows(train, buckets, batch_size=batch_size, partial=partial, draws=draws)
     return DataReport(
-        root=str(folder.root),
+        root=" + ".join(sources) if sources else str(folder.root),
         is_usable=not why_not,
         why_not=why_not,
         num_found=folder.num_found,
@@ -96,6 +111,9 @@ def make_data_report(
         problems=_problems(folder),
         sizes=size_stats(folder) if len(folder) else None,
         captions=caption_stats(folder, tokenizer) if len(folder) else None,
+        samples=[]
+        if draws is None
+        else sample_rows(train, folder.heldout(), draws, source_names=list(sources or [])),
         buckets=rows,
         duplicates=None if duplicates is None else _duplicate_groups(folder, duplicates),
         cost=estimate_cost(
@@ -141,12 +159,15 @@ def inspect_folder(
     num_crops: int = 1,
     cache: bool = True,
     cache_dir: str = "",
+    sources: Mapping[str, Folder] | None = None,
+    weights: Sequence[float] = (),
     progress: Progress | None = None,
 ) -> DataReport:
     """Report on a folder as training with these settings would read it.
 
     tokenizer, vae: folders of a CLIP tokenizer and of a VAE, whose speed is measured. quick: skip
-    the search for duplicates, which decodes every image once ever. The rest: see DataConfig.
+    the search for duplicates, which decodes every image once ever. sources, weights: as in
+    `make_data_report`. The rest: see DataConfig.
     """
     sizes: tuple[Bucket, ...] = (Bucket(resolution, resolution),)
     if buckets:
@@ -163,6 +184,8 @@ def inspect_folder(
         duplicates=None if quick else find_near_duplicates(folder, index=index, progress=progress),
         cache=replace(shape, copies=(1 + random_flip) * num_crops * cache),
         encode=encode,
+        sources=sources,
+        weights=weights,
     )
 
 

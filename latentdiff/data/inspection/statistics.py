@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import CLIPTokenizer
 
 from latentdiff.data.arrow.columns import in_chunks, iter_py
 from latentdiff.data.buckets import Bucket, Partial, assign_buckets, crop_loss, num_batches
+from latentdiff.data.epoch_draws import EpochDraws
 from latentdiff.data.folder.folder import Folder
 from latentdiff.models.text import truncated_part
 
@@ -68,12 +70,24 @@ class CaptionStats:
 
 
 @dataclass(frozen=True)
+class SampleRow:
+    """The samples that an epoch takes from one source, or from one folder of repeats."""
+
+    name: str
+    num_images: int  # of the training split
+    num_heldout: int
+    num_samples: int  # of an epoch
+    share: float  # of the epoch's samples, in [0, 1]
+
+
+@dataclass(frozen=True)
 class BucketRow:
     """One bucket of the training split. Shares are of an image's area, in [0, 1]."""
 
     width: int
     height: int
     num_images: int
+    num_samples: int  # of an epoch: more than images where these come several times
     num_batches: int
     last_batch: int  # images in the last batch
     num_repeats: int  # images shown twice in an epoch to fill it
@@ -129,10 +143,36 @@ def token_stats(folder: Folder, tokenizer: CLIPTokenizer) -> TokenStats:
     return TokenStats(summarize(lengths), limit, int((lengths > limit).sum()), long)
 
 
+def sample_rows(
+    train: Folder, heldout: Folder, draws: EpochDraws, *, source_names: Sequence[str] = ()
+) -> list[SampleRow]:
+    """Count the images and samples of each source, or of each folder where there is one source."""
+    if source_names:
+        names, num = list(source_names), len(source_names)
+        images, held = (np.bincount(one.sources, minlength=num) for one in (train, heldout))
+        samples = np.array([draws.source_counts.get(source, 0) for source in range(num)])
+    else:
+        folders, num_held = _folders(train).dictionary_encode(), subfolder_counts(heldout)
+        at = folders.indices.to_numpy()
+        names = [name or "." for name in folders.dictionary.to_pylist()]
+        images, samples = np.bincount(at), np.bincount(at, weights=train.repeats).astype(int)
+        held = np.array([num_held.get(name, 0) for name in names])
+    columns = zip(names, images.tolist(), held.tolist(), samples.tolist(), strict=True)
+    return [SampleRow(*row, share=row[3] / max(1, len(draws))) for row in columns]
+
+
 def bucket_rows(
-    folder: Folder, buckets: Sequence[Bucket], *, batch_size: int, partial: Partial
+    folder: Folder,
+    buckets: Sequence[Bucket],
+    *,
+    batch_size: int,
+    partial: Partial,
+    draws: EpochDraws | None = None,
 ) -> list[BucketRow]:
-    """Count for each bucket in use its images, batches and repeats, and measure its crops."""
+    """Count for each bucket in use its images, batches and repeats, and measure its crops.
+
+    draws: how often an epoch shows each image; once, by default.
+    """
     widths, heights = folder.widths, folder.heights
     bucket_of = assign_buckets(widths, heights, buckets=buckets)
     losses = crop_loss(widths, heights, bucket_of=bucket_of, buckets=buckets)
@@ -141,8 +181,9 @@ def bucket_rows(
         members = np.flatnonzero(bucket_of == place)
         if not len(members):
             continue
-        batches = num_batches(np.array([len(members)]), batch_size=batch_size)
-        left = len(members) - (batches - 1) * batch_size
+        num_samples = len(members) if draws is None else draws.bucket_counts[place]
+        batches = num_batches(np.array([num_samples]), batch_size=batch_size)
+        left = num_samples - (batches - 1) * batch_size
         is_filled = partial == "fill"
         small = (widths[members] < bucket.width) | (heights[members] < bucket.height)
         worst = members[np.argmax(losses[members])]
@@ -151,6 +192,7 @@ def bucket_rows(
                 width=bucket.width,
                 height=bucket.height,
                 num_images=len(members),
+                num_samples=num_samples,
                 num_batches=batches,
                 last_batch=batch_size if is_filled else left,
                 num_repeats=batch_size - left if is_filled else 0,
@@ -170,9 +212,13 @@ def summarize(numbers: np.ndarray) -> Summary:
 
 def subfolder_counts(folder: Folder) -> dict[str, int]:
     """Count the images of each sub-folder that holds any itself, "." first, then by name."""
-    folders = pc.replace_substring_regex(folder.ids, r"/?[^/]*$", "")
-    counted = pc.value_counts(folders).to_pylist()
+    counted = pc.value_counts(_folders(folder)).to_pylist()
     return {
         row["values"] or ".": row["counts"]
         for row in sorted(counted, key=lambda row: row["values"])
     }
+
+
+def _folders(folder: Folder) -> pa.Array:
+    """Name each record's sub-folder; "" for the root."""
+    return pc.replace_substring_regex(folder.ids, r"/?[^/]*$", "")

@@ -4,7 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from latentdiff.data.inspection.cost_estimate import CostEstimate
 from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
-from latentdiff.data.inspection.statistics import BucketRow, CaptionStats, SizeStats, Summary
+from latentdiff.data.inspection.statistics import (
+    BucketRow,
+    CaptionStats,
+    SampleRow,
+    SizeStats,
+    Summary,
+)
 from latentdiff.html import printable
 
 HIGH_CROP_LOSS = 0.05  # of an image's area
@@ -19,6 +25,7 @@ def report_as_text(report: DataReport) -> str:
         ["PROBLEMS", *_problems(report)],
         ["SIZES", *_sizes(report.sizes)] if report.sizes else [],
         ["CAPTIONS", *_captions(report.captions)] if report.captions else [],
+        ["SAMPLES of an epoch", *_samples(report.samples)] if report.samples else [],
         ["BUCKETS of the training images", *_buckets(report.buckets)] if report.buckets else [],
         ["DUPLICATES", *_duplicates(report.duplicates)],
         ["COST", *_cost(report.cost)] if report.cost else [],
@@ -119,6 +126,34 @@ def _captions(captions: CaptionStats) -> Iterator[str]:
 def _short(text: str, *, length: int = 70) -> str:
     text = printable(text)
     return f'"{text}"' if len(text) <= length else f'"{text[:length]}..."'
+
+
+def _samples(rows: Sequence[SampleRow]) -> Iterator[str]:
+    yield f"  {'training':>8}  {'held out':>8}  {'each':>9}  {'samples':>9}  {'share':>6}"
+    for row in rows:
+        yield (
+            f"  {row.num_images:>8,}  {row.num_heldout:>8,}  {repeats_text(row):>9}"
+            f"  {row.num_samples:>9,}"
+            f"  {row.share:>6.1%}  {printable(row.name)}"
+        )
+
+
+def repeats_text(row: SampleRow) -> str:
+    """Write how often an epoch shows each image of a row, as in x 10."""
+    return f"x {row.num_samples / max(1, row.num_images):.4g}"
+
+
+def samples_text(rows: Sequence[SampleRow], *, max_names: int = 8) -> str:
+    """Write what an epoch takes of each row, as in 200 of 10_dog (20 images x 10)."""
+    shown = [
+        f"{row.num_samples:,} of {printable(row.name)} "
+        f"({counted(row.num_images, 'image')} {repeats_text(row)})"
+        for row in rows[:max_names]
+    ]
+    if rest := rows[max_names:]:
+        num = sum(row.num_samples for row in rest)
+        shown.append(f"{num:,} of {counted(len(rest), 'other folder')}")
+    return ", ".join(shown)
 
 
 def _buckets(rows: Sequence[BucketRow]) -> Iterator[str]:

@@ -62,6 +62,7 @@ class PairedOrder:
     def __init__(self, subject: EpochOrder, prior: EpochOrder) -> None:
         self.subject, self.prior = subject, prior
         self.bucket_of, self.steps_per_epoch = subject.bucket_of, subject.steps_per_epoch
+        self.draws = subject.draws
 
     def batch(self, step: int) -> StepBatch:
         """Return the records of optimiser step `step`; epochs are the subject's."""

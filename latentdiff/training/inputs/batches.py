@@ -1,14 +1,15 @@
 """Batches: which samples an optimiser step takes, and how processes and micro-batches share them.
 
-The order of an epoch is a function of (seed, epoch) and of the images' buckets. Optimiser step s
-takes batch s mod K of epoch s div K, whose images share a bucket, and so their size. Processes
-and micro-batches share out a batch's indices in the epoch, so the random numbers of a step, which
-depend on that index, never depend on the layout. Nor do its strata, a function of (seed, step). A
-resumed run begins at its step. The tensors of one sample are made in dataset.py.
+The order of an epoch is a function of (seed, epoch) and of the images' buckets and repeats.
+Optimiser step s takes batch s mod K of epoch s div K, whose images share a bucket, and so their
+size. Processes and micro-batches share out a batch's indices in the epoch, so the random numbers of
+a step, which depend on that index, never depend on the layout. Nor do its strata, a function of
+(seed, step). A resumed run begins at its step. The tensors of one sample are made in dataset.py.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +19,15 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from latentdiff.data.buckets import Epoch, Partial, make_epoch, num_batches
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
+from latentdiff.data.epoch_draws import EpochDraws
 from latentdiff.training.inputs.encode import OnlinePromptEmbeds
-from latentdiff.training.inputs.randomness import STRATA_RULE, SampleKey, epoch_order, step_strata
+from latentdiff.training.inputs.randomness import (
+    STRATA_RULE,
+    SampleKey,
+    draw_order,
+    epoch_order,
+    step_strata,
+)
 from latentdiff.training.inputs.workers import TrackedDataset, ignore_signals, start_workers
 
 SMALL_BYTES = 1 << 16  # of an array in a worker's message
@@ -44,12 +52,23 @@ class EpochOrder:
     """Which samples each optimiser step takes: a function of (seed, step) and the buckets."""
 
     def __init__(
-        self, bucket_of: np.ndarray, *, batch_size: int, seed: int, partial: Partial = "keep"
+        self,
+        bucket_of: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        partial: Partial = "keep",
+        draws: EpochDraws | None = None,
     ) -> None:
-        """bucket_of: (N,) each sample's bucket. batch_size, partial: as in buckets.make_epoch."""
+        """bucket_of: (N,) each record's bucket. batch_size, partial: as in buckets.make_epoch.
+
+        draws: how often each record is shown; once, by default.
+        """
         self.bucket_of, self.batch_size = bucket_of, batch_size
-        self.seed, self.partial = seed, partial
+        self.seed, self.partial, self.draws = seed, partial, draws
         counts = np.unique(bucket_of, return_counts=True)[1]
+        if draws is not None:
+            counts = np.array(list(draws.bucket_counts.values()))
         self.steps_per_epoch = num_batches(counts, batch_size=batch_size)
         self._epochs: dict[int, Epoch] = {}
 
@@ -67,15 +86,23 @@ class EpochOrder:
         """Return an epoch's order; two are kept, as data workers run ahead into the next."""
         if number not in self._epochs:
             self._epochs = {k: epoch for k, epoch in self._epochs.items() if abs(k - number) == 1}
-            self._epochs[number] = make_epoch(
-                self.bucket_of,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                epoch=number,
-                partial=self.partial,
-                order=epoch_order(self.seed, number, len(self.bucket_of)),
-            )
+            self._epochs[number] = self._make_epoch(number)
         return self._epochs[number]
+
+    def _make_epoch(self, number: int) -> Epoch:
+        records, bucket_of = None, self.bucket_of
+        if self.draws is not None:
+            records = self.draws.records(partial(draw_order, self.seed, number))
+            bucket_of = bucket_of[records]
+        epoch = make_epoch(
+            bucket_of,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=number,
+            partial=self.partial,
+            order=epoch_order(self.seed, number, len(bucket_of)),
+        )
+        return epoch if records is None else replace(epoch, indices=records[epoch.indices])
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from latentdiff.training.inputs.encode import (
     make_masks,
     unique_captions,
 )
-from latentdiff.training.inputs.train_data import read_data
+from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.text_to_image.model import (
     check_components,
     load_vae_of,

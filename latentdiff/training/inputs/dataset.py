@@ -72,7 +72,8 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         def rng(purpose: str) -> np.random.Generator:
             return key.generator(purpose, seed=self.seed)
 
-        captions = self.records[key.index].captions
+        record = self.records[key.index]
+        captions, transform = record.captions, self.transform.of_source(record.source)
         flipped = self.random_flip and may_flip(captions) and rng("flip").random() < 0.5
         crop = rng("crop").random()
         shape = self.latents.shape(key.index)
@@ -87,7 +88,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             "eps": standard_normal(rng("noise"), shape),
             "offset": standard_normal(rng("offset"), (shape[0], 1, 1)),
             "u": torch.tensor(rng("timestep").random(), dtype=torch.float64),
-            "text": self.encode_caption(self.transform.sample(captions, rng("caption"))),
+            "text": self.encode_caption(transform.sample(captions, rng("caption"))),
             "dropped": torch.tensor(dropped),
             "weight": torch.tensor(key.weight, dtype=torch.float32),
             "stratum": torch.tensor(key.stratum, dtype=torch.int64),

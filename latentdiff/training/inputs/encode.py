@@ -181,6 +181,7 @@ def set_scaling_factor(vae: Autoencoder, latents: LatentSource) -> LatentStats:
 
 def caption_transform(data: DataConfig) -> CaptionTransform:
     """Return how captions are chosen and edited."""
+    sources = tuple(map(caption_transform, data.each_source())) if data.sources else ()
     return CaptionTransform(
         choice=data.caption_choice,
         wildcards=data.wildcards,
@@ -190,14 +191,16 @@ def caption_transform(data: DataConfig) -> CaptionTransform:
         trigger_word=data.trigger_word,
         prefix=data.caption_prefix,
         suffix=data.caption_suffix,
+        sources=sources,
     )
 
 
 def unique_captions(folders: Iterable[Folder], transform: CaptionTransform) -> Iterator[str]:
     """Yield the unique captions of folders, with those edits that are the same each time."""
     for folder in folders:
-        for caption in iter_py(pc.unique(folder.captions.flatten())):
-            yield transform.fixed(caption)
+        for source, part in enumerate(folder.by_source() if transform.sources else [folder]):
+            for caption in iter_py(pc.unique(part.captions.flatten())):
+                yield transform.of_source(source).fixed(caption)
 
 
 class TokenIds:

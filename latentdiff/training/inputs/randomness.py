@@ -51,6 +51,11 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return _generator("order", seed, epoch).permutation(num_samples)
 
 
+def draw_order(seed: int, epoch: int, source: int, bucket: int, num: int) -> np.ndarray:
+    """Return the permutation of a source's samples of which an epoch shows the first once more."""
+    return _generator("draws", seed, epoch, source, bucket).permutation(num)
+
+
 def step_strata(seed: int, step: int, num_samples: int, *, rule: int = STRATA_RULE) -> np.ndarray:
     """Return the strata of a step's samples: a permutation of 0 .. num_samples - 1, int64.
 

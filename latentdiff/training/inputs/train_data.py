@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -18,7 +17,8 @@ from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
-from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.data.epoch_draws import make_draws
+from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
@@ -45,7 +45,6 @@ from latentdiff.training.inputs.encode import (
     TokenIds,
     bucket_ids,
     bucket_sizes,
-    cache_dir,
     cache_latents,
     cache_masks,
     caption_transform,
@@ -54,6 +53,7 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.randomness import STRATA_RULE, sample_generator, standard_normal
+from latentdiff.training.inputs.sources import source_weights
 from latentdiff.training.inputs.workers import TrackedDataset
 from latentdiff.training.text_to_image.model import trains_text_encoder
 
@@ -122,42 +122,6 @@ class TrainData:
             latent_encoder=latents if isinstance(latents, OnlineLatentEncoder) else None,
             text_encoder=source if isinstance(source, OnlinePromptEmbeds) else None,
         )
-
-
-def read_data(
-    data: DataConfig, *, prompts: Sequence[str] = (), trust_index: bool = False
-) -> tuple[Folder, Folder]:
-    """Read the folder; return training and held-out records. ValueError names its problems.
-
-    prompts: captions of all images, which then need none of their own. trust_index: take the
-    scan that another process has just made.
-    """
-    if prompts:
-        data = replace(data, missing_caption="empty")
-    if not data.root:
-        raise ValueError("data.root is empty, expected a captioned folder; give --data.root=DIR")
-    folder = read_folder(
-        Path(data.root).expanduser(),
-        caption_column=data.caption_column,
-        file_column=data.file_column,
-        duplicate_rows=data.duplicate_rows,
-        sidecar_lines=data.sidecar_lines,
-        caption_template=data.caption_template,
-        missing_caption=data.missing_caption,
-        follow_links=data.follow_links,
-        heldout_fraction=data.heldout_fraction,
-        min_size=data.min_size,
-        max_aspect=data.max_aspect,
-        mask=data.mask,
-        cache_dir=cache_dir(data),
-        trust_index=trust_index,
-    )
-    folder.check(max_invalid_fraction=data.max_invalid_fraction)
-    folder = folder.with_captions(prompts) if prompts else folder
-    train = folder.split("train")
-    if not len(train):
-        raise ValueError(f"the data folder {data.root} has no image in its training split")
-    return train, folder.heldout()
 
 
 @dataclass(frozen=True)
@@ -275,11 +239,13 @@ def subject_order(config: Config, train: Folder) -> EpochOrder:
     An epoch is one pass over them.
     """
     num_class = config.train.batch_size // 2 if config.finetune.class_prompt else 0
+    buckets = bucket_ids(train, config.data)
     return EpochOrder(
-        bucket_ids(train, config.data),
+        buckets,
         batch_size=config.train.batch_size - num_class,
         seed=config.train.seed,
         partial=config.data.partial_batches,
+        draws=make_draws(train, buckets, source_weights(config.data)),
     )
 
 
@@ -355,7 +321,7 @@ def _triples(
         if images.masks is not None:
             masks.append(images.masks.mask(index, flipped=False, crop=0.5))
     transform = caption_transform(config.data)
-    captions = [transform.fixed(folder[int(indices[i])].captions[0]) for i in order]
+    captions = [transform.first(folder[int(indices[i])]) for i in order]
     return Triples(
         z0=z0,
         eps=eps,

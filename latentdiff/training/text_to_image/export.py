@@ -203,7 +203,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         base_caption_dropout=base.null_caption_dropout,
         prediction_type=run.train_step.objective.prediction_type,
         base_model=config.model.pretrained or None,
-        dataset=Path(config.data.root).name,
+        dataset=", ".join(Path(data.root).name for data in config.data.each_source()),
         steps=step,
         resolution=config.data.side_px,
         guidance_scale=base.guidance_scale,

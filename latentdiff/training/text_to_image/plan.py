@@ -25,9 +25,12 @@ from torch.utils._pytree import tree_iter
 
 from latentdiff.atomic import write_text
 from latentdiff.config.choices import OptimizerName
-from latentdiff.data.folder.folder import Folder
-from latentdiff.data.inspection.statistics import subfolder_counts
-from latentdiff.data.inspection.text_report import size_text, subfolders_text
+from latentdiff.data.inspection.statistics import sample_rows, subfolder_counts
+from latentdiff.data.inspection.text_report import (
+    samples_text,
+    size_text,
+    subfolders_text,
+)
 from latentdiff.models.compatibility import sample_size_px, size_in_reach
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec, latent_factor
@@ -36,6 +39,7 @@ from latentdiff.training.fsdp import is_sharded, local_shard
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import bucket_sizes
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
+from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.optim.optimizer import OPTIMIZERS
 from latentdiff.training.run_folder import PLAN
 from latentdiff.training.text_to_image.setup import Run
@@ -75,7 +79,7 @@ def log_plan(run: Run, first_step: int) -> None:
     memory = estimate_memory(run)
     if not run.accelerator.is_main_process:
         return
-    _log_images(run.train_data.train)
+    _log_images(run.train_data, [source.root for source in run.config.data.sources])
     plan = {
         "data": _data_plan(run),
         "steps": _step_plan(run),
@@ -338,9 +342,13 @@ def _activations_of(run: Run) -> int | None:
         return None
 
 
-def _log_images(train: Folder) -> None:
+def _log_images(data: TrainData, source_names: Sequence[str]) -> None:
     """Log where the training images are, and which images of the folder are no records."""
+    train, draws = data.train, data.order.draws
     logger.info("training images: %s", subfolders_text(subfolder_counts(train)))
+    if draws is not None:
+        rows = sample_rows(train, data.heldout, draws, source_names=source_names)
+        logger.info("an epoch has %s samples: %s", f"{len(draws):,}", samples_text(rows))
     for key in UNUSED_IMAGES:
         if key in train.problems:
             logger.info("not trained on: %s", train.problems[key].line())

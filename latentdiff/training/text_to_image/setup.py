@@ -39,12 +39,8 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.randomness import STRATA_RULE
-from latentdiff.training.inputs.train_data import (
-    TrainData,
-    build_train_data,
-    read_data,
-    subject_order,
-)
+from latentdiff.training.inputs.sources import read_data
+from latentdiff.training.inputs.train_data import TrainData, build_train_data, subject_order
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.text_to_image.model import (
     TextToImage,

@@ -279,11 +279,12 @@ class TextToImageRecipe(Recipe):
         run, folder = self.run, self.run.folder
         if not (folder / "pipeline").is_dir():
             return []
-        pipeline, data = shlex.quote(f"{folder / 'pipeline'}"), shlex.quote(run.config.data.root)
+        data = run.config.data.each_source()[0]
+        pipeline, root = shlex.quote(f"{folder / 'pipeline'}"), shlex.quote(data.root)
         out = shlex.quote(f"{folder / 'evaluation'}")
-        evaluate = f"evaluate {pipeline} --data {data} --out {out}"
+        evaluate = f"evaluate {pipeline} --data {root} --out {out}"
         for name in ("heldout_fraction", "caption_column"):  # other values make another split
-            if (value := getattr(run.config.data, name)) != getattr(DataConfig, name):
+            if (value := getattr(data, name)) != getattr(DataConfig, name):
                 evaluate += f" --{name} {shlex.quote(str(value))}"
         return [
             f"sample {pipeline} {shlex.quote(self._prompts()[0])} --out sheet.png",
@@ -432,7 +433,7 @@ def _distinct_captions(train_data: TrainData, folder: Folder, num: int) -> list[
         return []
     looked_at = min(NUM_LOOKED_AT, len(folder))
     indices = [len(folder) * k // looked_at for k in range(looked_at)]
-    captions = (train_data.transform.fixed(folder[index].captions[0]) for index in indices)
+    captions = (train_data.transform.first(folder[index]) for index in indices)
     distinct = list(dict.fromkeys(captions))
     num = min(num, len(distinct))
     return [distinct[len(distinct) * k // num] for k in range(num)]
