@@ -8,7 +8,6 @@ import html
 import posixpath
 import re
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +90,9 @@ def _file_outside(path: str, config: Any) -> File:
     if not _is_text(path):
         return File.generated(config, where, abs_src_path=str(ROOT / path))
     text = (ROOT / path).read_text(encoding="utf-8")
+    if path not in PAGES:
+        unfound = "---\nsearch:\n  exclude: true\n---\n"
+        text = unfound + (text.partition("\n---\n")[2] if text.startswith("---\n") else text)
     if not path.endswith(".md"):
         text = f"# {path}\n\n```{path.rpartition('.')[2]}\n{text}\n```\n"
     return File.generated(config, where, content=text)
@@ -102,10 +104,10 @@ def settings_tables() -> str:
     for command, kind in RECIPES.items():
         parts.append(f"## latentdiff {command}\n")
         anchor = "" if command == "train" else f"{command}."
-        for section, settings in groupby(
-            settings_of(kind), lambda one: one.name.rpartition(".")[0]
-        ):
-            rows = list(settings)
+        sections: dict[str, list[Setting]] = {}
+        for one in settings_of(kind):
+            sections.setdefault(one.name.rpartition(".")[0], []).append(one)
+        for section, rows in sections.items():
             parts.append(f"### {section}\n" if section else "")
             parts.append(f"{rows[0].section}\n\n| setting | default | description |\n|---|---|---|")
             parts += [_row(one, anchor) for one in rows]

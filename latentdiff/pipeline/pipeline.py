@@ -64,6 +64,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     `save_pretrained` writes is opened by stock diffusers, which then makes the same images.
 
     Arguments of a call, all but the prompt by keyword; a bad one is a ValueError that names it:
+
     - prompt, negative_prompt: a text or a list; "(red:1.3) apple" weighs words. prompt_embeds,
       negative_prompt_embeds (B, L, D) stand for them. long_prompts: "truncate" warns of words that
       do not fit, "chunks" reads all. prompt_weighting: False takes texts verbatim, as training

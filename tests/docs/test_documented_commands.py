@@ -2,11 +2,13 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fakes_clip import random_clip
+from fakes_data import save_image
 from fakes_docs import (
     ROOT,
     Block,
@@ -25,6 +27,7 @@ from latentdiff.cli.main import COMMANDS
 from latentdiff.config.yaml_file import shipped_configs
 from latentdiff.data.shapes import write_shapes
 from latentdiff.models import components
+from latentdiff.models.build import make_ddpm_scheduler
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages()}
@@ -36,9 +39,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) ->
     """What the pages take as given: folders of images, a base model, networks."""
     root = tmp_path_factory.mktemp("documented")
     torch.manual_seed(0)
-    for name in ("photos", "more-photos", "subject", "style"):
-        write_shapes(root / name, num_train=12, num_test=4, size_px=32)
-    save_folder(make_components(tokenizer), root / SD15)
+    for name in ("photos", "subject", "style"):
+        for i in range(12):
+            save_image(root / name / f"{i}.png", i).with_suffix(".txt").write_text(f"a photo, {i}")
+    write_shapes(root / "more-photos", num_train=12, num_test=4, size_px=32)
+    model = make_components(tokenizer)
+    save_folder(replace(model, scheduler=make_ddpm_scheduler(num_timesteps=64)), root / SD15)
     make_vae().save_pretrained(root / "vae")
     for name in ("clip", "features"):
         random_clip().save_pretrained(root / name)
