@@ -2,16 +2,18 @@
 
 Every image is described in full by its caption, so prompt following can be measured: a tenth
 of all (kind, colour, size, background) combinations is never shown in training, and an image asked
-for by such a caption shows whether the parts of a caption were understood or only memorised. In the
+for by such a caption shows whether the parts of a caption were understood or only memorised. The
+same holds for two shapes: a tenth of all pairs of coloured kinds is never shown together. In the
 style "smiling" each shape has a face: something new to teach a model that knows the plain ones.
 Drawing is deterministic in (seed, index). This module knows nothing of models or training.
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from functools import cache
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ BACKGROUNDS = {
 }
 SIZES = {"small": 15 / 64, "large": 25 / 64}  # radius as a fraction of the image's side
 RELATIONS = ("left of", "right of", "above", "below")
-PAIR_RADIUS = 12 / 64
+PAIR_SIZES = {"small": 10.5 / 64, "large": 14.5 / 64}  # the same for a shape of two
 STYLES = ("smiling",)
 FACE_KINDS = ("circle", "square", "triangle", "cross")  # with room for a face
 INK, SHINE = (20, 20, 20), (250, 250, 250)
@@ -56,6 +58,7 @@ class Scene:
     relation: str | None = None
     other_kind: str | None = None
     other_colour: str | None = None
+    other_size: str | None = None
     style: str | None = None
 
     @property
@@ -65,8 +68,9 @@ class Scene:
         if self.relation is None:
             style = f"{self.style} " if self.style else ""
             return f"a {style}{self.size} {self.colour} {self.kind} {ground}"
-        first, second = f"{self.colour} {self.kind}", f"{self.other_colour} {self.other_kind}"
-        return f"{_article(first)} {self.relation} {_article(second)} {ground}"
+        first = f"a {self.size} {self.colour} {self.kind}"
+        second = f"a {self.other_size} {self.other_colour} {self.other_kind}"
+        return f"{first} {self.relation} {second} {ground}"
 
 
 def all_scenes() -> list[Scene]:
@@ -84,6 +88,40 @@ def split_scenes(*, heldout: float = 0.1, seed: int = 0) -> tuple[list[Scene], l
     return seen, [scenes[i] for i in sorted(chosen)]
 
 
+@cache
+def heldout_pairs(*, heldout: float = 0.1, seed: int = 0) -> frozenset[frozenset[tuple[str, str]]]:
+    """Return the pairs of coloured kinds never shown together, as {(circle, red), (star, blue)}.
+
+    They are a share `heldout` of all 666; a coloured kind next to itself is a set of one.
+    """
+    kinds = list(product(KINDS, COLOURS))
+    pairs = [frozenset(pair) for pair in combinations_with_replacement(kinds, 2)]
+    order = np.random.default_rng([seed, len(pairs)]).permutation(len(pairs))
+    return frozenset(pairs[i] for i in order[: round(heldout * len(pairs))].tolist())
+
+
+def sample_pair(rng: np.random.Generator, *, is_heldout: bool, seed: int = 0) -> Scene:
+    """Draw a scene of two shapes whose coloured kinds are, or are not, a held-out pair.
+
+    seed: that of `heldout_pairs`; all else is drawn uniformly from rng.
+    """
+    unseen = heldout_pairs(seed=seed)
+    while True:
+        values = (KINDS, tuple(COLOURS), tuple(PAIR_SIZES))
+        first, other = ([one[int(rng.integers(len(one)))] for one in values] for _ in range(2))
+        if (frozenset({(first[0], first[1]), (other[0], other[1])}) in unseen) == is_heldout:
+            break
+    grounds = tuple(BACKGROUNDS)
+    return Scene(
+        *first,
+        background=grounds[int(rng.integers(len(grounds)))],
+        relation=RELATIONS[int(rng.integers(len(RELATIONS)))],
+        other_kind=other[0],
+        other_colour=other[1],
+        other_size=other[2],
+    )
+
+
 def in_style(scenes: Sequence[Scene], style: str) -> list[Scene]:
     """Return the large shapes with room for it in a style: "smiling", which gives them a face.
 
@@ -95,13 +133,22 @@ def in_style(scenes: Sequence[Scene], style: str) -> list[Scene]:
     return [replace(scene, style=style) for scene in fit]
 
 
-def render(scene: Scene, rng: np.random.Generator, *, size_px: int = 64) -> Image.Image:
-    """Draw a scene with a random place (and a radius jittered by 4 %). RGB, size_px x size_px."""
+def render(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    size_px: int = 64,
+    sizes: Mapping[str, float] = SIZES,
+) -> Image.Image:
+    """Draw a scene with a random place (and radii jittered by 4 %). RGB, size_px x size_px.
+
+    sizes: radii of a single shape as fractions of the side, by name.
+    """
     side = size_px * SUPERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     if scene.relation is None:
-        radius = SIZES[scene.size] * rng.uniform(0.96, 1.04)
+        radius = sizes[scene.size] * rng.uniform(0.96, 1.04)
         room = 0.5 - radius - 1 / 64
         x, y = 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)
         _draw_shape(draw, scene.kind, COLOURS[scene.colour], x=x, y=y, radius=radius, side=side)
@@ -145,31 +192,34 @@ def write_shapes(
         seen, unseen = in_style(seen, style), in_style(unseen, style)
     for split, scenes, count in (("train", seen, num_train), ("test", unseen, num_test)):
         rng = np.random.default_rng([seed, len(scenes)])
-        stream = _stream(scenes, count, rng=rng, pair_fraction=pair_fraction)
+        stream = _stream(
+            scenes,
+            count,
+            rng=rng,
+            pair_fraction=pair_fraction,
+            is_heldout=split == "test",
+            seed=seed,
+        )
         _write_split(root / split, stream, rng=rng, size_px=size_px)
     stamp.write_text(json.dumps(settings))
     return root
 
 
 def _stream(
-    scenes: list[Scene], count: int, *, rng: np.random.Generator, pair_fraction: float
+    scenes: list[Scene],
+    count: int,
+    *,
+    rng: np.random.Generator,
+    pair_fraction: float,
+    is_heldout: bool,
+    seed: int,
 ) -> Iterator[Scene]:
-    """Yield `count` scenes: all combinations in turn, some replaced by pairs of two of them."""
+    """Yield `count` scenes: all combinations in turn, some replaced by pairs."""
     for i in range(count):
-        scene = scenes[i % len(scenes)]
         if rng.random() < pair_fraction:
-            other = scenes[int(rng.integers(len(scenes)))]
-            relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
-            scene = Scene(
-                scene.kind,
-                scene.colour,
-                "small",
-                scene.background,
-                relation,
-                other.kind,
-                other.colour,
-            )
-        yield scene
+            yield sample_pair(rng, is_heldout=is_heldout, seed=seed)
+        else:
+            yield scenes[i % len(scenes)]
 
 
 def _write_split(
@@ -188,17 +238,24 @@ def _write_split(
 def _draw_pair(
     draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, *, side: int
 ) -> None:
-    """Draw two shapes whose centres lie apart along one axis, as the relation says."""
-    near, far = 0.27 + rng.uniform(-0.04, 0.02), 0.73 + rng.uniform(-0.02, 0.04)
-    first, second = (near, far) if scene.relation in ("left of", "above") else (far, near)
-    across = [0.5 + rng.uniform(-0.2, 0.2) for _ in range(2)]
-    shapes = (
-        (scene.kind, scene.colour, first, across[0]),
-        (str(scene.other_kind), str(scene.other_colour), second, across[1]),
+    """Draw two shapes apart along one axis, as the relation says, at least 4/64 between them."""
+    first, second = (
+        (kind, colour, PAIR_SIZES[size] * rng.uniform(0.96, 1.04))
+        for kind, colour, size in (
+            (scene.kind, scene.colour, scene.size),
+            (str(scene.other_kind), str(scene.other_colour), str(scene.other_size)),
+        )
     )
-    for kind, colour, along, over in shapes:
-        x, y = (along, over) if scene.relation in ("left of", "right of") else (over, along)
-        _draw_shape(draw, kind, COLOURS[colour], x=x, y=y, radius=PAIR_RADIUS, side=side)
+    if scene.relation in ("right of", "below"):
+        first, second = second, first
+    radii = first[2], second[2]
+    room = 1 - 2 * sum(radii) - 6 / 64  # to share out: before, between and after the two
+    before, after = rng.dirichlet((1, 1, 1))[:2] * room
+    along = 1 / 64 + before + radii[0], 63 / 64 - after - radii[1]
+    for (kind, colour, radius), place in zip((first, second), along, strict=True):
+        across = 0.5 + rng.uniform(-0.12, 0.12)
+        x, y = (place, across) if scene.relation in ("left of", "right of") else (across, place)
+        _draw_shape(draw, kind, COLOURS[colour], x=x, y=y, radius=radius, side=side)
 
 
 def _draw_shape(
@@ -250,7 +307,3 @@ def _outline(kind: str) -> list[tuple[float, float]]:
         right = [(b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a)]
         return right + [(-px, -py) for px, py in right]
     raise ValueError(f"unknown kind of shape {kind!r}; known: {', '.join(KINDS)}")
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"

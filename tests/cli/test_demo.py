@@ -24,11 +24,13 @@ from latentdiff.data.shapes import (
     KINDS,
     SIZES,
     Scene,
+    heldout_pairs,
     in_style,
     render,
     split_scenes,
     write_shapes,
 )
+from latentdiff.evaluation.report.prompt_following import scene_of
 from latentdiff.training import distributed as launching
 from latentdiff.training.text_to_image.train_t2i import train
 
@@ -154,3 +156,25 @@ def test_smiling_world_holds_out_the_same_combinations_and_leaves_the_plain_one_
         '{"num_train": 2, "num_test": 1, "size_px": 64, "pair_fraction": 0.0, "seed": 0}'
     )
     assert "style" not in (plain / "train" / "metadata.jsonl").read_text()
+
+
+def test_held_out_pairs_of_coloured_kinds_are_in_no_training_image(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path, num_train=300, num_test=40, pair_fraction=1.0)
+
+    def coloured(split: str) -> list[frozenset[tuple[str, str]]]:
+        scenes = [scene_of(one.captions[0]) for one in read_folder(root).split(split)]
+        assert all(f" {scene.relation} " in scene.caption for scene in scenes)
+        return [
+            frozenset({(one.kind, one.colour), (str(one.other_kind), str(one.other_colour))})
+            for one in scenes
+        ]
+
+    assert len(heldout_pairs()) == 67  # a tenth of 36 * 37 / 2
+    assert not heldout_pairs() & set(coloured("train"))
+    assert heldout_pairs() >= set(coloured("test"))
+    assert len(set(coloured("test"))) > 20
+
+
+def test_singles_are_drawn_as_they_were_before_pairs_had_sizes() -> None:
+    image = render(Scene("star", "red", "small", "teal"), np.random.default_rng(3))
+    assert np.asarray(image).mean(axis=(0, 1)).round(3).tolist() == [14.323, 104.792, 109.792]

@@ -119,7 +119,7 @@ def test_renderings_follow_their_captions_and_not_shuffled_ones() -> None:
 
 
 def test_captions_of_the_shapes_world_are_read_back() -> None:
-    pair = Scene("star", "red", "small", "teal", "above", "ring", "blue")
+    pair = Scene("star", "red", "small", "teal", "above", "ring", "blue", "large")
     for scene in (all_scenes()[100], pair):
         assert scene_of(scene.caption) == scene
     assert not is_scene("a cat")

@@ -15,26 +15,26 @@ from latentdiff.data.shapes import (
     Scene,
     all_scenes,
     render,
+    sample_pair,
 )
 from latentdiff.evaluation.metrics.shapes_judge import SceneReading, accuracy, follows, judge_image
 
 SINGLE = Scene("star", "red", "large", "teal")
-PAIR = Scene("star", "red", "small", "teal", "left of", "ring", "blue")
+PAIR = Scene("star", "red", "small", "teal", "left of", "ring", "blue", "large")
 
 
 def pairs(count: int) -> list[Scene]:
-    """Pairs of all relations, among them shapes of one kind and one colour."""
+    """Pairs of all relations and sizes, among them shapes of one kind and one colour."""
     rng = np.random.default_rng(0)
-    scenes = [all_scenes()[i] for i in rng.integers(504, size=2 * count)]
+    scenes = [sample_pair(rng, is_heldout=False) for _ in range(count)]
     return [
         replace(
-            first,
-            size="small",
+            scene,
             relation=RELATIONS[i % 4],
-            other_kind=(other if i % 5 else first).kind,
-            other_colour=(other if i % 3 else first).colour,
+            other_kind=scene.other_kind if i % 5 else scene.kind,
+            other_colour=scene.other_colour if i % 3 else scene.colour,
         )
-        for i, (first, other) in enumerate(zip(scenes[::2], scenes[1::2], strict=True))
+        for i, scene in enumerate(scenes)
     ]
 
 
@@ -95,7 +95,9 @@ def test_an_array_reads_as_its_image():
 
 def test_two_shapes_are_read_left_or_upper_first():
     [image] = render_images([replace(PAIR, relation="below")])
-    assert judge_image(image) == SceneReading("ring", "blue", None, "teal", "above", "star", "red")
+    assert judge_image(image) == SceneReading(
+        "ring", "blue", "large", "teal", "above", "star", "red", "small"
+    )
 
 
 def test_an_empty_image_shows_its_background_alone():
@@ -159,8 +161,8 @@ def test_follows_names_each_attribute_of_the_caption():
 
 
 def test_a_relation_may_be_named_from_either_side():
-    reading = SceneReading("star", "red", None, "teal", "left of", "ring", "blue")
-    told_back = Scene("ring", "blue", "small", "teal", "right of", "star", "red")
+    reading = SceneReading("star", "red", "small", "teal", "left of", "ring", "blue", "large")
+    told_back = Scene("ring", "blue", "large", "teal", "right of", "star", "red", "small")
     assert follows(reading, PAIR)["all"]
     assert follows(reading, told_back)["all"]
     assert not follows(reading, replace(told_back, relation="left of"))["all"]

@@ -5,23 +5,24 @@ on another model. Background and colours are the nearest named ones; the outline
 centroid and area and compared with those that data/shapes.py draws, sharp and soft.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, SIZES, Scene, render
+from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, PAIR_SIZES, SIZES, Scene, render
 
 SIDE = 64  # every image is read at this size
 MAX_COLOUR_DISTANCE = 70.0  # of 255, Euclidean in RGB, to the nearest named colour
 MIN_CONTRAST = 40.0  # of 255; the palest pair, green on teal, has 87
 MIN_AREA = 40.0  # pixels; the smallest shape, a star of radius 12, has 170
-MIN_AREA_RATIO = 0.2  # to the largest piece; two shapes of one image have at least 0.38
+MIN_AREA_RATIO = 0.1  # to the largest piece; two shapes of one image have at least 0.15
 MIN_IOU = 0.72  # with the best outline; blurred or noisy renderings have 0.8 and more
 MIN_LEAD = 0.04  # of the best outline over the second; these renderings have 0.05 and more
-MAX_RADIUS_RATIO = 1.3  # to the nearest named size; the middle between the two is 1.29
+MAX_RADIUS_RATIO = 1.3  # to the nearest named size; the middle between two is 1.29, of a pair 1.25
+RADII = (*SIZES.values(), *PAIR_SIZES.values())  # those that the outlines are known at
 MASK_PX = 40  # side of a normalised mask, which covers 2 REACH sqrt(area)
 REACH = 1.1
 SOFTNESS_PX = (0.0, 1.25, 2.5)  # blurs of the outlines compared with
@@ -32,8 +33,7 @@ MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "bel
 class SceneReading:
     """The scene that an image shows; None is unreadable or absent.
 
-    Of two shapes, the first is the left or upper one; their sizes are not read, since their
-    captions do not name them.
+    Of two shapes, the first is the left or upper one; "small" and "large" are then those of pairs.
     """
 
     kind: str | None = None
@@ -43,13 +43,14 @@ class SceneReading:
     relation: str | None = None
     other_kind: str | None = None
     other_colour: str | None = None
+    other_size: str | None = None
 
 
 @dataclass(frozen=True)
 class _Shape:
     kind: str | None
     colour: str | None
-    size: str | None
+    radius: float  # fraction of the side
     x: float  # centroid, pixels
     y: float
 
@@ -75,7 +76,7 @@ def judge_image(image: Image.Image | np.ndarray) -> SceneReading:
         return blank
     first = shapes[0]
     if len(shapes) == 1:
-        return replace(blank, kind=first.kind, colour=first.colour, size=first.size)
+        return replace(blank, kind=first.kind, colour=first.colour, size=_size(first, SIZES))
     second = shapes[1]
     is_beside = abs(first.x - second.x) > abs(first.y - second.y)
     if (second.x < first.x) if is_beside else (second.y < first.y):
@@ -83,10 +84,12 @@ def judge_image(image: Image.Image | np.ndarray) -> SceneReading:
     return SceneReading(
         kind=first.kind,
         colour=first.colour,
+        size=_size(first, PAIR_SIZES),
         background=blank.background,
         relation="left of" if is_beside else "above",
         other_kind=second.kind,
         other_colour=second.colour,
+        other_size=_size(second, PAIR_SIZES),
     )
 
 
@@ -100,7 +103,8 @@ def follows(reading: SceneReading, scene: Scene) -> dict[str, bool]:
         names = ["kind", "colour", "size", "background"]
         orders = [reading]
     else:
-        names = ["kind", "colour", "background", "relation", "other_kind", "other_colour"]
+        names = ["kind", "colour", "size", "background", "relation"]
+        names += ["other_kind", "other_colour", "other_size"]
         orders = [reading, _mirrored(reading)]
     answers = [{name: getattr(order, name) == wanted[name] for name in names} for order in orders]
     best = max(answers, key=lambda answer: sum(answer.values()))
@@ -135,6 +139,8 @@ def _mirrored(reading: SceneReading) -> SceneReading:
         relation=MIRRORED.get(reading.relation or ""),
         other_kind=reading.kind,
         other_colour=reading.colour,
+        size=reading.other_size,
+        other_size=reading.size,
     )
 
 
@@ -209,16 +215,22 @@ def _shape(pixels: np.ndarray, ground: np.ndarray, piece: np.ndarray) -> _Shape:
     *_, second, best = np.argsort(iou_of_kind)
     lead = iou_of_kind[best] - iou_of_kind[second]
     is_named = iou_of_kind[best] >= MIN_IOU and lead >= MIN_LEAD
-    ratios = np.sqrt(area / areas[best])  # radius over each named size's
-    distances = np.abs(np.log(ratios))
-    is_sized = distances.min() <= np.log(MAX_RADIUS_RATIO)
+    ratios = np.sqrt(area / areas[best])  # radius over each known one
+    nearest = int(np.abs(np.log(ratios)).argmin())
     return _Shape(
         kind=KINDS[best] if is_named else None,
         colour=_nearest(colour, COLOURS),
-        size=list(SIZES)[int(distances.argmin())] if is_sized else None,
+        radius=float(ratios[nearest]) * RADII[nearest],
         x=x,
         y=y,
     )
+
+
+def _size(shape: _Shape, sizes: Mapping[str, float]) -> str | None:
+    """Return the name of the size nearest to a shape's radius, None where none is near."""
+    distances = {name: abs(np.log(shape.radius / radius)) for name, radius in sizes.items()}
+    name = min(distances, key=lambda one: distances[one])
+    return name if distances[name] <= np.log(MAX_RADIUS_RATIO) else None
 
 
 def _soft_mask(
@@ -251,19 +263,20 @@ def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, tuple[float, float]
 
 @cache
 def _outlines() -> tuple[np.ndarray, np.ndarray]:
-    """Return normalised masks (kinds, variants, MASK_PX, MASK_PX) and mean areas (kinds, sizes).
+    """Return normalised masks (kinds, variants, MASK_PX, MASK_PX) and mean areas (kinds, radii).
 
     Rendered images give them by the same steps as any image gives its mask; the mean over
     positions and radii is the outline of a size and softness.
     """
     rng = np.random.default_rng(0)
-    masks = np.zeros((len(KINDS), len(SIZES), len(SOFTNESS_PX), MASK_PX, MASK_PX))
-    areas = np.zeros((len(KINDS), len(SIZES)))
+    masks = np.zeros((len(KINDS), len(RADII), len(SOFTNESS_PX), MASK_PX, MASK_PX))
+    areas = np.zeros((len(KINDS), len(RADII)))
     num_renderings = 16
     for k, kind in enumerate(KINDS):
-        for s, size in enumerate(SIZES):
+        for s, radius in enumerate(RADII):
             for _ in range(num_renderings):
-                image = render(Scene(kind, "blue", size, "white"), rng, size_px=SIDE)
+                scene = Scene(kind, "blue", "known", "white")
+                image = render(scene, rng, size_px=SIDE, sizes={"known": radius})
                 for b, softness in enumerate(SOFTNESS_PX):
                     pixels = _pixels(image.filter(ImageFilter.GaussianBlur(softness)))
                     ground = _ground(pixels)

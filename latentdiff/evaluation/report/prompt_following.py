@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.data.shapes import BACKGROUNDS, COLOURS, KINDS, RELATIONS, Scene, all_scenes
+from latentdiff.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    PAIR_SIZES,
+    RELATIONS,
+    Scene,
+    all_scenes,
+)
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metrics.shapes_judge import SceneReading, follows, judge_image
 from latentdiff.evaluation.report.section import (
@@ -83,7 +91,8 @@ def is_scene(caption: str) -> bool:
 @cache
 def _scenes() -> dict[str, Scene]:
     """Return all scenes of one and of two shapes by their captions."""
-    parts = product(KINDS, COLOURS, ("small",), BACKGROUNDS, RELATIONS, KINDS, COLOURS)
+    shape = KINDS, COLOURS, PAIR_SIZES
+    parts = product(*shape, BACKGROUNDS, RELATIONS, *shape)
     return {scene.caption: scene for scene in (*all_scenes(), *(Scene(*one) for one in parts))}
 
 
