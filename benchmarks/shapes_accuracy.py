@@ -2,9 +2,9 @@
 
     make demo-scratch && python benchmarks/shapes_accuracy.py demo-scratch-run/model
 
-RUN: a run's folder. Its pipeline/ generates --num captions of seen and as many of held-out
-combinations, from fixed seeds; each kept checkpoint (train.keep_every_steps) generates --curve of
-each with its EMA weights. metrics/shapes_judge.py judges the images by geometry and colour, nothing
+RUN: a run's folder. Its pipeline/ generates --num captions of one shape and of two, of seen and of
+held-out combinations, from fixed seeds; each kept checkpoint (train.keep_every_steps) generates
+--curve of each with its EMA weights. metrics/shapes_judge.py judges the images by geometry and colour, nothing
 learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each image against
 another's caption.
 """
@@ -14,24 +14,28 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import machine
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
 from latentdiff.config.io import load_config
-from latentdiff.data.shapes import split_scenes
+from latentdiff.data.shapes import sample_pair, split_scenes
 from latentdiff.evaluation.metrics.bootstrap import proportion
 from latentdiff.evaluation.metrics.shapes_judge import accuracy
 from latentdiff.sampling.batch_sampler import generate_images
 
 
 def scenes_for(num):
-    """Return `num` scenes of seen and of held-out combinations, the same ones each time."""
+    """Return `num` scenes of one and of two shapes, seen and held out, the same ones each time."""
     chosen = {}
     for name, scenes in zip(("seen", "heldout"), split_scenes(), strict=True):
         order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0)).tolist()
         chosen[name] = [scenes[order[i % len(scenes)]] for i in range(num)]
+        rng = np.random.default_rng(0)
+        pairs = [sample_pair(rng, is_heldout=name == "heldout") for _ in range(num)]
+        chosen[f"{name}_pairs"] = pairs
     return chosen
 
 
