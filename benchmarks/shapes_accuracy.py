@@ -89,7 +89,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--num", type=int, default=256, help="captions of each set")
-    parser.add_argument("--curve", type=int, default=64, help="the same, for a checkpoint")
+    parser.add_argument("--curve", type=int, default=64, help="the same, for a checkpoint; 0: none")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -98,7 +98,8 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     final, passed = model_accuracy(pipe, args.num, args), seconds_at(args.run)
     curve = []
-    for checkpoint in sorted((args.run / "checkpoints").glob("step-*"))[:-1]:
+    checkpoints = sorted((args.run / "checkpoints").glob("step-*"))[:-1] if args.curve else []
+    for checkpoint in checkpoints:
         step = int(checkpoint.name.removeprefix("step-"))
         load_ema(pipe, checkpoint)
         logged = max((one for one in passed if one <= step), default=0)
