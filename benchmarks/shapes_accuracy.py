@@ -5,8 +5,8 @@
 RUN: a run's folder. Its pipeline/ generates --num captions of one shape and of two, of seen and of
 held-out combinations, from fixed seeds; each kept checkpoint (train.keep_every_steps) generates
 --curve of each with its EMA weights. metrics/shapes_judge.py judges the images by geometry and
-colour, nothing learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each image against
-another's caption.
+colour, nothing learned. Prints one JSON line, with 95 % intervals (Wilson), and chance: each image
+against another's caption.
 """
 
 import argparse
