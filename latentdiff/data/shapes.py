@@ -112,8 +112,11 @@ def sample_pair(rng: np.random.Generator, *, is_heldout: bool, seed: int = 0) ->
         if (frozenset({(first[0], first[1]), (other[0], other[1])}) in unseen) == is_heldout:
             break
     grounds = tuple(BACKGROUNDS)
+    kind, colour, size = first
     return Scene(
-        *first,
+        kind,
+        colour,
+        size,
         background=grounds[int(rng.integers(len(grounds)))],
         relation=RELATIONS[int(rng.integers(len(RELATIONS)))],
         other_kind=other[0],
