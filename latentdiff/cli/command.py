@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,22 +19,40 @@ from latentdiff.cli.help import CommandParser, UnknownOptionError, help_of
 Command: TypeAlias = Callable[[ArgumentParser, Sequence[str]], int]
 Options = TypeVar("Options")
 
+EXIT_CODES = {
+    0: "done",
+    1: "the answer is no, numbers went wrong, or a data worker died",
+    2: "bad usage or bad input",
+    130: "after Ctrl-C (SIGINT)",
+    141: "the reader of the output ended first",
+    143: "after SIGTERM",
+}
+UNHEARD = 141
+
 
 def run_command(command: Command, arguments: Sequence[str], *, prog: str) -> int:
     """Run a command and return its exit code, the only place where an error becomes one.
 
-    0 done; 1 the answer is no, numbers went wrong or a data worker died; 2 bad usage or input;
-    130 after Ctrl-C. A failed command leaves one message on stderr. Training handles SIGINT and
-    SIGTERM itself and returns 130 or 143. Any other error is a bug and keeps its traceback.
+    EXIT_CODES has their meanings. A failed command leaves one message on stderr. Training handles
+    SIGINT and SIGTERM itself and returns 130 or 143, its state saved; other commands end by SIGTERM
+    at once, which a shell calls 143. Any other error is a bug and keeps its traceback.
     """
     parser = CommandParser(prog=prog)
     try:
         if (words := _help_words(arguments)) is not None:
             print(help_of(command, prog=prog).text(words))
-            return 0
-        return command(parser, arguments)
+            status = 0
+        else:
+            status = command(parser, arguments)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:  # --print_config
+        return int(end.code or 0)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that exiting does not fail on it too
+        return UNHEARD
     except Exception as error:
         if (code := _code_of(error)) is None:
             raise

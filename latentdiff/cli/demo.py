@@ -51,6 +51,10 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
     """
     from latentdiff.data.shapes import in_style, split_scenes, write_shapes
 
+    root = out / STYLE
+    paths = {"output_dir": out / "model", "data.root": root, "data.cache_dir": out / "cache"}
+    options = [f"--model.pretrained={model}", *(f"--{name}={path}" for name, path in paths.items())]
+    load_config(CONFIG, [*options, *settings])  # refuses bad settings before the first image
     clock = _Clock()
     unseen = in_style(split_scenes()[1], STYLE)
     prompts = [scene.caption for scene in unseen[:: len(unseen) // NUM_NEW][:NUM_NEW]]
@@ -58,9 +62,7 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
     known, before = _generate(model, KNOWN), _generate(model, prompts)
     _save_sheet(known, KNOWN, out / "before.png")
     clock.print(f"{out / 'before.png'}: {len(KNOWN)} images of {model}, and {len(prompts)} more")
-    root = write_shapes(out / STYLE, num_train=num_train, num_test=64, style=STYLE)
-    paths = {"output_dir": out / "model", "data.root": root, "data.cache_dir": out / "cache"}
-    options = [f"--model.pretrained={model}", *(f"--{name}={path}" for name, path in paths.items())]
+    write_shapes(root, num_train=num_train, num_test=64, style=STYLE)
     if status := _train(CONFIG, [*options, *settings]):
         return status
     clock.print(f"fine-tuned on {num_train} images of {root / 'train'}")

@@ -3,6 +3,7 @@ train.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -135,18 +136,49 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     return bool(raised.item())
 
 
+# torchrun, with the exit code of its processes in place of a traceback of its own.
+LAUNCHER = """
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as stop:
+    sys.exit(128 + stop.sigval)
+except ChildFailedError as failed:
+    code = failed.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 128 - code)
+"""
+
+
 def launch(command: str, arguments: Sequence[str]) -> int:
     """Run a command such as `latentdiff train` with arguments; return its exit status.
 
     In a process for each half of a CPU's cores, at most two, or in one on a GPU: so small a model
     gains more from two processes than from two threads. Windows, for which PyTorch is built without
-    what torchrun meets its processes by, trains in one.
+    what torchrun meets its processes by, trains in one. Returns 130 or 143 after SIGINT or SIGTERM,
+    when the processes have ended: they get the first from the terminal, the second from here.
     """
     if sys.platform == "win32":
         return subprocess.call([sys.executable, "-m", "latentdiff", command, *arguments])
     num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     num_processes = 1 if torch.accelerator.is_available() else min(2, num_cores)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [sys.executable, "-c", LAUNCHER, "--standalone"]
     launcher += ["--nproc_per_node", str(num_processes), "--module", "latentdiff", command]
     threads = {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}
-    return subprocess.run([*launcher, *arguments], env=os.environ | threads, check=False).returncode
+    process = subprocess.Popen([*launcher, *arguments], env=os.environ | threads)
+    signals: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        signals.append(number)
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + signals[0] if signals else code

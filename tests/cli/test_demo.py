@@ -1,6 +1,7 @@
 """The two demos, with models of a few thousand parameters and a handful of steps."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,11 +99,11 @@ def test_launch_shares_the_cores(
 ) -> None:
     calls: list[tuple[list[str], dict[str, str]]] = []
 
-    def note(command: list[str], *, env: dict[str, str], check: bool) -> Any:
+    def note(command: list[str], *, env: dict[str, str]) -> Any:
         calls.append((command, env))
-        return SimpleNamespace(returncode=7)
+        return SimpleNamespace(wait=lambda: 7)
 
-    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.setattr(subprocess, "Popen", note)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(has_gpu))
     assert launching.launch("train", ["--seed=1"]) == 7
@@ -110,6 +111,44 @@ def test_launch_shares_the_cores(
     assert command[command.index("--nproc_per_node") + 1] == str(expected)
     assert command[-4:] == ["--module", "latentdiff", "train", "--seed=1"]
     assert env["OMP_NUM_THREADS"] == str(num_cores // expected)
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "is_passed_on"), [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)]
+)
+def test_launch_ends_with_its_processes_after_a_signal(
+    sent: signal.Signals, code: int, is_passed_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    def wait() -> int:
+        os.kill(os.getpid(), sent)
+        return 1
+
+    process = SimpleNamespace(wait=wait, terminate=lambda: ended.append("terminated"))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: process)
+    before = signal.getsignal(sent)
+    assert launching.launch("train", []) == code
+    assert bool(ended) == is_passed_on
+    assert signal.getsignal(sent) == before
+
+
+def test_launch_returns_the_exit_code_of_its_processes(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert launching.launch("train", ["--train.max_step=5"]) == 2
+    err = capfd.readouterr().err
+    assert "did you mean train.max_steps?" in err
+    assert "ChildFailedError" not in err
+
+
+def test_demo_refuses_a_bad_setting_before_it_makes_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("demo.py", ["--train.max_step=5"]) == 2
+    assert "did you mean train.max_steps?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", FACE_KINDS)

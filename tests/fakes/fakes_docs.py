@@ -29,13 +29,13 @@ CLASS_IMAGES = {"finetune.num_class_images": 2, "finetune.class_num_steps": 1}
 OPTIONS = {
     "train-vae": {"max_steps": 2, "batch_size": 2, "max_minutes": 0, "resolution": 32},
     "train-clip": {"max_steps": 2, "batch_size": 2, "resolution": 16, "width": 32},
-    "sample": {"steps": 1},
+    "sample": {"num_inference_steps": 1},
     "evaluate": {
-        **{"num_images": 8, "steps": 1, "num_heldout": 2, "num_train": 4, "draws": 4},
+        **{"num_images": 8, "num_inference_steps": 1, "num_heldout": 2, "num_train": 4, "draws": 4},
         **{"pilot": 1, "image_steps": 0, "sweep_captions": 2, "sweep_images": 2, "sweep_steps": 1},
     },
-    "demo swiss-roll": {"steps": 5, "num_timesteps": 8, "num_points": 100},
-    "compare": {"steps": 1, "num_seeds": 2},
+    "demo swiss-roll": {"max_steps": 5, "num_timesteps": 8, "num_points": 100},
+    "compare": {"num_inference_steps": 1, "num_seeds": 2},
     "demo": {"num_train": 6, **TRAIN},
 }
 SCRATCH = (

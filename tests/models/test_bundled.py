@@ -76,7 +76,7 @@ def test_model_says_what_guidance_calls_take_by_default(tmp_path: Path) -> None:
         opened = LatentDiffPipeline.from_pretrained(tmp_path / name)
         opened("a cat", num_inference_steps=1, output_type="latent")
         assert opened.guidance_scale == expected
-        options = SampleOptions(out=str(tmp_path / f"{name}-images"), steps=1)
+        options = SampleOptions(out=str(tmp_path / f"{name}-images"), num_inference_steps=1)
         generated = next(sample(str(tmp_path / name), ["a cat"], options))
         assert (generated["kind"], generated["guidance_scale"]) == ("image", expected)
         opened("a cat", num_inference_steps=1, output_type="latent", guidance_scale=2.0)
