@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionPipeline
 from fakes_pipeline import tiny_pipeline
 from PIL import Image
 
@@ -155,3 +156,16 @@ def test_wheel_refuses_a_config_that_does_not_ship(bin_folder: Path, tmp_path: P
     missing = run(bin_folder, "train", "--config", "emojy", cwd=tmp_path)
     assert missing.returncode == 2
     assert "did you mean emoji" in missing.stderr
+
+
+@pytest.mark.slow
+def test_wheel_exports_what_stock_diffusers_opens(bin_folder: Path, tmp_path: Path) -> None:
+    packed = run(bin_folder, "export", "pack", "latentdiff-mini", "--out=packed", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "packed")
+    stock.set_progress_bar_config(disable=True)
+    image = stock("a cat", num_inference_steps=1, output_type="np").images[0]
+    assert np.isfinite(image).all()
+    dry = run(bin_folder, "export", "push", "packed", "me/mini", "--dry_run", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "me/mini" in dry.stdout

@@ -37,9 +37,11 @@ def test_shapes_and_merged_folders_open(tmp_path):
 
 def test_sampled_images_open_with_their_prompts_and_are_trained_on(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    options = SampleOptions(out=str(tmp_path / "images"), steps=1, num_images=2, trace=True)
+    options = SampleOptions(
+        out=str(tmp_path / "images"), num_inference_steps=1, num_images=2, trace=True
+    )
     list(sample(str(tmp_path / "model"), ["a cat", "a red heart"], options, log=print))
-    fewer = SampleOptions(out=str(tmp_path / "images"), steps=1, num_images=2)
+    fewer = SampleOptions(out=str(tmp_path / "images"), num_inference_steps=1, num_images=2)
     list(sample(str(tmp_path / "model"), ["a cat"], fewer, log=print))  # the others stay listed
     rows = opened(tmp_path / "images", tmp_path / "cache")["train"]
     assert list(rows["text"]) == ["a cat", "a cat", "a red heart", "a red heart"]
