@@ -20,11 +20,16 @@ table { border-collapse: collapse; width: 100% } td, th { padding: .3rem .6rem; 
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
 th { overflow-wrap: normal } td:first-child:not(.n) { min-width: 9rem }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+td.n:first-child, th.n:first-child { width: 1% }
 .grid { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 128px }
 figcaption, figcaption .soft { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }
 img { background: var(--soft); border-radius: .2rem; display: block; max-width: 128px;
   height: auto } .group { border: 1px solid var(--line); border-radius: .3rem; padding: .4rem }
 .soft { opacity: .7; font-size: .85rem }
+@media (max-width: 40rem) { body { margin: 1rem auto } td, th { padding: .25rem .35rem;
+  font-size: .85rem } td:first-child:not(.n) { min-width: 6rem } td.n, th.n { white-space: normal }
+  .grid > figure { width: calc(50% - .4rem) } .grid > figure img { width: 100%; max-width: 100% }
+  table:has(th:nth-child(5)) { display: block; overflow-x: auto } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _PAGE = """\

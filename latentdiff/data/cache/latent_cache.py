@@ -27,6 +27,7 @@ from latentdiff.data.cache.latent_encoding import (
     num_moments,
 )
 from latentdiff.data.cache.tensor_store import (
+    BAR_DELAY_S,
     MISSING,
     CachedVariants,
     StoreWriter,
@@ -149,7 +150,11 @@ class LatentCache(CachedVariants):
         """Encode and store batches of the (M, 2) variants and indices of `todo`, in its order."""
         writer, done = StoreWriter(self._store.folder), 0
         with tqdm(
-            total=len(todo), desc="encoding", unit="img", disable=None if progress else True
+            total=len(todo),
+            desc="encoding",
+            unit=" images",
+            delay=BAR_DELAY_S,
+            disable=None if progress else True,
         ) as bar:
             try:
                 for items, pixels in batches:
@@ -260,7 +265,13 @@ def prune_cache(
 
 def _digests(folder: Folder, cache_dir: Path | str, *, progress: bool) -> np.ndarray:
     index = ScanIndex(cache_dir, folder.root)
-    with tqdm(desc="hashing", unit="file", leave=False, disable=None if progress else True) as bar:
+    with tqdm(
+        desc="hashing",
+        unit=" files",
+        leave=False,
+        delay=BAR_DELAY_S,
+        disable=None if progress else True,
+    ) as bar:
         return image_hashes(folder, index=index, progress=_show(bar))
 
 

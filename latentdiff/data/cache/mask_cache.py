@@ -17,6 +17,7 @@ from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.cache.latent_encoding import crop_keys
 from latentdiff.data.cache.tensor_store import (
+    BAR_DELAY_S,
     CachedVariants,
     StoreWriter,
     TensorStore,
@@ -72,7 +73,11 @@ class MaskCache(CachedVariants):
 
         with (
             tqdm(
-                total=len(todo), desc="masks", unit="img", disable=None if progress else True
+                total=len(todo),
+                desc="masks",
+                unit=" images",
+                delay=BAR_DELAY_S,
+                disable=None if progress else True,
             ) as bar,
             ThreadPoolExecutor(num_threads) as threads,
         ):

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.data.cache.shard_file import as_keys, key_of
 from latentdiff.data.cache.tensor_store import (
+    BAR_DELAY_S,
     MISSING,
     StoreWriter,
     TensorStore,
@@ -70,7 +71,12 @@ class PromptCache:
         writer = StoreWriter(store.folder)
         seen: list[np.ndarray] = []
         encoded: set[bytes] = set()
-        with tqdm(desc="captions", unit="caption", disable=None if progress else True) as bar:
+        with tqdm(
+            desc="captions",
+            unit=" captions",
+            delay=BAR_DELAY_S,
+            disable=None if progress else True,
+        ) as bar:
             try:
                 for chunk in _chunks(chain([NULL_CAPTION], captions), CAPTIONS_AT_ONCE):
                     keys = [key_of(start, caption.encode()) for caption in chunk]

@@ -31,6 +31,7 @@ from latentdiff.data.cache.shard_file import (
 SHARD_BYTES, FLUSH_SECONDS = 16 << 20, 60.0
 OPEN_SHARDS = 8  # mapped at a time: pages of a map count as memory of the process
 MISSING = -1
+BAR_DELAY_S = 1.0  # of progress bars: what takes less time needs none
 MB = 1_000_000
 MORE_ROOM = (
     "free some, or set data.cache_dir to a folder on another disk, or data.cache=false, which "

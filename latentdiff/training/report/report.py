@@ -35,9 +35,7 @@ body { max-width: 82rem } .facts { display: grid; gap: .6rem; margin: 1rem 0;
 .run > summary { font-size: 1.1rem; font-weight: 600; margin: 1.2rem 0 .4rem; overflow-wrap:
   anywhere } summary { cursor: pointer } .scroll { overflow-x: auto }
 .bad-text { color: var(--bad); font-weight: 600 } td.w { white-space: pre-line }
-@media (max-width: 40rem) { td, th { padding: .25rem .35rem; font-size: .85rem }
-  td:first-child:not(.n) { min-width: 6rem } td.n, th.n { white-space: normal }
-  .facts { grid-template-columns: repeat(2, 1fr) } }
+@media (max-width: 40rem) { .facts { grid-template-columns: repeat(2, 1fr) } }
 """
 )
 BODY = """\

@@ -27,6 +27,7 @@ from latentdiff.atomic import write_text
 from latentdiff.config.choices import OptimizerName
 from latentdiff.data.inspection.statistics import sample_rows, subfolder_counts
 from latentdiff.data.inspection.text_report import (
+    counted,
     samples_text,
     size_text,
     subfolders_text,
@@ -367,15 +368,15 @@ def _log_steps(run: Run, first_step: int) -> None:
         run.accelerator.device,
     )
     logger.info(
-        "steps %d to %d, %d images each (%d processes x %d x %d accumulated), %d steps an epoch, "
+        "steps %d to %d, %d images each (%s x %d x %d accumulated), %s an epoch, "
         "%.1f epochs; %s, learning rate %.2g%s, %s after %d warm-up steps",
         first_step,
         settings.max_steps,
         settings.batch_size,
-        layout.num_processes,
+        f"{layout.num_processes} process{'es' if layout.num_processes > 1 else ''}",
         layout.micro_batch_size,
         layout.accumulation,
-        per_epoch,
+        counted(per_epoch, "step"),
         settings.max_steps / per_epoch,
         settings.optimizer,
         settings.learning_rate,
