@@ -28,6 +28,8 @@ img { background: var(--soft); border-radius: .2rem; display: block; max-width: 
 .soft { opacity: .7; font-size: .85rem }
 @media (max-width: 40rem) { body { margin: 1rem auto } td, th { padding: .25rem .35rem;
   font-size: .85rem } td:first-child:not(.n) { min-width: 6rem } td.n, th.n { white-space: normal }
+  table:has(th:nth-child(5)) :is(td, th) { overflow-wrap: normal } td.soft { min-width: 8rem }
+  table:has(th:nth-child(5)) td.n { white-space: nowrap }
   .grid > figure { width: calc(50% - .4rem) } .grid > figure img { width: 100%; max-width: 100% }
   table:has(th:nth-child(5)) { display: block; overflow-x: auto } }
 """

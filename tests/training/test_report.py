@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from latentdiff.training.report.report import run_report_html, write_run_report
 from latentdiff.training.report.run_record import read_runs
 from latentdiff.training.run_log import RunLog, read_log
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROMPTS = ("a red star", "<b>a blue</b> star")
 PLAN = {
     "data": {
@@ -230,3 +232,25 @@ def test_a_chart_has_nothing_of_curves_without_points_and_thins_long_ones() -> N
     steps = list(range(100_000))
     text = chart("long", [Curve("y", steps, [float(step) for step in steps])])
     assert len(text) < 10_000
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_of_two_runs_has_no_horizontal_scrolling(tmp_path: Path, width: int) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright's client")
+    if CHROMIUM is None:
+        pytest.skip("needs a Chromium browser")
+    names = ("a" * 60, "b_" * 30)
+    runs = [make_run(tmp_path / name, data__root=f"/{name}/photos") for name in names]
+    log_lines(runs[0], "x" * 200)
+    page_path = write_run_report([str(run) for run in runs])
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(page_path.as_uri())
+        page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        shown = page.locator(".slider").first.locator(".panels > div")
+        assert [shown.nth(k).is_visible() for k in range(2)] == [False, True]
+        page.locator(".slider label").first.click()
+        assert [shown.nth(k).is_visible() for k in range(2)] == [True, False]
+        browser.close()

@@ -17,8 +17,9 @@ MAX_CAPTION = 90  # letters under an image
 STYLE = """
 body { max-width: 82rem } figure { width: auto }
 h2 { border-top: 1px solid var(--line); padding-top: 1.2rem }
-.group { display: flex; gap: .4rem } .group figure { width: 128px }
-.group img { width: 128px; image-rendering: pixelated }
+.group { display: flex; gap: .4rem; max-width: 100%; box-sizing: border-box }
+.group figure { width: 128px; min-width: 0 }
+.group img { width: 100%; image-rendering: pixelated }
 img.plot { max-width: 100%; background: white }
 td.b { width: 11rem; min-width: 7rem; vertical-align: middle }
 .track { position: relative; height: .5rem; background: var(--soft); border-radius: .25rem }
@@ -26,6 +27,7 @@ td.b { width: 11rem; min-width: 7rem; vertical-align: middle }
 .track b { position: absolute; top: -.15rem; bottom: -.15rem; width: 3px; margin-left: -1px;
   background: #1f4e9c }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
+@media (max-width: 40rem) { .b { display: none } }
 dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 """
 BODY = """\
