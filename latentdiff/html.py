@@ -20,6 +20,7 @@ table { border-collapse: collapse; width: 100% } td, th { padding: .3rem .6rem; 
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
 th { overflow-wrap: normal } td:first-child:not(.n) { min-width: 9rem }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+p, li, summary, dd { overflow-wrap: anywhere }
 td.n:first-child, th.n:first-child { width: 1% }
 .grid { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 128px }
 figcaption, figcaption .soft { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }

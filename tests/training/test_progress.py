@@ -42,6 +42,7 @@ def test_a_run_tells_what_it_writes_and_what_to_type_next(
     assert f"\n  {run / 'pipeline'}\n" in caplog.text
     assert f"latentdiff sample {run / 'pipeline'} '" in caplog.text
     assert f"--out {run / 'evaluation'} --heldout_fraction 0.3\n" in caplog.text + "\n"
+    assert f"report {run}\n" in caplog.text
     assert "epoch 1.0 of 1.0" in caplog.text
     assert "checkpoint saved" in (run / "log.txt").read_text()
     assert read_log(run)[-1].session == 1

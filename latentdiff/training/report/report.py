@@ -34,6 +34,7 @@ body { max-width: 82rem } .facts { display: grid; gap: .6rem; margin: 1rem 0;
   overflow-wrap: anywhere } h2 { border-top: 1px solid var(--line); padding-top: 1rem }
 .run > summary { font-size: 1.1rem; font-weight: 600; margin: 1.2rem 0 .4rem; overflow-wrap:
   anywhere } summary { cursor: pointer } .scroll { overflow-x: auto }
+.scroll th { overflow-wrap: anywhere; min-width: 4.5rem }
 .bad-text { color: var(--bad); font-weight: 600 } td.w { white-space: pre-line }
 @media (max-width: 40rem) { .facts { grid-template-columns: repeat(2, 1fr) } }
 """

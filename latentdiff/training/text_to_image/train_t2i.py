@@ -289,6 +289,7 @@ class TextToImageRecipe(Recipe):
         return [
             f"sample {pipeline} {shlex.quote(self._prompts()[0])} --out sheet.png",
             f"app {pipeline}",
+            f"report {shlex.quote(str(folder))}",
             *([evaluate] if len(run.train_data.heldout) else []),
         ]
 
