@@ -274,6 +274,8 @@ def _name(setting: str) -> Markup:
 
 def _text(value: Any) -> str:
     """Write a setting's value as YAML would, in one line."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
