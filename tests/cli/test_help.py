@@ -149,10 +149,8 @@ def test_help_shows_meaning_default_range_and_choices(capsys: pytest.CaptureFixt
     assert lines[0] == "  --train.lr_schedule {constant,cosine,linear}"
     assert lines[1].endswith("over max_steps (default constant)")
     lines = help_lines(capsys, "train", "--help", "network_dim")  # kohya's name
-    assert lines == [
-        "  --finetune.lora_rank INT",
-        "      rank of each adapter (default 16; a number of at least 1)",
-    ]
+    assert lines[0] == "  --finetune.lora_rank INT"
+    assert lines[1].endswith("(default 16; a number of at least 1)")
 
 
 def test_help_of_a_section_holds_those_in_it_too(capsys: pytest.CaptureFixture[str]) -> None:
