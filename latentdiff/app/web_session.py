@@ -1,136 +1,277 @@
-"""The session behind the web UI: one call at a time, with previews, bounded and stoppable."""
+"""The session behind the page: one model open, one image at a time, with previews and a stop.
+
+Plain Python without gradio. Each call runs in a thread of its own, which waits for its turn and
+posts events; a stop is answered at once, and the thread ends after the step that it is in.
+"""
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from latentdiff.pipeline import checks
-from latentdiff.pipeline.callbacks import preview_images
+from latentdiff.app.history import History, HistoryEntry
+from latentdiff.app.image_request import ImageRequest, find_problems
+from latentdiff.app.library import NO_LORA, Library
+from latentdiff.app.live_preview import LivePreview
+from latentdiff.app.model_facts import OWN_SCHEDULER, ModelFacts, read_model_facts
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
+from latentdiff.sampling.open_pipeline import open_pipeline
 
-OWN_SCHEDULER, NO_LORA = "the model's own", "none"
-MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
+MAX_WAITING = 8
+POLL_S = 0.2  # between two looks of a waiting call whether it was stopped
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Other images come first: `ahead` of them."""
+
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A model is being opened, or a LoRA loaded."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step is done: step of num_steps. images: small previews, None where the last may stay."""
+
+    step: int
+    num_steps: int
+    seconds_left: float
+    images: list[Image.Image] | None
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The person stopped the call."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The images are made."""
+
+    entries: list[HistoryEntry]
+    seconds: float
+    num_flagged: int = 0  # by the model's safety checker, and blackened
+
+
+Event: TypeAlias = Waiting | Opening | Step | Stopped | Finished
+
+
+class _StoppedError(Exception):
+    """Ends the chain of a call that was stopped."""
+
+
+@dataclass
+class _Job:
+    """A call, its events and whether it was stopped."""
+
+    request: ImageRequest
+    events: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.events.put(Stopped())
+
+    def check(self) -> None:
+        if self.stopped.is_set():
+            raise _StoppedError
 
 
 @dataclass
 class WebSession:
-    """A pipeline that a page calls, one call at a time."""
+    """Models that a page calls, one call at a time.
 
-    pipe: LatentDiffPipeline
-    loras: Mapping[str, Path] = field(default_factory=dict)
+    preview_vae: a small VAE of the same latent space, for previews. max_px: of a side at most.
+    device, dtype, safety_checker: as `open_pipeline` takes them.
+    """
+
+    library: Library
     preview_vae: AutoencoderKL | AutoencoderTiny | None = None
-    max_side_px: int = 1024
-    lora: str = NO_LORA
+    max_px: int = 1024
+    device: str | None = None
+    dtype: str = "auto"
+    safety_checker: bool = True
+    history: History = field(default_factory=History)
 
     def __post_init__(self) -> None:
-        """Keep the model's own scheduler, to restore it."""
-        self.own_scheduler = self.pipe.scheduler
-        self.pipe.set_progress_bar_config(disable=True)
+        """Begin with no model open and nobody waiting."""
+        self._pipe: LatentDiffPipeline | None = None
+        self._facts: ModelFacts | None = None
+        self._own_scheduler: Any = None
+        self._lora: tuple[Any, ...] | None = None
+        self._jobs: dict[str, _Job] = {}
+        self._line: list[object] = []
+        self._line_moved = threading.Condition()
 
-    def generate(
-        self, call: Mapping[str, Any], *, scheduler: str, lora: str
-    ) -> Iterator[tuple[int, list[Image.Image]] | LatentDiffOutput]:
-        """Yield (step, small images) while the chain runs, and the result at the end.
+    @property
+    def facts(self) -> ModelFacts | None:
+        """Facts of the open model."""
+        return self._facts
 
-        Raises ValueError beyond the page's limits, and the call's own errors. Closing the iterator
-        stops the chain.
+    def open(self, name: str) -> ModelFacts:
+        """Open a model of the library unless it is; wait for the image that is being made.
+
+        ValueError, FileNotFoundError: as the loader words it, or for a name that is not there.
         """
-        self._check(call)
-        self._choose(scheduler=scheduler, lora=lora)
-        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        stop = threading.Event()
-        thread = threading.Thread(target=self._work, args=(call, events, stop), daemon=True)
-        thread.start()
-        try:
-            while not isinstance(event := events.get(), (LatentDiffOutput, BaseException)):
-                yield event
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-        finally:
-            stop.set()
-            thread.join()
+        job = _Job(ImageRequest(model=name))
+        with self._turn(job):
+            return self._open(job)
 
-    def _work(
-        self, call: Mapping[str, Any], events: queue.SimpleQueue[Any], stop: threading.Event
-    ) -> None:
-        """Call the pipeline; put previews, and the result or the error, into the queue."""
-        vae = self.preview_vae or self.pipe.vae
+    def generate(self, request: ImageRequest, *, client: str = "") -> Iterator[Event]:
+        """Yield what happens until the images are made, or the call is stopped.
+
+        client: whoever may stop this call. Raises ValueError for a bad request, and the call's own
+        errors. Closing the iterator stops the call.
+        """
+        job = _Job(request)
+        self._jobs[client] = job
+        threading.Thread(target=self._work, args=(job,), daemon=True).start()
+        try:
+            while True:
+                event = job.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, (Stopped, Finished)):
+                    return
+        finally:
+            job.stop()
+            if self._jobs.get(client) is job:
+                del self._jobs[client]
+
+    def stop(self, client: str = "") -> bool:
+        """Stop the client's call at once; return whether there was one."""
+        if (job := self._jobs.get(client)) is None:
+            return False
+        job.stop()
+        return True
+
+    def _work(self, job: _Job) -> None:
+        """Wait, make the images, and post what happens."""
+        try:
+            with self._turn(job):
+                job.events.put(self._make(job))
+        except _StoppedError:
+            job.events.put(Stopped())
+        except BaseException as error:
+            job.events.put(error)
+
+    @contextmanager
+    def _turn(self, job: _Job) -> Iterator[None]:
+        """Wait until all who came before are done; first come, first served."""
+        with self._line_moved:
+            if len(self._line) > MAX_WAITING:
+                raise ValueError(f"{MAX_WAITING} others are waiting already; try again later")
+            self._line.append(job)
+        try:
+            with self._line_moved:
+                ahead = 0
+                while self._line[0] is not job:
+                    job.check()
+                    if (now := self._line.index(job)) != ahead:
+                        ahead = now
+                        job.events.put(Waiting(ahead))
+                    self._line_moved.wait(POLL_S)
+            job.check()
+            yield
+        finally:
+            with self._line_moved:
+                self._line.remove(job)
+                self._line_moved.notify_all()
+
+    def _make(self, job: _Job) -> Finished:
+        """Make the images of a request."""
+        started, request = time.perf_counter(), job.request
+        facts = self._open(job)
+        if problems := find_problems(request, facts):
+            name, message = next(iter(problems.items()))
+            raise ValueError(f"{name.replace('_', ' ')}: {message}")
+        pipe = self._pipe
+        assert pipe is not None
+        self._choose_scheduler(pipe, request.scheduler)
+        self._choose_lora(pipe, job)
+        result = self._call(pipe, job)
+        made = zip(result.images, result.seeds or [], result.settings or [], strict=True)
+        entries = [
+            self.history.add(image, request, seed=seed, settings=settings)
+            for image, seed, settings in reversed(list(made))
+        ]
+        flagged = sum(result.nsfw_content_detected or [])
+        return Finished(entries[::-1], time.perf_counter() - started, flagged)
+
+    def _call(self, pipe: LatentDiffPipeline, job: _Job) -> LatentDiffOutput:
+        """Call the pipeline; post a step as it is done."""
+        preview, started = LivePreview(self.preview_vae or pipe.vae), time.perf_counter()
 
         def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
-            pipe._interrupt = stop.is_set()
-            events.put((i, preview_images(vae, tensors["predicted_z0"])))
+            job.check()
+            num = pipe.num_timesteps
+            images = preview.images(tensors["predicted_z0"]) if i + 1 < num else None
+            left = (time.perf_counter() - started) / (i + 1) * (num - i - 1)
+            job.events.put(Step(i + 1, num, left, images))
             return {}
 
-        try:
-            result = self.pipe(
-                **call,
-                callback_on_step_end=step_end,
-                callback_on_step_end_tensor_inputs=["predicted_z0"],
-            )
-        except BaseException as error:
-            events.put(error)
-        else:
-            events.put(result)
+        output = pipe(
+            **job.request.arguments(),
+            callback_on_step_end=step_end,
+            callback_on_step_end_tensor_inputs=["predicted_z0"],
+        )
+        assert isinstance(output, LatentDiffOutput)
+        return output
 
-    def _check(self, call: Mapping[str, Any]) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if len(call[name] or "") > MAX_CHARACTERS:
-                raise ValueError(f"{name} has more than {MAX_CHARACTERS} characters; shorten it")
-        for name, maximum in (
-            ("num_inference_steps", MAX_STEPS),
-            ("num_images_per_prompt", MAX_IMAGES),
-            ("height", self.max_side_px),
-            ("width", self.max_side_px),
-        ):
-            checks.count(name, call[name], maximum=maximum)
+    def _open(self, job: _Job) -> ModelFacts:
+        """Open the request's model in place of the one that is; the turn is the job's."""
+        models, name = self.library.models(), job.request.model
+        name = name or next(iter(models))
+        if self._facts is not None and self._facts.name == name:
+            return self._facts
+        if name not in models:
+            raise ValueError(f"no model {name!r}; known: {', '.join(models)}")
+        job.events.put(Opening(name))
+        self._pipe = self._facts = self._lora = self._own_scheduler = None
+        gc.collect()
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "fast": True}
+        pipe = open_pipeline(models[name], safety_checker=self.safety_checker, **options)
+        pipe.set_progress_bar_config(disable=True)
+        if self.preview_vae is not None:
+            self.preview_vae.to(pipe.device)
+        self._own_scheduler = pipe.scheduler
+        self._facts = read_model_facts(pipe, name=name, path=models[name], max_px=self.max_px)
+        self._pipe = pipe
+        return self._facts
 
-    def _choose(self, *, scheduler: str, lora: str) -> None:
-        """Make a scheduler and a LoRA current; ValueError for a name that is not on the page."""
-        if scheduler == OWN_SCHEDULER:
-            self.pipe.scheduler = self.own_scheduler
-        else:
-            self.pipe.set_scheduler(scheduler)
-        if lora == self.lora:
+    def _choose_scheduler(self, pipe: LatentDiffPipeline, name: str) -> None:
+        pipe.scheduler = self._own_scheduler
+        if name != OWN_SCHEDULER:
+            pipe.set_scheduler(name)
+
+    def _choose_lora(self, pipe: LatentDiffPipeline, job: _Job) -> None:
+        """Make a LoRA current, read again where its file has changed."""
+        name, loras = job.request.lora, self.library.loras()
+        if name != NO_LORA and name not in loras:
+            raise ValueError(f"no LoRA {name!r}; known: {', '.join(loras) or NO_LORA}")
+        wanted = None if name == NO_LORA else (loras[name], loras[name].stat().st_mtime_ns)
+        if wanted == self._lora:
             return
-        if lora != NO_LORA and lora not in self.loras:
-            raise ValueError(f"no LoRA {lora!r}; known: {', '.join(self.loras) or NO_LORA}")
-        self.pipe.unload_lora_weights()
-        self.lora = NO_LORA
-        if lora != NO_LORA:
-            self.pipe.load_lora_weights(self.loras[lora])
-            self.lora = lora
-
-
-def find_loras(folder: str | None) -> dict[str, Path]:
-    """Return the .safetensors files of a folder by name; FileNotFoundError for no folder."""
-    if folder is None:
-        return {}
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(f"loras={path} is no folder here")
-    return {path.stem: path for path in sorted(path.glob("*.safetensors"))}
-
-
-def painted_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return an image editor's image and the mask painted over it; None without."""
-    if not value or value.get("background") is None:
-        return None, None
-    background: Image.Image = value["background"]
-    painted = np.zeros(background.size[::-1], dtype=np.uint8)
-    for layer in value.get("layers") or []:
-        opaque = np.asarray(layer.convert("RGBA").resize(background.size))[..., 3]
-        painted = np.maximum(painted, opaque)
-    if not painted.any():
-        return background, None
-    return background, Image.fromarray(np.where(painted > 0, 255, 0).astype(np.uint8))
+        pipe.unload_lora_weights()
+        self._lora = None
+        if wanted is not None:
+            job.events.put(Opening(name))
+            pipe.load_lora_weights(wanted[0])
+            self._lora = wanted

@@ -1,4 +1,4 @@
-"""The web UI: a page with prompt and settings in, the image as it forms and its settings out.
+"""The web UI: a page that makes images and shows training runs, served on this machine.
 
 Needs gradio (the extra `ui`). Served on 127.0.0.1 by default, never shared; sizes, queue and
 uploads are bounded. The page fetches nothing from elsewhere.
@@ -6,160 +6,84 @@ uploads are bounded. The page fetches nothing from elsewhere.
 
 from __future__ import annotations
 
-import html
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from latentdiff.app.web_session import (
-    MAX_CHARACTERS,
-    MAX_IMAGES,
-    MAX_STEPS,
-    NO_LORA,
-    OWN_SCHEDULER,
-    WebSession,
-    find_loras,
-    painted_mask,
-)
+import gradio as gr
+
+from latentdiff.app.create_layout import lay_out
+from latentdiff.app.create_tab import CreateTab
+from latentdiff.app.library import Library
+from latentdiff.app.page_html import facts_html
+from latentdiff.app.page_style import STYLE, make_theme
+from latentdiff.app.run_view import STYLE as RUN_STYLE
+from latentdiff.app.runs_tab import RunsTab
+from latentdiff.app.web_session import WebSession
 from latentdiff.config.sampling import WebUIOptions
 from latentdiff.models.components import load_vae
-from latentdiff.pipeline.files.model_info import default_guidance
-from latentdiff.pipeline.initial_latents import trained_size_px
-from latentdiff.pipeline.output import LatentDiffOutput
-from latentdiff.pipeline.schedulers import scheduler_names
-from latentdiff.sampling.open_pipeline import open_pipeline
 
-logger = logging.getLogger(__name__)
-
-MAX_QUEUE = 8
-MAX_UPLOAD = "10mb"
+MAX_UPLOAD = "20mb"
+CACHE_S = (3600, 24 * 3600)  # uploads: how often is looked, how old are deleted; all at the end
 
 
-def serve(model: str, options: WebUIOptions) -> None:
-    """Open a model, a folder or a hub id, and serve its page until interrupted."""
-    import gradio as gr
+def serve(models: Sequence[str], options: WebUIOptions) -> None:
+    """Open the first model, and serve the page until interrupted."""
+    session = open_session(models, options)
+    page = build_page(session)
+    where: dict[str, Any] = {"server_name": options.host, "server_port": options.port}
+    page.launch(**where, **launch_options(session))
 
+
+def open_session(models: Sequence[str], options: WebUIOptions) -> WebSession:
+    """Return a session with the first model open; FileNotFoundError or ValueError for a bad one."""
+    runs, loras = (path and Path(path).expanduser() for path in (options.runs, options.lora_dir))
     small = options.preview_vae
-    pipe = open_pipeline(
-        model,
-        dtype=options.dtype,
+    session = WebSession(
+        Library(tuple(models), runs_dir=runs or None, lora_dir=loras or None),
+        preview_vae=None if small is None else load_vae(small),
+        max_px=options.max_side_px,
         device=options.device,
-        fast=True,
+        dtype=options.dtype,
         safety_checker=options.safety_checker,
     )
-    session = WebSession(
-        pipe,
-        loras=find_loras(options.loras),
-        preview_vae=None if small is None else load_vae(small).to(pipe.device),
-        max_side_px=options.max_side_px,
-    )
-    page = build(session)
-    page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
-    page.launch(
-        server_name=options.host,
-        server_port=options.port,
-        share=False,
-        max_file_size=MAX_UPLOAD,
-        footer_links=[],
-        theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
-    )
+    session.open(next(iter(session.library.models())))
+    return session
 
 
-def build(session: WebSession) -> Any:
-    """Return the gradio page."""
-    import gradio as gr
+def launch_options(session: WebSession) -> dict[str, Any]:
+    """Return how gradio serves the page: to nobody else, with its own looks, without telemetry."""
+    return {
+        "share": False,
+        "max_file_size": MAX_UPLOAD,
+        "footer_links": [],
+        "theme": make_theme(),
+        "head": f"<style>{STYLE}{RUN_STYLE}</style>",  # gradio rewrites the selectors of its "css"
+        "allowed_paths": [str(session.history.folder)],
+        "enable_monitoring": False,
+        "ssr_mode": False,
+    }
 
-    with gr.Blocks(title="LatentDiff", analytics_enabled=False) as page:
-        gr.Markdown("# LatentDiff")
-        with gr.Row():
-            with gr.Column():
-                controls = _controls(gr, session)
-            with gr.Column():
-                with gr.Row():
-                    start = gr.Button("Generate", variant="primary", elem_id="generate")
-                    stop = gr.Button("Stop", elem_id="stop")
-                state = gr.Markdown("ready", elem_id="state")
-                gallery = gr.Gallery(label="Images", format="png", elem_id="images")
-                settings = gr.JSON(label="Settings")
 
-        def generate(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any, str]]:
-            named = {name: values[control] for name, control in controls.items()}
-            try:
-                yield from _generate(session, named)
-            except ValueError as error:
-                raise gr.Error(html.escape(str(error)), print_exception=False) from error
-            except Exception as error:
-                logger.exception("the call failed")
-                message = html.escape(f"{type(error).__name__}: {error}")
-                raise gr.Error(message, print_exception=False) from error
+def build_page(session: WebSession) -> gr.Blocks:
+    """Return the page: which model, and a tab a thing to do.
 
-        running = start.click(
-            generate, {*controls.values()}, [gallery, settings, state], show_progress="hidden"
-        )
-        stop.click(None, cancels=[running])
+    A new kind of image is an entry of kinds.py; another thing to do is a tab here, in a module of
+    its own.
+    """
+    facts = session.facts
+    names, name = list(session.library.models()), facts.name if facts else None
+    with gr.Blocks(title="LatentDiff", analytics_enabled=False, delete_cache=CACHE_S) as page:
+        with gr.Row(elem_id="head"):
+            gr.HTML("<h1>LatentDiff</h1>")
+            model = gr.Dropdown(names, value=name, label="Model", elem_id="model")
+        about = gr.HTML(facts_html(facts) if facts else "", elem_id="about")
+        with gr.Tabs(elem_id="tabs", selected="create") as tabs:
+            with gr.Tab("Create", id="create") as create_tab:
+                ui = lay_out(model, about)
+                create = CreateTab(session, page, ui)
+            with gr.Tab("Training runs", id="runs", elem_id="runs") as runs_tab:
+                runs = RunsTab(session, tabs, create)
+                runs.lay_out(runs_tab)
+        create_tab.select(runs.stop_watching, None, runs.timer, show_progress="hidden")
     return page
-
-
-def _controls(gr: Any, session: WebSession) -> dict[str, Any]:
-    """Lay out the input side; return its components by name."""
-    factor, most = session.pipe.vae_scale_factor, session.max_side_px
-    height, width = trained_size_px(session.pipe.unet, factor=factor)
-    own = default_guidance(session.pipe.model_info)
-    found: dict[str, Any] = {}
-
-    def text(name: str, label: str) -> None:
-        found[name] = gr.Textbox(label=label, max_length=MAX_CHARACTERS, elem_id=name)
-
-    def slider(name: str, label: str, *, ends: tuple[float, float], at: float, by: float) -> None:
-        found[name] = gr.Slider(*ends, at, step=by, label=label, elem_id=name)
-
-    def choice(name: str, label: str, choices: list[str]) -> None:
-        found[name] = gr.Dropdown(choices, value=choices[0], label=label, elem_id=name)
-
-    text("prompt", "Prompt")
-    text("negative_prompt", "Negative prompt")
-    with gr.Row():
-        text("seed", "Seed, empty for a new one")
-        slider("num_images_per_prompt", "Images", ends=(1, MAX_IMAGES), at=1, by=1)
-    with gr.Row():
-        slider("num_inference_steps", "Steps", ends=(1, MAX_STEPS), at=30, by=1)
-        slider("guidance_scale", "Guidance", ends=(min(1, own), max(20, own)), at=own, by=0.1)
-    with gr.Row():
-        slider("width", "Width", ends=(factor, most), at=width, by=factor)
-        slider("height", "Height", ends=(factor, most), at=height, by=factor)
-    with gr.Row():
-        choice("scheduler", "Scheduler", [OWN_SCHEDULER, *scheduler_names()])
-        choice("lora", "LoRA", [NO_LORA, *session.loras])
-        slider("lora_scale", "LoRA scale", ends=(0, 2), at=1, by=0.05)
-    with gr.Accordion("Start from an image", open=False):
-        found["image"] = gr.ImageEditor(
-            type="pil", label="Paint over the part to be replaced", transforms=()
-        )
-        slider("strength", "Strength", ends=(0.05, 1), at=0.8, by=0.05)
-    return found
-
-
-def _generate(session: WebSession, named: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
-    """Yield images, settings and state for the output side."""
-    scheduler, lora = named.pop("scheduler"), named.pop("lora")
-    image, mask = painted_mask(named.pop("image"))
-    call = named | {"image": image, "mask_image": mask, "seed": _seed(named["seed"])}
-    call["negative_prompt"] = call["negative_prompt"] or None
-    if image is None:
-        call["strength"] = None
-    if lora == NO_LORA:
-        call["lora_scale"] = None
-    for event in session.generate(call, scheduler=scheduler, lora=lora):
-        if isinstance(event, LatentDiffOutput):
-            captions = [f"seed {seed}" for seed in event.seeds or []]
-            yield list(zip(event.images, captions, strict=True)), event.settings, "done"
-        else:
-            i, images = event
-            yield images, None, f"step {i + 1} of {session.pipe.num_timesteps}"
-
-
-def _seed(text: str) -> int | None:
-    try:
-        return int(text) if text.strip() else None
-    except ValueError:
-        raise ValueError(f"seed must be a whole number or empty, got {text!r}") from None

@@ -31,6 +31,7 @@ HELP = "describe the options; with WORDs those that have them in their name or d
 OTHER_SPELLINGS = {  # of an option -> the spellings that stand for it, the first that a command has
     "--data": ("--data.root",),
     "--data.root": ("--data",),
+    "--loras": ("--lora_dir",),
     "--out": ("--output_dir",),
     "--output_dir": ("--out",),
     "--sampler": ("--scheduler",),

@@ -36,15 +36,18 @@ def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
 
 def app_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
-    """Serve a web UI that makes images with a model, at http://127.0.0.1:7860, until Ctrl-C."""
-    add_model(parser)
+    """Serve a web UI that makes images and shows training runs, at http://127.0.0.1:7860.
+
+    Ctrl-C ends it. Without a model it opens latentdiff-mini.
+    """
+    add_model(parser, "models", nargs="*")
     parser.add_class_arguments(WebUIOptions)
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
-    from latentdiff.app.web_ui import serve
-
     try:
-        serve(values["model"], take_options(WebUIOptions, values))
+        from latentdiff.app.web_ui import serve
+
+        serve(values["models"], take_options(WebUIOptions, values))
     except ImportError as error:
         raise ValueError(f'{error}; pip install "latentdiff[ui]"') from error
     except KeyboardInterrupt:

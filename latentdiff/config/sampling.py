@@ -87,7 +87,9 @@ class WebUIOptions:
     """address to listen on; 0.0.0.0 admits other machines"""
     port: int = 7860
     """port to listen on, in 0..65535; 0: any free one"""
-    loras: str | None = None
+    runs: str | None = None
+    """a folder of training runs, to watch and to make images with"""
+    lora_dir: str | None = None
     """a folder of LoRA files to choose from"""
     preview_vae: str | None = None
     """a small VAE of the same latent space, such as TAESD, for previews"""

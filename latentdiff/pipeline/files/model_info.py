@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -93,7 +93,8 @@ class ModelInfo:
     none at all; base_caption_dropout: the most in any training of the base model before. dataset,
     steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
     metrics: name to value, with sample counts where they are estimates. guidance_scale: of a call
-    that gives none. clip_skip: layers of the text encoder that captions skipped.
+    that gives none. clip_skip: layers of the text encoder that captions skipped. example_prompts:
+    what the model knows how to draw.
     """
 
     caption_dropout: float | None = None
@@ -108,6 +109,7 @@ class ModelInfo:
     clip_skip: int | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    example_prompts: Sequence[str] = ()
 
     @property
     def null_caption_dropout(self) -> float | None:
@@ -136,7 +138,8 @@ def read_model_info(folder: str | os.PathLike[str]) -> ModelInfo:
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
     known = {one.name for one in fields(ModelInfo)}
-    return ModelInfo(**{name: value for name, value in entries.items() if name in known})
+    info = ModelInfo(**{name: value for name, value in entries.items() if name in known})
+    return replace(info, example_prompts=tuple(info.example_prompts))
 
 
 def merged_info(
@@ -151,6 +154,7 @@ def merged_info(
         guidance_scale=info.guidance_scale,
         clip_skip=info.clip_skip,
         loras=loras,
+        example_prompts=info.example_prompts,
     )
 
 
@@ -205,7 +209,7 @@ def write_model_info(folder: str | os.PathLike[str], info: ModelInfo) -> Path:
     A base model or data set that is a path is named without its place (public_name).
     """
     fields_of = asdict(_published(info)).items()
-    known = {name: value for name, value in fields_of if value not in (None, {})}
+    known = {name: value for name, value in fields_of if value not in (None, {}, ())}
     path = Path(folder) / FILE_NAME
     write_text(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     return path
@@ -292,6 +296,7 @@ def _card_head(info: ModelInfo, *, tag: str | None = None) -> ModelCardData:
         tags=["latentdiff", "stable-diffusion-diffusers", "text-to-image", *([tag] if tag else [])],
         datasets=[info.dataset] if info.dataset and _is_plain(info.dataset) else None,
         base_model=base if base and "/" in base and _is_plain(base) else None,  # hub ids alone
+        widget=[{"text": prompt} for prompt in info.example_prompts] or None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +39,11 @@ MAX_COUNTED = 100_000  # images whose captions' tags are counted
 WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
 
-def export(run: Run, heldout: Mapping[int, float]) -> None:
+def export(run: Run, heldout: Mapping[int, float], *, example_prompts: Sequence[str] = ()) -> None:
     """Write pipeline/ from the run's last state, or from its best one as train.export says.
 
-    heldout: losses by step. Where no process has the whole weights nothing is written.
+    heldout: losses by step. example_prompts: for the model card. Where no process has the whole
+    weights nothing is written.
     """
     if is_sharded(run.train_step.parameters):
         if run.accelerator.is_main_process:
@@ -57,7 +58,8 @@ def export(run: Run, heldout: Mapping[int, float]) -> None:
         step = _load_best(run, heldout) if wants_best else run.config.train.max_steps
         with averaged(run.train_step):
             run.components.unet.to(memory_format=torch.contiguous_format)
-            facts, settings = _facts(run, step), run.config.finetune
+            facts = replace(_facts(run, step), example_prompts=tuple(example_prompts))
+            settings = run.config.finetune
             save_adapters(run.components, settings, run.folder, facts=_lora_facts(run, facts))
             plain = merged_components(run.components, settings.method)
             _write_both(plain, run.folder / "pipeline", facts=facts)

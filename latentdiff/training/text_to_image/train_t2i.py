@@ -269,7 +269,7 @@ class TextToImageRecipe(Recipe):
 
     def export(self) -> None:
         """Write pipeline/."""
-        export(self.run, self.heldout)
+        export(self.run, self.heldout, example_prompts=self._prompts())
 
     def next_commands(self) -> list[str]:
         """Return how to make images with the model, in a file or in the browser, and to measure it.

@@ -1,0 +1,198 @@
+"""What the page asks for: the settings of an image, checked one by one, and read from PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from latentdiff.app.library import NO_LORA
+from latentdiff.app.model_facts import OWN_SCHEDULER, ModelFacts
+from latentdiff.pipeline import checks
+from latentdiff.pipeline.prompts import parse_prompt
+from latentdiff.pipeline.schedulers import scheduler_name
+
+MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
+TEXT, IMAGE, INPAINT = "text", "image", "inpaint"  # kinds, the tabs of the page
+MAXIMA = {"num_images_per_prompt": MAX_IMAGES, "num_inference_steps": MAX_STEPS}
+RANGES = {  # of numbers: the lowest and highest
+    "guidance_scale": (0.0, 30.0),
+    "guidance_rescale": (0.0, 1.0),
+    "lora_scale": (-2.0, 2.0),
+    "strength": (0.05, 1.0),
+}
+LONG_PROMPTS = ("truncate", "chunks")
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Settings of one call, under the names of the pipeline's arguments.
+
+    model, lora: names in the library. kind: TEXT, IMAGE or INPAINT. seed: as typed, "" for a
+    random one. image, mask_image, strength: None where the kind has no use for them.
+    """
+
+    model: str = ""
+    kind: str = TEXT
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: str = ""
+    num_images_per_prompt: int = 1
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    width: int = 512
+    height: int = 512
+    scheduler: str = OWN_SCHEDULER
+    lora: str = NO_LORA
+    lora_scale: float = 1.0
+    clip_skip: int = 0
+    long_prompts: str = "truncate"
+    prompt_weighting: bool = True
+    strength: float | None = None
+    image: Image.Image | None = None
+    mask_image: Image.Image | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call; an image is cropped to the size."""
+        others = ("model", "kind", "scheduler", "lora", "seed", "image", "mask_image", "strength")
+        call = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+        call["negative_prompt"] = self.negative_prompt or None
+        call["clip_skip"] = self.clip_skip or None
+        call["lora_scale"] = None if self.lora == NO_LORA else self.lora_scale
+        call["seed"] = int(self.seed) if self.seed.strip() else None
+        if self.image is not None:
+            call |= {"image": self._cropped(self.image), "strength": self.strength}
+        if self.mask_image is not None:
+            call["mask_image"] = self._cropped(self.mask_image, Image.Resampling.NEAREST)
+        return call
+
+    def _cropped(
+        self, image: Image.Image, method: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Image.Image:
+        return ImageOps.fit(ImageOps.exif_transpose(image), (self.width, self.height), method)
+
+
+def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
+    """Return what is wrong with a request by field, in words for the person who typed it."""
+    found: dict[str, str] = {}
+    for name in ("prompt", "negative_prompt"):
+        if message := _prompt_problem(getattr(request, name), weighted=request.prompt_weighting):
+            found[name] = message
+    if not request.prompt.strip() and request.kind != INPAINT:
+        found["prompt"] = "say what to draw, or choose an example"
+    seed = request.seed.strip()
+    if seed and not (seed.isdecimal() and seed.isascii() and int(seed) <= checks.MAX_SEED):
+        found["seed"] = f"expected a whole number from 0, or nothing for a random one; got {seed!r}"
+    for name in ("width", "height"):
+        side, multiple = getattr(request, name), facts.multiple
+        if side % multiple or not multiple <= side <= facts.max_side_px:
+            expected = f"a multiple of {multiple} up to {facts.max_side_px}"
+            found[name] = f"expected {expected}, got {side:g}"
+    counts = {name: (1, maximum) for name, maximum in MAXIMA.items()}
+    for name, (low, high) in (RANGES | counts | {"clip_skip": (0, facts.max_clip_skip)}).items():
+        value = getattr(request, name)
+        if value is not None and not low <= value <= high:
+            found[name] = f"expected {low:g} to {high:g}, got {value:g}"
+    return found | _image_problem(request)
+
+
+def _image_problem(request: ImageRequest) -> dict[str, str]:
+    if request.kind != TEXT and request.image is None:
+        return {"image": "upload an image to start from"}
+    if request.kind == INPAINT and request.mask_image is None:
+        return {"image": "paint over the part to be replaced"}
+    return {}
+
+
+def _prompt_problem(text: str, *, weighted: bool) -> str:
+    if len(text) > MAX_CHARACTERS:
+        return f"{len(text)} characters are too many, at most {MAX_CHARACTERS}"
+    try:
+        parse_prompt(text, weighting=weighted)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def request_from_settings(
+    settings: Mapping[str, Any],
+    now: ImageRequest,
+    *,
+    facts: ModelFacts,
+    loras: Collection[str],
+) -> tuple[ImageRequest, list[str]]:
+    """Return the request that a PNG file's settings state, and sentences on what is not taken.
+
+    now: the request on the page, whose other settings stay. The kind becomes TEXT, as a file has
+    no image to start from.
+    """
+    call = settings.get("call")
+    taken: dict[str, Any] = {"kind": TEXT, "num_images_per_prompt": 1, "negative_prompt": ""}
+    given = call if isinstance(call, dict) else {}
+    for name in (*MAXIMA, *RANGES, "prompt", "negative_prompt", "width", "height", "clip_skip"):
+        if name in given and name != "strength":
+            taken[name] = given[name]
+    taken["seed"] = str(given.get("seed", ""))
+    for name in ("clip_skip", "guidance_rescale", "long_prompts", "prompt_weighting"):
+        taken[name] = given.get(name, getattr(DEFAULTS, name))
+    notes = _take_scheduler(settings.get("scheduler"), taken, facts=facts)
+    notes += _take_loras(settings.get("loras"), taken, loras=loras)
+    if settings.get("inputs") or "strength" in given:
+        notes.append("the image it was made from is not in the file")
+    return _fitting(now, taken, facts=facts, notes=notes), notes
+
+
+def _take_scheduler(value: object, taken: dict[str, Any], *, facts: ModelFacts) -> list[str]:
+    taken["scheduler"] = OWN_SCHEDULER
+    if not isinstance(value, dict):
+        return []
+    name = scheduler_name(value)
+    if name in facts.schedulers:
+        taken["scheduler"] = name
+        return []
+    label = name or value.get("name") or value.get("class")
+    return [f"scheduler {label} is not available for this model; its own is taken"]
+
+
+def _take_loras(value: object, taken: dict[str, Any], *, loras: Collection[str]) -> list[str]:
+    taken["lora"] = NO_LORA
+    names = list(value) if isinstance(value, Mapping) else []
+    if not names:
+        return []
+    assert isinstance(value, Mapping)
+    if len(names) == 1 and names[0] in loras:
+        taken |= {"lora": names[0], "lora_scale": value[names[0]]}
+        return []
+    return [f"LoRA {', '.join(map(str, names))} is not in the list"]
+
+
+def _fitting(
+    now: ImageRequest, taken: dict[str, Any], *, facts: ModelFacts, notes: list[str]
+) -> ImageRequest:
+    """Return the request with those values that the page can hold; note the others."""
+    request = now
+    for name, value in taken.items():
+        if not _is_of_type(value, getattr(DEFAULTS, name)):
+            notes.append(f"{name.replace('_', ' ')}: {value!r:.40} is no value of it")
+            continue
+        tried = replace(request, **{name: value})
+        problem = find_problems(tried, facts).get(name)
+        if problem and not (name == "prompt" and value == ""):
+            notes.append(f"{name.replace('_', ' ')}: {problem}")
+        else:
+            request = tried
+    return request
+
+
+def _is_of_type(value: object, default: object) -> bool:
+    if default in LONG_PROMPTS:
+        return value in LONG_PROMPTS
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+
+DEFAULTS = ImageRequest()

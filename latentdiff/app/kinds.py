@@ -1,0 +1,151 @@
+"""The kinds of images that the page makes: from text, from an image, into a part of an image.
+
+Each is a tab with inputs of its own above the settings that all share. A new kind is an entry in
+KINDS and whatever fields it adds to ImageRequest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from latentdiff.app.image_request import IMAGE, INPAINT, RANGES, TEXT, ImageRequest
+
+STRENGTH, INPAINT_STRENGTH = 0.8, 1.0
+MASK_COLOR = (255, 59, 107)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of image, its controls and what they say.
+
+    layout: lays out the controls that this kind alone has, by name. read: their values -> fields
+    of the request. fill: a request -> their values. names: the control of a field, where it is
+    not of the field's own name.
+    """
+
+    name: str
+    label: str
+    layout: Callable[[], dict[str, Any]]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    fill: Callable[[ImageRequest], dict[str, Any]]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def control_of(self, name: str) -> str:
+        """Return the name of the control that states a field of the request."""
+        return self.names.get(name, name)
+
+
+def painted_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return an image editor's image and the mask painted over it; None without."""
+    if not value or value.get("background") is None:
+        return None, None
+    background: Image.Image = value["background"]
+    painted = np.zeros(background.size[::-1], dtype=np.uint8)
+    for layer in value.get("layers") or []:
+        opaque = np.asarray(layer.convert("RGBA").resize(background.size))[..., 3]
+        painted = np.maximum(painted, opaque)
+    if not painted.any():
+        return background, None
+    return background, Image.fromarray(np.where(painted > 0, 255, 0).astype(np.uint8))
+
+
+def painting_of(image: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
+    """Return an image editor's value: the image, and the mask painted over it."""
+    background = image.convert("RGBA")
+    layer = Image.new("RGBA", background.size)
+    if mask is not None:
+        layer.paste((*MASK_COLOR, 255), mask=mask.convert("L").resize(background.size))
+    composite = Image.alpha_composite(background, layer)
+    return {"background": background, "layers": [layer], "composite": composite}
+
+
+def _image_layout() -> dict[str, Any]:
+    image = gr.Image(
+        type="pil",
+        label="Start image",
+        sources=["upload", "clipboard"],
+        height=260,
+        elem_id="start-image",
+        buttons=[],
+    )
+    return {"start_image": image, "image_strength": _strength(STRENGTH, "image-strength")}
+
+
+def _inpaint_layout() -> dict[str, Any]:
+    editor = gr.ImageEditor(
+        type="pil",
+        label="Image, and mask painted over it",
+        sources=["upload", "clipboard"],
+        brush=gr.Brush(colors=["#" + bytes(MASK_COLOR).hex()], color_mode="fixed"),
+        transforms=(),
+        layers=False,
+        height=380,
+        elem_id="painting",
+        buttons=[],
+    )
+    strength = _strength(INPAINT_STRENGTH, "inpaint-strength")
+    return {"painting": editor, "inpaint_strength": strength}
+
+
+def _strength(value: float, elem_id: str) -> Any:
+    low, high = RANGES["strength"]
+    return gr.Slider(
+        low,
+        high,
+        value,
+        step=0.05,
+        label="Strength",
+        info="How much is made anew: low keeps the image, 1 replaces it",
+        elem_id=elem_id,
+    )
+
+
+def _read_image(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image": values["start_image"], "strength": values["image_strength"]}
+
+
+def _fill_image(request: ImageRequest) -> dict[str, Any]:
+    strength = STRENGTH if request.strength is None else request.strength
+    return {"start_image": request.image, "image_strength": strength}
+
+
+def _read_inpaint(values: Mapping[str, Any]) -> dict[str, Any]:
+    image, mask = painted_mask(values["painting"])
+    return {"image": image, "mask_image": mask, "strength": values["inpaint_strength"]}
+
+
+def _fill_inpaint(request: ImageRequest) -> dict[str, Any]:
+    strength = INPAINT_STRENGTH if request.strength is None else request.strength
+    image = request.image
+    painting = None if image is None else painting_of(image, request.mask_image)
+    return {"painting": painting, "inpaint_strength": strength}
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(TEXT, "Text to image", dict, lambda values: {}, lambda request: {}),
+        Kind(
+            IMAGE,
+            "Image to image",
+            _image_layout,
+            _read_image,
+            _fill_image,
+            {"image": "start_image", "strength": "image_strength"},
+        ),
+        Kind(
+            INPAINT,
+            "Inpaint",
+            _inpaint_layout,
+            _read_inpaint,
+            _fill_inpaint,
+            {"image": "painting", "strength": "inpaint_strength"},
+        ),
+    )
+}

@@ -1,0 +1,132 @@
+"""What the page tells of the model that is open: name, subjects, size, training, examples.
+
+From the model card (README.md), `latentdiff.json` and the networks' configs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentdiff.models.components import resolve_model
+from latentdiff.pipeline.files.model_info import ModelInfo, default_guidance
+from latentdiff.pipeline.initial_latents import trained_size_px
+from latentdiff.pipeline.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
+
+OWN_SCHEDULER = "the model's own"
+REACH = 2  # times the trained size, where the page's sizes end
+COMFORT = 1.5  # times the trained size, beyond which subjects repeat
+MAX_SUMMARY = 300  # characters
+GENERATED = "A text-to-image latent diffusion model in Stable Diffusion's format"  # of our cards
+EXAMPLES = (  # for a model that names none
+    "a photograph of a cat on a sofa",
+    "a watercolour of mountains at dawn",
+    "a bowl of fruit, oil painting",
+    "a red bicycle in front of a white wall",
+)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of one model. height, width: in pixels, as trained; multiple: of its sizes."""
+
+    name: str
+    height: int
+    width: int
+    multiple: int
+    max_side_px: int
+    guidance_scale: float
+    schedulers: tuple[str, ...]
+    max_clip_skip: int
+    examples: tuple[str, ...]
+    summary: str = ""
+    rows: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def shows_pixels(self) -> bool:
+        """Whether its images are so small that they are enlarged without smoothing."""
+        return max(self.height, self.width) <= 256
+
+    def size_warning(self, width: float, height: float) -> str:
+        """Return a sentence on a size far beyond the trained one, "" for any other."""
+        limits = COMFORT * self.width, COMFORT * self.height
+        if width <= limits[0] and height <= limits[1]:
+            return ""
+        return (
+            f"{self.name} was trained at {self.width} x {self.height} pixels; far beyond that "
+            "subjects repeat or fall apart"
+        )
+
+    def size_for(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) of about the trained area that has an image's proportions."""
+        scale = (self.width * self.height / (width * height)) ** 0.5
+        sides = (round(side * scale / self.multiple) * self.multiple for side in (width, height))
+        found = [min(max(side, self.multiple), self.max_side_px) for side in sides]
+        return found[0], found[1]
+
+
+def read_model_facts(pipe: LatentDiffPipeline, *, name: str, path: str, max_px: int) -> ModelFacts:
+    """Return the facts of an open model. path: it was opened from; max_px: of a side at most."""
+    factor, folder = pipe.vae_scale_factor, resolve_model(path)
+    height, width = trained_size_px(pipe.unet, factor=factor)
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    layers = 1 if pipe.text_encoder is None else pipe.text_encoder.config.num_hidden_layers
+    info = pipe.model_info
+    return ModelFacts(
+        name=name,
+        height=height,
+        width=width,
+        multiple=factor,
+        max_side_px=max(min(REACH * max(height, width), max_px // factor * factor), factor),
+        guidance_scale=default_guidance(info),
+        schedulers=(OWN_SCHEDULER, *_fitting_schedulers(pipe)),
+        max_clip_skip=layers - 1,
+        examples=tuple(info.example_prompts) or EXAMPLES,
+        summary=card_summary(text),
+        rows=tuple(_rows(pipe, info, size=(width, height))),
+    )
+
+
+def card_summary(card: str) -> str:
+    """Return the first paragraph under a model card's title, "" where it says nothing."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n", text):
+        plain = " ".join(re.sub(r"!?\[([^\]]*)\]\([^)]*\)|[*_`]", r"\1", paragraph).split())
+        if re.match(r"[A-Z0-9]", plain):
+            is_known = plain.startswith(GENERATED)
+            return "" if is_known else plain[:MAX_SUMMARY] + "..." * (len(plain) > MAX_SUMMARY)
+    return ""
+
+
+def _rows(
+    pipe: LatentDiffPipeline, info: ModelInfo, *, size: tuple[int, int]
+) -> list[tuple[str, str]]:
+    """Return labels and values; what is not known is absent."""
+    parts = (pipe.unet, pipe.text_encoder, pipe.vae)
+    parameters = sum(p.numel() for part in parts if part is not None for p in part.parameters())
+    found = {
+        "Size": f"{size[0]} x {size[1]} px",
+        "Trained on": Path(info.dataset).name if info.dataset else None,
+        "Training steps": f"{info.steps:,}" if info.steps else None,
+        "Base model": info.base_model,
+        "Guidance": f"{default_guidance(info):g}",
+        "Parameters": f"{parameters / 1e6:,.3g} M",
+        "Prediction type": info.prediction_type,
+        "Licence": info.licence,
+    }
+    return [(label, str(value)) for label, value in found.items() if value is not None]
+
+
+def _fitting_schedulers(pipe: LatentDiffPipeline) -> list[str]:
+    """Return the names of the schedulers that can do the noise this model was trained with."""
+    found = []
+    for name in scheduler_names():
+        try:
+            make_scheduler(name, trained=pipe.scheduler)
+        except ValueError:
+            continue
+        found.append(name)
+    return found

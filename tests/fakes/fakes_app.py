@@ -1,0 +1,63 @@
+"""A tiny model on disk, sessions that have it open, and requests to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from fakes_pipeline import SIZE, tiny_pipeline
+
+from latentdiff.app.image_request import ImageRequest
+from latentdiff.app.library import Library
+from latentdiff.app.web_session import WebSession
+from latentdiff.pipeline.files.model_info import ModelInfo
+
+EXAMPLES = ("a red heart", "a green apple")
+CARD = """---
+license: mit
+---
+# tiny
+
+Hearts and *apples* at 32 px, for [tests](http://nowhere).
+
+More.
+"""
+STEPS = 4
+
+
+def save_tiny_model(path: Path) -> Path:
+    """Write a model folder with a card and example prompts."""
+    pipe = tiny_pipeline()
+    facts: dict[str, Any] = {"dataset": "hearts", "steps": 1200, "guidance_scale": 2.0}
+    pipe.model_info = ModelInfo(**facts, example_prompts=EXAMPLES)
+    pipe.save_pretrained(path)
+    (path / "README.md").write_text(CARD, encoding="utf-8")
+    return path
+
+
+def open_tiny(model: Path, **library: Path) -> WebSession:
+    """Return a session with a model folder open."""
+    session = WebSession(Library((str(model),), **library), device="cpu", dtype="float32")
+    session.open(model.name)
+    return session
+
+
+def request_of(model: str = "tiny", **changes: Any) -> ImageRequest:
+    """Return a request for an image of a few steps."""
+    given: dict[str, Any] = {"prompt": "a cat", "seed": "1", "num_inference_steps": STEPS}
+    given |= {"width": SIZE, "height": SIZE, "guidance_scale": 2.0, "model": model}
+    return ImageRequest(**given | changes)
+
+
+@contextmanager
+def slow_unet(session: WebSession, seconds: float) -> Iterator[None]:
+    """Make every pass of the open model's U-Net take so much longer inside the block."""
+    pipe: Any = session._pipe
+    hook = pipe.unet.register_forward_pre_hook(lambda *given: sleep(seconds))
+    try:
+        yield
+    finally:
+        hook.remove()
