@@ -37,6 +37,7 @@ class CreateControls:
     images: Any = None
     parameters: Any = None
     selected: Any = None
+    fitted: Any = None
     again: Any = None
     use_again: Any = None
     to_image: Any = None
@@ -67,7 +68,7 @@ def lay_out(model: Any, facts: Any) -> CreateControls:
     """Lay out the tab. model: the page's choice of a model, a control too; facts: on it."""
     ui = CreateControls(facts=facts)
     ui.add("model", model)
-    ui.selected = gr.State("")
+    ui.selected, ui.fitted = gr.State(""), gr.State(None)
     with gr.Row(elem_id="create"):
         with gr.Column(elem_id="ask"):
             _lay_out_prompt(ui)

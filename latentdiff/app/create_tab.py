@@ -25,7 +25,7 @@ from latentdiff.app.image_request import (
     find_problems,
     request_from_settings,
 )
-from latentdiff.app.kinds import KINDS
+from latentdiff.app.kinds import KINDS, painted_mask, painting_of
 from latentdiff.app.library import NO_LORA
 from latentdiff.app.model_facts import ModelFacts
 from latentdiff.app.page_html import (
@@ -43,6 +43,7 @@ from latentdiff.pipeline.webui_parameters import parameters_text
 logger = logging.getLogger(__name__)
 Updates = dict[Any, Any]  # of components
 NUM_EXAMPLES = 8
+TO_THE_TOP = "() => { document.querySelector('#create').scrollIntoView() }"
 
 
 class CreateTab:
@@ -60,9 +61,8 @@ class CreateTab:
         triggers = [ui.generate.click, ui.controls["prompt"].submit]
         shown = [*ui.of_image(), ui.status, ui.history]
         hidden: dict[str, Any] = {"show_progress": "hidden"}
-        gr.on(triggers, self.name_problems, inputs, ui.status, queue=False, **hidden)
-        gr.on(
-            triggers,
+        named = gr.on(triggers, self.name_problems, inputs, ui.status, queue=False, **hidden)
+        named.success(  # not at once: an event that ends takes the validator's messages away
             self.generate,
             inputs,
             shown,
@@ -87,19 +87,23 @@ class CreateTab:
         ui.controls["start_image"].upload(
             self.fit_size, ui.controls["start_image"], size, show_progress="hidden"
         )
-        ui.controls["painting"].upload(
-            self.fit_painting, ui.controls["painting"], size, show_progress="hidden"
-        )
+        painting = ui.controls["painting"]
+        fitted = [*size, painting, ui.fitted]
+        painting.upload(self.fit_painting, [painting, ui.fitted], fitted, show_progress="hidden")
 
     def _connect_history(self) -> None:
         ui = self.ui
         ui.history.select(self.show, None, ui.of_image(), show_progress="hidden")
-        filled = [*ui.controls.values(), ui.kinds, *ui.of_model(), ui.status]
+        filled = [*ui.controls.values(), ui.kinds, ui.fitted, *ui.of_model(), ui.status]
         filled = list(dict.fromkeys(filled))
-        ui.use_again.click(self.use_again, ui.selected, filled, show_progress="hidden")
-        for button, kind in ((ui.to_image, IMAGE), (ui.to_inpaint, INPAINT)):
-            start = partial(self.start_from, kind)
-            button.click(start, ui.selected, filled, show_progress="hidden")
+        again = (
+            (ui.use_again, self.use_again),
+            (ui.to_image, partial(self.start_from, IMAGE)),
+            (ui.to_inpaint, partial(self.start_from, INPAINT)),
+        )
+        for button, fill in again:
+            done = button.click(fill, ui.selected, filled, show_progress="hidden")
+            done.success(None, None, None, js=TO_THE_TOP)
 
     def _connect_settings(self) -> None:
         ui = self.ui
@@ -220,7 +224,9 @@ class CreateTab:
     def note_size(self, width: float, height: float) -> str:
         """Warn of sizes far beyond the trained one."""
         facts = self.session.facts
-        return note_html(facts.size_warning(width, height) if facts else "", kind="warning")
+        return note_html(
+            facts.size_warning(int(width), int(height)) if facts else "", kind="warning"
+        )
 
     def fit_size(self, image: Image.Image | None) -> Any:
         """Set the size to an image's proportions."""
@@ -229,9 +235,22 @@ class CreateTab:
             return gr.skip()
         return facts.size_for(*image.size)
 
-    def fit_painting(self, value: dict[str, Any] | None) -> Any:
-        """Set the size to the proportions of the image that is painted over."""
-        return self.fit_size(value["background"] if value else None)
+    def fit_painting(self, value: dict[str, Any] | None, fitted: Any) -> Updates:
+        """Set the size to the proportions of the image to paint over; enlarge a small one.
+
+        fitted: size of the image that the settings were made for, as the editor says "upload" of
+        an image too that was put there or came into sight.
+        """
+        image, facts, controls = painted_mask(value)[0], self.session.facts, self.ui.controls
+        if image is None or facts is None or image.size == fitted:
+            return {self.ui.fitted: gr.skip()}
+        width, height = facts.size_for(*image.size)
+        painting = painting_of(image, None)
+        size = painting["background"].size
+        updates: Updates = {controls["width"]: width, controls["height"]: height}
+        if size != image.size:
+            updates[controls["painting"]] = painting
+        return updates | {self.ui.fitted: size}
 
     def show(self, chosen: gr.SelectData) -> Updates:
         """Show an image of the history."""
@@ -289,6 +308,8 @@ class CreateTab:
         for name, value in values.items():
             limits = updates.get(controls[name], gr.update())
             updates[controls[name]] = limits | {"value": value}
+        if values.get("painting"):
+            updates[self.ui.fitted] = values["painting"]["background"].size
         lora = gr.update(choices=self._lora_names(), value=request.lora)
         updates[controls["lora"]] = lora
         return updates | {self.ui.kinds: gr.Tabs(selected=request.kind)}

@@ -64,15 +64,15 @@ class ImageRequest:
         call["lora_scale"] = None if self.lora == NO_LORA else self.lora_scale
         call["seed"] = int(self.seed) if self.seed.strip() else None
         if self.image is not None:
-            call |= {"image": self._cropped(self.image), "strength": self.strength}
-        if self.mask_image is not None:
-            call["mask_image"] = self._cropped(self.mask_image, Image.Resampling.NEAREST)
+            size = self.width, self.height
+            is_multiple = self.image.width % size[0] == self.image.height % size[1] == 0
+            method = Image.Resampling.BOX if is_multiple else Image.Resampling.LANCZOS
+            call["image"] = ImageOps.fit(ImageOps.exif_transpose(self.image), size, method)
+            call["strength"] = self.strength
+            if self.mask_image is not None:
+                nearest = Image.Resampling.NEAREST
+                call["mask_image"] = ImageOps.fit(self.mask_image, size, nearest)
         return call
-
-    def _cropped(
-        self, image: Image.Image, method: Image.Resampling = Image.Resampling.LANCZOS
-    ) -> Image.Image:
-        return ImageOps.fit(ImageOps.exif_transpose(image), (self.width, self.height), method)
 
 
 def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:

@@ -18,6 +18,7 @@ from latentdiff.app.image_request import IMAGE, INPAINT, RANGES, TEXT, ImageRequ
 
 STRENGTH, INPAINT_STRENGTH = 0.8, 1.0
 MASK_COLOR = (255, 59, 107)
+EDITOR_PX, BRUSH_PX = 512, 48
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,13 @@ def painted_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, I
 
 
 def painting_of(image: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
-    """Return an image editor's value: the image, and the mask painted over it."""
-    background = image.convert("RGBA")
+    """Return an image editor's value: the image, and the mask painted over it.
+
+    A small image is enlarged by a whole factor, as a brush is some pixels of the image wide.
+    """
+    factor = max(1, EDITOR_PX // max(image.size))
+    size = image.width * factor, image.height * factor
+    background = image.convert("RGBA").resize(size, Image.Resampling.NEAREST)
     layer = Image.new("RGBA", background.size)
     if mask is not None:
         layer.paste((*MASK_COLOR, 255), mask=mask.convert("L").resize(background.size))
@@ -68,6 +74,7 @@ def painting_of(image: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
 def _image_layout() -> dict[str, Any]:
     image = gr.Image(
         type="pil",
+        format="png",
         label="Start image",
         sources=["upload", "clipboard"],
         height=260,
@@ -80,9 +87,12 @@ def _image_layout() -> dict[str, Any]:
 def _inpaint_layout() -> dict[str, Any]:
     editor = gr.ImageEditor(
         type="pil",
+        format="png",
         label="Image, and mask painted over it",
         sources=["upload", "clipboard"],
-        brush=gr.Brush(colors=["#" + bytes(MASK_COLOR).hex()], color_mode="fixed"),
+        brush=gr.Brush(
+            colors=["#" + bytes(MASK_COLOR).hex()], color_mode="fixed", default_size=BRUSH_PX
+        ),
         transforms=(),
         layers=False,
         height=380,

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentdiff.models.compatibility import size_in_reach
 from latentdiff.models.components import resolve_model
 from latentdiff.pipeline.files.model_info import ModelInfo, default_guidance
 from latentdiff.pipeline.initial_latents import trained_size_px
@@ -17,7 +18,6 @@ from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
 
 OWN_SCHEDULER = "the model's own"
 REACH = 2  # times the trained size, where the page's sizes end
-COMFORT = 1.5  # times the trained size, beyond which subjects repeat
 MAX_SUMMARY = 300  # characters
 GENERATED = "A text-to-image latent diffusion model in Stable Diffusion's format"  # of our cards
 EXAMPLES = (  # for a model that names none
@@ -49,14 +49,15 @@ class ModelFacts:
         """Whether its images are so small that they are enlarged without smoothing."""
         return max(self.height, self.width) <= 256
 
-    def size_warning(self, width: float, height: float) -> str:
+    def size_warning(self, width: int, height: int) -> str:
         """Return a sentence on a size far beyond the trained one, "" for any other."""
-        limits = COMFORT * self.width, COMFORT * self.height
-        if width <= limits[0] and height <= limits[1]:
+        trained = self.height, self.width
+        better = size_in_reach(height, width, trained=trained, multiple=self.multiple)
+        if better is None:
             return ""
         return (
-            f"{self.name} was trained at {self.width} x {self.height} pixels; far beyond that "
-            "subjects repeat or fall apart"
+            f"{self.name} was trained at {self.width} x {self.height} pixels; at {width} x "
+            f"{height} subjects repeat and parts come apart. Better: {better[1]} x {better[0]}"
         )
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:

@@ -47,13 +47,14 @@ STYLE = """
 .images img.pixels { image-rendering: pixelated }
 .images figcaption { font-size: .8rem; padding-top: 4px; opacity: .85 }
 .images.empty { min-height: 280px; align-items: center } .images.empty p { opacity: .6 }
-#swap, #refresh { width: fit-content; min-width: 0; align-self: end }
+#swap, #refresh, #use-run { width: fit-content; min-width: 0; align-self: end }
 #size-note:not(:has(.note)), #png-note:not(:has(.note)) { display: none }
 #kind-text { padding: 0 }
 #history .grid-wrap { max-height: 320px; min-height: 0; height: auto; overflow-y: auto }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(64px, 1fr)) !important;
   height: auto; gap: 6px; padding-top: 26px }
 #history .gallery-item { height: auto; align-self: start }
+#history .thumbnail-item.selected { --ring-color: transparent; border-color: transparent }
 #history .thumbnail-item { width: auto; height: auto; aspect-ratio: 1 }
 
 .run img { max-width: 100%; height: auto }
@@ -66,7 +67,9 @@ STYLE = """
     border-top: 1px solid var(--border-color-primary) }
   .gradio-container .main.app { padding: 8px 12px 72px }
   .images.empty { min-height: 120px }
-  #kinds button { padding: 4px 8px } #settings .reset-button { display: none }
+  #kinds button { padding: 4px 8px }
+  #settings input[type="number"] { width: 56px }
+  #settings .reset-button { display: none }
   #head { flex-direction: column; align-items: stretch; gap: 4px }
 }
 """

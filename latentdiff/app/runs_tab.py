@@ -30,8 +30,8 @@ class RunsTab:
         names = self._names()
         with gr.Row(elem_id="run-row"):
             self.run = gr.Dropdown(names, value=next(iter(names), None), label="Run", elem_id="run")
-            self.use = gr.Button("Make images with its model", elem_id="use-run", scale=0)
-        self.view = gr.HTML(elem_id="run-view")
+            self.use = gr.Button("Make images with its model", elem_id="use-run", size="sm")
+        self.view = gr.HTML(status_html("Reading the run ..."), elem_id="run-view")
         self.seen, self.timer = gr.State(None), gr.Timer(REFRESH_S, active=False)
         shown = [self.run, self.view, self.seen]
         options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}

@@ -1,5 +1,7 @@
 """The kinds of images, their tabs and the mask that is painted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fakes_app import request_of
@@ -24,13 +26,20 @@ def test_what_is_painted_over_is_the_mask():
 
 @pytest.mark.parametrize("kind", [IMAGE, INPAINT])
 def test_what_a_kind_fills_in_it_reads_back(kind):
-    image, mask = Image.new("RGB", (8, 4), "red"), Image.new("L", (8, 4))
+    image, mask = Image.effect_noise((8, 4), 90).convert("RGB"), Image.new("L", (8, 4))
     mask.paste(255, (0, 0, 2, 4))
     fields = {"image": image, "strength": 0.4} | ({"mask_image": mask} if kind == INPAINT else {})
     request = request_of(kind=kind, **fields)
     found = KINDS[kind].read(KINDS[kind].fill(request))
     assert found["strength"] == 0.4
-    assert np.array_equal(np.asarray(found["image"].convert("RGB")), np.asarray(image))
+    call = replace(request, width=8, height=4, **found).arguments()
+    assert np.array_equal(np.asarray(call["image"].convert("RGB")), np.asarray(image))
     if kind == INPAINT:
-        assert painting_of(image, None)["layers"][0].getextrema()[3] == (0, 0)
-        assert np.array_equal(np.asarray(found["mask_image"]), np.asarray(mask))
+        assert np.array_equal(np.asarray(call["mask_image"]), np.asarray(mask))
+
+
+def test_a_small_image_is_enlarged_for_the_brush_and_a_large_one_is_not():
+    assert painting_of(Image.new("RGB", (64, 48)), None)["background"].size == (512, 384)
+    large = painting_of(Image.new("RGB", (600, 800)), None)
+    assert large["background"].size == (600, 800)
+    assert large["layers"][0].getextrema()[3] == (0, 0)

@@ -45,5 +45,7 @@ def test_an_image_s_proportions_are_kept_at_the_trained_area(session, size, expe
 
 
 def test_sizes_far_beyond_the_trained_one_are_warned_of(session):
-    assert session.facts.size_warning(48, 48) == ""
-    assert "trained at 32 x 32" in session.facts.size_warning(32, 52)
+    assert session.facts.size_warning(44, 44) == ""
+    warning = session.facts.size_warning(64, 32)
+    assert "trained at 32 x 32 pixels; at 64 x 32" in warning
+    assert "Better: 44 x 24" in warning

@@ -1,6 +1,5 @@
 """The page in a real browser: one server and one browser for all tests here."""
 
-import json
 import shutil
 import socket
 from pathlib import Path
@@ -8,7 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes_app import EXAMPLES, open_tiny, save_tiny_model, slow_unet
+from fakes_app import (
+    EXAMPLES,
+    add_metrics_line,
+    open_tiny,
+    save_tiny_model,
+    slow_unet,
+    write_run,
+)
 from fakes_pipeline import SIZE, lora_weights
 from PIL import Image
 from safetensors.torch import save_file
@@ -16,8 +22,6 @@ from safetensors.torch import save_file
 pytest.importorskip("gradio", reason="the page needs the extra ui")
 
 from latentdiff.app.web_ui import build_page, launch_options
-from latentdiff.config.io import to_yaml
-from latentdiff.config.text_to_image import Config
 from latentdiff.pipeline.png_metadata import read_settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright's client")
@@ -32,23 +36,6 @@ UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, selec
     && !e.innerText.trim() && !e.title && !e.alt && !e.closest('button[aria-label]')
     && !e.closest('label, [role=radiogroup]')?.innerText.trim())
   .map(e => e.outerHTML.slice(0, 160))"""
-
-
-def write_run(folder, losses):
-    """Write what a run in training has on disk."""
-    (folder / "samples").mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(Config(output_dir=str(folder))))
-    Image.new("RGB", (64, 64), "teal").save(folder / "samples" / "step-000000000.png")
-    (folder / "metrics.jsonl").touch()
-    for step, loss in losses.items():
-        add_line(folder, step, loss)
-    return folder
-
-
-def add_line(folder, step, loss):
-    line = {"step": step, "loss": loss, "images_per_second": 5.0, "memory_gb": 1.0}
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +191,18 @@ def test_an_image_is_changed_and_a_painted_part_is_replaced(page, server, tmp_pa
     assert shown_image(page, tmp_path)[1]["call"]["strength"] == 0.8
     page.click("#to-inpaint")
     page.wait_for_selector("#painting canvas >> visible=true")
-    page.click("#generate")
+    for _ in range(20):  # the editor says nowhere when it has the image
+        page.wait_for_timeout(500)
+        page.click("#generate")
+        if page.locator("#painting :text('paint over the part')").count():
+            break
     page.wait_for_selector("#painting :text('paint over the part')")
+    page.locator("#painting").scroll_into_view_if_needed()
     box = page.locator("#painting canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 40, y)
     page.mouse.down()
-    page.mouse.move(x + 40, y, steps=5)
+    page.mouse.move(x + 40, y, steps=2)
     page.mouse.up()
     page.wait_for_timeout(300)
     generate(page)
@@ -250,7 +242,7 @@ def test_a_run_is_shown_and_grows_as_it_is_written(page, server):
     page.wait_for_selector("#run-view:has-text('Stopped after step 20')")
     assert page.locator("#run-view svg").count() > 1
     assert page.locator("#run-view .slider img").count() == 1
-    add_line(server.run, 30, 0.6)
+    add_metrics_line(server.run, 30, 0.6)
     page.wait_for_selector("#run-view:has-text('Stopped after step 30')")
     page.click("#use-run")
     page.wait_for_selector("text=This run has no model yet")

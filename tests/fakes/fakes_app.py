@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 from typing import Any
 
 from fakes_pipeline import SIZE, tiny_pipeline
+from PIL import Image
 
 from latentdiff.app.image_request import ImageRequest
 from latentdiff.app.library import Library
 from latentdiff.app.web_session import WebSession
+from latentdiff.config.io import to_yaml
+from latentdiff.config.text_to_image import Config
 from latentdiff.pipeline.files.model_info import ModelInfo
 
 EXAMPLES = ("a red heart", "a green apple")
@@ -61,3 +65,21 @@ def slow_unet(session: WebSession, seconds: float) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def write_run(folder: Path, losses: Mapping[int, float]) -> Path:
+    """Write what a run in training has on disk; losses: by step."""
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(Config(output_dir=str(folder))))
+    Image.new("RGB", (64, 64), "teal").save(folder / "samples" / "step-000000000.png")
+    (folder / "metrics.jsonl").touch()
+    for step, loss in losses.items():
+        add_metrics_line(folder, step, loss)
+    return folder
+
+
+def add_metrics_line(folder: Path, step: int, loss: float) -> None:
+    """Add the line of a step to a run's metrics."""
+    line = {"step": step, "loss": loss, "images_per_second": 5.0, "memory_gb": 1.0}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
