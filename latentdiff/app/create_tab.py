@@ -210,7 +210,7 @@ class CreateTab:
         updates[controls["guidance_scale"]] = facts.guidance_scale
         scheduler = gr.update(choices=list(facts.schedulers), value=facts.schedulers[0])
         updates[controls["scheduler"]] = scheduler
-        clip_skip = gr.update(maximum=max(facts.max_clip_skip, 1), value=0)
+        clip_skip = gr.update(maximum=max(facts.max_clip_skip, 1), value=facts.clip_skip)
         return updates | {controls["clip_skip"]: clip_skip, self.ui.size_note: ""}
 
     def list_loras(self, name: str) -> Any:

@@ -55,12 +55,15 @@ class ImageRequest:
     image: Image.Image | None = None
     mask_image: Image.Image | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call; an image is cropped to the size."""
+    def arguments(self, *, clip_skip: int = 0) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call; an image is cropped to the size.
+
+        clip_skip: the model's own, which a call that names none has.
+        """
         others = ("model", "kind", "scheduler", "lora", "seed", "image", "mask_image", "strength")
         call = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         call["negative_prompt"] = self.negative_prompt or None
-        call["clip_skip"] = self.clip_skip or None
+        call["clip_skip"] = None if self.clip_skip == clip_skip else self.clip_skip
         call["lora_scale"] = None if self.lora == NO_LORA else self.lora_scale
         call["seed"] = int(self.seed) if self.seed.strip() else None
         if self.image is not None:
@@ -136,8 +139,9 @@ def request_from_settings(
         if name in given and name != "strength":
             taken[name] = given[name]
     taken["seed"] = str(given.get("seed", ""))
-    for name in ("clip_skip", "guidance_rescale", "long_prompts", "prompt_weighting"):
+    for name in ("guidance_rescale", "long_prompts", "prompt_weighting"):
         taken[name] = given.get(name, getattr(DEFAULTS, name))
+    taken["clip_skip"] = given.get("clip_skip", facts.clip_skip)
     notes = _take_scheduler(settings.get("scheduler"), taken, facts=facts)
     notes += _take_loras(settings.get("loras"), taken, loras=loras)
     if settings.get("inputs") or "strength" in given:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from latentdiff.models.compatibility import size_in_reach
 from latentdiff.models.components import resolve_model
+from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.files.model_info import ModelInfo, default_guidance
 from latentdiff.pipeline.initial_latents import trained_size_px
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
@@ -39,6 +40,7 @@ class ModelFacts:
     max_side_px: int
     guidance_scale: float
     schedulers: tuple[str, ...]
+    clip_skip: int
     max_clip_skip: int
     examples: tuple[str, ...]
     summary: str = ""
@@ -84,6 +86,7 @@ def read_model_facts(pipe: LatentDiffPipeline, *, name: str, path: str, max_px: 
         max_side_px=max(min(REACH * max(height, width), max_px // factor * factor), factor),
         guidance_scale=default_guidance(info),
         schedulers=(OWN_SCHEDULER, *_fitting_schedulers(pipe)),
+        clip_skip=clip_skip_of(pipe.text_encoder),
         max_clip_skip=layers - 1,
         examples=tuple(info.example_prompts) or EXAMPLES,
         summary=card_summary(text),

@@ -217,6 +217,7 @@ class WebSession:
 
     def _call(self, pipe: LatentDiffPipeline, job: _Job) -> LatentDiffOutput:
         """Call the pipeline; post a step as it is done."""
+        clip_skip = self._facts.clip_skip if self._facts else 0
         preview, started = LivePreview(self.preview_vae or pipe.vae), time.perf_counter()
 
         def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ class WebSession:
             return {}
 
         output = pipe(
-            **job.request.arguments(),
+            **job.request.arguments(clip_skip=clip_skip),
             callback_on_step_end=step_end,
             callback_on_step_end_tensor_inputs=["predicted_z0"],
         )
