@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 from fakes_app import add_metrics_line, write_run
-from latentdiff.training.report.run_record import read_run
 
 from latentdiff.app.run_view import fingerprint, is_held, progress_of, run_html
+from latentdiff.training.report.run_record import read_run
 
 
 def hold(folder, process, host=None):
