@@ -154,7 +154,6 @@ def merged_info(
         guidance_scale=info.guidance_scale,
         clip_skip=info.clip_skip,
         loras=loras,
-        example_prompts=info.example_prompts,
     )
 
 
