@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
+from latentdiff.config.distill import DistillConfig, check_distillation
 from latentdiff.config.effect import EffectRule, check_effect
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.config.model import ModelConfig
@@ -95,6 +96,11 @@ EFFECT_RULES = (
         "lion has no second moment",
     ),
     EffectRule(
+        ("distill.num_steps", "distill.min_guidance", "distill.max_guidance"),
+        lambda config: config.distill.is_on,
+        "it is for a distill.method, and there is none",
+    ),
+    EffectRule(
         ("train.posthoc_ema_every_steps",),
         lambda config: bool(config.train.posthoc_ema_sigma_rel),
         "it is for the averages of train.posthoc_ema_sigma_rel, and there are none",
@@ -115,6 +121,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -135,6 +142,7 @@ class Config:
         _check_method(self)
         _check_class_images(self)
         _check_learned_variance(self)
+        check_distillation(self)
         check_effect(self)
 
 

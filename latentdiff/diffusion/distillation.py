@@ -79,6 +79,19 @@ def one_step_output(
     return target(schedule, x0, eps, t, prediction_type=prediction_type)
 
 
+def velocity_weights(schedule: Schedule, t: Tensor, *, prediction_type: str) -> Tensor:
+    """Return the weight that makes a squared error that of the velocity, (B,) float32.
+
+    In x0 it is SNR + 1 (Salimans & Ho 2022, Eq. 10): 1 for v_prediction, 1 / alpha_t^2 for epsilon,
+    1 / sigma_t^2 for sample. t: (B,) in [0, T).
+    """
+    if prediction_type == "v_prediction":
+        return torch.ones(len(t), device=t.device)
+    is_epsilon = prediction_type == "epsilon"
+    scale = schedule.sqrt_alphas_cumprod if is_epsilon else schedule.sqrt_one_minus_alphas_cumprod
+    return scale[t].float() ** -2
+
+
 def consistency_scalings(t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return c_skip and c_out, (B, 1, ...) each, of a latent consistency model.
 

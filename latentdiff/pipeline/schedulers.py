@@ -198,6 +198,17 @@ def make_scheduler(name: str, *, trained: Any) -> Any:
     return cls(**{key: value for key, value in wanted.items() if key in known})
 
 
+def distilled_scheduler(trained: Any) -> Any:
+    """Return the DDIMScheduler of a model distilled to few steps, which ends at the clean latents.
+
+    Its steps are those that `diffusion.distillation.trailing_timesteps` names. trained: as in
+    `make_scheduler`.
+    """
+    ddim = make_scheduler("ddim", trained=trained)
+    few_steps = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1}
+    return diffusers.DDIMScheduler.from_config(ddim.config, **few_steps)
+
+
 def scheduler_name(settings: Mapping[str, Any]) -> str | None:
     """Return the name of a scheduler by its "class" and settings; None for one without a name."""
     for name, (cls, own) in SCHEDULERS.items():

@@ -12,7 +12,9 @@ from latentdiff.diffusion.distillation import (
     consistency_scalings,
     ddim_step,
     one_step_output,
+    signal_and_noise,
     trailing_timesteps,
+    velocity_weights,
 )
 from latentdiff.diffusion.guidance import classifier_free
 from latentdiff.diffusion.prediction import predict_x0, target
@@ -143,3 +145,21 @@ def test_a_consistency_model_returns_a_clean_sample_as_it_is() -> None:
         expected = scheduler.get_scalings_for_boundary_condition_discrete(step.double())
         assert skip[k].item() == pytest.approx(float(expected[0]), rel=1e-12)
         assert out[k].item() == pytest.approx(float(expected[1]), rel=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_a_weighted_error_is_that_of_the_velocity(prediction_type: str) -> None:
+    schedule, t = schedule_for(prediction_type), torch.tensor([990, 500, 10])
+    generator = torch.Generator().manual_seed(0)
+    xt, a, b = torch.randn(3, 3, 5, dtype=torch.float64, generator=generator)
+
+    def velocity(output: Tensor) -> Tensor:
+        x0 = predict_x0(schedule, output, xt, t, prediction_type=prediction_type)
+        signal, noise = signal_and_noise(schedule, t, like=xt)
+        return signal * (xt - signal * x0) / noise - noise * x0
+
+    weights = velocity_weights(schedule, t, prediction_type=prediction_type)
+    weighted = weights * (a - b).square().sum(1)
+    torch.testing.assert_close(
+        weighted, (velocity(a) - velocity(b)).square().sum(1), rtol=1e-5, atol=0
+    )

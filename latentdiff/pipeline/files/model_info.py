@@ -92,9 +92,10 @@ class ModelInfo:
     caption_dropout: part of the captions replaced by the empty one in the last training, 0 for
     none at all; base_caption_dropout: the most in any training of the base model before. dataset,
     steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
-    metrics: name to value, with sample counts where they are estimates. guidance_scale: of a call
-    that gives none. clip_skip: layers of the text encoder that captions skipped. example_prompts:
-    what the model knows how to draw.
+    metrics: name to value, with sample counts where they are estimates. guidance_scale,
+    num_inference_steps: of a call that gives none; the latter of a model distilled to so few.
+    clip_skip: layers of the text encoder that captions skipped. example_prompts: what the model
+    knows how to draw.
     """
 
     caption_dropout: float | None = None
@@ -106,6 +107,7 @@ class ModelInfo:
     steps: int | None = None
     resolution: int | None = None
     guidance_scale: float | None = None
+    num_inference_steps: int | None = None
     clip_skip: int | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -152,6 +154,7 @@ def merged_info(
         prediction_type=prediction_type,
         resolution=info.resolution,
         guidance_scale=info.guidance_scale,
+        num_inference_steps=info.num_inference_steps,
         clip_skip=info.clip_skip,
         loras=loras,
     )
@@ -160,6 +163,11 @@ def merged_info(
 def default_guidance(info: ModelInfo) -> float:
     """Return the guidance scale of a call that gives none: the model's own, else 7.5."""
     return GUIDANCE_SCALE if info.guidance_scale is None else info.guidance_scale
+
+
+def default_steps(info: ModelInfo, otherwise: int) -> int:
+    """Return the sampling steps of a call that gives none: a distilled model's own, else these."""
+    return info.num_inference_steps or otherwise
 
 
 def warn_if_guidance_untrained(info: ModelInfo, scale: float) -> None:
@@ -214,7 +222,7 @@ def write_model_info(folder: str | os.PathLike[str], info: ModelInfo) -> Path:
     return path
 
 
-def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
+def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> str:
     """Return a model card in Markdown with its YAML head; unknown fields read "not recorded".
 
     name: of the model, a hub id or a folder's. Text from outside is escaped.
@@ -228,6 +236,8 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
         ("Resolution in pixels", info.resolution),
         ("Prediction type", info.prediction_type),
     ]
+    if info.num_inference_steps:
+        rows.append(("Distilled to sampling steps", info.num_inference_steps))
     if info.clip_skip:
         named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
         rows.append(("Clip skip", named))
@@ -240,7 +250,7 @@ def model_card(info: ModelInfo, *, name: str, default_steps: int = 30) -> str:
         rows="\n".join(f"| {label} | {value} |" for label, value in shown),
         metrics="\n".join(_metrics(info)),
         literal=_literal(name),
-        steps=default_steps,
+        steps=default_steps(info, default_num_steps),
     )
 
 

@@ -52,21 +52,24 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         random_flip: bool,
         masks: LatentMasks | None = None,
         perturbs_input: bool = False,
+        draws_guidance: bool = False,
     ) -> None:
         """encode_caption: to token ids (L,) or prompt embeddings (L, D).
 
-        perturbs_input: draw a second noise, for the U-Net's input.
+        perturbs_input: draw a second noise, for the U-Net's input. draws_guidance: draw the
+        guidance of a distilled student.
         """
         self.latents, self.records, self.masks = latents, records, masks
         self.encode_caption, self.transform = encode_caption, transform
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
-        self.perturbs_input = perturbs_input
+        self.perturbs_input, self.draws_guidance = perturbs_input, draws_guidance
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return z0, or pixels and vae_noise; eps (C, h, w); offset (C, 1, 1); text; and scalars.
 
         The scalars are u in [0, 1) for the timestep, dropped, weight, stratum and index.
-        With masks, mask (1, h, w); with a second noise, perturbation (C, h, w).
+        With masks, mask (1, h, w); with a second noise, perturbation (C, h, w); for distillation,
+        guidance in [0, 1): its place between the lowest scale and the highest.
         """
 
         def rng(purpose: str) -> np.random.Generator:
@@ -83,6 +86,8 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             sample["mask"] = self.masks.mask(key.index, flipped=flipped, crop=crop)
         if self.perturbs_input:
             sample["perturbation"] = standard_normal(rng("perturbation"), shape)
+        if self.draws_guidance:
+            sample["guidance"] = torch.tensor(rng("guidance").random(), dtype=torch.float32)
         dropped = is_caption_dropped(key, seed=self.seed, caption_dropout=self.caption_dropout)
         return sample | {
             "eps": standard_normal(rng("noise"), shape),

@@ -268,6 +268,7 @@ def _dataset(
         random_flip=config.data.random_flip,
         masks=images.masks,
         perturbs_input=config.diffusion.input_perturbation > 0,
+        draws_guidance=config.distill.is_on,
     )
 
 

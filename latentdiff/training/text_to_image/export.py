@@ -209,6 +209,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         steps=step,
         resolution=config.data.side_px,
         guidance_scale=base.guidance_scale,
+        num_inference_steps=config.distill.num_steps if config.distill.is_on else None,
         clip_skip=clip_skip_of(run.components.text_encoder) or None,
         metrics=metrics,
     )

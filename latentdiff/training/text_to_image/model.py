@@ -38,6 +38,7 @@ from latentdiff.models.components import (
     read_model_configs,
     resolve_model,
 )
+from latentdiff.models.guidance_embedding import guidance_features
 from latentdiff.models.latents import Autoencoder, latent_factor
 from latentdiff.models.learned_variance import fit_variance
 from latentdiff.models.save import save_component
@@ -47,6 +48,7 @@ from latentdiff.models.text import (
     set_clip_skip,
     train_tokenizer,
 )
+from latentdiff.training.distill.student import check_teacher
 
 PLAIN_ATTENTION_PIXELS = 256
 
@@ -61,12 +63,21 @@ class TextToImage(nn.Module):
             components.text_encoder if trains_text_encoder else None
         )
 
-    def forward(self, zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or embeddings."""
-        prompt_embeds = text
+    def forward(
+        self, zt: Tensor, t: Tensor, text: Tensor, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or embeddings.
+
+        guidance_scale: (B,), for a U-Net that reads it.
+        """
+        prompt_embeds, features = text, None
+        if guidance_scale is not None:
+            features = guidance_features(self.unet, guidance_scale, num=len(zt))
         if self.text_encoder is not None:
             prompt_embeds = encode_text(self.text_encoder, text, end_id=self._end_id)
-        output: Tensor = self.unet(zt, t, prompt_embeds, return_dict=False)[0]
+        output: Tensor = self.unet(zt, t, prompt_embeds, timestep_cond=features, return_dict=False)[
+            0
+        ]
         return output
 
 
@@ -94,6 +105,7 @@ def check_components(config: Config) -> None:
             check_compatible(configs, image_size=config.data.side_px)
             _check_buckets(configs, config.data)
             _check_clip_skip(configs.get("text_encoder", {}), config)
+            check_teacher(configs.get("unet", {}), method=config.distill.method)
         return
     if not config.model.vae:
         raise ValueError(

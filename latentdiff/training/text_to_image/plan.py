@@ -212,7 +212,9 @@ def count_parameters(components: Components) -> list[str]:
 def estimate_memory(run: Run) -> Memory:
     """Estimate the memory of this process; the module's docstring names the parts not included."""
     components, train_step = run.components, run.train_step
-    modules: Sequence[nn.Module] = [getattr(components, name) for name in PARTS]
+    modules: list[nn.Module] = [getattr(components, name) for name in PARTS]
+    if run.teacher is not None:
+        modules.append(run.teacher.unet)
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     trained = [local_shard(parameter) for parameter in train_step.parameters.values()]
     copies = 2 if run.layout.num_processes > 1 and not is_sharded(train_step.parameters) else 1

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType
+from diffusers import UNet2DConditionModel
 
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
+from latentdiff.diffusion.distillation import trailing_timesteps
 from latentdiff.diffusion.timesteps import (
     SamplingOptions,
     TimestepSampler,
@@ -24,6 +26,8 @@ from latentdiff.diffusion.timesteps import (
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
+from latentdiff.training.distill.objective import Distillation, GuidedTarget, HalvedTarget
+from latentdiff.training.distill.student import Teacher, make_student
 from latentdiff.training.finetune.dreambooth import generate_class_images
 from latentdiff.training.finetune.initial_weights import read_initial_weights, run_base_hash
 from latentdiff.training.finetune.methods import add_adapters, base_weights_hash, set_trainable
@@ -70,8 +74,9 @@ class Run:
     train_step: TrainStep
     layout: BatchLayout
     nearest_images: NearestImages | None = None
-    base_hash: str | None = None  # of a pretrained model that checkpoints hold a part of
+    base_hash: str | None = None  # of a pretrained model that checkpoints do not hold, or a part
     strata_rule: int = STRATA_RULE  # of the run from its first step on, as in `step_strata`
+    teacher: Teacher | None = None  # of a student
 
 
 def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:
@@ -105,6 +110,10 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     train_folder, heldout = _read_data(config, accelerator)
     load = _load_base_model if config.model.pretrained else _build_new_model
     base = load(config, folder, train_folder, accelerator)
+    teacher = None
+    if config.distill.is_on:
+        teacher = Teacher(base.components.unet, accelerator.autocast)
+        base = base._replace(components=make_student(base.components))
     train_data = build_train_data(
         config,
         train_folder,
@@ -127,10 +136,11 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
         accelerator,
         base.components,
         train_data,
-        build_train_step(config, base.components, train_data, accelerator),
+        build_train_step(config, base.components, train_data, accelerator, teacher=teacher),
         layout,
         make_nearest_images(config, train_data, device=accelerator.device),
         base.weights_hash,
+        teacher=teacher,
     )
 
 
@@ -169,7 +179,8 @@ def _load_base_model(
     """Load the model to fine-tune, let it make class images, then add adapters or words to it."""
     finetune, trains_text = config.finetune, trains_text_encoder(config)
     components = pretrained_components(config)
-    found = base_weights_hash(components) if finetune.is_partial or finetune.class_prompt else None
+    keeps_base = finetune.is_partial or finetune.class_prompt or config.distill.is_on
+    found = base_weights_hash(components) if keeps_base else None
     initial = read_initial_weights(components, finetune)
     class_images = None
     if found and finetune.class_prompt:
@@ -192,11 +203,26 @@ def _load_base_model(
 
 
 def build_train_step(
-    config: Config, components: Components, train_data: TrainData, accelerator: Accelerator
+    config: Config,
+    components: Components,
+    train_data: TrainData,
+    accelerator: Accelerator,
+    *,
+    teacher: Teacher | None = None,
 ) -> TrainStep:
-    """Freeze and lay out the model, and build the train step around it."""
+    """Freeze and lay out the model, and build the train step around it.
+
+    teacher: of a student, to learn from instead of from noised images.
+    """
     settings, device = config.train, accelerator.device
-    objective = _objective(config, components, null_text=train_data.null_text.to(device))
+    null_text = train_data.null_text.to(device)
+    objective: Objective | Distillation
+    if teacher is None:
+        objective = _objective(config, components, null_text=null_text)
+    else:
+        teacher.unet.requires_grad_(False).eval().to(device)
+        _lay_out(config, teacher.unet, components, accelerator)
+        objective = _distillation(config, components, teacher, null_text=null_text)
     model = _trainable_model(config, components, accelerator)
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
@@ -233,10 +259,7 @@ def _trainable_model(
     model = TextToImage(components, trains_text_encoder=trains_text_encoder(config))
     set_trainable(model.unet, model.text_encoder, config.finetune.method)
     model.train()
-    if _is_channels_last(settings.channels_last, accelerator):
-        components.unet.to(memory_format=torch.channels_last)
-    side = config.data.side_px // LatentCodec(components.vae).factor
-    set_attention(components.unet, settings.attention, num_latent_pixels=side**2, device=device)
+    _lay_out(config, components.unet, components, accelerator)
     if device.type == "cpu" and settings.attention == "auto":
         use_fused_transformers(model)
     if settings.gradient_checkpointing:
@@ -247,6 +270,42 @@ def _trainable_model(
     return model
 
 
+def _lay_out(
+    config: Config, unet: UNet2DConditionModel, components: Components, accelerator: Accelerator
+) -> None:
+    """Choose the memory layout and the attention kernel of a U-Net among these components."""
+    settings = config.train
+    if _is_channels_last(settings.channels_last, accelerator):
+        unet.to(memory_format=torch.channels_last)
+    side = config.data.side_px // LatentCodec(components.vae).factor
+    num_pixels, device = side**2, accelerator.device
+    set_attention(unet, settings.attention, num_latent_pixels=num_pixels, device=device)
+
+
+def _distillation(
+    config: Config, components: Components, teacher: Teacher, *, null_text: torch.Tensor
+) -> Distillation:
+    """Return the loss of a student, on the device of null_text."""
+    distill, device = config.distill, null_text.device
+    schedule = schedule_of(components.scheduler).to(device, dtype=torch.float32)
+    prediction_type = components.scheduler.config["prediction_type"]
+
+    def timesteps(num_steps: int) -> torch.Tensor:
+        return trailing_timesteps(num_steps, schedule.num_timesteps).to(device)
+
+    return Distillation(
+        schedule,
+        prediction_type,
+        GuidedTarget(teacher, timesteps(distill.num_steps), null_text)
+        if distill.method == "guided"
+        else HalvedTarget(teacher, schedule, prediction_type, timesteps(2 * distill.num_steps)),
+        num_steps=distill.num_steps,
+        sample_steps=_timestep_sampler(config.diffusion, distill.num_steps, device),
+        min_guidance=distill.min_guidance,
+        max_guidance=distill.max_guidance,
+    )
+
+
 def _objective(config: Config, components: Components, *, null_text: torch.Tensor) -> Objective:
     """Return the loss that the config asks for, on the device of null_text."""
     diffusion, device = config.diffusion, null_text.device
@@ -254,7 +313,9 @@ def _objective(config: Config, components: Components, *, null_text: torch.Tenso
         schedule_of(components.scheduler).to(device, dtype=torch.float32),
         prediction_type=components.scheduler.config["prediction_type"],
         null_text=null_text,
-        sample_timesteps=_timestep_sampler(diffusion, components, device),
+        sample_timesteps=_timestep_sampler(
+            diffusion, components.scheduler.config["num_train_timesteps"], device
+        ),
         loss_weighting=diffusion.loss_weighting,
         snr_gamma=diffusion.snr_gamma or None,
         huber_delta=diffusion.huber_delta if diffusion.loss == "huber" else None,
@@ -290,10 +351,10 @@ def make_nearest_images(
 
 
 def _timestep_sampler(
-    diffusion: DiffusionConfig, components: Components, device: torch.device
+    diffusion: DiffusionConfig, num_timesteps: int, device: torch.device
 ) -> TimestepSampler:
     options = SamplingOptions(
-        components.scheduler.config["num_train_timesteps"],
+        num_timesteps,
         mean=diffusion.logit_normal_mean,
         std=diffusion.logit_normal_std,
         is_unbiased=diffusion.logit_normal_unbiased,

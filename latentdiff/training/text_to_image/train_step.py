@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latentdiff.config.choices import OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
+from latentdiff.training.distill.objective import Distillation
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import LRSchedule
@@ -49,7 +50,7 @@ class TrainStep:
         self,
         model: TextToImage,
         *,
-        objective: Objective,
+        objective: Objective | Distillation,
         accelerator: Accelerator,
         lr_schedule: LRSchedule,
         optimizer: OptimizerName = "adamw",

@@ -161,13 +161,15 @@ class TextToImageRecipe(Recipe):
         """Measure the held-out loss when it is due, and that of training images next to it.
 
         The gap of the two tells overfitting. All processes share in it, with the EMA weights. The
-        figures also have what captions are worth.
+        figures also have what captions are worth. A student has none: it does not learn from noised
+        images.
         """
         run, objective = self.run, self.train_step.objective
         triples, trained = run.train_data.heldout_triples, run.train_data.train_triples
         if (
             triples is None
             or trained is None
+            or run.config.distill.is_on
             or not is_due(step, run.config.eval.every_steps, last)
         ):
             return {}

@@ -1,0 +1,71 @@
+"""Settings of a run that distils a model into a student that needs fewer sampling steps."""
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
+
+from latentdiff.config.ranges import at_least, between
+
+DistillMethod = Literal["none", "guided", "progressive"]
+
+UNUSED: dict[str, Any] = {  # settings of plain training, with the one value that distillation takes
+    "finetune.method": "full",
+    "finetune.class_prompt": "",
+    "train.train_text_encoder": False,
+    "train.keep_best": False,
+    "diffusion.prediction_type": "",
+    "diffusion.loss_weighting": "none",
+    "diffusion.loss": "mse",
+    "diffusion.learned_variance": False,
+    "diffusion.caption_dropout": 0.0,
+    "diffusion.offset_noise": 0.0,
+    "diffusion.input_perturbation": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One stage of distillation: model.pretrained teaches a copy of itself."""
+
+    method: DistillMethod = "none"
+    """none: plain training; guided: the student learns the guided prediction, in one pass, for
+    every guidance scale (Meng et al. 2023); progressive: one step of the student is two of its
+    teacher, which is a guided student itself (Salimans & Ho 2022)"""
+    num_steps: int = between(1, 1000, default=32)
+    """sampling steps of the student; it learns at the timesteps of these alone"""
+    min_guidance: float = at_least(1, default=1.0)
+    """lowest guidance scale that the student learns; 1 is no guidance"""
+    max_guidance: float = at_least(1, default=8.0)
+    """highest guidance scale that the student learns"""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run distils."""
+        return self.method != "none"
+
+
+def check_distillation(config: Any) -> None:
+    """Raise ValueError for settings of a run that exclude distillation."""
+    distill = config.distill
+    if not distill.is_on:
+        return
+    if not config.model.pretrained:
+        raise ValueError(
+            f"distill.method={distill.method} needs the model that teaches; set model.pretrained"
+        )
+    if distill.max_guidance < distill.min_guidance:
+        raise ValueError(
+            f"distill.max_guidance={distill.max_guidance:g} is below distill.min_guidance="
+            f"{distill.min_guidance:g}, expected scales that rise"
+        )
+    for name, value in UNUSED.items():
+        if (given := attrgetter(name)(config)) != value:
+            raise ValueError(
+                f"{name}={given} is not for distillation, whose student learns from its teacher "
+                f"alone; set {name}={str(value).lower() if isinstance(value, bool) else value!r}"
+            )
+    if config.diffusion.timestep_sampling == "loss_aware":
+        raise ValueError(
+            "diffusion.timestep_sampling=loss_aware has no form for the few timesteps of a "
+            "student; set diffusion.timestep_sampling=stratified"
+        )

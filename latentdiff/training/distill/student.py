@@ -1,0 +1,69 @@
+"""Teacher and student of a stage: the model as it was loaded, and a copy that reads the guidance.
+
+Does not answer for: what the student learns (objective.py), or how it is run (text_to_image/).
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from latentdiff.config.distill import DistillMethod
+from latentdiff.models.components import Components
+from latentdiff.models.guidance_embedding import (
+    add_guidance_embedding,
+    guidance_features,
+    has_guidance_embedding,
+)
+from latentdiff.pipeline.schedulers import distilled_scheduler
+
+
+def check_teacher(unet_config: Mapping[str, Any], *, method: DistillMethod) -> None:
+    """Raise ValueError for a U-Net, by its config, that cannot teach a stage of this kind."""
+    reads_guidance = unet_config.get("time_cond_proj_dim") is not None
+    if method == "guided" and reads_guidance:
+        raise ValueError(
+            "model.pretrained reads the guidance scale as an input, so it is distilled already; "
+            "set distill.method=progressive, or start from a model that is not distilled"
+        )
+    if method == "progressive" and not reads_guidance:
+        raise ValueError(
+            "model.pretrained does not read the guidance scale as an input, expected the student "
+            "of a stage with distill.method=guided; `latentdiff distill` runs all stages in turn"
+        )
+
+
+def make_student(teacher: Components) -> Components:
+    """Return a copy of a model whose U-Net reads the guidance, with a sampler of few steps.
+
+    The other components are shared. At first it predicts as its teacher does.
+    """
+    unet = add_guidance_embedding(teacher.unet)
+    return replace(teacher, unet=unet, scheduler=distilled_scheduler(teacher.scheduler))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen U-Net that predicts, in the precision of the run."""
+
+    unet: UNet2DConditionModel
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    @torch.no_grad()
+    def __call__(self, zt: Tensor, t: Tensor, prompt_embeds: Tensor, scale: Tensor) -> Tensor:
+        """Return the output for zt (B, C, h, w), t (B,) and embeddings (B, L, D), float32.
+
+        scale: (B,), of guidance, for a U-Net that reads it.
+        """
+        features = None
+        if has_guidance_embedding(self.unet):
+            features = guidance_features(self.unet, scale, num=len(zt))
+        with self.autocast():
+            output: Tensor = self.unet(
+                zt, t, prompt_embeds, timestep_cond=features, return_dict=False
+            )[0]
+        return output.float()
