@@ -19,7 +19,7 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         type=expanduser,
         nargs="?",
         metavar="FOLDER",
-        help="the folder to report on; by default data.root or data.sources",
+        help="folder or Hugging Face data set to report on; by default data.root or data.sources",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--html", type=expanduser, help="also write the report to this file")
@@ -43,6 +43,7 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         from latentdiff.training.text_to_image.model import with_resolution
 
         config = with_resolution(config)
+    from latentdiff.data.image_tables.hub_dataset import parse_hub_id
     from latentdiff.data.inspection.html_report import write_report_html
     from latentdiff.data.inspection.inspect import inspect_folder, matching_settings, progress_bar
     from latentdiff.data.inspection.text_report import report_as_text
@@ -63,6 +64,8 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     report = inspect_folder(
         folder, **matching_settings(settings, inspect_folder), progress=progress_bar()
     )
+    if parse_hub_id(data.root) is not None:
+        report = replace(report, root=data.root)  # in place of its folder in a cache
     if options["html"]:
         write_report_html(report, folder, path=options["html"])
     print(json.dumps(report.to_json(), indent=2) if options["json"] else report_as_text(report))

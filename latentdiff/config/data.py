@@ -22,7 +22,7 @@ class DataSource:
     """One of several sources of images, and its caption rules; null: as data.* says for all."""
 
     root: str
-    """the captioned folder, as data.root"""
+    """the captioned folder or Hugging Face data set, as data.root"""
     repeats: int = at_least(1, default=1)
     """how often an epoch shows each image"""
     weight: float = at_least(0, default=0.0)
@@ -63,7 +63,8 @@ class DataConfig:
     """The captioned folder and how its images are read."""
 
     root: str = ""
-    """the captioned folder; it may hold train/ and test/ or validation/ folders"""
+    """the captioned folder, which may hold train/ and test/ or validation/ folders; or the id of a
+    Hugging Face data set, OWNER/NAME, with @REVISION, ,config=NAME and ,split=NAME after it"""
     sources: tuple[DataSource, ...] = ()
     """several folders instead of one, as in [{root: cats, repeats: 2}, {root: dogs}]; each may have
     repeats or a weight, and caption_column, file_column, caption_template, missing_caption,
@@ -86,7 +87,8 @@ class DataConfig:
     cache: bool = True
     """encode images once, ahead of training; false: read and encode them at every step"""
     caption_column: str = "text"
-    """column of the metadata file that holds the caption, or a list of captions"""
+    """column of the metadata file that holds the caption, or a list of captions; of a Hugging Face
+    data set without that column the one named as captions are, or the only one of texts"""
     file_column: str = "file_name"
     """column of the metadata file that holds the image's name, or of a parquet or arrow data set
     that holds the image itself (by default the one named image, or the only one of images)"""

@@ -142,7 +142,7 @@ def read_eval_folder(options: EvalModelOptions) -> Folder:
 def read_split(options: EvalModelOptions, split: Literal["heldout", "train", "all"]) -> Folder:
     """Read the folder and return all images of a split, which may be empty."""
     folder = read_folder(
-        Path(options.data).expanduser(),
+        options.data,
         caption_column=options.caption_column,
         heldout_fraction=options.heldout_fraction if options.split != "all" else 0.0,
     )

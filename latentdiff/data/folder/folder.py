@@ -38,6 +38,7 @@ from latentdiff.data.folder.record_table import (
 )
 from latentdiff.data.folder.shards import ARCHIVES
 from latentdiff.data.folder.splits import SPLITS, Split
+from latentdiff.data.image_tables.hub_dataset import open_hub_dataset, parse_hub_id
 from latentdiff.program import program
 
 MASK_COLUMNS = (7, 8, 9)
@@ -256,12 +257,12 @@ def read_folder(
 ) -> Folder:
     """Read a captioned folder; headers only, unless `full`, which decodes every image again.
 
+    root: a folder, or the id of a data set of the Hugging Face Hub, as hub_dataset.py reads it.
     cache_dir: of the scan index, by which the next call opens only files that changed. trust_index:
     take the last scan with these settings without a look at the files, for processes that start
     later. The other settings: CaptionRules, ReadRules. Raises ValueError for a setting,
     FileNotFoundError or NotADirectoryError for `root`; other problems are in the result.
     """
-    root = _checked_root(root)
     captions = CaptionRules(
         caption_column=caption_column,
         file_column=file_column,
@@ -271,6 +272,9 @@ def read_folder(
         sidecar_lines=sidecar_lines,
         repeat_folders=repeat_folders,
     )
+    if (hub := parse_hub_id(root)) is not None:
+        root, captions = open_hub_dataset(hub, captions, trust_index=trust_index)
+    root = _checked_root(root)
     rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None

@@ -35,7 +35,7 @@ def choose_columns(schema: pa.Schema, rules: CaptionRules) -> TableColumns | Non
     The image is `rules.file_column` where that holds bytes, else "image", else the only column of
     images. Raises UnusableTableError where columns do not decide, or the captions are no texts.
     """
-    images = [field.name for field in schema if _is_image(field, rules.file_column)]
+    images = image_columns(schema, rules.file_column)
     if not images:
         return None
     chosen = next((n for n in (rules.file_column, "image") if n in images), images[0])
@@ -58,6 +58,18 @@ def choose_columns(schema: pa.Schema, rules: CaptionRules) -> TableColumns | Non
     class_names = _class_names(schema, rules.caption_column)
     _check_caption_type(schema.field(place), class_names)
     return TableColumns(names.index(chosen), place, class_names)
+
+
+def image_columns(schema: pa.Schema, file_column: str) -> list[str]:
+    """Name the columns that hold images."""
+    return [field.name for field in schema if _is_image(field, file_column)]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column's type is a text, or lists of texts."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def captions_of(
@@ -104,8 +116,7 @@ def _check_caption_type(field: pa.Field, class_names: list[str] | None) -> None:
         return
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
         kind = kind.value_type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-    if not is_text:
+    if not (is_text(kind) or pa.types.is_null(kind)):
         raise UnusableTableError("caption_type", f'"{field.name}" is of type {field.type}'[:200])
 
 

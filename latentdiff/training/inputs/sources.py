@@ -74,7 +74,7 @@ def _read_source(
     if not data.root:
         raise ValueError("data.root is empty, expected a captioned folder; give --data.root=DIR")
     return read_folder(
-        Path(data.root).expanduser(),
+        data.root,
         caption_column=data.caption_column,
         file_column=data.file_column,
         duplicate_rows=data.duplicate_rows,

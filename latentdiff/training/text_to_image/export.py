@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from latentdiff.atomic import atomic_folder, write_text
+from latentdiff.data.image_tables.hub_dataset import public_dataset_name
 from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
 from latentdiff.models.text import clip_skip_of
@@ -205,7 +206,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         base_caption_dropout=base.null_caption_dropout,
         prediction_type=run.train_step.objective.prediction_type,
         base_model=config.model.pretrained or None,
-        dataset=", ".join(Path(data.root).name for data in config.data.each_source()),
+        dataset=", ".join(public_dataset_name(data.root) for data in config.data.each_source()),
         steps=step,
         resolution=config.data.side_px,
         guidance_scale=base.guidance_scale,
