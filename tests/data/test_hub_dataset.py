@@ -192,6 +192,7 @@ def wrong_columns(hub: FakeHub) -> str:
 
 
 def text_files(hub: FakeHub) -> str:
+    save_image(hub.root / "files/b.png", 2)
     save_image(hub.root / "files/a.png", 1).with_suffix(".txt").write_text("a caption")
     return "owner/files"
 

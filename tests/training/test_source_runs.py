@@ -64,3 +64,10 @@ def test_two_processes_train_on_the_same_samples_as_one(
     assert child.wait(timeout_s=180) == 0, child.output()
     assert "an epoch has 25 samples: 15 of" in child.output()
     assert read_metrics(tmp_path / "run") == pytest.approx(read_metrics(whole), rel=0, abs=1e-6)
+
+
+def test_plan_has_a_row_for_each_source(world: Path, whole: Path) -> None:
+    rows = json.loads((whole / "plan.json").read_text())["data"]["sources"]
+    assert [row["root"] for row in rows] == [str(world / "data"), str(world / "more")]
+    assert [(row["train"], row["samples_per_epoch"]) for row in rows] == [(10, 15), (5, 10)]
+    assert [row["held out"] for row in rows][1] == 0

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -122,8 +123,22 @@ def _data_plan(run: Run) -> dict[str, Any]:
     return {
         "splits": {name: len(folder) for name, folder in counts.items() if folder is not None},
         "subfolders": subfolder_counts(data.train),
+        "sources": _source_rows(data, [source.root for source in run.config.data.sources]),
         "problems": problems,
     }
+
+
+def _source_rows(data: TrainData, roots: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the images of each of several sources, held out and not, and its samples an epoch."""
+    draws, num = data.order.draws, len(roots)
+    images, held = (
+        np.bincount(one.sources, minlength=num).tolist() for one in (data.train, data.heldout)
+    )
+    samples = images if draws is None else [draws.source_counts.get(i, 0) for i in range(num)]
+    return [
+        {"root": root, "train": images[i], "held out": held[i], "samples_per_epoch": samples[i]}
+        for i, root in enumerate(roots)
+    ]
 
 
 def _step_plan(run: Run) -> dict[str, float]:
