@@ -29,7 +29,6 @@ from latentdiff.evaluation.metrics.features import Features
 from latentdiff.evaluation.report.comparison import Comparison, compare
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import load_image
-from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.sampling.batch_sampler import generate_images
 
@@ -100,7 +99,7 @@ def _generate_all(
     path: str, prompt: str, options: CompareSubjectOptions
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Generate the subject from each seed, and each unrelated prompt from a seed of its own."""
-    pipe = LatentDiffPipeline.from_pretrained(model_of_run(path))
+    pipe = LatentDiffPipeline.from_pretrained(path)
     pipe.to(choose_device())
     pipe.set_progress_bar_config(disable=True)
     num = options.num_seeds

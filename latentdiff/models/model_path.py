@@ -55,10 +55,6 @@ def is_local(name: str) -> bool:
 def _refuse_folder(path: Path) -> None:
     if (path / INDEX).is_file():
         return
-    if (path / EXPORT / INDEX).is_file():
-        raise FileNotFoundError(
-            f"{path} is the folder of a training run; the model that it exported is {path / EXPORT}"
-        )
     if (path / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"{path} is the folder of a training run without {EXPORT}/, which is written when the "

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from latentdiff.device import DTYPES
 from latentdiff.models.components import left_out
-from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.files.model_info import merged_info, public_name
 from latentdiff.pipeline.files.single_file import save_single_file
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
@@ -37,7 +36,7 @@ def merge_loras(
         raise ValueError(f"{len(weights)} weights for {len(loras)} LoRAs, expected one for each")
     _refuse_existing(out)
     given = left_out(safety_checker=not safety_checker)
-    pipe = LatentDiffPipeline.from_pretrained(model_of_run(base), **given)
+    pipe = LatentDiffPipeline.from_pretrained(base, **given)
     names = [f"lora_{k}" for k in range(len(loras))]
     for lora, name in zip(loras, names, strict=True):
         pipe.load_lora_weights(lora, adapter_name=name)
@@ -77,7 +76,7 @@ def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") ->
         )
     _refuse_existing(out)
     pipe = LatentDiffPipeline.from_pretrained(
-        model_of_run(model), torch_dtype=DTYPES[dtype], **left_out(safety_checker=True)
+        model, torch_dtype=DTYPES[dtype], **left_out(safety_checker=True)
     )  # one file holds none
     if has_new_words(pipe.tokenizer):
         raise ValueError(

@@ -20,7 +20,6 @@ from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
 from latentdiff.models.components import left_out
-from latentdiff.models.model_path import model_of_run
 from latentdiff.pipeline.files.model_info import folder_title, model_card
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
@@ -55,7 +54,7 @@ def pack_model(
     if out.exists():
         raise ValueError(f"{out} already exists, expected the name of a new folder")
     given = left_out(safety_checker=not safety_checker)
-    pipe = LatentDiffPipeline.from_pretrained(model_of_run(model), **given)
+    pipe = LatentDiffPipeline.from_pretrained(model, **given)
     scale = pipe.model_info.guidance_scale if guidance_scale is None else guidance_scale
     pipe.model_info = dataclasses.replace(pipe.model_info, guidance_scale=scale)
     made = model_card(pipe.model_info, name=folder_title(out))

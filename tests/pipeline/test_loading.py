@@ -461,8 +461,7 @@ def test_tiny_autoencoder_serves_as_vae():
 def test_a_run_a_file_and_a_misspelt_name_get_the_right_hint(saved, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved, run / "pipeline")
-    with pytest.raises(FileNotFoundError, match=r"a training run.*run/pipeline"):
-        LatentDiffPipeline.from_pretrained(run)
+    assert images_of(LatentDiffPipeline.from_pretrained(run)).shape[1] == SIZE
     assert images_of(open_pipeline(str(run), dtype="float32", device="cpu")).shape[1] == SIZE
     (tmp_path / "early" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="without pipeline/"):

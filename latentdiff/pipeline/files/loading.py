@@ -25,7 +25,7 @@ from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import check_compatible
 from latentdiff.models.components import BUNDLED, Components, load_parts, resolve_model
 from latentdiff.models.latents import LatentCodec
-from latentdiff.models.model_path import refuse_wrong_path
+from latentdiff.models.model_path import model_of_run, refuse_wrong_path
 from latentdiff.models.save import complete_component, remove_origin
 from latentdiff.models.weights import check_weights
 from latentdiff.pipeline.files.adapters import AdaptersMixin
@@ -79,6 +79,8 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
     ) -> Self:
         """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
 
+        A training run's folder stands for the model that it exported.
+
         dtype: of the weights, float32 by default; torch_dtype is its older name. variant: of the
         weight files, such as "fp16". components: vae, unet, scheduler and so on, in
         the place of the stored ones, which are not loaded; None leaves one out, as in
@@ -92,6 +94,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         if not use_safetensors:
             raise ValueError("use_safetensors=False would open pickles, which can run any code")
         if os.fspath(pretrained_model_name_or_path) not in BUNDLED:
+            pretrained_model_name_or_path = model_of_run(pretrained_model_name_or_path)
             refuse_wrong_path(pretrained_model_name_or_path, known=BUNDLED)
         path = os.fspath(resolve_model(pretrained_model_name_or_path))
         if not os.path.isdir(path):
