@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import takewhile
 from typing import Any, TypeAlias, TypeVar
@@ -113,13 +114,28 @@ def take_options(kind: type[Options], values: dict[str, Any]) -> Options:
 def quieten_libraries() -> None:
     """Turn off diffusers' and transformers' progress bars and warnings; their errors stay.
 
-    Called by commands alone: a program that imports this package keeps its own settings.
+    Called by commands alone: a program that imports this package keeps its own settings. Loading
+    them takes seconds, in which a terminal shows a line that says so.
     """
-    import diffusers.utils.logging
-    import transformers.utils.logging
-    from huggingface_hub.utils.tqdm import enable_progress_bars
+    with _terminal_line("loading PyTorch and diffusers ..."):
+        import diffusers.utils.logging
+        import transformers.utils.logging
+        from huggingface_hub.utils.tqdm import enable_progress_bars
 
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
     enable_progress_bars()  # of downloads, which take long and were turned off along
+
+
+@contextmanager
+def _terminal_line(text: str) -> Iterator[None]:
+    """Show a line on stderr inside the block where that is a terminal, and take it away again."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{' ' * len(text)}\r", end="", file=sys.stderr, flush=True)

@@ -17,10 +17,21 @@ def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train or fine-tune a text-to-image latent diffusion model on a captioned folder."""
     config, _ = parse_settings(parser, Config, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    _check_folders(config)
     quieten_libraries()
     from latentdiff.training.text_to_image.train_t2i import train
 
     return train(config)
+
+
+def _check_folders(config: Config) -> None:
+    """Raise for a data folder that is not there, before libraries are loaded for seconds."""
+    from latentdiff.data.folder.folder import checked_root
+    from latentdiff.data.image_tables.hub_dataset import parse_hub_id
+
+    for source in config.data.each_source():
+        if source.root and parse_hub_id(source.root) is None:
+            checked_root(source.root)
 
 
 def train_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:

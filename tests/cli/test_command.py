@@ -259,3 +259,17 @@ def test_a_run_stands_for_the_model_that_it_exported(
     assert (tmp_path / "packed" / "model_index.json").is_file()
     assert main(["evaluate", str(run), f"--data={run}", f"--out={tmp_path / 'eval'}"]) == 2
     assert str(run / "pipeline") not in capsys.readouterr().err  # the data, not the model
+
+
+def test_a_missing_data_folder_is_reported_before_heavy_libraries_are_loaded(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import sys; from latentdiff.cli.main import main\n"
+        f"status = main(['train', '--data.root={tmp_path}/fotos', '--model.vae=latentdiff-vae'])\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), 'loaded'\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "fotos does not exist" in done.stderr

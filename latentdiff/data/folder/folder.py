@@ -274,7 +274,7 @@ def read_folder(
     )
     if (hub := parse_hub_id(root)) is not None:
         root, captions = open_hub_dataset(hub, captions, trust_index=trust_index)
-    root = _checked_root(root)
+    root = checked_root(root)
     rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
@@ -301,7 +301,11 @@ def _reopen(root: Path, found: RecordTable | Path, rows: np.ndarray) -> Folder:
     return Folder(root, opened, rows=rows)
 
 
-def _checked_root(root: Path | str) -> Path:
+def checked_root(root: Path | str) -> Path:
+    """Return the folder of a data set that is on this machine, as it is spelt on the disk.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError where there is none.
+    """
     if re.match(r"[a-z][a-z0-9+.-]+:(//)?", str(root)) and not Path(root).expanduser().exists():
         raise ValueError(f"data.root={root}: only local folders are read; fetch the files first")
     root = existing_path(Path(root).expanduser())
