@@ -175,7 +175,7 @@ def _page(found: CommandHelp, *, is_whole: bool) -> Iterator[str]:
                 yield from ("", _heading(name, settings), *_described(settings))
         else:
             yield from _described(sections.pop("", []))
-            yield from _overview(sections, found.prog)
+            yield from _overview(sections, found.prog) if sections else ()
 
 
 def _usage(found: CommandHelp) -> str:

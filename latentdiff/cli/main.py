@@ -50,6 +50,7 @@ ENTRIES = (
     Entry("train", "train:train_command", "Train or fine-tune a text-to-image model.", "train"),
     Entry("train-vae", "train:train_vae_command", "Train a VAE on folders of images.", "train"),
     Entry("train-clip", "train:train_clip_command", "Train a CLIP on captioned folders.", "train"),
+    Entry("distill", "train:distill_command", "Make a model draw in 4, 2 or 1 steps.", "train"),
     Entry("sample", "sample:sample_command", "Make images from prompts.", "use"),
     Entry("app", "sample:app_command", "Make images in a web UI.", "use"),
     Entry("evaluate", "evaluate:evaluate_command", "Measure a model on held-out data.", "measure"),

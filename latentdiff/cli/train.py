@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.cli.command import quieten_libraries
+from latentdiff.cli.command import quieten_libraries, take_options
 from latentdiff.config.clip import ClipConfig
+from latentdiff.config.distill import DistillOptions
 from latentdiff.config.io import parse_settings
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
@@ -52,6 +53,30 @@ def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     from latentdiff.training.clip.train_clip import train_clip
 
     return train_clip(config)
+
+
+def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
+    """Distil a model into one that samples in 4, 2 or 1 steps, of one pass each.
+
+    Type: latentdiff distill MODEL --data DIR --steps 4 --out OUT
+
+    A student first learns the guided prediction, then one step for two of its teacher's, stage by
+    stage; each stage is measured against the model. Exit code 1: a stage is worse than the margins
+    allow, and the one before it is kept. Without --config the settings are those of distill.
+    """
+    parser.add_argument("teacher", type=str, help="the model: its folder, a run's, or a hub id")
+    parser.add_class_arguments(DistillOptions)
+    given = [*arguments]
+    if not any(one.partition("=")[0] == "--config" for one in given):
+        given = ["--config", "distill", *given]  # first, so that options win
+    if arguments and not arguments[0].startswith("-"):
+        given += [f"--model.pretrained={arguments[0]}", "--distill.method=guided"]
+    config, options = parse_settings(parser, Config, given)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    quieten_libraries()
+    from latentdiff.training.distill.stages import distill
+
+    return distill(config, take_options(DistillOptions, options))
 
 
 def configs_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:

@@ -69,3 +69,47 @@ def check_distillation(config: Any) -> None:
             "diffusion.timestep_sampling=loss_aware has no form for the few timesteps of a "
             "student; set diffusion.timestep_sampling=stratified"
         )
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """The stages of `latentdiff distill`, and what each is measured by."""
+
+    steps: int = 4
+    """sampling steps of the last student: 16, 8, 4, 2 or 1"""
+    guided_steps: int = 0
+    """optimiser steps of the first stage, which learns guidance; 0: a quarter of the teacher's"""
+    halving_steps: int = 0
+    """optimiser steps of each halving; 0: an eighth of the teacher's"""
+    num_images: int = 128
+    """captions, held-out ones first, that teacher and student draw from the same seeds; 10 and
+    more"""
+    teacher_num_steps: int = 25
+    """sampling steps of the teacher, with classifier-free guidance"""
+    guidance_scale: float | None = None
+    """guidance scale of both; by default the teacher's own, within the scales that are learned"""
+    measure_batch_size: int = 16
+    """images drawn at once"""
+    clip: str | None = None
+    """folder of a transformers CLIP, or the name of an open_clip model: CLIP score"""
+    clip_weights: str | None = None
+    """safetensors file of the open_clip model that --clip names"""
+    features: str | None = None
+    """folder of a feature network, as for evaluate: FD of the student's images to the teacher's"""
+    max_accuracy_loss: float = 0.1
+    """captions of the shapes world: share of right images that a stage may lose"""
+    max_clip_loss: float = 0.02
+    """CLIP score, a cosine, that a stage may lose"""
+    max_distance: float = 0.6
+    """distance to the teacher's images that a stage may have, 1 being that of unlike captions"""
+
+    def check(self) -> None:
+        """Raise ValueError for options out of range."""
+        if self.steps not in (16, 8, 4, 2, 1):
+            raise ValueError(f"steps={self.steps}, expected 16, 8, 4, 2 or 1")
+        for name, low in (("num_images", 10), ("teacher_num_steps", 1), ("measure_batch_size", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least {low}")
+        for name in ("guided_steps", "halving_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}, expected 0 or more")

@@ -20,7 +20,7 @@ from latentdiff.config.yaml_file import (
 )
 
 NAMES = list(shipped_configs())
-KINDS = {"train": Config, "train-vae": VaeConfig, "train-clip": ClipConfig}
+KINDS = {"train": Config, "train-vae": VaeConfig, "train-clip": ClipConfig, "distill": Config}
 
 
 @pytest.mark.parametrize("name", NAMES)

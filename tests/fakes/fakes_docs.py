@@ -34,6 +34,10 @@ OPTIONS = {
         **{"num_images": 8, "num_inference_steps": 1, "num_heldout": 2, "num_train": 4, "draws": 4},
         **{"pilot": 1, "image_steps": 0, "sweep_captions": 2, "sweep_images": 2, "sweep_steps": 1},
     },
+    "distill": {
+        **{"guided_steps": 1, "halving_steps": 1, "num_images": 10, "teacher_num_steps": 1},
+        **{"train.batch_size": 2, "preview.num_nearest": 2, "max_distance": 1000},
+    },
     "demo swiss-roll": {"max_steps": 5, "num_timesteps": 8, "num_points": 100},
     "compare": {"num_inference_steps": 1, "num_seeds": 2},
     "demo": {"num_train": 6, **TRAIN},

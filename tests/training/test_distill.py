@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from fakes_faults import assert_same_state
+from fakes_faults import assert_same_state, start_ranks
 from fakes_finetune import QUICK, generate, open_ours
 from fakes_training import make_config, make_world, read_metrics
 from test_finetune import stopping_after
@@ -161,6 +161,17 @@ def test_losses_of_a_stage_are_equal_on_every_layout(
     assert train(config) == 0
     ours, whole = read_metrics(tmp_path / "run"), read_metrics(world / "guided")
     assert len(whole) == 4
+    assert ours == pytest.approx(whole, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_two_processes_lose_what_one_does(world: Path, tmp_path: Path) -> None:
+    teacher = {"model__vae": "", "model__pretrained": world / "base" / "pipeline"}
+    settings = QUICK | teacher | GUIDED | {"diffusion__caption_dropout": 0, "preview__num_steps": 2}
+    child = start_ranks(world, tmp_path / "run", num=2, **settings)
+    assert child.wait(timeout_s=180) == 0, child.output()
+    assert "(2 processes x 2 x 1 accumulated)" in child.output()
+    ours, whole = read_metrics(tmp_path / "run"), read_metrics(world / "guided")
     assert ours == pytest.approx(whole, rel=1e-4, abs=1e-8)
 
 

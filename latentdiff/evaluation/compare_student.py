@@ -1,0 +1,159 @@
+"""Is a distilled student worse than its teacher? Both draw the same captions from the same seeds.
+
+Scores are losses, teacher less student, so that the upper end of their interval is what the student
+is not worse by: of captions of the shapes world, whose images a geometric judge reads; of the CLIP
+score; and, always, the distance between the two images of a caption, with that of two captions'
+images by the teacher as its unit. FD has no interval, and so no verdict.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.evaluation.generate import GeneratedImages, generate
+from latentdiff.evaluation.metric_nets import MetricNets
+from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean, proportion
+from latentdiff.evaluation.metrics.fd_kid import frechet_distance
+from latentdiff.evaluation.metrics.shapes_judge import follows, judge_image
+from latentdiff.evaluation.report.prompt_following import is_scene, scene_of
+from latentdiff.image_grid import to_pil
+from latentdiff.pipeline import LatentDiffPipeline
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a student loses by one score, and the most that it may lose."""
+
+    name: str
+    loss: Interval
+    allowed: float
+    unit: str = ""
+    teacher: float | None = None
+    student: float | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether a loss above the allowed one cannot be excluded."""
+        return self.loss.high > self.allowed
+
+    def __str__(self) -> str:
+        """Return the verdict in a line."""
+        loss = self.loss
+        interval = f"{loss.estimate:.3g} [{loss.low:.3g}, {loss.high:.3g}]"
+        before = "" if self.teacher is None else f"{self.teacher:.3g} -> {self.student:.3g}, "
+        if self.is_worse:
+            return f"{self.name}: worse, {before}loss {interval}, allowed {self.allowed:g}"
+        bound = f"{max(loss.high, 0):.3g}{self.unit}"
+        return f"{self.name}: not worse by more than {bound}, {before}loss {interval}"
+
+
+@dataclass(frozen=True)
+class StudentReport:
+    """The scores of a student, at 95 %; fd: to the teacher's images, where features are given."""
+
+    scores: tuple[Score, ...]
+    num_images: int
+    fd: float | None = None
+    fd_caution: str = ""
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether any score is."""
+        return any(score.is_worse for score in self.scores)
+
+    def lines(self) -> list[str]:
+        """Return the verdict of each score, and FD."""
+        lines = [str(score) for score in self.scores]
+        return lines if self.fd is None else [*lines, f"FD: {self.fd:.4g} ({self.fd_caution})"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self) | {"is_worse": self.is_worse, "text": self.lines()}
+
+
+def draw(
+    pipe: LatentDiffPipeline,
+    captions: Sequence[str],
+    folder: Path,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+) -> GeneratedImages:
+    """Draw an image of each caption, its number being its seed; keep them in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return generate(
+        pipe,
+        captions,
+        per_caption=1,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        first_seed=0,
+        batch_size=batch_size,
+        folder=folder,
+    )
+
+
+def compare_student(
+    teacher: GeneratedImages,
+    student: GeneratedImages,
+    *,
+    nets: MetricNets,
+    max_accuracy_loss: float,
+    max_clip_loss: float,
+    max_distance: float,
+) -> StudentReport:
+    """Compare images of the same captions and seeds. ValueError where they are not the same."""
+    if (teacher.captions, teacher.first_seed) != (student.captions, student.first_seed):
+        raise ValueError("teacher and student drew other captions or seeds, expected the same")
+    images = [one.flat.float() / 255 for one in (teacher, student)]  # (N, 3, H, W) each
+    scores = [_distance(*images, allowed=max_distance)]
+    if all(map(is_scene, teacher.captions)):
+        right = [_right(one) for one in (teacher, student)]
+        scores.append(_score("right images", *right, allowed=max_accuracy_loss))
+    if nets.clip is not None:
+        cosines = [nets.clip.score(2 * one - 1, teacher.captions).cpu() for one in images]
+        scores.append(_score("CLIP score", *cosines, allowed=max_clip_loss))
+    fd = None
+    if nets.features is not None:
+        fd = frechet_distance(*(nets.features.embed(2 * one - 1) for one in images))
+    return StudentReport(
+        tuple(scores),
+        len(teacher.captions),
+        fd=None if fd is None else fd.value,
+        fd_caution="" if fd is None else fd.caution,
+    )
+
+
+def _distance(teacher: Tensor, student: Tensor, *, allowed: float) -> Score:
+    """Root mean square distance of each pair, over the mean of the teacher's to its next image."""
+    apart = _rms(teacher - teacher.roll(1, 0)).mean().clamp(min=1e-6)
+    ratio = bootstrap_mean(_rms(teacher - student) / apart)
+    return Score("distance of images", ratio, allowed, unit=" of that of unlike captions")
+
+
+def _score(name: str, teacher: Tensor, student: Tensor, *, allowed: float) -> Score:
+    loss = bootstrap_mean(teacher.double() - student.double())
+    if teacher.dtype == torch.bool and loss.low == loss.high:  # all pairs alike is no certainty
+        width = proportion(0, loss.num_samples).high
+        loss = Interval(
+            loss.estimate, loss.low - width, loss.high + width, loss.level, loss.num_samples
+        )
+    means = [one.double().mean().item() for one in (teacher, student)]
+    return Score(name, loss, allowed, teacher=means[0], student=means[1])
+
+
+def _right(generated: GeneratedImages) -> Tensor:
+    """Tell of each image whether it shows all of its scene, (N,) bool."""
+    pairs = zip(generated.flat, generated.captions, strict=True)
+    return torch.tensor(
+        [follows(judge_image(to_pil(image)), scene_of(text))["all"] for image, text in pairs]
+    )
+
+
+def _rms(difference: Tensor) -> Tensor:
+    return difference.flatten(1).square().mean(1).sqrt()

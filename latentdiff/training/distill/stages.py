@@ -1,0 +1,302 @@
+"""Guided progressive distillation from top to bottom: plan, train each stage, measure it, export.
+
+A stage is an ordinary text-to-image run in stages/NAME, which `latentdiff train --config
+stages/NAME/config.yaml` continues alone; its EMA teaches the next. What is done is not done again,
+so a run that was stopped anywhere continues, bit for bit. Does not answer for: what a student
+learns (objective.py), how it is compared with the first teacher (evaluation/compare_student.py).
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latentdiff.atomic import atomic_folder, write_text
+from latentdiff.config.distill import DistillOptions
+from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions
+from latentdiff.config.io import load_stored_config
+from latentdiff.config.text_to_image import Config
+from latentdiff.evaluation.compare_student import StudentReport, compare_student, draw
+from latentdiff.evaluation.generate import GeneratedImages
+from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
+from latentdiff.models.components import resolve_model
+from latentdiff.pipeline.files.model_info import (
+    ModelInfo,
+    default_guidance,
+    folder_title,
+    model_card,
+    read_model_info,
+    write_model_info,
+)
+from latentdiff.sampling.open_pipeline import open_pipeline
+from latentdiff.training.distributed import start_accelerator
+from latentdiff.training.inputs.encode import caption_transform, unique_captions
+from latentdiff.training.inputs.sources import read_data
+from latentdiff.training.text_to_image.model import check_components, with_resolution
+from latentdiff.training.text_to_image.train_t2i import train
+
+logger = logging.getLogger(__name__)
+MOST_STEPS = 16  # of the first halving
+GUIDED_SHARE, HALVING_SHARE = 4, 8  # of the teacher's optimiser steps: a quarter, an eighth
+COST = 5 / 3  # forward units of a step, next to plain training: the teacher predicts twice
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage by the name of its folder, and the run that it is."""
+
+    name: str
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir)
+
+    @property
+    def model(self) -> Path:
+        """The folder of its student."""
+        return self.folder / "pipeline"
+
+
+def distill(template: Config, options: DistillOptions) -> int:
+    """Distil template.model.pretrained to options.steps; return the exit status.
+
+    0: done; 1: a stage was worse than the teacher, and the one before is exported, if any; 143 or
+    130: stopped, all state saved. Writes stages/, teacher/ (images), report.json and pipeline/ into
+    template.output_dir. ValueError or FileNotFoundError for bad input, before heavy work.
+    """
+    options.check()
+    stages = plan_stages(template, options)
+    check_components(stages[0].config)
+    accelerator = start_accelerator(template)
+    is_main = accelerator.is_main_process
+    if is_main:
+        for line in plan_lines(stages, _info(template)):
+            logger.info("%s", line)
+    judge = Judge(template, options)
+    kept: Stage | None = None
+    reports: dict[str, Any] = {}
+    for number, stage in enumerate(stages):
+        before = stages[number - 1] if number else None
+        if not is_done(stage, after=before) and (status := train(stage.config)):
+            return status
+        reports[stage.name] = report = judge.report(stage, accelerator)
+        if report["is_worse"]:
+            break
+        kept = stage
+    is_whole = kept is stages[-1]
+    if is_main:
+        _write_result(template, kept, reports, asked=options.steps)
+    accelerator.wait_for_everyone()
+    return 0 if is_whole else 1
+
+
+def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
+    """Return the stages: guidance first, then halvings from 16 steps to those asked for.
+
+    ValueError where the teacher does not say how long it was trained and no steps are given.
+    """
+    template, info = with_resolution(template), _info(template)
+    lengths = options.guided_steps, options.halving_steps
+    if not all(lengths) and not info.steps:
+        raise ValueError(
+            f"{template.model.pretrained} does not say how many steps it was trained for, of which "
+            "a stage takes a share; give --guided_steps and --halving_steps, such as 1000 and 500"
+        )
+    guided, halving = (
+        given or max(1, (info.steps or 0) // share)
+        for given, share in zip(lengths, (GUIDED_SHARE, HALVING_SHARE), strict=True)
+    )
+    counts = [count for count in (16, 8, 4, 2, 1) if count >= options.steps]
+    out = Path(template.output_dir).expanduser()
+    teacher = str(resolve_model(template.model.pretrained))
+    stages: list[Stage] = []
+    for number, count in enumerate([2 * MOST_STEPS, *counts]):
+        name = f"{number}-{count}" if number else "0-guided"
+        distill = replace(
+            template.distill, method="progressive" if number else "guided", num_steps=count
+        )
+        config = replace(
+            template,
+            output_dir=str(out / "stages" / name),
+            model=replace(template.model, pretrained=teacher),
+            distill=distill,
+            train=replace(
+                template.train,
+                max_steps=halving if number else guided,
+                seed=template.train.seed + number,
+            ),
+            preview=replace(template.preview, num_steps=count),
+        )
+        stages.append(Stage(name, config))
+        teacher = str(stages[-1].model)
+    return stages
+
+
+def plan_lines(stages: list[Stage], teacher: ModelInfo) -> list[str]:
+    """Return the plan for a person: what each stage takes, and the cost of all."""
+    lines, total = ["stages, each measured against the first teacher:"], 0
+    for stage in stages:
+        train, distill = stage.config.train, stage.config.distill
+        total += train.max_steps
+        lines.append(
+            f"  {stage.name:9} {train.max_steps:,} steps of {train.batch_size} images, "
+            f"learning rate {train.learning_rate:.2g}: a student of {distill.num_steps} sampling "
+            "steps"
+        )
+    cost = f"in all {total:,} steps, as costly as {round(COST * total):,} of plain training"
+    if teacher.steps:
+        cost += f"; the teacher's last training had {teacher.steps:,}"
+    return [*lines, cost]
+
+
+def is_done(stage: Stage, *, after: Stage | None) -> bool:
+    """Tell whether a stage has come to its end, with these settings and after its teacher's."""
+    index, stored = stage.model / "model_index.json", stage.folder / "config.yaml"
+    if not index.is_file() or not stored.is_file():
+        return False
+    if after is not None:
+        taught = (after.model / "model_index.json").stat().st_mtime
+        if index.stat().st_mtime < taught:
+            return False
+    found = load_stored_config(stored, Config)
+    return replace(found, train=replace(found.train, resume=stage.config.train.resume)) == (
+        stage.config
+    )
+
+
+class Judge:
+    """Compares students with the first teacher; its images are drawn once."""
+
+    def __init__(self, template: Config, options: DistillOptions) -> None:
+        self.template, self.options = template, options
+        self.out = Path(template.output_dir).expanduser()
+        distill, own = template.distill, default_guidance(_info(template))
+        within = min(max(own, distill.min_guidance), distill.max_guidance)
+        self.scale = within if options.guidance_scale is None else options.guidance_scale
+        self._teacher: GeneratedImages | None = None
+        self._nets: MetricNets | None = None
+
+    def report(self, stage: Stage, accelerator: Accelerator) -> dict[str, Any]:
+        """Return a stage's report, which is measured where no earlier one is of these options.
+
+        All processes call it; the main one measures.
+        """
+        path = stage.folder / REPORT
+        options = asdict(self.options) | {"guidance_scale": self.scale}
+        if accelerator.is_main_process and not _is_of(path, options, stage):
+            report = self.measure(stage)
+            write_text(path, json.dumps({"options": options} | report.to_json(), indent=2) + "\n")
+        accelerator.wait_for_everyone()
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if accelerator.is_main_process:
+            for line in found["text"]:
+                logger.info("stage %s, %s", stage.name, line)
+        return found
+
+    def measure(self, stage: Stage) -> StudentReport:
+        """Draw with teacher and student, and compare."""
+        options, model = self.options, self.template.model.pretrained
+        if self._teacher is None:
+            self._teacher = self._draw(model, self.out / "teacher", options.teacher_num_steps)
+            scoring = EvaluationOptions(
+                clip=options.clip, clip_weights=options.clip_weights, features=options.features
+            )
+            self._nets = load_metric_nets(scoring, EvalModelOptions(""))
+        assert self._nets is not None
+        student = self._draw(
+            str(stage.model), stage.folder / "images", stage.config.distill.num_steps
+        )
+        return compare_student(
+            self._teacher,
+            student,
+            nets=self._nets,
+            max_accuracy_loss=options.max_accuracy_loss,
+            max_clip_loss=options.max_clip_loss,
+            max_distance=options.max_distance,
+        )
+
+    def _draw(self, model: str, folder: Path, num_steps: int) -> GeneratedImages:
+        pipe = open_pipeline(model)
+        pipe.set_progress_bar_config(disable=True)
+        return draw(
+            pipe,
+            self._captions(),
+            folder,
+            num_inference_steps=num_steps,
+            guidance_scale=self.scale,
+            batch_size=self.options.measure_batch_size,
+        )
+
+    def _captions(self) -> list[str]:
+        """Return captions, evenly spaced over the held-out ones, then over the others."""
+        data, prompts = self.template.data, self.template.finetune.instance_prompts
+        train_folder, heldout = read_data(data, prompts=prompts, trust_index=True)
+        chosen: list[str] = []
+        for folder in (heldout, train_folder):
+            known = unique_captions([folder], caption_transform(data))
+            texts = [text for text in dict.fromkeys(known) if text not in chosen]
+            num = min(self.options.num_images - len(chosen), len(texts))
+            chosen += [texts[len(texts) * k // num] for k in range(num)]
+        while len(chosen) < self.options.num_images:  # few captions are drawn from several seeds
+            chosen += chosen[: self.options.num_images - len(chosen)]
+        return chosen
+
+
+def _is_of(path: Path, options: dict[str, Any], stage: Stage) -> bool:
+    """Tell whether a report is of these options and of the student that is there now."""
+    if not path.is_file():
+        return False
+    if path.stat().st_mtime < (stage.model / "model_index.json").stat().st_mtime:
+        return False
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["options"]
+    return found == options
+
+
+def _write_result(
+    template: Config, kept: Stage | None, reports: dict[str, Any], *, asked: int
+) -> None:
+    """Write report.json, and pipeline/ from the stage that is kept; log the verdict."""
+    out = Path(template.output_dir).expanduser()
+    num_steps = None if kept is None else kept.config.distill.num_steps
+    result = {"num_steps": num_steps, "asked": asked, "stages": reports}
+    write_text(out / REPORT, json.dumps(result, indent=2) + "\n")
+    worse = [name for name, report in reports.items() if report["is_worse"]]
+    if kept is None:
+        logger.error("stage %s is worse than the teacher: no model is written", worse[0])
+        return
+    _export(template, kept)
+    if worse:
+        logger.error(
+            "stage %s is worse than the teacher, so the one before is kept: %s has %d sampling "
+            "steps. More --halving_steps may mend it, or a larger margin allow it",
+            *(worse[0], out / "pipeline", num_steps),
+        )
+    else:
+        logger.info("written: %s, which samples in %d steps", out / "pipeline", num_steps)
+
+
+def _export(template: Config, kept: Stage) -> None:
+    """Copy a stage's model to pipeline/, with what is known of the whole distillation."""
+    out = Path(template.output_dir).expanduser()
+    base, own = _info(template), read_model_info(kept.model)
+    facts = replace(
+        own,
+        base_model=template.model.pretrained,
+        base_caption_dropout=base.null_caption_dropout,
+        guidance_scale=base.guidance_scale,
+    )
+    with atomic_folder(out / "pipeline") as temporary:
+        shutil.copytree(kept.model, temporary, dirs_exist_ok=True)
+        write_model_info(temporary, facts)
+        write_text(temporary / "README.md", model_card(facts, name=folder_title(out / "pipeline")))
+
+
+def _info(template: Config) -> ModelInfo:
+    return read_model_info(resolve_model(template.model.pretrained))

@@ -1,0 +1,142 @@
+"""All stages of a distillation: the plan, a kill in any stage, the verdict, and the export."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from fakes_finetune import QUICK, generate, open_ours
+from fakes_training import make_config, read_metrics
+from safetensors.torch import load_file
+from test_distill import world
+
+from latentdiff.config.distill import DistillOptions
+from latentdiff.config.text_to_image import Config
+from latentdiff.pipeline.files.model_info import default_steps, read_model_info
+from latentdiff.training.distill.stages import distill, plan_lines, plan_stages
+from latentdiff.training.text_to_image.train_step import TrainStep
+
+__all__ = ["world"]
+OPTIONS = DistillOptions(
+    steps=16,
+    guided_steps=2,
+    halving_steps=2,
+    num_images=10,
+    teacher_num_steps=2,
+    guidance_scale=2.0,
+    max_distance=100.0,
+    max_accuracy_loss=1.0,
+)
+
+
+def template(world: Path, out: Path, **overrides: Any) -> Config:
+    plain = {
+        "model__vae": "",
+        "model__pretrained": world / "base" / "pipeline",
+        "diffusion__caption_dropout": 0,
+        "distill__method": "guided",
+        "train__ema": "true",
+    }
+    return make_config(world, out, **(QUICK | plain | overrides))
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Path:
+    """A distillation that nothing stopped."""
+    assert distill(template(world, world / "whole"), OPTIONS) == 0
+    return world / "whole"
+
+
+def student(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("killed_at", [1, 3], ids=["guided", "halving"])
+def test_a_kill_in_any_stage_changes_no_bit(
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    given, step, calls = template(world, tmp_path), TrainStep.step, iter(range(1, 100))
+
+    def killed(self: TrainStep, *arguments: Any, **named: Any) -> Any:
+        if next(calls) == killed_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "step", killed)
+        assert distill(given, OPTIONS) == 143
+    assert not (tmp_path / "pipeline").exists()
+    assert distill(given, OPTIONS) == 0
+    expected = student(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in student(tmp_path).items())
+    for name in ("0-guided", "1-16"):
+        stage = tmp_path / "stages" / name
+        assert read_metrics(stage) == read_metrics(whole / "stages" / name)
+        ours, theirs = (json.loads((one / "report.json").read_text()) for one in (
+            stage, whole / "stages" / name,
+        ))  # fmt: skip
+        assert ours["scores"] == theirs["scores"]
+
+
+def test_what_is_done_is_not_done_again(
+    world: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentdiff.training.distill.stages.train", lambda config: 1 / 0)
+    monkeypatch.setattr("latentdiff.training.distill.stages.draw", lambda *_, **__: 1 / 0)
+    assert distill(template(world, whole), OPTIONS) == 0
+
+
+def test_the_export_opens_in_stock_diffusers_and_says_its_steps(world: Path, whole: Path) -> None:
+    info = read_model_info(whole / "pipeline")
+    assert default_steps(info, 30) == 16
+    assert info.base_model == "base"
+    stock = StableDiffusionPipeline.from_pretrained(whole / "pipeline", safety_checker=None)
+    ours, theirs = (
+        generate(pipe, num_inference_steps=16) for pipe in (open_ours(whole / "pipeline"), stock)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1 / 255)
+
+
+def test_a_worse_stage_leaves_the_one_before(
+    world: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = whole / "stages" / "1-16" / "report.json"
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"is_worse": True}))
+    try:
+        assert distill(template(world, whole), OPTIONS) == 1
+    finally:
+        path.write_text(text)
+    assert "stage 1-16 is worse than the teacher, so the one before is kept" in caplog.text
+    assert default_steps(read_model_info(whole / "pipeline"), 30) == 32
+    report = json.loads((whole / "report.json").read_text())
+    assert (report["num_steps"], report["asked"]) == (32, 16)
+    assert distill(template(world, whole), OPTIONS) == 0
+    assert default_steps(read_model_info(whole / "pipeline"), 30) == 16
+
+
+def test_the_plan_takes_a_quarter_and_eighths_of_the_teachers_steps(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    given = template(world, tmp_path)
+    stages = plan_stages(given, DistillOptions(steps=2, guided_steps=40))
+    names = ["0-guided", "1-16", "2-8", "3-4", "4-2"]
+    assert [stage.name for stage in stages] == names
+    assert [stage.config.train.max_steps for stage in stages] == [40, 1, 1, 1, 1]
+    assert [stage.config.distill.num_steps for stage in stages] == [32, 16, 8, 4, 2]
+    assert stages[1].config.model.pretrained == str(tmp_path / "stages" / "0-guided" / "pipeline")
+    assert len({stage.config.train.seed for stage in stages}) == 5
+    last = plan_lines(stages, read_model_info(world / "base" / "pipeline"))[-1]
+    assert last == (
+        "in all 44 steps, as costly as 73 of plain training; the teacher's last training had 2"
+    )
+    with pytest.raises(ValueError, match="steps=3, expected 16, 8, 4, 2 or 1"):
+        distill(given, DistillOptions(steps=3))
