@@ -93,7 +93,7 @@ def _lay_out_prompt(ui: CreateControls) -> None:
         gr.Textbox(
             label="Prompt",
             lines=2,
-            placeholder="What to draw. Shift + Enter generates",
+            placeholder="What to draw. Enter generates, Shift + Enter starts a line",
             elem_id="prompt",
             autofocus=True,
             **text,

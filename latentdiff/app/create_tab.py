@@ -58,10 +58,9 @@ class CreateTab:
 
     def _connect_generate(self) -> None:
         ui, inputs = self.ui, [*self.ui.controls.values()]
-        triggers = [ui.generate.click, ui.controls["prompt"].submit]
         shown = [*ui.of_image(), ui.status, ui.history]
         hidden: dict[str, Any] = {"show_progress": "hidden"}
-        named = gr.on(triggers, self.name_problems, inputs, ui.status, queue=False, **hidden)
+        named = ui.generate.click(self.name_problems, inputs, ui.status, queue=False, **hidden)
         named.success(  # not at once: an event that ends takes the validator's messages away
             self.generate,
             inputs,

@@ -40,7 +40,7 @@ class ImageRequest:
     negative_prompt: str = ""
     seed: str = ""
     num_images_per_prompt: int = 1
-    num_inference_steps: int = 30
+    num_inference_steps: int = 50
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     width: int = 512

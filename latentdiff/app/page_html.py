@@ -54,7 +54,8 @@ def event_html(event: Event) -> str:
         text = f"Step {event.step} of {event.num_steps}{left}"
         return status_html(text, kind="running", value=event.step, maximum=event.num_steps)
     if isinstance(event, Stopped):
-        return status_html("Stopped")
+        where = f" at step {event.step} of {event.num_steps}" if event.num_steps else ""
+        return status_html(f"Stopped{where}")
     num = len(event.entries)
     text = f"{'1 image' if num == 1 else f'{num} images'} in {event.seconds:.1f} s"
     if event.num_flagged:

@@ -43,10 +43,12 @@ STYLE = """
   --room: calc((100cqi - 12px * (var(--columns) - 1)) / var(--columns));
   --most: min(var(--room), 576px);
   width: max(round(down, var(--most), var(--w)), min(var(--w), var(--room))) }
+.images:has(figure:nth-child(3)) figure { --most: min(var(--room), max(128px, 45dvh - 150px)) }
 .images img { display: block; width: 100%; height: auto }
 .images img.pixels { image-rendering: pixelated }
 .images figcaption { font-size: .8rem; padding-top: 4px; opacity: .85 }
 .images.empty { min-height: 280px; align-items: center } .images.empty p { opacity: .6 }
+#model input, #scheduler input, #lora input { text-overflow: ellipsis; padding-right: 1.5rem }
 #swap, #refresh, #use-run { width: fit-content; min-width: 0; align-self: end }
 #size-note:not(:has(.note)), #png-note:not(:has(.note)) { display: none }
 #kind-text { padding: 0 }
@@ -72,6 +74,18 @@ STYLE = """
   #settings .reset-button { display: none }
   #head { flex-direction: column; align-items: stretch; gap: 4px }
 }
+"""
+
+# Before gradio's own handler, which generates on Shift + Enter where a field has several lines.
+ENTER_GENERATES = """
+for (const kind of ["keydown", "keypress"]) document.addEventListener(kind, event => {
+  if (event.key !== "Enter" || event.isComposing || !event.target.closest("#prompt, #negative"))
+    return
+  event.stopPropagation()
+  if (event.shiftKey) return
+  event.preventDefault()
+  if (kind === "keydown") document.querySelector("#generate").click()
+}, true)
 """
 
 

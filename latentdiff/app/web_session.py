@@ -57,7 +57,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The person stopped the call."""
+    """The person stopped the call, after `step` of num_steps; 0 of 0 before the first."""
+
+    step: int = 0
+    num_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,11 @@ class _Job:
     request: ImageRequest
     events: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
+    progress: tuple[int, int] = (0, 0)  # the last step done, and of how many
 
     def stop(self) -> None:
         self.stopped.set()
-        self.events.put(Stopped())
+        self.events.put(Stopped(*self.progress))
 
     def check(self) -> None:
         if self.stopped.is_set():
@@ -168,7 +172,7 @@ class WebSession:
             with self._turn(job):
                 job.events.put(self._make(job))
         except _StoppedError:
-            job.events.put(Stopped())
+            job.events.put(Stopped(*job.progress))
         except BaseException as error:
             job.events.put(error)
 
@@ -225,6 +229,7 @@ class WebSession:
             num = pipe.num_timesteps
             images = preview.images(tensors["predicted_z0"]) if i + 1 < num else None
             left = (time.perf_counter() - started) / (i + 1) * (num - i - 1)
+            job.progress = i + 1, num
             job.events.put(Step(i + 1, num, left, images))
             return {}
 

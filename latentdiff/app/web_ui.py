@@ -6,7 +6,7 @@ uploads are bounded. The page fetches nothing from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from latentdiff.app.create_layout import lay_out
 from latentdiff.app.create_tab import CreateTab
 from latentdiff.app.library import Library
 from latentdiff.app.page_html import facts_html
-from latentdiff.app.page_style import STYLE, make_theme
+from latentdiff.app.page_style import ENTER_GENERATES, STYLE, make_theme
 from latentdiff.app.run_view import STYLE as RUN_STYLE
 from latentdiff.app.runs_tab import RunsTab
 from latentdiff.app.web_session import WebSession
@@ -27,12 +27,16 @@ MAX_UPLOAD = "20mb"
 CACHE_S = (3600, 24 * 3600)  # uploads: how often is looked, how old are deleted; all at the end
 
 
-def serve(models: Sequence[str], options: WebUIOptions) -> None:
-    """Open the first model, and serve the page until interrupted."""
+def serve(
+    models: Sequence[str], options: WebUIOptions, *, on_ready: Callable[[str], object]
+) -> None:
+    """Open the first model, and serve the page until interrupted. on_ready: gets its address."""
     session = open_session(models, options)
     page = build_page(session)
     where: dict[str, Any] = {"server_name": options.host, "server_port": options.port}
-    page.launch(**where, **launch_options(session))
+    page.launch(**where, **launch_options(session), quiet=True, prevent_thread_lock=True)
+    on_ready(str(page.local_url))
+    page.block_thread()
 
 
 def open_session(models: Sequence[str], options: WebUIOptions) -> WebSession:
@@ -58,7 +62,8 @@ def launch_options(session: WebSession) -> dict[str, Any]:
         "max_file_size": MAX_UPLOAD,
         "footer_links": [],
         "theme": make_theme(),
-        "head": f"<style>{STYLE}{RUN_STYLE}</style>",  # gradio rewrites the selectors of its "css"
+        # gradio rewrites the selectors of its "css"
+        "head": f"<style>{STYLE}{RUN_STYLE}</style><script>{ENTER_GENERATES}</script>",
         "allowed_paths": [str(session.history.folder)],
         "enable_monitoring": False,
         "ssr_mode": False,

@@ -1,6 +1,7 @@
 """Commands on captioned folders: inspect one, cache its encodings, merge several."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from os.path import expanduser
@@ -39,22 +40,30 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     )
     config, options = parse_settings(parser, Config, arguments)
     quieten_libraries()
+    names_size = bool(config.model.pretrained) or config.data.resolution is not None
     if config.model.pretrained:  # its size is that of data.resolution
         from latentdiff.training.text_to_image.model import with_resolution
 
         config = with_resolution(config)
     from latentdiff.data.image_tables.hub_dataset import parse_hub_id
     from latentdiff.data.inspection.html_report import write_report_html
-    from latentdiff.data.inspection.inspect import inspect_folder, matching_settings, progress_bar
+    from latentdiff.data.inspection.inspect import (
+        default_sizes_note,
+        inspect_folder,
+        matching_settings,
+        progress_bar,
+        without_captions,
+    )
     from latentdiff.data.inspection.text_report import report_as_text
     from latentdiff.training.inputs.sources import join_sources, read_sources, source_weights
 
     data = config.data
     if options["root"]:
         data = replace(data, root=options["root"], sources=())
+    needs_captions = not config.finetune.instance_prompts  # which stand for captions
     folders = read_sources(
         data,
-        needs_captions=not config.finetune.instance_prompts,  # which stand for captions
+        needs_captions=needs_captions,
         full=options["full"],
         progress=progress_bar(),
     )
@@ -66,9 +75,15 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     )
     if parse_hub_id(data.root) is not None:
         report = replace(report, root=data.root)  # in place of its folder in a cache
+    if not needs_captions:
+        report = without_captions(report)
+    if not names_size:
+        note = default_sizes_note(resolution=data.side_px, batch_size=config.train.batch_size)
+        report = replace(report, sizes_note=note)
+    print(json.dumps(report.to_json(), indent=2) if options["json"] else report_as_text(report))
     if options["html"]:
         write_report_html(report, folder, path=options["html"])
-    print(json.dumps(report.to_json(), indent=2) if options["json"] else report_as_text(report))
+        print(f"wrote {options['html']}", file=sys.stderr if options["json"] else sys.stdout)
     return 0 if report.is_usable else 1
 
 

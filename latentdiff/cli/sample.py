@@ -47,7 +47,11 @@ def app_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     try:
         from latentdiff.app.web_ui import serve
 
-        serve(values["models"], take_options(WebUIOptions, values))
+        serve(
+            values["models"],
+            take_options(WebUIOptions, values),
+            on_ready=lambda url: print(f"the page is at {url}; Ctrl-C ends it", flush=True),
+        )
     except ImportError as error:
         raise ValueError(f'{error}; pip install "latentdiff[ui]"') from error
     except KeyboardInterrupt:

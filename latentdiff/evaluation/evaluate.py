@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from latentdiff.atomic import write_text
 from latentdiff.config.evaluation import (
     BoundOptions,
@@ -52,6 +54,11 @@ from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
 
 logger = logging.getLogger(__name__)
+SPLIT_TITLES = {
+    "heldout": "the held-out split",
+    "train": "the training split",
+    "all": "the whole folder",
+}
 ORDER = (  # of the sections in the report
     "images",
     "compare",
@@ -159,6 +166,7 @@ def _write(
     return write_evaluation_report(
         out / "report.html",
         title=f"Evaluation of {model}",
+        warning=_warning(model, run),
         facts=_facts(settings),
         sections=sections,
         skipped=skipped,
@@ -264,17 +272,44 @@ def _settings(run: EvalRun, result: EvalResult) -> dict[str, Any]:
     }
 
 
+def _warning(model: str, run: EvalRun) -> str:
+    """Say that images were trained on, or may have been, where they are not a held-out split."""
+    if run.is_heldout:
+        return ""
+    num = len(run.eval_model.folder)
+    trained = _trained_data(model)
+    root, fraction = trained.get("root"), trained.get("heldout_fraction")
+    is_same = (
+        bool(root) and Path(root).expanduser().resolve() == run.eval_model.folder.root.resolve()
+    )
+    if run.data.split == "all" and not is_same:
+        text = f"These {num:,} images are not held out: where the model was trained on them"
+        return f"{text}, a good fit may be copying."
+    some_heldout = run.data.split == "all" and (fraction or len(run.eval_model.folder.heldout()))
+    images = f"Most of these {num:,} images" if some_heldout else f"These {num:,} images"
+    return f"{images} were trained on: a good fit may be copying."
+
+
+def _trained_data(model: str) -> dict[str, Any]:
+    """Return the data settings of the run that a model's folder lies in; empty where unknown."""
+    path = resolve_model(model).parent / "config.yaml"
+    if not path.is_file():
+        return {}
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return config.get("data") or {} if isinstance(config, dict) else {}
+
+
 def _facts(settings: dict[str, Any]) -> dict[str, str]:
     """Return the settings as text for the report."""
     height, width = settings["size"]
-    split = settings["split"].replace("heldout", "held-out")
+    split = SPLIT_TITLES[settings["split"]]
     images = (
         f"{settings['num_images']} of {settings['num_captions']} captions, {height} x {width} px"
     )
     sampled = f"{settings['steps']} steps, guidance {settings['guidance_scale']:g}, seeds from "
     return {
         "data": settings["data"],
-        "real images": f"{settings['num_real_images']:,} of the {split} split",
+        "real images": f"{settings['num_real_images']:,} of {split}",
         "generated images": images if settings["num_images"] else "none",
         "sampling": f"{sampled}{settings['seed']}",
         "U-Net": f"sha256 {settings['unet_sha256'][:16]}",

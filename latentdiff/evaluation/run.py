@@ -55,6 +55,11 @@ class EvalRun:
         return self.options.num_images // self.options.images_per_caption
 
     @property
+    def is_heldout(self) -> bool:
+        """Whether the images are a held-out split; training may have seen others."""
+        return self.data.split == "heldout"
+
+    @property
     def num_inference_steps(self) -> int:
         """Sampling steps, at most those of the chain."""
         num_timesteps = int(self.eval_model.components.scheduler.config["num_train_timesteps"])
@@ -145,7 +150,9 @@ def run_evaluation(run: EvalRun, result: EvalResult) -> None:
     result.skipped |= too_few(eval_model.folder, options)
     if "heldout" not in result.skipped:
         with result.part("heldout"):
-            loss, result.scores["heldout"] = heldout_loss_section(eval_model)
+            loss, result.scores["heldout"] = heldout_loss_section(
+                eval_model, is_heldout=run.is_heldout
+            )
             result.sections.append(loss)
     if OF_IMAGES[0] in result.skipped:
         return
@@ -155,7 +162,7 @@ def run_evaluation(run: EvalRun, result: EvalResult) -> None:
         )
         real_images = heldout.subsample(run.num_captions)
         result.generated = generated = run.generate(real_images.captions)
-        result.sections.append(_images_section(generated, real_images))
+        result.sections.append(_images_section(generated, real_images, is_heldout=run.is_heldout))
         with result.part("following"):
             _add_prompt_following(result, run, generated)
         with result.part("clip_score"):
@@ -173,7 +180,7 @@ def _add_prompt_following(result: EvalResult, run: EvalRun, generated: Generated
     if not sets:
         result.skipped["following"] = "it needs two captions or more"
         return
-    section, scores = prompt_following_section(sets, seed=run.data.seed)
+    section, scores = prompt_following_section(sets, seed=run.data.seed, is_heldout=run.is_heldout)
     result.sections.append(section)
     result.scores.update({f"following_{name}": score for name, score in scores.items()})
 
@@ -214,7 +221,12 @@ def _add_image_comparisons(
     else:
         classes = [name for name in real_images.classes for _ in range(generated.per_caption)]
         with result.part("fidelity"):
-            section = fidelity_section(features, classes=classes, real_classes=heldout.classes)
+            section = fidelity_section(
+                features,
+                classes=classes,
+                real_classes=heldout.classes,
+                is_heldout=run.is_heldout,
+            )
             result.sections.append(section)
     if run.nets.features is not None:
         features = features.unit_length()
@@ -289,7 +301,9 @@ def _train_captions(run: EvalRun) -> set[str]:
     return set(filter(is_scene, read_split(run.data, "train").each_caption()))
 
 
-def _images_section(generated: GeneratedImages, real_images: RealImages) -> Section:
+def _images_section(
+    generated: GeneratedImages, real_images: RealImages, *, is_heldout: bool
+) -> Section:
     """Show real images next to the images generated for their captions."""
     count = min(NUM_SHOWN, len(generated.captions))
     groups = []
@@ -302,5 +316,6 @@ def _images_section(generated: GeneratedImages, real_images: RealImages) -> Sect
             for k, one in enumerate(generated.bytes[m, :2])
         ]
         groups.append([real, *others])
-    notes = ["Held-out captions, evenly spaced, not chosen. All generated images are in images/."]
+    captions = "Held-out captions" if is_heldout else "Captions"
+    notes = [f"{captions}, evenly spaced, not chosen. All generated images are in images/."]
     return Section("images", "Images", {}, (), notes, groups)

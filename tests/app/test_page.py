@@ -163,9 +163,34 @@ def test_stop_answers_at_once_and_a_preview_was_seen(page, server):
         page.wait_for_selector("#images figcaption:has-text('preview')")
         page.wait_for_selector("#status [role=progressbar]")
         page.click("#stop")
-        page.wait_for_selector("#status:has-text('Stopped')", timeout=1500)
+        page.wait_for_selector("#status >> text=/Stopped at step \\d+ of 100/", timeout=1500)
     page.click("#stop")
     page.wait_for_selector("#status:has-text('Nothing is running')")
+
+
+def test_enter_generates_and_shift_enter_starts_a_line(page):
+    prompt = field(page, "prompt")
+    prompt.fill("a red")
+    prompt.press("Shift+Enter")
+    page.keyboard.type("heart")
+    assert prompt.input_value() == "a red\nheart"
+    assert page.inner_text("#status") == "Ready"
+    prompt.press("Enter")
+    page.wait_for_selector("#status:has-text('1 image in')")
+    assert prompt.input_value() == "a red\nheart"
+
+
+def test_four_images_are_in_sight_at_once(page):
+    page.set_viewport_size({"width": 1280, "height": 900})
+    field(page, "prompt").fill("a cat")
+    page.fill("#num_images_per_prompt input[type=number]", "4")
+    page.keyboard.press("Tab")
+    page.click("#generate")
+    page.wait_for_selector("#status:has-text('4 images in')")
+    page.wait_for_selector("#images figure >> nth=3")
+    page.evaluate("window.scrollTo(0, 0)")
+    boxes = [one.bounding_box() for one in page.locator("#images figure").all()]
+    assert all(box["y"] + box["height"] <= 900 for box in boxes)
 
 
 def test_what_is_wrong_is_said_next_to_its_field_and_in_the_status(page):

@@ -188,7 +188,7 @@ def test_planted_faults_are_all_found_by_name(tmp_path, monkeypatch, capsys):
     assert code == 1
     for name in planted_names.values():
         assert name in out
-    assert "NOT USABLE:\n  link that leaves the folder (1)" in out
+    assert "NOT USABLE:\n  link that leaves the folder\n" in out
     assert "\x1b" not in out
 
 
@@ -235,8 +235,30 @@ def test_instance_prompts_stand_for_captions_as_in_training(tmp_path, monkeypatc
     for number in range(4):
         save_image(tmp_path / f"{number}.png", number)
     prompts = '--finetune.instance_prompts=["a photo of sks"]'
-    assert run(monkeypatch, capsys, str(tmp_path), "--quick")[0] == 1
-    assert run(monkeypatch, capsys, str(tmp_path), "--quick", prompts)[0] == 0
+    code, out, _ = run(monkeypatch, capsys, str(tmp_path), "--quick")
+    assert code == 1
+    assert "no image has a caption\n" in out
+    assert "for one subject no captions are needed: --config dreambooth_mini" in out
+    code, out, _ = run(monkeypatch, capsys, str(tmp_path), "--quick", prompts)
+    assert code == 0
+    assert "aption" not in out
+
+
+def test_figures_say_what_sizes_they_are_for(tmp_path, monkeypatch, capsys):
+    photos, page = captioned_folder(tmp_path / "photos", 3), tmp_path / "report.html"
+    note = "buckets and cost are for 512 px and batches of 16; --config lora_mini gives"
+    args = [str(photos), "--quick", "--html", str(page)]
+    out = run(monkeypatch, capsys, *args)[1]
+    assert note in out
+    assert note in page.read_text()
+    assert out.endswith(f"\nwrote {page}\n")
+    out = run(monkeypatch, capsys, *args, "--config", "lora_mini")[1]
+    assert "64 x 64" in out
+    assert "an epoch in batches of 12" in out
+    assert "--config" not in out
+    _, out, err = run(monkeypatch, capsys, *args, "--json")
+    assert json.loads(out)["sizes_note"].startswith(note)
+    assert f"wrote {page}" in err
 
 
 def test_an_empty_folder_has_a_report_too(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,34 @@ def test_unseen_data_has_no_training_images(folders: Path, tmp_path: Path) -> No
     assert figures["following"]["heldout"]["num_captions"] == 6
     assert "training split" in figures["left_out"]["memorisation"]
     assert "seen" not in figures["following"]
+
+
+@pytest.mark.parametrize(
+    ("split", "trained", "warning"),
+    [
+        ("heldout", 1, None),
+        ("train", 0, r"These \d+ images were trained on: a good fit may be copying"),
+        ("all", 0, r"These \d+ images are not held out: where the model was trained on them"),
+        ("all", 1, r"Most of these \d+ images were trained on: a good fit may be copying"),
+    ],
+)
+def test_images_that_are_not_held_out_are_not_called_so(
+    folders: Path, tmp_path: Path, split: str, trained: int, warning: str | None
+) -> None:
+    shutil.copytree(folders / "model", tmp_path / "run" / "pipeline")
+    if trained:
+        settings = f"data: {{root: '{folders / 'data'}', heldout_fraction: 0.02}}\n"
+        (tmp_path / "run" / "config.yaml").write_text(settings)
+    out = tmp_path / "out"
+    data = ["--data", folders / "data", "--out", out, "--split", split]
+    assert run(tmp_path / "run", *data, *QUICK, "--features", folders / "clip") == 0
+    page = (out / "report.html").read_text()
+    claims = re.findall(r"[Hh]eld-out (?:loss|captions|images|split)", page)
+    assert bool(claims) == (split == "heldout")
+    assert (warning is None) == ("copying" not in page)
+    if warning is not None:
+        assert re.search(warning, page)
+        assert "Loss on these images" in page
 
 
 def test_captions_are_text_in_the_page(folders: Path, tmp_path: Path) -> None:

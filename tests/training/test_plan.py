@@ -125,7 +125,7 @@ def test_plan_is_logged_before_the_first_step(
     vae = sum(parameter.numel() for parameter in make_vae().parameters())
     for message in (
         "training images: ",
-        "by-product, not used (1): samples/sheet.png",
+        "by-product, not used: samples/sheet.png",
         "parameters: U-Net 0.4 M trained; text encoder 31,200 trained",
         f"VAE {vae:,} frozen",
         "activations of 4 at once",

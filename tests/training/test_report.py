@@ -107,6 +107,18 @@ def test_the_page_of_a_run_shows_all_that_its_folder_holds(tmp_path: Path) -> No
     assert not re.search(r"<script|https?://|src=\"(?!data:)", html)
 
 
+def test_before_and_after_come_first_side_by_side(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine")
+    html = run_report_html(read_runs([str(run)]))
+    titles = re.findall(r"<h2>(.*?)</h2>", html)
+    assert titles[:2] == ["Before and after", "Samples"]
+    part = html.partition("<h2>Before and after")[2].partition("<h2>")[0]
+    labels = re.findall(r"<figcaption>(before|step 40)", part)
+    assert labels == ["before", "step 40"] * len(PROMPTS)
+    (run / "samples" / "step-000000000.png").unlink()
+    assert "<h2>Before and after" not in run_report_html(read_runs([str(run)]))
+
+
 def test_several_runs_share_curves_and_prompts_and_list_what_differs(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a", train__learning_rate=0.5)
     second = make_run(tmp_path / "b", prompts=("a red star", "else"), train__learning_rate=0.25)

@@ -33,7 +33,8 @@ REASONS: dict[str, Reason] = {
         "no image has a caption",
         'write metadata.jsonl, one {"file_name": "cat.jpg", "text": "a cat"} a line; or put a .txt '
         "file next to each image; or name folders after their subjects and pass "
-        "--data.caption_template='a photo of a {label}'",
+        "--data.caption_template='a photo of a {label}'; for one subject no captions are needed: "
+        "--config dreambooth_mini",
     ),
     "link_leaves": Reason(
         "error",
@@ -175,6 +176,11 @@ REASONS: dict[str, Reason] = {
 }
 
 
+def counted_title(title: str, count: int) -> str:
+    """Write a problem's title, and how often it was found where that is more than once."""
+    return title if count == 1 else f"{title} ({count:,})"
+
+
 @dataclass
 class ProblemGroup:
     """All problems of one reason: how many, and (where, detail) of the first ten thousand."""
@@ -189,8 +195,8 @@ class ProblemGroup:
 
     @property
     def headline(self) -> str:
-        """Title and count."""
-        return f"{self.reason.title} ({self.count:,})"
+        """Title, and count where it is more than one."""
+        return counted_title(self.reason.title, self.count)
 
     def line(self, *, max_names: int = 3) -> str:
         """Describe the group in a line: title, count, first names with details, and the fix."""

@@ -276,4 +276,5 @@ def _cost(report: DataReport) -> Markup:
         ["rates", f"{cost.load_rate:,.0f} images/s loaded, {encoded}"],
         ["time to read all once", time_text(cost.seconds)],
     ]
-    return table(["", ""], rows)
+    note = Markup('<p class="soft">{}</p>').format(report.sizes_note) if report.sizes_note else ""
+    return table(["", ""], rows) + note

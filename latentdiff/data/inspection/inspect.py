@@ -63,6 +63,7 @@ class DataReport:
     buckets: list[BucketRow]
     duplicates: list[DuplicateNames] | None  # None where they were not searched
     cost: CostEstimate | None
+    sizes_note: str = ""  # what buckets and cost hold for, where no model or size was named
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,6 +122,20 @@ def make_data_report(
         )
         if len(folder)
         else None,
+    )
+
+
+def without_captions(report: DataReport) -> DataReport:
+    """Return the report of a training that reads no captions: it says nothing of them."""
+    problems = {key: one for key, one in report.problems.items() if key != "empty_caption"}
+    return replace(report, problems=problems, captions=None)
+
+
+def default_sizes_note(*, resolution: int, batch_size: int) -> str:
+    """Say what sizes buckets and cost are of, where neither a model nor a size was named."""
+    return (
+        f"buckets and cost are for {resolution} px and batches of {batch_size}; "
+        "--config lora_mini gives those of a preset"
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from latentdiff.data.folder.problems import counted_title
 from latentdiff.data.inspection.cost_estimate import CostEstimate
 from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
 from latentdiff.data.inspection.statistics import (
@@ -28,7 +29,7 @@ def report_as_text(report: DataReport) -> str:
         ["SAMPLES of an epoch", *_samples(report.samples)] if report.samples else [],
         ["BUCKETS of the training images", *_buckets(report.buckets)] if report.buckets else [],
         ["DUPLICATES", *_duplicates(report.duplicates)],
-        ["COST", *_cost(report.cost)] if report.cost else [],
+        ["COST", *_cost(report.cost), *_notes(report)] if report.cost else [],
         [_verdict(report)],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -80,7 +81,7 @@ def _problems(report: DataReport) -> Iterator[str]:
         if chosen:
             yield f"  {title}:"
         for problem in chosen:
-            yield f"    {problem['title']} ({problem['count']:,})"
+            yield f"    {counted_title(problem['title'], problem['count'])}"
             for example in problem["examples"][:NUM_NAMES]:
                 detail = f": {printable(example['detail'])}" if example["detail"] else ""
                 yield f"      {printable(example['where'])}{detail}"
@@ -214,6 +215,11 @@ def _cost(cost: CostEstimate) -> Iterator[str]:
     else:
         rate = f"loads {rate}, encodes {cost.encode_rate:,.1f} images/s"
         yield f"  building it takes {time_text(cost.seconds)} (one process {rate})"
+
+
+def _notes(report: DataReport) -> Iterator[str]:
+    if report.sizes_note:
+        yield f"  {report.sizes_note}"
 
 
 def leak_text(report: DataReport) -> str:

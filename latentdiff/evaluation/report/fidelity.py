@@ -29,13 +29,19 @@ TITLES = {
 
 
 def fidelity_section(
-    features: FeatureSets, *, classes: Sequence[str], real_classes: Sequence[str]
+    features: FeatureSets,
+    *,
+    classes: Sequence[str],
+    real_classes: Sequence[str],
+    is_heldout: bool = True,
 ) -> Section:
     """Compare the sets. classes: of the generated images (M K), real_classes: of the held-out (H).
+    is_heldout: whether the real images are a held-out split, and are called so.
 
     ValueError for sets of fewer than four images.
     """
     generated, heldout, train = features.generated, features.heldout, features.train
+    titles = TITLES | ({} if is_heldout else {"heldout": "generated to these images"})
     pairs = {"heldout": (heldout, generated)}
     if len(train) >= MIN_IMAGES:
         pairs |= {"train": (train, generated), "heldout_to_train": (train, heldout)}
@@ -48,14 +54,14 @@ def fidelity_section(
     }
     rows = []
     for name, (reference, images) in pairs.items():
-        figures[name], some = _compare(reference, images, TITLES[name])
+        figures[name], some = _compare(reference, images, titles[name])
         rows += some
     by_class, some = _by_class(features, classes, real_classes)
     notes = [
         f"Features: {features.name}, {generated.shape[1]} of them, sha256 {features.hash[:16]}."
     ]
     notes += [
-        f"{TITLES['heldout'].capitalize()}: {figures['heldout']['fd']['caution']}.",
+        f"{titles['heldout'].capitalize()}: {figures['heldout']['fd']['caution']}.",
         "KID is unbiased and may be negative; images count as independent of one another.",
     ]
     if by_class:

@@ -25,8 +25,14 @@ from latentdiff.evaluation.report.section import PairedScore, ReportRow, Section
 MIN_TRIPLES = 512
 
 
-def heldout_loss_section(eval_model: EvalModel) -> tuple[Section, PairedScore]:
-    """Measure the loss on the model's images; FloatingPointError where a loss is not finite."""
+def heldout_loss_section(
+    eval_model: EvalModel, *, is_heldout: bool = True
+) -> tuple[Section, PairedScore]:
+    """Measure the loss on the model's images; FloatingPointError where a loss is not finite.
+
+    is_heldout: whether the images are a held-out split, and are called so.
+    """
+    title = "Held-out loss" if is_heldout else "Loss on these images"
     chain = Chain.of(eval_model.components)
     num_timesteps = chain.schedule.num_timesteps
     triples = fixed_triples(eval_model, num_timesteps=num_timesteps)
@@ -39,7 +45,7 @@ def heldout_loss_section(eval_model: EvalModel) -> tuple[Section, PairedScore]:
         "caption_match": bootstrap_mean((shuffled - true) / shuffled.mean()),
     }
     labels = (
-        ("Held-out loss", f"{len(triples)} triples"),
+        (title, f"{len(triples)} triples"),
         ("Caption use, against no caption", "share of the loss that the caption saves"),
         ("Caption match, against another caption", "0 for a model that ignores captions"),
     )
@@ -59,8 +65,8 @@ def heldout_loss_section(eval_model: EvalModel) -> tuple[Section, PairedScore]:
         "Squared errors of the model's own prediction at fixed timesteps and noise: they compare "
         "between models of the same latents and the same prediction type."
     ]
-    section = Section("heldout", "Held-out loss and use of captions", figures, rows + some, notes)
-    return section, PairedScore("held-out loss", true, higher_is_better=False)
+    section = Section("heldout", f"{title} and use of captions", figures, rows + some, notes)
+    return section, PairedScore(title[0].lower() + title[1:], true, higher_is_better=False)
 
 
 def _losses(chain: Chain, eval_model: EvalModel, triples: Triples) -> dict[str, Tensor]:

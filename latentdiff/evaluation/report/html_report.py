@@ -32,6 +32,7 @@ dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 """
 BODY = """\
 <h1>{{ title }}</h1>
+{% if warning %}<p><strong>{{ warning }}</strong></p>{% endif %}
 <dl>{% for name, fact in facts.items() %}<dt>{{ name }}</dt><dd>{{ fact }}</dd>{% endfor %}</dl>
 {% if headlines %}<h2>At a glance</h2>{{ headlines }}{% endif %}
 {% for section in sections %}{{ section }}{% endfor %}
@@ -55,9 +56,13 @@ def write_evaluation_report(
     facts: Mapping[str, str],
     sections: Sequence[Section],
     skipped: Mapping[str, str],
+    warning: str = "",
 ) -> Path:
     """Write the page to `path`, replacing an older one at once; return the path."""
-    write_text(path, evaluation_html(title=title, facts=facts, sections=sections, skipped=skipped))
+    html = evaluation_html(
+        title=title, facts=facts, sections=sections, skipped=skipped, warning=warning
+    )
+    write_text(path, html)
     return path
 
 
@@ -67,12 +72,17 @@ def evaluation_html(
     facts: Mapping[str, str],
     sections: Sequence[Section],
     skipped: Mapping[str, str],
+    warning: str = "",
 ) -> str:
-    """Lay out an evaluation: its facts, each section's headline, the sections, skipped metrics."""
+    """Lay out an evaluation: its facts, each section's headline, the sections, skipped metrics.
+
+    warning: about all figures, below the title.
+    """
     headlines = [one.rows[0] for one in sections if one.rows and one.has_headline]
     body = render_template(
         BODY,
         title=title,
+        warning=warning,
         facts=facts,
         headlines=_table(headlines),
         sections=[_section(section) for section in sections],

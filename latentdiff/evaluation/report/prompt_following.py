@@ -39,11 +39,12 @@ class Answers:
 
 
 def prompt_following_section(
-    sets: dict[str, GeneratedImages], *, seed: int
+    sets: dict[str, GeneratedImages], *, seed: int, is_heldout: bool = True
 ) -> tuple[Section, dict[str, PairedScore]]:
     """Score sets of images by name, such as those of seen and of held-out combinations.
 
     All captions must be scenes. Chance is the score with the captions shuffled within their set.
+    is_heldout: whether the set named heldout is of a held-out split, and is called so.
     """
     figures: dict[str, Any] = {}
     rows, scores = [], {}
@@ -54,7 +55,7 @@ def prompt_following_section(
         true, chance = (_answers(readings, wanted) for wanted in (scenes, other))
         figures[name] = _figures(true) | {"shuffled_captions": _figures(chance)}
         figures[name] |= {"num_captions": len(scenes), "num_images": len(generated.flat)}
-        title = name.replace("heldout", "held-out")
+        title = name.replace("heldout", "held-out" if is_heldout else "these")
         for attribute in sorted(true.shown, key=lambda one: one != "all"):
             share = _share(true, attribute)
             note = f"chance {_share(chance, attribute).estimate:.1%}"
@@ -70,9 +71,10 @@ def prompt_following_section(
         scores[name] = PairedScore(
             f"everything right, {title} captions", values, higher_is_better=True
         )
+    unseen = "Held-out combinations of attributes are in no training image. " if is_heldout else ""
     notes = [
-        "Read back by geometry and colour alone, without a network. Held-out "
-        "combinations of attributes are in no training image. Intervals are over captions."
+        "Read back by geometry and colour alone, without a network. "
+        f"{unseen}Intervals are over captions."
     ]
     section = Section("following", "Prompt following (shapes)", figures, rows, notes)
     return section, scores

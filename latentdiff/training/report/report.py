@@ -19,7 +19,7 @@ from latentdiff.training.report import curves
 from latentdiff.training.report.charts import charts
 from latentdiff.training.report.run_record import RunRecord, read_runs
 from latentdiff.training.report.samples import STYLE as SAMPLES_STYLE
-from latentdiff.training.report.samples import sheet_slider, side_by_side
+from latentdiff.training.report.samples import before_and_after, sheet_slider, side_by_side
 
 NUM_EXAMPLES, NUM_FOLDERS = 5, 12
 STYLE = (
@@ -70,7 +70,8 @@ def run_report_html(runs: Sequence[RunRecord]) -> str:
     title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     if len(runs) == 1:
         samples, *rest = _sections(runs[0], 0)
-        head, sections = _facts(runs[0]), [samples, ("Curves", charts(runs)), *rest]
+        first = ("Before and after", before_and_after(runs[0]))
+        head, sections = _facts(runs[0]), [first, samples, ("Curves", charts(runs)), *rest]
     else:
         head = _scroll(_comparison(runs))
         each = [

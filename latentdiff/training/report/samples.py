@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,23 @@ def side_by_side(runs: Sequence[RunRecord]) -> Markup:
         return Markup('<p class="soft">The runs have no prompt in common.</p>')
     if 0 in runs[0].sheets:
         columns = {f"{runs[0].name}, before": _generated(runs[0].sheets[0]), **columns}
+    return _prompt_rows(columns, shared)
+
+
+def before_and_after(run: RunRecord) -> Markup:
+    """Show a run's first images, where they precede training, next to its last."""
+    if 0 not in run.sheets or not (last := max(run.sheets)):
+        return Markup("")
+    before, after = _generated(run.sheets[0]), _generated(run.sheets[last])
+    shared = [prompt for prompt in after if prompt in before]
+    columns = {"before": before, f"step {last:,}": after}
+    return _prompt_rows(columns, shared) if shared else Markup("")
+
+
+def _prompt_rows(
+    columns: Mapping[str, Mapping[str, Image.Image]], prompts: Sequence[str]
+) -> Markup:
+    """Show each prompt's image of every column, a labelled set of images by prompt."""
     rows = [
         (
             prompt,
@@ -94,7 +111,7 @@ def side_by_side(runs: Sequence[RunRecord]) -> Markup:
                 if prompt in images
             ],
         )
-        for prompt in shared
+        for prompt in prompts
     ]
     return render_template(PROMPTS, rows=rows)
 
