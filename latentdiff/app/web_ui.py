@@ -6,6 +6,7 @@ uploads are bounded. The page fetches nothing from elsewhere.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,18 @@ def serve(
     """Open the first model, and serve the page until interrupted. on_ready: gets its address."""
     session = open_session(models, options)
     page = build_page(session)
-    where: dict[str, Any] = {"server_name": options.host, "server_port": options.port}
+    where: dict[str, Any] = {"server_name": options.host}
+    where["server_port"] = options.port or _free_port()  # gradio cannot take 0
     page.launch(**where, **launch_options(session), quiet=True, prevent_thread_lock=True)
     on_ready(str(page.local_url))
     page.block_thread()
+
+
+def _free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
 
 
 def open_session(models: Sequence[str], options: WebUIOptions) -> WebSession:
