@@ -278,7 +278,7 @@ def _warning(model: str, run: EvalRun) -> str:
         return ""
     num = len(run.eval_model.folder)
     trained = _trained_data(model)
-    root, fraction = trained.get("root"), trained.get("heldout_fraction")
+    root, fraction = str(trained.get("root") or ""), trained.get("heldout_fraction")
     is_same = (
         bool(root) and Path(root).expanduser().resolve() == run.eval_model.folder.root.resolve()
     )
