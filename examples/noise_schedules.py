@@ -3,8 +3,9 @@
 python examples/noise_schedules.py
 
 A learned schedule (Kingma et al. 2021) puts its steps where a model's error is large, so that few
-timesteps estimate the bound well: the standard error of the estimate is printed before and after.
-Zero terminal SNR (Lin et al. 2023): Stable Diffusion's schedule leaves a little of the data in the
+timesteps estimate the bound's sum over the chain well: the sum and the standard error of its
+estimate are printed for a straight and for the learned schedule.
+Zero terminal SNR (Lin et al. 2024): Stable Diffusion's schedule leaves a little of the data in the
 last xt, mostly an image's brightness, so that samples from pure noise are all of medium brightness;
 its standard deviation is printed for both. Training has it as diffusion.zero_terminal_snr.
 """
@@ -53,8 +54,11 @@ def squared_eps_error(
     return (eps - predicted).square().sum(1)
 
 
-def bound_errors(*, num_steps: int, num_points: int, seed: int) -> dict[str, float]:
-    """Return the bound and the error of its estimate by 2 timesteps, straight and learned."""
+def transition_errors(*, num_steps: int, num_points: int, seed: int) -> dict[str, float]:
+    """Return sum L_{t-1} and the error of its estimate by 2 timesteps, straight and learned.
+
+    L_0 and L_T, the rest of the bound, are those of the two ends, which both schedules share.
+    """
     roll = SwissRoll()
     trained_on = Schedule.from_betas(make_betas("cosine", 100))
     denoiser = train_denoiser(roll, trained_on, num_steps=num_steps, seed=seed)
@@ -84,7 +88,10 @@ def bound_errors(*, num_steps: int, num_points: int, seed: int) -> dict[str, flo
             plan=TimestepPlan.uniform(100, num_draws=2),
         )
         found = estimate(samples.transitions())
-        figures |= {f"bits_{name}": found.mean, f"standard_error_{name}": found.se_noise}
+        figures |= {
+            f"transition_bits_{name}": found.mean,
+            f"standard_error_{name}": found.se_noise,
+        }
     return figures
 
 
@@ -128,7 +135,7 @@ def main(
         num_images: samples whose brightness is measured.
         seed: of all random numbers.
     """
-    figures = bound_errors(num_steps=num_steps, num_points=num_points, seed=seed)
+    figures = transition_errors(num_steps=num_steps, num_points=num_points, seed=seed)
     return figures | brightness_std(num_images=num_images, seed=seed)
 
 

@@ -1,10 +1,12 @@
 """Hooks of mkdocs: pages of files outside docs/, tables made of the code, and formulas as MathML.
 
 README.md is the site's first page; CONTRIBUTING.md, CHANGELOG.md and whatever else in the
-repository a page links to become pages too, so every link works in the repository and on the site.
+repository a page links to become pages too, so every link works in the repository and on the site;
+so does the notebook, without its outputs.
 """
 
 import html
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ from latentdiff.config.vae import VaeConfig
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 PAGES["CHANGELOG.md"] = "changelog.md"
+NOTEBOOK = "docs/quickstart.ipynb"
+PAGES[NOTEBOOK] = "quickstart.md"
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=(?:#[^)\s]*)?\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 RECIPES = {"train": Config, "train-vae": VaeConfig, "train-clip": ClipConfig}
@@ -35,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
     seen = set(waiting)
     while waiting:
         source = waiting.pop()
-        if not source.startswith("docs/"):
+        if source in PAGES or not source.startswith("docs/"):
             files.append(_file_outside(source, config))
         if not source.endswith(".md"):
             continue
@@ -72,7 +76,7 @@ def _target(source: str, link: str) -> str:
 
 
 def _site_path(path: str) -> str:
-    if path.startswith("docs/"):
+    if path.startswith("docs/") and path not in PAGES:
         return path[len("docs/") :]
     return PAGES.get(path) or f"repo/{path}" + (".md" if _is_text(path) else "")
 
@@ -87,6 +91,8 @@ def _is_text(path: str) -> bool:
 
 def _file_outside(path: str, config: Any) -> File:
     where = _site_path(path)
+    if path == NOTEBOOK:
+        return File.generated(config, where, content=_notebook_page())
     if not _is_text(path):
         return File.generated(config, where, abs_src_path=str(ROOT / path))
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -96,6 +102,13 @@ def _file_outside(path: str, config: Any) -> File:
     if not path.endswith(".md"):
         text = f"# {path}\n\n```{path.rpartition('.')[2]}\n{text}\n```\n"
     return File.generated(config, where, content=text)
+
+
+def _notebook_page() -> str:
+    """Return the notebook's text and code as Markdown."""
+    cells = json.loads((ROOT / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+    parts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if code else text for text, code in parts)
 
 
 def settings_tables() -> str:

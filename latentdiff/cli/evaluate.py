@@ -138,7 +138,9 @@ def _score_answers(key: Path, answers: Path) -> int:
 
 def swiss_roll_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train on a swiss roll in the plane: plot the chain, and the bound next to the entropy."""
-    parser.add_argument("--out", type=expanduser, default="docs", help="the folder for both files")
+    parser.add_argument(
+        "--out", type=expanduser, default="swiss-roll", help="the folder for both files"
+    )
     parser.add_class_arguments(RollOptions)
     values = parser.parse_args(arguments).as_dict()
     from latentdiff.evaluation.report.plots import check_matplotlib

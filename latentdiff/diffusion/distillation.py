@@ -2,8 +2,8 @@
 
 Progressive distillation (Salimans & Ho 2022, Alg. 2) trains a student whose one DDIM step lands
 where two steps of its teacher do; guided distillation (Meng et al. 2023) first gives it the guided
-prediction of a scale that it reads as an input; a consistency model (Song et al. 2023; latent and
-guided: Luo et al. 2023) maps every point of a trajectory to its end. Timesteps are those of a
+prediction of a scale that it reads as an input; a consistency model (Y. Song et al. 2023; latent
+and guided: Luo et al. 2023) maps every point of a trajectory to its end. Timesteps are those of a
 Schedule; -1 stands for the clean sample, where the signal is 1 and the noise 0.
 """
 
@@ -21,7 +21,7 @@ TIMESTEP_SCALING = 10.0
 def trailing_timesteps(num_steps: int, num_timesteps: int) -> Tensor:
     """Return the timesteps of a sampler of num_steps steps, noisiest first, (num_steps,) int64.
 
-    "Trailing" spacing (Lin et al. 2023, Table 2), which begins at T - 1; the grid of 2 N steps
+    "Trailing" spacing (Lin et al. 2024, Table 2), which begins at T - 1; the grid of 2 N steps
     holds that of N. ValueError unless 1 <= num_steps <= num_timesteps.
     """
     if not 1 <= num_steps <= num_timesteps:
@@ -48,7 +48,7 @@ def ddim_step(
     *,
     prediction_type: str,
 ) -> Tensor:
-    """Return x at t_next by a deterministic DDIM step (Song et al. 2021, Eq. 12 without noise).
+    """Return x at t_next by a DDIM step without noise (J. Song et al. 2021, Eq. 12).
 
     output: a model's at (xt, t); output, xt: (B, ...); t, t_next: (B,), t_next may be CLEAN.
     """

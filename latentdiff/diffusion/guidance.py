@@ -2,7 +2,7 @@
 
 Applied to a U-Net by pipeline/cfg_denoiser.py.
 
-Classifier-free guidance (Ho & Salimans 2022), its rescaling (Lin et al. 2023), its interval
+Classifier-free guidance (Ho & Salimans 2022), its rescaling (Lin et al. 2024), its interval
 (Kynkäänniemi et al. 2024), and guidance by the gradient of any score (Dhariwal & Nichol 2021).
 """
 
@@ -28,7 +28,7 @@ def classifier_free(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tens
 
 
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """Pull a guided prediction's std back to the conditional one's (Lin et al. 2023, Eq. 16).
+    """Pull a guided prediction's std back to the conditional one's (Lin et al. 2024, Eq. 16).
 
     guided, cond: (B, ...). phi in [0, 1]: 0 changes nothing, 1 matches the standard deviation, the
     paper uses 0.7.

@@ -107,7 +107,7 @@ def check_objective(schedule: Schedule, prediction_type: str) -> None:
     """Raise ValueError where a schedule and a prediction type cannot work together.
 
     Call it once, before any work: it waits for the device. With zero terminal SNR the last xt holds
-    no x0, and its noise does not determine x0 (Lin et al. 2023, Sec. 3.2).
+    no x0, and its noise does not determine x0 (Lin et al. 2024, Sec. 3.2).
     """
     parametrization(prediction_type)
     if prediction_type == "epsilon" and bool((schedule.alphas_cumprod == 0).any()):

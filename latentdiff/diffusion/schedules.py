@@ -3,9 +3,9 @@
 Everything is float64; BETA_SCHEDULES names the schedules, as diffusers does where it has them (the
 names that a setting may take are in config/choices.py). The chain of a run is the scheduler of
 models/build.py, where diffusers computes its own schedules and the zero-SNR rescaling itself.
-Sources: Ho et al. 2020 (linear), Song et al. 2021 (quadratic), Rombach et al. 2022 (the same, as
+Sources: Ho et al. 2020 (linear), J. Song et al. 2021 (quadratic), Rombach et al. 2022 (the same, as
 scaled linear), Nichol & Dhariwal 2021 (cosine, re-spacing), Xu et al. 2022 (sigmoid), Lin et al.
-2023 (zero terminal SNR), Kingma et al. 2021 (logSNR).
+2024 (zero terminal SNR), Kingma et al. 2021 (logSNR).
 """
 
 import math
@@ -84,7 +84,7 @@ def _check_ends(beta_start: float, beta_end: float) -> None:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and stretch a schedule so that its last step is pure noise (Lin et al. 2023, Alg. 1).
+    """Shift and stretch a schedule so that its last step is pure noise (Lin et al. 2024, Alg. 1).
 
     betas: (T,), T >= 2. Returns (T,) float64 whose last beta is exactly 1; the first one is
     unchanged.
@@ -104,7 +104,7 @@ def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
 
 
 def log_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Return log(abar / (1 - abar)) (Kingma et al. 2021, Eq. 1); -inf for pure noise."""
+    """Return log(abar / (1 - abar)) (Kingma et al. 2021, Eq. 2); -inf for pure noise."""
     return torch.logit(alphas_cumprod)
 
 
@@ -190,7 +190,7 @@ def space_timesteps(spec: str, num_timesteps: int) -> Tensor:
 
     spec: "250" keeps 250 evenly spaced steps, first and last among them; "10,15,25" splits the
     chain into equal sections and keeps so many of each, noisiest last (Nichol & Dhariwal 2021);
-    "ddim25" keeps 25 at one whole stride from 0 (Song et al. 2021). Use with `respace`.
+    "ddim25" keeps 25 at one whole stride from 0 (J. Song et al. 2021, DDIM). Use with `respace`.
     Raises ValueError for a spec that cannot be read or asks for more steps than there are.
     """
     counts = spec.removeprefix("ddim").split(",")

@@ -138,7 +138,7 @@ def stratify(u: Tensor, stratum: Tensor, *, num_strata: int) -> Tensor:
 
 
 class LossSecondMomentSampler:
-    """Sample timesteps in proportion to the size of their loss (Nichol & Dhariwal 2021, Eq. 18).
+    """Sample t with p_t in proportion to sqrt(E[L_t^2]) (Nichol & Dhariwal 2021, Eq. 18).
 
     p_t is proportional to sqrt(mean of the last losses at t, squared), uniform until every step has
     been seen `history` times; `uniform_share` of the samples always stays uniform. The weights

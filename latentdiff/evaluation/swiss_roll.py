@@ -242,7 +242,7 @@ def sample_posterior(
     """Sample p(x0) r(x0) / Z, r = N(first coordinate; known, tolerance^2), (N, 2).
 
     The score at t is that of r widened by the variance of x0 given xt, 1 - alphas_cumprod for data
-    of unit variance (Song et al. 2023, Pseudoinverse-guided diffusion, Eq. 7).
+    of unit variance (J. Song et al. 2023, Pseudoinverse-guided diffusion, Eq. 7).
     """
 
     def log_r(x0: Tensor, t: Tensor) -> Tensor:

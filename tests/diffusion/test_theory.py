@@ -10,7 +10,11 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 ROWS = [
     match.groups()
-    for match in re.finditer(r"\| `([\w/]+\.py):(\w+)` \| `([\w/]+\.py):(\w+)` \|", TEXT)
+    for match in re.finditer(
+        r"\| \[`\w+\.(\w+)`\]\(\.\./latentdiff/([\w/]+\.py)\)"
+        r" \| .+ \| \[`(\w+)`\]\(\.\./tests/([\w/]+\.py)\) \|",
+        TEXT,
+    )
 ]
 
 
@@ -21,18 +25,18 @@ def names(path: Path) -> set[str]:
 
 
 def test_every_row_of_the_table_is_read() -> None:
-    rows = [line for line in TEXT.splitlines() if re.search(r"\| `[\w/]+\.py:", line)]
+    rows = [line for line in TEXT.splitlines() if "](../latentdiff/" in line]
     assert len(ROWS) == len(rows) > 20
 
 
-@pytest.mark.parametrize(("code", "function", "test_file", "test"), ROWS)
+@pytest.mark.parametrize(("function", "code", "test", "test_file"), ROWS)
 def test_row_names_code_and_test_that_exist(
-    code: str, function: str, test_file: str, test: str
+    function: str, code: str, test: str, test_file: str
 ) -> None:
     assert function in names(ROOT / "latentdiff" / code)
     assert test in names(ROOT / "tests" / test_file)
 
 
-def test_linked_figures_exist() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
+def test_linked_files_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (ROOT / "docs" / link).is_file(), link

@@ -28,6 +28,7 @@ from latentdiff.evaluation.metrics.vlb import (
     timestep_bins,
     unet_model,
 )
+from latentdiff.evaluation.report.vlb import varied_indices
 from latentdiff.models.build import build_unet, make_ddpm_scheduler
 
 pytest.importorskip("matplotlib")
@@ -106,6 +107,14 @@ def test_bound_report_holds_figures_plots_and_images(
     for name in ("bound_terms", "rate_distortion", "progressive", "interpolation"):
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 100
+
+
+def test_sheets_show_images_of_unlike_captions_where_there_are() -> None:
+    captions = ["a", "a", "b", "c", "a", "b", "c"]
+    assert varied_indices(captions, 2) == [0, 3]
+    assert varied_indices(captions, 3) == [0, 2, 3]
+    assert varied_indices(["a"] * 5, 2) == [0, 4]
+    assert varied_indices(["a"], 6) == [0]
 
 
 def test_folder_bound_is_that_of_the_library_on_the_same_draws(

@@ -34,7 +34,10 @@ def test_ddpm_learns_the_roll() -> None:
 @pytest.mark.slow
 def test_flow_bounds_the_entropy_and_corrections_widen_a_short_chain() -> None:
     figures = load("continuous_time").main(num_steps=1500, num_points=400)
-    assert figures["entropy"] < figures["probability_flow"] < figures["variational_bound"]
+    entropy, bound, flow = figures["entropy"], "variational_bound_", "probability_flow_"
+    assert entropy < figures[f"{flow}fixed_small"] < figures[f"{bound}fixed_small"]
+    assert entropy < figures[f"{flow}fixed_large"]
+    assert entropy < figures[f"{bound}fixed_large"] < figures[f"{bound}fixed_small"]
     assert figures["variance_0_corrections"] < figures["variance_1_corrections"]
 
 

@@ -50,6 +50,21 @@ def losses_of(objective: Objective, given: dict[str, Tensor], model: Any = zero)
     return objective.losses(model, given, count=len(given["u"]))
 
 
+def test_loss_is_the_squared_error_of_the_diffused_latents() -> None:
+    given = batch(dropped=torch.ones(B, dtype=torch.bool), text=torch.ones(B, 2, 3))
+    objective = replace(PLAIN, prediction_type="v_prediction")
+
+    def model(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return 0.5 * zt + text.sum()  # all captions are dropped, and the null text is 0
+
+    found = losses_of(objective, given, model)
+    alphas = SCHEDULE.alphas_cumprod[found.t].float().view(-1, 1, 1, 1)
+    signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
+    zt = signal * given["z0"] + noise * given["eps"]
+    v = signal * given["eps"] - noise * given["z0"]
+    torch.testing.assert_close(found.loss, (v - 0.5 * zt).square().flatten(1).mean(1))
+
+
 def test_huber() -> None:
     given = batch()
     found = losses_of(replace(PLAIN, huber_delta=0.3), given).loss

@@ -1,11 +1,12 @@
 """Diffusion in continuous time: score, SDE, probability-flow ODE and its likelihood.
 
-Song et al. 2021. A variance-preserving path is an arc, xt = cos(phi) x0 + sin(phi) eps, and the
+Y. Song et al. 2021. A variance-preserving path is an arc, xt = cos(phi) x0 + sin(phi) eps, and the
 angle phi is the time here: near 0 for data, at most pi / 2 for noise. The probability-flow ODE is
 then dx / dphi = v, the model's v-prediction (Salimans & Ho 2022, App. D), finite also at zero
 terminal SNR. A schedule's table ties angles to timesteps, straight lines between its steps, and a
 model takes real timesteps. The flow ends at the table's first step: its x has that step's
-noise. Samplers that diffusers has (DDIM, DPM-Solver) are not repeated here.
+noise. Samplers are diffusers' own (DDIM, DPM-Solver); a DDIM step is in distillation.py, whose
+students learn it.
 """
 
 import math
@@ -34,7 +35,7 @@ def score(schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def vp_sde(phi: Tensor) -> tuple[Tensor, Tensor]:
-    """Return f, g of the variance-preserving SDE dx = f x dphi + g dw (Song et al. 2021, Eq. 11).
+    """Return f, g of the VP SDE dx = f x dphi + g dw (Y. Song et al. 2021, Eq. 11).
 
     beta(phi) = 2 tan(phi), f = -beta / 2, g = sqrt(beta). Reverse: dx = (f x - g^2 score) dphi +
     g dw; probability flow: dx = (f x - g^2 score / 2) dphi = v dphi.
@@ -130,7 +131,7 @@ def flow_log_prob(
     prediction_type: str,
     num_steps: int = 50,
 ) -> Tensor:
-    """Return log p(x) in nats under the probability flow (Song et al. 2021, Eq. 39), (B, R).
+    """Return log p(x) in nats under the probability flow (Y. Song et al. 2021, Eq. 39), (B, R).
 
     x: (B, ...), at the first step's noise. probes: (R, B, ...) of independent +-1, see
     `rademacher`; each gives one unbiased estimate of the trace of dv / dx (Hutchinson 1990, Eq.
@@ -241,7 +242,7 @@ def predictor_corrector(
     snr: float = 0.16,
     num_corrections: int = 1,
 ) -> Tensor:
-    """Run the reverse chain with Langevin steps at each new noise level (Song et al. 2021, Alg.
+    """Run the reverse chain with Langevin steps at each new noise level (Y. Song et al. 2021, Alg.
     1).
 
     xt: (B, ...) pure noise. snr: a correction's signal-to-noise ratio r (Alg. 5). The arguments of

@@ -5,6 +5,7 @@ Next to it, sheets of the predicted x0 along the reverse chain and of interpolat
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def progressive_sheet(chain: Chain, eval_model: EvalModel, *, num_images: int = 
 
     chain: a re-spaced one saves time; no guidance.
     """
-    latents = eval_model.latents.select(range(min(num_images, len(eval_model.latents))))
+    latents = eval_model.latents.select(varied_indices(eval_model.latents.captions, num_images))
     num_timesteps = chain.schedule.num_timesteps
     ends = torch.linspace(num_timesteps - 1, 0, min(NUM_SHOWN, num_timesteps))
     shown = [int(t) for t in ends.round()]
@@ -206,7 +207,7 @@ def progressive_sheet(chain: Chain, eval_model: EvalModel, *, num_images: int = 
     )
     timesteps = chain.schedule.timesteps[shown].tolist()
     labels = [
-        caption if k == 0 else f"t = {timesteps[k]:.0f}"
+        f"t = {timesteps[k]:.0f}" + (f", {caption}" if k == 0 else "")
         for caption in latents.captions
         for k in range(len(shown))
     ]
@@ -217,11 +218,11 @@ def progressive_sheet(chain: Chain, eval_model: EvalModel, *, num_images: int = 
 def interpolation_sheet(chain: Chain, eval_model: EvalModel) -> Image.Image:
     """Show two images mixed at several depths, a row each, with their prompt embeds mixed alike.
 
-    Takes the first image and the middle one; ValueError where there is only one.
+    Takes two images of unlike captions if there are; ValueError where there is only one image.
     """
     if len(eval_model.latents) < 2:
         raise ValueError("interpolation needs two images, and num_heldout leaves one; raise it")
-    latents = eval_model.latents.select([0, len(eval_model.latents) // 2])
+    latents = eval_model.latents.select(varied_indices(eval_model.latents.captions, 2))
     first, second = (z0.expand(len(SHARES), -1, -1, -1).to(eval_model.device) for z0 in latents.z0)
     share = torch.tensor(SHARES).view(-1, 1, 1)
     first_embeds, second_embeds = latents.prompt_embeds.split(1)
@@ -246,6 +247,17 @@ def interpolation_sheet(chain: Chain, eval_model: EvalModel) -> Image.Image:
         t = float(schedule.timesteps[step])
         labels += [f"t = {t:.0f}, {part:.0%}" for part in SHARES]
     return _sheet(eval_model, torch.cat(rows), labels, columns=len(SHARES))
+
+
+def varied_indices(captions: Sequence[str], count: int) -> list[int]:
+    """Return up to `count` indices, evenly spaced over the first images of each caption.
+
+    Over all images where there are too few captions.
+    """
+    first = {caption: i for i, caption in reversed(list(enumerate(captions)))}.values()
+    found = sorted(first) if len(first) >= count else list(range(len(captions)))
+    count = min(count, len(found))
+    return [found[round(k * (len(found) - 1) / max(1, count - 1))] for k in range(count)]
 
 
 def _sheet(eval_model: EvalModel, z0: Tensor, labels: list[str], *, columns: int) -> Image.Image:
