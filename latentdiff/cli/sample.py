@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from latentdiff.cli.command import add_model, quieten_libraries, take_options
 from latentdiff.config.sampling import SampleOptions, WebUIOptions
@@ -17,7 +17,14 @@ def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("prompts", type=str, nargs="*", help="one or several, each in quotes")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each file")
     parser.add_class_arguments(SampleOptions)
-    values = parser.parse_args(arguments).as_dict()
+    try:
+        values = parser.parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        if not str(error).strip().endswith("are required: out"):
+            raise
+        raise ValueError(
+            "no file or folder for the images is given; add --out sheet.png"
+        ) from error
     quieten_libraries()
     from latentdiff.sampling.sample import options_from_image, sample
 

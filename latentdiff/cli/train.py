@@ -13,10 +13,20 @@ from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 from latentdiff.config.yaml_file import CONFIGS, GOALS, find_config, read_header, shipped_configs
 
+BEGIN = (
+    "no settings are given; begin with a preset: latentdiff train --config lora_mini "
+    "--data.root=photos; latentdiff configs lists them"
+)
+
 
 def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
-    """Train or fine-tune a text-to-image latent diffusion model on a captioned folder."""
+    """Train or fine-tune a text-to-image latent diffusion model on a captioned folder.
+
+    Example: latentdiff train --config lora_mini --data.root=photos
+    """
     config, _ = parse_settings(parser, Config, arguments)
+    if not arguments:
+        raise ValueError(BEGIN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     _check_folders(config)
     quieten_libraries()

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass
 from functools import cache
 from itertools import pairwise
@@ -60,6 +60,13 @@ OTHER_TOOLS = {  # option of diffusers' scripts, kohya's, OneTrainer or ai-toolk
     "with_prior_preservation": "class_prompt",
     "xformers": "attention",
 }
+
+
+def names_meant(word: str, names: Iterable[str]) -> list[str]:
+    """Return the settings that have a word as last name, here or in another tool."""
+    last = word.rpartition(".")[2]
+    wanted = (last, OTHER_TOOLS.get(last))
+    return [name for name in names if name.rpartition(".")[2] in wanted]
 
 
 @dataclass(frozen=True)

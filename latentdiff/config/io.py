@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from latentdiff.config.data import DataSource
-from latentdiff.config.describe import commented_yaml, plain_value
+from latentdiff.config.describe import OTHER_TOOLS, commented_yaml, names_meant, plain_value
 from latentdiff.config.effect import without_idle_settings
 from latentdiff.config.ranges import is_list_of_settings
 from latentdiff.config.text_to_image import Config
@@ -121,7 +121,9 @@ def _parsed(
             raise SystemExit(0)
         return kind(**_as_begun(values, kind)), options
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ValueError(_readable(str(error), [*own, *flat(kind())])) from error
+        search = f"{parser.prog} --help WORD" if own else ""
+        message = _readable(str(error), [*own, *flat(kind())], search=search)
+        raise ValueError(message) from error
 
 
 def _asked_of_accelerate(kind: Any) -> list[str]:
@@ -292,8 +294,11 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _readable(message: str, names: Sequence[str]) -> str:
-    """Shorten jsonargparse's message and add the nearest of the known names to an unknown key."""
+def _readable(message: str, names: Sequence[str], *, search: str = "") -> str:
+    """Shorten jsonargparse's message and add the nearest of the known names to an unknown key.
+
+    search: the command that finds settings by a word, where there is one.
+    """
     message = re.sub(r"\s+", " ", message).strip()
     if entry := re.match(r'Parser key "data.sources": (.*)', message):
         return f"data.sources: {_readable_entry(entry[1])}"
@@ -309,11 +314,18 @@ def _readable(message: str, names: Sequence[str]) -> str:
         kind = re.sub(r"an? <class '(\w+)'>", lambda one: TYPE_NOUNS.get(one[1], one[1]), kind)
         return f"{mistyped[1]}={mistyped[3]}, expected {kind}"
     wrong = f"{inside[1]}.{inside[2]}" if inside else unknown[1] if unknown else ""
-    if wrong:
-        near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-        return f"unknown setting {wrong}; {hint}"
-    return message
+    return f"unknown setting {wrong}; {_hint(wrong, names, search=search)}" if wrong else message
+
+
+def _hint(wrong: str, names: Sequence[str], *, search: str) -> str:
+    """Return the setting that an unknown name means, or the three nearest and how to search."""
+    last = wrong.rpartition(".")[2]
+    if last in OTHER_TOOLS and (meant := names_meant(last, names)):
+        return f"that of other tools (diffusers, kohya) is {' or '.join(meant)} here"
+    if near := [*names_meant(last, names), *difflib.get_close_matches(wrong, names, n=1)]:
+        return f"did you mean {near[0]}?"
+    nearest = difflib.get_close_matches(wrong, names, n=3, cutoff=0)
+    return f"the nearest are {', '.join(nearest)}{search and f'; search: {search}'}"
 
 
 def _readable_entry(message: str) -> str:

@@ -27,7 +27,7 @@ from transformers import (
 
 from latentdiff.models.compatibility import check_compatible, read_configs, read_json
 from latentdiff.models.latents import Autoencoder
-from latentdiff.models.model_path import model_of_run, refuse_wrong_path
+from latentdiff.models.model_path import model_of_run, not_fetched, refuse_wrong_path
 from latentdiff.models.weights import (
     check_weights,
     mismatched_shapes,
@@ -219,10 +219,7 @@ def _fetch(download: Callable[[], str], path_or_id: str | Path) -> Path:
     try:
         return Path(download())
     except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{path_or_id} is no folder here and could not be fetched from the hub ({error}); "
-            "check the spelling, or the network"
-        ) from error
+        raise not_fetched(path_or_id, error) from error
 
 
 def _component_classes(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,10 @@ from latentdiff.models.file_kind import describe
 from latentdiff.models.weights import stored_shapes
 
 INDEX = "model_index.json"
+OFFLINE = (  # in the messages of huggingface_hub and diffusers where there is no network
+    *("not fully cached", "outgoing traffic has been disabled", "ConnectError"),
+    *("couldn't connect", "Connection error", "offline mode"),
+)
 EXPORT = "pipeline"  # folder of a run's exported model
 
 
@@ -43,13 +47,43 @@ def refuse_wrong_path(path_or_id: str | os.PathLike[str], *, known: Iterable[str
     elif near := get_close_matches(name, known, n=1, cutoff=0.75):
         raise FileNotFoundError(f"{name} is no folder here; did you mean {near[0]}?")
     elif is_local(name):
-        raise FileNotFoundError(f"there is no folder {name}; check the spelling")
+        hint = near_sibling(path) or "check the spelling"
+        raise FileNotFoundError(f"there is no folder {name}; {hint}")
 
 
 def is_local(name: str) -> bool:
     """Return whether a name can only be a path: no id of the hub, OWNER/NAME, looks like it."""
     has_suffix = name.lower().endswith((".safetensors", ".ckpt", ".bin", ".pt", ".pth"))
     return has_suffix or name[:1] in ("", ".", "~", os.sep) or name.count("/") > 1
+
+
+def near_sibling(path: Path) -> str:
+    """Return "did you mean FOLDER?" for a run or a model next to a path; empty where none is near.
+
+    It may name the folder although the path is the id of a model on the hub: ask there first.
+    """
+    inside = path.parent.glob(f"*/{INDEX}"), path.parent.glob(f"*/{EXPORT}/{INDEX}")
+    names = [found.relative_to(path.parent).parts[0] for paths in inside for found in paths]
+    near = get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def not_fetched(path_or_id: str | os.PathLike[str], error: Exception) -> FileNotFoundError:
+    """Return the error for a name that is no folder here and that the hub did not give."""
+    name = os.fspath(path_or_id)
+    if hint := near_sibling(Path(name).expanduser()):
+        return FileNotFoundError(f"there is no folder {name}; {hint}")
+    return FileNotFoundError(
+        f"{name!r} is no folder here and could not be fetched from the hub: "
+        f"{hub_reason(error)}; check the spelling, or the network"
+    )
+
+
+def hub_reason(error: Exception) -> str:
+    """Return why the hub gave nothing, in one line: it was not reached, or what it answered."""
+    if any(words in str(error) for words in OFFLINE):
+        return "the hub cannot be reached, and nothing was fetched before"
+    return str(error).strip().partition("\n")[0]
 
 
 def _refuse_folder(path: Path) -> None:

@@ -175,6 +175,8 @@ def _prompt_entries(prompts: Sequence[str], options: SampleOptions) -> list[Prom
         entries += read_prompt_entries(Path(options.prompt_file).expanduser())
     if not entries:
         raise ValueError("no prompts; give some, or prompt_file")
+    if not all(entry.prompt.strip() for entry in entries):
+        logger.warning("the prompt is empty: an image of no prompt")
     return entries
 
 

@@ -28,6 +28,7 @@ EXPORTS = (  # what a run writes at its end; glob patterns
     *("learned_embeds.safetensors", "vae", "clip", "text_encoder"),
     *("metrics.json", "reconstructions_*.png"),
 )
+LOCK = ".lock"
 BY_STEP = ("samples", "power_ema")  # folders of files named step-%09d...
 PLAN, TRACKERS = "plan.json", "trackers.json"
 RECORDS = ("config.yaml", "metrics.jsonl", PLAN)  # files of a branch and of what it leaves aside
@@ -45,6 +46,7 @@ def open_run_folder(path: str, accelerator: Accelerator) -> Iterator[Path]:
     The others then fail too, for want of it. ValueError when another run holds the folder.
     """
     folder = Path(path).expanduser()
+    is_new = not folder.exists()
     try:
         if not accelerator.is_main_process:
             yield folder
@@ -53,10 +55,20 @@ def open_run_folder(path: str, accelerator: Accelerator) -> Iterator[Path]:
             remove_leftovers(folder)
             yield folder
     except Exception as error:
+        if accelerator.is_main_process and is_new:
+            _remove_unused(folder)
         if accelerator.num_processes > 1:
             rank, num = accelerator.process_index, accelerator.num_processes
             logger.error("rank %d of %d processes failed: %s", rank, num, error)
         raise
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder of a run that was refused before it wrote anything into it."""
+    if {path.name for path in folder.glob("*")} <= {LOCK}:
+        with contextlib.suppress(OSError):  # another run takes the folder at this moment
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 class RunLock:
@@ -67,7 +79,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = Path(folder) / ".lock"
+        self.path = Path(folder) / LOCK
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":

@@ -92,7 +92,13 @@ def test_an_unforeseen_error_keeps_its_traceback(error: Exception) -> None:
         (["inspect", "DIR", "--jso"], "did you mean json?"),
         (["sample", "MODEL", "a cat", "--out=a.png", "--step=3"], "--step"),
         (["cache", "clean"], "invalid choice: 'clean'"),
-        (["sample", "MODEL", "a cat"], "arguments are required: out"),
+        (["sample", "MODEL", "a cat"], "add --out sheet.png"),
+        (["train"], "begin with a preset: latentdiff train --config lora_mini --data.root=photos;"),
+        (["train", "--network_dim=8"], "(diffusers, kohya) is finetune.lora_rank here"),
+        (["train", "--finetune.network_alpha=8"], "is finetune.lora_alpha here"),
+        (["train", "--validation_prompts=x"], "is preview.prompts here"),
+        (["train", "--lora_rank=8"], "did you mean finetune.lora_rank?"),
+        (["train", "--zzzz=8"], "search: latentdiff train --help WORD"),
         (["sample", "MODEL", "a cat", "--out=a.png", "--seed=first"], "seed"),
         (["export", "merge", "BASE", "--out=a"], "arguments are required: loras"),
         (["export", "pack", "MODEL", "--out=a", "--max_file_mb=much"], "max_file_mb"),
@@ -273,3 +279,15 @@ def test_a_missing_data_folder_is_reported_before_heavy_libraries_are_loaded(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "fotos does not exist" in done.stderr
+
+
+def test_an_unknown_setting_is_answered_by_three_names_at_most(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--zzzz=8"]) == 2
+    assert capsys.readouterr().err.count(",") == 2
+
+
+def test_help_of_train_has_a_command_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    assert "latentdiff train --config lora_mini --data.root=photos" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from fakes_pipeline import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from latentdiff.models.components import load_components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
 from latentdiff.pipeline.files.single_file import save_single_file
@@ -456,6 +457,28 @@ def test_tiny_autoencoder_serves_as_vae():
     )
     assert images_of(tiny_pipeline(vae=vae)).shape == (1, SIZE, SIZE, 3)
     assert tiny_vae().config.latent_channels == vae.config.latent_channels
+
+
+def test_a_misspelt_run_is_answered_by_the_run_next_to_it_and_no_network_in_plain_words(
+    saved, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def download(name, **options):
+        raise OSError(
+            f"{name} is not fully cached locally, pass 'local_files_only=False'\nsee above"
+        )
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    shutil.copytree(saved, "runs/photos/pipeline")
+    for name in ("runs/photo", "./runs/photo", f"{tmp_path}/runs/photo"):
+        with pytest.raises(FileNotFoundError, match=r"no folder .*did you mean .*runs/photos\?"):
+            LatentDiffPipeline.from_pretrained(name)
+    for open_model in (LatentDiffPipeline.from_pretrained, load_components):
+        with pytest.raises(FileNotFoundError, match="the hub cannot be reached") as raised:
+            open_model("owner/model")
+        assert "local_files_only" not in str(raised.value)
 
 
 def test_a_run_a_file_and_a_misspelt_name_get_the_right_hint(saved, tmp_path):

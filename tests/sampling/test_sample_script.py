@@ -39,6 +39,11 @@ def test_sheet_is_written_and_printed(model, tmp_path, capsys):
     assert Image.open(out).size[0] > 2 * 128
 
 
+def test_an_empty_prompt_makes_an_image_and_is_warned_of_once(model, tmp_path, caplog):
+    assert run(model, "", "a cat", " ", "--out", tmp_path / "sheet.png", "--steps", 1) == 0
+    assert caplog.text.count("the prompt is empty: an image of no prompt") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -200,7 +200,7 @@ def test_embeddings_made_in_the_step_are_those_of_the_cache(
         "data__trigger_word": "sks",
     }
     assert train(make_config(world, tmp_path / "kept", **settings)) == 0
-    assert "prompt embeddings come from the cache" in caplog.text
+    assert "prompt embeddings are encoded once and cached" in caplog.text
     assert train(make_config(world, tmp_path / "made", **settings, data__shuffle_tags="true")) == 0
     assert "tags change, so the frozen text encoder runs at every step" in caplog.text
     assert_same_losses(tmp_path / "made", tmp_path / "kept", rel=1e-5)

@@ -35,7 +35,7 @@ def test_epochs_become_steps_in_place_of_max_steps_and_are_stored_so(
     assert stored(run) == (5, 0)  # half of three steps is two
     assert max(read_metrics(run)) == 5
     assert "max_epochs=1.5 become max_steps=5, 3 steps an epoch" in caplog.text
-    assert "steps 0 to 5, 4 images each" in caplog.text
+    assert "steps 0 to 5, 4 images a step, " in caplog.text
     assert "1.7 epochs" in caplog.text
 
 

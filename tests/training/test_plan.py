@@ -138,6 +138,22 @@ def test_plan_is_logged_before_the_first_step(
     )
 
 
+@pytest.mark.parametrize(("fraction", "level"), [(0.0, "INFO"), (1e-6, "WARNING")])
+def test_no_heldout_image_is_a_warning_only_where_some_are_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fraction: float, level: str
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    caplog.set_level(logging.INFO)
+    world = make_world(tmp_path)
+    data = {"data__root": world / "data" / "train", "data__heldout_fraction": fraction}
+    config = make_config(world, tmp_path / "run", train__max_steps=1, **data)
+    assert train(config) == 0
+    [record] = [one for one in caplog.records if "no held-out loss" in one.getMessage()]
+    assert record.levelname == level
+    assert "training images: 10 in train\n" in caplog.text  # the root's own name, not "."
+    assert "steps 0 to 1, 4 images a step, " in caplog.text
+
+
 def test_micro_batch_is_halved_until_its_memory_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from latentdiff.training.run_folder import RunLock
+from latentdiff.training.run_folder import RunLock, open_run_folder
 from latentdiff.training.stop_signals import StopSignals, die_with_parent
 
 
@@ -22,6 +24,22 @@ def test_second_run_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
         pass
     with RunLock(tmp_path):
         pass
+
+
+def test_a_refused_run_leaves_no_folder_that_it_made_and_every_other(tmp_path: Path) -> None:
+    accelerator: Any = SimpleNamespace(is_main_process=True, num_processes=1)
+    (tmp_path / "before").mkdir()
+
+    def refuse(name: str, *files: str) -> None:
+        with open_run_folder(f"{tmp_path / name}", accelerator) as folder:
+            for file in files:
+                (folder / file).touch()
+            raise ValueError("bad input")
+
+    for arguments in (("refused",), ("written", "plan.json"), ("before",)):
+        with pytest.raises(ValueError, match="bad input"):
+            refuse(*arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"before", "written"}
 
 
 def test_lock_ends_with_a_killed_process_though_its_workers_live_on(tmp_path: Path) -> None:

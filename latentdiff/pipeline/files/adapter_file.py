@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from latentdiff.models.model_path import is_local
+from latentdiff.models.model_path import hub_reason, is_local
 from latentdiff.models.weights import PICKLES, SAFETENSORS_ERRORS, damage
 
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -136,7 +136,8 @@ def _fetch(
             return Path(hf_hub_download(repo_id, found[0], **hub))
     except (OSError, ValueError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{repo_id!r} is no file or folder here and could not be fetched from the hub: {error}"
+            f"{repo_id!r} is no file or folder here and could not be fetched from the hub: "
+            f"{hub_reason(error)}"
         ) from error
     raise FileNotFoundError(
         f"the hub's {repo_id} holds {_some(found) or 'no .safetensors file'}, expected "

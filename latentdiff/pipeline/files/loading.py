@@ -25,7 +25,7 @@ from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import check_compatible
 from latentdiff.models.components import BUNDLED, Components, load_parts, resolve_model
 from latentdiff.models.latents import LatentCodec
-from latentdiff.models.model_path import model_of_run, refuse_wrong_path
+from latentdiff.models.model_path import model_of_run, not_fetched, refuse_wrong_path
 from latentdiff.models.save import complete_component, remove_origin
 from latentdiff.models.weights import check_weights
 from latentdiff.pipeline.files.adapters import AdaptersMixin
@@ -259,9 +259,7 @@ def _fetch(path_or_id: str, given: dict[str, Any], *, variant: str | None, **whe
         options = where | {"variant": variant, "use_safetensors": True} | given
         folder = DiffusionPipeline.download(path_or_id, **options)
     except (OSError, ValueError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{path_or_id!r} is no folder here and could not be fetched from the hub: {error}"
-        ) from error
+        raise not_fetched(path_or_id, error) from error
     with contextlib.suppress(EntryNotFoundError):  # most models have none
         hf_hub_download(path_or_id, FILE_NAME, **where)
     return os.fspath(folder)

@@ -377,13 +377,17 @@ def _log_data_plan(data: DataConfig, order: EpochOrder | PairedOrder, source: Te
     )
     how = {
         TokenIds: "the text encoder is trained on token ids",
-        CachedPromptEmbeds: "prompt embeddings come from the cache",
+        CachedPromptEmbeds: "prompt embeddings are encoded once and cached",
         OnlinePromptEmbeds: "tags change, so the frozen text encoder runs at every step",
     }[type(source)]
     logger.info(
         "images %s%s, latents %s; %s",
         views,
         ", half of them mirrored" if data.random_flip else "",
-        "come from the cache" if data.cache else "are encoded at every step (data.cache=false)",
+        (
+            "are encoded once and cached"
+            if data.cache
+            else "are encoded at every step (data.cache=false)"
+        ),
         how,
     )

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def log_plan(run: Run, first_step: int) -> None:
     memory = estimate_memory(run)
     if not run.accelerator.is_main_process:
         return
-    _log_images(run.train_data, [source.root for source in run.config.data.sources])
+    _log_images(run)
     plan = {
         "data": _data_plan(run),
         "steps": _step_plan(run),
@@ -102,8 +103,7 @@ def log_plan(run: Run, first_step: int) -> None:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
     _warn_of_half_the_chain(run)
     _warn_of_resolution(run)
-    if not len(run.train_data.heldout):
-        logger.warning("no image is held out, so no held-out loss; set data.heldout_fraction")
+    _log_no_heldout(run)
 
 
 def _data_plan(run: Run) -> dict[str, Any]:
@@ -184,6 +184,16 @@ def _warn_of_resolution(run: Run) -> None:
             "data.resolution out to train at %d px",
             *(side, min(trained), side**2 / (trained[0] * trained[1]), min(trained)),
         )
+
+
+def _log_no_heldout(run: Run) -> None:
+    """Log that there is no held-out loss; a warning where the config asks for held-out images."""
+    if len(run.train_data.heldout):
+        return
+    if run.config.data.heldout_fraction:
+        logger.warning("no image is held out, so no held-out loss; raise data.heldout_fraction")
+    else:
+        logger.info("all images are trained on (data.heldout_fraction=0): no held-out loss")
 
 
 def usable_memory(device: torch.device) -> int | None:
@@ -360,10 +370,15 @@ def _activations_of(run: Run) -> int | None:
         return None
 
 
-def _log_images(data: TrainData, source_names: Sequence[str]) -> None:
+def _log_images(run: Run) -> None:
     """Log where the training images are, and which images of the folder are no records."""
+    data, source_names = run.train_data, [source.root for source in run.config.data.sources]
     train, draws = data.train, data.order.draws
-    logger.info("training images: %s", subfolders_text(subfolder_counts(train)))
+    root = Path(run.config.data.root).name if not source_names else ""
+    counts = {
+        root if name == "." and root else name: num for name, num in subfolder_counts(train).items()
+    }
+    logger.info("training images: %s", subfolders_text(counts))
     if draws is not None:
         rows = sample_rows(train, data.heldout, draws, source_names=source_names)
         logger.info("an epoch has %s samples: %s", f"{len(draws):,}", samples_text(rows))
@@ -375,6 +390,10 @@ def _log_images(data: TrainData, source_names: Sequence[str]) -> None:
 def _log_steps(run: Run, first_step: int) -> None:
     settings, layout = run.config.train, run.layout
     per_epoch = run.train_data.order.steps_per_epoch
+    shares = ""  # of several processes or micro-batches
+    if layout.num_processes > 1 or layout.accumulation > 1:
+        processes = f"{layout.num_processes} process{'es' if layout.num_processes > 1 else ''}"
+        shares = f"{processes} x {layout.micro_batch_size} x {layout.accumulation} accumulated"
     logger.info(
         "%s: %s training and %s held-out images of %d px, in %s on %s",
         run.folder,
@@ -385,14 +404,12 @@ def _log_steps(run: Run, first_step: int) -> None:
         run.accelerator.device,
     )
     logger.info(
-        "steps %d to %d, %d images each (%s x %d x %d accumulated), %s an epoch, "
+        "steps %d to %d, %d images a step%s, %s an epoch, "
         "%.1f epochs; %s, learning rate %.2g%s, %s after %d warm-up steps",
         first_step,
         settings.max_steps,
         settings.batch_size,
-        f"{layout.num_processes} process{'es' if layout.num_processes > 1 else ''}",
-        layout.micro_batch_size,
-        layout.accumulation,
+        f" ({shares})" if shares else "",
         counted(per_epoch, "step"),
         settings.max_steps / per_epoch,
         settings.optimizer,
