@@ -263,12 +263,13 @@ def test_an_index_knows_a_table_until_it_changes(tmp_path: Path) -> None:
 def test_threads_read_the_same_bytes_in_any_order(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", hub_table(40), row_group_size=16)
     folder = read_folder(tmp_path)
+    num_threads = threading.active_count()  # of other libraries too
     with ThreadPoolExecutor(4) as threads:
         order = [(7 * i) % 40 for i in range(80)]
         assert list(threads.map(folder.read_bytes, order)) == [png(i) for i in order]
     digests = image_hashes(folder)
     assert [d.tobytes() for d in digests] == [hashlib.sha256(png(i)).digest() for i in range(40)]
-    assert threading.active_count() < 20
+    assert threading.active_count() < num_threads + 12
 
 
 @pytest.mark.parametrize("cache", [True, False])
