@@ -86,7 +86,9 @@ def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") ->
     if len(pipe.tokenizer) != CLIP_VOCABULARY:
         raise ValueError(
             f"{model} has a vocabulary of {len(pipe.tokenizer):,} tokens of its own, and one file "
-            f"holds none: programs that open it bring CLIP's {CLIP_VOCABULARY:,}"
+            f"holds none: programs that open it bring CLIP's {CLIP_VOCABULARY:,}; use the folder "
+            "in diffusers or latentdiff, or train on Stable Diffusion: latentdiff train --config "
+            "lora_sd15_8gb"
         )
     return save_single_file(pipe, out)
 

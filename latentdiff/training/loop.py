@@ -99,8 +99,11 @@ def _log_end(recipe: Recipe, folder: Path, *, stopped: bool) -> None:
     if stopped:
         logger.info("stopped, its state saved in %s: the same command continues", folder)
         return
-    written = [*exports_of(folder), *sorted(folder.glob("samples/*.png"))[-1:]]
-    logger.info("written:%s", "".join(f"\n  {path}" for path in written))
+    sheets = sorted(folder.glob("samples/*.png"))
+    named = {"before": sheets[:1], "after": sheets[1:][-1:]}
+    written = [f"{path}" for path in exports_of(folder)]
+    written += [f"{name}: {path}" for name, paths in named.items() for path in paths]
+    logger.info("written:%s", "".join(f"\n  {line}" for line in written))
     if commands := recipe.next_commands():
         lines = (f"\n  {program()} {command}" for command in commands)
         logger.info("next:%s", "".join(lines))

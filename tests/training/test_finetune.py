@@ -133,6 +133,18 @@ def word_run(world) -> Path:
     return run
 
 
+def test_a_lora_of_an_own_vocabulary_is_said_to_fit_its_base_only(world, tmp_path, caplog):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    caplog.set_level("INFO")
+    extra = {"finetune__lora_kohya": "true", "train__max_steps": 1}
+    run = tmp_path / "run"
+    assert train(finetuning(world, run, **LORA | extra)) == 0
+    assert "it fits base only: use latentdiff sample, latentdiff app or diffusers" in caplog.text
+    assert "ComfyUI" not in caplog.text
+    assert f"before: {run}/samples/step-000000000.png" in caplog.text
+    assert f"after: {run}/samples/step-000000001.png" in caplog.text
+
+
 @pytest.mark.parametrize("settings", [LORA, WORD], ids=["lora", "textual_inversion"])
 def test_resume_continues_bitwise(world, tmp_path, request, settings):
     whole = request.getfixturevalue("lora_run" if settings is LORA else "word_run")

@@ -27,12 +27,14 @@ from latentdiff.pipeline.files.kohya_lora import (
     lora_rank,
     save_lora,
 )
-from latentdiff.pipeline.files.model_info import ModelInfo
+from latentdiff.pipeline.files.model_info import ModelInfo, public_name
+from latentdiff.sampling.conversion import CLIP_VOCABULARY
 from latentdiff.training.finetune import lokr, lora, textual_inversion
 from latentdiff.training.finetune.initial_weights import InitialWeights
 
 logger = logging.getLogger(__name__)
 
+WAYS_OF_AN_OWN_MODEL = "use latentdiff sample, latentdiff app or diffusers"
 READERS = {False: "kohya's scripts", True: "LyCORIS"}  # by whether it is LoKr
 
 TRAINABLE: dict[FinetuneMethod, Callable[[str], bool]] = {  # by the names of a U-Net's parameters
@@ -213,6 +215,10 @@ def _save_lora_files(
             other,
             folder / "pipeline",
         )
+        return
+    if len(components.tokenizer) != CLIP_VOCABULARY:
+        base = public_name(facts.info.base_model or "its own base model")
+        logger.info("%s: the same; it fits %s only: %s", other, base, WAYS_OF_AN_OWN_MODEL)
         return
     logger.info("%s, for ComfyUI, A1111 and %s: the same", other, READERS[is_lokr])
     if is_lokr:
