@@ -42,7 +42,7 @@ def _quick_plan() -> Iterator[None]:
     test_plan.py tests the estimate, test_processes.py has it in whole runs.
     """
     with pytest.MonkeyPatch.context() as patch:
-        name = "latentdiff.training.text_to_image.plan._activations_of"
+        name = "latentdiff.training.text_to_image.memory._activations_of"
         patch.setattr(name, lambda run: 1_000_000)
         yield
 

@@ -21,7 +21,7 @@ from latentdiff.app.page_style import ENTER_GENERATES, STYLE, make_theme
 from latentdiff.app.run_view import STYLE as RUN_STYLE
 from latentdiff.app.runs_tab import RunsTab
 from latentdiff.app.web_session import WebSession
-from latentdiff.config.sampling import WebUIOptions
+from latentdiff.config.options import WebUIOptions
 from latentdiff.models.components import load_vae
 
 MAX_UPLOAD = "20mb"

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config
-from latentdiff.config.sampling import SampleOptions
+from latentdiff.config.options import SampleOptions
 from latentdiff.program import program
 
 CONFIG, CONFIG_SCRATCH = "demo", "demo_scratch"

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from latentdiff.atomic import write_text
 from latentdiff.cli.command import add_model, quieten_libraries, take_options
-from latentdiff.config.evaluation import (
+from latentdiff.config.options import (
     BoundOptions,
     CompareSubjectOptions,
     EvalModelOptions,

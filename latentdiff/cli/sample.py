@@ -8,7 +8,7 @@ from functools import partial
 from jsonargparse import ArgumentError, ArgumentParser
 
 from latentdiff.cli.command import add_model, quieten_libraries, take_options
-from latentdiff.config.sampling import SampleOptions, WebUIOptions
+from latentdiff.config.options import SampleOptions, WebUIOptions
 
 
 def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:

@@ -4,8 +4,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from latentdiff.config.choices import MixedPrecision, Tracker
-from latentdiff.config.effect import EffectRule, check_effect
-from latentdiff.config.ranges import at_least, between, check_multiples, check_ranges, folder, share
+from latentdiff.config.validation import (
+    EffectRule,
+    at_least,
+    between,
+    check_effect,
+    check_multiples,
+    check_ranges,
+    folder,
+    share,
+)
 
 EFFECT_RULES = (
     EffectRule(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from latentdiff.config.choices import Mask
-from latentdiff.config.ranges import (
+from latentdiff.config.validation import (
     at_least,
     between,
     check_ranges,

@@ -11,7 +11,7 @@ from latentdiff.config.choices import (
     PredictionType,
     TimestepSampling,
 )
-from latentdiff.config.ranges import at_least, beta, positive, share
+from latentdiff.config.validation import at_least, beta, positive, share
 
 
 @dataclass(frozen=True)

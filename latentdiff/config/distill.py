@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-from latentdiff.config.ranges import at_least, between
+from latentdiff.config.validation import at_least, between
 
 DistillMethod = Literal["none", "guided", "progressive"]
 

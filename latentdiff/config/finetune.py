@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from latentdiff.config.choices import AdapterType, FinetuneMethod
-from latentdiff.config.ranges import at_least, share_below_1
+from latentdiff.config.validation import at_least, share_below_1
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ import yaml
 
 from latentdiff.config.data import DataSource
 from latentdiff.config.describe import OTHER_TOOLS, commented_yaml, names_meant, plain_value
-from latentdiff.config.effect import without_idle_settings
-from latentdiff.config.ranges import is_list_of_settings
 from latentdiff.config.text_to_image import Config
+from latentdiff.config.validation import is_list_of_settings, without_idle_settings
 from latentdiff.config.yaml_file import check_yaml, find_config, read_yaml
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from latentdiff.config.ranges import at_least, at_least_if_given, check_multiples, share, widths
+from latentdiff.config.validation import at_least, at_least_if_given, check_multiples, share, widths
 
 GROUPS = 32  # of the U-Net's group norms
 

@@ -11,11 +11,10 @@ from typing import ClassVar
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.distill import DistillConfig, check_distillation
-from latentdiff.config.effect import EffectRule, check_effect
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.config.model import ModelConfig
-from latentdiff.config.ranges import check_ranges, folder
 from latentdiff.config.train import EvalConfig, PreviewConfig, TrainConfig
+from latentdiff.config.validation import EffectRule, check_effect, check_ranges, folder
 
 EFFECT_RULES = (
     EffectRule(

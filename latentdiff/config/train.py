@@ -10,7 +10,7 @@ from latentdiff.config.choices import (
     OptimizerName,
     Tracker,
 )
-from latentdiff.config.ranges import at_least, between, non_empty_texts, share_below_1
+from latentdiff.config.validation import at_least, between, non_empty_texts, share_below_1
 
 LEARNING_RATES: dict[OptimizerName, float] = {  # where train.learning_rate is 0
     "adamw": 1e-4,

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from latentdiff.config.choices import MixedPrecision, Tracker
-from latentdiff.config.effect import EffectRule, check_effect
-from latentdiff.config.ranges import (
+from latentdiff.config.validation import (
+    EffectRule,
     at_least,
     between,
+    check_effect,
     check_multiples,
     check_ranges,
     folder,

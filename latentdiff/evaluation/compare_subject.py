@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentdiff.atomic import atomic_file, write_text
-from latentdiff.config.evaluation import CompareSubjectOptions
+from latentdiff.config.options import CompareSubjectOptions
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.images import to_pixels
 from latentdiff.device import choose_device

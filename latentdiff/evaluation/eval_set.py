@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.config.options import EvalModelOptions
 from latentdiff.data.arrow.listing import TABLES
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.folder.splits import FOLDER_NAMES

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from latentdiff.atomic import write_text
-from latentdiff.config.evaluation import (
+from latentdiff.config.options import (
     BoundOptions,
     EvalModelOptions,
     EvaluationOptions,

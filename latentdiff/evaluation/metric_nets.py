@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
 
-from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions
+from latentdiff.config.options import EvalModelOptions, EvaluationOptions
 from latentdiff.device import choose_device
 from latentdiff.evaluation.metrics.clip import Clip, wrap_open_clip, wrap_transformers_clip
 from latentdiff.evaluation.metrics.features import (

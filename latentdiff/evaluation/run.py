@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions, SweepOptions
+from latentdiff.config.options import EvalModelOptions, EvaluationOptions, SweepOptions
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.eval_set import (
     EvalModel,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config.evaluation import RollOptions
+from latentdiff.config.options import RollOptions
 from latentdiff.diffusion.bound import Estimate, estimate, evaluate_bound
 from latentdiff.diffusion.ddpm import VARIANCE_TYPES, Model, p_sample_loop, p_sample_steps, q_sample
 from latentdiff.diffusion.guidance import with_score_guidance

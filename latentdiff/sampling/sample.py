@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from latentdiff.config.sampling import SampleOptions
+from latentdiff.config.options import SampleOptions
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import ImageError, decode_image
 from latentdiff.pipeline import checks

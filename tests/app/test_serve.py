@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="the page needs the extra ui")
 
 from latentdiff.app import web_ui
 from latentdiff.app.web_session import WebSession
-from latentdiff.config.sampling import WebUIOptions
+from latentdiff.config.options import WebUIOptions
 
 
 def test_the_address_is_announced_and_sharing_is_not_mentioned(

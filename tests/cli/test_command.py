@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from latentdiff.cli.command import run_command, take_options
 from latentdiff.cli.main import main
-from latentdiff.config.sampling import SampleOptions, WebUIOptions
+from latentdiff.config.options import SampleOptions, WebUIOptions
 from latentdiff.training.inputs.workers import DeadWorkerError
 
 SHOW = """

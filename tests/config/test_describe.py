@@ -18,10 +18,10 @@ from latentdiff.config.describe import (
     value_text,
 )
 from latentdiff.config.io import flat, load_config, parse_arguments, to_yaml
-from latentdiff.config.ranges import at_least
-from latentdiff.config.sampling import SampleOptions
+from latentdiff.config.options import SampleOptions
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
+from latentdiff.config.validation import at_least
 from latentdiff.config.yaml_file import shipped_configs
 
 KINDS: tuple[Any, ...] = (Config, VaeConfig, ClipConfig)

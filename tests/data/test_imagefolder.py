@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from fakes_data import captioned_folder
 from fakes_pipeline import tiny_components, tiny_pipeline
 
-from latentdiff.config.sampling import SampleOptions
+from latentdiff.config.options import SampleOptions
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.data.merge_folders import merge_folders
 from latentdiff.data.shapes import write_shapes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fakes_training import make_world
 
-from latentdiff.config.evaluation import CompareSubjectOptions
+from latentdiff.config.options import CompareSubjectOptions
 from latentdiff.evaluation.compare_subject import compare_subject, measure_subject
 from latentdiff.evaluation.metric_nets import load_mobilenet
 

@@ -18,7 +18,7 @@ from fakes_scripts import run_script
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.config.options import EvalModelOptions
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.eval_set import EvalModel, open_eval_model

@@ -12,7 +12,7 @@ import torch
 from fakes_diffusion import Mixture
 from PIL import Image
 
-from latentdiff.config.evaluation import RollOptions
+from latentdiff.config.options import RollOptions
 from latentdiff.diffusion.ddpm import Model
 from latentdiff.diffusion.schedules import Schedule, make_betas
 from latentdiff.evaluation.swiss_roll import (

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.config.options import EvalModelOptions
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.bound import difference, estimate, evaluate_bound, per_timestep
 from latentdiff.evaluation.eval_set import EvalModel, open_eval_model

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.config.evaluation import EvalModelOptions
-from latentdiff.config.sampling import SampleOptions
+from latentdiff.config.options import EvalModelOptions, SampleOptions
 from latentdiff.evaluation.eval_set import open_eval_model
 from latentdiff.models.components import ASSETS, BUNDLED, load_components, load_vae, resolve_model
 from latentdiff.models.weights import weights_hash

@@ -12,7 +12,7 @@ from fakes_scripts import run_script
 from fakes_training import make_config, make_world
 from safetensors.torch import load_file, save_file
 
-from latentdiff.config.evaluation import EvalModelOptions
+from latentdiff.config.options import EvalModelOptions
 from latentdiff.evaluation.eval_set import open_eval_model
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.pipeline import LatentDiffPipeline

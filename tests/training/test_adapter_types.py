@@ -22,8 +22,8 @@ from latentdiff.pipeline.files.kohya_lora import kohya_weights
 from latentdiff.training.finetune import lokr, lora
 from latentdiff.training.finetune.initial_weights import InitialWeights
 from latentdiff.training.finetune.methods import add_adapters, merged_components
+from latentdiff.training.text_to_image.memory import estimate_activations
 from latentdiff.training.text_to_image.model import TextToImage
-from latentdiff.training.text_to_image.plan import estimate_activations
 from latentdiff.training.text_to_image.preview import make_pipeline
 from latentdiff.training.text_to_image.train_t2i import train
 

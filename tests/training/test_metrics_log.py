@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentdiff.training.metrics_log import MetricsLog, Stopwatch
+from latentdiff.training.text_to_image.step_results import StepResults
 from latentdiff.training.text_to_image.train_step import StepResult
-from latentdiff.training.text_to_image.train_t2i import StepResults
 from latentdiff.training.trackers import Trackers
 
 NAN = float("nan")

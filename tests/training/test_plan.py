@@ -18,8 +18,8 @@ from latentdiff.models.build import build_unet
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.metrics_log import log_throughput
-from latentdiff.training.text_to_image import plan
-from latentdiff.training.text_to_image.plan import estimate_activations, optimizer_bytes
+from latentdiff.training.text_to_image import memory
+from latentdiff.training.text_to_image.memory import estimate_activations, optimizer_bytes
 from latentdiff.training.text_to_image.setup import setup
 from latentdiff.training.text_to_image.train_t2i import train
 
@@ -157,16 +157,16 @@ def test_no_heldout_image_is_a_warning_only_where_some_are_asked_for(
 def test_micro_batch_is_halved_until_its_memory_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_activations_of", lambda run: run.layout.micro_batch_size * 10**6)
+    monkeypatch.setattr(memory, "_activations_of", lambda run: run.layout.micro_batch_size * 10**6)
     world = make_world(tmp_path)
     config = make_config(world, tmp_path / "run", train__batch_size=7)
     run = setup(config, tmp_path / "run", start_accelerator(config))
-    needed = plan.estimate_memory(run).on_device
+    needed = memory.estimate_memory(run).on_device
 
     def sizes(available: int | None, *, given: int = 0) -> tuple[int, int]:
         settings = replace(config, train=replace(config.train, micro_batch_size=given))
         layout = BatchLayout.of(7, given, 1)
-        fitted = plan.fitting_layout(
+        fitted = memory.fitting_layout(
             replace(run, config=settings, layout=layout), available=available
         )
         return fitted.micro_batch_size, fitted.accumulation

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.config.evaluation import SweepOptions
+from latentdiff.config.options import SweepOptions
 from latentdiff.diffusion.bound import TimestepPlan, difference, estimate
 from latentdiff.evaluation.eval_set import EvalModel
 from latentdiff.evaluation.metrics.clip import Clip

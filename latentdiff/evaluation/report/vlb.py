@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.atomic import atomic_file
-from latentdiff.config.evaluation import BoundOptions
+from latentdiff.config.options import BoundOptions
 from latentdiff.diffusion.bound import TimestepPlan, difference, estimate
 from latentdiff.diffusion.ddpm import randn_like
 from latentdiff.diffusion.theory.progressive_coding import interpolate, progressive_x0

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.distill import DistillOptions
-from latentdiff.config.evaluation import EvalModelOptions, EvaluationOptions
 from latentdiff.config.io import load_stored_config
+from latentdiff.config.options import EvalModelOptions, EvaluationOptions
 from latentdiff.config.text_to_image import Config
 from latentdiff.evaluation.compare_student import StudentReport, compare_student, draw
 from latentdiff.evaluation.generate import GeneratedImages

@@ -1,32 +1,19 @@
 """The plan of a run, logged before its first step: parameters, memory, steps, time.
 
 plan.json keeps it for `latentdiff report`.
-
-Memory is an estimate. Weights, gradients, optimiser and averages follow from the parameters;
-activations come from a forward and backward pass of one micro-batch on fake tensors, which have
-sizes and no contents. The kernels' own memory and the allocator's unused blocks come on top.
 """
 
 import json
 import logging
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from latentdiff.atomic import write_text
-from latentdiff.config.choices import OptimizerName
 from latentdiff.data.inspection.statistics import sample_rows, subfolder_counts
 from latentdiff.data.inspection.text_report import (
     counted,
@@ -36,45 +23,16 @@ from latentdiff.data.inspection.text_report import (
 )
 from latentdiff.models.compatibility import sample_size_px, size_in_reach
 from latentdiff.models.components import Components
-from latentdiff.models.latents import LatentCodec, latent_factor
-from latentdiff.training.finetune.lokr import without_drawing
-from latentdiff.training.fsdp import is_sharded, local_shard
-from latentdiff.training.inputs.batches import BatchLayout
-from latentdiff.training.inputs.encode import bucket_sizes
+from latentdiff.models.latents import latent_factor
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.inputs.train_data import TrainData
-from latentdiff.training.optim.optimizer import OPTIMIZERS
 from latentdiff.training.run_folder import PLAN
+from latentdiff.training.text_to_image.memory import PARTS, Memory, estimate_memory, num_bytes
 from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
-USABLE = 0.85  # share of a GPU's memory; the rest is for kernels and unused blocks
 NUM_EXAMPLES, NUM_STEPS_COUNTED = 5, 100  # in plan.json, of a problem; of the first epoch
-SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
 UNUSED_IMAGES = ("by_product", "unused_mask", "stray_mask", "second_mask", "unlisted")
-PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one process while it trains.
-
-    averages: on the accelerator; host_averages: with train.ema_device=cpu. activations: at their
-    peak; None where they cannot be estimated.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    averages: int
-    host_averages: int
-    activations: int | None
-
-    @property
-    def on_device(self) -> int:
-        """All of it but the averages on the host."""
-        known = self.weights + self.gradients + self.optimizer + self.averages
-        return known + (self.activations or 0)
 
 
 def log_plan(run: Run, first_step: int) -> None:
@@ -97,7 +55,7 @@ def log_plan(run: Run, first_step: int) -> None:
     if run.train_step.posthoc_emas:
         num_snapshots = -(-run.config.train.max_steps // run.config.train.posthoc_ema_every_steps)
         num_snapshots *= len(run.train_step.posthoc_emas)
-        size = size_text(num_snapshots * _size(run.train_step.parameters.values()))
+        size = size_text(num_snapshots * num_bytes(run.train_step.parameters.values()))
         logger.info("power_ema/ will hold %d snapshots, %s in all", num_snapshots, size)
     if run.accelerator.device.type != "cpu" and not run.config.data.num_workers:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
@@ -196,32 +154,6 @@ def _log_no_heldout(run: Run) -> None:
         logger.info("all images are trained on (data.heldout_fraction=0): no held-out loss")
 
 
-def usable_memory(device: torch.device) -> int | None:
-    """Return the bytes of a GPU that training may plan with; None for other devices."""
-    if device.type != "cuda":
-        return None
-    return int(USABLE * torch.cuda.get_device_properties(device).total_memory)
-
-
-def fitting_layout(run: Run, *, available: int | None) -> BatchLayout:
-    """Return the layout whose micro-batch needs at most `available` bytes, by the estimate.
-
-    Halved until it fits; one image at once where even that does not. The run's own where the config
-    names a micro-batch, or where memory is not known. The sums of a step, and so its result but for
-    rounding, are those of the whole batch. Every process must call it; all take the smallest.
-    """
-    layout = run.layout
-    if run.config.train.micro_batch_size or available is None:
-        return layout
-    while layout.micro_batch_size > 1:
-        memory = estimate_memory(replace(run, layout=layout))
-        if memory.activations is None or memory.on_device <= available:
-            break
-        layout = replace(layout, micro_batch_size=-(-layout.micro_batch_size // 2))
-    smallest = min(gather_object([layout.micro_batch_size]))
-    return replace(layout, micro_batch_size=smallest)
-
-
 def count_parameters(components: Components) -> list[str]:
     """Describe for each part how many of its parameters are trained, and how many frozen."""
     lines = []
@@ -232,142 +164,6 @@ def count_parameters(components: Components) -> list[str]:
         parts = [f"{_millions(num)} {state}" for state, num in counts.items() if num]
         lines.append(f"{label} {', '.join(parts)}")
     return lines
-
-
-def estimate_memory(run: Run) -> Memory:
-    """Estimate the memory of this process; the module's docstring names the parts not included."""
-    components, train_step = run.components, run.train_step
-    modules: list[nn.Module] = [getattr(components, name) for name in PARTS]
-    if run.teacher is not None:
-        modules.append(run.teacher.unet)
-    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    trained = [local_shard(parameter) for parameter in train_step.parameters.values()]
-    copies = 2 if run.layout.num_processes > 1 and not is_sharded(train_step.parameters) else 1
-    averages = [
-        average for average in (train_step.ema, *train_step.posthoc_emas.values()) if average
-    ]
-    is_host = run.config.train.ema_device == "cpu" and run.accelerator.device.type != "cpu"
-    total = sum(average.num_bytes for average in averages)
-    return Memory(
-        weights=_size(local_shard(x) for x in tensors),
-        gradients=copies * _size(trained),  # several processes send them from buckets
-        optimizer=optimizer_bytes(
-            train_step.optimizer.param_groups, name=run.config.train.optimizer
-        ),
-        averages=0 if is_host else total,
-        host_averages=total if is_host else 0,
-        activations=_activations_of(run),
-    )
-
-
-def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: OptimizerName) -> int:
-    """Return the bytes of an optimiser's moments, in 32 bits, or block-wise in 8; Muon keeps one.
-
-    Prodigy keeps less for parameters that begin at 0, as half of a LoRA's do.
-    """
-    total, num_moments = 0, OPTIMIZERS[name].num_moments
-    for group in groups:
-        for n in (local_shard(parameter).numel() for parameter in group["params"]):
-            in_bytes = name == "adamw8bit" and n >= SMALL_PARAMETER
-            total += (1 if group.get("orthogonal") else num_moments) * n * (1 if in_bytes else 4)
-    return total
-
-
-def estimate_activations(
-    model: nn.Module,
-    inputs: Callable[[], tuple[Tensor, ...]],
-    *,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> int:
-    """Return the peak bytes of a training pass, besides weights and gradients.
-
-    inputs: makes the model's arguments; it is called where tensors have no contents. Nothing is
-    computed, and the model stays as it is. Raises RuntimeError for operations whose output has an
-    unknown size.
-    """
-    # An autograd engine whose first pass is fake starts threads, after which a fork cannot train.
-    torch.ones((), requires_grad=True).backward()
-    mode = FakeTensorMode()
-    sizes = _PeakMemory()
-    with mode:
-        named = (*model.named_parameters(), *model.named_buffers())
-        fakes: dict[str, Tensor] = {f"model.{name}": mode.from_tensor(x) for name, x in named}
-        for fake in fakes.values():
-            if fake.requires_grad:
-                fake.grad = torch.zeros_like(fake)  # counted separately
-        arguments = inputs()
-        with sizes:
-            functional_call(_Pass(model, autocast), fakes, arguments)
-    return sizes.peak
-
-
-class _Pass(nn.Module):
-    """A forward and backward pass, within which the model's parameters may be exchanged."""
-
-    def __init__(
-        self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def forward(self, *arguments: Tensor) -> None:
-        with self.autocast():
-            output = self.model(*arguments)
-        output.float().square().mean().backward()
-
-
-class _PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, for as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        inputs = [x.untyped_storage() for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage(), inputs)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage, inputs: Sequence[torch.UntypedStorage]) -> None:
-        if storage in self._known or any(storage is one for one in inputs):
-            return  # a view, or a tensor changed in place
-        self._known.add(storage)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, storage.nbytes()).atexit = False
-
-    def _remove(self, num_bytes: int) -> None:
-        self.now -= num_bytes
-
-
-def _activations_of(run: Run) -> int | None:
-    """Estimate the activations of one micro-batch; None, with the reason logged, where it fails."""
-    if is_sharded(run.train_step.parameters) or run.config.train.attention == "xformers":
-        return None
-    model = run.train_step.model
-    device = next(model.parameters()).device  # the accelerator's may be called cpu:0
-    null = run.train_data.null_text
-    codec, n = LatentCodec(run.components.vae), run.layout.micro_batch_size
-    largest = max(bucket_sizes(run.config.data), key=lambda bucket: bucket.height * bucket.width)
-    height, width = largest.height // codec.factor, largest.width // codec.factor
-
-    def inputs() -> tuple[Tensor, Tensor, Tensor]:
-        zt = torch.empty(n, codec.channels, height, width, device=device)
-        t = torch.empty(n, dtype=torch.int64, device=device)
-        return zt, t, torch.empty(n, *null.shape[1:], dtype=null.dtype, device=device)
-
-    try:
-        with without_drawing(model):
-            return estimate_activations(model, inputs, autocast=run.accelerator.autocast)
-    except RuntimeError as error:
-        logger.warning("the memory of activations cannot be estimated: %s", error)
-        return None
 
 
 def _log_images(run: Run) -> None:
@@ -447,10 +243,6 @@ def _log_memory(memory: Memory, run: Run) -> None:
             "train.gradient_checkpointing=true, train.ema_device=cpu or train.optimizer=adamw8bit",
             size_text(available),
         )
-
-
-def _size(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _millions(num: int) -> str:
