@@ -62,6 +62,11 @@ def train_recipe(
             "the learning rate never reaches its peak: lr_warmup_steps=%d is above max_steps=%d",
             *(settings.lr_warmup_steps, settings.max_steps),
         )
+    if is_main and start.step >= settings.max_steps:
+        logger.info(
+            "already trained to step %d: max_steps above that trains on; exporting again",
+            start.step,
+        )
     with lines_above_bar(), StopSignals(announces=is_main) as signals:
         if is_main:
             write_text(folder / "config.yaml", to_yaml(config))

@@ -46,7 +46,7 @@ class Progress:
             total=max_steps,
             dynamic_ncols=True,
             bar_format=BAR_FORMAT,
-            disable=not (is_main and sys.stderr.isatty()),
+            disable=not (is_main and sys.stderr.isatty() and first_step < max_steps),
         )
 
     def advance(self) -> None:

@@ -47,6 +47,9 @@ def test_a_run_tells_what_it_writes_and_what_to_type_next(
     assert "checkpoint saved" in (run / "log.txt").read_text()
     assert read_log(run)[-1].session == 1
     assert json.loads((run / "plan.json").read_text())["steps"]["images_per_step"] == 10 / 3
+    caplog.clear()
+    assert train(make_config(world, run, **settings)) == 0
+    assert "already trained to step 3: max_steps above that trains on" in caplog.text
     stderr = capfd.readouterr().err
     assert "encoding:" not in stderr  # no bar, whose carriage returns fill a log
     assert "/3 " not in stderr
