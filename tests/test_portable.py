@@ -58,9 +58,12 @@ def test_package_imports_and_writes_without_what_windows_lacks(tmp_path: Path) -
 
 
 def test_no_path_of_one_system_is_written_into_the_code() -> None:
+    """Linux' shared memory is looked at where it is there, and nothing is written into it."""
     found = [
         f"{path}: {text}"
         for path in (ROOT / "latentdiff").rglob("*.py")
-        for text in re.findall(r"[\"'](?:/tmp|/var|/home|/dev|C:)\b.*", path.read_text("utf-8"))
+        for text in re.findall(
+            r"[\"'](?:/tmp|/var|/home|/dev(?!/shm)|C:)\b.*", path.read_text("utf-8")
+        )
     ]
     assert not found

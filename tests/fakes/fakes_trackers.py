@@ -1,5 +1,8 @@
 """A tracker that remembers, in place of one of Accelerate's."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from accelerate import tracking
@@ -34,8 +37,12 @@ made: list[FakeTracker] = []
 
 
 def use_fake_wandb(monkeypatch: Any) -> list[FakeTracker]:
-    """Let Accelerate's wandb be a fake; return the list that each new one is added to."""
+    """Let wandb, installed or not, be a fake; return the list that each new tracker is added to."""
     made.clear()
+    package: Any = ModuleType("wandb")
+    package.__spec__ = ModuleSpec("wandb", None)
+    package.setup = lambda: SimpleNamespace(settings=SimpleNamespace(mode="offline"))
+    monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", FakeTracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return made
