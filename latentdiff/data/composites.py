@@ -56,8 +56,8 @@ class Drawing:
 def read_drawings(folder: str | Path) -> list[Drawing]:
     """Return the drawings of a split's folder whose subject is one thing: "a cat", "a red apple".
 
-    The subject is the row's `subject`, or its text; the style its `style_text`, or what is named
-    after a comma. Raises FileNotFoundError where folder/metadata.jsonl is not there.
+    The subject is the row's `subject`, or its text; the style its `style_text`, if any. Raises
+    FileNotFoundError where folder/metadata.jsonl is not there.
     """
     rows = (Path(folder) / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     found = [_drawing(json.loads(row), Path(folder)) for row in rows]
@@ -84,11 +84,14 @@ def write_composites(
 
     A third each shows one recoloured drawing, two or three of a kind, and two things in a relation,
     half of these recoloured too. folders: splits' folders, as of `read_drawings`. `out` appears
-    whole or not at all. Raises FileExistsError where it is there, ValueError without drawings.
+    whole or not at all. Raises FileExistsError where it is there, ValueError without drawings, or
+    without one that can be recoloured.
     """
     drawings = [one for folder in folders for one in read_drawings(folder)]
     if not drawings:
         raise ValueError(f"no row of {', '.join(map(str, folders))} has a subject such as 'a cat'")
+    if not any(recolour(one.cut_out(), "red") for one in drawings):
+        raise ValueError("no drawing has one dominant colour, so none can be recoloured")
     by_noun: dict[str, list[Drawing]] = {}
     for drawing in drawings:
         by_noun.setdefault(drawing.noun, []).append(drawing)
@@ -186,7 +189,7 @@ def _coloured_thing(
         colour = names[int(rng.integers(len(names)))]
         image = recolour(drawing.cut_out(), colour)
         if image is not None:
-            return drawing, image, f"{'an' if colour == 'orange' else 'a'} {colour} {drawing.noun}"
+            return drawing, image, with_article(f"{colour} {drawing.noun}")
 
 
 def recolour(image: Image.Image, colour: str) -> Image.Image | None:
@@ -241,8 +244,9 @@ def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
 
 
 def with_article(noun: str) -> str:
-    """Return "a cat", "an apple"."""
-    return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"
+    """Return "a cat", "an apple", "an umbrella", "a unicorn"."""
+    is_vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "us", "uf", "uk"))
+    return f"an {noun}" if is_vowel else f"a {noun}"
 
 
 def plural(noun: str) -> str:

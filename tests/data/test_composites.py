@@ -8,7 +8,14 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from latentdiff.data.composites import HUES, plural, read_drawings, recolour, write_composites
+from latentdiff.data.composites import (
+    HUES,
+    plural,
+    read_drawings,
+    recolour,
+    with_article,
+    write_composites,
+)
 from latentdiff.data.folder.folder import read_folder
 
 INK = {"cat": (220, 40, 40), "apple": (40, 60, 220), "tree": (30, 150, 50)}
@@ -154,3 +161,24 @@ def test_a_folder_without_things_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no row of .* has a subject such as 'a cat'"):
         write_composites(tmp_path / "out", [tmp_path])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("noun", "named"),
+    [
+        ("cat", "a cat"),
+        ("apple", "an apple"),
+        ("umbrella", "an umbrella"),
+        ("unicorn", "a unicorn"),
+        ("orange umbrella", "an orange umbrella"),
+    ],
+)
+def test_articles(noun: str, named: str) -> None:
+    assert with_article(noun) == named
+
+
+def test_drawings_without_a_hue_are_refused_rather_than_sought_for_ever(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (10, 10, 10)).save(tmp_path / "crow.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "crow.png", "text": "a crow"}')
+    with pytest.raises(ValueError, match="no drawing has one dominant colour"):
+        write_composites(tmp_path / "out", [tmp_path], num_images=1)
