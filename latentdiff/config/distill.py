@@ -8,6 +8,8 @@ from latentdiff.config.validation import at_least, between
 
 DistillMethod = Literal["none", "guided", "progressive"]
 
+STUDENT_STEPS = (16, 8, 4, 2, 1)  # sampling steps after each halving
+
 UNUSED: dict[str, Any] = {  # settings of plain training, with the one value that distillation takes
     "finetune.method": "full",
     "finetune.class_prompt": "",
@@ -105,7 +107,7 @@ class DistillOptions:
 
     def check(self) -> None:
         """Raise ValueError for options out of range."""
-        if self.steps not in (16, 8, 4, 2, 1):
+        if self.steps not in STUDENT_STEPS:
             raise ValueError(f"steps={self.steps}, expected 16, 8, 4, 2 or 1")
         for name, low in (("num_images", 10), ("teacher_num_steps", 1), ("measure_batch_size", 1)):
             if getattr(self, name) < low:

@@ -7,7 +7,7 @@ images by the teacher as its unit. FD has no interval, and so no verdict.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,18 @@ from torch import Tensor
 
 from latentdiff.evaluation.generate import GeneratedImages, generate
 from latentdiff.evaluation.metric_nets import MetricNets
-from latentdiff.evaluation.metrics.bootstrap import Interval, bootstrap_mean, proportion
+from latentdiff.evaluation.metrics.bootstrap import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    proportion,
+)
+from latentdiff.evaluation.metrics.clip import Clip
 from latentdiff.evaluation.metrics.fd_kid import frechet_distance
+from latentdiff.evaluation.metrics.features import embed_in_batches
 from latentdiff.evaluation.metrics.shapes_judge import follows, judge_image
 from latentdiff.evaluation.report.prompt_following import is_scene, scene_of
-from latentdiff.image_grid import to_pil
+from latentdiff.image_grid import from_uint8, to_pil
 from latentdiff.pipeline import LatentDiffPipeline
 
 
@@ -106,21 +113,31 @@ def compare_student(
     max_accuracy_loss: float,
     max_clip_loss: float,
     max_distance: float,
+    batch_size: int = 16,
+    device: torch.device | None = None,
 ) -> StudentReport:
-    """Compare images of the same captions and seeds. ValueError where they are not the same."""
+    """Compare images of the same captions and seeds. ValueError where they are not the same.
+
+    batch_size: images that a network reads at once, on the device of the nets, by default the CPU.
+    """
     if (teacher.captions, teacher.first_seed) != (student.captions, student.first_seed):
         raise ValueError("teacher and student drew other captions or seeds, expected the same")
+    device = device or torch.device("cpu")
     images = [one.flat.float() / 255 for one in (teacher, student)]  # (N, 3, H, W) each
     scores = [_distance(*images, allowed=max_distance)]
     if all(map(is_scene, teacher.captions)):
         right = [_right(one) for one in (teacher, student)]
         scores.append(_score("right images", *right, allowed=max_accuracy_loss))
     if nets.clip is not None:
-        cosines = [nets.clip.score(2 * one - 1, teacher.captions).cpu() for one in images]
+        cosines = [_cosines(nets.clip, one, batch_size, device) for one in (teacher, student)]
         scores.append(_score("CLIP score", *cosines, allowed=max_clip_loss))
     fd = None
     if nets.features is not None:
-        fd = frechet_distance(*(nets.features.embed(2 * one - 1) for one in images))
+        embedded = (
+            embed_in_batches(nets.features.embed, one.flat, size=batch_size, device=device)
+            for one in (teacher, student)
+        )
+        fd = frechet_distance(*embedded)
     return StudentReport(
         tuple(scores),
         len(teacher.captions),
@@ -137,14 +154,28 @@ def _distance(teacher: Tensor, student: Tensor, *, allowed: float) -> Score:
 
 
 def _score(name: str, teacher: Tensor, student: Tensor, *, allowed: float) -> Score:
-    loss = bootstrap_mean(teacher.double() - student.double())
+    loss = bootstrap_difference(teacher, student)
     if teacher.dtype == torch.bool and loss.low == loss.high:  # all pairs alike is no certainty
         width = proportion(0, loss.num_samples).high
-        loss = Interval(
-            loss.estimate, loss.low - width, loss.high + width, loss.level, loss.num_samples
-        )
+        loss = replace(loss, low=loss.low - width, high=loss.high + width)
     means = [one.double().mean().item() for one in (teacher, student)]
     return Score(name, loss, allowed, teacher=means[0], student=means[1])
+
+
+def _cosines(
+    clip: Clip, generated: GeneratedImages, batch_size: int, device: torch.device
+) -> Tensor:
+    """Return the cosine of each image to its caption, (N,) on the CPU."""
+    starts = range(0, len(generated.captions), batch_size)
+    parts = zip(generated.flat.split(batch_size), starts, strict=True)
+    return torch.cat(
+        [
+            clip.score(
+                from_uint8(part.to(device)), generated.captions[start : start + batch_size]
+            ).cpu()
+            for part, start in parts
+        ]
+    )
 
 
 def _right(generated: GeneratedImages) -> Tensor:

@@ -28,6 +28,22 @@ def guidance_features(unet: UNet2DConditionModel, scale: float | Tensor, *, num:
     return features.to(unet.dtype)
 
 
+def predict(
+    unet: UNet2DConditionModel,
+    zt: Tensor,
+    t: Tensor,
+    prompt_embeds: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Return a U-Net's output for zt (B, C, h, w), t (B,) and prompt embeddings (B, L, D).
+
+    scale: (B,) guidance scales, for a U-Net that reads them.
+    """
+    features = None if scale is None else guidance_features(unet, scale, num=len(zt))
+    output: Tensor = unet(zt, t, prompt_embeds, timestep_cond=features, return_dict=False)[0]
+    return output
+
+
 def has_guidance_embedding(unet: UNet2DConditionModel) -> bool:
     """Tell whether a U-Net reads the guidance scale as an input."""
     return unet.config.time_cond_proj_dim is not None

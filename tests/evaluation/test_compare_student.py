@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentdiff.data.shapes import all_scenes, render
 from latentdiff.evaluation.compare_student import StudentReport, compare_student
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metric_nets import MetricNets
+from latentdiff.evaluation.metrics.clip import Clip
+from latentdiff.evaluation.metrics.features import Features
 
 SCENES = all_scenes()[::17][:24]
 CAPTIONS = tuple(scene.caption for scene in SCENES)
@@ -59,3 +62,32 @@ def test_other_captions_are_refused() -> None:
     second = GeneratedImages(CAPTIONS[::-1], drawn()[:, None], 0)
     with pytest.raises(ValueError, match="other captions or seeds"):
         compare_student(first, second, nets=MetricNets(None, None), **MARGINS)
+
+
+def test_networks_score_images_in_batches_and_tell_a_spoilt_student() -> None:
+    """A CLIP of mean colours, whose text is the mean colour of the scene's own image."""
+    images = drawn()
+    seen: list[int] = []
+
+    def colour_of(pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        return F.normalize(pixels.mean((2, 3)) + 1.01, dim=1)
+
+    wanted = dict(zip(CAPTIONS, colour_of(images.float() / 127.5 - 1), strict=True))
+    clip = Clip(colour_of, lambda texts: torch.stack([wanted[text] for text in texts]))
+    nets = MetricNets(clip, Features(colour_of, "mean colour", "0"))
+
+    def scored(student: Tensor) -> StudentReport:
+        both = (GeneratedImages(CAPTIONS, one[:, None], 0) for one in (images, student))
+        return compare_student(*both, nets=nets, batch_size=10, **MARGINS)
+
+    same, spoilt = scored(images), scored(images.roll(1, 0))
+    assert set(seen[1:]) == {10, 4}
+    assert same.scores[-1].name == "CLIP score"
+    assert same.scores[-1].loss.estimate == pytest.approx(0, abs=1e-6)
+    assert same.scores[-1].teacher == pytest.approx(1, abs=1e-4)
+    assert spoilt.scores[-1].is_worse
+    assert same.fd == pytest.approx(0, abs=1e-3)
+    inverted = scored(255 - images)
+    assert inverted.fd is not None
+    assert inverted.fd > 0.001

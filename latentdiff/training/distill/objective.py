@@ -16,7 +16,6 @@ from torch import Tensor
 
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.distillation import (
-    CLEAN,
     ddim_step,
     one_step_output,
     trailing_timesteps,
@@ -58,12 +57,11 @@ class HalvedTarget:
     teacher: Predict
     schedule: Schedule
     prediction_type: str
-    timesteps: Tensor  # (2 num_steps,) of the teacher
+    path: Tensor  # (2 num_steps + 1,) timesteps of the teacher, and CLEAN
 
     def __call__(self, zt: Tensor, number: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         """Return it for the student's step of that number; the last one ends at clean latents."""
-        path = torch.cat([self.timesteps, self.timesteps.new_tensor([CLEAN])])
-        start, middle, end = (path[2 * number + k] for k in range(3))
+        start, middle, end = (self.path[2 * number + k] for k in range(3))
         z = zt
         for t, t_next in ((start, middle), (middle, end)):
             output = self.teacher(z, t, text, scale)
@@ -85,8 +83,8 @@ class Distillation:
     target: Target
     num_steps: int
     sample_steps: TimestepSampler
-    min_guidance: float = 1.0
-    max_guidance: float = 8.0
+    min_guidance: float
+    max_guidance: float
     loss_aware: None = field(default=None, init=False)  # no history of losses
 
     @cached_property

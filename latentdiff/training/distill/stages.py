@@ -10,16 +10,18 @@ import json
 import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from latentdiff.atomic import atomic_folder, write_text
-from latentdiff.config.distill import DistillOptions
+from latentdiff.config.distill import STUDENT_STEPS, DistillOptions
 from latentdiff.config.io import load_stored_config
 from latentdiff.config.options import EvalModelOptions, EvaluationOptions
 from latentdiff.config.text_to_image import Config
+from latentdiff.device import choose_device
 from latentdiff.evaluation.compare_student import StudentReport, compare_student, draw
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
@@ -40,7 +42,6 @@ from latentdiff.training.text_to_image.model import check_components, with_resol
 from latentdiff.training.text_to_image.train_t2i import train
 
 logger = logging.getLogger(__name__)
-MOST_STEPS = 16  # of the first halving
 GUIDED_SHARE, HALVING_SHARE = 4, 8  # of the teacher's optimiser steps: a quarter, an eighth
 COST = 5 / 3  # forward units of a step, next to plain training: the teacher predicts twice
 REPORT = "report.json"
@@ -113,11 +114,11 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
         given or max(1, (info.steps or 0) // share)
         for given, share in zip(lengths, (GUIDED_SHARE, HALVING_SHARE), strict=True)
     )
-    counts = [count for count in (16, 8, 4, 2, 1) if count >= options.steps]
+    counts = [count for count in STUDENT_STEPS if count >= options.steps]
     out = Path(template.output_dir).expanduser()
     teacher = str(resolve_model(template.model.pretrained))
     stages: list[Stage] = []
-    for number, count in enumerate([2 * MOST_STEPS, *counts]):
+    for number, count in enumerate([2 * STUDENT_STEPS[0], *counts]):
         name = f"{number}-{count}" if number else "0-guided"
         distill = replace(
             template.distill, method="progressive" if number else "guided", num_steps=count
@@ -220,6 +221,8 @@ class Judge:
             max_accuracy_loss=options.max_accuracy_loss,
             max_clip_loss=options.max_clip_loss,
             max_distance=options.max_distance,
+            batch_size=options.measure_batch_size,
+            device=choose_device(),
         )
 
     def _draw(self, model: str, folder: Path, num_steps: int) -> GeneratedImages:
@@ -227,15 +230,16 @@ class Judge:
         pipe.set_progress_bar_config(disable=True)
         return draw(
             pipe,
-            self._captions(),
+            self.captions,
             folder,
             num_inference_steps=num_steps,
             guidance_scale=self.scale,
             batch_size=self.options.measure_batch_size,
         )
 
-    def _captions(self) -> list[str]:
-        """Return captions, evenly spaced over the held-out ones, then over the others."""
+    @cached_property
+    def captions(self) -> list[str]:
+        """Captions to draw, evenly spaced over the held-out ones, then over the others."""
         data, prompts = self.template.data, self.template.finetune.instance_prompts
         train_folder, heldout = read_data(data, prompts=prompts, trust_index=True)
         chosen: list[str] = []

@@ -16,8 +16,8 @@ from latentdiff.config.distill import DistillMethod
 from latentdiff.models.components import Components
 from latentdiff.models.guidance_embedding import (
     add_guidance_embedding,
-    guidance_features,
     has_guidance_embedding,
+    predict,
 )
 from latentdiff.pipeline.schedulers import distilled_scheduler
 
@@ -59,11 +59,6 @@ class Teacher:
 
         scale: (B,), of guidance, for a U-Net that reads it.
         """
-        features = None
-        if has_guidance_embedding(self.unet):
-            features = guidance_features(self.unet, scale, num=len(zt))
+        given = scale if has_guidance_embedding(self.unet) else None
         with self.autocast():
-            output: Tensor = self.unet(
-                zt, t, prompt_embeds, timestep_cond=features, return_dict=False
-            )[0]
-        return output.float()
+            return predict(self.unet, zt, t, prompt_embeds, given).float()

@@ -38,7 +38,7 @@ from latentdiff.models.components import (
     read_model_configs,
     resolve_model,
 )
-from latentdiff.models.guidance_embedding import guidance_features
+from latentdiff.models.guidance_embedding import predict
 from latentdiff.models.latents import Autoencoder, latent_factor
 from latentdiff.models.learned_variance import fit_variance
 from latentdiff.models.save import save_component
@@ -70,15 +70,10 @@ class TextToImage(nn.Module):
 
         guidance_scale: (B,), for a U-Net that reads it.
         """
-        prompt_embeds, features = text, None
-        if guidance_scale is not None:
-            features = guidance_features(self.unet, guidance_scale, num=len(zt))
+        prompt_embeds = text
         if self.text_encoder is not None:
             prompt_embeds = encode_text(self.text_encoder, text, end_id=self._end_id)
-        output: Tensor = self.unet(zt, t, prompt_embeds, timestep_cond=features, return_dict=False)[
-            0
-        ]
-        return output
+        return predict(self.unet, zt, t, prompt_embeds, guidance_scale)
 
 
 def with_resolution(config: Config) -> Config:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
 from diffusers import UNet2DConditionModel
 
@@ -17,7 +18,7 @@ from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
-from latentdiff.diffusion.distillation import trailing_timesteps
+from latentdiff.diffusion.distillation import CLEAN, trailing_timesteps
 from latentdiff.diffusion.timesteps import (
     SamplingOptions,
     TimestepSampler,
@@ -298,7 +299,12 @@ def _distillation(
         prediction_type,
         GuidedTarget(teacher, timesteps(distill.num_steps), null_text)
         if distill.method == "guided"
-        else HalvedTarget(teacher, schedule, prediction_type, timesteps(2 * distill.num_steps)),
+        else HalvedTarget(
+            teacher,
+            schedule,
+            prediction_type,
+            path=F.pad(timesteps(2 * distill.num_steps), (0, 1), value=CLEAN),
+        ),
         num_steps=distill.num_steps,
         sample_steps=_timestep_sampler(config.diffusion, distill.num_steps, device),
         min_guidance=distill.min_guidance,
