@@ -10,15 +10,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from latentdiff.atomic import write_text
+from latentdiff.config.data import DataConfig
+from latentdiff.config.io import load_stored_config
 from latentdiff.config.options import (
     BoundOptions,
     EvalModelOptions,
     EvaluationOptions,
     SweepOptions,
 )
+from latentdiff.config.text_to_image import Config
 from latentdiff.evaluation.eval_set import (
     check_eval_options,
     open_eval_model,
@@ -277,10 +278,10 @@ def _warning(model: str, run: EvalRun) -> str:
     if run.is_heldout:
         return ""
     num = len(run.eval_model.folder)
-    trained = _trained_data(model)
-    root, fraction = str(trained.get("root") or ""), trained.get("heldout_fraction")
-    is_same = (
-        bool(root) and Path(root).expanduser().resolve() == run.eval_model.folder.root.resolve()
+    data, root = _trained_data(model), run.eval_model.folder.root.resolve()
+    fraction = data.heldout_fraction if data else 0.0
+    is_same = data is not None and any(
+        Path(one.root).expanduser().resolve() == root for one in data.each_source() if one.root
     )
     if run.data.split == "all" and not is_same:
         text = f"These {num:,} images are not held out: where the model was trained on them"
@@ -290,13 +291,13 @@ def _warning(model: str, run: EvalRun) -> str:
     return f"{images} were trained on: a good fit may be copying."
 
 
-def _trained_data(model: str) -> dict[str, Any]:
-    """Return the data settings of the run that a model's folder lies in; empty where unknown."""
+def _trained_data(model: str) -> DataConfig | None:
+    """Return the data settings of the run that a model's folder lies in; None where unknown."""
     path = resolve_model(model).parent / "config.yaml"
-    if not path.is_file():
-        return {}
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config.get("data") or {} if isinstance(config, dict) else {}
+    try:
+        return load_stored_config(path, Config).data if path.is_file() else None
+    except ValueError:  # of another recipe
+        return None
 
 
 def _facts(settings: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The log lines of a run: metrics.jsonl, trackers, speed, and the end when numbers go wrong.
 
 Loss, gradient norm and learning rate come from the recipe, in text-to-image from `StepResults` of
-text_to_image/train_t2i.py; loop.py decides when a line is due, and shows it on the progress bar.
+text_to_image/step_results.py; loop.py decides when a line is due, and shows it on the progress bar.
 
 The host looks at the device only where a line is logged, once every few steps.
 """
@@ -27,6 +27,7 @@ from latentdiff.training.checkpoint import Parts
 from latentdiff.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
 
 WINDOW = "window"  # part of a checkpoint: the steps since the last log line
 
@@ -37,7 +38,7 @@ class MetricsLog:
     def __init__(
         self, folder: Path, *, is_main: bool, first_step: int, trackers: Trackers | None = None
     ) -> None:
-        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self.folder, self.path = folder, folder / METRICS
         self._is_main, self._unwritten, self._trackers = is_main, "", trackers
         if is_main:
             _drop_lines_after(self.path, first_step)
@@ -69,6 +70,22 @@ class MetricsLog:
         """Flush what trackers still hold."""
         if self._trackers is not None:
             self._trackers.finish()
+
+
+def read_rows(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a run folder's metrics.jsonl, under today's names; none without it.
+
+    A line that is being written, or that a kill cut short, is left out.
+    """
+    path = run / METRICS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line.replace('"held_out', '"heldout'))  # as earlier versions wrote
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
 
 
 class TimedIterator(Iterator[Any]):

@@ -143,6 +143,11 @@ def has_extension(paths: pa.Array, extensions: Iterable[str]) -> np.ndarray:
     return found
 
 
+def folders_of(paths: pa.Array) -> pa.Array:
+    """Cut the last part off each path; "" for one without a folder."""
+    return pc.replace_substring_regex(paths, r"/?[^/]*$", "")
+
+
 def stems(paths: pa.Array) -> pa.Array:
     """Cut the extension off each path."""
     return pc.replace_substring_regex(paths, r"\.[^./]*$", "")

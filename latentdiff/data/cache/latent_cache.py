@@ -122,20 +122,16 @@ class LatentCache(CachedVariants):
             dtype=dtype,
             check_rows=check_rows,
         )
-        check_room(cache._store.folder, cache._missing_bytes(codec, dtype))
-        todo = cache._missing(shard)
+        missing = cache._missing()
+        num_values = cache._latent_pixels(missing, cache.factor) * cache.channels
+        check_room(cache._store.folder, num_values * num_moments(codec) * dtype.itemsize)
+        todo = cache._share(missing, shard)
         items = (cache._item(variant, index) for variant, index in todo.tolist())
         batches = decode_ahead(
             folder, items, digests=digests, batch_size=batch_size, num_threads=num_threads
         )
         cache._encode(batches, todo, codec=codec, folder=folder, dtype=dtype, progress=progress)
         return cache
-
-    def _missing_bytes(self, codec: LatentCodec, dtype: torch.dtype) -> int:
-        """Count the bytes of what no process has encoded yet."""
-        indices = self._missing((0, 1))[:, 1]
-        num_pixels = int((self.plan.sizes[indices].astype(np.int64) // self.factor).prod(1).sum())
-        return num_pixels * self.channels * num_moments(codec) * dtype.itemsize
 
     def _encode(
         self,

@@ -63,9 +63,10 @@ class MaskCache(CachedVariants):
         """
         digests = _digests(masks, cache_dir)
         cache = cls.open(masks, cache_dir=cache_dir)
-        todo = cache._missing(shard)
-        sizes = masks.plan.sizes[cache._missing((0, 1))[:, 1]].astype(np.int64) // masks.factor
-        check_room(cache._store.folder, int(sizes.prod(1).sum()) * torch.float32.itemsize)
+        missing = cache._missing()
+        num_bytes = cache._latent_pixels(missing, masks.factor) * torch.float32.itemsize
+        check_room(cache._store.folder, num_bytes)
+        todo = cache._share(missing, shard)
         writer = StoreWriter(cache._store.folder)
 
         def read(place: tuple[int, int]) -> Tensor:

@@ -248,15 +248,22 @@ class CachedVariants:
         u = (place + 0.5) / len(self.plan.places)
         return self.plan.item(index, u=u, flip=bool(flip))
 
-    def _missing(self, shard: tuple[int, int]) -> np.ndarray:
-        """Find this process's share of what the store lacks, each key once, sorted by size: (M, 2)
-        (variant, index)."""
+    def _missing(self) -> np.ndarray:
+        """Find what the store lacks, each key once, sorted by size: (M, 2) (variant, index)."""
         flat = self.keys.reshape(-1, 2)
-        places = np.flatnonzero((self._rows.ravel() == MISSING) & owned_by_rank(flat, shard))
+        places = np.flatnonzero(self._rows.ravel() == MISSING)
         _, first = np.unique(flat[places], axis=0, return_index=True)
         variants, indices = np.divmod(places[np.sort(first)], max(1, len(self)))
         order = np.lexsort((indices, *self.plan.sizes[indices].T))
         return np.stack([variants, indices], axis=1)[order]
+
+    def _share(self, missing: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
+        """Return the part of `_missing` that a process (rank, world) makes, in its order."""
+        return missing[owned_by_rank(self.keys[missing[:, 0], missing[:, 1]], shard)]
+
+    def _latent_pixels(self, missing: np.ndarray, factor: int) -> int:
+        """Count the latent pixels of what is missing, at `factor` image pixels each way."""
+        return int((self.plan.sizes[missing[:, 1]].astype(np.int64) // factor).prod(1).sum())
 
     def _refresh(self) -> None:
         """Find rows that other processes have written meanwhile."""

@@ -1,17 +1,15 @@
-"""How often an epoch shows each image: kohya's folders such as 10_dog, and the weights of sources.
+"""How often an epoch shows each image of kohya's repeat folders, such as 10_dog.
 
 A folder named REPEATS_CLASS says that each image in it comes REPEATS times in an epoch, and names
-the class that it shows. Of several sources each comes in its exact share: all of its images as
-often as the whole number says, and a choice of them, anew in every epoch, once more.
+the class that it shows. Does not answer for: the weights of several sources (epoch_draws.py).
 """
 
 import re
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from latentdiff.data.arrow.columns import iter_py
+from latentdiff.data.arrow.columns import folders_of, iter_py
 from latentdiff.data.arrow.listing import TABLES
 
 REPEAT_FOLDER = re.compile(r"(\d{1,4})_(.+)")
@@ -31,7 +29,7 @@ def repeat_folder(folder: str) -> tuple[int, str] | None:
 
 def count_repeats(paths: pa.Array) -> np.ndarray:
     """Return the repeats that the folders of some paths name, (N,) int32; 1 for other folders."""
-    folders = pc.replace_substring_regex(paths, r"/?[^/]*$", "").dictionary_encode()
+    folders = folders_of(paths).dictionary_encode()
     named = map(repeat_folder, iter_py(folders.dictionary))
     counts = np.array([1 if found is None else found[0] for found in named], np.int32)
     return counts[folders.indices.to_numpy()]

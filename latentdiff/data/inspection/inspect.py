@@ -100,7 +100,9 @@ def make_data_report(
     draws = make_draws(train, bucket_of, weights)
     if draws is None and sources:
         draws = EpochDraws(train.repeats, bucket_of, sources=train.sources)
-    rows = bucket_rows(train, buckets, batch_size=batch_size, partial=partial, draws=draws)
+    rows = bucket_rows(
+        train, buckets, batch_size=batch_size, partial=partial, bucket_of=bucket_of, draws=draws
+    )
     return DataReport(
         root=" + ".join(sources) if sources else str(folder.root),
         is_usable=not why_not,

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import CLIPTokenizer
 
-from latentdiff.data.arrow.columns import in_chunks, iter_py
-from latentdiff.data.buckets import Bucket, Partial, assign_buckets, crop_loss, num_batches
+from latentdiff.data.arrow.columns import folders_of, in_chunks, iter_py
+from latentdiff.data.buckets import Bucket, Partial, crop_loss, num_batches
 from latentdiff.data.epoch_draws import EpochDraws
 from latentdiff.data.folder.folder import Folder
 from latentdiff.models.text import truncated_part
@@ -152,7 +151,7 @@ def sample_rows(
         images, held = (np.bincount(one.sources, minlength=num) for one in (train, heldout))
         samples = np.array([draws.source_counts.get(source, 0) for source in range(num)])
     else:
-        folders, num_held = _folders(train).dictionary_encode(), subfolder_counts(heldout)
+        folders, num_held = folders_of(train.ids).dictionary_encode(), subfolder_counts(heldout)
         at = folders.indices.to_numpy()
         names = [name or "." for name in folders.dictionary.to_pylist()]
         images, samples = np.bincount(at), np.bincount(at, weights=train.repeats).astype(int)
@@ -167,14 +166,15 @@ def bucket_rows(
     *,
     batch_size: int,
     partial: Partial,
+    bucket_of: np.ndarray,
     draws: EpochDraws | None = None,
 ) -> list[BucketRow]:
     """Count for each bucket in use its images, batches and repeats, and measure its crops.
 
-    draws: how often an epoch shows each image; once, by default.
+    bucket_of: the bucket of each image, as of `assign_buckets`. draws: how often an epoch shows
+    each image; once, by default.
     """
     widths, heights = folder.widths, folder.heights
-    bucket_of = assign_buckets(widths, heights, buckets=buckets)
     losses = crop_loss(widths, heights, bucket_of=bucket_of, buckets=buckets)
     rows = []
     for place, bucket in enumerate(buckets):
@@ -212,13 +212,8 @@ def summarize(numbers: np.ndarray) -> Summary:
 
 def subfolder_counts(folder: Folder) -> dict[str, int]:
     """Count the images of each sub-folder that holds any itself, "." first, then by name."""
-    counted = pc.value_counts(_folders(folder)).to_pylist()
+    counted = pc.value_counts(folders_of(folder.ids)).to_pylist()
     return {
         row["values"] or ".": row["counts"]
         for row in sorted(counted, key=lambda row: row["values"])
     }
-
-
-def _folders(folder: Folder) -> pa.Array:
-    """Name each record's sub-folder; "" for the root."""
-    return pc.replace_substring_regex(folder.ids, r"/?[^/]*$", "")

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from latentdiff.config.io import flat, load_stored_config
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 from latentdiff.config.yaml_file import read_yaml
+from latentdiff.training.metrics_log import read_rows
 from latentdiff.training.run_folder import PLAN, exports_of
 from latentdiff.training.run_log import LogEntry, read_log
 
@@ -153,22 +153,11 @@ def read_run(folder: Path, name: str) -> RunRecord:
         kind=kind,
         settings=flat(load_stored_config(path, config)),
         defaults=flat(config()),
-        rows=list(_read_rows(folder / "metrics.jsonl")),
+        rows=list(read_rows(folder)),
         plan=json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {},
         log=read_log(folder),
         sheets=sheets,
     )
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a run's metrics; one that is being written is not there yet."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
 
 
 def _is_finite(value: Any) -> bool:

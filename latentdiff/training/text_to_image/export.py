@@ -1,6 +1,5 @@
 """The export: pipeline/, with EMA weights, in Stable Diffusion's format, and what learned alone."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import LoraFacts, merged_components, save_adapters
 from latentdiff.training.fsdp import is_sharded
+from latentdiff.training.metrics_log import read_rows
 from latentdiff.training.optim.optimizer import evaluated_weights
 from latentdiff.training.optim.posthoc_ema import gamma_of, read_snapshots, reconstruct
 from latentdiff.training.text_to_image.model import TextToImage
@@ -70,7 +70,7 @@ def export(run: Run, heldout: Mapping[int, float], *, example_prompts: Sequence[
 def export_reconstructed(
     run_folder: Path, out: Path, *, width: float, step: int | None = None
 ) -> None:
-    """Write to `out` the run's model with the average of any width (power_ema.reconstruct).
+    """Write to `out` the run's model with the average of any width (posthoc_ema.reconstruct).
 
     width: sigma_rel; step: one of the snapshots', by default the last. The run must have ended, as
     everything but the weights comes from its pipeline/. ValueError or FileNotFoundError for what
@@ -188,10 +188,8 @@ def _facts(run: Run, step: int) -> ModelInfo:
     """Return what is known of the state of a step."""
     config = run.config
     last: dict[str, float] = {}
-    path = run.folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        figures = json.loads(line.replace('"held_out', '"heldout'))  # as earlier versions wrote
-        last |= figures if figures["step"] <= step else {}
+    for row in read_rows(run.folder):
+        last |= row if row["step"] <= step else {}
     metrics = {name: last[name] for name in HELDOUT_METRICS if name in last}
     if metrics and (triples := run.train_data.heldout_triples) is not None:
         metrics["num_heldout_images"] = min(len(triples), len(run.train_data.heldout))
