@@ -48,6 +48,14 @@ def test_the_command_of_another_environment_is_not_taken_for_ours(
     assert program() == ".venv/bin/latentdiff"
 
 
-def test_python_runs_the_package_where_it_is_not_installed(installed: Path) -> None:
+def test_python_runs_the_package_where_it_is_not_installed(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed.unlink()
-    assert program() == f"{Path(sys.executable).stem} -m latentdiff"
+    python = installed.with_name("python3.11")
+    python.write_text("")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert program() == ".venv/bin/python3.11 -m latentdiff"
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert program() == "python3.11 -m latentdiff"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ EXIT_CODES = {
     143: "after SIGTERM",
 }
 UNHEARD = 141
+DTYPE_HELP = "float32, float16 or bfloat16; by default as in the file"  # of weights to write
 
 
 def run_command(command: Command, arguments: Sequence[str], *, prog: str) -> int:
@@ -111,6 +113,11 @@ def take_options(kind: type[Options], values: dict[str, Any]) -> Options:
     return kind(**{field.name: values.pop(field.name) for field in fields(dataclass)})
 
 
+def log_to_terminal() -> None:
+    """Show this package's messages on stderr, each with its level."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+
+
 def quieten_libraries() -> None:
     """Turn off diffusers' and transformers' progress bars and warnings; their errors stay.
 
@@ -122,9 +129,9 @@ def quieten_libraries() -> None:
         import transformers.utils.logging
         from huggingface_hub.utils.tqdm import enable_progress_bars
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     enable_progress_bars()  # of downloads, which take long and were turned off along
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.cli.command import quieten_libraries
-
-DTYPE_HELP = "float32, float16 or bfloat16; by default as in the file"
+from latentdiff.cli.command import DTYPE_HELP, quieten_libraries
+from latentdiff.program import program
 
 
 def convert_single_file_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
@@ -30,7 +29,7 @@ def convert_single_file_command(parser: ArgumentParser, arguments: Sequence[str]
     from latentdiff.sampling.single_files import folder_of_single_file
 
     out = folder_of_single_file(values.pop("file"), Path(values.pop("out")), **values)
-    print(f"wrote {out}\nnext: latentdiff sample {out} 'a prompt' --out sheet.png")
+    print(f"wrote {out}\nnext: {program()} sample {out} 'a prompt' --out sheet.png")
     return 0
 
 
@@ -48,7 +47,7 @@ def convert_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int
     from latentdiff.sampling.single_files import folder_of_vae
 
     out = folder_of_vae(values.pop("file"), Path(values.pop("out")), **values)
-    print(f"wrote {out}\nnext: latentdiff train ... --model.vae={out}")
+    print(f"wrote {out}\nnext: {program()} train ... --model.vae={out}")
     return 0
 
 

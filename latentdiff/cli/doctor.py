@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from latentdiff.cli.machine import Machine, Package, Place, read_machine
 from latentdiff.config.yaml_file import shipped_configs
+from latentdiff.program import program
 
 Level = Literal["ok", "note", "warn", "FAIL"]
 MIN_PYTHON = (3, 11)
@@ -21,7 +22,6 @@ MIN_FREE_GB, LITTLE_FREE_GB = 0.5, 5.0  # of a disk: a run's checkpoints are som
 MIN_MEMORY_GB, LITTLE_MEMORY_GB = 2.0, 6.0
 LITTLE_SHARED_GB = 0.5  # data workers hand batches over in it
 PRESETS = {  # by the memory of a GPU in GB: the config to begin with, where it ships
-    11.0: "lora_sdxl_8gb",
     7.5: "lora_sd15_8gb",
 }
 ADDS = {  # what an extra is for
@@ -257,11 +257,11 @@ def next_commands(machine: Machine, findings: Sequence[Finding]) -> list[str]:
     """Return what to type next: the fixes that are needed, or the first commands of a new user."""
     if not is_usable(findings):
         fixes = [finding.fix for finding in findings if finding.level == "FAIL"]
-        return [*dict.fromkeys(fixes), "latentdiff doctor"]
+        return [*dict.fromkeys(fixes), f"{program()} doctor"]
     memory = max((gpu.memory_gb for gpu in machine.torch.gpus), default=0.0)
     fitting = (name for least, name in PRESETS.items() if memory >= least)
     config = next((name for name in fitting if name in shipped_configs()), "lora_mini")
-    return ["latentdiff demo", f"latentdiff train --config {config} --data.root=FOLDER"]
+    return [f"{program()} demo", f"{program()} train --config {config} --data.root=FOLDER"]
 
 
 def as_text(machine: Machine, findings: Sequence[Finding]) -> str:

@@ -1,12 +1,12 @@
 """Commands that write models for others: single files, LoRAs, merged, packed, on the Hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.cli.command import add_model, quieten_libraries
+from latentdiff.cli.command import DTYPE_HELP, add_model, quieten_libraries
 
 
 def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
@@ -55,14 +55,12 @@ def pack_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("--safety_checker", type=bool, default=True, help="false leaves it out")
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
-    from latentdiff.sampling.release import MB, pack_model
+    from latentdiff.sampling.release import pack_model
 
     out = Path(values.pop("out"))
     card = values.pop("card")
     sizes = pack_model(values.pop("model"), out, card=card and Path(card), **values)
-    for name, size in sizes.items():
-        print(f"{size / MB:8.2f} MB  {name}")
-    print(f"{sum(sizes.values()) / MB:8.2f} MB  {out}")
+    _print_sizes(sizes, str(out))
     return 0
 
 
@@ -96,9 +94,7 @@ def lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--base", type=str, help="the model it was trained for, if it does not tell"
     )
-    parser.add_argument(
-        "--dtype", type=str, help="float32, float16 or bfloat16; by default as in the file"
-    )
+    parser.add_argument("--dtype", type=str, help=DTYPE_HELP)
     args = parser.parse_args(arguments)
     quieten_libraries()
     from latentdiff.sampling.lora_conversion import convert_lora
@@ -131,17 +127,23 @@ def push_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         raise ValueError(f"--part={args.part}, expected one of {', '.join(parts)}")
     quieten_libraries()
     from latentdiff.sampling import hub_upload
-    from latentdiff.sampling.release import MB
 
     image = Path(args.image) if args.image else None
     upload = hub_upload.plan_upload(args.source, args.repo_id, part=args.part, image=image)
     sizes = upload.sizes()
-    for name, size in sizes.items():
-        print(f"{size / MB:8.2f} MB  {name}")
-    print(f"{sum(sizes.values()) / MB:8.2f} MB  for {args.repo_id}", flush=True)
+    _print_sizes(sizes, f"for {args.repo_id}")
     if args.dry_run:
         print(f"\nnothing is sent; {hub_upload.CARD} would be:\n\n{upload.card}")
         return 0
     options = {"private": args.private or None, "message": args.message}
     print(f"sent: {hub_upload.send(upload, create_pr=args.create_pr, **options)}")
     return 0
+
+
+def _print_sizes(sizes: Mapping[str, int], label: str) -> None:
+    """Print the size of each file and, with the label, of all."""
+    from latentdiff.sampling.release import MB
+
+    for name, size in sizes.items():
+        print(f"{size / MB:8.2f} MB  {name}")
+    print(f"{sum(sizes.values()) / MB:8.2f} MB  {label}", flush=True)

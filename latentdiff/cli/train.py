@@ -1,22 +1,17 @@
 """Commands that train text-to-image models, autoencoders and CLIPs, and list their configs."""
 
-import logging
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from latentdiff.cli.command import quieten_libraries, take_options
+from latentdiff.cli.command import log_to_terminal, quieten_libraries, take_options
 from latentdiff.config.clip import ClipConfig
 from latentdiff.config.distill import DistillOptions
 from latentdiff.config.io import parse_settings
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 from latentdiff.config.yaml_file import CONFIGS, GOALS, find_config, read_header, shipped_configs
-
-BEGIN = (
-    "no settings are given; begin with a preset: latentdiff train --config lora_mini "
-    "--data.root=photos; latentdiff configs lists them"
-)
+from latentdiff.program import program
 
 
 def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
@@ -26,8 +21,11 @@ def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """
     config, _ = parse_settings(parser, Config, arguments)
     if not arguments:
-        raise ValueError(BEGIN)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+        raise ValueError(
+            f"no settings are given; begin with a preset: {program()} train --config lora_mini "
+            f"--data.root=photos; {program()} configs lists them"
+        )
+    log_to_terminal()
     _check_folders(config)
     quieten_libraries()
     from latentdiff.training.text_to_image.train_t2i import train
@@ -48,7 +46,7 @@ def _check_folders(config: Config) -> None:
 def train_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train an AutoencoderKL on folders of images and report its PSNR on held-out ones."""
     config, _ = parse_settings(parser, VaeConfig, arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    log_to_terminal()
     quieten_libraries()
     from latentdiff.training.vae.train_vae import train_vae
 
@@ -58,7 +56,7 @@ def train_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train a small CLIP on captioned folders and report its recall on held-out pairs."""
     config, _ = parse_settings(parser, ClipConfig, arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    log_to_terminal()
     quieten_libraries()
     from latentdiff.training.clip.train_clip import train_clip
 
@@ -82,7 +80,7 @@ def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         given += [f"--model.pretrained={arguments[0]}", "--distill.method=guided"]
     config, options = parse_settings(parser, Config, given)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    log_to_terminal()
     quieten_libraries()
     from latentdiff.training.distill.stages import distill
 
@@ -112,8 +110,8 @@ def config_table() -> str:
                 lines.append(f"  {'':{width}}  {header.data}")
     lines += [
         "",
-        "Start:  latentdiff train --config NAME --data.root=DIR",
-        "Read:   latentdiff configs NAME     (what it does, and its own command)",
+        f"Start:  {program()} train --config NAME --data.root=DIR",
+        f"Read:   {program()} configs NAME     (what it does, and its own command)",
         f"Files:  {CONFIGS.resolve()}",
     ]
     return "\n".join(lines[1:]) + "\n"

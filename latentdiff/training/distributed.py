@@ -22,7 +22,7 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
-ON_THE_CPU = "On the CPU use torchrun --nproc_per_node N scripts/train_t2i.py"
+ON_THE_CPU = "On the CPU use torchrun --nproc_per_node N -m latentdiff train"
 
 
 def start_accelerator(config: Config) -> Accelerator:
