@@ -53,7 +53,7 @@ _FIGURE = """\
 {% if note %}<span class="soft">{{ note }}</span>{% endif %}</figcaption></figure>"""
 _IMAGE = """\
 <img{% if kind %} class="{{ kind }}"{% endif %} alt="" width="{{ width }}" height="{{ height }}" \
-src="data:image/{{ format }};base64,{{ data }}">"""
+src="{{ source }}">"""
 
 
 def render_template(template: str, **values: object) -> Markup:
@@ -87,13 +87,16 @@ def grid(items: Iterable[Markup]) -> Markup:
 
 def inline_image(image: Image.Image, *, format: str = "PNG", kind: str = "") -> Markup:
     """Encode an image into an img element; `kind` is its CSS class."""
+    width, height = image.size
+    source = Markup(data_url(image, format=format))
+    return render_template(_IMAGE, kind=kind, width=width, height=height, source=source)
+
+
+def data_url(image: Image.Image, *, format: str = "PNG") -> str:
+    """Return an image as a URL that holds it."""
     file = io.BytesIO()
     image.save(file, format, **({"quality": 80} if format == "JPEG" else {}))
-    data = base64.b64encode(file.getvalue()).decode()
-    width, height = image.size
-    return render_template(
-        _IMAGE, kind=kind, width=width, height=height, format=format.lower(), data=Markup(data)
-    )
+    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def printable(text: str) -> str:

@@ -175,7 +175,7 @@ class CreateTab:
         facts = self.session.facts
         name = facts.name if facts else None
         updates[ui.controls["model"]] = gr.update(choices=list(library.models()), value=name)
-        return updates | (self._facts_updates(facts) | self._defaults(facts) if facts else {})
+        return updates | (self._defaults(facts) if facts else {})
 
     def open_model(self, name: str) -> Iterator[Updates]:
         """Open another model; the settings take its defaults."""
@@ -186,7 +186,7 @@ class CreateTab:
             yield {self.ui.status: status_html(str(error), kind="error")}
             return
         status = {self.ui.status: status_html(f"{name} is open")}
-        yield self._facts_updates(facts) | self._defaults(facts) | status
+        yield self._defaults(facts) | status
 
     def _facts_updates(self, facts: ModelFacts) -> Updates:
         """Return what the page shows of a model, and the limits of the settings."""
@@ -202,15 +202,14 @@ class CreateTab:
         }
 
     def _defaults(self, facts: ModelFacts) -> Updates:
-        """Return a model's own settings, with its limits."""
+        """Return what the page shows of a model, with the model's own settings."""
         controls, updates = self.ui.controls, self._facts_updates(facts)
-        for name in ("width", "height"):
-            updates[controls[name]] = updates[controls[name]] | {"value": getattr(facts, name)}
+        values = {name: getattr(facts, name) for name in ("width", "height", "clip_skip")}
+        values["scheduler"] = facts.schedulers[0]
+        for name, value in values.items():
+            updates[controls[name]] = updates[controls[name]] | {"value": value}
         updates[controls["guidance_scale"]] = facts.guidance_scale
-        scheduler = gr.update(choices=list(facts.schedulers), value=facts.schedulers[0])
-        updates[controls["scheduler"]] = scheduler
-        clip_skip = gr.update(maximum=max(facts.max_clip_skip, 1), value=facts.clip_skip)
-        return updates | {controls["clip_skip"]: clip_skip, self.ui.size_note: ""}
+        return updates | {self.ui.size_note: ""}
 
     def list_loras(self, name: str) -> Any:
         """List the LoRAs that are there now."""

@@ -12,13 +12,13 @@ from typing import TypeVar
 
 from latentdiff.models.components import BUNDLED
 from latentdiff.models.model_path import EXPORT, INDEX
+from latentdiff.pipeline.files.adapter_file import LORA_NAMES, RUN_LORA
 from latentdiff.pipeline.files.model_info import public_name
 
 DEFAULT_MODEL = "latentdiff-mini"
 NO_LORA = "none"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints")  # of which a run folder has one
 Value = TypeVar("Value")
-LORA_FOLDER, LORA_FILE = "lora", "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ class Library:
         files: list[Path] = []
         if self.lora_dir is not None:
             files = sorted(self.lora_dir.glob("*.safetensors"))
-            files += sorted(path.parent for path in self.lora_dir.glob(f"*/{LORA_FILE}"))
-        runs = [path / LORA_FOLDER for path in self.runs().values()]
+            files += sorted(path.parent for path in self.lora_dir.glob(f"*/{LORA_NAMES[0]}"))
         found = {path.stem if path.is_file() else path.name: path for path in files}
         return found | {
-            f"{path.parent.name} (run)": path for path in runs if (path / LORA_FILE).is_file()
+            f"{run.name} (run)": run / RUN_LORA.parent
+            for run in self.runs().values()
+            if (run / RUN_LORA).is_file()
         }
 
     def _listed_runs(self) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from latentdiff.models.compatibility import size_in_reach
 from latentdiff.models.components import resolve_model
 from latentdiff.models.text import clip_skip_of
-from latentdiff.pipeline.files.model_info import ModelInfo, default_guidance
+from latentdiff.pipeline.files.model_info import CARD_SUMMARY, ModelInfo, default_guidance
 from latentdiff.pipeline.initial_latents import trained_size_px
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
@@ -20,7 +20,6 @@ from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
 OWN_SCHEDULER = "the model's own"
 REACH = 2  # times the trained size, where the page's sizes end
 MAX_SUMMARY = 300  # characters
-GENERATED = "A text-to-image latent diffusion model in Stable Diffusion's format"  # of our cards
 EXAMPLES = (  # for a model that names none
     "a photograph of a cat on a sofa",
     "a watercolour of mountains at dawn",
@@ -45,11 +44,6 @@ class ModelFacts:
     examples: tuple[str, ...]
     summary: str = ""
     rows: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def shows_pixels(self) -> bool:
-        """Whether its images are so small that they are enlarged without smoothing."""
-        return max(self.height, self.width) <= 256
 
     def size_warning(self, width: int, height: int) -> str:
         """Return a sentence on a size far beyond the trained one, "" for any other."""
@@ -100,7 +94,7 @@ def card_summary(card: str) -> str:
     for paragraph in re.split(r"\n\s*\n", text):
         plain = " ".join(re.sub(r"!?\[([^\]]*)\]\([^)]*\)|[*_`]", r"\1", paragraph).split())
         if re.match(r"[A-Z0-9]", plain):
-            is_known = plain.startswith(GENERATED)
+            is_known = plain.startswith(CARD_SUMMARY)
             return "" if is_known else plain[:MAX_SUMMARY] + "..." * (len(plain) > MAX_SUMMARY)
     return ""
 

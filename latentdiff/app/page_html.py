@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from urllib.parse import quote
 
@@ -13,7 +11,7 @@ from PIL import Image
 from latentdiff.app.history import HistoryEntry
 from latentdiff.app.model_facts import ModelFacts
 from latentdiff.app.web_session import Event, Opening, Step, Stopped, Waiting
-from latentdiff.html import render_template
+from latentdiff.html import data_url, render_template
 
 PIXELATED_PX = 256  # images with no side beyond it are enlarged without smoothing
 FILE_ROUTE = "gradio_api/file="
@@ -86,7 +84,7 @@ def previews_html(images: Sequence[Image.Image], *, width: int, height: int) -> 
     """Return previews in the place and size of the images that they become, in pixels."""
     shown = [
         {
-            "src": Markup(_data_url(image)),
+            "src": Markup(data_url(image)),
             "alt": "preview",
             "kind": "pixels" if max(width, height) <= PIXELATED_PX else "preview",
             "caption": "preview",
@@ -107,9 +105,3 @@ def facts_html(facts: ModelFacts) -> str:
 def note_html(text: str, *, kind: str = "") -> str:
     """Return a remark next to a field, "" for none. kind: "warning" or ""."""
     return render_template(_NOTE, text=text, kind=kind) if text else ""
-
-
-def _data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

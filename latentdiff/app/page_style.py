@@ -59,7 +59,6 @@ STYLE = """
 #history .thumbnail-item.selected { --ring-color: transparent; border-color: transparent }
 #history .thumbnail-item { width: auto; height: auto; aspect-ratio: 1 }
 
-.run img { max-width: 100%; height: auto }
 
 @media (max-width: 768px) {
   #create { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "result" "settings";

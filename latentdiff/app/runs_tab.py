@@ -11,6 +11,7 @@ from latentdiff.app.create_tab import CreateTab
 from latentdiff.app.page_html import status_html
 from latentdiff.app.run_view import fingerprint, run_html
 from latentdiff.app.web_session import WebSession
+from latentdiff.models.model_path import EXPORT
 
 REFRESH_S = 2.0
 NO_RUNS = (
@@ -50,25 +51,25 @@ class RunsTab:
 
     def refresh(self, name: str | None, seen: Any) -> dict[Any, Any]:
         """Show a run as it is now; nothing where nothing has changed."""
-        names = self._names()
-        name = name if name in names else next(iter(names), None)
+        runs = self.session.library.runs()
+        name = name if name in runs else next(iter(runs), None)
         if name is None:
             return {self.view: status_html(NO_RUNS), self.seen: None}
-        now = (name, *names, *fingerprint(self.session.library.runs()[name]))
+        now = (name, *runs, *fingerprint(runs[name]))
         if seen is not None and tuple(seen) == now:
             return {self.seen: gr.skip()}
-        html = run_html(self.session.library.runs()[name], name)
-        return {self.run: gr.update(choices=names, value=name), self.view: html, self.seen: now}
+        html = run_html(runs[name], name)
+        choices = gr.update(choices=list(runs), value=name)
+        return {self.run: choices, self.view: html, self.seen: now}
 
     def use_model(self, name: str | None) -> dict[Any, Any]:
         """Choose a run's model and go to the tab that makes images."""
-        library = self.session.library
-        folder = library.runs().get(name or "")
-        for model, path in library.models().items():
-            if folder is not None and Path(path) in (folder, folder / "pipeline"):
-                choices = list(library.models())
+        folder = self.session.library.runs().get(name or "")
+        models = self.session.library.models()
+        for model, path in models.items():
+            if folder is not None and Path(path) in (folder, folder / EXPORT):
                 return {
-                    self.create.ui.controls["model"]: gr.update(choices=choices, value=model),
+                    self.create.ui.controls["model"]: gr.update(choices=list(models), value=model),
                     self.tabs: gr.Tabs(selected="create"),
                 }
         raise gr.Error("This run has no model yet; it is written when the run ends", duration=8)

@@ -1,7 +1,7 @@
 """Each setting of a dataclass as text: its description, type, default and range.
 
-Descriptions are the docstrings under the fields, ranges those declared by ranges.py. The help of
-the commands and commented settings files are made of them.
+Descriptions are the docstrings under the fields, ranges those declared by validation.py. The help
+of the commands and commented settings files are made of them.
 """
 
 import ast

@@ -245,9 +245,9 @@ class RollOptions:
     max_steps: int = 6000
     """optimiser steps, 1 and more"""
     num_timesteps: int = 100
-    """length of the chain, 2 and more"""
+    """length of the chain, 8 and more"""
     num_points: int = 4000
-    """points of each cloud, and of the bound; 1 and more"""
+    """points of each cloud, and of the bound; 100 and more"""
     known: float = 0.5
     """the value of the first coordinate that conditional samples are given"""
     tolerance: float = 0.1

@@ -23,13 +23,14 @@ OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
 UNKNOWN = "not recorded"  # in a card
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
 
+CARD_SUMMARY = "A text-to-image latent diffusion model in Stable Diffusion's format"
 CARD = """---
 {head}
 ---
 
 # {name}
 
-A text-to-image latent diffusion model in Stable Diffusion's format, made with LatentDiff.
+{summary}, made with LatentDiff.
 
 ## Training
 
@@ -92,8 +93,8 @@ class ModelInfo:
     caption_dropout: part of the captions replaced by the empty one in the last training, 0 for
     none at all; base_caption_dropout: the most in any training of the base model before. dataset,
     steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
-    metrics: name to value, with sample counts where they are estimates. guidance_scale,
-    num_inference_steps: of a call that gives none; the latter of a model distilled to so few.
+    metrics: name to value, with sample counts where they are estimates. guidance_scale:
+    of a call that gives none. num_inference_steps: of a model that is distilled to so few.
     clip_skip: layers of the text encoder that captions skipped. example_prompts: what the model
     knows how to draw.
     """
@@ -166,7 +167,7 @@ def default_guidance(info: ModelInfo) -> float:
 
 
 def default_steps(info: ModelInfo, otherwise: int) -> int:
-    """Return the sampling steps of a call that gives none: a distilled model's own, else these."""
+    """Return the sampling steps to recommend: a distilled model's own, else these."""
     return info.num_inference_steps or otherwise
 
 
@@ -247,6 +248,7 @@ def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> st
     return CARD.format(
         head=_card_head(info).to_yaml(),
         name=_escaped(name),
+        summary=CARD_SUMMARY,
         rows="\n".join(f"| {label} | {value} |" for label, value in shown),
         metrics="\n".join(_metrics(info)),
         literal=_literal(name),
