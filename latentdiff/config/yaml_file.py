@@ -25,7 +25,7 @@ GOALS = {  # of a config that ships, as in its header -> what it is for
     "dreambooth": "one subject from a handful of photographs",
     "textual_inversion": "a new word, and nothing else of the model changes",
     "full": "a domain: all of the model",
-    "distill": "any model in fewer sampling steps",
+    "few_steps": "any model in fewer sampling steps",
     "scratch": "a model of your own, from noise",
     "parts": "a VAE or a text encoder for one",
 }
