@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from latentdiff.cli.command import run_command, take_options
 from latentdiff.cli.main import main
 from latentdiff.config.options import SampleOptions, WebUIOptions
+from latentdiff.program import program
 from latentdiff.training.inputs.workers import DeadWorkerError
 
 SHOW = """
@@ -93,7 +94,10 @@ def test_an_unforeseen_error_keeps_its_traceback(error: Exception) -> None:
         (["sample", "MODEL", "a cat", "--out=a.png", "--step=3"], "--step"),
         (["cache", "clean"], "invalid choice: 'clean'"),
         (["sample", "MODEL", "a cat"], "add --out sheet.png"),
-        (["train"], "begin with a preset: latentdiff train --config lora_mini --data.root=photos;"),
+        (
+            ["train"],
+            f"begin with a preset: {program()} train --config lora_mini --data.root=photos;",
+        ),
         (["train", "--network_dim=8"], "(diffusers, kohya) is finetune.lora_rank here"),
         (["train", "--finetune.network_alpha=8"], "is finetune.lora_alpha here"),
         (["train", "--validation_prompts=x"], "is preview.prompts here"),
