@@ -33,6 +33,7 @@ from latentdiff.models.build import (
     schedule_of,
 )
 from latentdiff.models.components import Components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.text import encode_text, train_tokenizer
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.text_to_image.model import (
@@ -142,7 +143,7 @@ class OurLoop(Loop):
         self.size = size = len(z0)
         self.batch = {
             "z0": z0,
-            "text": prompt_embeds.float(),
+            "prompt_embeds": prompt_embeds.float(),
             "dropped": torch.zeros(size, dtype=torch.bool),
             "stratum": torch.arange(size),
             "weight": torch.ones(size),
@@ -154,7 +155,7 @@ class OurLoop(Loop):
                 schedule_of(parts.scheduler).to("cpu", dtype=torch.float32),
                 prediction_type="epsilon",
                 sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(1000)),
-                null_text=prompt_embeds[:1].float(),
+                null_text=Conditioning(prompt_embeds[:1].float()),
             ),
             accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
             lr_schedule=LRSchedule(1e-4, 1e-4, "constant", 0, 1000),

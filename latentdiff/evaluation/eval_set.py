@@ -1,4 +1,4 @@
-"""The model under test and the captioned images of its evaluation: pixels, latents, prompt embeds.
+"""The model under test and the captioned images of its evaluation: pixels, latents, conditioning.
 
 Answers for: which images of a folder are taken, and that they are cropped and encoded as in
 training.
@@ -6,7 +6,7 @@ training.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -24,8 +24,9 @@ from latentdiff.evaluation.metrics.vlb import CaptionedLatents
 from latentdiff.image_grid import to_uint8
 from latentdiff.image_io import ImageError, load_image
 from latentdiff.models.components import Components, load_components
+from latentdiff.models.conditioning import Conditioning, make_time_ids, reads_time_ids
 from latentdiff.models.latents import LatentCodec
-from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
+from latentdiff.models.text import NULL_CAPTION
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.initial_latents import trained_size_px
 
@@ -92,8 +93,10 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
     folder = read_eval_folder(options)
     components = load_components(model, safety_checker=options.safety_checker)
     device = choose_device(options.device)
-    for part in (components.unet, components.vae, components.text_encoder):
-        part.requires_grad_(False).to(device)
+    encoders = (components.text_encoder, components.text_encoder_2)
+    for part in (components.unet, components.vae, *encoders):
+        if part is not None:
+            part.requires_grad_(False).to(device)
     latents = encode_folder(
         components, folder, batch_size=options.batch_size, device=device, seed=options.seed
     )
@@ -116,16 +119,17 @@ def encode_folder(
     height, width = trained_size_px(components.unet, factor=codec.factor)
     captions = tuple(record.captions[0] for record in folder)
     generator = torch.Generator().manual_seed(seed)
-    z0, prompt_embeds = [], []
+    z0, conditioning = [], []
     for start in range(0, len(folder), batch_size):
         part = range(start, min(start + batch_size, len(folder)))
         pixels = torch.stack([read_pixels(folder, i, height=height, width=width) for i in part])
         mean, std = codec.moments(pixels.to(device))
         eps = torch.randn(mean.shape, generator=generator)
         z0.append(mean.cpu() + std.cpu() * eps)
-        prompt_embeds.append(_prompt_embeds(components, captions[part.start : part.stop]))
-    null = _prompt_embeds(components, [NULL_CAPTION])
-    return CaptionedLatents(captions, torch.cat(z0), torch.cat(prompt_embeds), null)
+        texts = captions[part.start : part.stop]
+        conditioning.append(_conditioning(components, texts, size=(height, width)))
+    null = _null_conditioning(components, size=(height, width))
+    return CaptionedLatents(captions, torch.cat(z0), Conditioning.cat(conditioning), null)
 
 
 def read_eval_folder(options: EvalModelOptions) -> Folder:
@@ -183,10 +187,27 @@ def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tenso
     return to_pixels(resize_and_crop(image, height=height, width=width).image)
 
 
-def _prompt_embeds(components: Components, captions: Sequence[str]) -> Tensor:
-    ids = tokenize(components.tokenizer, captions)
-    end_id = components.tokenizer.eos_token_id
-    return encode_text(components.text_encoder, ids, end_id=end_id).float().cpu()
+def _conditioning(
+    components: Components, captions: Sequence[str], *, size: tuple[int, int]
+) -> Conditioning:
+    """Return the conditioning of captions; SDXL's sizes are those that images are sampled with.
+
+    size: (height, width) in pixels.
+    """
+    encoders = components.text_encoders
+    conditioning = encoders.encode(encoders.tokenize(captions)).to(torch.device("cpu"))
+    if reads_time_ids(components.unet.config):
+        time_ids = make_time_ids(size).expand(len(captions), -1)
+        conditioning = replace(conditioning, time_ids=time_ids)
+    return conditioning.to(dtype=torch.float32)
+
+
+def _null_conditioning(components: Components, *, size: tuple[int, int]) -> Conditioning:
+    """Return the conditioning without a caption that the model is sampled with, of one image."""
+    null = _conditioning(components, [NULL_CAPTION], size=size)
+    if not components.force_zeros_for_empty_prompt:
+        return null
+    return null.with_text(null.map(torch.zeros_like))
 
 
 def read_classes(root: Path, ids: Sequence[str], column: str) -> tuple[str, ...]:

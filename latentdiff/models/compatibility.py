@@ -9,6 +9,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from latentdiff.models.conditioning import reads_time_ids
 from latentdiff.models.latents import latent_factor
 
 ComponentConfig = Mapping[str, Any]
@@ -19,15 +20,19 @@ def check_compatible(
 ) -> None:
     """Raise ValueError with every mismatch between components.
 
-    configs: by component name ("unet", "vae", "text_encoder", "tokenizer"), each the content of its
-    JSON file; absent components are not checked. image_size: pixels, one side or (height, width),
+    configs: by component name ("unet", "vae", "text_encoder", "tokenizer", of SDXL also
+    "text_encoder_2", "tokenizer_2"), each the content of its JSON file; absent components are not
+    checked. image_size: pixels, one side or (height, width),
     of the images to be trained.
     """
     _check_complete(configs)
     problems = [
         *_channels(configs),
         *_text_width(configs),
-        *_text_length(configs),
+        *_pooled_width(configs),
+        *_text_length(configs, "tokenizer", "text_encoder"),
+        *_text_length(configs, "tokenizer_2", "text_encoder_2"),
+        *_text_lengths_differ(configs),
         *_shift(configs),
         *_image_size(configs, image_size),
     ]
@@ -45,6 +50,8 @@ def read_configs(folder: Path, *, without: Container[str] = ()) -> dict[str, dic
         "vae": "config.json",
         "text_encoder": "config.json",
         "tokenizer": "tokenizer_config.json",
+        "text_encoder_2": "config.json",
+        "tokenizer_2": "tokenizer_config.json",
         "scheduler": "scheduler_config.json",
     }
     paths = {name: folder / name / file for name, file in files.items()}
@@ -94,10 +101,12 @@ def size_in_reach(
     return rows, columns
 
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 REQUIRED = {
     "unet": ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels"),
     "vae": ("latent_channels",),
     "text_encoder": ("hidden_size", "max_position_embeddings"),
+    "text_encoder_2": ("hidden_size", "max_position_embeddings", "projection_dim"),
 }
 
 
@@ -134,26 +143,63 @@ def _channels(configs: Mapping[str, ComponentConfig]) -> list[str]:
 def _text_width(configs: Mapping[str, ComponentConfig]) -> list[str]:
     if "unet" not in configs or "text_encoder" not in configs:
         return []
-    width = configs["text_encoder"]["hidden_size"]
+    widths = [configs[name]["hidden_size"] for name in TEXT_ENCODERS if name in configs]
     expected = configs["unet"].get("encoder_hid_dim") or configs["unet"]["cross_attention_dim"]
     expected = {*expected} if isinstance(expected, (list, tuple)) else {expected}
-    if expected == {width}:
+    if expected == {sum(widths)} or (reads_time_ids(configs["unet"]) and len(widths) == 1):
         return []
+    plural = "s' widths (hidden_size) are" if len(widths) > 1 else "'s width (hidden_size) is"
     return [
         f"the U-Net attends to prompt embeddings of width {', '.join(map(str, expected))} "
-        f"(cross_attention_dim) and the text encoder's width (hidden_size) is {width}"
+        f"(cross_attention_dim) and the text encoder{plural} {' + '.join(map(str, widths))}"
     ]
 
 
-def _text_length(configs: Mapping[str, ComponentConfig]) -> list[str]:
-    tokens = configs.get("tokenizer", {}).get("model_max_length")
-    positions = configs.get("text_encoder", {}).get("max_position_embeddings")
+def _pooled_width(configs: Mapping[str, ComponentConfig]) -> list[str]:
+    """Check that a U-Net of SDXL's kind has a second text encoder, of the width that it reads."""
+    unet, second = configs.get("unet"), configs.get("text_encoder_2")
+    if unet is None:
+        return []
+    if not reads_time_ids(unet):
+        if second is None and not unet.get("addition_embed_type"):
+            return []
+        kind = unet.get("addition_embed_type")
+        return [
+            f"the U-Net's addition_embed_type is {kind}, expected text_time, as SDXL's is, next to "
+            "text_encoder_2, and none without"
+        ]
+    if second is None:
+        return []
+    width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    if width == second["projection_dim"]:
+        return []
+    return [
+        f"the U-Net reads pooled embeddings of width {width} "
+        "(projection_class_embeddings_input_dim less 6 addition_time_embed_dim) and the second "
+        f"text encoder's projection_dim is {second['projection_dim']}"
+    ]
+
+
+def _text_length(
+    configs: Mapping[str, ComponentConfig], tokenizer: str, text_encoder: str
+) -> list[str]:
+    tokens = configs.get(tokenizer, {}).get("model_max_length")
+    positions = configs.get(text_encoder, {}).get("max_position_embeddings")
     if tokens is None or positions is None or tokens <= positions:
         return []
     return [
-        f"the tokenizer's model_max_length is {tokens} and the text encoder has {positions} "
+        f"the {tokenizer}'s model_max_length is {tokens} and the {text_encoder} has {positions} "
         "positions (max_position_embeddings)"
     ]
+
+
+def _text_lengths_differ(configs: Mapping[str, ComponentConfig]) -> list[str]:
+    lengths = [
+        configs.get(name, {}).get("model_max_length") for name in ("tokenizer", "tokenizer_2")
+    ]
+    if None in lengths or lengths[0] == lengths[1]:
+        return []
+    return [f"the two tokenizers' model_max_length are {lengths[0]} and {lengths[1]}, expected one"]
 
 
 def _shift(configs: Mapping[str, ComponentConfig]) -> list[str]:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
@@ -28,6 +29,7 @@ from transformers import (
 from latentdiff.models.compatibility import check_compatible, read_configs, read_json
 from latentdiff.models.latents import Autoencoder
 from latentdiff.models.model_path import model_of_run, not_fetched, refuse_wrong_path
+from latentdiff.models.text import TextEncoders
 from latentdiff.models.weights import (
     check_weights,
     mismatched_shapes,
@@ -39,7 +41,11 @@ from latentdiff.models.weights import (
 
 @dataclass(frozen=True)
 class Components:
-    """The components of one model, named as in a Stable-Diffusion-format folder."""
+    """The components of one model, named as in a Stable-Diffusion-format folder.
+
+    text_encoder_2, tokenizer_2: of SDXL. force_zeros_for_empty_prompt: whether zeros take the place
+    of the empty prompt's embeddings where no negative prompt is given.
+    """
 
     unet: UNet2DConditionModel
     vae: Autoencoder
@@ -49,21 +55,37 @@ class Components:
     safety_checker: StableDiffusionSafetyChecker | None = None
     feature_extractor: CLIPImageProcessor | None = None
     image_encoder: CLIPVisionModelWithProjection | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    force_zeros_for_empty_prompt: bool = False
 
     def __post_init__(self) -> None:
         """Check that the components fit (ValueError)."""
         check_compatible(self.configs())
         _check_vocabulary(self.text_encoder, self.tokenizer)
+        _check_vocabulary(self.text_encoder_2, self.tokenizer_2)
+
+    @property
+    def text_encoders(self) -> TextEncoders:
+        """The text encoders with their tokenizers."""
+        return TextEncoders(
+            self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2
+        )
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """Return the components' configs as their JSON files hold them."""
-        return {
+        configs = {
             "unet": dict(self.unet.config),
             "vae": dict(self.vae.config),
             "text_encoder": self.text_encoder.config.to_dict(),
             "tokenizer": {"model_max_length": self.tokenizer.model_max_length},
             "scheduler": dict(self.scheduler.config),
         }
+        if self.text_encoder_2 is not None:
+            configs["text_encoder_2"] = self.text_encoder_2.config.to_dict()
+        if self.tokenizer_2 is not None:
+            configs["tokenizer_2"] = {"model_max_length": self.tokenizer_2.model_max_length}
+        return configs
 
     def as_dict(self) -> dict[str, Any]:
         """Return the components by name, without copying them."""
@@ -74,11 +96,13 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderKL, AutoencoderTiny),
     "text_encoder": (CLIPTextModel,),
+    "text_encoder_2": (CLIPTextModelWithProjection,),
     "safety_checker": (StableDiffusionSafetyChecker,),
     "image_encoder": (CLIPVisionModelWithProjection,),
 }
 
 
+TOKENIZERS = {"tokenizer", "tokenizer_2"}
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {
     "latentdiff-mini": ASSETS / "mini",
@@ -110,7 +134,7 @@ def load_components(
     variant: str | None = None,
     safety_checker: bool = True,
 ) -> Components:
-    """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
+    """Open a Stable Diffusion or SDXL folder, a model that ships, or fetch one from the hub.
 
     Models come in eval mode on the CPU in `torch_dtype`; safety checker and image encoder in the
     dtype of their configs. `variant` picks weight files such as "fp16". safety_checker: False
@@ -156,7 +180,7 @@ def load_parts(
     folder = _folder(path_or_id, given, variant=variant)
     names = _component_classes(folder, given)
     check_compatible(read_configs(folder, without=given))
-    dtypes = dict.fromkeys(("unet", "vae", "text_encoder"), torch_dtype)
+    dtypes = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), torch_dtype)
     loaded = {
         name: _load_model(
             name,
@@ -171,13 +195,17 @@ def load_parts(
     if "feature_extractor" in names:
         path = folder / "feature_extractor"
         loaded["feature_extractor"] = CLIPImageProcessor.from_pretrained(path)
-    if "tokenizer" in names:
-        loaded["tokenizer"] = _load_tokenizer(folder / "tokenizer")
+    for name in TOKENIZERS & names.keys():
+        loaded[name] = _load_tokenizer(folder / name)
+    if "text_encoder_2" in names:
+        index = read_json(folder / "model_index.json")
+        loaded["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
     if "scheduler" in names:
         cls = _scheduler_class(names["scheduler"])
         loaded["scheduler"] = cls.from_pretrained(folder / "scheduler")
     parts = loaded | dict(given)
     _check_vocabulary(parts["text_encoder"], parts["tokenizer"])
+    _check_vocabulary(parts.get("text_encoder_2"), parts.get("tokenizer_2"))
     return parts
 
 
@@ -230,7 +258,10 @@ def _component_classes(folder: Path, given: Mapping[str, Any]) -> dict[str, str]
     index = read_json(folder / "model_index.json")
     specs = {name: spec for name, spec in index.items() if isinstance(spec, list) and all(spec)}
     names = {name: spec[1] for name, spec in specs.items() if name not in given}
-    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+    required = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if {"text_encoder_2", "tokenizer_2"} & names.keys():
+        required += ["text_encoder_2", "tokenizer_2"]
+    for name in required:
         if name in given:
             continue
         if name not in names:
@@ -254,7 +285,10 @@ def _component_class(name: str, class_name: str) -> Any:
     raise ValueError(f"the {name} is a {class_name}, expected {expected}")
 
 
-def _check_vocabulary(text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | None) -> None:
+def _check_vocabulary(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection | None,
+    tokenizer: CLIPTokenizer | None,
+) -> None:
     """Raise ValueError where a tokenizer has tokens that the text encoder does not know."""
     if text_encoder is None or tokenizer is None:
         return

@@ -10,6 +10,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
+from latentdiff.models.conditioning import Conditioning
+
 WIDTH = 256  # features of a scale, as diffusers' distilled models have
 PROJECTION = "time_embedding.cond_proj.weight"
 FIRST_LAYER = "time_embedding.linear_1."
@@ -32,15 +34,16 @@ def predict(
     unet: UNet2DConditionModel,
     zt: Tensor,
     t: Tensor,
-    prompt_embeds: Tensor,
+    conditioning: Conditioning,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Return a U-Net's output for zt (B, C, h, w), t (B,) and prompt embeddings (B, L, D).
+    """Return a U-Net's output for zt (B, C, h, w), t (B,) and the conditioning of B images.
 
     scale: (B,) guidance scales, for a U-Net that reads them.
     """
     features = None if scale is None else guidance_features(unet, scale, num=len(zt))
-    output: Tensor = unet(zt, t, prompt_embeds, timestep_cond=features, return_dict=False)[0]
+    named = conditioning.unet_kwargs()
+    output: Tensor = unet(zt, t, timestep_cond=features, return_dict=False, **named)[0]
     return output
 
 

@@ -2,22 +2,63 @@
 
 Answers for: token ids (padded to the tokenizer's length with its own pad token, truncated), the
 part lost by truncation, prompt embeddings (final-layer-normed last hidden state of a
-CLIPTextModel), the null caption of classifier-free guidance (Ho & Salimans 2022), and small
+CLIPTextModel; of SDXL the states before the last layer of two text encoders, not normed, next to
+each other), the null caption of classifier-free guidance (Ho & Salimans 2022), and small
 tokenizers trained from scratch. Encoders of open_clip models are converted in open_clip.py.
 """
 
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from latentdiff.models.conditioning import Conditioning
 
 NULL_CAPTION = ""
 START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """The text encoder of a model, or SDXL's two, with their tokenizers."""
+
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Return token ids (B, L) of one tokenizer, (B, 2, L) of two; see `tokenize`."""
+        ids = tokenize(self.tokenizer, captions)
+        if self.tokenizer_2 is None:
+            return ids
+        return torch.stack([ids, tokenize(self.tokenizer_2, captions)], dim=1)
+
+    def encode(self, input_ids: Tensor) -> Conditioning:
+        """Return the embeddings of token ids of `tokenize`, pooled ones too where there are two.
+
+        The empty caption is encoded as any other here; a model that is sampled with zeros in its
+        place says so in force_zeros_for_empty_prompt.
+        """
+        if self.text_encoder_2 is None or self.tokenizer_2 is None:
+            end_id = self.tokenizer.eos_token_id
+            return Conditioning(encode_text(self.text_encoder, input_ids, end_id=end_id))
+        first, second = input_ids.unbind(1)
+        end_ids = self.tokenizer.eos_token_id, self.tokenizer_2.eos_token_id
+        embeds, _ = encode_penultimate(self.text_encoder, first, end_id=end_ids[0])
+        more, pooled = encode_penultimate(self.text_encoder_2, second, end_id=end_ids[1])
+        return Conditioning(torch.cat([embeds, more.to(embeds.device)], dim=-1), pooled)
+
+    def encode_captions(self, captions: Sequence[str]) -> Conditioning:
+        """Return the embeddings of captions on the text encoder's device, without autocast."""
+        with torch.autocast(self.text_encoder.device.type, enabled=False):
+            return self.encode(self.tokenize(captions))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -109,6 +150,44 @@ def encode_text(
     layer, as diffusers encodes the empty negative prompt. No attention mask, as in Stable
     Diffusion: padding is attended to. dtype is the encoder's (autocast applies).
     """
+    _check_length(text_encoder, input_ids)
+    input_ids, skipped = input_ids.to(text_encoder.device), clip_skip_of(text_encoder)
+    output: Any = text_encoder(input_ids, output_hidden_states=skipped > 0)
+    last: Tensor = output.last_hidden_state  # (B, L, D)
+    if not skipped:
+        return last
+    earlier = earlier_layer(text_encoder, output.hidden_states, skipped)
+    return torch.where(_is_null(input_ids, end_id), last, earlier)
+
+
+def encode_penultimate(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
+    input_ids: Tensor,
+    *,
+    end_id: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return prompt embeddings (B, L, D) as SDXL reads them, and the pooled ones (B, P) if any.
+
+    The hidden state before the last layer, or as many earlier as `clip_skip_of` says, without the
+    final norm; the empty caption's is never earlier, as in diffusers. Pooled: the projected state
+    of a CLIPTextModelWithProjection at the end token.
+    """
+    _check_length(text_encoder, input_ids)
+    input_ids, skipped = input_ids.to(text_encoder.device), clip_skip_of(text_encoder)
+    output: Any = text_encoder(input_ids, output_hidden_states=True)
+    embeds: Tensor = output.hidden_states[-2]  # (B, L, D)
+    if skipped:
+        earlier = output.hidden_states[-2 - skipped]
+        embeds = torch.where(_is_null(input_ids, end_id), embeds, earlier)
+    return embeds, getattr(output, "text_embeds", None)
+
+
+def _is_null(input_ids: Tensor, end_id: int | None) -> Tensor:
+    """Return which texts are empty, (B, 1, 1) bool: their end token follows the start token."""
+    return (input_ids[:, 1] == (-1 if end_id is None else end_id))[:, None, None]
+
+
+def _check_length(text_encoder: Any, input_ids: Tensor) -> None:
     limit = text_encoder.config.max_position_embeddings
     if input_ids.ndim != 2 or input_ids.shape[1] > limit:
         raise ValueError(
@@ -116,14 +195,6 @@ def encode_text(
             f"{limit}; set the tokenizer's model_max_length to the text encoder's "
             "max_position_embeddings"
         )
-    input_ids, skipped = input_ids.to(text_encoder.device), clip_skip_of(text_encoder)
-    output: Any = text_encoder(input_ids, output_hidden_states=skipped > 0)
-    last: Tensor = output.last_hidden_state  # (B, L, D)
-    if not skipped:
-        return last
-    is_null = input_ids[:, 1] == (-1 if end_id is None else end_id)  # after the start token
-    earlier = earlier_layer(text_encoder, output.hidden_states, skipped)
-    return torch.where(is_null[:, None, None], last, earlier)
 
 
 def earlier_layer(

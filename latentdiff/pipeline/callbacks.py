@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.image_grid import draw_grid, to_pil
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.cfg_denoiser import Prediction
@@ -55,13 +56,15 @@ class StepEndCallback:
         t: Tensor,
         *,
         latents: Tensor,
-        prompt_embeds: Tensor,
+        conditioning: Conditioning,
         xt: Tensor,
         prediction: Prediction,
-    ) -> tuple[Tensor, Tensor]:
-        """Return latents and prompt embeddings for the next step."""
+    ) -> tuple[Tensor, Conditioning]:
+        """Return latents and conditioning for the next step."""
         if self.function is None:
-            return latents, prompt_embeds
+            return latents, conditioning
+        prompt_embeds = conditioning.prompt_embeds
+        assert prompt_embeds is not None
         is_guided = len(prompt_embeds) == 2 * len(latents)
         negative = prompt_embeds.chunk(2)[0] if is_guided else None
         tensors: dict[str, Tensor | None] = {}
@@ -80,7 +83,8 @@ class StepEndCallback:
         negative_now = changed.get("negative_prompt_embeds")
         if negative_now is not None and negative_now is not negative:
             prompt_embeds = torch.cat([negative_now, prompt_embeds[-len(latents) :]])
-        return changed.get("latents", latents), prompt_embeds
+        conditioning = replace(conditioning, prompt_embeds=prompt_embeds)
+        return changed.get("latents", latents), conditioning
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.diffusion.guidance import ScoreFunction, classifier_free, is_guided, rescale
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import guidance_features, has_guidance_embedding
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.gradient_guidance import apply_score_guidance
@@ -76,8 +77,8 @@ class Prediction(NamedTuple):
 class CFGDenoiser:
     """The U-Net of one call with all it needs to predict from xt at a timestep, guided.
 
-    prompt_embeds: (B, L, D), or (2B, L, D) with the negative prompts first, then classifier-free
-    guidance applies. They and the guidance may be replaced between steps.
+    conditioning: of B images, or of 2B with the negative prompts first, then classifier-free
+    guidance applies. It and the guidance may be replaced between steps.
     """
 
     def __init__(
@@ -86,13 +87,13 @@ class CFGDenoiser:
         inputs: InpaintState,
         guidance: Guidance,
         *,
-        prompt_embeds: Tensor,
+        conditioning: Conditioning,
         scheduler: Any,
         fast_cpu: FastCPU,
         lora_scale: float | None = None,
     ) -> None:
         self.unet, self.inputs, self.guidance = unet, inputs, guidance
-        self.prompt_embeds, self.lora_scale = prompt_embeds, lora_scale
+        self.conditioning, self.lora_scale = conditioning, lora_scale
         self.scheduler, self.fast_cpu = scheduler, fast_cpu
         self.num_channels = inputs.noise.shape[1]
         self.dtype = unet.dtype  # read once: diffusers walks over all parameters for it
@@ -102,12 +103,12 @@ class CFGDenoiser:
         guidance = self.guidance
         num_timesteps = self.scheduler.config.num_train_timesteps
         if not guidance.is_active(t, num_timesteps=num_timesteps):
-            return self._predict(xt, t, self.prompt_embeds[-len(xt) :])
+            return self._predict(xt, t, self.conditioning[-len(xt) :])
         if guidance.score_fn is None:
-            return self._predict(xt, t, self.prompt_embeds)
+            return self._predict(xt, t, self.conditioning)
         guided = apply_score_guidance(
             guidance.score_fn,
-            lambda x: self._predict(x, t, self.prompt_embeds),
+            lambda x: self._predict(x, t, self.conditioning),
             xt=xt,
             t=t,
             scale=guidance.score_scale,
@@ -115,22 +116,22 @@ class CFGDenoiser:
         )
         return Prediction(*guided)
 
-    def _predict(self, xt: Tensor, t: Tensor, prompt_embeds: Tensor) -> Prediction:
+    def _predict(self, xt: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
         """Run the U-Net once, for both prompts at once, with classifier-free guidance.
 
         Of a learned variance (outputs after the first C) the conditional one is kept: guidance
         extrapolates predictions only.
         """
-        has_two = len(prompt_embeds) == 2 * len(xt)
+        has_two = len(conditioning) == 2 * len(xt)
         x = self.inputs.unet_input(xt).to(self.dtype)
         x = torch.cat([x, x]) if has_two else x
         with apply_lora_scale(self.unet, self.lora_scale), self.fast_cpu.speed_up(self.unet, x):
             output = self.unet(
                 x,
                 t,
-                encoder_hidden_states=prompt_embeds.to(self.dtype),
                 timestep_cond=self._guidance_features(len(x)),
                 return_dict=False,
+                **conditioning.to(dtype=self.dtype).unet_kwargs(),
             )[0]
         output = output.to(torch.float32, copy=True)  # an ordinary tensor, whatever the pass was
         if not has_two:

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
@@ -33,6 +34,7 @@ from transformers import (
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.diffusion.ddpm import Generators
 from latentdiff.diffusion.guidance import ScoreFunction
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks, schedulers
 from latentdiff.pipeline.callbacks import TENSORS, StepEndCallback, StepFunction
@@ -95,10 +97,15 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     safety_checker: StableDiffusionSafetyChecker | None
     feature_extractor: CLIPImageProcessor | None
     image_encoder: CLIPVisionModelWithProjection | None
+    text_encoder_2: CLIPTextModelWithProjection | None
+    tokenizer_2: CLIPTokenizer | None
     _execution_device: torch.device
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components: ClassVar = ["safety_checker", "feature_extractor", "image_encoder"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components: ClassVar = [
+        *("safety_checker", "feature_extractor", "image_encoder"),
+        *("text_encoder_2", "tokenizer_2"),
+    ]
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
     _callback_tensor_inputs: ClassVar = list(TENSORS)
 
@@ -113,6 +120,9 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        force_zeros_for_empty_prompt: bool = False,
         requires_safety_checker: bool = True,
     ) -> None:
         super().__init__()
@@ -127,10 +137,13 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )
         self._check_components()
         self.register_to_config(
-            requires_safety_checker=requires_safety_checker and safety_checker is not None
+            requires_safety_checker=requires_safety_checker and safety_checker is not None,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
         )
         self.model_info = ModelInfo()
         self._guidance, self._guidance_scale = Guidance(), 1.0
@@ -190,10 +203,10 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         seeds, generator = generators_for(seed, generator, num_images=prompts.num_images)
         chain = self._chain((num_inference_steps, timesteps, sigmas), images, step=(eta, generator))
         # 2. Prompts, encoded
-        embeddings = self._prompt_embeds(prompts, chain.timesteps.device)
+        conditioning = self._conditioning(prompts, chain.timesteps.device)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
-        denoiser = self._denoiser(inputs, guidance, embeddings, lora_scale=prompts.lora_scale)
+        denoiser = self._denoiser(inputs, guidance, conditioning, lora_scale=prompts.lora_scale)
         # 4. Scheduler, step by step from noise to clean latents
         z0 = self.denoise_loop(denoiser, chain, step_end=step_end)
         # 5. Output: images, with the settings that make them again
@@ -221,12 +234,12 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
                 prediction = denoiser(xt, t)
                 latents = self.scheduler.step(prediction.output, t, latents, **options)[0]
                 latents = inputs.paste_known(self.scheduler, latents, timesteps[i + 1 :])
-                latents, denoiser.prompt_embeds = step_end(
+                latents, denoiser.conditioning = step_end(
                     self,
                     i,
                     t,
                     latents=latents,
-                    prompt_embeds=denoiser.prompt_embeds,
+                    conditioning=denoiser.conditioning,
                     xt=xt,
                     prediction=prediction,
                 )
@@ -365,11 +378,11 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
         return replace(chain, settings=chain.settings | {"eta": eta}, step_options=options)
 
-    def _prompt_embeds(self, prompts: PromptInputs, device: torch.device) -> Tensor:
-        """Return (B, L, D), or under guidance (2B, L, D) with the negative prompts first."""
+    def _conditioning(self, prompts: PromptInputs, device: torch.device) -> Conditioning:
+        """Return that of B images, or under guidance of 2B with the negative prompts first."""
         is_guided = self.do_classifier_free_guidance
         embeds, negative = self._encode_inputs(prompts, device, is_guided=is_guided)
-        return embeds if negative is None else torch.cat([negative, embeds])
+        return Conditioning(embeds if negative is None else torch.cat([negative, embeds]))
 
     def _initial_latents(
         self,
@@ -393,7 +406,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         self,
         inputs: InpaintState,
         guidance: Guidance,
-        prompt_embeds: Tensor,
+        conditioning: Conditioning,
         *,
         lora_scale: float | None,
     ) -> CFGDenoiser:
@@ -401,7 +414,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
             self.unet,
             inputs,
             guidance,
-            prompt_embeds=prompt_embeds,
+            conditioning=conditioning,
             scheduler=self.scheduler,
             fast_cpu=self.fast_cpu,
             lora_scale=lora_scale,

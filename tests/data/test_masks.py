@@ -23,6 +23,7 @@ from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.masks import Masks
 from latentdiff.diffusion.timesteps import SamplingOptions, build_timestep_sampler
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.text_to_image.objective import Objective
 from latentdiff.training.text_to_image.train_t2i import train
@@ -213,7 +214,7 @@ def test_outside_the_mask_there_is_no_gradient() -> None:
     objective = Objective(
         schedule_of(make_ddpm_scheduler()),
         prediction_type="epsilon",
-        null_text=torch.zeros(1, 2, 3),
+        null_text=Conditioning(torch.zeros(1, 2, 3)),
         sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(1000)),
     )
     batch = {
@@ -222,7 +223,7 @@ def test_outside_the_mask_there_is_no_gradient() -> None:
         "mask": mask,
         "u": torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64),
         "stratum": torch.arange(3),
-        "text": torch.zeros(3, 2, 3),
+        "prompt_embeds": torch.zeros(3, 2, 3),
         "dropped": torch.zeros(3, dtype=torch.bool),
     }
     losses = objective.losses(lambda zt, t, text: output, batch, count=3)

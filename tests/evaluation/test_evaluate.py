@@ -203,7 +203,7 @@ def stages(folders: Path) -> tuple[EvalModel, EvalModel]:
         eps = torch.randn(latents.z0.shape, generator=generator)
         t = torch.randint(1000, (len(latents),), generator=generator)
         zt = q_sample(schedule, latents.z0, t, eps)
-        loss = (unet(zt, t, latents.prompt_embeds).sample - eps).square().mean()
+        loss = (unet(zt, t, latents.conditioning.prompt_embeds).sample - eps).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

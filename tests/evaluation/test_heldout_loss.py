@@ -18,6 +18,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     triple_losses,
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
+from latentdiff.models.conditioning import Conditioning
 
 N, NUM_TIMESTEPS = 2 * BATCH_SIZE + 5, 1000
 
@@ -33,11 +34,13 @@ def triples() -> Triples:
     z0, eps = torch.randn(2, N, 4, 8, 8, generator=generator)
     text = torch.arange(1.0, N + 1)[:, None, None].repeat(1, 3, 2)
     t = stratified_timesteps(N, NUM_TIMESTEPS)
-    return Triples(z0, eps, t, text, null_text=torch.zeros(1, 3, 2))
+    return Triples(z0, eps, t, Conditioning(text), null_text=Conditioning(torch.zeros(1, 3, 2)))
 
 
-def denoise(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+def denoise(zt: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """A model that errs with its caption."""
+    text = conditioning.prompt_embeds
+    assert text is not None
     return zt * torch.cos(t / 1000)[:, None, None, None] + text.mean((1, 2))[:, None, None, None]
 
 
@@ -81,8 +84,8 @@ def test_each_triple_is_measured_under_its_own_the_one_before_and_the_null_capti
     zt = mean.view(-1, 1, 1, 1) * triples.z0 + std.sqrt().view(-1, 1, 1, 1) * triples.eps
     for name, text in {
         "true": triples.text,
-        "shuffled": triples.text.roll(1, 0),
-        "null": torch.zeros_like(triples.text),
+        "shuffled": triples.text.map(lambda x: x.roll(1, 0)),
+        "null": triples.text.map(torch.zeros_like),
     }.items():
         error = denoise(zt.float(), triples.t, text) - triples.eps
         torch.testing.assert_close(losses[name], error.square().mean((1, 2, 3)))
@@ -138,7 +141,8 @@ def test_one_caption_alone_gives_the_same_loss_as_with_the_others(
 
 def test_the_gap_is_paired_by_timestep() -> None:
     t = torch.tensor([900, 100, 500])
-    sorted_triples = Triples(torch.zeros(3), torch.zeros(3), t, torch.zeros(3), torch.zeros(1))
+    none = Conditioning()
+    sorted_triples = Triples(torch.zeros(3), torch.zeros(3), t, none, none)
     heldout = torch.tensor([9.0, 1.0, 5.0])[sorted_triples.order]
     figures = summarize_gap(heldout, torch.tensor([0.5, 4.0, 9.0]))
     assert figures["train_loss_fixed"] == pytest.approx(4.5)

@@ -124,7 +124,7 @@ def test_folder_bound_is_that_of_the_library_on_the_same_draws(
     first = eval_model.latents.select(range(4))  # of a batch of four
     by_hand = evaluate_bound(
         chain.schedule,
-        unet_model(eval_model.components.unet, first.prompt_embeds, num_outputs=8),
+        unet_model(eval_model.components.unet, first.conditioning, num_outputs=8),
         first.z0,
         generator=eval_model.generator(),
         prediction_type="epsilon",
@@ -143,7 +143,7 @@ def test_estimate_from_a_few_draws_agrees_with_the_full_sum(
     plan = pilot_plan(chain, latents, num_draws=4, num_pilot=3, batch_size=4, seed=0)
     assert plan is not None
     samples = bound_samples(
-        chain, latents.z0, latents.prompt_embeds, plan=plan, repeats=8, batch_size=4, seed=0
+        chain, latents.z0, latents.conditioning, plan=plan, repeats=8, batch_size=4, seed=0
     )
     total = estimate(samples.total())
     apart = (full.se_noise**2 + total.se_noise**2) ** 0.5
@@ -167,7 +167,7 @@ def test_bins_sum_to_the_bound_and_meet_the_profile(bound: CaptionBound) -> None
 
 
 def test_fixed_variance_of_a_learned_model_reads_the_mean_alone(eval_model: EvalModel) -> None:
-    text, t = eval_model.latents.prompt_embeds[:2], torch.tensor([3, 14])
+    text, t = eval_model.latents.conditioning[:2], torch.tensor([3, 14])
     xt = torch.randn(2, 4, 8, 8)
     both: Tensor = unet_model(eval_model.components.unet, text, num_outputs=8)(xt, t)
     mean: Tensor = unet_model(eval_model.components.unet, text, num_outputs=4)(xt, t)

@@ -22,6 +22,7 @@ from latentdiff.diffusion.timesteps import (
     uniform_timesteps,
 )
 from latentdiff.models.components import Components, load_components, load_vae
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.learned_variance import (
     fit_variance,
     prediction_only,
@@ -102,7 +103,7 @@ def test_objective_is_the_hybrid_loss() -> None:
     objective = Objective(
         schedule,
         prediction_type="v_prediction",
-        null_text=torch.zeros(1, 3),
+        null_text=Conditioning(torch.zeros(1, 3)),
         sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(1000)),
         learned_variance=True,
     )
@@ -113,7 +114,7 @@ def test_objective_is_the_hybrid_loss() -> None:
         "eps": eps,
         "u": torch.linspace(0, 0.99, 5, dtype=torch.float64),
         "stratum": torch.arange(5),
-        "text": torch.zeros(5, 3),
+        "prompt_embeds": torch.zeros(5, 3),
         "dropped": torch.zeros(5, dtype=torch.bool),
     }
     t = uniform_timesteps(batch["u"], 1000)

@@ -4,6 +4,7 @@ import torch
 from fakes_pipeline import ddim, tiny_unet
 
 from latentdiff.cpu.fast_sampling import FastCPU
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.pipeline.cfg_denoiser import CFGDenoiser, Guidance
 from latentdiff.pipeline.initial_latents import InpaintState
 
@@ -16,7 +17,7 @@ def denoiser(guidance: Guidance, prompt_embeds: torch.Tensor, **changes):
         unet,
         inputs,
         guidance,
-        prompt_embeds=prompt_embeds,
+        conditioning=Conditioning(prompt_embeds),
         scheduler=scheduler,
         fast_cpu=FastCPU(),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components, load_components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.pipeline.files.kohya_lora import kohya_weights
 from latentdiff.training.finetune import lokr, lora
 from latentdiff.training.finetune.initial_weights import InitialWeights
@@ -150,8 +151,8 @@ def test_kohya_file_has_the_meaning_it_has_in_lycoris(world: Path, kind: str) ->
 def test_memory_of_a_lokr_is_estimated(world: Path) -> None:
     model = TextToImage(start(world, "lokr"), trains_text_encoder=False).train()
 
-    def inputs() -> tuple[Tensor, ...]:
-        return torch.empty(1, 4, 8, 8), torch.empty(1), torch.empty(1, 16, 32)
+    def inputs() -> tuple[Tensor, Tensor, Conditioning]:
+        return torch.empty(1, 4, 8, 8), torch.empty(1), Conditioning(torch.empty(1, 16, 32))
 
     with lokr.without_drawing(model):
         assert estimate_activations(model, inputs, autocast=nullcontext) > 0

@@ -18,6 +18,7 @@ from latentdiff.data.cache.prompt_cache import encode_captions, encoder_hash
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.evaluation.eval_set import encode_folder
 from latentdiff.models.components import Components, load_components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.text import set_clip_skip
 from latentdiff.pipeline.png_metadata import read_settings, save_png
 from latentdiff.training.text_to_image.model import TextToImage
@@ -76,14 +77,14 @@ def test_training_and_evaluation_encode_captions_as_stock_diffusers_does(world: 
     ids = tokenizer([PROMPT, ""], padding="max_length", return_tensors="pt").input_ids
     model = TextToImage(components, trains_text_encoder=True)
     seen = []
-    model.unet.forward = lambda zt, t, text, **_: (seen.append(text), zt)  # type: ignore[assignment]
-    model(torch.zeros(2), torch.zeros(2), ids)
-    assert torch.equal(seen[0], found)
+    model.unet.forward = lambda zt, t, **read: (seen.append(read), zt)  # type: ignore[assignment]
+    model(torch.zeros(2), torch.zeros(2), Conditioning(input_ids=ids))
+    assert torch.equal(seen[0]["encoder_hidden_states"], found)
     folder = read_folder(world / "data").split("train")
     evaluated = encode_folder(components, folder, batch_size=8, device=torch.device("cpu"), seed=0)
     captions = [record.captions[0] for record in folder]
     expected = encode_captions(captions, tokenizer, text_encoder=text_encoder)
-    torch.testing.assert_close(evaluated.prompt_embeds, expected)
+    torch.testing.assert_close(evaluated.conditioning.prompt_embeds, expected)
 
 
 def test_cache_keys_are_others_only_where_layers_are_skipped(world: Path) -> None:

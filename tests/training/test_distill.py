@@ -21,6 +21,7 @@ from latentdiff.diffusion.distillation import CLEAN, ddim_step, trailing_timeste
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.models.components import load_components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import guidance_features
 from latentdiff.pipeline.files.model_info import default_steps, read_model_info
 from latentdiff.pipeline.schedulers import distilled_scheduler
@@ -92,8 +93,9 @@ def test_guided_loss_is_the_error_from_the_guided_prediction_of_the_teacher(
     t = steps_of(scheduler, 8)[batch_steps(batch, 8)]
     zt = noised(scheduler, batch["z0"], batch["eps"], t)
     scale = (1 + 4 * batch["guidance"]).view(-1, 1, 1, 1)
-    null = stage.train_data.null_text.expand_as(batch["text"])
-    cond, uncond = predict(teacher, zt, t, batch["text"]), predict(teacher, zt, t, null)
+    text = batch["prompt_embeds"]
+    null = stage.train_data.null_text.prompt_embeds.expand_as(text)
+    cond, uncond = predict(teacher, zt, t, text), predict(teacher, zt, t, null)
     expected = (cond - (uncond + scale * (cond - uncond))).square().flatten(1).mean(1)
     found = stage.train_step.objective.losses(stage.train_step.model.eval(), batch, count=4)
     assert torch.equal(found.t, t)
@@ -109,9 +111,9 @@ def test_halved_target_is_one_step_of_diffusers_for_two_of_the_teacher(
     scheduler, objective = stage.components.scheduler, stage.train_step.objective
     teacher = load_components(world / "guided" / "pipeline").unet.eval()
     number, scale = torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2.0, 5.0, 8.0])
-    t, text = steps_of(scheduler, 4)[number], batch["text"]
+    t, text = steps_of(scheduler, 4)[number], batch["prompt_embeds"]
     zt = noised(scheduler, batch["z0"], batch["eps"], t)
-    target = objective.target(zt, number, text, scale)
+    target = objective.target(zt, number, Conditioning(text), scale)
 
     def step(at: Tensor, output: Tensor, z: Tensor) -> Tensor:
         pairs = zip(output, at.tolist(), z, strict=True)
@@ -269,7 +271,8 @@ def test_two_steps_of_a_student_that_fits_its_targets_are_four_of_its_teacher(
     stage, batch = set_up(
         world, tmp_path / "run", distill__method="progressive", distill__num_steps=2
     )
-    objective, model, text = stage.train_step.objective, stage.train_step.model, batch["text"]
+    objective, model = stage.train_step.objective, stage.train_step.model
+    text, conditioning = batch["prompt_embeds"], Conditioning.of(batch)
     assert stage.teacher is not None
     scale, path = torch.full((4,), 3.0), trailing_timesteps(4, 1000)
     whole = [batch["eps"]]  # the latents before each of the teacher's steps, and at the end
@@ -278,7 +281,9 @@ def test_two_steps_of_a_student_that_fits_its_targets_are_four_of_its_teacher(
         output = predict(stage.teacher.unet, whole[-1], at, text, scale)
         whole.append(step_to(objective.schedule, output, whole[-1], at, after))
     inputs = whole[0], whole[2]
-    wanted = [objective.target(z, torch.full((4,), k), text, scale) for k, z in enumerate(inputs)]
+    wanted = [
+        objective.target(z, torch.full((4,), k), conditioning, scale) for k, z in enumerate(inputs)
+    ]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
     def error() -> float:
@@ -291,7 +296,9 @@ def test_two_steps_of_a_student_that_fits_its_targets_are_four_of_its_teacher(
 
     before = error()
     for _ in range(40):
-        outputs = [model(z, path[2 * k].expand(4), text, scale) for k, z in enumerate(inputs)]
+        outputs = [
+            model(z, path[2 * k].expand(4), conditioning, scale) for k, z in enumerate(inputs)
+        ]
         loss = sum((o - w).square().mean() for o, w in zip(outputs, wanted, strict=True))
         optimizer.zero_grad()
         loss.backward()

@@ -142,7 +142,7 @@ def test_class_samples_have_their_weight_and_caption(world, tmp_path, cache):
     assert is_class.sum() == 2
     assert batch["weight"][is_class].tolist() == [0.5, 0.5]
     assert batch["weight"][~is_class].tolist() == [1.0, 1.0]
-    assert (batch["text"][is_class] != batch["text"][~is_class]).any()
+    assert (batch["input_ids"][is_class] != batch["input_ids"][~is_class]).any()
     assert batch["eps"].flatten(1).unique(dim=0).shape[0] == 4
     assert len(run.train_data.ids) == num + 3
     assert str(run.train_data.ids[num]).endswith("00000.png")

@@ -14,6 +14,7 @@ from latentdiff.diffusion.timesteps import (
     logit_normal_probabilities,
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.training.text_to_image.objective import Objective
 
 T, B = 1000, 6
@@ -21,7 +22,7 @@ SCHEDULE = schedule_of(make_ddpm_scheduler())
 PLAIN = Objective(
     SCHEDULE,
     prediction_type="epsilon",
-    null_text=torch.zeros(1, 2, 3),
+    null_text=Conditioning(torch.zeros(1, 2, 3)),
     sample_timesteps=build_timestep_sampler("uniform", SamplingOptions(T)),
 )
 SNR = SCHEDULE.alphas_cumprod / (1 - SCHEDULE.alphas_cumprod)
@@ -37,12 +38,12 @@ def batch(n: int = B, **others: Tensor) -> dict[str, Tensor]:
         "offset": torch.randn(n, 4, 1, 1, generator=generator),
         "u": (torch.arange(n, dtype=torch.float64) + 0.5) / n,
         "stratum": torch.arange(n),
-        "text": torch.zeros(n, 2, 3),
+        "prompt_embeds": torch.zeros(n, 2, 3),
         "dropped": torch.zeros(n, dtype=torch.bool),
     } | others
 
 
-def zero(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+def zero(zt: Tensor, t: Tensor, text: Conditioning) -> Tensor:
     return torch.zeros_like(zt)
 
 
@@ -51,11 +52,12 @@ def losses_of(objective: Objective, given: dict[str, Tensor], model: Any = zero)
 
 
 def test_loss_is_the_squared_error_of_the_diffused_latents() -> None:
-    given = batch(dropped=torch.ones(B, dtype=torch.bool), text=torch.ones(B, 2, 3))
+    given = batch(dropped=torch.ones(B, dtype=torch.bool), prompt_embeds=torch.ones(B, 2, 3))
     objective = replace(PLAIN, prediction_type="v_prediction")
 
-    def model(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return 0.5 * zt + text.sum()  # all captions are dropped, and the null text is 0
+    def model(zt: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.prompt_embeds is not None  # 0: all captions are dropped
+        return 0.5 * zt + conditioning.prompt_embeds.sum()
 
     found = losses_of(objective, given, model)
     alphas = SCHEDULE.alphas_cumprod[found.t].float().view(-1, 1, 1, 1)
@@ -92,7 +94,7 @@ def test_weights_by_timestep(weighting: str, gamma: float | None, expected: Any)
 def test_perturbed_input_is_noisier_and_the_target_is_not() -> None:
     given, seen = batch(), []
 
-    def model(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def model(zt: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         seen.append(zt)
         return torch.zeros_like(zt)
 
@@ -106,7 +108,7 @@ def test_perturbed_input_is_noisier_and_the_target_is_not() -> None:
 def test_offset_noise_is_seen_and_is_the_target() -> None:
     given, seen = batch(), []
 
-    def model(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def model(zt: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         seen.append(zt)
         return torch.zeros_like(zt)
 
@@ -154,7 +156,7 @@ def test_gradients_of_importance_sampling_are_unbiased(make: Any) -> None:
     def gradient(objective: Objective, *, weighs: bool) -> Tensor:
         scale = torch.tensor([0.3, -0.2], requires_grad=True)
 
-        def model(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        def model(zt: Tensor, t: Tensor, text: Conditioning) -> Tensor:
             x = (t / T)[:, None, None, None]
             return (scale[0] * x + scale[1]) * zt
 

@@ -11,6 +11,7 @@ from latentdiff.diffusion.timesteps import (
     build_timestep_sampler,
 )
 from latentdiff.models.build import make_ddpm_scheduler, schedule_of
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.training.inputs.batches import SMALL_BYTES, collate
 from latentdiff.training.text_to_image.objective import Objective
 
@@ -22,7 +23,7 @@ def objective(sampler: TimestepSampler) -> Objective:
     return Objective(
         schedule_of(make_ddpm_scheduler(num_timesteps=NUM_TIMESTEPS)),
         prediction_type="epsilon",
-        null_text=torch.zeros(1, 2, 3),
+        null_text=Conditioning(torch.zeros(1, 2, 3)),
         sample_timesteps=sampler,
     )
 
@@ -36,7 +37,7 @@ def test_every_batch_is_stratified_over_the_whole_chain(count: int) -> None:
     assert torch.equal(importance_weight, torch.ones(count))
 
 
-def err_with_time(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+def err_with_time(zt: Tensor, t: Tensor, text: Conditioning) -> Tensor:
     """A model whose loss depends on the timestep: the error is its root."""
     return torch.zeros_like(zt) + (t + 1.0).sqrt()[:, None, None, None]
 
@@ -50,7 +51,7 @@ def test_importance_keeps_the_mean_loss_that_of_uniform_timesteps() -> None:
         "eps": torch.zeros(N, 1, 1, 1),
         "u": (torch.arange(N, dtype=torch.float64) + 0.5) / N,
         "stratum": torch.arange(N),
-        "text": torch.zeros(N, 2, 3),
+        "prompt_embeds": torch.zeros(N, 2, 3),
         "dropped": torch.zeros(N, dtype=torch.bool),
     }
     losses = objective(sampler).losses(err_with_time, batch, count=N)

@@ -19,8 +19,9 @@ from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.losses import per_sample_loss
 from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
+from latentdiff.models.conditioning import Conditioning
 
-DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+DenoiseFn = Callable[[Tensor, Tensor, Conditioning], Tensor]
 RankOfProcesses = tuple[int, int]  # (rank, number of processes)
 CAPTIONS = ("true", "shuffled", "null")
 NUM_BUCKETS = 4
@@ -29,7 +30,7 @@ BATCH_SIZE = 8  # under three captions each; a constant, so that no layout chang
 
 @dataclass(frozen=True)
 class Triples:
-    """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, text (n, ...) ids or prompt embeds.
+    """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, and their conditioning.
 
     mask: n times (1, h, w) in [0, 1] where only a part of each image is trained on. Latents
     differ in size between aspect-ratio buckets; keep latents of one size together.
@@ -38,8 +39,8 @@ class Triples:
     z0: Tensor | Sequence[Tensor]
     eps: Tensor | Sequence[Tensor]
     t: Tensor
-    text: Tensor
-    null_text: Tensor  # (1, ...)
+    text: Conditioning
+    null_text: Conditioning  # of one null prompt
     mask: Sequence[Tensor] | None = None
 
     def __len__(self) -> int:
@@ -79,16 +80,17 @@ def triple_losses(
     that share the work; it leaves 0 where another one measures, so their sum is the result.
     """
     losses = torch.zeros(len(captions), len(triples), device=device)
-    shuffled = triples.text.roll(1, 0)
+    shuffled = triples.text.with_text(triples.text.map(lambda x: x.roll(1, 0)))
     n = len(captions)
     batches = _batches(triples)
     for index, counts in rank_batches(len(batches), shard):
         part = batches[index]
         z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
         t = triples.t[part].to(device)
-        null = triples.null_text.expand_as(triples.text[part])
-        texts = {"true": triples.text[part], "shuffled": shuffled[part], "null": null}
-        text = torch.cat([texts[name] for name in captions]).to(device)  # (n b, ...)
+        true = triples.text[part]
+        null = true.with_text(triples.null_text)
+        texts = {"true": true, "shuffled": shuffled[part], "null": null}
+        text = Conditioning.cat([texts[name] for name in captions]).to(device)  # of n b images
         wanted = target(schedule, z0, eps, t, prediction_type=prediction_type)
         zt, t, wanted = (torch.cat([x] * n) for x in (q_sample(schedule, z0, t, eps), t, wanted))
         mask = None

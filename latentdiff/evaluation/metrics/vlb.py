@@ -28,6 +28,8 @@ from latentdiff.diffusion.ddpm import VARIANCE_TYPES, Model
 from latentdiff.diffusion.schedules import Schedule, respace, space_timesteps
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
+from latentdiff.models.conditioning import Conditioning
+from latentdiff.models.guidance_embedding import predict
 
 LEARNED = "learned_range"
 Z_95 = 1.96  # standard errors of a 95 % interval
@@ -72,25 +74,26 @@ class Chain:
         return self.channels * (2 if self.variance_type == LEARNED else 1)
 
 
-def unet_model(unet: UNet2DConditionModel, prompt_embeds: Tensor, *, num_outputs: int) -> Model:
-    """Return a U-Net as a model (xt, t) -> output under prompt embeds (B, L, D) or (1, L, D)."""
+def unet_model(
+    unet: UNet2DConditionModel, conditioning: Conditioning, *, num_outputs: int
+) -> Model:
+    """Return a U-Net as a model (xt, t) -> output under the conditioning of B images, or of one."""
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
-        states = prompt_embeds.to(xt.device, unet.dtype).expand(len(xt), -1, -1)
-        output: Tensor = unet(xt.to(unet.dtype), t, states, return_dict=False)[0]
-        return output[:, :num_outputs].float()
+        given = conditioning.to(xt.device, unet.dtype).expand(len(xt))
+        return predict(unet, xt.to(unet.dtype), t, given)[:, :num_outputs].float()
 
     return model
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionedLatents:
-    """N images as latents with their prompt embeds, on the CPU."""
+    """N images as latents with their conditioning, on the CPU."""
 
     captions: tuple[str, ...]
     z0: Tensor  # (N, C, h, w) normalised, one sample of the VAE's posterior each
-    prompt_embeds: Tensor  # (N, L, D)
-    null_prompt_embeds: Tensor  # (1, L, D), of the empty caption
+    conditioning: Conditioning  # of N images
+    null_conditioning: Conditioning  # of one image without a caption
 
     def __len__(self) -> int:
         return len(self.z0)
@@ -102,7 +105,7 @@ class CaptionedLatents:
             self,
             captions=tuple(self.captions[i] for i in chosen),
             z0=self.z0[chosen],
-            prompt_embeds=self.prompt_embeds[chosen],
+            conditioning=self.conditioning[chosen],
         )
 
 
@@ -126,9 +129,9 @@ def caption_bound(
     """Evaluate both bounds of each image `repeats` times; plan: None takes all T steps."""
     without, conditional = (
         bound_samples(
-            chain, latents.z0, embeds, plan=plan, repeats=repeats, batch_size=batch_size, seed=seed
+            chain, latents.z0, given, plan=plan, repeats=repeats, batch_size=batch_size, seed=seed
         )
-        for embeds in (latents.null_prompt_embeds, latents.prompt_embeds)
+        for given in (latents.null_conditioning, latents.conditioning)
     )
     return CaptionBound(without, conditional)
 
@@ -151,7 +154,7 @@ def pilot_plan(
     spaced = torch.linspace(0, len(latents) - 1, min(num_pilot, len(latents))).round().long()
     few = latents.select(spaced.tolist())
     pilot = bound_samples(
-        chain, few.z0, few.prompt_embeds, plan=None, repeats=1, batch_size=batch_size, seed=seed
+        chain, few.z0, few.conditioning, plan=None, repeats=1, batch_size=batch_size, seed=seed
     )
     return TimestepPlan.from_pilot(pilot, num_draws=num_draws)
 
@@ -159,23 +162,23 @@ def pilot_plan(
 def bound_samples(
     chain: Chain,
     z0: Tensor,
-    prompt_embeds: Tensor,
+    conditioning: Conditioning,
     *,
     plan: TimestepPlan | None,
     repeats: int,
     batch_size: int,
     seed: int,
 ) -> BoundSamples:
-    """Evaluate the bound of z0 (N, C, h, w) under prompt_embeds (N, L, D) or (1, L, D) in batches.
+    """Evaluate the bound of z0 (N, C, h, w) under a conditioning of N images or one, in batches.
 
     Calls with one seed draw the same timesteps and noise.
     """
     device, generator = chain.unet.device, torch.Generator().manual_seed(seed)
-    schedule, embeds = chain.schedule.to(device), prompt_embeds.expand(len(z0), -1, -1)
+    schedule, given = chain.schedule.to(device), conditioning.expand(len(z0))
     batches = []
     for start in tqdm(range(0, len(z0), batch_size), desc="bound", leave=False):
         part = slice(start, start + batch_size)
-        model = unet_model(chain.unet, embeds[part].to(device), num_outputs=chain.num_outputs)
+        model = unet_model(chain.unet, given[part].to(device), num_outputs=chain.num_outputs)
         batches.append(
             evaluate_bound(
                 schedule,

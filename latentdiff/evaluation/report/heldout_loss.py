@@ -21,6 +21,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 )
 from latentdiff.evaluation.metrics.vlb import Chain, unet_model
 from latentdiff.evaluation.report.section import PairedScore, ReportRow, Section, interval_json
+from latentdiff.models.conditioning import Conditioning
 
 MIN_TRIPLES = 512
 
@@ -72,8 +73,9 @@ def heldout_loss_section(
 def _losses(chain: Chain, eval_model: EvalModel, triples: Triples) -> dict[str, Tensor]:
     """Return each triple's loss under each caption, (n,) float64 on the CPU."""
 
-    def denoise(zt: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return unet_model(eval_model.components.unet, text, num_outputs=chain.channels)(zt, t)
+    def denoise(zt: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        unet = eval_model.components.unet
+        return unet_model(unet, conditioning, num_outputs=chain.channels)(zt, t)
 
     losses = triple_losses(
         denoise,
@@ -94,8 +96,8 @@ def fixed_triples(eval_model: EvalModel, *, num_timesteps: int) -> Triples:
     z0 = latents.z0.repeat(repeats, 1, 1, 1)
     eps = torch.randn(z0.shape, generator=eval_model.generator())
     t = stratified_timesteps(len(z0), num_timesteps)
-    prompt_embeds = latents.prompt_embeds.repeat(repeats, 1, 1)
-    return Triples(z0, eps, t, prompt_embeds, latents.null_prompt_embeds)
+    conditioning = Conditioning.cat([latents.conditioning] * repeats)
+    return Triples(z0, eps, t, conditioning, latents.null_conditioning)
 
 
 def comparable(first: EvalModel, second: EvalModel) -> str:

@@ -122,7 +122,7 @@ def compare_variances(eval_model: EvalModel, options: BoundOptions) -> dict[str,
             name: bound_samples(
                 chain,
                 eval_model.latents.z0,
-                eval_model.latents.prompt_embeds,
+                eval_model.latents.conditioning,
                 plan=plan,
                 repeats=options.repeats,
                 batch_size=eval_model.batch_size,
@@ -196,9 +196,7 @@ def progressive_sheet(chain: Chain, eval_model: EvalModel, *, num_images: int = 
     xt = torch.randn(latents.z0.shape, generator=generator).to(eval_model.device)
     x0 = progressive_x0(
         chain.schedule.to(eval_model.device),
-        unet_model(
-            eval_model.components.unet, latents.prompt_embeds, num_outputs=chain.num_outputs
-        ),
+        unet_model(eval_model.components.unet, latents.conditioning, num_outputs=chain.num_outputs),
         xt,
         generator=generator,
         prediction_type=chain.prediction_type,
@@ -224,9 +222,8 @@ def interpolation_sheet(chain: Chain, eval_model: EvalModel) -> Image.Image:
         raise ValueError("interpolation needs two images, and num_heldout leaves one; raise it")
     latents = eval_model.latents.select(varied_indices(eval_model.latents.captions, 2))
     first, second = (z0.expand(len(SHARES), -1, -1, -1).to(eval_model.device) for z0 in latents.z0)
-    share = torch.tensor(SHARES).view(-1, 1, 1)
-    first_embeds, second_embeds = latents.prompt_embeds.split(1)
-    prompt_embeds = torch.lerp(first_embeds, second_embeds, share)  # (shares, L, D)
+    share = torch.tensor(SHARES)
+    conditioning = latents.conditioning[:1].lerp(latents.conditioning[1:], share)
     schedule = chain.schedule.to(eval_model.device)
     rows, labels = [], []
     for depth in DEPTHS:
@@ -234,11 +231,11 @@ def interpolation_sheet(chain: Chain, eval_model: EvalModel) -> Image.Image:
         generators = [eval_model.generator() for _ in SHARES]  # one noise for all
         mixed = interpolate(
             schedule,
-            unet_model(eval_model.components.unet, prompt_embeds, num_outputs=chain.num_outputs),
+            unet_model(eval_model.components.unet, conditioning, num_outputs=chain.num_outputs),
             (first, second),
             eps=randn_like(first, generator=generators),
             depth=step,
-            share=share[..., None].to(eval_model.device),
+            share=share.view(-1, 1, 1, 1).to(eval_model.device),
             generator=generators,
             prediction_type=chain.prediction_type,
             variance_type=chain.variance_type,

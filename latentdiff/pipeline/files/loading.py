@@ -24,6 +24,7 @@ from torch import nn
 from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import check_compatible
 from latentdiff.models.components import BUNDLED, Components, load_parts, resolve_model
+from latentdiff.models.conditioning import reads_time_ids
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import model_of_run, not_fetched, refuse_wrong_path
 from latentdiff.models.save import complete_component, remove_origin
@@ -48,8 +49,14 @@ UNREADABLE = (  # what diffusers raises for a file that lacks weights or has oth
     ValueError,
     OSError,
 )
-STOCK_PIPELINE = "StableDiffusionPipeline"
-STOCK_INPAINTING = "StableDiffusionInpaintPipeline"
+STOCK_CLASSES = {  # by (is SDXL, reads a mask)
+    (False, False): "StableDiffusionPipeline",
+    (False, True): "StableDiffusionInpaintPipeline",
+    (True, False): "StableDiffusionXLPipeline",
+    (True, True): "StableDiffusionXLInpaintPipeline",
+}
+SD_ONLY = ("safety_checker", "requires_safety_checker")
+SDXL_ONLY = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
 
 
 class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
@@ -59,6 +66,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
     vae: Any
     unet: Any
     text_encoder: Any
+    text_encoder_2: Any
 
     @classmethod
     def from_pretrained(
@@ -154,7 +162,10 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         """Return model_index.json, with the class name that stock diffusers opens the folder by."""
         config = json.loads(super().to_json_string())
         reads_mask = self.unet is not None and self.unet.config.in_channels > self.num_channels
-        config["_class_name"] = STOCK_INPAINTING if reads_mask else STOCK_PIPELINE
+        is_sdxl = self.unet is not None and reads_time_ids(self.unet.config)
+        config["_class_name"] = STOCK_CLASSES[is_sdxl, reads_mask]
+        for name in SD_ONLY if is_sdxl else SDXL_ONLY:  # arguments that the stock class has not
+            config.pop(name, None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(
@@ -227,6 +238,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
             "vae": self.vae and dict(self.vae.config),
             "unet": self.unet and dict(self.unet.config),
             "text_encoder": self.text_encoder and self.text_encoder.config.to_dict(),
+            "text_encoder_2": self.text_encoder_2 and self.text_encoder_2.config.to_dict(),
         }
         check_compatible({name: config for name, config in configs.items() if config is not None})
 

@@ -25,12 +25,13 @@ from latentdiff.diffusion.guidance import classifier_free
 from latentdiff.diffusion.losses import per_sample_loss
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import TimestepSampler
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.training.text_to_image.objective import Losses
 
-# (zt (B, C, h, w), t (B,), prompt embeddings (B, L, D), scale (B,)) -> output, float32
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# (zt, number of the student's step (B,), prompt embeddings, scale) -> the student's output
-Target = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (zt (B, C, h, w), t (B,), conditioning of B images, scale (B,)) -> output, float32
+Predict = Callable[[Tensor, Tensor, Conditioning, Tensor], Tensor]
+# (zt, number of the student's step (B,), conditioning, scale) -> the student's output
+Target = Callable[[Tensor, Tensor, Conditioning, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class GuidedTarget:
 
     teacher: Predict
     timesteps: Tensor  # (num_steps,) of the student
-    null_text: Tensor  # (1, L, D)
+    null_text: Conditioning  # of one null prompt
 
-    def __call__(self, zt: Tensor, number: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    def __call__(self, zt: Tensor, number: Tensor, text: Conditioning, scale: Tensor) -> Tensor:
         """Return uncond + scale (cond - uncond), both from one pass."""
         t = self.timesteps[number]
-        texts = torch.cat([self.null_text.to(text).expand_as(text), text])
+        texts = Conditioning.cat([text.with_text(self.null_text), text])
         both = self.teacher(torch.cat([zt, zt]), torch.cat([t, t]), texts, torch.cat([scale] * 2))
         uncond, cond = both.chunk(2)
         return classifier_free(uncond, cond, scale.view(-1, 1, 1, 1))
@@ -59,7 +60,7 @@ class HalvedTarget:
     prediction_type: str
     path: Tensor  # (2 num_steps + 1,) timesteps of the teacher, and CLEAN
 
-    def __call__(self, zt: Tensor, number: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    def __call__(self, zt: Tensor, number: Tensor, text: Conditioning, scale: Tensor) -> Tensor:
         """Return it for the student's step of that number; the last one ends at clean latents."""
         start, middle, end = (self.path[2 * number + k] for k in range(3))
         z = zt
@@ -99,7 +100,7 @@ class Distillation:
         model: a TextToImage that reads the guidance. batch: as of plain training, with `guidance`,
         the place of each sample's scale between the lowest and the highest.
         """
-        z0, text = batch["z0"], batch["text"]
+        z0, text = batch["z0"], Conditioning.of(batch)
         number, importance_weight = self.sample_steps(batch["u"], batch["stratum"], count)
         t = self.timesteps[number]
         width = self.max_guidance - self.min_guidance

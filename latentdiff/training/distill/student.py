@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentdiff.config.distill import DistillMethod
 from latentdiff.models.components import Components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import (
     add_guidance_embedding,
     has_guidance_embedding,
@@ -54,11 +55,11 @@ class Teacher:
     autocast: Callable[[], AbstractContextManager[Any]]
 
     @torch.no_grad()
-    def __call__(self, zt: Tensor, t: Tensor, prompt_embeds: Tensor, scale: Tensor) -> Tensor:
-        """Return the output for zt (B, C, h, w), t (B,) and embeddings (B, L, D), float32.
+    def __call__(self, zt: Tensor, t: Tensor, conditioning: Conditioning, scale: Tensor) -> Tensor:
+        """Return the output for zt (B, C, h, w), t (B,) and the conditioning of B images, float32.
 
         scale: (B,), of guidance, for a U-Net that reads it.
         """
         given = scale if has_guidance_embedding(self.unet) else None
         with self.autocast():
-            return predict(self.unet, zt, t, prompt_embeds, given).float()
+            return predict(self.unet, zt, t, conditioning, given).float()

@@ -201,7 +201,7 @@ def train_batches(
             z0 = latent_encoder.encode(batch.pop("pixels"), batch.pop("vae_noise"))
             batch["z0"] = z0.contiguous()  # as from the cache: dropout draws in memory's order
         if text_encoder is not None:
-            batch["text"] = text_encoder.encode(batch["text"])
+            batch |= text_encoder.encode(batch.pop("input_ids")).tensors()
         yield batch
 
 

@@ -17,7 +17,7 @@ from latentdiff.data.folder.folder import Record
 from latentdiff.training.inputs.caption_dropout import is_caption_dropped
 from latentdiff.training.inputs.randomness import SampleKey, standard_normal
 
-EncodeCaption = Callable[[str], Tensor]
+EncodeCaption = Callable[[str], dict[str, Tensor]]
 
 
 class Latents(Protocol):
@@ -54,7 +54,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         perturbs_input: bool = False,
         draws_guidance: bool = False,
     ) -> None:
-        """encode_caption: to token ids (L,) or prompt embeddings (L, D).
+        """encode_caption: to the fields of a Conditioning, such as prompt_embeds (L, D).
 
         perturbs_input: draw a second noise, for the U-Net's input. draws_guidance: draw the
         guidance of a distilled student.
@@ -65,9 +65,10 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         self.perturbs_input, self.draws_guidance = perturbs_input, draws_guidance
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
-        """Return z0, or pixels and vae_noise; eps (C, h, w); offset (C, 1, 1); text; and scalars.
+        """Return z0, or pixels and vae_noise; eps (C, h, w); offset (C, 1, 1); and scalars.
 
-        The scalars are u in [0, 1) for the timestep, dropped, weight, stratum and index.
+        Next to them the fields of the conditioning that the caption fills. The scalars are u in
+        [0, 1) for the timestep, dropped, weight, stratum and index.
         With masks, mask (1, h, w); with a second noise, perturbation (C, h, w); for distillation,
         guidance in [0, 1): its place between the lowest scale and the highest.
         """
@@ -89,11 +90,11 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         if self.draws_guidance:
             sample["guidance"] = torch.tensor(rng("guidance").random(), dtype=torch.float32)
         dropped = is_caption_dropped(key, seed=self.seed, caption_dropout=self.caption_dropout)
+        sample |= self.encode_caption(transform.sample(captions, rng("caption")))
         return sample | {
             "eps": standard_normal(rng("noise"), shape),
             "offset": standard_normal(rng("offset"), (shape[0], 1, 1)),
             "u": torch.tensor(rng("timestep").random(), dtype=torch.float64),
-            "text": self.encode_caption(transform.sample(captions, rng("caption"))),
             "dropped": torch.tensor(dropped),
             "weight": torch.tensor(key.weight, dtype=torch.float32),
             "stratum": torch.tensor(key.stratum, dtype=torch.int64),

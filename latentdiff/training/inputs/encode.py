@@ -32,6 +32,7 @@ from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.masks import Masks
 from latentdiff.models.components import Components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import Autoencoder, LatentCodec, LatentStats, set_scalar_scaling
 from latentdiff.models.text import encode_text, tokenize
 
@@ -210,17 +211,17 @@ class TokenIds:
         self._tokenizer = components.tokenizer
         self._known: dict[str, Tensor] = {}
 
-    def item(self, caption: str) -> Tensor:
-        """Return ids (L,) int64."""
+    def item(self, caption: str) -> dict[str, Tensor]:
+        """Return input_ids (L,) int64."""
         if caption not in self._known:
             if len(self._known) >= MAX_TOKENIZED:
                 self._known.clear()
             self._known[caption] = tokenize(self._tokenizer, [caption])[0]
-        return self._known[caption]
+        return {"input_ids": self._known[caption]}
 
-    def batch(self, captions: Sequence[str]) -> Tensor:
-        """Return ids (n, L)."""
-        return tokenize(self._tokenizer, captions)
+    def batch(self, captions: Sequence[str]) -> Conditioning:
+        """Return the token ids of n captions."""
+        return Conditioning(input_ids=tokenize(self._tokenizer, captions))
 
 
 class CachedPromptEmbeds:
@@ -229,13 +230,13 @@ class CachedPromptEmbeds:
     def __init__(self, cache: PromptCache) -> None:
         self.cache = cache
 
-    def item(self, caption: str) -> Tensor:
-        """Return embeddings (L, D)."""
-        return self.cache.prompt_embeds(caption)
+    def item(self, caption: str) -> dict[str, Tensor]:
+        """Return prompt_embeds (L, D)."""
+        return {"prompt_embeds": self.cache.prompt_embeds(caption)}
 
-    def batch(self, captions: Sequence[str]) -> Tensor:
-        """Return embeddings (n, L, D)."""
-        return torch.stack([self.cache.prompt_embeds(caption) for caption in captions])
+    def batch(self, captions: Sequence[str]) -> Conditioning:
+        """Return the embeddings of n captions."""
+        return Conditioning(torch.stack([self.cache.prompt_embeds(one) for one in captions]))
 
 
 class OnlinePromptEmbeds:
@@ -247,21 +248,22 @@ class OnlinePromptEmbeds:
         self.item = self._ids.item
 
     @torch.no_grad()
-    def encode(self, ids: Tensor) -> Tensor:
-        """Return embeddings (B, L, D) of ids (B, L), on the text encoder's device."""
+    def encode(self, ids: Tensor) -> Conditioning:
+        """Return the embeddings of ids (B, L), on the text encoder's device."""
         device = self._text_encoder.device
         with torch.autocast(device.type, enabled=False):
             ids = ids.to(device, non_blocking=True)
-            return encode_text(self._text_encoder, ids, end_id=self._tokenizer.eos_token_id)
+            end_id = self._tokenizer.eos_token_id
+            return Conditioning(encode_text(self._text_encoder, ids, end_id=end_id))
 
-    def batch(self, captions: Sequence[str]) -> Tensor:
-        """Return embeddings (n, L, D) on the CPU."""
+    def batch(self, captions: Sequence[str]) -> Conditioning:
+        """Return the embeddings of n captions, on the CPU."""
         parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
         embeds = [
             encode_captions(part, self._tokenizer, text_encoder=self._text_encoder)
             for part in parts
         ]
-        return torch.cat(embeds)
+        return Conditioning(torch.cat(embeds))
 
 
 TextSource: TypeAlias = TokenIds | CachedPromptEmbeds | OnlinePromptEmbeds

@@ -21,6 +21,7 @@ from latentdiff.data.epoch_draws import make_draws
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
 from latentdiff.models.components import Components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.finetune.dreambooth import (
     AllOnesMasks,
@@ -79,8 +80,8 @@ class TrainData:
     train_triples: Triples | None  # of training images, with the timesteps of the held-out ones
 
     @cached_property
-    def null_text(self) -> Tensor:
-        """The null prompt's ids (1, L) or prompt embeddings (1, L, D)."""
+    def null_text(self) -> Conditioning:
+        """The null prompt's token ids or embeddings, of one image."""
         return null_text(self.source)
 
     @property

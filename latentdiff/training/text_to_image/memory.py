@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from latentdiff.config.choices import OptimizerName
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.finetune.lokr import without_drawing
 from latentdiff.training.fsdp import is_sharded, local_shard
@@ -124,7 +125,7 @@ def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: OptimizerName)
 
 def estimate_activations(
     model: nn.Module,
-    inputs: Callable[[], tuple[Tensor, ...]],
+    inputs: Callable[[], tuple[Any, ...]],
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> int:
@@ -159,7 +160,7 @@ class _Pass(nn.Module):
         super().__init__()
         self.model, self.autocast = model, autocast
 
-    def forward(self, *arguments: Tensor) -> None:
+    def forward(self, *arguments: Any) -> None:
         with self.autocast():
             output = self.model(*arguments)
         output.float().square().mean().backward()
@@ -206,10 +207,11 @@ def _activations_of(run: Run) -> int | None:
     largest = max(bucket_sizes(run.config.data), key=lambda bucket: bucket.height * bucket.width)
     height, width = largest.height // codec.factor, largest.width // codec.factor
 
-    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    def inputs() -> tuple[Tensor, Tensor, Conditioning]:
         zt = torch.empty(n, codec.channels, height, width, device=device)
         t = torch.empty(n, dtype=torch.int64, device=device)
-        return zt, t, torch.empty(n, *null.shape[1:], dtype=null.dtype, device=device)
+        empty = null.map(lambda x: torch.empty(n, *x.shape[1:], dtype=x.dtype, device=device))
+        return zt, t, empty
 
     try:
         with without_drawing(model):

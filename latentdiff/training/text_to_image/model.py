@@ -38,6 +38,7 @@ from latentdiff.models.components import (
     read_model_configs,
     resolve_model,
 )
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import predict
 from latentdiff.models.latents import Autoencoder, latent_factor
 from latentdiff.models.learned_variance import fit_variance
@@ -64,16 +65,21 @@ class TextToImage(nn.Module):
         )
 
     def forward(
-        self, zt: Tensor, t: Tensor, text: Tensor, guidance_scale: Tensor | None = None
+        self,
+        zt: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: Tensor | None = None,
     ) -> Tensor:
-        """Return the U-Net's output for zt (B, C, h, w), t (B,), text ids (B, L) or embeddings.
+        """Return the U-Net's output for zt (B, C, h, w), t (B,) and the conditioning of B images.
 
         guidance_scale: (B,), for a U-Net that reads it.
         """
-        prompt_embeds = text
-        if self.text_encoder is not None:
-            prompt_embeds = encode_text(self.text_encoder, text, end_id=self._end_id)
-        return predict(self.unet, zt, t, prompt_embeds, guidance_scale)
+        input_ids = conditioning.input_ids
+        if self.text_encoder is not None and input_ids is not None:
+            prompt_embeds = encode_text(self.text_encoder, input_ids, end_id=self._end_id)
+            conditioning = replace(conditioning, prompt_embeds=prompt_embeds)
+        return predict(self.unet, zt, t, conditioning, guidance_scale)
 
 
 def with_resolution(config: Config) -> Config:

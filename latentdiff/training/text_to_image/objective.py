@@ -20,8 +20,8 @@ from latentdiff.diffusion.noise import offset_noise, perturb_input
 from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.learned_variance import VLB_WEIGHT
-from latentdiff.training.inputs.caption_dropout import drop_captions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Objective:
 
     schedule: Schedule
     prediction_type: str
-    null_text: Tensor  # (1, L) ids or (1, L, D) prompt embeddings
+    null_text: Conditioning  # of one null prompt
     sample_timesteps: TimestepSampler
     loss_weighting: str = "none"
     snr_gamma: float | None = None  # None: the weighting's default
@@ -58,8 +58,8 @@ class Objective:
         if self.input_perturbation:
             strength = self.input_perturbation
             zt = perturb_input(self.schedule, zt, t, batch["perturbation"], strength=strength)
-        text = drop_captions(batch["text"], self.null_text, batch["dropped"])
-        output = model(zt, t, text)
+        conditioning = Conditioning.of(batch).with_text(self.null_text, where=batch["dropped"])
+        output = model(zt, t, conditioning)
         wanted = target(self.schedule, z0, eps, t, prediction_type=self.prediction_type)
         weights = loss_weights(
             self.schedule,

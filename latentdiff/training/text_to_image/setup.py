@@ -26,6 +26,7 @@ from latentdiff.diffusion.timesteps import (
 )
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.distill.objective import Distillation, GuidedTarget, HalvedTarget
 from latentdiff.training.distill.student import Teacher, make_student
@@ -219,11 +220,11 @@ def build_train_step(
     null_text = train_data.null_text.to(device)
     objective: Objective | Distillation
     if teacher is None:
-        objective = _objective(config, components, null_text=null_text)
+        objective = _objective(config, components, null_text=null_text, device=device)
     else:
         teacher.unet.requires_grad_(False).eval().to(device)
         _lay_out(config, teacher.unet, components, accelerator)
-        objective = _distillation(config, components, teacher, null_text=null_text)
+        objective = _distillation(config, components, teacher, null_text=null_text, device=device)
     model = _trainable_model(config, components, accelerator)
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
@@ -284,10 +285,15 @@ def _lay_out(
 
 
 def _distillation(
-    config: Config, components: Components, teacher: Teacher, *, null_text: torch.Tensor
+    config: Config,
+    components: Components,
+    teacher: Teacher,
+    *,
+    null_text: Conditioning,
+    device: torch.device,
 ) -> Distillation:
-    """Return the loss of a student, on the device of null_text."""
-    distill, device = config.distill, null_text.device
+    """Return the loss of a student, on the device; null_text is there already."""
+    distill = config.distill
     schedule = schedule_of(components.scheduler).to(device, dtype=torch.float32)
     prediction_type = components.scheduler.config["prediction_type"]
 
@@ -312,9 +318,11 @@ def _distillation(
     )
 
 
-def _objective(config: Config, components: Components, *, null_text: torch.Tensor) -> Objective:
-    """Return the loss that the config asks for, on the device of null_text."""
-    diffusion, device = config.diffusion, null_text.device
+def _objective(
+    config: Config, components: Components, *, null_text: Conditioning, device: torch.device
+) -> Objective:
+    """Return the loss that the config asks for, on the device; null_text is there already."""
+    diffusion = config.diffusion
     return Objective(
         schedule_of(components.scheduler).to(device, dtype=torch.float32),
         prediction_type=components.scheduler.config["prediction_type"],

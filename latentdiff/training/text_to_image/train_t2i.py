@@ -22,6 +22,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     summarize_losses,
     triple_losses,
 )
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.learned_variance import prediction_only
 from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator
@@ -172,9 +173,9 @@ class TextToImageRecipe(Recipe):
         ):
             return {}
 
-        def denoise(zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        def denoise(zt: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             with run.accelerator.autocast():
-                return self.train_step.model(zt, t, text)
+                return self.train_step.model(zt, t, conditioning)
 
         with self._eval_mode():
             measure = partial(
