@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,14 +11,49 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from latentdiff.cli.help import help_of
+from latentdiff.cli.help import CommandParser, help_of
 from latentdiff.cli.main import COMMANDS, main
+from latentdiff.config.clip import ClipConfig
 from latentdiff.config.io import parse_arguments
 from latentdiff.config.text_to_image import Config
+from latentdiff.config.vae import VaeConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+
+# Commands that do not run here, by page and by their first words, and why. Options, values and
+# files that ship are checked all the same.
+NOT_RUN = {
+    "docs/containers.md": {"docker": "needs docker and downloads an image"},
+    "docs/data.md": {
+        "latentdiff inspect OWNER/NAME": "downloads a data set; tests/data/test_hub_dataset.py",
+        "latentdiff train --config lora_mini --data.root=OWNER/NAME": "the same",
+    },
+    "docs/finetuning.md": {
+        "latentdiff train --config lora_sd15_8gb": "how the table was made; test_finetune.py",
+        "latentdiff train --config full_sd15_24gb": "the same",
+        "latentdiff train --config dreambooth_sd15_8gb": "the same",
+        "latentdiff train --config textual_inversion_sd15_8gb": "the same",
+        "latentdiff compare": "the same; docs/evaluation.md runs one",
+        "latentdiff train --config lora_mini --data.root=photos --finetune.init_lora": (
+            "continues a run of before; tests/training/test_initial_weights.py"
+        ),
+        "latentdiff train --config textual_inversion_mini": "the same",
+        "python -c": "converts a file of another tool, which the reader has",
+    },
+    "docs/watching.md": {
+        "latentdiff train": "trackers of others' packages; tests/training/test_trackers.py"
+    },
+    "latentdiff/assets/mini/README.md": {
+        "": "how the model that ships was made, hours on data that does not ship"
+    },
+    "latentdiff/assets/vae/README.md": {
+        "": "how the model that ships was made, hours on data that does not ship"
+    },
+}
+SETTINGS = {"train": Config, "train-vae": VaeConfig, "train-clip": ClipConfig}
+PROGRAMS = ("accelerate", "docker", "latentdiff", "make", "pip", "python", "torchrun")
 
 # The most of each option; a page's own value is kept where it is smaller.
 TRAIN = {
@@ -65,8 +101,9 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Return README and the pages of docs/."""
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    """Return README, the pages of docs/ and the cards of the models that ship."""
+    cards = (ROOT / "latentdiff" / "assets").glob("*/README.md")
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(cards)]
 
 
 def blocks(text: str, page: str) -> Iterator[Block]:
@@ -77,16 +114,22 @@ def blocks(text: str, page: str) -> Iterator[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """Yield the words of each command of a block; a line may go on after a backslash."""
-    for line in block.text.replace("\\\n", " ").splitlines():
+    """Yield the words of each command of a block.
+
+    A line may go on after a backslash, and NAME="words" stands for $NAME in the lines after it.
+    """
+    text = block.text.replace("\\\n", " ")
+    for name, value in re.findall(r'^([A-Z]+)="(.*)"$', text, re.MULTILINE):
+        text = text.replace(f'{name}="{value}"', "").replace(f"${name}", value)
+    for line in text.splitlines():
         if words := shlex.split(line, comments=True):
             yield words
 
 
 def inline_commands(text: str) -> Iterator[str]:
-    """Yield what a page's prose and tables call a command: `latentdiff ...`."""
-    prose = FENCE.sub("", text)
-    yield from (" ".join(one.split()) for one in re.findall(r"`(latentdiff [^`]+)`", prose))
+    """Yield what a page's prose and tables call a command: `latentdiff ...`, `make ...`."""
+    found = re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", FENCE.sub("", text))
+    yield from (" ".join(one.split()) for one in found)
 
 
 @cache
@@ -98,8 +141,51 @@ def options_of(name: str) -> set[str]:
     return {one.name for one in (*found.options, *found.settings)}
 
 
+def reason_not_to_run(words: Sequence[str], page: str) -> str:
+    """Return why a page's command is only checked; empty where it runs."""
+    text, reasons = " ".join(words), NOT_RUN.get(page, {})
+    return next((why for begin, why in reasons.items() if text.startswith(begin)), "")
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Check a documented command without running it: its options, values and files that ship."""
+    program, *arguments = words
+    if program == "docker":
+        known = set(re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+        assert set(re.findall(r"--build-arg (\w+)", " ".join(arguments))) <= known
+        if "latentdiff" in arguments and arguments[0] == "run":
+            check_command(arguments[arguments.index("latentdiff") :])
+    elif program == "python" and arguments[0] == "-c":
+        compile(arguments[1], "-c", "exec")
+    elif program == "latentdiff":
+        name, given = _named(arguments)
+        if name in SETTINGS:
+            parse_arguments(SETTINGS[name], given)
+            return
+        with suppress(_ParsedError):
+            COMMANDS[name].load()(_CheckParser(prog=name), given)
+    else:
+        run_command(words)
+
+
+class _CheckParser(CommandParser):
+    """A parser that ends a command when its arguments are parsed."""
+
+    def parse_args(self, *arguments: Any, **named: Any) -> Any:
+        super().parse_args(*arguments, **named)
+        raise _ParsedError
+
+
+class _ParsedError(Exception):
+    """The arguments are parsed."""
+
+
 def run_command(words: Sequence[str]) -> None:
-    """Run a documented command, shortened. Raises AssertionError where it fails."""
+    """Run a documented command, shortened. Raises AssertionError where it fails.
+
+    `make`, `pip` and an example, which tests/examples runs, are only looked up, and of what starts
+    processes the files: their installs need the network.
+    """
     program, *arguments = words
     if program == "latentdiff":
         AcceleratorState._reset_state(reset_partial_state=True)  # a command is a process
@@ -116,8 +202,11 @@ def run_command(words: Sequence[str]) -> None:
             Path(arguments[0]).stem
             in (ROOT / "tests" / "examples" / "test_examples.py").read_text()
         )
+    elif program in ("accelerate", "torchrun"):
+        files = [word for word in arguments if word.endswith((".py", ".yaml"))]
+        assert all((ROOT / name).is_file() for name in files), files
     else:
-        raise AssertionError(f"{program} is not run in documentation; mark its block as text")
+        raise AssertionError(f"{program} is not run in documentation; see NOT_RUN")
 
 
 def _check_pip(arguments: Sequence[str]) -> None:
@@ -129,15 +218,19 @@ def _check_pip(arguments: Sequence[str]) -> None:
 
 def shortened(arguments: Sequence[str]) -> list[str]:
     """Return a command's arguments with its numbers capped, and networks of a few thousand."""
-    name, *given = arguments
-    if given and f"{name} {given[0]}" in COMMANDS:
-        name, given = f"{name} {given[0]}", given[1:]
+    name, given = _named(arguments)
     if name == "train":
         return [name, *_shortened_training(given)]
     given = _capped(given, OPTIONS.get(name, {}))
     extra = {"train-vae": SMALL_VAE, "train-clip": SMALL_CLIP}.get(name, ())
     is_new = "--pretrained" not in " ".join(given)
     return [*name.split(), *given, *(extra if is_new else ())]
+
+
+def _named(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return a command's name, of one or two words, and its own arguments."""
+    name = next(name for name in (" ".join(arguments[:2]), arguments[0]) if name in COMMANDS)
+    return name, [*arguments[len(name.split()) :]]
 
 
 def _shortened_training(given: list[str]) -> list[str]:
