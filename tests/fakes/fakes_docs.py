@@ -40,6 +40,12 @@ NOT_RUN = {
             "continues a run of before; tests/training/test_initial_weights.py"
         ),
         "latentdiff train --config textual_inversion_mini": "the same",
+        "latentdiff train --config lora_mini --data.root=photos --model.clip_skip": (
+            "another training like those above it; tests/training/test_clip_skip.py"
+        ),
+        "latentdiff train --config lora_mini --data.root=photos --train.optimizer": (
+            "three more of these; tests/training/test_optimizers.py"
+        ),
         "python -c": "converts a file of another tool, which the reader has",
     },
     "docs/watching.md": {
