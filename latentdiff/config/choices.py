@@ -9,7 +9,9 @@ from typing import Literal
 BetaSchedule = Literal[  # diffusion/schedules.py BETA_SCHEDULES
     "linear", "scaled_linear", "quadratic", "cosine", "squaredcos_cap_v2", "sigmoid"
 ]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]  # diffusion/prediction.py
+PredictionType = Literal[  # diffusion/prediction.py PREDICTION_TYPES
+    "epsilon", "v_prediction", "sample", "flow_prediction"
+]
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]  # diffusion/ddpm.py
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "p2"]  # diffusion/loss_weighting.py
 Loss = Literal["mse", "huber"]  # diffusion/losses.py per_sample_loss

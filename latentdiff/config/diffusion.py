@@ -27,9 +27,12 @@ class DiffusionConfig:
     num_timesteps: int = at_least(2, default=1000)
     """length of the chain, T"""
     zero_terminal_snr: bool = False
-    """from scratch: rescale the betas so that the last step is pure noise (Lin et al. 2024)"""
+    """rescale the betas so that the last step is pure noise (Lin et al. 2024), from scratch or of
+    model.pretrained; needs a prediction_type of v_prediction or sample"""
     prediction_type: Literal["", PredictionType] = ""
-    """prediction of the U-Net: noise, velocity or clean latents; empty: epsilon, or the model's"""
+    """prediction of the U-Net: noise, velocity, clean latents, or the direction of rectified flow
+    (Liu et al. 2023), which schedulers with use_flow_sigmas sample; empty: epsilon, or the
+    model's"""
     loss_weighting: LossWeighting = "none"
     """loss weight by timestep"""
     snr_gamma: float = at_least(0, default=0.0)
@@ -39,8 +42,9 @@ class DiffusionConfig:
     huber_delta: float = positive(default=0.1)
     """error from which the Huber loss is no longer square"""
     timestep_sampling: TimestepSampling = "uniform"
-    """distribution of timesteps; stratified: evenly spaced over each batch; loss_aware: those with
-    large losses more often, and weighted less (Nichol & Dhariwal 2021)"""
+    """distribution of timesteps; stratified: evenly spaced over each batch; logit_normal: more of
+    the middle, as for flow_prediction (Esser et al. 2024); loss_aware: those with large losses more
+    often, and weighted less (Nichol & Dhariwal 2021)"""
     logit_normal_mean: float = 0.0
     """of timestep_sampling=logit_normal: above 0 means more noise"""
     logit_normal_std: float = positive(default=1.0)

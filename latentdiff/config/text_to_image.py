@@ -20,10 +20,18 @@ EFFECT_RULES = (
     EffectRule(
         (
             *("diffusion.num_timesteps", "diffusion.beta_schedule", "diffusion.beta_start"),
-            *("diffusion.beta_end", "diffusion.zero_terminal_snr"),
+            "diffusion.beta_end",
         ),
         lambda config: not config.model.pretrained,
         "it is for training from scratch, and model.pretrained brings its own schedule",
+    ),
+    EffectRule(
+        (
+            *("diffusion.beta_schedule", "diffusion.beta_start", "diffusion.beta_end"),
+            "diffusion.zero_terminal_snr",
+        ),
+        lambda config: config.diffusion.prediction_type != "flow_prediction",
+        "rectified flow has no betas, and its last step is pure noise",
     ),
     EffectRule(
         ("diffusion.beta_start", "diffusion.beta_end"),
@@ -196,6 +204,11 @@ def _check_learned_variance(config: Config) -> None:
         return
     if config.finetune.is_partial:
         raise ValueError("diffusion.learned_variance needs finetune.method=full")
+    if config.diffusion.prediction_type == "flow_prediction":
+        raise ValueError(
+            "diffusion.learned_variance is sampled by DDPM, which cannot sample "
+            "diffusion.prediction_type=flow_prediction: leave out one of them"
+        )
     others = {
         "data.mask": config.data.mask != "none",
         "diffusion.input_perturbation": config.diffusion.input_perturbation > 0,

@@ -1,8 +1,9 @@
 """The network's output: the x0, eps and v that it stands for, under each prediction type.
 
 The network may predict the noise (Ho et al. 2020, Sec. 3.2), the velocity (Salimans & Ho 2022,
-App. D) or the data. PREDICTION_TYPES holds every formula that differs between them, so the rest of
-the code asks for x0 or eps and needs not know the type.
+App. D), the data, or, on the straight path of rectified flow, its direction (Liu et al. 2023).
+PREDICTION_TYPES holds every formula that differs between them, so the rest of the code asks for x0
+or eps and needs not know the type.
 """
 
 from collections.abc import Callable
@@ -62,7 +63,21 @@ PREDICTION_TYPES = {
         eps_error=lambda alphas_cumprod, snr: snr,
         score_factor=lambda noise, inverse: noise.square() * inverse,
     ),
+    "flow_prediction": Parametrization(  # eps - x0, where signal + noise = 1
+        to_x0=lambda output, xt, signal, noise: xt - noise * output,
+        to_eps=lambda output, xt, signal, noise: xt + signal * output,
+        to_velocity=lambda output, xt, signal, noise: (
+            (signal * (xt + signal * output) - noise * (xt - noise * output))
+            / (signal.square() + noise.square()).sqrt()
+        ),
+        target=lambda schedule, x0, eps, t: eps - x0,
+        eps_error=lambda alphas_cumprod, snr: snr / (1 + snr.sqrt()).square(),  # signal^2
+        score_factor=lambda noise, inverse: -noise * inverse,
+    ),
 }
+
+
+DDPM_TYPES = tuple(name for name in PREDICTION_TYPES if name != "flow_prediction")
 
 
 def parametrization(prediction_type: str) -> Parametrization:
@@ -110,6 +125,12 @@ def check_objective(schedule: Schedule, prediction_type: str) -> None:
     no x0, and its noise does not determine x0 (Lin et al. 2024, Sec. 3.2).
     """
     parametrization(prediction_type)
+    if schedule.is_flow != (prediction_type == "flow_prediction"):
+        path = "the straight path of rectified flow" if schedule.is_flow else "a DDPM chain"
+        raise ValueError(
+            f"prediction_type {prediction_type!r} cannot be used on {path}: 'flow_prediction' goes"
+            " with a scheduler of use_flow_sigmas=true, every other one with betas"
+        )
     if prediction_type == "epsilon" and bool((schedule.alphas_cumprod == 0).any()):
         raise ValueError(
             "prediction_type 'epsilon' cannot be used with a zero-terminal-SNR schedule: its last"

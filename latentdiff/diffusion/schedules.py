@@ -2,7 +2,8 @@
 
 Everything is float64; BETA_SCHEDULES names the schedules, as diffusers does where it has them (the
 names that a setting may take are in config/choices.py). The chain of a run is the scheduler of
-models/build.py, where diffusers computes its own schedules and the zero-SNR rescaling itself.
+models/build.py, where diffusers computes its own schedules and the zero-SNR rescaling itself. The
+straight path of rectified flow is a Schedule too (`rectified_flow`).
 Sources: Ho et al. 2020 (linear), J. Song et al. 2021 (quadratic), Rombach et al. 2022 (the same, as
 scaled linear), Nichol & Dhariwal 2021 (cosine, re-spacing), Xu et al. 2022 (sigmoid), Lin et al.
 2024 (zero terminal SNR), Kingma et al. 2021 (logSNR).
@@ -10,7 +11,7 @@ scaled linear), Nichol & Dhariwal 2021 (cosine, re-spacing), Xu et al. 2022 (sig
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -115,11 +116,16 @@ def alphas_cumprod_from_log_snr(log_snr: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The chain's coefficients, one a timestep, each (T,). Made by `from_betas`, in float64."""
+    """The chain's coefficients, one a timestep, each (T,), in float64.
+
+    Made by `from_betas`, where signal^2 + noise^2 = 1, or by `from_path`. Of another path betas is
+    the variance that a step adds, alphas the square of its factor, and alphas_cumprod that of the
+    DDPM chain with the same signal-to-noise ratio.
+    """
 
     betas: Tensor
     alphas: Tensor  # 1 - betas
-    alphas_cumprod: Tensor  # the paper's alpha-bar_t
+    alphas_cumprod: Tensor  # the paper's alpha-bar_t, SNR / (SNR + 1)
     sqrt_alphas_cumprod: Tensor  # signal
     sqrt_one_minus_alphas_cumprod: Tensor  # noise
     posterior_mean_x0: Tensor  # Eq. 7, the factor of x0
@@ -155,10 +161,44 @@ class Schedule:
             timesteps=timesteps,
         )
 
+    @classmethod
+    def from_path(cls, signal: Tensor, noise: Tensor) -> "Schedule":
+        """Compute every table of the path xt = signal x0 + noise eps (Kingma et al. 2021, App. A).
+
+        signal, noise: (T,), of falling signal-to-noise ratio, noise above 0; of a DDPM chain this
+        gives the tables of `from_betas`.
+        """
+        signal, noise = signal.double(), noise.double()
+        before = torch.cat([torch.ones_like(signal[:1]), signal[:-1]])
+        noise_before = torch.cat([torch.zeros_like(noise[:1]), noise[:-1]])
+        factor = signal / before
+        added = noise**2 - (factor * noise_before) ** 2
+        variance = added * (noise_before / noise) ** 2
+        first = variance[1:2] if len(noise) > 1 else added
+        return cls(
+            betas=added,
+            alphas=factor**2,
+            alphas_cumprod=signal**2 / (signal**2 + noise**2),
+            sqrt_alphas_cumprod=signal,
+            sqrt_one_minus_alphas_cumprod=noise,
+            posterior_mean_x0=before * added / noise**2,
+            posterior_mean_xt=factor * (noise_before / noise) ** 2,
+            posterior_variance=variance,
+            log_variance_small=torch.cat([first, variance[1:]]).log(),
+            log_variance_large=added.log(),
+            timesteps=torch.arange(len(noise), device=noise.device),
+        )
+
     @property
     def num_timesteps(self) -> int:
         """T, the number of steps."""
         return len(self.betas)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether this is the straight path, signal + noise = 1. It waits for the device."""
+        total = self.sqrt_alphas_cumprod + self.sqrt_one_minus_alphas_cumprod
+        return bool((total - 1).abs().max() < 1e-5)
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> "Schedule":
         """Move the tables to a device.
@@ -176,11 +216,27 @@ class Schedule:
         )
 
 
+def rectified_flow(num_timesteps: int = 1000) -> Schedule:
+    """Return the straight path xt = (1 - sigma) x0 + sigma eps, sigma = (t + 1) / T, in T steps.
+
+    Liu et al. 2023, Eq. 1, with noise at the end of time. Its last step is pure noise. Samplers
+    with `use_flow_sigmas` give the network t = floor(sigma T), the step nearest below.
+    """
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps is {num_timesteps}: a chain needs at least 1 step")
+    sigmas = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    return Schedule.from_path(1 - sigmas, sigmas)
+
+
 def respace(schedule: Schedule, kept: Tensor) -> Schedule:
     """Return the shorter chain through some of the steps (Nichol & Dhariwal 2021, Eq. 19).
 
     kept: (K,) int64, ascending. The model still gets the timesteps it was trained on.
     """
+    if schedule.is_flow:
+        signal, noise = schedule.sqrt_alphas_cumprod[kept], schedule.sqrt_one_minus_alphas_cumprod
+        shorter = Schedule.from_path(signal, noise[kept])
+        return replace(shorter, timesteps=schedule.timesteps[kept])
     betas = betas_from_alphas_cumprod(schedule.alphas_cumprod[kept])
     return Schedule.from_betas(betas, timesteps=schedule.timesteps[kept])
 

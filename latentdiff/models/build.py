@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion.prediction import check_objective
-from latentdiff.diffusion.schedules import Schedule, make_betas
+from latentdiff.diffusion.schedules import Schedule, make_betas, rectified_flow
 from latentdiff.models.open_clip import clip_text_model
 
 DIFFUSERS_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -166,12 +166,32 @@ def make_ddpm_scheduler(
     return scheduler
 
 
+FLOW_SIGMAS = "use_flow_sigmas"  # the setting of diffusers' schedulers of rectified flow
+
+
+def make_flow_scheduler(num_timesteps: int = 1000) -> UniPCMultistepScheduler:
+    """Make the scheduler of an exported model of rectified flow, which stock pipelines drive.
+
+    UniPC and DPM++ sample flow with `use_flow_sigmas`; diffusers' Euler for flow has not the
+    methods that Stable Diffusion's pipelines call.
+    """
+    return UniPCMultistepScheduler(
+        num_train_timesteps=num_timesteps,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        steps_offset=1,
+    )
+
+
 def schedule_of(scheduler: Any) -> Schedule:
-    """Return the float64 tables of a diffusers scheduler, from the betas that it samples with."""
+    """Return the float64 tables of a diffusers scheduler, from the noise that it samples with."""
+    if scheduler.config.get(FLOW_SIGMAS):
+        return rectified_flow(scheduler.config["num_train_timesteps"])
     betas = getattr(scheduler, "betas", None)
     if not isinstance(betas, torch.Tensor):
         raise ValueError(
             f"{type(scheduler).__name__} has no betas, expected a scheduler of a DDPM chain such "
-            "as DDIMScheduler"
+            "as DDIMScheduler, or UniPCMultistepScheduler with use_flow_sigmas=true for rectified "
+            "flow"
         )
     return Schedule.from_betas(betas.double())

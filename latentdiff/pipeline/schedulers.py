@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.ddpm import Generators
 from latentdiff.diffusion.prediction import predict_x0
-from latentdiff.models.build import schedule_of
+from latentdiff.models.build import FLOW_SIGMAS, schedule_of
 from latentdiff.pipeline import checks
 
 
@@ -167,6 +167,8 @@ TRAINED_KEYS = (
     "rescale_betas_zero_snr",
     "timestep_spacing",
     "steps_offset",
+    FLOW_SIGMAS,
+    "flow_shift",
 )
 
 
@@ -181,7 +183,7 @@ def make_scheduler(name: str, *, trained: Any) -> Any:
 
     trained: any scheduler of the model; its betas, prediction type and time-steps' spacing are
     taken over. Case, spaces, "-" and "_" in the name do not matter. Raises ValueError for an
-    unknown name, and for a scheduler that cannot do the model's zero terminal SNR.
+    unknown name, and for a scheduler that cannot do the model's zero terminal SNR or its flow.
     """
     cls, settings = scheduler_of(name)
     config = {key: trained.config[key] for key in TRAINED_KEYS if key in trained.config}
@@ -191,6 +193,11 @@ def make_scheduler(name: str, *, trained: Any) -> Any:
         raise ValueError(
             f"scheduler {name!r} ({cls.__name__}) cannot start from pure noise, and this model was "
             "trained with zero terminal SNR; take ddim, euler, dpm++2m or unipc"
+        )
+    if config.get(FLOW_SIGMAS) and not _knows(cls, {FLOW_SIGMAS: True}):
+        raise ValueError(
+            f"scheduler {name!r} ({cls.__name__}) cannot sample a model of rectified flow, which "
+            "this one is; take unipc, dpm++2m, dpm++2s or deis"
         )
     latents_are_unbounded = {"clip_sample": False, "set_alpha_to_one": False}
     wanted = config | latents_are_unbounded | settings

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.bound import TimestepPlan, estimate, evaluate_bound
 from latentdiff.diffusion.ddpm import p_sample_loop
-from latentdiff.diffusion.prediction import PREDICTION_TYPES
+from latentdiff.diffusion.prediction import DDPM_TYPES
 from latentdiff.diffusion.schedules import (
     Schedule,
     log_snr,
@@ -98,7 +98,7 @@ def _exact_flow(schedule: Schedule, world: Mixture) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("prediction_type", "zero_snr"),
-    [(name, False) for name in PREDICTION_TYPES] + [("v_prediction", True), ("sample", True)],
+    [(name, False) for name in DDPM_TYPES] + [("v_prediction", True), ("sample", True)],
 )
 def test_flow_carries_gaussian_noise_to_gaussian_data_exactly(
     prediction_type: str, zero_snr: bool

@@ -19,7 +19,7 @@ from latentdiff.diffusion.ddpm import (
     split_variance,
 )
 from latentdiff.diffusion.prediction import (
-    PREDICTION_TYPES,
+    DDPM_TYPES,
     check_objective,
     predict_eps,
     predict_x0,
@@ -132,7 +132,7 @@ def test_posterior_at_the_first_step_is_the_data() -> None:
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", DDPM_TYPES)
 def test_predictions_convert_back_to_x0_and_eps(prediction_type: str, zero_snr: bool) -> None:
     schedule = _schedule(zero_snr=zero_snr)
     t = torch.tensor(TIMESTEPS)
@@ -227,7 +227,7 @@ def test_coefficients_follow_the_sample_but_are_never_narrower_than_float32(
     xt, output = _randn(2, 4, seed=1).to(dtype), _randn(2, 4, seed=2).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     assert q_sample(schedule, xt, t, output).dtype == wide
-    for prediction_type in PREDICTION_TYPES:
+    for prediction_type in DDPM_TYPES:
         reverse = p_mean_variance(schedule, output, xt, t, prediction_type=prediction_type)
         assert {x.dtype for x in reverse} == {wide}
         eps = predict_eps(schedule, output, xt, t, prediction_type=prediction_type)
@@ -288,7 +288,7 @@ def test_each_samples_generator_is_its_own() -> None:
         randn_like(_randn(3, 2), generator=[_generator(), _generator()])
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", DDPM_TYPES)
 def test_ancestral_samples_of_gaussian_data_have_its_moments(prediction_type: str) -> None:
     """Data N(0.6, 0.5^2): with the exact denoiser the chain gives it back, at 4 sigma."""
     m, s, n = 0.6, 0.5, 20_000

@@ -14,7 +14,7 @@ from latentdiff.diffusion.ddpm import (
     p_sample_loop,
     q_sample,
 )
-from latentdiff.diffusion.prediction import PREDICTION_TYPES, velocity
+from latentdiff.diffusion.prediction import DDPM_TYPES, velocity
 from latentdiff.diffusion.schedules import (
     Schedule,
     make_betas,
@@ -97,7 +97,7 @@ def test_q_sample_and_velocity_match_diffusers(
 
 @pytest.mark.parametrize(("tables", "tolerance"), TABLES)
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", DDPM_TYPES)
 @pytest.mark.parametrize("t", TIMESTEPS)
 def test_reverse_step_matches_diffusers(
     tables: Any, tolerance: float, variance_type: str, prediction_type: str, t: int

@@ -13,7 +13,7 @@ from latentdiff.diffusion.guidance import (
     score_guidance,
     with_score_guidance,
 )
-from latentdiff.diffusion.prediction import PREDICTION_TYPES
+from latentdiff.diffusion.prediction import DDPM_TYPES
 from latentdiff.diffusion.schedules import Schedule, make_betas, rescale_zero_terminal_snr
 
 
@@ -87,7 +87,7 @@ def _log_likelihood(schedule: Schedule, x0: Tensor, t: Tensor) -> Tensor:
     return (-(Y - x0).square() / (2 * (TAU2 + doubt))).sum(1)
 
 
-GUIDED = [(name, False) for name in PREDICTION_TYPES] + [("v_prediction", True), ("sample", True)]
+GUIDED = [(name, False) for name in DDPM_TYPES] + [("v_prediction", True), ("sample", True)]
 
 
 @pytest.mark.parametrize(("prediction_type", "zero_snr"), GUIDED)

@@ -11,7 +11,7 @@ from latentdiff.diffusion.loss_weighting import LOSS_WEIGHTINGS, loss_weights
 from latentdiff.diffusion.losses import (
     per_sample_loss,
 )
-from latentdiff.diffusion.prediction import PREDICTION_TYPES, target
+from latentdiff.diffusion.prediction import DDPM_TYPES, PREDICTION_TYPES, target
 from latentdiff.diffusion.schedules import Schedule, make_betas, rescale_zero_terminal_snr
 
 T = 1000
@@ -57,7 +57,7 @@ def test_weighted_loss_does_not_depend_on_what_is_predicted(weighting: str) -> N
         schedule.sqrt_one_minus_alphas_cumprod[t, None]
     )
     losses = []
-    for prediction_type in PREDICTION_TYPES:
+    for prediction_type in DDPM_TYPES:
         output = target(schedule, guess, implied_eps, t, prediction_type=prediction_type)
         truth = target(schedule, x0, eps, t, prediction_type=prediction_type)
         weights = loss_weights(schedule, t, prediction_type=prediction_type, weighting=weighting)

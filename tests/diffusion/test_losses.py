@@ -14,7 +14,12 @@ from latentdiff.diffusion.losses import (
 )
 from latentdiff.diffusion.noise import offset_noise, perturb_input
 from latentdiff.diffusion.prediction import PREDICTION_TYPES, predict_x0, target
-from latentdiff.diffusion.schedules import Schedule, make_betas, rescale_zero_terminal_snr
+from latentdiff.diffusion.schedules import (
+    Schedule,
+    make_betas,
+    rectified_flow,
+    rescale_zero_terminal_snr,
+)
 
 T = 1000
 ALL = torch.arange(T)
@@ -24,6 +29,10 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def _schedule_of(prediction_type: str) -> Schedule:
+    return rectified_flow(T) if prediction_type == "flow_prediction" else _schedule()
+
+
 def _schedule(*, zero_snr: bool = False) -> Schedule:
     betas = make_betas("scaled_linear", T)
     return Schedule.from_betas(rescale_zero_terminal_snr(betas) if zero_snr else betas)
@@ -31,7 +40,7 @@ def _schedule(*, zero_snr: bool = False) -> Schedule:
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_target_is_what_predicts_x0(prediction_type: str) -> None:
-    schedule, t = _schedule(), torch.tensor([0, 1, 500, 999])
+    schedule, t = _schedule_of(prediction_type), torch.tensor([0, 1, 500, 999])
     x0, eps = _randn(4, 3, 2, 2, seed=1), _randn(4, 3, 2, 2, seed=2)
     output = target(schedule, x0, eps, t, prediction_type=prediction_type)
     xt = q_sample(schedule, x0, t, eps)
@@ -112,7 +121,7 @@ def test_loss_never_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_hybrid_loss_stops_its_gradient_at_the_mean(prediction_type: str) -> None:
-    schedule, t = _schedule(), torch.tensor([0, 1, 400, 999])
+    schedule, t = _schedule_of(prediction_type), torch.tensor([0, 1, 400, 999])
     x0, eps = _randn(4, 3, seed=1), _randn(4, 3, seed=2)
     xt = q_sample(schedule, x0, t, eps)
     prediction = _randn(4, 3, seed=3).requires_grad_()

@@ -46,7 +46,10 @@ class Mixture:
         def model(xt: Tensor, t: Tensor) -> Tensor:
             phi = angle_at(schedule, t.double())
             signal, noise = phi.cos()[:, None], phi.sin()[:, None]
+            total = signal + noise
             abar = torch.where(phi < torch.pi / 2 - 1e-12, phi.cos().square(), 0.0)
+            if prediction_type == "flow_prediction":
+                return (xt - self.denoise(xt.double() * total, abar)) * total / noise
             x0 = self.denoise(xt.double(), abar)
             if prediction_type == "sample":
                 return x0

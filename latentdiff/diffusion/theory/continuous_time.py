@@ -85,9 +85,15 @@ def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
 def flow_velocity(
     schedule: Schedule, model: Model, x: Tensor, phi: Tensor, *, prediction_type: str
 ) -> Tensor:
-    """Return v = dx / dphi at an angle, (B, ...). phi: a scalar tensor."""
-    output = model(x, timestep_at(schedule, phi).expand(len(x)))
+    """Return v = dx / dphi at an angle, (B, ...). phi: a scalar tensor.
+
+    A model of rectified flow is given x on its straight path, x / (cos phi + sin phi).
+    """
     signal, noise = phi.cos().to(x.dtype), phi.sin().to(x.dtype)
+    if prediction_type == "flow_prediction":
+        total = signal + noise
+        x, signal, noise = x / total, signal / total, noise / total
+    output = model(x, timestep_at(schedule, phi).expand(len(x)))
     return parametrization(prediction_type).to_velocity(output, x, signal, noise)
 
 
@@ -212,6 +218,8 @@ def flow_bits(
             variance_type=variance_type,
             levels=levels,
         )
+        if schedule.is_flow:  # onto the circle of angles
+            x1 = x1 * schedule.alphas_cumprod[0].sqrt() / schedule.sqrt_alphas_cumprod[0]
         probes = rademacher(x1, 1, generator=generator)
         log_p = flow_log_prob(
             schedule, model, x1, probes=probes, prediction_type=prediction_type, num_steps=num_steps

@@ -20,6 +20,10 @@ from latentdiff.atomic import write_text
 
 FILE_NAME = "latentdiff.json"
 OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
+FLOW_HINT = (  # no entry of a single file tells ComfyUI so
+    "a model of rectified flow: put the node ModelSamplingSD3 with shift 1 between the checkpoint "
+    "and the sampler"
+)
 UNKNOWN = "not recorded"  # in a card
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
 
@@ -237,6 +241,8 @@ def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> st
         ("Resolution in pixels", info.resolution),
         ("Prediction type", info.prediction_type),
     ]
+    if info.prediction_type == "flow_prediction":
+        rows.append(("In ComfyUI", FLOW_HINT))
     if info.num_inference_steps:
         rows.append(("Distilled to sampling steps", info.num_inference_steps))
     if info.clip_skip:

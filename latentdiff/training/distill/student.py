@@ -23,9 +23,15 @@ from latentdiff.models.guidance_embedding import (
 from latentdiff.pipeline.schedulers import distilled_scheduler
 
 
-def check_teacher(unet_config: Mapping[str, Any], *, method: DistillMethod) -> None:
-    """Raise ValueError for a U-Net, by its config, that cannot teach a stage of this kind."""
-    reads_guidance = unet_config.get("time_cond_proj_dim") is not None
+def check_teacher(configs: Mapping[str, Mapping[str, Any]], *, method: DistillMethod) -> None:
+    """Raise ValueError for a model, by its configs, that cannot teach a stage of this kind."""
+    reads_guidance = configs.get("unet", {}).get("time_cond_proj_dim") is not None
+    is_flow = configs.get("scheduler", {}).get("prediction_type") == "flow_prediction"
+    if method != "none" and is_flow:
+        raise ValueError(
+            "model.pretrained is a model of rectified flow, expected one that predicts epsilon, v "
+            "or the sample, whose DDIM steps are distilled"
+        )
     if method == "guided" and reads_guidance:
         raise ValueError(
             "model.pretrained reads the guidance scale as an input, so it is distilled already; "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -22,7 +22,13 @@ from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.cpu.fused_transformers import fuse_transformers
 from latentdiff.diffusion.prediction import check_objective
-from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler, schedule_of
+from latentdiff.models.build import (
+    build_text_encoder,
+    build_unet,
+    make_ddpm_scheduler,
+    make_flow_scheduler,
+    schedule_of,
+)
 from latentdiff.models.compatibility import (
     check_compatible,
     read_configs,
@@ -49,6 +55,7 @@ from latentdiff.models.text import (
     set_clip_skip,
     train_tokenizer,
 )
+from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.distill.student import check_teacher
 
 PLAIN_ATTENTION_PIXELS = 256
@@ -106,7 +113,7 @@ def check_components(config: Config) -> None:
             check_compatible(configs, image_size=config.data.side_px)
             _check_buckets(configs, config.data)
             _check_clip_skip(configs.get("text_encoder", {}), config)
-            check_teacher(configs.get("unet", {}), method=config.distill.method)
+            check_teacher(configs, method=config.distill.method)
         return
     if not config.model.vae:
         raise ValueError(
@@ -198,19 +205,46 @@ def new_components(
 
 
 def pretrained_components(config: Config) -> Components:
-    """Load the model to fine-tune; a prediction type other than its own goes to its scheduler."""
+    """Load the model to fine-tune, with the scheduler of the objective that it is trained by."""
     components = load_components(
         config.model.pretrained, safety_checker=config.model.safety_checker
     )
     set_clip_skip(components.text_encoder, config.model.clip_skip)
-    prediction_type = config.diffusion.prediction_type
-    if prediction_type and prediction_type != components.scheduler.config["prediction_type"]:
-        components.scheduler.register_to_config(prediction_type=prediction_type)
-    check_objective(
-        schedule_of(components.scheduler), components.scheduler.config["prediction_type"]
-    )
+    components = replace(components, scheduler=_own_scheduler(components.scheduler, config))
     fit_variance(components, learned=config.diffusion.learned_variance)
     return components
+
+
+def _own_scheduler(scheduler: Any, config: Config) -> Any:
+    """Return a model's scheduler with the prediction type and zero terminal SNR of the config.
+
+    ValueError where the two, or what the model's folder says, do not go together.
+    """
+    diffusion = config.diffusion
+    own = scheduler.config.get("prediction_type", "epsilon")
+    prediction_type = diffusion.prediction_type or own
+    if prediction_type == "flow_prediction" != own:
+        scheduler = make_flow_scheduler(scheduler.config["num_train_timesteps"])
+    elif own == "flow_prediction" != prediction_type:
+        raise ValueError(
+            f"diffusion.prediction_type={prediction_type}, and model.pretrained="
+            f"{config.model.pretrained} is a model of rectified flow, which has no betas: leave "
+            "diffusion.prediction_type out"
+        )
+    elif prediction_type != own:
+        scheduler.register_to_config(prediction_type=prediction_type)
+    if diffusion.zero_terminal_snr and not scheduler.config.get("rescale_betas_zero_snr"):
+        trained = make_scheduler("ddim", trained=scheduler).config
+        scheduler = DDIMScheduler.from_config(
+            trained, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
+    check_objective(schedule_of(scheduler), prediction_type)
+    if prediction_type == "flow_prediction" and diffusion.learned_variance:
+        raise ValueError(
+            "diffusion.learned_variance is sampled by DDPM, which cannot sample a model of "
+            "rectified flow: leave it out"
+        )
+    return scheduler
 
 
 def trains_text_encoder(config: Config) -> bool:
@@ -242,6 +276,8 @@ def use_fused_transformers(model: TextToImage) -> None:
 
 
 def _scheduler(diffusion: DiffusionConfig) -> Any:
+    if diffusion.prediction_type == "flow_prediction":
+        return make_flow_scheduler(diffusion.num_timesteps)
     return make_ddpm_scheduler(
         beta_schedule=diffusion.beta_schedule or "scaled_linear",
         prediction_type=diffusion.prediction_type or "epsilon",
