@@ -38,7 +38,7 @@ Scheduler = Literal[  # pipeline/schedulers.py SCHEDULERS
 ]
 
 OptimizerName = Literal[  # training/optim/optimizer.py OPTIMIZERS
-    "adamw", "adamw8bit", "muon", "prodigy", "schedule_free_adamw", "lion"
+    "adamw", "adamw8bit", "adafactor", "muon", "prodigy", "schedule_free_adamw", "lion"
 ]
 LRDecay = Literal["constant", "cosine", "linear"]  # training/optim/lr.py
 MixedPrecision = Literal["fp32", "bf16", "fp16"]

@@ -103,6 +103,16 @@ EFFECT_RULES = (
         "lion has no second moment",
     ),
     EffectRule(
+        ("train.beta2",),
+        lambda config: config.train.optimizer != "adafactor",
+        "adafactor has a decay of its own",
+    ),
+    EffectRule(
+        ("train.frozen_dtype",),
+        lambda config: config.finetune.is_partial,
+        "finetune.method=full leaves nothing frozen in the U-Net",
+    ),
+    EffectRule(
         ("distill.num_steps", "distill.min_guidance", "distill.max_guidance"),
         lambda config: config.distill.is_on,
         "it is for a distill.method, and there is none",

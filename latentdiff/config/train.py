@@ -15,11 +15,13 @@ from latentdiff.config.validation import at_least, between, non_empty_texts, sha
 LEARNING_RATES: dict[OptimizerName, float] = {  # where train.learning_rate is 0
     "adamw": 1e-4,
     "adamw8bit": 1e-4,
+    "adafactor": 1e-4,
     "muon": 1e-4,
     "prodigy": 1.0,
     "schedule_free_adamw": 3e-4,
     "lion": 3e-5,
 }
+ONE_BY_ONE = ("adamw", "adamw8bit", "adafactor", "lion")  # step one weight without the others
 MIN_PRODIGY_RATE = 0.1  # a smaller factor of its estimate is a learning rate of another optimiser
 
 
@@ -38,8 +40,9 @@ class TrainConfig:
     """images per forward pass of one process; 0: batch_size / processes, on a GPU halved until its
     estimated memory fits"""
     learning_rate: float = between(0, 10, default=0.0)
-    """peak learning rate; 0: the optimiser's own default, 1e-4 of adamw, adamw8bit and muon, 3e-5
-    of lion, 3e-4 of schedule_free_adamw, and 1 of prodigy, which multiplies it by an estimate"""
+    """peak learning rate; 0: the optimiser's own default, 1e-4 of adamw, adamw8bit, adafactor and
+    muon, 3e-5 of lion, 3e-4 of schedule_free_adamw, and 1 of prodigy, which multiplies it by an
+    estimate"""
     text_learning_rate: float = between(0, 10, default=0.0)
     """learning rate of the text encoder, where it is trained; 0: the same"""
     lr_schedule: LRDecay = "constant"
@@ -51,7 +54,8 @@ class TrainConfig:
     ten times as much"""
     optimizer: OptimizerName = "adamw"
     """adamw, fused where the device has it; adamw8bit, whose state is a quarter, which needs
-    bitsandbytes and a GPU; muon, which needs fewer images when training from scratch, at the
+    bitsandbytes and a GPU; adafactor, whose state is a few rows and columns (Shazeer & Stern 2018);
+    muon, which needs fewer images when training from scratch, at the
     price of some matrix products a step (Jordan et al. 2024); prodigy, which estimates the
     learning rate (Mishchenko & Defazio 2024); schedule_free_adamw, which averages weights in place
     of a decay of the learning rate (Defazio et al. 2024); lion, whose state is half (Chen et al.
@@ -59,9 +63,18 @@ class TrainConfig:
     beta2: float = share_below_1(default=0.999)
     """decay of the second moment; lion has none, and its own 0.99"""
     max_grad_norm: float = at_least(0, default=1.0)
-    """gradients are clipped to this norm"""
+    """gradients are clipped to this norm; 0: not clipped"""
     mixed_precision: MixedPrecision = "bf16"
-    """mixed precision of the forward and backward pass; weights and optimiser stay float32"""
+    """mixed precision of the forward and backward pass; weights and optimiser stay float32, but
+    for full_bf16 and frozen_dtype"""
+    full_bf16: bool = False
+    """keep the trained weights in bf16 too, as kohya's full_bf16, each update rounded up or down at
+    random; half the memory of weights and gradients, at some loss of quality"""
+    fused_backward_pass: bool = False
+    """update each weight within the backward pass, as kohya's fused_backward_pass, which frees its
+    gradient at once; without clipping, accumulation and a second process"""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """weights that LoRA, or training of some layers alone, leaves frozen in what it trains"""
     channels_last: bool | Literal["auto"] = "auto"
     """memory layout of the U-Net's convolutions; auto: true on a GPU and on CPUs with AMX, false on
     other CPUs and with FSDP, where it is slower or cannot be"""
@@ -119,6 +132,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise ValueError for settings that exclude each other."""
         self._check_optimizer()
+        self._check_memory_modes()
         widths = self.posthoc_ema_sigma_rel
         if odd := [width for width in widths if not 0 < width <= 0.28]:
             raise ValueError(
@@ -130,6 +144,45 @@ class TrainConfig:
         if self.export == "best" and not self.keep_best:
             raise ValueError(
                 "train.export=best needs the best checkpoint: set train.keep_best=true"
+            )
+
+    def _check_memory_modes(self) -> None:
+        """Raise ValueError for settings that a memory mode cannot keep."""
+        modes = {
+            "train.full_bf16=true": self.full_bf16,
+            "train.fused_backward_pass=true": self.fused_backward_pass,
+            "train.frozen_dtype=bf16": self.frozen_dtype == "bf16",
+        }
+        for mode in (name for name, is_on in modes.items() if is_on):
+            needs_bf16 = mode != "train.fused_backward_pass=true"
+            if self.mixed_precision == "fp16" or (needs_bf16 and self.mixed_precision != "bf16"):
+                raise ValueError(
+                    f"{mode} does not go with train.mixed_precision={self.mixed_precision}: set "
+                    "train.mixed_precision=bf16"
+                )
+        if (self.full_bf16 or self.fused_backward_pass) and self.optimizer not in ONE_BY_ONE:
+            raise ValueError(
+                f"train.optimizer={self.optimizer} steps all weights at once, and "
+                f"{next(name for name, is_on in modes.items() if is_on)} one by one: choose one of "
+                f"{', '.join(ONE_BY_ONE)}"
+            )
+        if not self.fused_backward_pass:
+            return
+        what = "train.fused_backward_pass=true updates each weight as soon as its gradient is there"
+        if self.max_grad_norm:
+            raise ValueError(
+                f"{what}, before the norm of all is known, which train.max_grad_norm="
+                f"{self.max_grad_norm:g} clips: set train.max_grad_norm=0"
+            )
+        if self.micro_batch_size not in (0, self.batch_size):
+            raise ValueError(
+                f"{what}, so no gradients are accumulated: leave train.micro_batch_size out, and "
+                "set train.batch_size to what fits at once"
+            )
+        if (self.ema or self.posthoc_ema_sigma_rel) and self.ema_device != "cpu":
+            raise ValueError(
+                "train.fused_backward_pass=true saves memory, of which an average of all weights "
+                "takes four bytes each: set train.ema=false, or train.ema_device=cpu"
             )
 
     def _check_optimizer(self) -> None:

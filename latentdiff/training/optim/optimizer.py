@@ -26,6 +26,12 @@ def _adamw8bit() -> Any:
     return AdamW8bit
 
 
+def _adafactor() -> Any:
+    from transformers.optimization import Adafactor
+
+    return Adafactor
+
+
 def _prodigy() -> Any:
     from prodigyopt import Prodigy
 
@@ -48,6 +54,7 @@ def _lion() -> Any:
 class _Kind:
     """An optimiser: its class, tensors of state for each parameter, and options that it needs.
 
+    num_moments: of the parameter's size; adafactor keeps rows and columns in their place.
     package, extra: what `load` imports, and the extra of this project that installs it.
     """
 
@@ -61,6 +68,9 @@ class _Kind:
 OPTIMIZERS: dict[OptimizerName, _Kind] = {
     "adamw": _Kind(lambda: AdamW),
     "adamw8bit": _Kind(_adamw8bit, package="bitsandbytes", extra="8bit"),  # Dettmers et al. 2022
+    "adafactor": _Kind(  # Shazeer & Stern 2018, at the learning rate of its group
+        _adafactor, num_moments=0, package="transformers", options={"relative_step": False}
+    ),
     "muon": _Kind(lambda: Muon),
     "prodigy": _Kind(  # Mishchenko & Defazio 2024; no growth limit, as a number that JSON has
         _prodigy,
@@ -121,16 +131,21 @@ def build_optimizer(
 ) -> Optimizer:
     """Return AdamW (Loshchilov & Hutter 2019), fused where the device has it, or another by name.
 
-    weight_decay: of the groups that name none; muon needs groups made for it; lion has its own
-    betas. ValueError when nothing is trainable, or when the optimiser's package is not installed.
+    weight_decay: of the groups that name none; muon needs groups made for it; lion and adafactor
+    have their own betas. ValueError when nothing is trainable, or when the optimiser's package is
+    not installed.
     """
     groups = [dict(group) for group in parameter_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
         raise ValueError("no parameter is trainable: everything is frozen")
-    options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-    if name != "lion":
-        options["eps"] = eps
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if name == "adafactor":
+        options["scale_parameter"] = False  # steps of the learning rate's size, as of AdamW
+    else:
+        options["betas"] = betas
+        if name != "lion":
+            options["eps"] = eps
     if name == "adamw":
         fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
         options["fused"] = True if fused else None

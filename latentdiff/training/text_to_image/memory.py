@@ -6,6 +6,7 @@ kernels' own memory and the allocator's unused blocks come on top.
 """
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -100,7 +101,7 @@ def estimate_memory(run: Run) -> Memory:
     total = sum(average.num_bytes for average in averages)
     return Memory(
         weights=num_bytes(local_shard(x) for x in tensors),
-        gradients=copies * num_bytes(trained),  # several processes send them from buckets
+        gradients=copies * _gradient_bytes(trained, run),  # processes send them from buckets
         optimizer=optimizer_bytes(
             train_step.optimizer.param_groups, name=run.config.train.optimizer
         ),
@@ -110,17 +111,34 @@ def estimate_memory(run: Run) -> Memory:
     )
 
 
+def _gradient_bytes(trained: Sequence[Tensor], run: Run) -> int:
+    """Return the bytes of all gradients, or of the largest where each is used at once."""
+    sizes = [num_bytes([tensor]) for tensor in trained]
+    return max(sizes) if run.config.train.fused_backward_pass else sum(sizes)
+
+
 def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: OptimizerName) -> int:
     """Return the bytes of an optimiser's moments, in 32 bits, or block-wise in 8; Muon keeps one.
 
+    Adafactor keeps rows and columns of a matrix, and of a kernel those of its last two dimensions.
     Prodigy keeps less for parameters that begin at 0, as half of a LoRA's do.
     """
+    if name == "adafactor":
+        shapes = [local_shard(p).shape for group in groups for p in group["params"]]
+        return 4 * sum(_adafactor_size(tuple(shape)) for shape in shapes)
     total, num_moments = 0, OPTIMIZERS[name].num_moments
     for group in groups:
         for n in (local_shard(parameter).numel() for parameter in group["params"]):
             in_bytes = name == "adamw8bit" and n >= SMALL_PARAMETER
             total += (1 if group.get("orthogonal") else num_moments) * n * (1 if in_bytes else 4)
     return total
+
+
+def _adafactor_size(shape: tuple[int, ...]) -> int:
+    """Return the numbers that Adafactor keeps of a parameter (Shazeer & Stern 2018, Alg. 4)."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    return math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
 
 
 def estimate_activations(

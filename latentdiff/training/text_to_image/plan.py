@@ -28,6 +28,7 @@ from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.run_folder import PLAN
 from latentdiff.training.text_to_image.memory import PARTS, Memory, estimate_memory, num_bytes
+from latentdiff.training.text_to_image.memory_modes import mode_notes
 from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -234,13 +235,16 @@ def _log_memory(memory: Memory, run: Run) -> None:
         run.accelerator.device,
         size_text(memory.on_device),
     )
+    for note in mode_notes(run.config.train):
+        logger.info("%s", note)
     if run.accelerator.device.type != "cuda":
         return
     available = torch.cuda.get_device_properties(run.accelerator.device).total_memory
     if memory.on_device > available:
         logger.warning(
             "that is more than the %s of this GPU: lower train.micro_batch_size, or set "
-            "train.gradient_checkpointing=true, train.ema_device=cpu or train.optimizer=adamw8bit",
+            "train.gradient_checkpointing=true, train.ema_device=cpu, train.optimizer=adafactor or "
+            "train.fused_backward_pass=true",
             size_text(available),
         )
 

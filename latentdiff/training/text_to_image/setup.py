@@ -48,6 +48,7 @@ from latentdiff.training.inputs.randomness import STRATA_RULE
 from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, subject_order
 from latentdiff.training.optim.lr import LRSchedule
+from latentdiff.training.text_to_image.memory_modes import cast_weights, check_memory_modes
 from latentdiff.training.text_to_image.model import (
     TextToImage,
     load_vae_of,
@@ -109,6 +110,7 @@ def _read_data(config: Config, accelerator: Accelerator) -> tuple[Folder, Folder
 
 def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     """Read the data, load or build the model, encode what the caches lack, wrap for training."""
+    check_memory_modes(config.train, accelerator)
     train_folder, heldout = _read_data(config, accelerator)
     load = _load_base_model if config.model.pretrained else _build_new_model
     base = load(config, folder, train_folder, accelerator)
@@ -247,6 +249,7 @@ def build_train_step(
         ema_device="cpu" if settings.ema_device == "cpu" else None,
         fp16=settings.mixed_precision == "fp16",
         seed=settings.seed,
+        fused_backward_pass=settings.fused_backward_pass,
     )
 
 
@@ -260,6 +263,7 @@ def _trainable_model(
     components.text_encoder.to(device)
     model = TextToImage(components, trains_text_encoder=trains_text_encoder(config))
     set_trainable(model.unet, model.text_encoder, config.finetune.method)
+    cast_weights(model, config.train)
     model.train()
     _lay_out(config, components.unet, components, accelerator)
     if device.type == "cpu" and settings.attention == "auto":

@@ -21,6 +21,7 @@ from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
+from latentdiff.training.optim.parameter_step import BackwardStep, ParameterStep
 from latentdiff.training.optim.posthoc_ema import PosthocEma, gamma_of
 from latentdiff.training.optim.state import (
     load_optimizer_tensors,
@@ -62,6 +63,7 @@ class TrainStep:
         ema_device: torch.device | str | None = None,
         fp16: bool,
         seed: int,
+        fused_backward_pass: bool = False,
     ) -> None:
         self.accelerator, self.objective, self.lr_schedule = accelerator, objective, lr_schedule
         self.max_grad_norm, self.seed = max_grad_norm, seed
@@ -78,6 +80,9 @@ class TrainStep:
             for sigma_rel in posthoc_ema_sigma_rel
         }
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=fp16)
+        self._parameter_step = ParameterStep(self.optimizer)
+        self._backward_step = BackwardStep(self._parameter_step) if fused_backward_pass else None
+        self._is_bf16 = any(p.dtype == torch.bfloat16 for p in self.parameters.values())
         self.skipped = 0  # updates skipped as of the last log line; they hold the schedule back
 
     def step(
@@ -87,6 +92,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_schedule.at(step - self.skipped, text=group["is_text"])
         torch.manual_seed(hash((self.seed, step, self.accelerator.process_index)) & 0x7FFFFFFF)
+        if self._backward_step is not None:
+            return self._step_in_backward(next(batches), self._backward_step, step, count=count)
         passes = [
             self._backward(next(batches), count=count, is_last=k == accumulation - 1)
             for k in range(accumulation)
@@ -94,7 +101,7 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.parameters.values(), self.max_grad_norm or None)
         ok = torch.isfinite(grad_norm)
-        step_if_finite(self.optimizer, ok)
+        self._step_if_finite(ok, step)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas().values():
@@ -104,17 +111,45 @@ class TrainStep:
             passes, grad_norm, ok, num_timesteps=self.objective.schedule.num_timesteps
         )
 
+    def _step_if_finite(self, ok: Tensor, step: int) -> None:
+        """Update the weights where `ok` is not 0; bf16 ones by rounding that (seed, step) keys."""
+        if not self._is_bf16:
+            step_if_finite(self.optimizer, ok)
+        elif bool(ok):
+            self._parameter_step.step_all(seed=hash((self.seed, step)))
+
+    def _step_in_backward(
+        self, batch: dict[str, Tensor], backward_step: BackwardStep, step: int, *, count: int
+    ) -> StepResult:
+        """Update each weight within the backward pass, unless the loss is not finite."""
+        loss, done = self._loss(batch, count=count)
+        ok = torch.isfinite(done.total)
+        grad_norm = torch.zeros_like(done.total)
+        if bool(ok):  # the host waits: nothing can be undone later
+            grad_norm = backward_step.run(loss, seed=hash((self.seed, step)))
+        for ema in self.emas().values():
+            ema.update(ok)
+        self._update_timestep_history([done], ok, count=count)
+        num_timesteps = self.objective.schedule.num_timesteps
+        return _step_result([done], grad_norm, ok, num_timesteps=num_timesteps)
+
     def _backward(self, batch: dict[str, Tensor], *, count: int, is_last: bool) -> "_Pass":
         """Add a micro-batch's part of the gradient; processes exchange gradients in the last."""
-        indices, accelerator = batch["index"], self.accelerator
-        batch = {name: x.to(accelerator.device, non_blocking=True) for name, x in batch.items()}
+        accelerator = self.accelerator
         with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
-            losses = self.objective.losses(self.wrapped, batch, count=count)
-            weight = losses.importance_weight * batch["weight"]
-            loss = (losses.loss * weight).sum() / count
+            loss, done = self._loss(batch, count=count)
             # DDP takes the mean over processes
             self.scaler.scale(loss * accelerator.num_processes).backward()
-        return _Pass(losses.t, losses.loss.detach(), weight, loss.detach(), indices)
+        return done
+
+    def _loss(self, batch: dict[str, Tensor], *, count: int) -> tuple[Tensor, "_Pass"]:
+        """Return a micro-batch's part of the mean loss, and its figures."""
+        indices, device = batch["index"], self.accelerator.device
+        batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+        losses = self.objective.losses(self.wrapped, batch, count=count)
+        weight = losses.importance_weight * batch["weight"]
+        loss = (losses.loss * weight).sum() / count
+        return loss, _Pass(losses.t, losses.loss.detach(), weight, loss.detach(), indices)
 
     def _update_timestep_history(
         self, passes: Sequence["_Pass"], ok: Tensor, *, count: int

@@ -46,6 +46,7 @@ from latentdiff.training.run_folder import open_run_folder
 from latentdiff.training.stop_signals import die_with_parent
 from latentdiff.training.text_to_image.export import averaged, export
 from latentdiff.training.text_to_image.memory import fitting_layout, usable_memory
+from latentdiff.training.text_to_image.memory_modes import check_layout
 from latentdiff.training.text_to_image.model import check_components, with_resolution
 from latentdiff.training.text_to_image.plan import log_plan
 from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
@@ -82,6 +83,7 @@ def train(config: Config) -> int:
         run = setup(config, folder, accelerator)
         run.strata_rule = rule
         run.layout = fitting_layout(run, available=usable_memory(accelerator.device))
+        check_layout(config.train, run.layout)
         log_plan(run, start.step)
         if accelerator.is_main_process:
             drop_snapshots_after(folder, start.step)
