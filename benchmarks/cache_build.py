@@ -29,8 +29,9 @@ from latentdiff.data.cache.shard_file import as_keys, key_of
 from latentdiff.data.cache.tensor_store import StoreWriter
 from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import read_folder
-from latentdiff.models.components import BUNDLED, load_vae
+from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.model_path import BUNDLED
 
 
 def timed(work: Callable[[], object]) -> float:

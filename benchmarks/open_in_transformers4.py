@@ -106,7 +106,7 @@ def make_exports(scratch):
     from latentdiff.config.io import parse_arguments
     from latentdiff.config.text_to_image import Config
     from latentdiff.data.shapes import write_shapes
-    from latentdiff.models.components import resolve_model
+    from latentdiff.models.model_path import resolve_model
     from latentdiff.sampling.conversion import merge_loras
     from latentdiff.training.text_to_image.train_t2i import train
 

@@ -29,7 +29,8 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.cli.command import quieten_libraries
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.models.build import build_text_encoder, build_unet, make_ddpm_scheduler
-from latentdiff.models.components import BUNDLED, load_vae
+from latentdiff.models.components import load_vae
+from latentdiff.models.model_path import BUNDLED
 from latentdiff.models.text import train_tokenizer
 
 PROMPT = "a large red star on a pink background"

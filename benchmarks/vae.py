@@ -12,8 +12,9 @@ import json
 import torch
 from common import machine, medians, ratio, take_turns
 
-from latentdiff.models.components import BUNDLED, load_vae
+from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.model_path import BUNDLED
 
 KINDS = {
     "float32": (torch.float32, torch.contiguous_format),

@@ -6,10 +6,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from math import ceil
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+
+if TYPE_CHECKING:  # a sheet's places are read without it
+    from torch import Tensor
 
 MARGIN = 8
 FONT_SIZE = 12
@@ -66,6 +68,8 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 def to_pil(image: Tensor) -> Image.Image:
     """Turn (3, H, W), uint8 or pixels in [-1, 1], into an image."""
+    import torch
+
     values = image if image.dtype == torch.uint8 else to_uint8(image)
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from latentdiff.models.components import BUNDLED
-from latentdiff.models.model_path import EXPORT, INDEX
+from latentdiff.models.model_path import BUNDLED, EXPORT, INDEX
 from latentdiff.pipeline.files.adapter_file import LORA_NAMES, RUN_LORA
 from latentdiff.pipeline.files.model_info import public_name
 

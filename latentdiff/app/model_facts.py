@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentdiff.models.compatibility import size_in_reach
-from latentdiff.models.components import resolve_model
+from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.files.model_info import CARD_SUMMARY, ModelInfo, default_guidance
 from latentdiff.pipeline.initial_latents import trained_size_px

@@ -39,10 +39,11 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         help="folder of a VAE, to time its encoder and estimate the caching",
     )
     config, options = parse_settings(parser, Config, arguments)
-    quieten_libraries()
+    if options["tokenizer"] or options["vae"]:  # nothing else here loads PyTorch
+        quieten_libraries()
     names_size = bool(config.model.pretrained) or config.data.resolution is not None
     if config.model.pretrained:  # its size is that of data.resolution
-        from latentdiff.training.text_to_image.model import with_resolution
+        from latentdiff.training.text_to_image.resolution import with_resolution
 
         config = with_resolution(config)
     from latentdiff.data.image_tables.hub_dataset import parse_hub_id

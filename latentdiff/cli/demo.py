@@ -59,7 +59,9 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
     unseen = in_style(split_scenes()[1], STYLE)
     prompts = [scene.caption for scene in unseen[:: len(unseen) // NUM_NEW][:NUM_NEW]]
     prompts += UNRELATED
-    known, before = _generate(model, KNOWN), _generate(model, prompts)
+    pipe = _opened(model)
+    known, before = _generate(pipe, KNOWN), _generate(pipe, prompts)
+    del pipe  # training needs its memory
     _save_sheet(known, KNOWN, out / "before.png")
     clock.print(f"{out / 'before.png'}: {len(KNOWN)} images of {model}, and {len(prompts)} more")
     write_shapes(root, num_train=num_train, num_test=64, style=STYLE)
@@ -67,7 +69,7 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
         return status
     clock.print(f"fine-tuned on {num_train} images of {root / 'train'}")
     tuned = out / "model" / "pipeline"
-    after = _generate(str(tuned), prompts)
+    after = _generate(_opened(str(tuned)), prompts)
     pairs = [image for pair in zip(before, after, strict=True) for image in pair]
     labels = [label for prompt in prompts for label in (f"before: {prompt}", "after")]
     _save_sheet(pairs, labels, out / "sheet.png")
@@ -136,12 +138,17 @@ def _train(config: str, settings: Sequence[str]) -> int:
     return launch("train", ["--config", config, *settings])
 
 
-def _generate(model: str, prompts: Sequence[str]) -> list[Any]:
-    """Generate an image of each prompt; its seed is its index."""
+def _opened(model: str) -> Any:
+    """Open a model's pipeline."""
     from latentdiff.sampling.open_pipeline import open_pipeline
 
     pipe = open_pipeline(model)
     pipe.set_progress_bar_config(leave=False)
+    return pipe
+
+
+def _generate(pipe: Any, prompts: Sequence[str]) -> list[Any]:
+    """Generate an image of each prompt; its seed is its index."""
     seeds = list(range(len(prompts)))
     settings: dict[str, Any] = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE}
     output: Any = pipe(list(prompts), seed=seeds, prompt_weighting=False, **settings)

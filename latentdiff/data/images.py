@@ -4,13 +4,18 @@ Nothing here is random: training/inputs/dataset.py draws the crop and the flip. 
 own, antialiased.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from latentdiff.image_io import load_image
+
+if TYPE_CHECKING:  # an image is cropped without it
+    import torch
 
 __all__ = ["Crop", "load_image", "resize_and_crop", "to_pixels", "uint8_to_pixels"]
 
@@ -58,6 +63,8 @@ def resize_and_crop(
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """Turn an RGB image into pixels: (3, H, W) float32, 0 to 255 becoming -1 to 1."""
+    import torch
+
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB image, got mode {image.mode}; use load_image")
     return uint8_to_pixels(torch.from_numpy(np.array(image, dtype=np.uint8))[None])[0]

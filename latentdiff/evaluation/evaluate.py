@@ -50,7 +50,7 @@ from latentdiff.evaluation.run import (
     run_evaluation,
     too_few,
 )
-from latentdiff.models.components import resolve_model
+from latentdiff.models.model_path import resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
 

@@ -9,9 +9,6 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.models.conditioning import reads_time_ids
-from latentdiff.models.latents import latent_factor
-
 ComponentConfig = Mapping[str, Any]
 
 
@@ -68,6 +65,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def latent_factor(config: ComponentConfig) -> int:
+    """Return image pixels along one side of a latent pixel, from a VAE's config."""
+    levels = len(config.get("encoder_block_out_channels") or config["block_out_channels"])
+    return 1 << (levels - 1)
+
+
+def reads_time_ids(unet_config: ComponentConfig) -> bool:
+    """Return whether a U-Net, by its config, reads pooled embeddings and time_ids as SDXL does."""
+    return unet_config.get("addition_embed_type") == "text_time"
 
 
 def unet_factor(config: ComponentConfig) -> int:

@@ -1,13 +1,12 @@
 """The components of a text-to-image latent diffusion model, opened from a folder or a hub id.
 
 Answers for: Stable Diffusion's folder format, stock diffusers / transformers classes only,
-safetensors only, no component with a missing, extra or misshapen weight, and the models that ship
-with the package, by name. Does not answer for building components from plain values (build.py) nor
-for their mathematics (latents.py, text.py, diffusion/).
+safetensors only, and no component with a missing, extra or misshapen weight. Does not answer for
+models by name (model_path.py), building components from plain values (build.py), nor their
+mathematics (latents.py, text.py, diffusion/).
 """
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -28,7 +26,7 @@ from transformers import (
 
 from latentdiff.models.compatibility import check_compatible, read_configs, read_json
 from latentdiff.models.latents import Autoencoder
-from latentdiff.models.model_path import model_of_run, not_fetched, refuse_wrong_path
+from latentdiff.models.model_path import BUNDLED, fetched, refuse_wrong_path, resolve_model
 from latentdiff.models.text import TextEncoders
 from latentdiff.models.weights import (
     check_weights,
@@ -103,28 +101,6 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
 
 
 TOKENIZERS = {"tokenizer", "tokenizer_2"}
-ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = {
-    "latentdiff-mini": ASSETS / "mini",
-    "latentdiff-vae": ASSETS / "vae",
-}
-
-
-def resolve_model(path_or_id: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model that ships, for its name, or of the model that a training run
-    exported, for the run's; any other path or hub id as it is.
-
-    Name a folder of your own that has the name of such a model as ./NAME. Raises FileNotFoundError
-    where the package was installed without the model.
-    """
-    if (folder := BUNDLED.get(os.fspath(path_or_id))) is None:
-        return Path(model_of_run(Path(path_or_id).expanduser()))
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{path_or_id} is not in this installation of LatentDiff ({folder} is absent); install "
-            "the package again, with its assets"
-        )
-    return folder
 
 
 def load_components(
@@ -143,18 +119,6 @@ def load_components(
     """
     given = left_out(safety_checker=not safety_checker)
     return Components(**load_parts(path_or_id, given, torch_dtype=torch_dtype, variant=variant))
-
-
-def read_model_configs(path_or_id: str | Path) -> dict[str, dict[str, Any]]:
-    """Read the configs of a model's components; of a hub id they alone are fetched."""
-    folder = resolve_model(path_or_id)
-    refuse_wrong_path(folder, known=BUNDLED)
-    if not folder.exists():
-        patterns = ["*/*config.json"]
-        folder = _fetch(
-            lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
-        )
-    return read_configs(folder)
 
 
 def left_out(*, safety_checker: bool) -> dict[str, Any]:
@@ -219,7 +183,7 @@ def load_vae(
     folder = resolve_model(path_or_id)
     if not folder.exists():
         patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
-        folder = _fetch(
+        folder = fetched(
             lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
         )
     if (folder / "vae" / "config.json").is_file():
@@ -238,16 +202,9 @@ def _folder(path_or_id: str | Path, given: Mapping[str, Any], *, variant: str | 
     if not folder.exists():
         options: dict[str, Any] = {"use_safetensors": True, "variant": variant, **given}
         download = diffusers.DiffusionPipeline.download
-        folder = _fetch(lambda: download(str(path_or_id), **options), path_or_id)
+        folder = fetched(lambda: download(str(path_or_id), **options), path_or_id)
         refuse_wrong_path(folder, known=BUNDLED)
     return folder
-
-
-def _fetch(download: Callable[[], str], path_or_id: str | Path) -> Path:
-    try:
-        return Path(download())
-    except (OSError, HFValidationError) as error:
-        raise not_fetched(path_or_id, error) from error
 
 
 def _component_classes(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:

@@ -115,11 +115,6 @@ class Conditioning:
         return named
 
 
-def reads_time_ids(unet_config: Mapping[str, Any]) -> bool:
-    """Return whether a U-Net, by its config, reads pooled embeddings and time_ids as SDXL does."""
-    return unet_config.get("addition_embed_type") == "text_time"
-
-
 def make_time_ids(
     original_size: Size, crop_top_left: Size = (0, 0), target_size: Size | None = None
 ) -> Tensor:

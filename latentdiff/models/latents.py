@@ -9,13 +9,15 @@ them (training/vae/).
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
+
+from latentdiff.models.compatibility import latent_factor
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
@@ -206,12 +208,6 @@ def fold_normalisation(
     post_quant.weight.copy_(weight * scale[None, :, None, None])
     _bias(post_quant).copy_(bias + weight[:, :, 0, 0] @ offset)
     _set_scale(vae, scaling_factor)
-
-
-def latent_factor(config: Mapping[str, Any]) -> int:
-    """Return image pixels along one side of a latent pixel, from a VAE's config."""
-    levels = len(config.get("encoder_block_out_channels") or config["block_out_channels"])
-    return 1 << (levels - 1)
 
 
 def _quant_convs(vae: AutoencoderKL, channels: int) -> tuple[nn.Conv2d, nn.Conv2d]:

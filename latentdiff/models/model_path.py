@@ -1,25 +1,72 @@
 """What a path says that is meant as a model: a training run, a file, or a name that is misspelt.
 
-Commands take a run for the model that it exported (`model_of_run`). Does not answer for: opening a
-folder (components.py), or the names of the models that ship (`resolve_model` there).
+Commands take a run for the model that it exported (`model_of_run`), and the name of a model that
+ships for its folder (`resolve_model`). Configs are read without loading PyTorch. Does not answer
+for: opening a folder's weights (components.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from latentdiff.models.file_kind import describe
-from latentdiff.models.weights import stored_shapes
+from latentdiff.models.compatibility import read_configs
 
 INDEX = "model_index.json"
 OFFLINE = (  # in the messages of huggingface_hub and diffusers where there is no network
     *("not fully cached", "outgoing traffic has been disabled", "ConnectError"),
     *("couldn't connect", "Connection error", "offline mode"),
 )
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {
+    "latentdiff-mini": ASSETS / "mini",
+    "latentdiff-vae": ASSETS / "vae",
+}
 EXPORT = "pipeline"  # folder of a run's exported model
+
+
+def resolve_model(path_or_id: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model that ships, for its name, or of the model that a training run
+    exported, for the run's; any other path or hub id as it is.
+
+    Name a folder of your own that has the name of such a model as ./NAME. Raises FileNotFoundError
+    where the package was installed without the model.
+    """
+    if (folder := BUNDLED.get(os.fspath(path_or_id))) is None:
+        return Path(model_of_run(Path(path_or_id).expanduser()))
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path_or_id} is not in this installation of LatentDiff ({folder} is absent); install "
+            "the package again, with its assets"
+        )
+    return folder
+
+
+def read_model_configs(path_or_id: str | Path) -> dict[str, dict[str, Any]]:
+    """Read the configs of a model's components; of a hub id they alone are fetched."""
+    folder = resolve_model(path_or_id)
+    refuse_wrong_path(folder, known=BUNDLED)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*/*config.json"]
+        folder = fetched(
+            lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
+        )
+    return read_configs(folder)
+
+
+def fetched(download: Callable[[], str], path_or_id: str | Path) -> Path:
+    """Return the folder that a download gives; FileNotFoundError says what went wrong."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(download())
+    except (OSError, HFValidationError) as error:
+        raise not_fetched(path_or_id, error) from error
 
 
 def model_of_run(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -103,4 +150,7 @@ def _refuse_folder(path: Path) -> None:
 def _refuse_file(path: Path) -> None:
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path} is a file, expected a folder in Stable Diffusion's format")
+    from latentdiff.models.file_kind import describe
+    from latentdiff.models.weights import stored_shapes
+
     raise ValueError(f"{path} is a file, not a folder: it holds {describe(stored_shapes([path]))}")

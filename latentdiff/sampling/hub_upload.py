@@ -16,9 +16,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public
 
-from latentdiff.models.components import resolve_model
 from latentdiff.models.file_kind import EMBEDDING, LORA, describe, kind_of
-from latentdiff.models.model_path import INDEX, model_of_run, refuse_wrong_path
+from latentdiff.models.model_path import INDEX, model_of_run, refuse_wrong_path, resolve_model
 from latentdiff.pipeline.files.adapter_file import (
     EMBEDDING_NAMES,
     LORA_NAMES,

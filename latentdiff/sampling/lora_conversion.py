@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff.device import DTYPES
-from latentdiff.models.components import resolve_model
 from latentdiff.models.file_kind import family_of
-from latentdiff.models.model_path import model_of_run
+from latentdiff.models.model_path import model_of_run, resolve_model
 from latentdiff.pipeline.files.adapter_file import (
     LORA_NAMES,
     AdapterFile,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
-from latentdiff.models.components import resolve_model
 from latentdiff.models.file_kind import describe
+from latentdiff.models.model_path import resolve_model
 from latentdiff.models.save import save_component
 from latentdiff.models.weights import PICKLES, SAFETENSORS_ERRORS, damage, refuse_bad_weights
 from latentdiff.pipeline.files.single_file import CONV_IN, VAE_PREFIX, bundled_configs, vae_name

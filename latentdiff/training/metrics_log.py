@@ -6,11 +6,9 @@ text_to_image/step_results.py; loop.py decides when a line is due, and shows it 
 The host looks at the device only where a line is logged, once every few steps.
 """
 
-import errno
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -22,13 +20,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from latentdiff.atomic import write_text
 from latentdiff.training.checkpoint import Parts
+from latentdiff.training.metrics_file import METRICS, append_text, drop_lines_after
+from latentdiff.training.progress import duration_text
 from latentdiff.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"
-
 WINDOW = "window"  # part of a checkpoint: the steps since the last log line
 
 
@@ -41,7 +38,7 @@ class MetricsLog:
         self.folder, self.path = folder, folder / METRICS
         self._is_main, self._unwritten, self._trackers = is_main, "", trackers
         if is_main:
-            _drop_lines_after(self.path, first_step)
+            drop_lines_after(self.path, first_step)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Add a line for a step, in which null stands for a figure that is not finite.
@@ -54,7 +51,7 @@ class MetricsLog:
         row = {"step": step, **dict.fromkeys(figures), **known}
         self._unwritten += json.dumps(row) + "\n"
         try:
-            _append(self.path, self._unwritten)
+            append_text(self.path, self._unwritten)
             self._unwritten = ""
         except OSError as error:
             logger.error("no line for step %d in metrics.jsonl yet: %s", step, error)
@@ -70,22 +67,6 @@ class MetricsLog:
         """Flush what trackers still hold."""
         if self._trackers is not None:
             self._trackers.finish()
-
-
-def read_rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a run folder's metrics.jsonl, under today's names; none without it.
-
-    A line that is being written, or that a kill cut short, is left out.
-    """
-    path = run / METRICS
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line.replace('"held_out', '"heldout'))  # as earlier versions wrote
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
 
 
 class TimedIterator(Iterator[Any]):
@@ -161,14 +142,6 @@ def log_throughput(images_per_second: float, *, num_images: int) -> None:
     )
 
 
-def duration_text(seconds: float) -> str:
-    """Write a duration: 42 s, 3 min 5 s, 2 h 10 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 class MeanLosses:
     """Losses of the steps since the last log line, by name, on the device."""
 
@@ -221,27 +194,3 @@ def _peak_memory_gb(device: torch.device) -> float:
         return float(psutil.Process().memory_info().peak_wset) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _append(path: Path, text: str) -> None:
-    """Add text to a file, all of it or none: what a full disk cuts short is taken back."""
-    content = text.encode()
-    with path.open("ab", buffering=0) as file:
-        size = file.tell()
-        if file.write(content) < len(content):
-            file.truncate(size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines that a run wrote after the checkpoint that it now resumes from."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that a kill cut short
-    write_text(path, "".join(f"{line}\n" for line in kept))

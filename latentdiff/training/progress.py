@@ -110,3 +110,11 @@ class Progress:
     def _describe(self) -> None:
         if not self._bar.disable:
             self._bar.set_description_str(self.text(), refresh=False)
+
+
+def duration_text(seconds: float) -> str:
+    """Write a duration: 42 s, 3 min 5 s, 2 h 10 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

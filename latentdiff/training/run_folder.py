@@ -4,6 +4,8 @@ What a run leaves behind when it begins a branch or starts anew goes to previous
 folder too: --output_dir=RUN/previous/N continues it. Signals are stop_signals.py's.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import logging
@@ -14,12 +16,13 @@ import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
-
-from accelerate import Accelerator
+from typing import IO, TYPE_CHECKING
 
 from latentdiff.atomic import atomic_folder, remove_leftovers, try_lock, write_bytes
 from latentdiff.training.run_log import LOG, RunLog
+
+if TYPE_CHECKING:  # a report reads run folders without it
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +85,7 @@ class RunLock:
         self.path = Path(folder) / LOCK
         self._file: IO[str] | None = None
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = open(self.path, "a+", encoding="utf-8")
         try:

@@ -5,7 +5,7 @@ from fakes_app import EXAMPLES
 from fakes_pipeline import SIZE
 
 from latentdiff.app.model_facts import OWN_SCHEDULER, card_summary
-from latentdiff.models.components import BUNDLED
+from latentdiff.models.model_path import BUNDLED
 from latentdiff.pipeline.files.model_info import ModelInfo, model_card, read_model_info
 
 

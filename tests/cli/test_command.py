@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fakes_data import captioned_folder
+from fakes_app import write_run
+from fakes_data import captioned_folder, save_image
 from jsonargparse import ArgumentParser
 
 from latentdiff.cli.command import run_command, take_options
@@ -283,6 +284,20 @@ def test_a_missing_data_folder_is_reported_before_heavy_libraries_are_loaded(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "fotos does not exist" in done.stderr
+
+
+def test_inspect_and_report_do_without_heavy_libraries(tmp_path: Path) -> None:
+    save_image(tmp_path / "photos" / "1.png", 1).with_suffix(".txt").write_text("a photo")
+    run = write_run(tmp_path / "run", {10: 0.5})
+    code = (
+        "import sys; from latentdiff.cli.main import main\n"
+        f"assert main(['inspect', '{tmp_path}/photos', '--config', 'lora_mini']) == 0\n"
+        f"assert main(['report', '{run}']) == 0\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), 'loaded'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (run / "report.html").is_file()
 
 
 def test_an_unknown_setting_is_answered_by_three_names_at_most(

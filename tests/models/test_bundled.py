@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from latentdiff import LatentDiffPipeline
 from latentdiff.config.options import EvalModelOptions, SampleOptions
 from latentdiff.evaluation.eval_set import open_eval_model
-from latentdiff.models.components import ASSETS, BUNDLED, load_components, load_vae, resolve_model
+from latentdiff.models.components import load_components, load_vae
+from latentdiff.models.model_path import ASSETS, BUNDLED, resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.sampling import conversion, release

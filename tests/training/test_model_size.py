@@ -11,7 +11,7 @@ from fakes_training import make_config
 
 from latentdiff.config.io import load_config, parse_arguments
 from latentdiff.config.text_to_image import Config
-from latentdiff.training.text_to_image.model import with_resolution
+from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.train_t2i import train
 
 

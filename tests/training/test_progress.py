@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from fakes_training import make_config, make_world
 
-from latentdiff.training.metrics_log import duration_text
-from latentdiff.training.progress import LOG_INTERVAL_S, Progress
+from latentdiff.training.progress import LOG_INTERVAL_S, Progress, duration_text
 from latentdiff.training.run_log import read_log
 from latentdiff.training.stop_signals import StopSignals
 from latentdiff.training.text_to_image.train_t2i import train

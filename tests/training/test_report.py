@@ -82,6 +82,19 @@ def log_lines(folder: Path, *messages: str, level: int = logging.WARNING) -> Non
             logging.getLogger("latentdiff.training").log(level, message)
 
 
+def test_sources_are_listed_with_their_share_of_an_epoch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    counts = {"train": 30, "held out": 2, "samples_per_epoch": 90}
+    others = {"train": 10, "held out": 0, "samples_per_epoch": 10}
+    sources = [{"root": "photos/cats", **counts}, {"root": "photos/dogs", **others}]
+    data = {**PLAN["data"], "sources": sources}  # type: ignore[dict-item]
+    (run / "plan.json").write_text(json.dumps(PLAN | {"data": data}))
+    text = run_report_html(read_runs([str(run)]))
+    row = text[text.index("photos/cats") :].partition("</tr>")[0]
+    assert re.findall(r">([\d%]+)<", row) == ["30", "2", "90", "90%"]
+    assert "2 sources" in text
+
+
 def test_the_page_of_a_run_shows_all_that_its_folder_holds(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine", train__learning_rate=0.5)
     log_lines(run, "slow <disk>", "slow <disk>", "other")

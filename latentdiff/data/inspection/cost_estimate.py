@@ -1,21 +1,26 @@
 """The cost of training on a folder: steps, bytes of the cache, and the time to build it."""
 
+from __future__ import annotations
+
 import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.data.inspection.statistics import BucketRow
 from latentdiff.image_io import ImageError, load_image
 
+if TYPE_CHECKING:  # only a VAE's speed takes it
+    import torch
+
 TRIAL_IMAGES, TRIAL_SECONDS = 64, 3.0
-Encode = Callable[[torch.Tensor], object]
+Encode: TypeAlias = "Callable[[torch.Tensor], object]"
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def measure_rates(
         num_loaded += 1
         try:
             image = load_image(io.BytesIO(folder.read_bytes(int(place))))
-            batch.append(to_pixels(resize_and_crop(image, height=height, width=width).image))
+            batch.append(resize_and_crop(image, height=height, width=width).image)
         except ImageError:
             continue  # a quick scan may believe a damaged file; it costs the same time
         if time.perf_counter() - start > TRIAL_SECONDS:
@@ -97,10 +102,10 @@ def measure_rates(
     load_rate = num_loaded / (time.perf_counter() - start)
     if encode is None or not batch:
         return load_rate, None
-    encode(batch[0][None])  # the first call also sets things up
+    encode(to_pixels(batch[0])[None])  # the first call also sets things up
     start = time.perf_counter()
-    for pixels in batch:
-        encode(pixels[None])
+    for image in batch:
+        encode(to_pixels(image)[None])
         num_encoded += 1
         if time.perf_counter() - start > TRIAL_SECONDS:
             break

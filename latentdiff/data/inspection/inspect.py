@@ -4,16 +4,16 @@
 report is plain data: `latentdiff inspect --json` prints its `to_json`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
@@ -34,8 +34,10 @@ from latentdiff.data.inspection.statistics import (
     size_stats,
     subfolder_counts,
 )
-from latentdiff.models.components import load_vae
-from latentdiff.models.latents import LatentCodec
+
+if TYPE_CHECKING:  # without --tokenizer and --vae nothing of these is loaded
+    import torch
+    from transformers import CLIPTokenizer
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,8 @@ def load_tokenizer(path: Path) -> CLIPTokenizer:
 
     Raises FileNotFoundError where there is none.
     """
+    from transformers import CLIPTokenizer
+
     for folder in (path, path / "tokenizer"):
         if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
             tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -243,6 +247,11 @@ def load_tokenizer(path: Path) -> CLIPTokenizer:
 
 def _vae_costs(path: str) -> tuple[CacheShape, Encode]:
     """Load a VAE; return the shape of its latents and its encoder."""
+    import torch
+
+    from latentdiff.models.components import load_vae
+    from latentdiff.models.latents import LatentCodec
+
     codec = LatentCodec(load_vae(path))
 
     @torch.no_grad()

@@ -1,17 +1,21 @@
 """Figures of a folder: image sizes, captions and their tokens, and the use of each bucket."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
-from transformers import CLIPTokenizer
 
 from latentdiff.data.arrow.columns import folders_of, in_chunks, iter_py
 from latentdiff.data.buckets import Bucket, Partial, crop_loss, num_batches
 from latentdiff.data.epoch_draws import EpochDraws
 from latentdiff.data.folder.folder import Folder
-from latentdiff.models.text import truncated_part
+
+if TYPE_CHECKING:  # only the count of tokens takes it
+    from transformers import CLIPTokenizer
 
 NUM_SHOWN = 20  # longest captions, most repeated captions
 
@@ -124,6 +128,8 @@ def caption_stats(folder: Folder, tokenizer: CLIPTokenizer | None) -> CaptionSta
 
 def token_stats(folder: Folder, tokenizer: CLIPTokenizer) -> TokenStats:
     """Count the tokens of every caption."""
+    from latentdiff.models.text import truncated_part
+
     lists = folder.captions
     counts = []
     for chunk in in_chunks(iter_py(lists.flatten())):

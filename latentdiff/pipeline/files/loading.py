@@ -22,11 +22,16 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
 
 from latentdiff.atomic import atomic_files, write_text
-from latentdiff.models.compatibility import check_compatible
-from latentdiff.models.components import BUNDLED, Components, load_parts, resolve_model
-from latentdiff.models.conditioning import reads_time_ids
+from latentdiff.models.compatibility import check_compatible, reads_time_ids
+from latentdiff.models.components import Components, load_parts
 from latentdiff.models.latents import LatentCodec
-from latentdiff.models.model_path import model_of_run, not_fetched, refuse_wrong_path
+from latentdiff.models.model_path import (
+    BUNDLED,
+    model_of_run,
+    not_fetched,
+    refuse_wrong_path,
+    resolve_model,
+)
 from latentdiff.models.save import complete_component, remove_origin
 from latentdiff.models.weights import check_weights
 from latentdiff.pipeline.files.adapters import AdaptersMixin

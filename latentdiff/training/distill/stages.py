@@ -25,7 +25,7 @@ from latentdiff.device import choose_device
 from latentdiff.evaluation.compare_student import StudentReport, compare_student, draw
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
-from latentdiff.models.components import resolve_model
+from latentdiff.models.model_path import resolve_model
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
     default_guidance,
@@ -38,7 +38,8 @@ from latentdiff.sampling.open_pipeline import open_pipeline
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import caption_transform, unique_captions
 from latentdiff.training.inputs.sources import read_data
-from latentdiff.training.text_to_image.model import check_components, with_resolution
+from latentdiff.training.text_to_image.model import check_components
+from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.train_t2i import train
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.prompt_cache import prompt_keys
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import size_text
-from latentdiff.models.components import load_components, load_text, resolve_model
+from latentdiff.models.components import load_components, load_text
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import set_clip_skip
 from latentdiff.training.inputs.encode import (
     cache_dir,
@@ -38,8 +39,8 @@ from latentdiff.training.text_to_image.model import (
     check_components,
     load_vae_of,
     trains_text_encoder,
-    with_resolution,
 )
+from latentdiff.training.text_to_image.resolution import with_resolution
 
 TOLERANCE = 0.05  # of raw latents: above the rounding of another device, below another VAE's
 

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from latentdiff.atomic import write_text
 from latentdiff.data.inspection.text_report import size_text
 from latentdiff.html import page, render_template, table
-from latentdiff.training.metrics_log import duration_text
+from latentdiff.training.progress import duration_text
 from latentdiff.training.report import curves
 from latentdiff.training.report.charts import charts
 from latentdiff.training.report.run_record import RunRecord, read_runs
@@ -199,7 +199,7 @@ def _memory_notes(run: RunRecord, memory: Mapping[str, Any]) -> list[str]:
 
 
 def _data(run: RunRecord) -> Markup:
-    """List a run's images by split and sub-folder, and the folder's problems."""
+    """List a run's images by split, sub-folder and source, and the folder's problems."""
     data = run.plan.get("data")
     if not data:
         return Markup("")
@@ -207,12 +207,14 @@ def _data(run: RunRecord) -> Markup:
     folders = list(data["subfolders"].items())
     shown = ", ".join(f"{num:,} in {name}" for name, num in folders[:NUM_FOLDERS])
     more = f" and {len(folders) - NUM_FOLDERS} more folders" if len(folders) > NUM_FOLDERS else ""
+    sources = data.get("sources") or []
     body = render_template(
         "<p>{{ root }}: {{ splits }}.{{ where }}</p>",
-        root=_text(run.setting("data.root")),
+        root=f"{len(sources)} sources" if sources else _text(run.setting("data.root")),
         splits=splits,
         where=f" Training images: {shown}{more}." if len(folders) > 1 else "",
     )
+    body += _scroll(_sources(sources)) if sources else ""
     rows = [
         [
             problem["severity"],
@@ -229,6 +231,18 @@ def _data(run: RunRecord) -> Markup:
     if not rows:
         return body + _soft("Nothing was refused or skipped.")
     return body + table(["", "files", "reason", "such as"], rows, classes=("", "n", "", "soft"))
+
+
+def _sources(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Lay out the images of each source, and its share of the samples of an epoch."""
+    total = max(1, sum(row["samples_per_epoch"] for row in rows))
+    counts = ("train", "held out", "samples_per_epoch")
+    cells = [
+        [row["root"], *(f"{row[name]:,}" for name in counts), f"{row[counts[-1]] / total:.0%}"]
+        for row in rows
+    ]
+    heads = ["source", "training images", "held out", "samples an epoch", "share"]
+    return table(heads, cells, classes=("", "n", "n", "n", "n"))
 
 
 def _warnings(run: RunRecord) -> Markup:

@@ -15,7 +15,7 @@ from latentdiff.config.io import flat, load_stored_config
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 from latentdiff.config.yaml_file import read_yaml
-from latentdiff.training.metrics_log import read_rows
+from latentdiff.training.metrics_file import read_rows
 from latentdiff.training.run_folder import PLAN, exports_of
 from latentdiff.training.run_log import LogEntry, read_log
 

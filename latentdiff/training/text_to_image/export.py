@@ -12,8 +12,9 @@ from torch import Tensor
 
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
-from latentdiff.models.components import Components, load_components, resolve_model
+from latentdiff.models.components import Components, load_components
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
+from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.files.file_metadata import tag_counts
 from latentdiff.pipeline.files.model_info import (
@@ -26,7 +27,7 @@ from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import LoraFacts, merged_components, save_adapters
 from latentdiff.training.fsdp import is_sharded
-from latentdiff.training.metrics_log import read_rows
+from latentdiff.training.metrics_file import read_rows
 from latentdiff.training.optim.optimizer import evaluated_weights
 from latentdiff.training.optim.posthoc_ema import gamma_of, read_snapshots, reconstruct
 from latentdiff.training.text_to_image.model import TextToImage

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config.choices import AttentionKernel
-from latentdiff.config.data import FROM_SCRATCH_PX, DataConfig
+from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.cpu.fused_transformers import fuse_transformers
@@ -31,9 +31,9 @@ from latentdiff.models.build import (
 )
 from latentdiff.models.compatibility import (
     check_compatible,
+    latent_factor,
     read_configs,
     read_json,
-    sample_size_px,
     unet_factor,
 )
 from latentdiff.models.components import (
@@ -41,13 +41,12 @@ from latentdiff.models.components import (
     load_components,
     load_text,
     load_vae,
-    read_model_configs,
-    resolve_model,
 )
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import predict
-from latentdiff.models.latents import Autoencoder, latent_factor
+from latentdiff.models.latents import Autoencoder
 from latentdiff.models.learned_variance import fit_variance
+from latentdiff.models.model_path import resolve_model
 from latentdiff.models.save import save_component
 from latentdiff.models.text import (
     check_clip_skip,
@@ -87,21 +86,6 @@ class TextToImage(nn.Module):
             prompt_embeds = encode_text(self.text_encoder, input_ids, end_id=self._end_id)
             conditioning = replace(conditioning, prompt_embeds=prompt_embeds)
         return predict(self.unet, zt, t, conditioning, guidance_scale)
-
-
-def with_resolution(config: Config) -> Config:
-    """Return the config with the size of images that it leaves to the model to fine-tune.
-
-    Reads config files only. FileNotFoundError or ValueError for a model that cannot be found.
-    """
-    if config.data.resolution is not None:
-        return config
-    size = FROM_SCRATCH_PX
-    if config.model.pretrained:
-        configs = read_model_configs(config.model.pretrained)
-        if "unet" in configs and "vae" in configs:
-            size = min(sample_size_px(configs["unet"], factor=latent_factor(configs["vae"])))
-    return replace(config, data=replace(config.data, resolution=size))
 
 
 def check_components(config: Config) -> None:

@@ -21,9 +21,8 @@ from latentdiff.data.inspection.text_report import (
     size_text,
     subfolders_text,
 )
-from latentdiff.models.compatibility import sample_size_px, size_in_reach
+from latentdiff.models.compatibility import latent_factor, sample_size_px, size_in_reach
 from latentdiff.models.components import Components
-from latentdiff.models.latents import latent_factor
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.run_folder import PLAN

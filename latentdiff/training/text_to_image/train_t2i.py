@@ -47,9 +47,10 @@ from latentdiff.training.stop_signals import die_with_parent
 from latentdiff.training.text_to_image.export import averaged, export
 from latentdiff.training.text_to_image.memory import fitting_layout, usable_memory
 from latentdiff.training.text_to_image.memory_modes import check_layout
-from latentdiff.training.text_to_image.model import check_components, with_resolution
+from latentdiff.training.text_to_image.model import check_components
 from latentdiff.training.text_to_image.plan import log_plan
 from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
+from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.setup import Run, setup, with_epochs_as_steps
 from latentdiff.training.text_to_image.step_results import StepResults
 from latentdiff.training.trackers import check_trackers
