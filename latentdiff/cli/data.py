@@ -46,7 +46,6 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         from latentdiff.training.text_to_image.resolution import with_resolution
 
         config = with_resolution(config)
-    from latentdiff.data.image_tables.hub_dataset import parse_hub_id
     from latentdiff.data.inspection.html_report import write_report_html
     from latentdiff.data.inspection.inspect import (
         default_sizes_note,
@@ -74,8 +73,6 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     report = inspect_folder(
         folder, **matching_settings(settings, inspect_folder), progress=progress_bar()
     )
-    if parse_hub_id(data.root) is not None:
-        report = replace(report, root=data.root)  # in place of its folder in a cache
     if not needs_captions:
         report = without_captions(report)
     if not names_size:

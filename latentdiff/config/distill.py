@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-from latentdiff.config.validation import at_least, between
+from latentdiff.config.validation import at_least, between, check_ranges
 
 DistillMethod = Literal["none", "guided", "progressive"]
 
@@ -79,18 +79,17 @@ class DistillOptions:
 
     steps: int = 4
     """sampling steps of the last student: 16, 8, 4, 2 or 1"""
-    guided_steps: int = 0
+    guided_steps: int = at_least(0, default=0)
     """optimiser steps of the first stage, which learns guidance; 0: a quarter of the teacher's"""
-    halving_steps: int = 0
+    halving_steps: int = at_least(0, default=0)
     """optimiser steps of each halving; 0: an eighth of the teacher's"""
-    num_images: int = 128
-    """captions, held-out ones first, that teacher and student draw from the same seeds; 10 and
-    more"""
-    teacher_num_steps: int = 25
+    num_images: int = at_least(10, default=128)
+    """captions, held-out ones first, that teacher and student draw from the same seeds"""
+    teacher_num_steps: int = at_least(1, default=25)
     """sampling steps of the teacher, with classifier-free guidance"""
     guidance_scale: float | None = None
     """guidance scale of both; by default the teacher's own, within the scales that are learned"""
-    measure_batch_size: int = 16
+    measure_batch_size: int = at_least(1, default=16)
     """images drawn at once"""
     clip: str | None = None
     """folder of a transformers CLIP, or the name of an open_clip model: CLIP score"""
@@ -109,9 +108,4 @@ class DistillOptions:
         """Raise ValueError for options out of range."""
         if self.steps not in STUDENT_STEPS:
             raise ValueError(f"steps={self.steps}, expected 16, 8, 4, 2 or 1")
-        for name, low in (("num_images", 10), ("teacher_num_steps", 1), ("measure_batch_size", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least {low}")
-        for name in ("guided_steps", "halving_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}, expected 0 or more")
+        check_ranges(self)

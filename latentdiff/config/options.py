@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latentdiff.config.validation import at_least, positive
+
 
 @dataclass(frozen=True)
 class SampleOptions:
@@ -117,15 +119,15 @@ class EvalModelOptions:
     split: Literal["heldout", "train", "all"] = "heldout"
     """"heldout" takes test/ or validation/, or the images that training held out by hash; "all" is
     for a folder that the model has never seen"""
-    num_heldout: int = 1000
-    """maximum number of real images, evenly spaced over the split; 1 and more"""
+    num_heldout: int = at_least(1, default=1000)
+    """maximum number of real images, evenly spaced over the split"""
     caption_column: str = "text"
     """column of the metadata file that holds the caption"""
     heldout_fraction: float = 0.02
     """share held out by a stable hash, in [0, 1], as in training, where no folder is named test or
     validation"""
-    batch_size: int = 32
-    """images at once, 1 and more; lower it when memory runs out"""
+    batch_size: int = at_least(1, default=32)
+    """images at once; lower it when memory runs out"""
     seed: int = 0
     """seed of all random numbers, 0 and more"""
     device: str | None = None
@@ -142,8 +144,8 @@ class EvaluationOptions:
     """images generated for held-out captions, 8 and more; 0: none"""
     images_per_caption: int = 2
     """generated images of one caption, 1 and more; more where captions are few"""
-    num_inference_steps: int = 25
-    """sampling steps, 1 and more"""
+    num_inference_steps: int = at_least(1, default=25)
+    """sampling steps"""
     guidance_scale: float | None = None
     """scale of classifier-free guidance, of both models alike; by default the scale that the first
     model's folder names, or 7.5"""
@@ -154,8 +156,8 @@ class EvaluationOptions:
     """folder of a transformers CLIP, or the name of an open_clip model: CLIP score"""
     clip_weights: str | None = None
     """safetensors file of the open_clip model that --clip names"""
-    num_train: int = 5000
-    """maximum number of training images that are searched for copies, 3 and more"""
+    num_train: int = at_least(3, default=5000)
+    """maximum number of training images that are searched for copies"""
     class_column: str = ""
     """column of the metadata file that names an image's class; by default, folders"""
     compare: str | None = None
@@ -172,18 +174,18 @@ class BoundOptions:
     """bound a shorter chain, such as "25" or "ddim50"; the model's own by default"""
     variance_type: str | None = None
     """fixed_small, fixed_large or learned_range; the model's own by default"""
-    draws: int = 16
-    """timesteps sampled for each estimate of an image, 1 and more, by importance and in strata"""
-    repeats: int = 2
-    """estimates of each image, 1 and more; two or more separate noise from the variation of
+    draws: int = at_least(1, default=16)
+    """timesteps sampled for each estimate of an image, by importance and in strata"""
+    repeats: int = at_least(1, default=2)
+    """estimates of each image; two or more separate noise from the variation of
     images"""
-    pilot: int = 8
-    """images whose every timestep is evaluated first, to choose the timesteps; 1 and more"""
+    pilot: int = at_least(1, default=8)
+    """images whose every timestep is evaluated first, to choose the timesteps"""
     compare_variance: list[str] = field(default_factory=list)
     """chains, such as ["25","100"], on which a learned variance is compared with the two fixed
     ones"""
-    image_steps: int = 50
-    """steps of the sheets' chains, 0 and more; 0: no sheets"""
+    image_steps: int = at_least(0, default=50)
+    """steps of the sheets' chains; 0: no sheets"""
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,12 @@ class SweepOptions:
 
     guidance_sweep: list[float] = field(default_factory=list)
     """scales such as [1,2,4,8]; none by default"""
-    sweep_captions: int = 32
-    """captions of the images, 1 and more"""
-    sweep_images: int = 4
-    """images of each caption, 2 and more"""
-    sweep_steps: int = 25
-    """sampling steps of the guidance sweep, 1 and more"""
+    sweep_captions: int = at_least(1, default=32)
+    """captions of the images"""
+    sweep_images: int = at_least(2, default=4)
+    """images of each caption"""
+    sweep_steps: int = at_least(1, default=25)
+    """sampling steps of the guidance sweep"""
 
 
 UNRELATED = (
@@ -242,15 +244,15 @@ class CompareSubjectOptions:
 class RollOptions:
     """The size of the example, and the known coordinate."""
 
-    max_steps: int = 6000
-    """optimiser steps, 1 and more"""
-    num_timesteps: int = 100
-    """length of the chain, 8 and more"""
-    num_points: int = 4000
-    """points of each cloud, and of the bound; 100 and more"""
+    max_steps: int = at_least(1, default=6000)
+    """optimiser steps"""
+    num_timesteps: int = at_least(8, default=100)
+    """length of the chain"""
+    num_points: int = at_least(100, default=4000)
+    """points of each cloud, and of the bound"""
     known: float = 0.5
     """the value of the first coordinate that conditional samples are given"""
-    tolerance: float = 0.1
-    """standard deviation of that value, above 0"""
+    tolerance: float = positive(default=0.1)
+    """standard deviation of that value"""
     seed: int = 0
     """seed of all random numbers, 0 and more"""

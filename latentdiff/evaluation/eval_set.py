@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.config.options import EvalModelOptions
+from latentdiff.config.validation import check_ranges
 from latentdiff.data.arrow.listing import TABLES
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.data.folder.splits import FOLDER_NAMES
@@ -106,9 +107,7 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
 
 def check_eval_options(options: EvalModelOptions) -> None:
     """Raise ValueError for options out of range."""
-    for name in ("num_heldout", "batch_size"):
-        if (value := getattr(options, name)) < 1:
-            raise ValueError(f"{name}={value}, expected at least 1")
+    check_ranges(options)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentdiff.config.options import EvalModelOptions, EvaluationOptions, SweepOptions
+from latentdiff.config.validation import check_ranges
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.eval_set import (
     EvalModel,
@@ -116,9 +117,7 @@ def check_options(options: EvaluationOptions, sweep: SweepOptions) -> None:
             f"images_per_caption={each}, expected at least 1, and num_images={num} to give two "
             "captions or more"
         )
-    for name, lowest in (("num_inference_steps", 1), ("num_train", MIN_TRAIN)):
-        if (value := getattr(options, name)) < lowest:
-            raise ValueError(f"{name}={value}, expected at least {lowest}")
+    check_ranges(options)
     if min(options.step_sweep, default=1) < 1:
         raise ValueError(f"step_sweep={options.step_sweep}, expected at least one step each")
     if options.clip_weights and not options.clip:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.config.options import RollOptions
+from latentdiff.config.validation import check_ranges
 from latentdiff.diffusion.bound import Estimate, estimate, evaluate_bound
 from latentdiff.diffusion.ddpm import VARIANCE_TYPES, Model, p_sample_loop, p_sample_steps, q_sample
 from latentdiff.diffusion.guidance import with_score_guidance
@@ -140,11 +141,7 @@ def swiss_roll(options: RollOptions) -> tuple[dict[str, Any], Clouds]:
 
     ValueError for options out of range.
     """
-    for name, lowest in (("max_steps", 1), ("num_timesteps", 8), ("num_points", 100)):
-        if (value := getattr(options, name)) < lowest:
-            raise ValueError(f"{name}={value}, expected at least {lowest}")
-    if not options.tolerance > 0:
-        raise ValueError(f"tolerance={options.tolerance}, expected a number above 0")
+    check_ranges(options)
     roll = SwissRoll()
     schedule = Schedule.from_betas(make_betas("cosine", options.num_timesteps))
     model = train_denoiser(roll, schedule, num_steps=options.max_steps, seed=options.seed)

@@ -71,9 +71,14 @@ class Folder(Sequence[Record]):
     million of them take no more memory than the pages of the table that are in use.
     """
 
-    def __init__(self, root: Path, found: RecordTable, *, rows: np.ndarray | None = None) -> None:
-        """rows: which records of the table, in which order; all by default."""
-        self.root = root
+    def __init__(
+        self, root: Path, found: RecordTable, *, rows: np.ndarray | None = None, name: str = ""
+    ) -> None:
+        """rows: which records of the table, in which order; all by default.
+
+        name: by which messages call the folder, as the id of a data set; by default its path.
+        """
+        self.root, self.name = root, name or str(root)
         self.problems = found.problems
         self.num_found = found.num_found  # usable or not, but for those skipped on purpose
         self._found = found
@@ -166,14 +171,15 @@ class Folder(Sequence[Record]):
 
     def select(self, indices: np.ndarray) -> "Folder":
         """The records at `indices`, in that order; the problems stay those of the whole folder."""
-        return Folder(self.root, self._found, rows=self._rows[indices])
+        return Folder(self.root, self._found, rows=self._rows[indices], name=self.name)
 
     def with_captions(self, captions: Sequence[str]) -> "Folder":
         """The same records, each with these captions instead of its own."""
         table = self._found.table
         column = pa.array([list(captions)] * len(table), type=CAPTIONS)
         table = table.set_column(RECORDS.names.index("captions"), "captions", column)
-        return Folder(self.root, replace(self._found, table=table, stored_at=None), rows=self._rows)
+        found = replace(self._found, table=table, stored_at=None)
+        return Folder(self.root, found, rows=self._rows, name=self.name)
 
     def split(self, name: Split) -> "Folder":
         """The records of one split: "train", "validation" or "test"."""
@@ -218,12 +224,12 @@ class Folder(Sequence[Record]):
         """Raise ValueError with every problem and its fix, if there are `refusals`."""
         if not self.refusals(max_invalid_fraction=max_invalid_fraction):
             return
-        lines = [f"the data folder {self.root} cannot be used:"]
+        lines = [f"the data folder {self.name} cannot be used:"]
         lines += [f"  {group.line()}" for group in self.problems.groups("error")]
         if self.invalid_fraction > max_invalid_fraction:
             lines.append(f"  {self.refusals(max_invalid_fraction=max_invalid_fraction)[-1]}:")
             lines += [f"    {group.line()}" for group in self.problems.groups("skipped")]
-        lines.append(f"  {program()} inspect {self.root} shows everything")
+        lines.append(f"  {program()} inspect {self.name} shows everything")
         raise ValueError("\n".join(lines))
 
     def _entry(self, row: int, columns: tuple[int, int, int] = (0, 5, 6)) -> Entry:
@@ -272,14 +278,15 @@ def read_folder(
         sidecar_lines=sidecar_lines,
         repeat_folders=repeat_folders,
     )
-    if (hub := parse_hub_id(root)) is not None:
+    hub, name = parse_hub_id(root), str(root)
+    if hub is not None:
         root, captions = open_hub_dataset(hub, captions, trust_index=trust_index)
     root = checked_root(root)
     rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
     found = found or build_record_table(root, rules, index=index, full=full, progress=progress)
-    return Folder(root, found)
+    return Folder(root, found, name=name if hub is not None else "")
 
 
 def join_folders(

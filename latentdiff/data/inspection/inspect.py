@@ -106,7 +106,7 @@ def make_data_report(
         train, buckets, batch_size=batch_size, partial=partial, bucket_of=bucket_of, draws=draws
     )
     return DataReport(
-        root=" + ".join(sources) if sources else str(folder.root),
+        root=" + ".join(sources) if sources else folder.name,
         is_usable=not why_not,
         why_not=why_not,
         num_found=folder.num_found,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.config.options import SweepOptions
+from latentdiff.config.validation import check_ranges
 from latentdiff.diffusion.bound import TimestepPlan, difference, estimate
 from latentdiff.evaluation.eval_set import EvalModel
 from latentdiff.evaluation.metrics.clip import Clip
@@ -28,9 +29,7 @@ NUM_DRAWS = 32  # timesteps an image for its fidelity
 
 def check_sweep(options: SweepOptions) -> None:
     """Raise ValueError for options out of range, or where matplotlib is missing."""
-    for name, lowest in (("sweep_captions", 1), ("sweep_images", 2), ("sweep_steps", 1)):
-        if (value := getattr(options, name)) < lowest:
-            raise ValueError(f"{name}={value}, expected at least {lowest}")
+    check_ranges(options)
     plots.check_matplotlib()
 
 

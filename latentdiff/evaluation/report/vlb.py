@@ -15,6 +15,7 @@ from torch import Tensor
 
 from latentdiff.atomic import atomic_file
 from latentdiff.config.options import BoundOptions
+from latentdiff.config.validation import check_ranges
 from latentdiff.diffusion.bound import TimestepPlan, difference, estimate
 from latentdiff.diffusion.ddpm import randn_like
 from latentdiff.diffusion.theory.progressive_coding import interpolate, progressive_x0
@@ -142,9 +143,7 @@ def compare_variances(eval_model: EvalModel, options: BoundOptions) -> dict[str,
 
 def check_bound(options: BoundOptions) -> None:
     """Raise ValueError for options out of range, or where matplotlib is missing."""
-    for name, lowest in (("draws", 1), ("repeats", 1), ("pilot", 1), ("image_steps", 0)):
-        if (value := getattr(options, name)) < lowest:
-            raise ValueError(f"{name}={value}, expected at least {lowest}")
+    check_ranges(options)
     plots.check_matplotlib()
 
 
