@@ -63,12 +63,14 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     needs_captions = not config.finetune.instance_prompts  # which stand for captions
     folders = read_sources(
         data,
+        condition=config.condition,
         needs_captions=needs_captions,
         full=options["full"],
         progress=progress_bar(),
     )
     folder = join_sources(data, folders)
     settings = {**vars(config.train), **vars(data), "resolution": data.side_px, **options}
+    settings["conditions_may_equal"] = config.condition.kind == "upscale"
     settings |= {"sources": folders if data.sources else None, "weights": source_weights(data)}
     report = inspect_folder(
         folder, **matching_settings(settings, inspect_folder), progress=progress_bar()

@@ -48,4 +48,9 @@ FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE
     "full", "attention", "cross_attention", "lora", "textual_inversion"
 ]
 AdapterType = Literal["lora", "dora", "lokr"]  # training/finetune/lora.py, lokr.py
+ConditionKind = Literal[  # models/compatibility.py CONDITION_KINDS
+    "none", "inpaint", "instruct_pix2pix", "upscale", "depth"
+]
+InpaintMasks = Literal["random", "boxes", "strokes", "file"]  # data/inpaint_masks.py
+Degradation = Literal["bicubic", "area", "jpeg", "blur"]  # data/degradations.py DEGRADATIONS
 Mask = Literal["none", "alpha", "file"]  # data/masks.py

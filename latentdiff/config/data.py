@@ -92,6 +92,12 @@ class DataConfig:
     file_column: str = "file_name"
     """column of the metadata file that holds the image's name, or of a parquet or arrow data set
     that holds the image itself (by default the one named image, or the only one of images)"""
+    condition_column: str = "condition"
+    """column of the metadata file that names an image's condition, or a list of several of which
+    one is used at random each time; without it NAME.condition.png next to NAME.jpg is used"""
+    inpaint_mask_column: str = "inpaint_mask"
+    """column of the metadata file that names an image's inpainting mask, or a list of several;
+    without it NAME.inpaint_mask.png next to NAME.jpg is used"""
     duplicate_rows: Literal["error", "captions"] = "error"
     """an image listed twice: an error, or one with several captions"""
     sidecar_lines: Literal["one", "captions"] = "one"

@@ -8,6 +8,7 @@ reads and writes them.
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from latentdiff.config.condition import ConditionConfig
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.distill import DistillConfig, check_distillation
@@ -89,6 +90,36 @@ EFFECT_RULES = (
         "it is for the images of finetune.class_prompt, which is empty",
     ),
     EffectRule(
+        ("condition.source", "condition.max_noise_level"),
+        lambda config: config.condition.kind == "upscale",
+        "it is for condition.kind=upscale",
+    ),
+    EffectRule(
+        ("condition.degradations",),
+        lambda config: config.condition.kind == "upscale" and config.condition.source == "image",
+        "it is for condition.kind=upscale with condition.source=image",
+    ),
+    EffectRule(
+        ("condition.masks", "condition.whole_masks"),
+        lambda config: config.condition.kind == "inpaint",
+        "it is for condition.kind=inpaint",
+    ),
+    EffectRule(
+        ("condition.dropout",),
+        lambda config: config.condition.kind == "instruct_pix2pix",
+        "it is for condition.kind=instruct_pix2pix",
+    ),
+    EffectRule(
+        ("data.condition_column",),
+        lambda config: config.condition.files != "none",
+        "it is for the files of a condition.kind, and none are read",
+    ),
+    EffectRule(
+        ("data.inpaint_mask_column",),
+        lambda config: config.condition.reads_mask_files,
+        "it is for condition.kind=inpaint with condition.masks=file",
+    ),
+    EffectRule(
         ("train.text_learning_rate",),
         lambda config: (
             config.train.train_text_encoder
@@ -137,6 +168,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -151,6 +183,7 @@ class Config:
         self.diffusion.check()
         self.train.check()
         self.finetune.check()
+        self.condition.check()
         if not self.model.pretrained and self.preview.num_steps > self.diffusion.num_timesteps:
             raise ValueError(
                 f"preview.num_steps={self.preview.num_steps}, expected at most "
@@ -159,6 +192,7 @@ class Config:
         _check_method(self)
         _check_class_images(self)
         _check_learned_variance(self)
+        _check_condition(self)
         check_distillation(self)
         check_effect(self)
 
@@ -227,5 +261,21 @@ def _check_learned_variance(config: Config) -> None:
         if is_on:
             raise ValueError(
                 f"diffusion.learned_variance trains on the bound, which has no {name}: leave out "
+                "one of them"
+            )
+
+
+def _check_condition(config: Config) -> None:
+    if not config.condition.is_on:
+        return
+    others = {
+        "finetune.class_prompt": bool(config.finetune.class_prompt),
+        "diffusion.learned_variance": config.diffusion.learned_variance,
+        "distill.method": config.distill.is_on,
+    }
+    for name, is_on in others.items():
+        if is_on:
+            raise ValueError(
+                f"condition.kind={config.condition.kind} and {name} exclude each other: leave out "
                 "one of them"
             )

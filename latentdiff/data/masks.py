@@ -7,15 +7,21 @@ each latent pixel. Answers for faults of mask files; mask_cache.py keeps the ave
 
 import io
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.cache.decode_ahead import CropPlan, Item
-from latentdiff.data.folder.content_hash import file_digest, image_digest
+from latentdiff.data.folder.content_hash import (
+    file_digest,
+    image_digest,
+    image_hashes,
+    mask_hashes,
+)
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import resize_and_crop
 from latentdiff.image_io import ImageError, load_alpha, load_mask
@@ -34,6 +40,7 @@ class Masks:
     plan: CropPlan
     factor: int
     kind: MaskKind
+    channels: int = 1
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -62,6 +69,15 @@ class Masks:
                 f"{record.width} x {record.height} as the image has"
             )
         return downsample_to_latents(mask, item, factor=self.factor)
+
+    def key_base(self) -> dict[str, Any]:
+        """Return what the cache's keys of all masks share."""
+        return {"mask": self.kind, "cell": self.factor, "interpolation": "bilinear"}
+
+    def digests(self, index: ScanIndex) -> np.ndarray:
+        """Return the hash of each mask's file: (N, 32) uint8."""
+        read = mask_hashes if self.kind == "file" else image_hashes
+        return read(self.folder, index=index)
 
     def _digest(self, data: bytes) -> bytes:
         return file_digest(data) if self.kind == "file" else image_digest(data)

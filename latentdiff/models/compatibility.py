@@ -5,11 +5,45 @@ So a mistake is found before any weight is loaded.
 
 import json
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ComponentConfig = Mapping[str, Any]
+NUM_NOISE_LEVELS = 1000  # of low-resolution images
+
+
+@dataclass(frozen=True)
+class ImageCondition:
+    """A kind of condition: channels for latents of C channels, and diffusers' pipeline.
+
+    num_class_embeds: of the class embedding by which the U-Net reads a noise level, if it does.
+    """
+
+    num_channels: Callable[[int], int]
+    pipeline: str
+    reads: str
+    num_class_embeds: int | None = None
+
+
+CONDITION_KINDS: dict[str, ImageCondition] = {
+    "inpaint": ImageCondition(
+        lambda c: c + 1, "StableDiffusionInpaintPipeline", "a mask and the rest of an image"
+    ),
+    "instruct_pix2pix": ImageCondition(
+        lambda c: c, "StableDiffusionInstructPix2PixPipeline", "an image to edit"
+    ),
+    "upscale": ImageCondition(
+        lambda c: 3,
+        "StableDiffusionUpscalePipeline",
+        "an image in low resolution",
+        num_class_embeds=NUM_NOISE_LEVELS,
+    ),
+    "depth": ImageCondition(
+        lambda c: 1, "StableDiffusionDepth2ImgPipeline", "a depth map or another of one channel"
+    ),
+}
 
 
 def check_compatible(
@@ -133,12 +167,16 @@ def _channels(configs: Mapping[str, ComponentConfig]) -> list[str]:
         return []
     channels = configs["vae"]["latent_channels"]
     unet_in, unet_out = configs["unet"]["in_channels"], configs["unet"]["out_channels"]
-    inpainting, learned_variance = 2 * channels + 1, 2 * channels
+    learned_variance = 2 * channels
     problems = []
-    if unet_in not in (channels, inpainting):
+    if unet_in != channels and not condition_kinds(configs["unet"], latent_channels=channels):
+        others = ", ".join(
+            f"{channels + kind.num_channels(channels)} for {name}"
+            for name, kind in CONDITION_KINDS.items()
+        )
         problems.append(
             f"the U-Net takes {unet_in} channels (in_channels) and the VAE's latents have "
-            f"{channels}, expected {channels} ({inpainting} for inpainting)"
+            f"{channels}, expected {channels}, or with an image condition {others}"
         )
     if unet_out not in (channels, learned_variance):
         problems.append(
@@ -234,3 +272,34 @@ def _image_size(
         f"the image size is {sides[0]} x {sides[1]} and its sides must be multiples of "
         f"{vae * unet} (VAE factor {vae} x U-Net factor {unet})"
     ]
+
+
+def condition_kinds(unet_config: ComponentConfig, *, latent_channels: int) -> list[str]:
+    """Return the kinds whose channels a U-Net, by its config, reads; none for text alone."""
+    extra = unet_config["in_channels"] - latent_channels
+    reads_level = unet_config.get("num_class_embeds") is not None
+    return [
+        name
+        for name, kind in CONDITION_KINDS.items()
+        if kind.num_channels(latent_channels) == extra
+        and (kind.num_class_embeds is not None or not reads_level)
+    ]
+
+
+def check_condition(unet_config: ComponentConfig, kind: str, *, latent_channels: int) -> bool:
+    """Return whether a U-Net, by its config, has the channels of a kind already; "none": none.
+
+    ValueError for one that reads a condition of another kind.
+    """
+    extra = unet_config["in_channels"] - latent_channels
+    known = condition_kinds(unet_config, latent_channels=latent_channels)
+    if not extra and not known:
+        return kind == "none"
+    if kind in known:
+        return True
+    what = f"is of the kind {' or '.join(known)}" if known else "reads an unknown image condition"
+    fix = f"set condition.kind={known[0]}" if known else "start from another model"
+    raise ValueError(
+        f"model.pretrained {what}: its U-Net takes {unet_config['in_channels']} channels, of which "
+        f"{latent_channels} are noisy latents, and this run has condition.kind={kind}; {fix}"
+    )

@@ -30,6 +30,7 @@ class Conditioning:
     pooled_embeds: Tensor | None = None  # (B, P), of the second text encoder
     time_ids: Tensor | None = None  # (B, 6) int64, of `make_time_ids`
     class_labels: Tensor | None = None  # (B,) int64
+    condition: Tensor | None = None  # (B, k, h, w), of image_conditions.py
     input_ids: Tensor | None = None  # (B, L) int64, or (B, 2, L) of two tokenizers
 
     @classmethod

@@ -43,6 +43,8 @@ def predict(
     """
     features = None if scale is None else guidance_features(unet, scale, num=len(zt))
     named = conditioning.unet_kwargs()
+    if conditioning.condition is not None:
+        zt = torch.cat([zt, conditioning.condition.to(zt)], dim=1)  # (B, C + k, h, w)
     output: Tensor = unet(zt, t, timestep_cond=features, return_dict=False, **named)[0]
     return output
 

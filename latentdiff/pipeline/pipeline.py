@@ -34,6 +34,7 @@ from transformers import (
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.diffusion.ddpm import Generators
 from latentdiff.diffusion.guidance import ScoreFunction
+from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks, schedulers
@@ -280,7 +281,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     @property
     def _reads_mask(self) -> bool:
         """Whether this is an inpainting U-Net, which reads mask and masked image."""
-        return self.unet is not None and self.unet.config.in_channels > self.num_channels
+        return self.condition_kind == "inpaint"
 
     @property
     def vae_scale_factor(self) -> int:
@@ -317,6 +318,13 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     def _read_images(
         self, prompts: PromptInputs, image: object, mask_image: object, *, strength: object
     ) -> ImageInputs:
+        if self.condition_kind not in ("none", "inpaint"):
+            kind = CONDITION_KINDS[self.condition_kind]
+            raise ValueError(
+                f"this model is of the kind {self.condition_kind}: its U-Net also reads "
+                f"{kind.reads}, which this pipeline does not give it yet; open its folder with "
+                f"diffusers.{kind.pipeline}"
+            )
         return read_image_inputs(
             image,
             mask_image,

@@ -108,14 +108,13 @@ class ResumeFolder:
 
     @cached_property
     def _images(self) -> ImageInputs:
-        channels = self.pipe.num_channels
         return read_image_inputs(
             self.arguments["image"],
             self.arguments["mask_image"],
             strength=self.arguments["strength"],
             num_prompts=1,
             num_images=1,
-            needs_mask=self.pipe.unet.config.in_channels > channels,
+            needs_mask=self.pipe.condition_kind == "inpaint",
         )
 
     @cached_property

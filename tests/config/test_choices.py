@@ -6,7 +6,10 @@ import pytest
 
 from latentdiff.config import choices
 from latentdiff.config.train import LEARNING_RATES
+from latentdiff.data.degradations import DEGRADATIONS
+from latentdiff.data.inpaint_masks import DRAWERS
 from latentdiff.diffusion import ddpm, loss_weighting, prediction, schedules, timesteps
+from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.pipeline.schedulers import SCHEDULERS
 from latentdiff.training.finetune.methods import TRAINABLE
 from latentdiff.training.optim.optimizer import OPTIMIZERS
@@ -25,6 +28,9 @@ from latentdiff.training.trackers import PACKAGES
         (choices.Tracker, ("none", *PACKAGES)),
         (choices.OptimizerName, OPTIMIZERS),
         (choices.OptimizerName, LEARNING_RATES),
+        (choices.ConditionKind, ("none", *CONDITION_KINDS)),
+        (choices.Degradation, DEGRADATIONS),
+        (choices.InpaintMasks, ("random", "file", *DRAWERS)),
     ],
 )
 def test_settings_offer_exactly_the_names_that_the_code_knows(names: Any, known: Any) -> None:

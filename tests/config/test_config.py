@@ -61,6 +61,8 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("--train.posthoc_ema_every_steps=0", "train.posthoc_ema_every_steps=0, expected .* 1"),
         ("--train.keep_every_steps=-1", "train.keep_every_steps=-1"),
         ("--train.export=best", "train.keep_best=true"),
+        ("--condition.whole_masks=1.5", "condition.whole_masks=1.5, expected a share"),
+        ("--condition.max_noise_level=1000", "condition.max_noise_level=1000"),
     ],
 )
 def test_bad_settings_are_named(argument: str, message: str) -> None:
@@ -96,6 +98,14 @@ def test_bad_settings_are_named(argument: str, message: str) -> None:
         ),
         ("--train.seed=1", "diffusion.snr_gamma=2", "diffusion.loss_weighting=min_snr"),
         ("--train.seed=1", "diffusion.huber_delta=2", "diffusion.loss=huber"),
+        ("--train.seed=1", "condition.source=file", "condition.kind=upscale"),
+        ("--train.seed=1", "condition.max_noise_level=9", "condition.kind=upscale"),
+        ("--train.seed=1", "condition.degradations=[area]", "condition.kind=upscale"),
+        ("--train.seed=1", "condition.masks=boxes", "condition.kind=inpaint"),
+        ("--train.seed=1", "condition.whole_masks=0", "condition.kind=inpaint"),
+        ("--train.seed=1", "condition.dropout=0.2", "condition.kind=instruct_pix2pix"),
+        ("--train.seed=1", "data.condition_column=x", "condition.kind=depth"),
+        ("--condition.kind=inpaint", "data.inpaint_mask_column=x", "condition.masks=file"),
         ("--train.seed=1", "train.posthoc_ema_every_steps=2", "train.posthoc_ema_sigma_rel=[0.1]"),
     ],
 )

@@ -69,8 +69,9 @@ def test_by_products_are_named_and_not_trained_on(tmp_path: Path, missing_captio
     found = by_reason(folder)
     assert found["unused_mask"] == ["0-masklabel.png", "1.mask.png"]
     assert found["stray_mask"] == ["gone-masklabel.png", "gone.mask.png"]
-    hidden = {"deep/.thumbnails/0.png"}
-    assert set(found["by_product"]) == set(BY_PRODUCTS) - hidden - set(found["stray_mask"])
+    assert found["unused_condition"] == ["0-condlabel.png"]
+    others = {"deep/.thumbnails/0.png", *found["stray_mask"], *found["unused_condition"]}
+    assert set(found["by_product"]) == set(BY_PRODUCTS) - others
     assert folder.num_found == len(PHOTOGRAPHS)
 
 

@@ -156,3 +156,49 @@ def test_triples_are_measured_inside_their_masks(schedule: Schedule, triples: Tr
     masked = measure(schedule, replace(triples, mask=list(mask)), (0, 1))["true"]
     part = replace(triples, z0=triples.z0[..., :3], eps=triples.eps[..., :3])
     torch.testing.assert_close(masked, measure(schedule, part, (0, 1))["true"])
+
+
+def test_condition_use_is_the_gain_over_none_and_over_another_images(
+    schedule: Schedule, triples: Triples
+) -> None:
+    """A model that knows eps from its condition alone: the true one leaves no error."""
+    sizes = [8] * 10 + [4] * (N - 10)  # of two buckets
+    z0, eps = (
+        [x[k, :, :side, :side] for k, side in enumerate(sizes)] for x in (triples.z0, triples.eps)
+    )
+    condition = [torch.cat([one, one[:1]]) for one in eps]  # (5, h, w)
+    labels = torch.arange(N)
+    given = replace(
+        triples,
+        z0=z0,
+        eps=eps,
+        text=replace(triples.text, class_labels=labels),
+        condition=condition,
+        null_condition=[torch.zeros_like(one) for one in condition],
+    )
+    seen: list[Tensor] = []
+
+    def knows(zt: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.condition is not None
+        assert conditioning.class_labels is not None
+        seen.append(conditioning.class_labels)
+        return conditioning.condition[:, :4]
+
+    losses = triple_losses(
+        knows, schedule, given, prediction_type="epsilon", device=torch.device("cpu")
+    )
+    assert list(losses) == ["true", "shuffled", "null", "other_condition", "no_condition"]
+    assert (losses["true"] == 0).all()
+    assert (losses["no_condition"] > 0.5).all()
+    assert (losses["other_condition"] > 1).all()
+    first = seen[0].view(5, -1)
+    assert first[0].tolist() == list(range(8))
+    assert first[3].tolist() == [9, *range(7)]  # the other's noise level, within one size
+    figures = summarize_losses(losses, triples.t, num_timesteps=NUM_TIMESTEPS)
+    assert figures["condition_use"] == pytest.approx(1)
+    assert figures["condition_match"] == pytest.approx(1)
+    assert 0 < figures["condition_use_se"] < 0.2
+    plain = summarize_losses(
+        measure(schedule, triples, (0, 1)), triples.t, num_timesteps=NUM_TIMESTEPS
+    )
+    assert not any(name.startswith("condition") for name in plain)

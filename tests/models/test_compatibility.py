@@ -25,7 +25,11 @@ def test_fitting_configs_pass_and_image_sizes_are_multiples_of_both_factors(
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("unet", {"in_channels": 5}, "takes 5 channels .*latents have 4, expected 4 .9 for inpain"),
+        (
+            "unet",
+            {"in_channels": 6},
+            "takes 6 channels .*latents have 4, expected 4, .*9 for inpain",
+        ),
         ("unet", {"out_channels": 3}, "gives 3 channels .*8 with learned variance"),
         ("unet", {"cross_attention_dim": [16, 24]}, "width 16, 24"),
         ("unet", {"encoder_hid_dim": 20}, "width 20 .*hidden_size. is 16"),

@@ -1,12 +1,13 @@
-"""Masks averaged over latent pixels, kept on disk next to the latents and addressed by content.
+"""Masks and other maps at the size of latents, kept on disk next to these, addressed by content.
 
-A key is the hash of the mask's file, the crop and the VAE's factor: a mask that changes is read
-again, and nothing else is; no latent depends on a mask.
+A key is the hash of the map's file, the crop and the VAE's factor: a map that changes is read
+again, and nothing else is; no latent depends on a map.
 """
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.data.arrow.scan_index import ScanIndex
-from latentdiff.data.cache.decode_ahead import CropPlan
+from latentdiff.data.cache.decode_ahead import CropPlan, Item
 from latentdiff.data.cache.latent_encoding import crop_keys
 from latentdiff.data.cache.tensor_store import (
     BAR_DELAY_S,
@@ -23,14 +24,35 @@ from latentdiff.data.cache.tensor_store import (
     TensorStore,
     check_room,
 )
-from latentdiff.data.folder.content_hash import image_hashes, mask_hashes
-from latentdiff.data.masks import Masks
+from latentdiff.data.folder.folder import Folder
 
 MASKS_AT_ONCE = 256
 
 
+class LatentMaps(Protocol):
+    """Maps that are read from files: masks.Masks, conditions.ConditionMaps."""
+
+    @property
+    def folder(self) -> Folder: ...
+    @property
+    def plan(self) -> CropPlan: ...
+    @property
+    def factor(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+
+    def key_base(self) -> dict[str, Any]:
+        """Return what all keys share."""
+
+    def digests(self, index: ScanIndex) -> np.ndarray:
+        """Return the hash of each map's file: (N, 32) uint8."""
+
+    def latent_mask(self, item: Item, *, digest: bytes | None) -> Tensor:
+        """Decode one crop, not mirrored: (k, h, w). digest: of the file, to notice a change."""
+
+
 class MaskCache(CachedVariants):
-    """The mask of every record of a folder, mapped from disk.
+    """The mask, or another map, of every record of a folder, mapped from disk.
 
     num_read: masks that this process had to read. No mask is stored mirrored: it is mirrored when
     it is read.
@@ -41,7 +63,7 @@ class MaskCache(CachedVariants):
         self.num_read = 0
 
     @classmethod
-    def open(cls, masks: Masks, *, cache_dir: Path | str) -> "MaskCache":
+    def open(cls, masks: LatentMaps, *, cache_dir: Path | str) -> "MaskCache":
         """Open the cache as it is, and read no mask."""
         keys = mask_keys(masks, _digests(masks, cache_dir))
         return cls(TensorStore(Path(cache_dir) / "masks"), keys, plan=masks.plan)
@@ -49,7 +71,7 @@ class MaskCache(CachedVariants):
     @classmethod
     def build(
         cls,
-        masks: Masks,
+        masks: LatentMaps,
         *,
         cache_dir: Path | str,
         num_threads: int = 8,
@@ -64,8 +86,8 @@ class MaskCache(CachedVariants):
         digests = _digests(masks, cache_dir)
         cache = cls.open(masks, cache_dir=cache_dir)
         missing = cache._missing()
-        num_bytes = cache._latent_pixels(missing, masks.factor) * torch.float32.itemsize
-        check_room(cache._store.folder, num_bytes)
+        num_values = cache._latent_pixels(missing, masks.factor) * masks.channels
+        check_room(cache._store.folder, num_values * torch.float32.itemsize)
         todo = cache._share(missing, shard)
         writer = StoreWriter(cache._store.folder)
 
@@ -94,7 +116,7 @@ class MaskCache(CachedVariants):
         return cache
 
     def mask(self, index: int, *, flipped: bool, crop: float) -> Tensor:
-        """Return the weight of each latent pixel of record `index`: (1, h, w) float32 in [0, 1].
+        """Return the map of record `index` as its files have it: (k, h, w) float32.
 
         ValueError names a mask that no process has read.
         """
@@ -102,19 +124,17 @@ class MaskCache(CachedVariants):
         return mask.flip(-1) if flipped else mask
 
 
-def mask_keys(masks: Masks, digests: np.ndarray) -> np.ndarray:
+def mask_keys(masks: LatentMaps, digests: np.ndarray) -> np.ndarray:
     """Hash everything that a stored mask depends on: (V, N, 2) uint64.
 
     digests: (N, 32) of the files.
     """
-    base = {"mask": masks.kind, "cell": masks.factor, "interpolation": "bilinear"}
-    return crop_keys(json.dumps(base, sort_keys=True), digests, plan=masks.plan, flips=False)
+    base = json.dumps(masks.key_base(), sort_keys=True)
+    return crop_keys(base, digests, plan=masks.plan, flips=False)
 
 
-def _digests(masks: Masks, cache_dir: Path | str) -> np.ndarray:
-    index = ScanIndex(cache_dir, masks.folder.root)
-    read = mask_hashes if masks.kind == "file" else image_hashes
-    return read(masks.folder, index=index)
+def _digests(masks: LatentMaps, cache_dir: Path | str) -> np.ndarray:
+    return masks.digests(ScanIndex(cache_dir, masks.folder.root))
 
 
 def _of_one_size(places: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:

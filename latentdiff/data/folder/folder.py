@@ -41,8 +41,7 @@ from latentdiff.data.folder.splits import SPLITS, Split
 from latentdiff.data.image_tables.hub_dataset import open_hub_dataset, parse_hub_id
 from latentdiff.program import program
 
-MASK_COLUMNS = (7, 8, 9)
-SOURCE = RECORDS.names.index("source")
+FILE_COLUMNS = ("id", "size", "offset")
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,9 @@ class Record:
     height: int
     split: Split
     source: int = 0  # which of several, counted from 0
+
+
+Companion = Literal["condition", "inpaint_mask"]
 
 
 class Folder(Sequence[Record]):
@@ -102,7 +104,7 @@ class Folder(Sequence[Record]):
             return self.select(np.arange(len(self))[index])
         row = int(self._rows[index])
         name, captions, width, height, split = (c[row].as_py() for c in self._columns[:5])
-        source = self._columns[SOURCE][row].as_py()
+        source = self._column("source")[row].as_py()
         where = self.root / name
         return Record(name, where, tuple(captions), width, height, SPLITS[split], source)
 
@@ -119,11 +121,28 @@ class Folder(Sequence[Record]):
 
     def read_mask(self, index: int) -> bytes:
         """Read the mask file next to the image of record `index`, with mask="file" only."""
-        return read_entry(self.root, self._entry(int(self._rows[index]), MASK_COLUMNS))
+        return read_entry(self.root, self._companions("mask", int(self._rows[index]))[0])
 
     def mask_entries(self) -> Iterator[Entry]:
         """Yield where each record's mask file is, with mask="file" only."""
-        return (self._entry(int(row), MASK_COLUMNS) for row in self._rows)
+        return (self._companions("mask", int(row))[0] for row in self._rows)
+
+    def companions(self, name: Companion) -> tuple["Folder", np.ndarray]:
+        """Return the records' conditions or inpainting masks, and (N + 1,) where each's begin.
+
+        They are a folder of their own, in the order of the records and of each one's list; all but
+        their names and files is that of their image, width and height too.
+        """
+        rows = pa.array(self._rows)
+        lists = [
+            combined(self._column(f"{name}{end}").take(rows)) for end in ("", "_size", "_offset")
+        ]
+        counts = pc.list_value_length(lists[0]).fill_null(0).to_numpy(zero_copy_only=False)
+        table = self._found.table.take(pa.array(np.repeat(self._rows, counts)))
+        for column, values in zip(FILE_COLUMNS, lists, strict=True):
+            table = table.set_column(RECORDS.names.index(column), column, values.flatten())
+        found = replace(self._found, table=table, stored_at=None)
+        return Folder(self.root, found), np.concatenate([[0], np.cumsum(counts)])
 
     def entries(self) -> Iterator[Entry]:
         """Yield where each record's file is."""
@@ -232,12 +251,19 @@ class Folder(Sequence[Record]):
         lines.append(f"  {program()} inspect {self.name} shows everything")
         raise ValueError("\n".join(lines))
 
-    def _entry(self, row: int, columns: tuple[int, int, int] = (0, 5, 6)) -> Entry:
-        name, size, offset = (self._columns[i][row].as_py() for i in columns)
+    def _entry(self, row: int) -> Entry:
+        name, size, offset = (self._column(one)[row].as_py() for one in FILE_COLUMNS)
         return Entry(name, size, offset)
 
+    def _companions(self, name: str, row: int) -> list[Entry]:
+        columns = (self._column(f"{name}{end}")[row].as_py() for end in ("", "_size", "_offset"))
+        return [Entry(*one) for one in zip(*(part or [] for part in columns), strict=True)]
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._columns[RECORDS.names.index(name)]
+
     def _numbers(self, name: str) -> np.ndarray:
-        column: np.ndarray = self._columns[RECORDS.names.index(name)].to_numpy()
+        column: np.ndarray = self._column(name).to_numpy()
         return np.take(column, self._rows)
 
 
@@ -256,6 +282,10 @@ def read_folder(
     min_size: int = 1,
     max_aspect: float = 4.0,
     mask: Literal["none", "alpha", "file"] = "none",
+    condition: Literal["none", "size", "aspect"] = "none",
+    condition_column: str = "condition",
+    inpaint_mask: Literal["none", "file"] = "none",
+    inpaint_mask_column: str = "inpaint_mask",
     cache_dir: Path | str | None = None,
     full: bool = False,
     trust_index: bool = False,
@@ -282,7 +312,18 @@ def read_folder(
     if hub is not None:
         root, captions = open_hub_dataset(hub, captions, trust_index=trust_index)
     root = checked_root(root)
-    rules = ReadRules(captions, follow_links, heldout_fraction, min_size, max_aspect, mask)
+    rules = ReadRules(
+        captions,
+        follow_links,
+        heldout_fraction,
+        min_size,
+        max_aspect,
+        mask,
+        condition,
+        condition_column,
+        inpaint_mask,
+        inpaint_mask_column,
+    )
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
     found = found or build_record_table(root, rules, index=index, full=full, progress=progress)

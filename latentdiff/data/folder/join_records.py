@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentdiff.data.arrow.columns import CHUNK_ROWS
+from latentdiff.data.arrow.columns import CHUNK_ROWS, combined
 from latentdiff.data.arrow.scan_index import ScanIndex, settings_hash
+from latentdiff.data.folder.companion_files import EXTENSIONS
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.record_table import RECORDS, RECORDS_VERSION, RecordTable, map_records
 
@@ -85,7 +86,7 @@ def _parts(sources: Sequence[SourceTable], prefixes: Sequence[str]) -> Iterator[
             part = table.slice(start, CHUNK_ROWS).combine_chunks()
             changed = {
                 "id": _prefixed(part["id"], prefix),
-                "mask": _prefixed(part["mask"], prefix),
+                **{name: _prefixed_lists(part[name], prefix) for name in EXTENSIONS},
                 "repeats": pa.array(part["repeats"].to_numpy() * np.int32(source.repeats)),
                 "source": pa.array(np.full(len(part), number, np.int16)),
             }
@@ -96,3 +97,13 @@ def _parts(sources: Sequence[SourceTable], prefixes: Sequence[str]) -> Iterator[
 def _prefixed(names: pa.ChunkedArray, prefix: str) -> pa.ChunkedArray:
     before, between = (pa.scalar(text, pa.large_string()) for text in (prefix, ""))
     return pc.binary_join_element_wise(before, names, between)
+
+
+def _prefixed_lists(lists: pa.ChunkedArray, prefix: str) -> pa.Array:
+    """Put a prefix before each name of lists of them; null stays null."""
+    whole = combined(lists)
+    if whole.null_count == len(whole):
+        return whole
+    return pa.LargeListArray.from_arrays(
+        whole.offsets, combined(_prefixed(pa.chunked_array([whole.values]), prefix))
+    )

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from latentdiff.data.arrow.columns import (
     CAPTIONS,
     combined,
+    find_strings,
     has_extension,
     iter_py,
     release_memory,
@@ -34,8 +35,12 @@ from latentdiff.data.folder.caption_tables import (
     parent,
     read_rows,
 )
+from latentdiff.data.folder.companion_files import (
+    belongs_to_image,
+    is_companion_name,
+    kind_of_name,
+)
 from latentdiff.data.folder.files import METADATA_NAMES, TEXT_EXTENSIONS
-from latentdiff.data.folder.mask_files import belongs_to_image, is_mask_name
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.repeats import count_repeats, repeat_folder
 from latentdiff.data.folder.sidecars import FAILED, NONE, read_sidecars
@@ -101,20 +106,21 @@ def match_captions(
     rules: CaptionRules,
     problems: Problems,
     index: ScanIndex | None = None,
+    companions: Sequence[pa.Array] = (),
 ) -> CaptionedFiles:
     """Find the captions of all images in a listing; in the result every place is found.
 
     tables: images of tables, with their captions, which join the others; next to them an image
-    without a caption of its own is a by-product.
+    without a caption of its own is a by-product. companions: paths of files that belong to images.
 
     A row of a caption table comes first, then a sidecar, then the folder's name, then the policy
-    for none at all. Images without a caption are skipped, as are masks next to their image without
+    for none at all. Images without a caption are skipped, as are companions of an image without
     a row and by-products without a caption, and every problem met is added.
     """
     paths = combined(listing["path"])
     captions = find_tables(paths, problems)
     found = _from_tables(root, listing, captions, rules=rules, problems=problems)
-    _skip_masks(found, problems)
+    _skip_companions(found, problems, used=companions)
     _skip_unread_copies(found, problems)
     _add_sidecars(found, listing, root=root, rules=rules, problems=problems, index=index)
     _skip_by_products(found, problems, all_others=len(tables) > 0)
@@ -152,15 +158,21 @@ def _from_tables(
     )
 
 
-def _skip_masks(found: CaptionedFiles, problems: Problems) -> None:
-    """Take out the masks next to an image that no table lists; those used are separate already."""
-    paths = found.paths
-    masks = np.flatnonzero(is_mask_name(paths) & (found.at == NONE))
-    masks = masks[belongs_to_image(paths.take(pa.array(masks)), paths)]
-    if len(masks):
-        for name in iter_py(paths, masks):
-            problems.add("unused_mask", name)
-        kept = np.setdiff1d(np.arange(len(found)), masks)
+def _skip_companions(
+    found: CaptionedFiles, problems: Problems, *, used: Sequence[pa.Array]
+) -> None:
+    """Take out what belongs to an image and has no row: masks, conditions, used or not."""
+    paths, wanting = found.paths, found.at == NONE
+    by_name = np.flatnonzero(is_companion_name(paths) & wanting)
+    by_name = by_name[belongs_to_image(paths.take(pa.array(by_name)), paths)]
+    is_used = np.zeros(len(paths), bool)
+    for names in used:
+        is_used |= find_strings(paths, names) >= 0
+    named = np.flatnonzero(is_used & wanting)
+    for name in iter_py(paths, np.setdiff1d(by_name, named)):
+        problems.add(f"unused_{kind_of_name(name)}", name)
+    if len(skipped := np.union1d(by_name, named)):
+        kept = np.setdiff1d(np.arange(len(found)), skipped)
         found.files, found.at = take_rows(found.files, kept), found.at[kept]
 
 
@@ -194,18 +206,20 @@ def _skip_zero_repeats(images: CaptionedFiles, problems: Problems) -> None:
 
 
 def _skip_by_products(found: CaptionedFiles, problems: Problems, *, all_others: bool) -> None:
-    """Skip by-products, masks without an image and kinds that are not read, where they have no
+    """Skip by-products, companions without an image and kinds that are not read, where they have no
     caption of their own.
 
     all_others: every other image without a caption is a by-product too.
     """
     paths, wanting = found.paths, np.flatnonzero(found.at == NONE)
-    strays = wanting[is_mask_name(paths.take(pa.array(wanting)))]
+    strays = wanting[is_companion_name(paths.take(pa.array(wanting)))]
     others = np.setdiff1d(wanting, strays)
     by_products = others if all_others else find_by_products(paths, among=others)
     unread = find_unread(paths, among=np.setdiff1d(others, by_products))
-    skipped = {"stray_mask": strays, "by_product": by_products, "unread_image": unread}
-    for key, places in skipped.items():
+    for name in iter_py(paths, strays):
+        problems.add(f"stray_{kind_of_name(name)}", name)
+    found.at[strays] = FAILED
+    for key, places in {"by_product": by_products, "unread_image": unread}.items():
         for name in iter_py(paths, places):
             problems.add(key, name)
         found.at[places] = FAILED

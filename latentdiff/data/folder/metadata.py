@@ -45,12 +45,31 @@ def read_metadata(
         return
     for number, file_name, caption in reader(root / name, name, columns, problems=problems):
         where = f"{name}:{number}"
-        path = _path(file_name, folder, where=where, problems=problems)
+        path = path_below(file_name, folder, where=where, problems=problems)
         captions = _captions(
             caption, where, column=caption_column, file_name=str(file_name), problems=problems
         )
         if path is not None and captions is not None:
             yield MetadataRow(number, path, captions)
+
+
+def read_column(
+    root: Path, name: str, *, column: str, file_column: str
+) -> Iterator[tuple[int, str, Any]]:
+    """Yield (row number, image, value) of another column of a table; nothing where it has none.
+
+    Faults of the table are those that `read_metadata` reports.
+    """
+    reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[Path(name).suffix]
+    folder, known = posixpath.dirname(name), Problems()
+    if not os.access(root / name, os.R_OK):
+        return
+    for number, file_name, value in reader(
+        root / name, name, (file_column, column), problems=known
+    ):
+        image = path_below(file_name, folder, where=name, problems=known)
+        if image is not None:
+            yield number, image, value
 
 
 def decoded_lines(file: Iterable[bytes]) -> Iterator[str]:
@@ -225,7 +244,8 @@ def _missing_column(
     problems.add("no_column", name, detail)
 
 
-def _path(file_name: Any, folder: str, *, where: str, problems: Problems) -> str | None:
+def path_below(file_name: Any, folder: str, *, where: str, problems: Problems) -> str | None:
+    """Return the path below the root of a file that a table in `folder` names, None for a fault."""
     if not isinstance(file_name, str) or not file_name.strip():
         problems.add("file_name_type", where, f"got {_shown(file_name)}")
         return None

@@ -129,6 +129,61 @@ REASONS: dict[str, Reason] = {
     "stray_mask": Reason("note", "mask without an image"),
     "second_mask": Reason("note", "second mask of an image, not used"),
     "unused_mask": Reason("note", "mask next to an image, not used", "--data.mask=file uses it"),
+    # image conditions
+    "no_condition": Reason(
+        "skipped",
+        "image without a condition",
+        "name its file in a column condition of the metadata file (--data.condition_column names "
+        "another), or put NAME.condition.png next to NAME.jpg",
+    ),
+    "broken_condition": Reason("skipped", "condition that cannot be read", "write it anew"),
+    "condition_size": Reason(
+        "skipped", "condition of another size than its image", "make it as large as the image"
+    ),
+    "condition_aspect": Reason(
+        "skipped",
+        "condition of another shape than its image",
+        "cut it as the image is cut; its size may be another",
+    ),
+    "stray_condition": Reason("note", "condition without an image"),
+    "second_condition": Reason("note", "condition next to an image that has others, not used"),
+    "unused_condition": Reason(
+        "note", "condition next to an image, not used", "--condition.kind says what it is"
+    ),
+    "black_condition": Reason(
+        "note", "condition that is black all over", "draw it anew, or leave out the pair"
+    ),
+    "equal_condition": Reason(
+        "note",
+        "condition that equals its image",
+        "the model would learn to copy it: check which of the two files was meant",
+    ),
+    "no_inpaint_mask": Reason(
+        "skipped",
+        "image without an inpainting mask",
+        "name its file in a column inpaint_mask of the metadata file, put NAME.inpaint_mask.png "
+        "next to NAME.jpg, or draw masks at random with --condition.masks=random",
+    ),
+    "broken_inpaint_mask": Reason(
+        "skipped", "inpainting mask that cannot be read", "write it anew as a PNG"
+    ),
+    "inpaint_mask_size": Reason(
+        "skipped",
+        "inpainting mask of another size than its image",
+        "make it as large as the image",
+    ),
+    "stray_inpaint_mask": Reason("note", "inpainting mask without an image"),
+    "second_inpaint_mask": Reason(
+        "note", "inpainting mask next to an image that has others, not used"
+    ),
+    "unused_inpaint_mask": Reason(
+        "note",
+        "inpainting mask next to an image, not used",
+        "--condition.kind=inpaint --condition.masks=file uses it",
+    ),
+    "black_inpaint_mask": Reason(
+        "note", "inpainting mask that is black all over, which hides nothing", "draw it anew"
+    ),
     # captions
     "no_caption": Reason(
         "skipped",

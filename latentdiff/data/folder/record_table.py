@@ -5,10 +5,11 @@ not check the images; here every fault is named, and only changed files are read
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +23,23 @@ from latentdiff.data.arrow.columns import (
     system_memory,
     take_rows,
 )
-from latentdiff.data.arrow.listing import LISTING, Progress
+from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex, map_table, settings_hash, table_digest
 from latentdiff.data.folder.by_products import without_runs
 from latentdiff.data.folder.caption_tables import CaptionRules
+from latentdiff.data.folder.companion_files import (
+    EXTENSIONS,
+    CompanionRule,
+    Companions,
+    Fit,
+    companion_fields,
+    find_companions,
+    match_companions,
+    no_companions,
+    without_companions,
+)
 from latentdiff.data.folder.files import list_files, report_same_names
 from latentdiff.data.folder.image_headers import read_image_headers
-from latentdiff.data.folder.mask_files import MASK_FILES, match_masks, no_masks, separate_masks
 from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
 from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.repeats import count_repeats
@@ -36,7 +47,7 @@ from latentdiff.data.folder.shards import expand_shards
 from latentdiff.data.folder.splits import assign_splits
 from latentdiff.data.image_tables.table_folder import read_image_tables
 
-RECORDS_VERSION = 3  # raise it when the same files give other records
+RECORDS_VERSION = 4  # raise it when the same files give other records
 RECORDS = pa.schema(
     [
         ("id", pa.large_string()),
@@ -46,9 +57,12 @@ RECORDS = pa.schema(
         ("split", pa.int8()),  # a place in splits.SPLITS
         ("size", pa.int64()),  # of the file, in bytes
         ("offset", pa.int64()),  # in its shard, or files.ALONE
-        *MASK_FILES,  # the mask file next to it, null where masks are not used
         ("repeats", pa.int32()),  # in an epoch of training
         ("source", pa.int16()),  # of several, counted from 0
+        # the files that belong to it, null where their kind is not used
+        *companion_fields("mask"),
+        *companion_fields("condition"),
+        *companion_fields("inpaint_mask"),
     ]
 )
 
@@ -63,6 +77,19 @@ class ReadRules:
     min_size: int  # pixels of the shorter side
     max_aspect: float  # longer side over shorter side
     mask: str = "none"  # "file" wants NAME.mask.png next to NAME.jpg, and skips images without
+    condition: Literal["none"] | Fit = "none"  # wants conditions that fit so, and skips as mask
+    condition_column: str = "condition"  # of a caption table: paths as in the file column
+    inpaint_mask: Literal["none", "file"] = "none"  # as mask
+    inpaint_mask_column: str = "inpaint_mask"
+
+    def companions(self) -> list[CompanionRule]:
+        """List the kinds of files that every image is to have."""
+        rules = [CompanionRule("mask")] if self.mask == "file" else []
+        if self.condition != "none":
+            rules.append(CompanionRule("condition", self.condition_column, self.condition))
+        if self.inpaint_mask == "file":
+            rules.append(CompanionRule("inpaint_mask", self.inpaint_mask_column))
+        return rules
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.heldout_fraction < 1.0:
@@ -112,35 +139,56 @@ def build_record_table(
     listing = without_runs(listing, problems)
     listing = expand_shards(root, listing, problems=problems, index=index, progress=progress)
     report_same_names(combined(listing["path"]), problems)
-    uses_masks = rules.mask == "file"
-    listing, masks = separate_masks(listing) if uses_masks else (listing, LISTING.empty_table())
+    listing, companions = _separate_companions(root, listing, rules, problems)
     tables = read_image_tables(root, listing, rules=rules.captions, problems=problems, index=index)
     images = match_captions(
-        root, listing, tables=tables, rules=rules.captions, problems=problems, index=index
+        root,
+        listing,
+        tables=tables,
+        rules=rules.captions,
+        problems=problems,
+        index=index,
+        companions=[combined(one.files["path"]) for one in companions],
     )
     del listing, tables
     release_memory()
     num_found = len(images) + problems.count("skipped")
-    headers = read_image_headers(root, images.files, index=index, full=full, progress=progress)
+    read_headers = partial(read_image_headers, root, index=index, full=full, progress=progress)
+    headers = read_headers(images.files)
     del images.files
     release_memory()
-    kept, mask_rows = _refuse_by_size(headers, rules, problems=problems), None
-    if uses_masks:
-        mask_headers = read_image_headers(
-            root, masks, name="masks", index=index, full=full, progress=progress
-        )
-        kept, mask_rows = match_masks(headers, mask_headers, kept=kept, problems=problems)
+    kept, rows = _refuse_by_size(headers, rules, problems=problems), dict[str, pa.Table]()
+    for one in companions:
+        files = read_headers(one.files, name=f"{one.rule.name}s")
+        left, found = match_companions(headers, one, files, kept=kept, problems=problems)
+        at = np.searchsorted(kept, left)
+        rows = {name: take_rows(table, at) for name, table in rows.items()}
+        kept, rows = left, rows | {one.rule.name: found}
     if not len(kept) and not problems.count("error") and not problems.count("skipped"):
         problems.add("no_images", str(root), _instead_of_images(problems))
-    parts = partial(_records, images, headers, kept=kept, masks=mask_rows, rules=rules)
+    parts = partial(_records, images, headers, kept=kept, companions=rows, rules=rules)
     return _stored(parts, problems, num_found=num_found, index=index, name=name)
+
+
+def _separate_companions(
+    root: Path, listing: pa.Table, rules: ReadRules, problems: Problems
+) -> tuple[pa.Table, list[Companions]]:
+    """Take the companions that the rules ask for, by their names, out of a listing."""
+    column = rules.captions.file_column
+    found = [
+        find_companions(root, listing, rule, file_column=column, problems=problems)
+        for rule in rules.companions()
+    ]
+    for one in found:
+        listing = without_companions(listing, one)
+    return listing, found
 
 
 def _instead_of_images(problems: Problems) -> str:
     """Describe the files that a person may have meant as images, where there is none."""
     keys = (
         *("archive", "table_ignored", "stray_table", "by_product", "unread_image"),
-        *("stray_mask", "other_files"),
+        *("stray_mask", "stray_condition", "stray_inpaint_mask", "other_files"),
     )
     there = [problems[key].line() for key in keys if key in problems]
     return "; ".join(there) or "check the path"
@@ -176,7 +224,7 @@ def _records(
     headers: pa.Table,
     *,
     kept: np.ndarray,
-    masks: pa.Table | None,
+    companions: Mapping[str, pa.Table],
     rules: ReadRules,
 ) -> Iterator[pa.Table]:
     """Yield the table of records in parts, so that it never is in memory whole."""
@@ -187,11 +235,15 @@ def _records(
         part = slice(start, start + CHUNK_ROWS)
         path, width, height, size, offset = good.slice(start, CHUNK_ROWS).combine_chunks().columns
         captions = images.pool.take(images.at[kept[part]])
-        some = no_masks(len(path)) if masks is None else masks.slice(start, CHUNK_ROWS)
-        found = some.combine_chunks().columns
         repeats = count_repeats(combined(path)) if counts_repeats else np.ones(len(path), np.int32)
-        columns = [path, captions, width, height, pa.array(splits[part]), size, offset, *found]
+        columns = [path, captions, width, height, pa.array(splits[part]), size, offset]
         columns += [pa.array(repeats), pa.array(np.zeros(len(path), np.int16))]
+        for name in EXTENSIONS:
+            found = companions.get(name)
+            some = (
+                no_companions(len(path), name) if found is None else found.slice(start, CHUNK_ROWS)
+            )
+            columns += some.combine_chunks().columns
         yield pa.table(columns, schema=RECORDS).combine_chunks()
         release_memory()
 
@@ -244,6 +296,12 @@ def _prefix(rules: ReadRules) -> str:
     settings["split_fraction"] = settings.pop("heldout_fraction")  # as in an index of any version
     if not rules.captions.repeat_folders:  # as in an index of any version
         del settings["captions"]["repeat_folders"]
+    for kind in ("condition", "inpaint_mask"):
+        column = settings.pop(f"{kind}_column")
+        if settings[kind] == "none":
+            del settings[kind]
+        else:
+            settings[f"{kind}_column"] = column
     settings["version"] = RECORDS_VERSION
     return f"records-{settings_hash(settings)[:16]}"
 

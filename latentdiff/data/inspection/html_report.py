@@ -11,9 +11,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from latentdiff.atomic import write_text
-from latentdiff.data.folder.folder import Folder
+from latentdiff.data.folder.folder import Folder, Record
 from latentdiff.data.folder.problems import SEVERITIES
 from latentdiff.data.inspection.inspect import DataReport
+from latentdiff.data.inspection.pairs import companion_kinds, pair_line
 from latentdiff.data.inspection.statistics import (
     BucketRow,
     CaptionStats,
@@ -37,6 +38,7 @@ MAX_CAPTION = 90  # letters under a thumbnail
 SHOWABLE = (
     *("too_small", "aspect_ratio", "no_caption", "unlisted"),
     *("animated", "wrong_extension", "turned"),
+    *("black_condition", "equal_condition", "black_inpaint_mask"),
 )
 GONE = Markup('<span class="soft">cannot be shown</span>')
 STYLE = """
@@ -84,6 +86,7 @@ def report_as_html(report: DataReport, folder: Folder) -> str:
             ("Problems", _problems(report, folder)),
             ("Sizes", _sizes(folder)),
             ("Captions", _captions(report.captions)),
+            ("Conditions", _conditions(report)),
             ("Samples of an epoch", _sample_table(report.samples)),
             ("Buckets of the training images", _buckets(report.buckets, folder)),
             ("Duplicates", _duplicates(report, folder)),
@@ -95,16 +98,29 @@ def report_as_html(report: DataReport, folder: Folder) -> str:
 
 
 def _samples(folder: Folder) -> Markup:
-    places = np.unique(np.linspace(0, len(folder) - 1, NUM_SAMPLES).astype(int))
-    records = [folder[int(place)] for place in places] if len(folder) else []
-    return grid(
-        figure(
-            _record_thumbnail(folder, record.id),
-            label=textwrap.shorten(record.captions[0], MAX_CAPTION, placeholder=" …"),
-            note=record.id,
-        )
-        for record in records
-    )
+    if not len(folder):
+        return grid([])
+    few = folder.select(np.unique(np.linspace(0, len(folder) - 1, NUM_SAMPLES).astype(int)))
+    kinds = companion_kinds(folder)
+    if not kinds:
+        return grid(_record_figure(folder, record) for record in few)
+    pairs = [few.companions(kind) for kind in kinds]
+    return grid(_pair(few, pairs, index) for index in range(len(few)))
+
+
+def _record_figure(folder: Folder, record: Record) -> Markup:
+    caption = textwrap.shorten(record.captions[0], MAX_CAPTION, placeholder=" …")
+    return figure(_record_thumbnail(folder, record.id), label=caption, note=record.id)
+
+
+def _pair(folder: Folder, pairs: Sequence[tuple[Folder, np.ndarray]], index: int) -> Markup:
+    """Show an image and, next to it, its conditions and inpainting masks."""
+    figures = [_record_figure(folder, folder[index])]
+    for files, starts in pairs:
+        for place in range(*starts[index : index + 2].tolist())[:NUM_IN_GROUP]:
+            data = io.BytesIO(files.read_bytes(place))
+            figures.append(figure(_thumbnail(data), note=files[place].id))
+    return Markup('<div class="group">{}</div>').format(grid(figures))
 
 
 def _record_thumbnail(folder: Folder, record_id: str) -> Markup:
@@ -190,6 +206,10 @@ def _captions(captions: CaptionStats | None) -> Markup:
         repeated = [[f"{times:,}", caption] for caption, times in captions.repeated]
         body += table(["times", "repeated caption"], repeated, classes=("n", ""))
     return body
+
+
+def _conditions(report: DataReport) -> Markup:
+    return Markup().join(Markup("<p>{}</p>").format(pair_line(one)) for one in report.pairs)
 
 
 def _with_cut(long: LongCaption) -> Markup:

@@ -7,7 +7,7 @@ report is plain data: `latentdiff inspect --json` prints its `to_json`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.buckets import Bucket, Partial, assign_buckets, make_buckets
 from latentdiff.data.epoch_draws import EpochDraws, make_draws
 from latentdiff.data.folder.folder import Folder
+from latentdiff.data.folder.problems import Problems
 from latentdiff.data.folder.splits import SPLITS
 from latentdiff.data.inspection.cost_estimate import CacheShape, CostEstimate, Encode, estimate_cost
 from latentdiff.data.inspection.near_duplicates import DuplicateGroup, find_near_duplicates
+from latentdiff.data.inspection.pairs import PairStats, check_pairs
 from latentdiff.data.inspection.statistics import (
     BucketRow,
     CaptionStats,
@@ -65,6 +67,7 @@ class DataReport:
     buckets: list[BucketRow]
     duplicates: list[DuplicateNames] | None  # None where they were not searched
     cost: CostEstimate | None
+    pairs: list[PairStats] = field(default_factory=list)  # of conditions and inpainting masks
     sizes_note: str = ""  # what buckets and cost hold for, where no model or size was named
 
     def to_json(self) -> dict[str, Any]:
@@ -84,12 +87,13 @@ def make_data_report(
     encode: Encode | None = None,
     sources: Mapping[str, Folder] | None = None,
     weights: Sequence[float] = (),
+    pairs: tuple[Sequence[PairStats], Problems] | None = None,
 ) -> DataReport:
     """Measure a folder.
 
     sources: the folders that it joins, by name; weights: of each of them, or none. duplicates: from
-    `find_near_duplicates`. encode: the VAE's encoder of pixels (1, 3, H, W) in [-1, 1], to measure
-    its speed. Buckets and steps are those of the training split.
+    `find_near_duplicates`; pairs: from `check_pairs`. encode: the VAE's encoder of pixels (1, 3, H,
+    W) in [-1, 1], to measure its speed. Buckets and steps are those of the training split.
     """
     refusals = {
         name: part.refusals(max_invalid_fraction=max_invalid_fraction)
@@ -113,7 +117,7 @@ def make_data_report(
         num_usable=len(folder),
         splits=dict(zip(SPLITS, num_in_split, strict=True)),
         subfolders=subfolder_counts(folder),
-        problems=_problems(folder),
+        problems=_problems(folder.problems) | (_problems(pairs[1]) if pairs else {}),
         sizes=size_stats(folder) if len(folder) else None,
         captions=caption_stats(folder, tokenizer) if len(folder) else None,
         samples=[]
@@ -126,6 +130,7 @@ def make_data_report(
         )
         if len(folder)
         else None,
+        pairs=list(pairs[0]) if pairs else [],
     )
 
 
@@ -143,9 +148,9 @@ def default_sizes_note(*, resolution: int, batch_size: int) -> str:
     )
 
 
-def _problems(folder: Folder) -> dict[str, dict[str, Any]]:
+def _problems(found: Problems) -> dict[str, dict[str, Any]]:
     problems = {}
-    for key, group in folder.problems.items():
+    for key, group in found.items():
         examples = [{"where": where, "detail": detail} for where, detail in group.examples]
         problems[key] = {**asdict(group.reason), "count": group.count, "examples": examples}
     return problems
@@ -180,12 +185,14 @@ def inspect_folder(
     cache_dir: str = "",
     sources: Mapping[str, Folder] | None = None,
     weights: Sequence[float] = (),
+    conditions_may_equal: bool = False,
     progress: Progress | None = None,
 ) -> DataReport:
     """Report on a folder as training with these settings would read it.
 
     tokenizer, vae: folders of a CLIP tokenizer and of a VAE, whose speed is measured. quick: skip
-    the search for duplicates, which decodes every image once ever. sources, weights: as in
+    the search for duplicates, which decodes every image once ever, and the look at conditions.
+    conditions_may_equal: they may be their images, in low resolution. sources, weights: as in
     `make_data_report`. The rest: see DataConfig.
     """
     sizes: tuple[Bucket, ...] = (Bucket(resolution, resolution),)
@@ -205,6 +212,7 @@ def inspect_folder(
         encode=encode,
         sources=sources,
         weights=weights,
+        pairs=None if quick else check_pairs(folder, may_equal=conditions_may_equal),
     )
 
 

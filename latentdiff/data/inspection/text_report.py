@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from latentdiff.data.folder.problems import counted_title
 from latentdiff.data.inspection.cost_estimate import CostEstimate
 from latentdiff.data.inspection.inspect import DataReport, DuplicateNames
+from latentdiff.data.inspection.pairs import pair_line
 from latentdiff.data.inspection.statistics import (
     BucketRow,
     CaptionStats,
@@ -26,6 +27,7 @@ def report_as_text(report: DataReport) -> str:
         ["PROBLEMS", *_problems(report)],
         ["SIZES", *_sizes(report.sizes)] if report.sizes else [],
         ["CAPTIONS", *_captions(report.captions)] if report.captions else [],
+        ["CONDITIONS", *(f"  {pair_line(one)}" for one in report.pairs)] if report.pairs else [],
         ["SAMPLES of an epoch", *_samples(report.samples)] if report.samples else [],
         ["BUCKETS of the training images", *_buckets(report.buckets)] if report.buckets else [],
         ["DUPLICATES", *_duplicates(report.duplicates)],

@@ -1,15 +1,16 @@
-"""The held-out loss on fixed triples, and how much the model uses its captions.
+"""The held-out loss on fixed triples, and how much the model uses its captions and conditions.
 
 A fixed set of (image, timestep, noise) triples, timesteps stratified over the chain, is measured
 again and again, so two figures differ by the model alone. The same triples under shuffled and null
-captions show the worth of a caption: a model that ignores captions has a caption use of 0. Triples
+captions show the worth of a caption: a model that ignores captions has a caption use of 0, and one
+that ignores its image conditions, under another image's or none, a condition use of 0. Triples
 of training images with the same timesteps show overfitting as a gap. All figures are squared
 errors, whatever the training loss is, so that runs compare.
 Several processes share the work in batches that do not depend on their number.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -24,6 +25,13 @@ from latentdiff.models.conditioning import Conditioning
 DenoiseFn = Callable[[Tensor, Tensor, Conditioning], Tensor]
 RankOfProcesses = tuple[int, int]  # (rank, number of processes)
 CAPTIONS = ("true", "shuffled", "null")
+CONDITIONS = ("other_condition", "no_condition")  # instead of the true one, under true captions
+USES = {
+    "null": "caption_use",
+    "shuffled": "caption_match",
+    "no_condition": "condition_use",
+    "other_condition": "condition_match",
+}
 NUM_BUCKETS = 4
 BATCH_SIZE = 8  # under three captions each; a constant, so that no layout changes the figures
 
@@ -33,7 +41,8 @@ class Triples:
     """n fixed triples: z0, eps n times (C, h, w), t (n,) int64, and their conditioning.
 
     mask: n times (1, h, w) in [0, 1] where only a part of each image is trained on. Latents
-    differ in size between aspect-ratio buckets; keep latents of one size together.
+    differ in size between aspect-ratio buckets; keep latents of one size together. condition: n
+    times (k, h, w) where the model reads an image; null_condition: one that tells nothing of it.
     """
 
     z0: Tensor | Sequence[Tensor]
@@ -42,6 +51,8 @@ class Triples:
     text: Conditioning
     null_text: Conditioning  # of one null prompt
     mask: Sequence[Tensor] | None = None
+    condition: Sequence[Tensor] | None = None
+    null_condition: Sequence[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -72,25 +83,27 @@ def triple_losses(
     prediction_type: str,
     device: torch.device,
     shard: RankOfProcesses = (0, 1),
-    captions: Sequence[str] = CAPTIONS,
+    captions: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the loss of each triple, (n,) float32 on the device, under each of `captions`.
 
-    Shuffled: each triple gets the caption of the triple before it. shard: this process among those
+    captions: by default CAPTIONS, and CONDITIONS where triples have a condition. Shuffled: each
+    triple gets the caption of the triple before it; other_condition: the condition of one before
+    it of the same size, with its noise level. shard: this process among those
     that share the work; it leaves 0 where another one measures, so their sum is the result.
     """
+    if captions is None:
+        captions = CAPTIONS if triples.condition is None else CAPTIONS + CONDITIONS
     losses = torch.zeros(len(captions), len(triples), device=device)
-    shuffled = triples.text.with_text(triples.text.map(lambda x: x.roll(1, 0)))
+    variants = _variants(triples)
     n = len(captions)
     batches = _batches(triples)
     for index, counts in rank_batches(len(batches), shard):
         part = batches[index]
         z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
         t = triples.t[part].to(device)
-        true = triples.text[part]
-        null = true.with_text(triples.null_text)
-        texts = {"true": true, "shuffled": shuffled[part], "null": null}
-        text = Conditioning.cat([texts[name] for name in captions]).to(device)  # of n b images
+        given = [_conditioning(variants[name], part) for name in captions]
+        text = Conditioning.cat(given).to(device)  # of n b images
         wanted = target(schedule, z0, eps, t, prediction_type=prediction_type)
         zt, t, wanted = (torch.cat([x] * n) for x in (q_sample(schedule, z0, t, eps), t, wanted))
         mask = None
@@ -100,6 +113,42 @@ def triple_losses(
         if counts:
             losses[:, part] = measured.view(n, -1)
     return dict(zip(captions, losses, strict=True))
+
+
+_Variant = tuple[Conditioning, Sequence[Tensor] | None]  # of n images, and their conditions
+
+
+def _variants(triples: Triples) -> dict[str, _Variant]:
+    """Return by name what triples are measured under."""
+    text, condition = triples.text, triples.condition
+    variants: dict[str, _Variant] = {
+        "true": (text, condition),
+        "shuffled": (text.with_text(text.map(lambda x: x.roll(1, 0))), condition),
+        "null": (text.with_text(triples.null_text), condition),
+    }
+    if condition is not None:
+        before = _one_before(condition)
+        labels = text.class_labels
+        moved = text if labels is None else replace(text, class_labels=labels[before])
+        variants["other_condition"] = moved, [condition[k] for k in before]
+        variants["no_condition"] = text, triples.null_condition
+    return variants
+
+
+def _conditioning(variant: _Variant, part: slice) -> Conditioning:
+    text, condition = variant
+    if condition is None:
+        return text[part]
+    return replace(text[part], condition=torch.stack(tuple(condition[part])))
+
+
+def _one_before(conditions: Sequence[Tensor]) -> list[int]:
+    """Return for each condition the index of the one before it of its size, in a circle."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for k, condition in enumerate(conditions):
+        by_size.setdefault(condition.shape, []).append(k)
+    before = {k: same[i - 1] for same in by_size.values() for i, k in enumerate(same)}
+    return [before[k] for k in range(len(conditions))]
 
 
 def _batches(triples: Triples) -> list[slice]:
@@ -130,13 +179,15 @@ def summarize_losses(
     """Return the figures of a log line: loss by timestep bucket, caption use, standard errors.
 
     Paired by triple: caption_use is (null - true) / null, caption_match (shuffled - true) /
-    shuffled. Standard errors are those of plain sampling; with stratified timesteps the true ones
-    are smaller.
+    shuffled; condition_use and condition_match are the same of conditions. Standard errors are
+    those of plain sampling; with stratified timesteps the true ones are smaller.
     """
     losses = {name: values.double().cpu() for name, values in losses.items()}
     true = losses["true"]
     figures = _estimate(true, "heldout_loss", "heldout_se")
-    for name, label in (("null", "caption_use"), ("shuffled", "caption_match")):
+    for name, label in USES.items():
+        if name not in losses:
+            continue
         shares = (losses[name] - true) / losses[name].mean()
         figures |= _estimate(shares, label, f"{label}_se")
     bucket = t.cpu() * NUM_BUCKETS // num_timesteps

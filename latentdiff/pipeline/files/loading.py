@@ -22,7 +22,12 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
 
 from latentdiff.atomic import atomic_files, write_text
-from latentdiff.models.compatibility import check_compatible, reads_time_ids
+from latentdiff.models.compatibility import (
+    CONDITION_KINDS,
+    check_compatible,
+    condition_kinds,
+    reads_time_ids,
+)
 from latentdiff.models.components import Components, load_parts
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import (
@@ -163,12 +168,24 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         pipe.register_to_config(_name_or_path=str(path))
         return pipe
 
+    @property
+    def condition_kind(self) -> str:
+        """The kind of image that the U-Net reads, as its file says or its channels; else "none"."""
+        if self.unet is None:
+            return "none"
+        kinds = condition_kinds(self.unet.config, latent_channels=self.num_channels)
+        known = self.model_info.condition_kind
+        return known if known in kinds else [*kinds, "none"][0]
+
     def to_json_string(self) -> str:
         """Return model_index.json, with the class name that stock diffusers opens the folder by."""
         config = json.loads(super().to_json_string())
-        reads_mask = self.unet is not None and self.unet.config.in_channels > self.num_channels
+        kind = self.condition_kind
         is_sdxl = self.unet is not None and reads_time_ids(self.unet.config)
-        config["_class_name"] = STOCK_CLASSES[is_sdxl, reads_mask]
+        config["_class_name"] = STOCK_CLASSES[is_sdxl, kind == "inpaint"]
+        if kind not in ("none", "inpaint"):
+            name = CONDITION_KINDS[kind].pipeline
+            config["_class_name"] = name.replace("Diffusion", "DiffusionXL", int(is_sdxl))
         for name in SD_ONLY if is_sdxl else SDXL_ONLY:  # arguments that the stock class has not
             config.pop(name, None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -17,6 +17,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from latentdiff.atomic import write_text
+from latentdiff.models.compatibility import CONDITION_KINDS
 
 FILE_NAME = "latentdiff.json"
 OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
@@ -99,7 +100,9 @@ class ModelInfo:
     steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
     metrics: name to value, with sample counts where they are estimates. guidance_scale:
     of a call that gives none. num_inference_steps: of a model that is distilled to so few.
-    clip_skip: layers of the text encoder that captions skipped. example_prompts: what the model
+    clip_skip: layers of the text encoder that captions skipped. condition_kind: of the image that
+    the U-Net reads, a name of compatibility.CONDITION_KINDS; condition_dropout: part of the
+    images that was dropped, which guidance by the image needs. example_prompts: what the model
     knows how to draw.
     """
 
@@ -114,6 +117,8 @@ class ModelInfo:
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     clip_skip: int | None = None
+    condition_kind: str | None = None
+    condition_dropout: float | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     example_prompts: Sequence[str] = ()
@@ -161,6 +166,8 @@ def merged_info(
         guidance_scale=info.guidance_scale,
         num_inference_steps=info.num_inference_steps,
         clip_skip=info.clip_skip,
+        condition_kind=info.condition_kind,
+        condition_dropout=info.condition_dropout,
         loras=loras,
     )
 
@@ -248,6 +255,8 @@ def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> st
     if info.clip_skip:
         named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
         rows.append(("Clip skip", named))
+    if kind := CONDITION_KINDS.get(info.condition_kind or ""):
+        rows.append(("Image condition", f"{info.condition_kind}: {kind.reads}"))
     if info.base_model:
         rows.append(("Caption dropout of the base model", info.base_caption_dropout))
     shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]

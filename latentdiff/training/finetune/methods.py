@@ -97,10 +97,24 @@ def add_adapters(
         textual_inversion.add_tokens(components, token=settings.token, vectors=vectors)
 
 
-def set_trainable(unet: nn.Module, text_encoder: nn.Module | None, method: FinetuneMethod) -> None:
-    """Freeze all parameters but the method's; text_encoder: None where it is not trained."""
+CONDITION_LAYERS = ("conv_in.", "class_embedding.")  # of a U-Net that reads an image condition
+
+
+def set_trainable(
+    unet: nn.Module,
+    text_encoder: nn.Module | None,
+    method: FinetuneMethod,
+    *,
+    reads_condition: bool = False,
+) -> None:
+    """Freeze all parameters but the method's; text_encoder: None where it is not trained.
+
+    reads_condition: where attention is trained, so are the layers that read the image condition.
+    """
+    reads = reads_condition and method in ("attention", "cross_attention")
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(TRAINABLE[method](name))
+        is_own = TRAINABLE[method](name)
+        parameter.requires_grad_(is_own or (reads and name.startswith(CONDITION_LAYERS)))
     for name, parameter in text_encoder.named_parameters() if text_encoder is not None else ():
         if method == "textual_inversion":
             parameter.requires_grad_(name.endswith("token_embedding.new"))

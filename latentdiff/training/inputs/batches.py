@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from latentdiff.data.buckets import Epoch, Partial, make_epoch, num_batches
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.epoch_draws import EpochDraws
+from latentdiff.training.inputs.conditions import ConditionEncoder
 from latentdiff.training.inputs.encode import OnlinePromptEmbeds
 from latentdiff.training.inputs.randomness import (
     STRATA_RULE,
@@ -180,10 +181,12 @@ def train_batches(
     device: torch.device,
     latent_encoder: OnlineLatentEncoder | None = None,
     text_encoder: OnlinePromptEmbeds | None = None,
+    condition_encoder: ConditionEncoder | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the sampler's micro-batches, on the CPU but for those parts that are encoded here.
 
-    latent_encoder, text_encoder: encode pixels and token ids where no cache holds the result.
+    latent_encoder, text_encoder, condition_encoder: encode pixels and token ids where no cache
+    holds the result.
     """
     loader = DataLoader(
         dataset,
@@ -202,6 +205,8 @@ def train_batches(
             batch["z0"] = z0.contiguous()  # as from the cache: dropout draws in memory's order
         if text_encoder is not None:
             batch |= text_encoder.encode(batch.pop("input_ids")).tensors()
+        if condition_encoder is not None:
+            condition_encoder.encode(batch)
         yield batch
 
 

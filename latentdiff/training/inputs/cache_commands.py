@@ -23,6 +23,14 @@ from latentdiff.models.components import load_components, load_text
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import set_clip_skip
+from latentdiff.training.inputs.conditions import (
+    ConditionSource,
+    DepthSource,
+    EditSource,
+    UpscaleSource,
+    condition_keys,
+    condition_source,
+)
 from latentdiff.training.inputs.encode import (
     cache_dir,
     cache_latents,
@@ -101,6 +109,11 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
         masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
         if isinstance(masks, MaskCache):
             yield Built(f"{name} masks", len(masks), masks.num_read)
+        if config.condition.is_on:
+            yield from _build_conditions(
+                name,
+                condition_source(folder, config.condition, data, vae=vae, accelerator=accelerator),
+            )
     if (loaded := _frozen_text_encoder(config)) is not None:
         text_encoder, tokenizer = loaded
         captions = unique_captions((train, heldout), caption_transform(config.data))
@@ -108,6 +121,15 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
             captions, tokenizer, text_encoder, config.data, accelerator=accelerator
         )
         yield Built("captions", len(texts), texts.num_encoded)
+
+
+def _build_conditions(name: str, source: ConditionSource) -> Iterator[Built]:
+    """Yield what was cached of conditions; nothing for those that are read at every step."""
+    if isinstance(source, EditSource) and isinstance(source.latents, LatentCache):
+        cache = source.latents
+        yield Built(f"{name} conditions", len(cache), cache.num_encoded)
+    elif isinstance(source, DepthSource | UpscaleSource) and isinstance(source.maps, MaskCache):
+        yield Built(f"{name} conditions", len(source.maps), source.maps.num_read)
 
 
 def verify_caches(
@@ -151,13 +173,16 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
     """Yield the keys of all cached items that a run with this config reads."""
     config = with_resolution(config)
     check_components(config)
-    folders = read_data(config.data, prompts=config.finetune.instance_prompts)
+    folders = read_data(
+        config.data, condition=config.condition, prompts=config.finetune.instance_prompts
+    )
     if config.data.cache:
         codec = LatentCodec(load_vae_of(config))
         for _, folder, data in _parts(config, *folders):
             yield _opened(folder, codec, data).keys
             if (masks := make_masks(folder, data, factor=codec.factor)) is not None:
                 yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
+            yield from condition_keys(folder, config.condition.kind, data, codec=codec)
     if (loaded := _frozen_text_encoder(config)) is not None:
         text_encoder, tokenizer = loaded
         captions = unique_captions(folders, caption_transform(config.data))
@@ -169,7 +194,9 @@ def _checked(config: Config) -> tuple[Folder, Folder]:
     check_components(config)
     if not config.data.cache:
         raise ValueError("data.cache=false keeps no latents; leave it out to build or verify them")
-    return read_data(config.data, prompts=config.finetune.instance_prompts)
+    return read_data(
+        config.data, condition=config.condition, prompts=config.finetune.instance_prompts
+    )
 
 
 def _parts(config: Config, train: Folder, heldout: Folder) -> list[tuple[str, Folder, DataConfig]]:

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from latentdiff.data.captions import CaptionTransform, may_flip
 from latentdiff.data.folder.folder import Record
-from latentdiff.training.inputs.caption_dropout import is_caption_dropped
+from latentdiff.training.inputs.caption_dropout import is_caption_dropped, is_condition_dropped
+from latentdiff.training.inputs.conditions import ConditionSource
 from latentdiff.training.inputs.randomness import SampleKey, standard_normal
 
 EncodeCaption = Callable[[str], dict[str, Tensor]]
@@ -53,6 +54,8 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         masks: LatentMasks | None = None,
         perturbs_input: bool = False,
         draws_guidance: bool = False,
+        conditions: ConditionSource | None = None,
+        condition_dropout: float = 0.0,
     ) -> None:
         """encode_caption: to the fields of a Conditioning, such as prompt_embeds (L, D).
 
@@ -63,12 +66,14 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         self.encode_caption, self.transform = encode_caption, transform
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
         self.perturbs_input, self.draws_guidance = perturbs_input, draws_guidance
+        self.conditions, self.condition_dropout = conditions, condition_dropout
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return z0, or pixels and vae_noise; eps (C, h, w); offset (C, 1, 1); and scalars.
 
         Next to them the fields of the conditioning that the caption fills. The scalars are u in
         [0, 1) for the timestep, dropped, weight, stratum and index.
+        With conditions, what they read of the sample, and condition_dropped where some are dropped.
         With masks, mask (1, h, w); with a second noise, perturbation (C, h, w); for distillation,
         guidance in [0, 1): its place between the lowest scale and the highest.
         """
@@ -85,6 +90,18 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         sample = self.latents.inputs(key.index, vae_noise, flipped=flipped, crop=crop)
         if self.masks is not None:
             sample["mask"] = self.masks.mask(key.index, flipped=flipped, crop=crop)
+        if self.conditions is not None:
+            index = key.index
+            sample |= self.conditions.sample(index, flipped=flipped, crop=crop, rng=rng)
+        if self.condition_dropout:
+            sample["condition_dropped"] = torch.tensor(
+                is_condition_dropped(
+                    key,
+                    seed=self.seed,
+                    caption_dropout=self.caption_dropout,
+                    condition_dropout=self.condition_dropout,
+                )
+            )
         if self.perturbs_input:
             sample["perturbation"] = standard_normal(rng("perturbation"), shape)
         if self.draws_guidance:

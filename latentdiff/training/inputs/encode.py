@@ -28,6 +28,7 @@ from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.cache.prompt_cache import PromptCache, encode_captions
 from latentdiff.data.captions import CaptionTransform
+from latentdiff.data.conditions import ConditionMaps
 from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.masks import Masks
@@ -40,7 +41,8 @@ NUM_SCALING_IMAGES = 1000  # enough for the std of latents to three digits
 PIXELS_PER_BATCH = 1 << 20  # for the VAE
 MAX_TOKENIZED = 100_000  # captions whose token ids are kept
 LatentSource: TypeAlias = LatentCache | OnlineLatentEncoder
-MaskSource: TypeAlias = MaskCache | Masks
+Maps: TypeAlias = Masks | ConditionMaps
+MaskSource: TypeAlias = MaskCache | Maps
 
 
 def bucket_sizes(data: DataConfig) -> tuple[Bucket, ...]:
@@ -78,13 +80,19 @@ def eval_crop_config(data: DataConfig) -> DataConfig:
 
 
 def cache_latents(
-    folder: Folder, vae: Autoencoder, data: DataConfig, *, accelerator: Accelerator
+    folder: Folder,
+    vae: Autoencoder,
+    data: DataConfig,
+    *,
+    accelerator: Accelerator,
+    plan: CropPlan | None = None,
 ) -> LatentSource:
     """Encode the latents that the cache lacks, shared out over the processes, and open it.
 
-    Without data.cache an image is encoded each time it is read.
+    plan: how images are cropped, by default as the settings say. Without data.cache an image is
+    encoded each time it is read.
     """
-    codec, plan = LatentCodec(vae.to(accelerator.device)), crop_plan(folder, data)
+    codec, plan = LatentCodec(vae.to(accelerator.device)), plan or crop_plan(folder, data)
     if not data.cache:
         return OnlineLatentEncoder(folder, codec, plan=plan)
     if accelerator.num_processes > 1:
@@ -122,7 +130,12 @@ def cache_masks(
     Without data.cache a mask is read each time its image is.
     """
     masks = make_masks(folder, data, factor=factor)
-    if masks is None or not data.cache:
+    return masks and cache_maps(masks, data, accelerator=accelerator)
+
+
+def cache_maps(masks: Maps, data: DataConfig, *, accelerator: Accelerator) -> MaskSource:
+    """Read the maps that the cache lacks, as `cache_masks` does."""
+    if not data.cache:
         return masks
     if accelerator.num_processes > 1:
         with accelerator.main_process_first():  # the others find its hashes on disk

@@ -4,20 +4,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from latentdiff.config.condition import ConditionConfig
 from latentdiff.config.data import DataConfig
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.folder.folder import Folder, join_folders, read_folder
 
+NO_CONDITION = ConditionConfig()
+
 
 def read_data(
-    data: DataConfig, *, prompts: Sequence[str] = (), trust_index: bool = False
+    data: DataConfig,
+    *,
+    condition: ConditionConfig = NO_CONDITION,
+    prompts: Sequence[str] = (),
+    trust_index: bool = False,
 ) -> tuple[Folder, Folder]:
     """Read the images; return training and held-out records. ValueError names their problems.
 
-    prompts: captions of all images, which then need none of their own. trust_index: take the
-    scan that another process has just made.
+    condition: says which files every image must have. prompts: captions of all images, which then
+    need none of their own. trust_index: take the scan that another process has just made.
     """
-    folders = read_sources(data, needs_captions=not prompts, trust_index=trust_index)
+    folders = read_sources(
+        data, condition=condition, needs_captions=not prompts, trust_index=trust_index
+    )
     for folder in folders.values():
         folder.check(max_invalid_fraction=data.max_invalid_fraction)
     folder = join_sources(data, folders)
@@ -32,6 +41,7 @@ def read_data(
 def read_sources(
     data: DataConfig,
     *,
+    condition: ConditionConfig = NO_CONDITION,
     needs_captions: bool = True,
     full: bool = False,
     trust_index: bool = False,
@@ -46,7 +56,7 @@ def read_sources(
         if settings.root in folders:
             raise ValueError(f"data.sources names {settings.root} twice; raise its repeats instead")
         own = settings if needs_captions else replace(settings, missing_caption="empty")
-        folder = _read_source(own, full=full, trust_index=trust_index, progress=progress)
+        folder = _read_source(own, condition, full=full, trust_index=trust_index, progress=progress)
         folders[own.root] = folder
     return folders
 
@@ -69,7 +79,12 @@ def source_weights(data: DataConfig) -> tuple[float, ...]:
 
 
 def _read_source(
-    data: DataConfig, *, full: bool, trust_index: bool, progress: Progress | None
+    data: DataConfig,
+    condition: ConditionConfig,
+    *,
+    full: bool,
+    trust_index: bool,
+    progress: Progress | None,
 ) -> Folder:
     if not data.root:
         raise ValueError("data.root is empty, expected a captioned folder; give --data.root=DIR")
@@ -87,6 +102,10 @@ def _read_source(
         min_size=data.min_size,
         max_aspect=data.max_aspect,
         mask=data.mask,
+        condition=condition.files,
+        condition_column=data.condition_column,
+        inpaint_mask="file" if condition.reads_mask_files else "none",
+        inpaint_mask_column=data.inpaint_mask_column,
         cache_dir=Path(data.cache_dir).expanduser(),
         full=full,
         trust_index=trust_index,

@@ -13,13 +13,14 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
+from latentdiff.config.condition import ConditionConfig
 from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.epoch_draws import make_draws
 from latentdiff.data.folder.folder import Folder
-from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
+from latentdiff.evaluation.metrics.heldout_loss import Triples
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
@@ -36,6 +37,12 @@ from latentdiff.training.inputs.batches import (
     train_batches,
 )
 from latentdiff.training.inputs.caption_dropout import null_text
+from latentdiff.training.inputs.conditions import (
+    ConditionEncoder,
+    FixedCondition,
+    condition_source,
+    preview_conditions,
+)
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.encode import (
     CachedPromptEmbeds,
@@ -53,14 +60,15 @@ from latentdiff.training.inputs.encode import (
     text_source,
     unique_captions,
 )
-from latentdiff.training.inputs.randomness import STRATA_RULE, sample_generator, standard_normal
+from latentdiff.training.inputs.fixed_triples import EncodedImages, fixed_triples
+from latentdiff.training.inputs.randomness import STRATA_RULE
 from latentdiff.training.inputs.sources import source_weights
 from latentdiff.training.inputs.workers import TrackedDataset
 from latentdiff.training.text_to_image.model import trains_text_encoder
 
 logger = logging.getLogger(__name__)
 MAX_BUCKETS_LOGGED = 6
-MIN_TRIPLES = 64  # so that a handful of held-out images still covers the chain
+
 NUM_CHECKED_MASKS = 500
 
 
@@ -78,6 +86,8 @@ class TrainData:
     transform: CaptionTransform
     heldout_triples: Triples | None
     train_triples: Triples | None  # of training images, with the timesteps of the held-out ones
+    condition_encoder: ConditionEncoder | None = None  # of image conditions
+    preview_conditions: Sequence[FixedCondition] = ()  # of held-out images, if there are any
 
     @cached_property
     def null_text(self) -> Conditioning:
@@ -122,16 +132,8 @@ class TrainData:
             device=accelerator.device,
             latent_encoder=latents if isinstance(latents, OnlineLatentEncoder) else None,
             text_encoder=source if isinstance(source, OnlinePromptEmbeds) else None,
+            condition_encoder=self.condition_encoder,
         )
-
-
-@dataclass(frozen=True)
-class _Images:
-    """A folder's images, encoded; masks: where the loss has any."""
-
-    folder: Folder
-    latents: LatentSource
-    masks: MaskSource | None
 
 
 def build_train_data(
@@ -152,11 +154,21 @@ def build_train_data(
         trains_text_encoder=trains_text_encoder(config),
         accelerator=accelerator,
     )
-    encode = partial(_encode, components=components, accelerator=accelerator)
+    encode = partial(
+        _encode, components=components, accelerator=accelerator, condition=config.condition
+    )
     images = encode(train, config.data, latents=latents)
+    encoder = ConditionEncoder(config.condition.kind, components.vae)
+    condition_encoder = encoder if config.condition.is_on else None
     dataset, order = _samples(config, images, class_images, source=source, encode=encode)
-    heldout_triples, train_triples = _fixed_triples(
-        config, images, heldout, source=source, components=components, encode=encode
+    heldout_images = encode(heldout, eval_crop_config(config.data)) if len(heldout) else None
+    heldout_triples, train_triples = fixed_triples(
+        config,
+        images,
+        heldout_images,
+        source=source,
+        components=components,
+        condition_encoder=condition_encoder,
     )
     if accelerator.is_main_process:
         _log_data_plan(config.data, order, source)
@@ -171,6 +183,19 @@ def build_train_data(
         transform=caption_transform(config.data),
         heldout_triples=heldout_triples,
         train_triples=train_triples,
+        condition_encoder=condition_encoder,
+        preview_conditions=_preview_conditions(config, heldout_images or images, condition_encoder),
+    )
+
+
+def _preview_conditions(
+    config: Config, images: EncodedImages, encoder: ConditionEncoder | None
+) -> list[FixedCondition]:
+    if images.conditions is None or encoder is None:
+        return []
+    transform = caption_transform(config.data)
+    return preview_conditions(
+        images.folder, images.conditions, encoder, transform=transform, seed=config.train.seed
     )
 
 
@@ -189,23 +214,27 @@ def _encode(
     *,
     components: Components,
     accelerator: Accelerator,
+    condition: ConditionConfig,
     latents: LatentSource | None = None,
-) -> _Images:
-    """Encode the latents, unless given, and the masks that the caches lack."""
+) -> EncodedImages:
+    """Encode the latents, unless given, the masks and the conditions that the caches lack."""
     vae, factor = components.vae, LatentCodec(components.vae).factor
     if latents is None:
         latents = cache_latents(folder, vae, data, accelerator=accelerator)
     masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
-    return _Images(folder, latents, masks)
+    conditions = None
+    if condition.is_on:
+        conditions = condition_source(folder, condition, data, vae=vae, accelerator=accelerator)
+    return EncodedImages(folder, latents, masks, conditions)
 
 
 def _samples(
     config: Config,
-    images: _Images,
+    images: EncodedImages,
     class_images: Folder | None,
     *,
     source: TextSource,
-    encode: Callable[[Folder, DataConfig], _Images],
+    encode: Callable[[Folder, DataConfig], EncodedImages],
 ) -> tuple[LatentDataset | SubjectAndClassDataset, EpochOrder | PairedOrder]:
     """Return a run's samples and their order; class images are half of each step."""
     if images.masks is not None:
@@ -252,7 +281,7 @@ def subject_order(config: Config, train: Folder) -> EpochOrder:
 
 def _dataset(
     config: Config,
-    images: _Images,
+    images: EncodedImages,
     *,
     source: TextSource,
     transform: CaptionTransform,
@@ -270,67 +299,8 @@ def _dataset(
         masks=images.masks,
         perturbs_input=config.diffusion.input_perturbation > 0,
         draws_guidance=config.distill.is_on,
-    )
-
-
-def _fixed_triples(
-    config: Config,
-    train: _Images,
-    heldout: Folder,
-    *,
-    source: TextSource,
-    components: Components,
-    encode: Callable[[Folder, DataConfig], _Images],
-) -> tuple[Triples | None, Triples | None]:
-    """Return held-out triples, and as many of training images with the same timesteps."""
-    num_heldout, num_train = len(heldout), len(train.folder)
-    if not num_heldout:
-        return None, None
-    heldout_images = encode(heldout, eval_crop_config(config.data))
-    n = min(config.eval.num_heldout, max(num_heldout, MIN_TRIPLES))
-    t = stratified_timesteps(n, components.scheduler.config["num_train_timesteps"])
-    fix = partial(_triples, config, source=source, t=t)
-    repeated = np.arange(n) % num_heldout
-    subsample = np.arange(n) * max(num_train, n) // n % num_train
-    return (
-        fix(heldout_images, indices=repeated, purpose="held out"),
-        fix(train, indices=subsample, purpose="trained"),
-    )
-
-
-def _triples(
-    config: Config,
-    images: _Images,
-    *,
-    indices: np.ndarray,
-    source: TextSource,
-    t: Tensor,
-    purpose: str,
-) -> Triples:
-    """Fix n (image, timestep, noise) triples of the records at `indices` (n,) and t (n,).
-
-    Those of one bucket stand together. purpose: keys their random numbers.
-    """
-    folder, seed = images.folder, config.train.seed
-    order = np.argsort(bucket_ids(folder, config.data)[indices], kind="stable").tolist()
-    z0, eps, masks = [], [], []
-    for i in order:
-        index = int(indices[i])
-        mean, std = images.latents.moments(index)
-        vae_noise = sample_generator(seed, 0, index, i, f"{purpose} vae")
-        z0.append(mean + std * standard_normal(vae_noise, mean.shape))
-        eps.append(standard_normal(sample_generator(seed, 0, index, i, purpose), mean.shape))
-        if images.masks is not None:
-            masks.append(images.masks.mask(index, flipped=False, crop=0.5))
-    transform = caption_transform(config.data)
-    captions = [transform.first(folder[int(indices[i])]) for i in order]
-    return Triples(
-        z0=z0,
-        eps=eps,
-        t=t[order],
-        text=source.batch(captions),
-        null_text=null_text(source),
-        mask=masks or None,
+        conditions=images.conditions,
+        condition_dropout=config.condition.dropout_share,
     )
 
 

@@ -1,6 +1,7 @@
 """Which curves a report shows of one run or of several, overlaid."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -11,14 +12,16 @@ from latentdiff.training.report.run_record import RunRecord
 Z_95 = 1.96
 KNOWN = (  # figures that have a chart of their own, or a part in one
     *("loss", "heldout_loss", "heldout_se", "train_loss_fixed", "train_se_fixed"),
+    *("condition_use", "condition_use_se", "condition_match", "condition_match_se"),
     *("learning_rate", "images_per_second", "memory_gb", "grad_norm", "num_heldout", "step"),
 )
 BY_TIMESTEP = "loss/t"
+CONDITION_NOTE = "Share of the held-out loss that the image condition saves; bars: 95 % interval."
 
 
 def charts(runs: Sequence[RunRecord]) -> Markup:
     """Lay out the charts of runs; a single run has its raw loss and all other figures too."""
-    shown = [_loss(runs), _heldout(runs)]
+    shown = [_loss(runs), _heldout(runs), _condition_use(runs)]
     if len(runs) == 1:
         shown.append(_by_timestep(runs[0]))
     for name, title, from_zero in (
@@ -61,6 +64,46 @@ def _heldout(runs: Sequence[RunRecord]) -> Markup:
             curves.append(trained)
     note = "On the same images, timesteps and noise each time; bars: 95 % interval."
     return chart("Held-out loss", curves, note=note)
+
+
+def _condition_use(runs: Sequence[RunRecord]) -> Markup:
+    """Draw how much the held-out loss gains by the true condition over none and another image's."""
+    curves = []
+    for k, run in enumerate(runs):
+        label = run.name if len(runs) > 1 else "over none"
+        curves.append(_with_interval(run, "condition_use", "condition_use_se", label, k))
+        if len(runs) == 1:
+            other = "over another image's"
+            curves.append(_with_interval(run, "condition_match", "condition_match_se", other, 1))
+    note = " ".join(filter(None, [rise_text(runs[0]) if len(runs) == 1 else "", CONDITION_NOTE]))
+    return chart("Condition use", curves, from_zero=True, note=note)
+
+
+def rise_step(run: RunRecord) -> int | None:
+    """Return the first step from which on the condition use stays above 0 with its interval."""
+    steps, uses = run.series("condition_use")
+    errors = run.series("condition_use_se").values
+    if len(errors) != len(uses):
+        return None
+    rises = [use > Z_95 * error > 0 for use, error in zip(uses, errors, strict=True)]
+    first = len(rises) - next((k for k, rose in enumerate(reversed(rises)) if not rose), len(rises))
+    return int(steps[first]) if first < len(rises) else None
+
+
+def rise_text(run: RunRecord) -> str:
+    """Say when a model began to use its condition, and where that rose most; "" without one."""
+    steps, uses = run.series("condition_use")
+    if not uses:
+        return ""
+    if (step := rise_step(run)) is None:
+        return "Not above 0 with its interval so far: the model ignores its condition."
+    text = f"Above 0 with its interval from step {step:,} on."
+    if len(uses) > 1:
+        gains = [after - before for before, after in pairwise(uses)]
+        k = max(range(len(gains)), key=gains.__getitem__)
+        between = f"from step {steps[k]:,.0f} to {steps[k + 1]:,.0f}"
+        text += f" The largest rise is {between}, by {gains[k]:.3f}."
+    return text
 
 
 def _with_interval(run: RunRecord, name: str, error: str, label: str, color: int) -> Curve:

@@ -16,7 +16,7 @@ from latentdiff.data.inspection.text_report import size_text
 from latentdiff.html import page, render_template, table
 from latentdiff.training.progress import duration_text
 from latentdiff.training.report import curves
-from latentdiff.training.report.charts import charts
+from latentdiff.training.report.charts import charts, rise_step
 from latentdiff.training.report.run_record import RunRecord, read_runs
 from latentdiff.training.report.samples import STYLE as SAMPLES_STYLE
 from latentdiff.training.report.samples import before_and_after, sheet_slider, side_by_side
@@ -117,6 +117,10 @@ def facts_of(run: RunRecord) -> dict[str, str]:
         facts["lowest held-out loss"] = (
             f"{heldout.values[best]:.4f}, step {heldout.steps[best]:,.0f}"
         )
+    if uses := run.series("condition_use").values:
+        step = rise_step(run)
+        since = "not above 0 yet" if step is None else f"above 0 from step {step:,} on"
+        facts["condition use"] = f"{uses[-1]:.3f}, {since}"
     if run.training_seconds:
         facts["training time"] = duration_text(run.training_seconds)
         num_images = run.images_per_step * run.last_step

@@ -36,7 +36,7 @@ from latentdiff.training.text_to_image.setup import Run
 from latentdiff.training.text_to_image.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
-HELDOUT_METRICS = ("heldout_loss", "heldout_se", "caption_use")
+HELDOUT_METRICS = ("heldout_loss", "heldout_se", "caption_use", "condition_use")
 MAX_COUNTED = 100_000  # images whose captions' tags are counted
 WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
@@ -211,5 +211,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         guidance_scale=base.guidance_scale,
         num_inference_steps=config.distill.num_steps if config.distill.is_on else None,
         clip_skip=clip_skip_of(run.components.text_encoder) or None,
+        condition_kind=config.condition.kind if config.condition.is_on else None,
+        condition_dropout=config.condition.dropout_share if config.condition.is_on else None,
         metrics=metrics,
     )

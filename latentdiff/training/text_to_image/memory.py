@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from latentdiff.config.choices import OptimizerName
+from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.finetune.lokr import without_drawing
@@ -229,7 +230,7 @@ def _activations_of(run: Run) -> int | None:
         zt = torch.empty(n, codec.channels, height, width, device=device)
         t = torch.empty(n, dtype=torch.int64, device=device)
         empty = null.map(lambda x: torch.empty(n, *x.shape[1:], dtype=x.dtype, device=device))
-        return zt, t, empty
+        return zt, t, replace(empty, **_condition(run, zt))
 
     try:
         with without_drawing(model):
@@ -237,6 +238,18 @@ def _activations_of(run: Run) -> int | None:
     except RuntimeError as error:
         logger.warning("the memory of activations cannot be estimated: %s", error)
         return None
+
+
+def _condition(run: Run, zt: Tensor) -> dict[str, Tensor]:
+    """Return the condition of noisy latents (B, C, h, w), where the model reads one."""
+    kind = run.config.condition.kind
+    if kind == "none":
+        return {}
+    condition = CONDITION_KINDS[kind]
+    labels = torch.empty(len(zt), dtype=torch.int64, device=zt.device)
+    num = condition.num_channels(zt.shape[1])
+    found = {"condition": torch.empty(len(zt), num, *zt.shape[2:], device=zt.device)}
+    return found | ({"class_labels": labels} if condition.num_class_embeds else {})
 
 
 def num_bytes(tensors: Any) -> int:

@@ -31,9 +31,11 @@ from latentdiff.models.build import (
 )
 from latentdiff.models.compatibility import (
     check_compatible,
+    check_condition,
     latent_factor,
     read_configs,
     read_json,
+    reads_time_ids,
     unet_factor,
 )
 from latentdiff.models.components import (
@@ -44,6 +46,7 @@ from latentdiff.models.components import (
 )
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import predict
+from latentdiff.models.image_conditions import add_condition
 from latentdiff.models.latents import Autoencoder
 from latentdiff.models.learned_variance import fit_variance
 from latentdiff.models.model_path import resolve_model
@@ -98,6 +101,8 @@ def check_components(config: Config) -> None:
             _check_buckets(configs, config.data)
             _check_clip_skip(configs.get("text_encoder", {}), config)
             check_teacher(configs, method=config.distill.method)
+            if "unet" in configs and "vae" in configs:
+                needs_condition(config, configs)
         return
     if not config.model.vae:
         raise ValueError(
@@ -145,6 +150,29 @@ def _check_clip_skip(text_config: Mapping[str, Any], config: Config) -> None:
         check_clip_skip(skipped, num_layers=num_layers, name="model.clip_skip")
 
 
+def needs_condition(config: Config, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether the U-Net has yet to get the channels of condition.kind.
+
+    ValueError for one of another kind, and for a method that does not train the new channels.
+    """
+    channels = configs["vae"]["latent_channels"]
+    method, kind = config.finetune.method, config.condition.kind
+    if reads_time_ids(configs["unet"]) and kind in ("upscale", "depth"):
+        raise ValueError(
+            f"condition.kind={kind} has no pipeline for models of SDXL's kind; take an SD 1.x or "
+            "2.x model, or condition.kind=inpaint or instruct_pix2pix"
+        )
+    if check_condition(configs["unet"], kind, latent_channels=channels):
+        return False
+    if method in ("lora", "textual_inversion"):
+        raise ValueError(
+            f"condition.kind={kind} widens the U-Net's first layer, which finetune.method={method} "
+            "does not train; set finetune.method=full, attention or cross_attention, or start from "
+            f"a model of the kind {kind}"
+        )
+    return True
+
+
 def load_vae_of(config: Config) -> Autoencoder:
     """Load the VAE that a run encodes with: model.vae, or that of the model to fine-tune."""
     return load_vae(config.model.pretrained or config.model.vae)
@@ -185,6 +213,8 @@ def new_components(
         unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
     )
     fit_variance(components, learned=diffusion.learned_variance)
+    if config.condition.is_on:
+        add_condition(unet, config.condition.kind)
     return components
 
 
@@ -196,6 +226,8 @@ def pretrained_components(config: Config) -> Components:
     set_clip_skip(components.text_encoder, config.model.clip_skip)
     components = replace(components, scheduler=_own_scheduler(components.scheduler, config))
     fit_variance(components, learned=config.diffusion.learned_variance)
+    if needs_condition(config, components.configs()):
+        add_condition(components.unet, config.condition.kind)
     return components
 
 

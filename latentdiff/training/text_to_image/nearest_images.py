@@ -77,7 +77,9 @@ class NearestImages:
 
         Raises ValueError naming a training image that can no longer be read.
         """
-        found = self._embed(torch.stack([to_pixels(sample) for sample in samples]))
+        is_one_size = len({sample.size for sample in samples}) == 1
+        batches = [samples] if is_one_size else [[sample] for sample in samples]
+        found = torch.cat([self._embed(torch.stack([*map(to_pixels, part)])) for part in batches])
         train, heldout = self._embedded
         copies: list[bool | None] = [None] * len(samples)
         if len(heldout) and len(train) >= MIN_IMAGES:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from latentdiff.atomic import write_text
+from latentdiff.data.folder.companion_files import EXTENSIONS
 from latentdiff.data.inspection.statistics import sample_rows, subfolder_counts
 from latentdiff.data.inspection.text_report import (
     counted,
@@ -32,7 +33,11 @@ from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
 NUM_EXAMPLES, NUM_STEPS_COUNTED = 5, 100  # in plan.json, of a problem; of the first epoch
-UNUSED_IMAGES = ("by_product", "unused_mask", "stray_mask", "second_mask", "unlisted")
+UNUSED_IMAGES = (
+    "by_product",
+    *(f"{how}_{kind}" for kind in EXTENSIONS for how in ("unused", "stray", "second")),
+    "unlisted",
+)
 
 
 def log_plan(run: Run, first_step: int) -> None:

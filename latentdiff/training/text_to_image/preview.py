@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.prompts import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
+from latentdiff.training.inputs.conditions import FixedCondition
+from latentdiff.training.text_to_image.condition_preview import conditioned, shown_condition
 from latentdiff.training.text_to_image.nearest_images import (
     NearestImage,
     NearestImages,
@@ -71,9 +74,12 @@ def write_sheet(
     guidance_scale: float,
     prompt_weighting: bool = False,
     nearest_images: NearestImages | None = None,
+    conditions: Sequence[FixedCondition] = (),
+    condition_kind: str = "none",
 ) -> dict[str, float]:
     """Generate one image a prompt and write them as a labelled PNG.
 
+    conditions: one a prompt, of a model that reads them; each is shown before its image.
     prompt_weighting: of prompts that a person typed; False: captions, taken verbatim.
     nearest_images: adds the nearest training image of each. Returns their figures, on the main
     process. An error of one process is raised by all, so that none waits for another.
@@ -89,6 +95,7 @@ def write_sheet(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             prompt_weighting=prompt_weighting,
+            conditions=conditions,
         )
     except Exception as error:
         failure = error
@@ -99,7 +106,8 @@ def write_sheet(
         return {}
     images = [generated[index] for index in range(len(prompts))]
     found = _find_nearest(images, nearest_images)
-    sheet, tiles = _sheet(images, prompts, found)
+    shown = [shown_condition(components, condition_kind, one.condition) for one in conditions]
+    sheet, tiles = _sheet(images, prompts, found, shown)
     text = PngInfo()
     text.add_text(TILES, json.dumps(tiles))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,23 +130,29 @@ def _find_nearest(
 
 
 def _sheet(
-    images: Sequence[Image.Image], prompts: Sequence[str], found: Sequence[NearestImage]
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    found: Sequence[NearestImage],
+    conditions: Sequence[Image.Image],
 ) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """Lay out images, each followed by its nearest training image; return the sheet and its tiles.
+    """Lay out images, each after its condition and before its nearest training image, if any.
 
-    A tile is {"label": a prompt or a file's name, "box": pixels, "is_nearest": bool}.
+    Returns the sheet and its tiles: {"label": a prompt, a file's name or "condition", "box":
+    pixels, "is_nearest": whether it only accompanies a generated image}.
     """
-    tiles, labels = list(images), list(prompts)
-    columns = min(8, len(prompts))
-    if found:
-        tiles, labels, columns = [], [], 2 * min(4, len(prompts))
-    for image, prompt, one in zip(images, prompts, found, strict=True) if found else ():
-        tiles += [image, ImageOps.contain(one.image, image.size)]
-        labels += [prompt, one.label]
-    sheet = draw_grid(tiles, labels, columns=columns)
+    tiles: list[tuple[Image.Image, str, bool]] = []
+    for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        if conditions:
+            tiles.append((ImageOps.contain(conditions[k], image.size), "condition", True))
+        tiles.append((image, prompt, False))
+        if found:
+            tiles.append((ImageOps.contain(found[k].image, image.size), found[k].label, True))
+    each = len(tiles) // max(1, len(images))
+    columns = min(8, len(prompts)) if each == 1 else each * min(8 // each, len(prompts))
+    sheet = draw_grid([tile[0] for tile in tiles], [tile[1] for tile in tiles], columns=columns)
     return sheet, [
-        {"label": label, "box": box, "is_nearest": bool(found) and k % 2 == 1}
-        for k, (label, box) in enumerate(zip(labels, sheet.info[BOXES], strict=True))
+        {"label": label, "box": box, "is_nearest": accompanies}
+        for (_, label, accompanies), box in zip(tiles, sheet.info[BOXES], strict=True)
     ]
 
 
@@ -152,21 +166,34 @@ def generate_share(
     num_steps: int,
     guidance_scale: float,
     prompt_weighting: bool = False,
+    conditions: Sequence[FixedCondition] = (),
 ) -> dict[int, Image.Image]:
-    """Return this process's share of the prompts' images, by the prompt's index."""
+    """Return this process's share of the prompts' images, by the prompt's index.
+
+    conditions: one a prompt; each image is then generated alone.
+    """
     pipeline = make_pipeline(components)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
-    images = generate_images(
+    generate = partial(
+        generate_images,
         pipeline,
-        prompts,
-        seeds=[prompt_seed(seed, prompt) for prompt in prompts],
-        batch_size=BATCH_SIZE,
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
         prompt_weighting=prompt_weighting,
-        pads=True,
-        batches=rank_batches(-(-len(prompts) // BATCH_SIZE), shard),
     )
+    seeds = [prompt_seed(seed, prompt) for prompt in prompts]
+    own: dict[int, Image.Image] = {}
     with accelerator.autocast():
-        return dict(images)
+        if not conditions:
+            batches = rank_batches(-(-len(prompts) // BATCH_SIZE), shard)
+            return dict(
+                generate(prompts, seeds=seeds, batch_size=BATCH_SIZE, pads=True, batches=batches)
+            )
+        for k, counts in rank_batches(len(prompts), shard):
+            with conditioned(components, conditions[k]):
+                height, width = conditions[k].condition.shape[-2:]
+                size = (pipeline.vae_scale_factor * height, pipeline.vae_scale_factor * width)
+                ((_, image),) = generate([prompts[k]], seeds=[seeds[k]], batch_size=1, size=size)
+            own |= {k: image} if counts else {}
+    return own

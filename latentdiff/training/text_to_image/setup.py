@@ -103,6 +103,7 @@ def _read_data(config: Config, accelerator: Accelerator) -> tuple[Folder, Folder
     with accelerator.main_process_first():
         return read_data(
             config.data,
+            condition=config.condition,
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
         )
@@ -262,7 +263,12 @@ def _trainable_model(
         part.requires_grad_(False).eval()
     components.text_encoder.to(device)
     model = TextToImage(components, trains_text_encoder=trains_text_encoder(config))
-    set_trainable(model.unet, model.text_encoder, config.finetune.method)
+    set_trainable(
+        model.unet,
+        model.text_encoder,
+        config.finetune.method,
+        reads_condition=config.condition.is_on,
+    )
     cast_weights(model, config.train)
     model.train()
     _lay_out(config, components.unet, components, accelerator)

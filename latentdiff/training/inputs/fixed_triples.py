@@ -1,0 +1,113 @@
+"""Fixed triples of (image, timestep, noise) for the held-out loss, of held-out and training images.
+
+What is measured on them is evaluation/metrics/heldout_loss.py's business.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from latentdiff.config.text_to_image import Config
+from latentdiff.data.folder.folder import Folder
+from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
+from latentdiff.models.components import Components
+from latentdiff.training.inputs.caption_dropout import null_text
+from latentdiff.training.inputs.conditions import (
+    ConditionEncoder,
+    ConditionSource,
+    fixed_condition,
+    with_labels,
+)
+from latentdiff.training.inputs.encode import (
+    LatentSource,
+    MaskSource,
+    TextSource,
+    bucket_ids,
+    caption_transform,
+)
+from latentdiff.training.inputs.randomness import sample_generator, standard_normal
+
+MIN_TRIPLES = 64  # so that a handful of held-out images still covers the chain
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """A folder's images, encoded; masks, conditions: where the loss and the model have any."""
+
+    folder: Folder
+    latents: LatentSource
+    masks: MaskSource | None
+    conditions: ConditionSource | None = None
+
+
+def fixed_triples(
+    config: Config,
+    train: EncodedImages,
+    heldout: EncodedImages | None,
+    *,
+    source: TextSource,
+    components: Components,
+    condition_encoder: ConditionEncoder | None,
+) -> tuple[Triples | None, Triples | None]:
+    """Return held-out triples, and as many of training images with the same timesteps."""
+    if heldout is None:
+        return None, None
+    num_heldout, num_train = len(heldout.folder), len(train.folder)
+    n = min(config.eval.num_heldout, max(num_heldout, MIN_TRIPLES))
+    t = stratified_timesteps(n, components.scheduler.config["num_train_timesteps"])
+    fix = partial(_triples, config, source=source, t=t, condition_encoder=condition_encoder)
+    repeated = np.arange(n) % num_heldout
+    subsample = np.arange(n) * max(num_train, n) // n % num_train
+    return (
+        fix(heldout, indices=repeated, purpose="held out"),
+        fix(train, indices=subsample, purpose="trained"),
+    )
+
+
+def _triples(
+    config: Config,
+    images: EncodedImages,
+    *,
+    indices: np.ndarray,
+    source: TextSource,
+    t: Tensor,
+    purpose: str,
+    condition_encoder: ConditionEncoder | None,
+) -> Triples:
+    """Fix n (image, timestep, noise) triples of the records at `indices` (n,) and t (n,).
+
+    Those of one bucket stand together. purpose: keys their random numbers.
+    """
+    folder, seed = images.folder, config.train.seed
+    order = np.argsort(bucket_ids(folder, config.data)[indices], kind="stable").tolist()
+    z0, eps, masks, conditions = [], [], [], []
+    for i in order:
+        index = int(indices[i])
+        mean, std = images.latents.moments(index)
+        vae_noise = sample_generator(seed, 0, index, i, f"{purpose} vae")
+        z0.append(mean + std * standard_normal(vae_noise, mean.shape))
+        eps.append(standard_normal(sample_generator(seed, 0, index, i, purpose), mean.shape))
+        if images.masks is not None:
+            masks.append(images.masks.mask(index, flipped=False, crop=0.5))
+        if images.conditions is not None and condition_encoder is not None:
+            key = partial(_generator, seed, index, i, purpose)
+            read = images.conditions.sample(index, flipped=False, crop=0.5, rng=key)
+            conditions.append(fixed_condition(read, condition_encoder))
+    transform = caption_transform(config.data)
+    captions = [transform.first(folder[int(indices[i])]) for i in order]
+    return Triples(
+        z0=z0,
+        eps=eps,
+        t=t[order],
+        text=with_labels(source.batch(captions), conditions),
+        null_text=null_text(source),
+        mask=masks or None,
+        condition=[one["condition"] for one in conditions] or None,
+        null_condition=[one["null"] for one in conditions] or None,
+    )
+
+
+def _generator(seed: int, index: int, i: int, purpose: str, name: str) -> np.random.Generator:
+    return sample_generator(seed, 0, index, i, f"{purpose} {name}")

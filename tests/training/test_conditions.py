@@ -1,0 +1,287 @@
+"""Conditions in training: they stay with their images, whole runs are exact, mistakes are named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from fakes_data import noise_image, write_jsonl
+from fakes_models import make_vae
+from fakes_training import SETTINGS, make_config, read_metrics
+from PIL import Image
+
+from latentdiff import LatentDiffPipeline
+from latentdiff.config.text_to_image import Config
+from latentdiff.data.cache.online_encode import OnlineImages
+from latentdiff.data.captions import CaptionTransform
+from latentdiff.data.images import uint8_to_pixels
+from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.image_conditions import depth_channels
+from latentdiff.models.latents import LatentCodec
+from latentdiff.training.inputs.cache_commands import build_caches, prune_caches
+from latentdiff.training.inputs.caption_dropout import is_caption_dropped, is_condition_dropped
+from latentdiff.training.inputs.conditions import condition_source
+from latentdiff.training.inputs.dataset import LatentDataset
+from latentdiff.training.inputs.encode import cache_latents, crop_plan
+from latentdiff.training.inputs.randomness import SampleKey
+from latentdiff.training.inputs.sources import read_data
+from latentdiff.training.report.charts import rise_step, rise_text
+from latentdiff.training.report.run_record import read_runs
+from latentdiff.training.text_to_image.model import check_components
+from latentdiff.training.text_to_image.train_t2i import train
+
+SIZES = [(52, 40), (40, 52), (44, 44), (64, 40), (40, 64), (48, 48), (56, 40), (40, 40)]
+DATA = {"resolution": 32, "buckets": True, "bucket_multiple": 8, "random_flip": True}
+
+
+def marked_folder(root: Path) -> Path:
+    """Images whose conditions and inpainting masks are made of their own pixels."""
+    rows = []
+    for i, (width, height) in enumerate(SIZES):
+        image, split = noise_image(i, width=width, height=height), "test" if i > 5 else "train"
+        (root / split).mkdir(parents=True, exist_ok=True)
+        image.save(root / split / f"{i}.png")
+        image.save(root / split / f"same-{i}.png")
+        mask = image.convert("L").point(lambda v: 255 * (v >= 128))
+        mask.save(root / split / f"{i}.inpaint_mask.png")
+        rows.append({"file_name": f"{i}.png", "text": f"image {i}", "condition": f"same-{i}.png"})
+    write_jsonl(root / "train" / "metadata.jsonl", rows[:6])
+    write_jsonl(root / "test" / "metadata.jsonl", rows[6:])
+    return root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("conditions")
+    marked_folder(folder / "data")
+    make_vae().save_pretrained(folder / "vae")
+    unet = SETTINGS["model"]["unet"] | {"dropout": 0.0}
+    settings = SETTINGS | {"data": DATA, "model": SETTINGS["model"] | {"unet": unet}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_process() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config_of(world: Path, run: Path, kind: str, **changes: Any) -> Config:
+    settings = {"condition__kind": kind, "eval__every_steps": 4, "train__max_steps": 4} | changes
+    return make_config(world, run, **settings)
+
+
+def samples(world: Path, config: Config) -> Any:
+    """Yield (sample, image pixels, latents, index, flipped, crop) of two epochs of samples."""
+    torch.manual_seed(0)
+    vae, accelerator = make_vae(), Accelerator(cpu=True)
+    folder, _ = read_data(config.data, condition=config.condition)
+    source = condition_source(
+        folder, config.condition, config.data, vae=vae, accelerator=accelerator
+    )
+    latents = cache_latents(folder, vae, config.data, accelerator=accelerator)
+    images = OnlineImages(folder, crop_plan(folder, config.data), 4, LatentCodec(vae).factor)
+    dataset = LatentDataset(
+        images,
+        folder,
+        encode_caption=lambda _: {},
+        transform=CaptionTransform(),
+        seed=3,
+        caption_dropout=0.0,
+        random_flip=True,
+        conditions=source,
+    )
+    for epoch in range(2):
+        for index in range(len(folder)):
+            key = SampleKey(index, epoch, index, 0, 1.0)
+            flipped = bool(key.generator("flip", seed=3).random() < 0.5)
+            crop = float(key.generator("crop", seed=3).random())
+            pixels = images.pixels(index, flipped=flipped, crop=crop)
+            yield dataset[key], pixels, latents, (index, flipped, crop)
+
+
+@pytest.mark.parametrize("kind", CONDITION_KINDS)
+@pytest.mark.parametrize(
+    "crops", [{"data__num_crops": 3}, {"data__num_crops": 0, "data__cache": False}]
+)
+def test_image_condition_and_mask_never_come_apart(
+    world: Path, tmp_path: Path, kind: str, crops: dict[str, Any]
+) -> None:
+    """Conditions made of the image's own pixels are these pixels under flip, crop and bucket."""
+    files: dict[str, Any] = {"inpaint": {"condition__masks": "file", "condition__whole_masks": 0}}
+    files["upscale"] = {"condition__source": "file", "condition__max_noise_level": 0}
+    config = config_of(world, tmp_path, kind, **crops, **files.get(kind, {}))
+    flips, shapes = set(), set()
+    for sample, pixels, latents, (index, flipped, crop) in samples(world, config):
+        flips.add(flipped)
+        shapes.add(tuple(pixels.shape))
+        image = uint8_to_pixels(pixels[None])
+        if kind == "inpaint":
+            assert torch.equal(sample["condition_pixels"], pixels)
+            grey = np.asarray(Image.fromarray(pixels.numpy()).convert("L")) >= 128
+            assert (grey == sample["hidden"][0].numpy()).mean() > 0.95  # but for its resizing
+            assert (grey == sample["hidden"][0].flip(-1).numpy()).mean() < 0.95
+        elif kind == "instruct_pix2pix" and config.data.cache:
+            raw, _ = latents.raw_moments(index, flipped=flipped, crop=crop)
+            assert torch.equal(sample["condition"], raw)
+        elif kind == "instruct_pix2pix":
+            assert torch.equal(sample["condition_pixels"], pixels)
+        elif kind == "upscale":
+            expected = F.avg_pool2d(image, 4)[0]
+            assert (sample["condition"] - expected).abs().mean() < 0.02  # noised at level 0
+        else:
+            grey = torch.from_numpy(
+                np.array(Image.fromarray(pixels.numpy()).convert("L"), np.float32) / 255
+            )
+            expected = depth_channels(grey[None, None], tuple(s // 4 for s in grey.shape))[0]
+            torch.testing.assert_close(sample["condition"], expected, atol=1e-5, rtol=0)
+    assert flips == {True, False}
+    assert len(shapes) > 1
+
+
+def test_a_small_condition_has_the_place_of_its_image(tmp_path: Path) -> None:
+    """A low-resolution file of another size is read where the image is cropped."""
+    from latentdiff.data.cache.decode_ahead import CropPlan
+    from latentdiff.data.conditions import Companions, ConditionMaps
+    from latentdiff.data.folder.folder import read_folder
+
+    image = noise_image(0, width=96, height=64)
+    image.save(tmp_path / "0.png")
+    image.resize((24, 16), Image.Resampling.BOX).save(tmp_path / "0.condition.png")
+    (tmp_path / "0.txt").write_text("x")
+    folder = read_folder(tmp_path, condition="aspect")
+    plan = CropPlan(np.array([[64, 64]], np.int32), (0.0, 1.0))
+    own = Companions.of(folder, plan, "condition")
+    maps = ConditionMaps(own.folder, own.plan, 4, "upscale")
+    for crop, left in ((0.2, 0), (0.9, 8)):
+        low_res = np.asarray(Image.open(tmp_path / "0.condition.png"), np.float32) / 127.5 - 1
+        expected = torch.from_numpy(low_res[:, left : left + 16]).permute(2, 0, 1)
+        torch.testing.assert_close(maps.mask(0, flipped=False, crop=crop), expected)
+        mirrored = maps.mask(0, flipped=True, crop=crop)
+        torch.testing.assert_close(mirrored, expected.flip(-1))
+
+
+def test_condition_and_caption_are_dropped_alone_and_together_as_often() -> None:
+    keys = [SampleKey(k, 0, k, 0, 1.0) for k in range(4000)]
+    rates = {"caption_dropout": 0.1, "seed": 1}
+    found = [
+        (is_caption_dropped(k, **rates), is_condition_dropped(k, condition_dropout=0.1, **rates))
+        for k in keys
+    ]
+    for which in ((True, False), (False, True), (True, True)):
+        assert found.count(which) / len(keys) == pytest.approx(0.05, abs=0.012)
+    assert not any(is_condition_dropped(k, condition_dropout=0.0, **rates) for k in keys)
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path) -> dict[str, Path]:
+    """A run of four steps of each kind."""
+    folders = {}
+    for kind in CONDITION_KINDS:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folders[kind] = world / kind
+        assert train(config_of(world, folders[kind], kind)) == 0
+    return folders
+
+
+@pytest.mark.parametrize("kind", CONDITION_KINDS)
+def test_a_run_measures_its_condition_use_from_step_0_and_shows_it(
+    runs: dict[str, Path], kind: str
+) -> None:
+    use, match = (read_metrics(runs[kind], name) for name in ("condition_use", "condition_match"))
+    assert list(use) == list(match) == [0, 4]
+    assert use[0] == match[0] == 0.0  # the widened model equals its base
+    assert use[4] != 0.0
+    assert read_metrics(runs[kind], "condition_use_se").keys() == use.keys()
+    (run,) = read_runs([str(runs[kind])])
+    assert rise_step(run) is None or rise_step(run) > 0
+    assert ("ignores its condition" in rise_text(run)) == (rise_step(run) is None)
+    sheet = Image.open(runs[kind] / "samples" / "step-000000004.png")
+    labels = [tile["label"] for tile in json.loads(sheet.text["tiles"])]
+    assert labels[:2] == ["condition", "image 6"]
+    assert labels.count("condition") == 2
+    assert "image 7" in labels
+
+
+@pytest.mark.parametrize("kind", CONDITION_KINDS)
+def test_an_export_names_its_kind_and_stocks_pipeline(runs: dict[str, Path], kind: str) -> None:
+    folder = runs[kind] / "pipeline"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == CONDITION_KINDS[kind].pipeline
+    info = json.loads((folder / "latentdiff.json").read_text())
+    assert info["condition_kind"] == kind
+    assert ("condition_dropout", 0.1) in info.items() or kind != "instruct_pix2pix"
+    pipe = LatentDiffPipeline.from_pretrained(folder)
+    assert pipe.condition_kind == kind
+    with pytest.raises(ValueError, match=f"kind {kind}|inpainting model"):
+        pipe("a cat", num_inference_steps=1)
+    if kind in ("inpaint", "instruct_pix2pix"):
+        stock = DiffusionPipeline.from_pretrained(folder)
+        assert type(stock).__name__ == CONDITION_KINDS[kind].pipeline
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "instruct_pix2pix"])
+def test_a_resumed_run_and_another_layout_are_the_same_run(
+    world: Path, runs: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    whole = read_metrics(runs[kind])
+    quick = {"eval__every_steps": 0, "eval__num_heldout": 1, "preview__num_steps": 1}
+    for steps in (2, 4):
+        config = config_of(world, tmp_path / "resumed", kind, train__max_steps=steps, **quick)
+        assert train(config) == 0
+    assert read_metrics(tmp_path / "resumed") == whole
+    if kind == "inpaint":  # whose pixels a data worker reads and the step encodes
+        layout = {"train__micro_batch_size": 3, "data__num_workers": 1}
+        assert train(config_of(world, tmp_path / "micro", kind, **layout, **quick)) == 0
+        losses = list(read_metrics(tmp_path / "micro").values())
+        assert losses == pytest.approx(list(whole.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["instruct_pix2pix", "depth"])
+def test_cached_conditions_are_built_ahead_and_kept_while_in_use(
+    world: Path, tmp_path: Path, kind: str
+) -> None:
+    settings = {"data__cache_dir": tmp_path / "cache", "data__random_flip": False}
+    config = config_of(world, tmp_path / "run", kind, **settings)
+    accelerator = Accelerator(cpu=True)
+    built = [str(one) for one in build_caches(config, accelerator=accelerator)]
+    assert "6 training conditions, " in "; ".join(built)
+    assert prune_caches([config]) == []
+    assert prune_caches([config_of(world, tmp_path, "none", **settings)]) != [] or (
+        kind == "instruct_pix2pix"  # whose conditions are the images here: one entry for both
+    )
+
+
+def test_a_model_of_a_kind_is_trained_on_as_that_kind_only(
+    world: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = {"model__vae": "", "model__pretrained": runs["depth"] / "pipeline"}
+    check_components(config_of(world, tmp_path, "depth", **base))
+    check_components(config_of(world, tmp_path, "depth", **base, finetune__method="lora"))
+    with pytest.raises(ValueError, match=r"of the kind depth.*set condition\.kind=depth"):
+        check_components(config_of(world, tmp_path, "inpaint", **base))
+    with pytest.raises(ValueError, match=r"of the kind depth.*condition\.kind=none"):
+        check_components(config_of(world, tmp_path, "none", **base))
+
+
+def test_lora_is_refused_where_the_first_layer_must_be_trained(
+    world: Path, sd_folder: Path, tmp_path: Path
+) -> None:
+    base = {"model__vae": "", "model__pretrained": sd_folder, "finetune__method": "lora"}
+    with pytest.raises(ValueError, match=r"widens the U-Net's first layer.*finetune\.method=full"):
+        check_components(config_of(world, tmp_path, "inpaint", **base))
+
+
+def test_a_folder_without_conditions_is_refused_with_the_fix(world: Path, tmp_path: Path) -> None:
+    noise_image(0).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("x")
+    config = config_of(world, tmp_path / "run", "depth", data__root=tmp_path)
+    with pytest.raises(ValueError, match=r"image without a condition: 0\.png.*condition_column"):
+        train(config)
