@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
 from itertools import takewhile
 from typing import Any, TypeAlias, TypeVar
 
@@ -118,20 +119,22 @@ def log_to_terminal() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
 
 
-def quieten_libraries() -> None:
+def quieten_libraries(module: str = "") -> None:
     """Turn off diffusers' and transformers' progress bars and warnings; their errors stay.
 
     Called by commands alone: a program that imports this package keeps its own settings. Loading
-    them takes seconds, in which a terminal shows a line that says so.
+    them takes seconds, in which a terminal shows a line that says so. module: one of this package
+    that the command needs and that takes seconds more.
     """
     with _terminal_line("loading PyTorch and diffusers ..."):
         import diffusers.utils.logging
         import transformers.utils.logging
         from huggingface_hub.utils.tqdm import enable_progress_bars
 
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.disable_progress_bar()
+            library.set_verbosity_error()
+        import_module(f"latentdiff.{module}" if module else "latentdiff")
     enable_progress_bars()  # of downloads, which take long and were turned off along
 
 

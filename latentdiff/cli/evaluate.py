@@ -27,7 +27,7 @@ def evaluate_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     for options in (EvalModelOptions, EvaluationOptions, BoundOptions, SweepOptions):
         parser.add_class_arguments(options)
     values = parser.parse_args(arguments).as_dict()
-    quieten_libraries()
+    quieten_libraries("evaluation.evaluate")
     from latentdiff.evaluation.evaluate import evaluate
 
     bound = take_options(BoundOptions, values)
@@ -55,7 +55,7 @@ def compare_subject_command(parser: ArgumentParser, arguments: Sequence[str]) ->
         parser.add_argument(f"--{name}", type=expanduser, required=True, help=description)
     parser.add_class_arguments(CompareSubjectOptions)
     values = parser.parse_args(arguments).as_dict()
-    quieten_libraries()
+    quieten_libraries("evaluation.compare_subject")
     from latentdiff.evaluation.compare_subject import compare_subject
 
     report = compare_subject(

@@ -25,7 +25,7 @@ def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         raise ValueError(
             "no file or folder for the images is given; add --out sheet.png"
         ) from error
-    quieten_libraries()
+    quieten_libraries("sampling.sample")
     from latentdiff.sampling.sample import options_from_image, sample
 
     if (source := values["settings_from"]) is not None:
@@ -50,7 +50,7 @@ def app_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     add_model(parser, "models", nargs="*")
     parser.add_class_arguments(WebUIOptions)
     values = parser.parse_args(arguments).as_dict()
-    quieten_libraries()
+    quieten_libraries("pipeline.pipeline")
     try:
         from latentdiff.app.web_ui import serve
 

@@ -27,7 +27,7 @@ def train_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         )
     log_to_terminal()
     _check_folders(config)
-    quieten_libraries()
+    quieten_libraries("training.text_to_image.train_t2i")
     from latentdiff.training.text_to_image.train_t2i import train
 
     return train(config)
@@ -47,7 +47,7 @@ def train_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train an AutoencoderKL on folders of images and report its PSNR on held-out ones."""
     config, _ = parse_settings(parser, VaeConfig, arguments)
     log_to_terminal()
-    quieten_libraries()
+    quieten_libraries("training.vae.train_vae")
     from latentdiff.training.vae.train_vae import train_vae
 
     return train_vae(config)
@@ -57,7 +57,7 @@ def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Train a small CLIP on captioned folders and report its recall on held-out pairs."""
     config, _ = parse_settings(parser, ClipConfig, arguments)
     log_to_terminal()
-    quieten_libraries()
+    quieten_libraries("training.clip.train_clip")
     from latentdiff.training.clip.train_clip import train_clip
 
     return train_clip(config)
@@ -81,7 +81,7 @@ def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         given += [f"--model.pretrained={arguments[0]}", "--distill.method=guided"]
     config, options = parse_settings(parser, Config, given)
     log_to_terminal()
-    quieten_libraries()
+    quieten_libraries("training.distill.stages")
     from latentdiff.training.distill.stages import distill
 
     return distill(config, take_options(DistillOptions, options))

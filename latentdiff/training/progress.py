@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 logger = logging.getLogger(__name__)
 LOG_INTERVAL_S = 30.0  # between two lines where there is no terminal
 MANY_EPOCHS = 100  # from which on a tenth of one is no news
-BAR_FORMAT = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}, {desc}"
+BAR_FORMAT = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{desc}"
 
 
 def lines_above_bar() -> AbstractContextManager[None]:
@@ -47,6 +47,7 @@ class Progress:
             dynamic_ncols=True,
             bar_format=BAR_FORMAT,
             disable=not (is_main and sys.stderr.isatty() and first_step < max_steps),
+            desc=", starting" if first_step else ", starting with a sheet of samples",
         )
 
     def advance(self) -> None:
@@ -109,7 +110,8 @@ class Progress:
 
     def _describe(self) -> None:
         if not self._bar.disable:
-            self._bar.set_description_str(self.text(), refresh=False)
+            text = self.text()  # empty until the first figures
+            self._bar.set_description_str(text and f", {text}", refresh=False)
 
 
 def duration_text(seconds: float) -> str:
