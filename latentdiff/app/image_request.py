@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from latentdiff.app.library import NO_LORA
 from latentdiff.app.model_facts import OWN_SCHEDULER, ModelFacts
 from latentdiff.pipeline import checks
-from latentdiff.pipeline.prompts import parse_prompt
+from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.pipeline.schedulers import scheduler_name
 
 MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000

@@ -78,7 +78,7 @@ def read_model_facts(pipe: LatentDiffPipeline, *, name: str, path: str, max_px: 
         width=width,
         multiple=factor,
         max_side_px=max(min(REACH * max(height, width), max_px // factor * factor), factor),
-        guidance_scale=default_guidance(info),
+        guidance_scale=default_guidance(info, is_sdxl=pipe.is_sdxl),
         schedulers=(OWN_SCHEDULER, *_fitting_schedulers(pipe)),
         clip_skip=clip_skip_of(pipe.text_encoder),
         max_clip_skip=layers - 1,
@@ -103,14 +103,14 @@ def _rows(
     pipe: LatentDiffPipeline, info: ModelInfo, *, size: tuple[int, int]
 ) -> list[tuple[str, str]]:
     """Return labels and values; what is not known is absent."""
-    parts = (pipe.unet, pipe.text_encoder, pipe.vae)
+    parts = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
     parameters = sum(p.numel() for part in parts if part is not None for p in part.parameters())
     found = {
         "Size": f"{size[0]} x {size[1]} px",
         "Trained on": Path(info.dataset).name if info.dataset else None,
         "Training steps": f"{info.steps:,}" if info.steps else None,
         "Base model": info.base_model,
-        "Guidance": f"{default_guidance(info):g}",
+        "Guidance": f"{default_guidance(info, is_sdxl=pipe.is_sdxl):g}",
         "Parameters": f"{parameters / 1e6:,.3g} M",
         "Prediction type": info.prediction_type,
         "Licence": info.licence,

@@ -50,6 +50,7 @@ from latentdiff.evaluation.run import (
     run_evaluation,
     too_few,
 )
+from latentdiff.models.compatibility import read_configs, reads_time_ids
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
@@ -93,7 +94,9 @@ def evaluate(
     _check(out, data=data, options=options, bound=bound, sweep=sweep)
     scale = options.guidance_scale
     if scale is None:
-        scale = default_guidance(read_model_info(resolve_model(model)))
+        folder = resolve_model(model)
+        is_sdxl = reads_time_ids(read_configs(folder).get("unet", {}))
+        scale = default_guidance(read_model_info(folder), is_sdxl=is_sdxl)
     nets = load_metric_nets(options, data)
     run = EvalRun(open_eval_model(model, data), nets, out / "images", data, options, scale)
     if bound is not None:

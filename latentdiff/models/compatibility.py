@@ -249,6 +249,11 @@ def _text_lengths_differ(configs: Mapping[str, ComponentConfig]) -> list[str]:
 
 
 def _shift(configs: Mapping[str, ComponentConfig]) -> list[str]:
+    if configs.get("vae", {}).get("latents_mean"):
+        return [
+            "the VAE's latents_mean and latents_std normalise each channel on its own, expected "
+            "scaling_factor alone"
+        ]
     if not configs.get("vae", {}).get("shift_factor"):
         return []
     return [

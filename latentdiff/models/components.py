@@ -24,7 +24,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from latentdiff.models.compatibility import check_compatible, read_configs, read_json
+from latentdiff.models.compatibility import (
+    check_compatible,
+    read_configs,
+    read_json,
+    reads_time_ids,
+)
 from latentdiff.models.latents import Autoencoder
 from latentdiff.models.model_path import BUNDLED, fetched, refuse_wrong_path, resolve_model
 from latentdiff.models.text import TextEncoders
@@ -59,6 +64,11 @@ class Components:
 
     def __post_init__(self) -> None:
         """Check that the components fit (ValueError)."""
+        if reads_time_ids(self.unet.config) and None in (self.text_encoder_2, self.tokenizer_2):
+            raise ValueError(
+                "the U-Net is SDXL's (addition_embed_type is text_time) and text_encoder_2 or "
+                "tokenizer_2 is absent, expected both"
+            )
         check_compatible(self.configs())
         _check_vocabulary(self.text_encoder, self.tokenizer)
         _check_vocabulary(self.text_encoder_2, self.tokenizer_2)
@@ -101,6 +111,7 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
 
 
 TOKENIZERS = {"tokenizer", "tokenizer_2"}
+SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose model_index.json names them
 
 
 def load_components(
@@ -161,8 +172,8 @@ def load_parts(
         loaded["feature_extractor"] = CLIPImageProcessor.from_pretrained(path)
     for name in TOKENIZERS & names.keys():
         loaded[name] = _load_tokenizer(folder / name)
-    if "text_encoder_2" in names:
-        index = read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
+    if SECOND[0] in index:
         loaded["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
     if "scheduler" in names:
         cls = _scheduler_class(names["scheduler"])
@@ -215,10 +226,8 @@ def _component_classes(folder: Path, given: Mapping[str, Any]) -> dict[str, str]
     index = read_json(folder / "model_index.json")
     specs = {name: spec for name, spec in index.items() if isinstance(spec, list) and all(spec)}
     names = {name: spec[1] for name, spec in specs.items() if name not in given}
-    required = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    if {"text_encoder_2", "tokenizer_2"} & names.keys():
-        required += ["text_encoder_2", "tokenizer_2"]
-    for name in required:
+    second = SECOND if SECOND[0] in index else ()
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", *second):
         if name in given:
             continue
         if name not in names:

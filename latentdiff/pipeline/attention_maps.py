@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from latentdiff.image_grid import draw_grid
-from latentdiff.pipeline.prompts import Prompt, tokenize_prompt
+from latentdiff.pipeline.conditioning.encode import tokenize_prompt
+from latentdiff.pipeline.conditioning.prompt import Prompt
 
 HEAT_SHARE = 0.6
 COLD, HOT = np.array([16.0, 16.0, 96.0]), np.array([255.0, 220.0, 0.0])

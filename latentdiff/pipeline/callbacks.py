@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -29,25 +29,31 @@ TENSORS = (
     "latents",  # (B, C, h, w) after the step
     "prompt_embeds",  # (B, L, D), or (2B, L, D) under guidance with the negative prompts first
     "negative_prompt_embeds",  # (B, L, D), None without guidance
+    "add_text_embeds",  # of SDXL, (B, P) or (2B, P), the pooled embeddings
+    "add_time_ids",  # of SDXL, (B, 6) or (2B, 6), the sizes
     "predicted_z0",  # (B, C, h, w), the clean latents that the step predicts
     "cfg_delta",  # (B, C, h, w), conditional minus unconditional; None without guidance
 )
+OF_SDXL = ("add_text_embeds", "add_time_ids")
 
 
 @dataclass(frozen=True)
 class StepEndCallback:
     """A caller's `callback(pipe, i, t, tensors) -> tensors` and the names of the tensors it takes.
 
-    Latents, prompt_embeds and negative_prompt_embeds that it returns replace the old ones.
+    Latents, prompt_embeds, negative_prompt_embeds, add_text_embeds and add_time_ids that it returns
+    replace the old ones.
     """
 
     function: StepFunction | None
     names: tuple[str, ...]
 
     @classmethod
-    def checked(cls, function: StepFunction | None, names: object) -> StepEndCallback:
+    def checked(
+        cls, function: StepFunction | None, names: object, *, known: Sequence[str] = TENSORS
+    ) -> StepEndCallback:
         """Return the callback; ValueError where it cannot be called or a tensor is unknown."""
-        return cls(function, tuple(checks.callback(function, names, known=TENSORS)))
+        return cls(function, tuple(checks.callback(function, names, known=known)))
 
     def __call__(
         self,
@@ -63,28 +69,30 @@ class StepEndCallback:
         """Return latents and conditioning for the next step."""
         if self.function is None:
             return latents, conditioning
-        prompt_embeds = conditioning.prompt_embeds
-        assert prompt_embeds is not None
-        is_guided = len(prompt_embeds) == 2 * len(latents)
-        negative = prompt_embeds.chunk(2)[0] if is_guided else None
-        tensors: dict[str, Tensor | None] = {}
-        for name in self.names:
-            if name == "predicted_z0":
-                tensors[name] = predicted_z0(pipe.scheduler, prediction.output, xt, t)
-            else:
-                tensors[name] = {
-                    "latents": latents,
-                    "prompt_embeds": prompt_embeds,
-                    "negative_prompt_embeds": negative,
-                    "cfg_delta": prediction.cfg_delta,
-                }[name]
-        changed = self.function(pipe, i, t, tensors) or {}
-        prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+        embeds = conditioning.prompt_embeds
+        assert embeds is not None
+        negative = embeds.chunk(2)[0] if len(embeds) == 2 * len(latents) else None
+        values: dict[str, Tensor | None] = {
+            "latents": latents,
+            "prompt_embeds": embeds,
+            "negative_prompt_embeds": negative,
+            "add_text_embeds": conditioning.pooled_embeds,
+            "add_time_ids": conditioning.time_ids,
+            "cfg_delta": prediction.cfg_delta,
+        }
+        if "predicted_z0" in self.names:
+            values["predicted_z0"] = predicted_z0(pipe.scheduler, prediction.output, xt, t)
+        changed = self.function(pipe, i, t, {name: values[name] for name in self.names}) or {}
+        embeds = changed.get("prompt_embeds", embeds)
         negative_now = changed.get("negative_prompt_embeds")
         if negative_now is not None and negative_now is not negative:
-            prompt_embeds = torch.cat([negative_now, prompt_embeds[-len(latents) :]])
-        conditioning = replace(conditioning, prompt_embeds=prompt_embeds)
-        return changed.get("latents", latents), conditioning
+            embeds = torch.cat([negative_now, embeds[-len(latents) :]])
+        others = Conditioning(
+            pooled_embeds=changed.get("add_text_embeds", conditioning.pooled_embeds),
+            time_ids=changed.get("add_time_ids", conditioning.time_ids),
+            class_labels=conditioning.class_labels,
+        )[-len(embeds) :]  # where a callback has ended guidance, the prompt's alone
+        return changed.get("latents", latents), replace(others, prompt_embeds=embeds)
 
 
 @torch.no_grad()

@@ -112,6 +112,16 @@ def prompt_embeds(
     return _finite(name, value)
 
 
+def pooled_embeds(name: str, value: object, *, num: int) -> Tensor:
+    """Check pooled embeddings of num prompts: (num, width), floating, finite."""
+    expected = f"must be a tensor of shape ({num}, width)"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} {expected}, got {kind(value)}")
+    if value.ndim != 2 or len(value) != num:
+        raise ValueError(f"{name} {expected}, got {tuple(value.shape)}")
+    return _finite(name, value)
+
+
 def size_px(
     height: object, width: object, *, default: tuple[int, int], multiple: int
 ) -> tuple[int, int]:
@@ -125,6 +135,17 @@ def size_px(
             "smaller height or width"
         )
     return rows, columns
+
+
+def pair_px(name: str, value: object, *, low: int, high: int) -> tuple[int, int]:
+    """Return two ints in low..high."""
+    pair = [_integer(one) for one in value] if isinstance(value, (list, tuple)) else []
+    if len(pair) != 2 or any(one is None or not low <= one <= high for one in pair):
+        raise ValueError(f"{name} must be two ints, each in {low}..{high}, got {value!r:.200}")
+    first, second = pair
+    assert first is not None
+    assert second is not None
+    return first, second
 
 
 def count(name: str, value: object, *, maximum: int) -> int:

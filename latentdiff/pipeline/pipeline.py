@@ -6,7 +6,6 @@ before any compute (checks.py).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Never
@@ -19,7 +18,6 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import Tensor
@@ -34,34 +32,19 @@ from transformers import (
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.diffusion.ddpm import Generators
 from latentdiff.diffusion.guidance import ScoreFunction
-from latentdiff.models.compatibility import CONDITION_KINDS
-from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.latents import LatentCodec
-from latentdiff.pipeline import checks, schedulers
-from latentdiff.pipeline.callbacks import TENSORS, StepEndCallback, StepFunction
+from latentdiff.pipeline.call_steps import CallStepsMixin
+from latentdiff.pipeline.callbacks import StepEndCallback, StepFunction
 from latentdiff.pipeline.cfg_denoiser import CFGDenoiser, Guidance
-from latentdiff.pipeline.files.loading import LoadingMixin
-from latentdiff.pipeline.files.model_info import (
-    ModelInfo,
-    default_guidance,
-    warn_if_guidance_untrained,
-)
-from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
-from latentdiff.pipeline.initial_latents import (
-    InpaintState,
-    generators_for,
-    prepare_latents,
-    trained_size_px,
-    warn_if_beyond_trained,
-)
-from latentdiff.pipeline.output import LatentDiffOutput, decode
-from latentdiff.pipeline.png_metadata import attach_settings, generation_metadata
-from latentdiff.pipeline.prompts import EncodePromptMixin, PromptInputs
-from latentdiff.pipeline.schedulers import make_scheduler
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
+from latentdiff.pipeline.files.model_info import ModelInfo
+from latentdiff.pipeline.initial_latents import generators_for
+from latentdiff.pipeline.output import LatentDiffOutput
+from latentdiff.pipeline.png_metadata import generation_metadata
+from latentdiff.pipeline.schedulers import DenoisingSteps, make_scheduler
 
 
-class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, StableDiffusionMixin):
-    """Text to image, image to image and inpainting with any Stable Diffusion 1.x / 2.x model.
+class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin):
+    """Text to image, image to image and inpainting with Stable Diffusion 1.x / 2.x and SDXL.
 
     `LatentDiffPipeline.from_pretrained(path_or_id)("a cat").images[0]` is a PIL image. What
     `save_pretrained` writes is opened by stock diffusers, which then makes the same images.
@@ -73,13 +56,18 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
       do not fit, "chunks" reads all. prompt_weighting: False takes texts verbatim, as training
       takes captions. clip_skip: layers of the text encoder that are skipped,
       by default as in its training.
+    - of SDXL alone: prompt_2, negative_prompt_2, the second text encoder's texts, by default the
+      same; pooled_prompt_embeds, negative_pooled_prompt_embeds (B, P), next to prompt_embeds;
+      original_size, target_size (height, width), crops_coords_top_left and negative_* of the three:
+      what the U-Net is told of the image's sizes (conditioning/sizes.py).
     - image, strength in (0, 1]: start from an image, a tensor or array in [0, 1] or [-1, 1];
       mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.
     - num_inference_steps, or in its place timesteps or sigmas: the noisiest first; eta (DDIM's
       randomness); `set_scheduler` changes the scheduler.
-    - guidance_scale, 1 is none, by default the model's own or 7.5; guidance_rescale in [0, 1];
-      guidance_interval: (start, end), the part of the chain that is guided, from 0, noise, to 1.
+    - guidance_scale, 1 is none, by default the model's own, or 7.5, for SDXL 5; guidance_rescale
+      in [0, 1]; guidance_interval: (start, end), the part of the chain that is guided, from 0,
+      noise, to 1.
     - score_fn: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); its
       gradient, times score_scale, guides the chain too (gradient_guidance.py).
     - num_images_per_prompt; seed: one number s, counted up over the images, or a list of one a
@@ -108,7 +96,6 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         *("text_encoder_2", "tokenizer_2"),
     ]
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
-    _callback_tensor_inputs: ClassVar = list(TENSORS)
 
     def __init__(
         self,
@@ -123,7 +110,7 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         image_encoder: CLIPVisionModelWithProjection | None = None,
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
-        force_zeros_for_empty_prompt: bool = False,
+        force_zeros_for_empty_prompt: bool | None = None,  # None: of SDXL alone, as in diffusers
         requires_safety_checker: bool = True,
     ) -> None:
         super().__init__()
@@ -144,7 +131,11 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         self._check_components()
         self.register_to_config(
             requires_safety_checker=requires_safety_checker and safety_checker is not None,
-            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            force_zeros_for_empty_prompt=(
+                self.is_sdxl
+                if force_zeros_for_empty_prompt is None
+                else force_zeros_for_empty_prompt
+            ),
         )
         self.model_info = ModelInfo()
         self._guidance, self._guidance_scale = Guidance(), 1.0
@@ -157,7 +148,9 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         self,
         prompt: str | list[str] | None = None,
         *,
+        prompt_2: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -178,6 +171,14 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        negative_target_size: tuple[int, int] | None = None,
         long_prompts: str = "truncate",
         prompt_weighting: bool = True,
         clip_skip: int | None = None,
@@ -192,32 +193,48 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
         """Make images for a prompt, or for each prompt of a list; see the class."""
         # 1. Checks, all before any compute
         self._check_call(others, output_type, return_dict)
-        step_end = StepEndCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        names, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        step_end = StepEndCallback.checked(callback_on_step_end, names, known=known)
         score, interval = (score_fn, score_scale), guidance_interval
         guidance = self._read_guidance(guidance_scale, guidance_rescale, interval, score=score)
-        texts, embeds = (prompt, negative_prompt), (prompt_embeds, negative_prompt_embeds)
-        options = (long_prompts, clip_skip, prompt_weighting)
-        lora, count = (lora_scale, cross_attention_kwargs), num_images_per_prompt
-        prompts = self._read_prompts(texts, embeds, count, options=options, lora=lora)
+        prompts = self._read_prompts(
+            (prompt, negative_prompt),
+            (prompt_2, negative_prompt_2),
+            (prompt_embeds, negative_prompt_embeds),
+            pooled=(pooled_prompt_embeds, negative_pooled_prompt_embeds),
+            num_images_per_prompt=num_images_per_prompt,
+            options=(long_prompts, clip_skip, prompt_weighting),
+            lora=(lora_scale, cross_attention_kwargs),
+        )
+        sizes = SizeInputs(
+            original_size,
+            crops_coords_top_left,
+            target_size,
+            negative_original_size,
+            negative_crops_coords_top_left,
+            negative_target_size,
+        ).checked(is_sdxl=self.is_sdxl)
         images = self._read_images(prompts, image, mask_image, strength=strength)
         shape = self._latent_shape(prompts.num_images, images, latents, size=(height, width))
         seeds, generator = generators_for(seed, generator, num_images=prompts.num_images)
         chain = self._chain((num_inference_steps, timesteps, sigmas), images, step=(eta, generator))
-        # 2. Prompts, encoded
-        conditioning = self._conditioning(prompts, chain.timesteps.device)
+        # 2. Prompts, encoded, with the sizes that SDXL reads next to them
+        conditioning = self._conditioning(prompts, sizes, chain.timesteps.device, shape=shape)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
         denoiser = self._denoiser(inputs, guidance, conditioning, lora_scale=prompts.lora_scale)
         # 4. Scheduler, step by step from noise to clean latents
         z0 = self.denoise_loop(denoiser, chain, step_end=step_end)
         # 5. Output: images, with the settings that make them again
-        settings = generation_metadata(self, prompts, images, chain, seeds=seeds, shape=shape)
+        settings = generation_metadata(
+            self, prompts, images, chain, sizes=sizes, seeds=seeds, shape=shape
+        )
         return self._output(z0, settings, seeds=seeds, kind=(output_type, return_dict))
 
     def denoise_loop(
         self,
         denoiser: CFGDenoiser,
-        chain: schedulers.DenoisingSteps,
+        chain: DenoisingSteps,
         *,
         step_end: StepEndCallback,
     ) -> Tensor:
@@ -252,206 +269,3 @@ class LatentDiffPipeline(EncodePromptMixin, LoadingMixin, DiffusionPipeline, Sta
     def set_scheduler(self, name: str) -> None:
         """Change the scheduler by name, such as "dpm++2m-karras"; see schedulers.py."""
         self.scheduler = make_scheduler(name, trained=self.scheduler)
-
-    @property
-    def guidance_scale(self) -> float:
-        """Scale of classifier-free guidance in the call that runs, or ran last; 1 is none."""
-        return self._guidance_scale
-
-    @property
-    def guidance(self) -> Guidance:
-        """Guidance of the call that runs, or ran last."""
-        return self._guidance
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether each step makes two predictions; a U-Net that reads the scale needs one."""
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call that runs, or ran last."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has asked to stop, by setting `_interrupt`."""
-        return self._interrupt
-
-    @property
-    def _reads_mask(self) -> bool:
-        """Whether this is an inpainting U-Net, which reads mask and masked image."""
-        return self.condition_kind == "inpaint"
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Image pixels along one side of a latent pixel, of the VAE that is there now."""
-        return 8 if self.vae is None else LatentCodec(self.vae).factor
-
-    @property
-    def image_processor(self) -> VaeImageProcessor:
-        """Diffusers' conversion of images to pixels in [-1, 1] and back, for this VAE."""
-        factor, channels = self.vae_scale_factor, self.num_channels
-        return VaeImageProcessor(vae_scale_factor=factor, vae_latent_channels=channels)
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of a latent."""
-        return 4 if self.vae is None else int(self.vae.config.latent_channels)
-
-    def _check_call(self, others: Mapping[str, object], *output: object) -> None:
-        """Check the names of arguments, the output's kind and that swapped components fit."""
-        checks.no_others(others, inspect.signature(type(self).__call__).parameters)
-        checks.output(*output)
-        self._check_fit()
-
-    def _read_guidance(
-        self, scale: object, rescale: object, interval: object, *, score: tuple[Any, object]
-    ) -> Guidance:
-        """Check guidance, by default of the model's own scale, and make it the pipeline's."""
-        scale = default_guidance(self.model_info) if scale is None else scale
-        guidance = Guidance.checked(scale, rescale, interval, score=score)
-        self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
-        warn_if_guidance_untrained(self.model_info, guidance.scale)
-        return guidance
-
-    def _read_images(
-        self, prompts: PromptInputs, image: object, mask_image: object, *, strength: object
-    ) -> ImageInputs:
-        if self.condition_kind not in ("none", "inpaint"):
-            kind = CONDITION_KINDS[self.condition_kind]
-            raise ValueError(
-                f"this model is of the kind {self.condition_kind}: its U-Net also reads "
-                f"{kind.reads}, which this pipeline does not give it yet; open its folder with "
-                f"diffusers.{kind.pipeline}"
-            )
-        return read_image_inputs(
-            image,
-            mask_image,
-            strength=strength,
-            num_prompts=prompts.num_prompts,
-            num_images=prompts.num_images,
-            needs_mask=self._reads_mask,
-        )
-
-    def _latent_shape(
-        self,
-        num_images: int,
-        images: ImageInputs,
-        latents: object,
-        *,
-        size: tuple[object, object],
-    ) -> tuple[int, int, int, int]:
-        """Return (B, C, h, w), which latents must have, of a size in pixels.
-
-        size: (height, width), by default the image's or the trained one.
-        """
-        factor = self.vae_scale_factor
-        given = images.size(multiple=factor)
-        default = given or trained_size_px(self.unet, factor=factor)
-        rows, columns = checks.size_px(*size, default=default, multiple=factor)
-        if given is None:
-            warn_if_beyond_trained((rows, columns), self.unet, factor=factor)
-        shape = num_images, self.num_channels, rows // factor, columns // factor
-        if latents is not None:
-            checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
-        return shape
-
-    def _chain(
-        self,
-        asked: tuple[object, object, object],
-        images: ImageInputs,
-        *,
-        step: tuple[object, Generators],
-    ) -> schedulers.DenoisingSteps:
-        """Set the scheduler's steps and return them, those of the images' strength if any.
-
-        asked: num_inference_steps, timesteps and sigmas. step: eta and generator.
-        """
-        (num_steps, timesteps, sigmas), (eta, generator) = asked, step
-        out_channels = self.unet.config.out_channels
-        schedulers.check_variance(
-            self.scheduler, out_channels=out_channels, channels=self.num_channels
-        )
-        chain = schedulers.set_timesteps(
-            self.scheduler,
-            num_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            strength=images.strength,
-            device=self._execution_device,
-        )
-        self._num_timesteps = len(chain.timesteps)
-        eta = checks.in_range("eta", eta, low=0.0, high=1.0)
-        options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
-        return replace(chain, settings=chain.settings | {"eta": eta}, step_options=options)
-
-    def _conditioning(self, prompts: PromptInputs, device: torch.device) -> Conditioning:
-        """Return that of B images, or under guidance of 2B with the negative prompts first."""
-        is_guided = self.do_classifier_free_guidance
-        embeds, negative = self._encode_inputs(prompts, device, is_guided=is_guided)
-        return Conditioning(embeds if negative is None else torch.cat([negative, embeds]))
-
-    def _initial_latents(
-        self,
-        images: ImageInputs,
-        noise: Tensor | None,
-        *,
-        shape: Sequence[int],
-        generator: Generators,
-    ) -> InpaintState:
-        return prepare_latents(
-            images,
-            noise,
-            shape=shape,
-            generator=generator,
-            codec=LatentCodec(self.vae),
-            device=self.scheduler.timesteps.device,  # that of the call
-            reads_mask=self._reads_mask,
-        )
-
-    def _denoiser(
-        self,
-        inputs: InpaintState,
-        guidance: Guidance,
-        conditioning: Conditioning,
-        *,
-        lora_scale: float | None,
-    ) -> CFGDenoiser:
-        return CFGDenoiser(
-            self.unet,
-            inputs,
-            guidance,
-            conditioning=conditioning,
-            scheduler=self.scheduler,
-            fast_cpu=self.fast_cpu,
-            lora_scale=lora_scale,
-        )
-
-    def _output(
-        self,
-        latents: Tensor,
-        settings: list[dict[str, Any]],
-        *,
-        seeds: list[int] | None,
-        kind: tuple[str, bool],
-    ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
-        """Decode to images, PIL images with their settings, past the safety checker.
-
-        kind: output_type and return_dict.
-        """
-        output_type, return_dict = kind
-        if output_type != "latent":
-            latents = self.fast_cpu.channels_last(latents)
-        images, flagged = decode(
-            latents,
-            vae=self.vae,
-            safety_checker=self.safety_checker,
-            feature_extractor=self.feature_extractor,
-            output_type=output_type,
-        )
-        if output_type == "pil":
-            images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
-        self.maybe_free_model_hooks()
-        output = LatentDiffOutput(images, flagged, seeds, settings)
-        return output if return_dict else (images, flagged)

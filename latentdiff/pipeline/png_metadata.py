@@ -24,9 +24,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from latentdiff.atomic import atomic_file
+from latentdiff.pipeline.conditioning.prompt import Prompt, PromptInputs
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import public_name
 from latentdiff.pipeline.image_inputs import ImageInputs
-from latentdiff.pipeline.prompts import Prompt, PromptInputs
 from latentdiff.pipeline.schedulers import DenoisingSteps
 from latentdiff.pipeline.webui_parameters import KEY as WEBUI_KEY
 from latentdiff.pipeline.webui_parameters import parameters_text, read_parameters
@@ -40,6 +41,7 @@ def generation_metadata(
     images: ImageInputs,
     chain: DenoisingSteps,
     *,
+    sizes: SizeInputs,
     seeds: Sequence[int] | None,
     shape: Sequence[int],
 ) -> list[dict[str, Any]]:
@@ -61,15 +63,13 @@ def generation_metadata(
         "clip_skip": prompts.clip_skip,
         "lora_scale": prompts.lora_scale,
         "prompt_weighting": None if prompts.prompt_weighting else False,  # None: the default
+        **sizes.settings(),
     }
     made_by, digests = environment_metadata(pipe), images.digests()
     settings = []
     for k in range(prompts.num_images):
-        own = {
-            "prompt": _text(prompts.prompts, k // prompts.num_images_per_prompt),
-            "negative_prompt": _text(prompts.negative_prompts, k // prompts.num_images_per_prompt),
-            "seed": None if seeds is None else seeds[k],
-        }
+        own = _texts(prompts, k // prompts.num_images_per_prompt)
+        own["seed"] = None if seeds is None else seeds[k]
         call = {key: value for key, value in (own | common).items() if value is not None}
         inputs = {
             name: values[k * len(values) // prompts.num_images] for name, values in digests.items()
@@ -90,7 +90,8 @@ def environment_metadata(pipe: Any) -> dict[str, Any]:
 def model_metadata(pipe: Any) -> dict[str, Any]:
     """Return the name without a path, fingerprint and dtype of a pipeline's model."""
     name = pipe.config.get("_name_or_path")
-    parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    names = "unet", "vae", "text_encoder", "text_encoder_2"
+    parts = {name: getattr(pipe, name) for name in names}
     return {
         "name": name and public_name(name),
         "fingerprint": model_fingerprint(parts),
@@ -143,6 +144,19 @@ def model_fingerprint(modules: Mapping[str, nn.Module | None]) -> str | None:
     if values:
         digest.update(torch.cat([value.cpu() for value in values]).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _texts(prompts: PromptInputs, index: int) -> dict[str, Any]:
+    """Return a prompt and its negative prompt by argument; and second ones if they differ."""
+    named = {
+        "prompt": (prompts.prompts, prompts.second),
+        "negative_prompt": (prompts.negative_prompts, prompts.negative_second),
+    }
+    found: dict[str, Any] = {}
+    for name, (first, second) in named.items():
+        found[name], other = _text(first, index), _text(second, index)
+        found[f"{name}_2"] = None if other == found[name] else other
+    return found
 
 
 def _text(prompts: Sequence[Prompt] | None, index: int) -> str | None:

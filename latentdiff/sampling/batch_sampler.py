@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from latentdiff.pipeline.attention_maps import heat_map_grid, record_attention
 from latentdiff.pipeline.callbacks import Trace
+from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.prompts import parse_prompt
 from latentdiff.sampling.open_pipeline import compile_unet
 from latentdiff.sampling.prompt_list import ImageJob
 
@@ -100,8 +100,7 @@ class BatchSampler:
 
     def _batches(self, jobs: Sequence[ImageJob]) -> Iterator[tuple[list[ImageJob], int]]:
         """Yield neighbouring jobs that one call can make, and how many of them count."""
-        key = _steps_and_guidance
-        groups = [list(group) for _, group in groupby(jobs, key=key)]
+        groups = [list(group) for _, group in groupby(jobs, key=self._shared_settings)]
         size = min(self.batch_size, max(map(len, groups), default=1))
         for group in groups:  # compiled: in batches of one size, another one compiles anew
             for indices, num_counted in index_batches(
@@ -135,10 +134,13 @@ class BatchSampler:
             "num_inference_steps": batch[0].num_inference_steps,
             "guidance_scale": batch[0].guidance_scale,
         }
+        negative: list[str] | None = [job.negative_prompt or "" for job in batch]
+        if self.pipe.is_sdxl and batch[0].negative_prompt is None:
+            negative = None  # which is not "" to SDXL
         try:
             return self.pipe(
                 [job.prompt for job in batch],
-                negative_prompt=[job.negative_prompt or "" for job in batch],
+                negative_prompt=negative,
                 seed=[job.seed for job in batch],
                 callback_on_step_end=trace,
                 **settings | changes,
@@ -149,6 +151,7 @@ class BatchSampler:
                 f"take dtype=bfloat16 ({error})"
             ) from error
 
-
-def _steps_and_guidance(job: ImageJob) -> tuple[int, float]:
-    return job.num_inference_steps, job.guidance_scale
+    def _shared_settings(self, job: ImageJob) -> tuple[int, float, bool]:
+        """Return what all images of one call have in common."""
+        has_null = self.pipe.is_sdxl and job.negative_prompt is None
+        return job.num_inference_steps, job.guidance_scale, has_null

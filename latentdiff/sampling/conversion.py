@@ -8,10 +8,10 @@ from pathlib import Path
 
 from latentdiff.device import DTYPES
 from latentdiff.models.components import left_out
+from latentdiff.pipeline.conditioning.encode_prompt import has_new_words
 from latentdiff.pipeline.files.model_info import merged_info, public_name
 from latentdiff.pipeline.files.single_file import save_single_file
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.prompts import has_new_words
 
 CLIP_VOCABULARY = 49408
 

@@ -58,7 +58,9 @@ def sample(
     _jobs(entries, options, guidance_scale=1.0)  # refuses bad input before the model is opened
     batch_size = checks.count("batch_size", options.batch_size, maximum=checks.MAX_IMAGES)
     arguments, pipe = _arguments(options), _load(model, options)
-    jobs = _jobs(entries, options, guidance_scale=default_guidance(pipe.model_info))
+    jobs = _jobs(
+        entries, options, guidance_scale=default_guidance(pipe.model_info, is_sdxl=pipe.is_sdxl)
+    )
     sampler = BatchSampler(pipe, arguments, batch_size, options.trace, options.compile, log)
     if out.suffix:
         is_grid = len(jobs) > len({(job.row, job.seed) for job in jobs})
@@ -73,6 +75,7 @@ OPTIONS = (  # of the command that are arguments of the call under the same name
     *("guidance_rescale", "guidance_interval", "long_prompts", "prompt_weighting", "clip_skip"),
     "lora_scale",
 )
+SDXL_ARGUMENTS = ("prompt_2", "original_size", "target_size", "crops_coords_top_left")
 
 
 def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[str, Any]]:
@@ -97,6 +100,8 @@ def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[s
         else:
             label = scheduler.get("name", scheduler.get("class"))
             logger.warning("%s: no scheduler %s here, the model's own is taken", path, label)
+    if lost := [name for name in call if name.endswith(SDXL_ARGUMENTS)]:
+        logger.warning("%s was made with %s, which only Python takes", path, ", ".join(lost))
     if loras := settings.get("loras"):
         logger.warning("%s was made with the LoRAs %s; give them by --lora", path, ", ".join(loras))
     return [call["prompt"]], options

@@ -13,7 +13,8 @@ from latentdiff.pipeline.attention_maps import (
     record_attention,
 )
 from latentdiff.pipeline.callbacks import Trace, preview_images
-from latentdiff.pipeline.prompts import parse_prompt, tokenize_prompt
+from latentdiff.pipeline.conditioning.encode import tokenize_prompt
+from latentdiff.pipeline.conditioning.prompt import parse_prompt
 
 CALL = {"prompt": ["a red heart", "a cat"], "seed": 1, "num_inference_steps": 3}
 

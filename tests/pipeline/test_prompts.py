@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.models.text import encode_text, tokenize
-from latentdiff.pipeline.png_metadata import read_settings
-from latentdiff.pipeline.prompts import (
+from latentdiff.pipeline.conditioning.encode import (
+    PromptEncoder,
     common_length,
     encode,
-    parse_prompt,
     tokenize_prompt,
-    weighted_parts,
 )
+from latentdiff.pipeline.conditioning.prompt import parse_prompt, weighted_parts
+from latentdiff.pipeline.png_metadata import read_settings
 
 CPU = torch.device("cpu")
 LONG = "a red heart a green apple a yellow cat the blue sea the sky a table a face"
@@ -29,7 +29,9 @@ def encoder():
 
 
 def embed(prompts, **options):
-    return encode([parse_prompt(prompt) for prompt in prompts], **options)
+    return encode(
+        [parse_prompt(prompt) for prompt in prompts], PromptEncoder(**options)
+    ).prompt_embeds
 
 
 def test_plain_prompts_read_as_captions_do(encoder):

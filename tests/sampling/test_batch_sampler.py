@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from fakes_pipeline import tiny_pipeline
+from fakes_sdxl import sdxl_pipeline
 
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.pipeline.png_metadata import read_settings
-from latentdiff.sampling.batch_sampler import generate_images, index_batches
+from latentdiff.sampling.batch_sampler import BatchSampler, generate_images, index_batches
+from latentdiff.sampling.prompt_list import ImageJob
 
 PROMPTS = ["a red heart", "a cat", "blue sea", "a face", "a table"]
 
@@ -55,3 +57,17 @@ def test_captions_are_sampled_verbatim_and_typed_prompts_may_weigh_words():
     assert typed.tobytes() == pipe(**read_settings(typed)["call"]).images[0].tobytes()
     assert caption.tobytes() != typed.tobytes()
     assert len(list(generate_images(pipe, ["a clock (12:30)"], **call))) == 1
+
+
+def test_sdxl_without_a_negative_prompt_is_guided_by_zeros_and_not_by_the_empty_text():
+    pipe = sdxl_pipeline()
+    shared = {"prompt_weighting": True, "image": None}
+    sampler = BatchSampler(pipe, shared, 4, False, False, print)
+    jobs = [
+        ImageJob(k, k, "a cat", negative, 1, 2, 5.0)
+        for k, negative in enumerate([None, "", "a table"])
+    ]
+    images = [image.tobytes() for _, image, _ in sampler.sample(jobs)]
+    call = {"prompt": "a cat", "seed": 1, "num_inference_steps": 2}
+    assert images[0] == pipe(**call).images[0].tobytes()
+    assert len(set(images)) == 3

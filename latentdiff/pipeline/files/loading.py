@@ -26,7 +26,6 @@ from latentdiff.models.compatibility import (
     CONDITION_KINDS,
     check_compatible,
     condition_kinds,
-    reads_time_ids,
 )
 from latentdiff.models.components import Components, load_parts
 from latentdiff.models.latents import LatentCodec
@@ -65,6 +64,7 @@ STOCK_CLASSES = {  # by (is SDXL, reads a mask)
     (True, False): "StableDiffusionXLPipeline",
     (True, True): "StableDiffusionXLInpaintPipeline",
 }
+# arguments that the stock classes of the other kind have not
 SD_ONLY = ("safety_checker", "requires_safety_checker")
 SDXL_ONLY = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
 
@@ -95,7 +95,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         requires_safety_checker: bool = True,
         **components: Any,
     ) -> Self:
-        """Open a Stable Diffusion 1.x / 2.x folder, a model that ships, or fetch one from the hub.
+        """Open a Stable Diffusion or SDXL folder, a model that ships, or fetch one from the hub.
 
         A training run's folder stands for the model that it exported.
 
@@ -181,14 +181,26 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         """Return model_index.json, with the class name that stock diffusers opens the folder by."""
         config = json.loads(super().to_json_string())
         kind = self.condition_kind
-        is_sdxl = self.unet is not None and reads_time_ids(self.unet.config)
-        config["_class_name"] = STOCK_CLASSES[is_sdxl, kind == "inpaint"]
+        config["_class_name"] = STOCK_CLASSES[self.is_sdxl, kind == "inpaint"]
         if kind not in ("none", "inpaint"):
             name = CONDITION_KINDS[kind].pipeline
-            config["_class_name"] = name.replace("Diffusion", "DiffusionXL", int(is_sdxl))
-        for name in SD_ONLY if is_sdxl else SDXL_ONLY:  # arguments that the stock class has not
-            config.pop(name, None)
+            config["_class_name"] = name.replace("Diffusion", "DiffusionXL", int(self.is_sdxl))
+        config = self._of_stock(config)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components by name, those alone that the stock class of this kind has."""
+        return self._of_stock(super().components)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings by name, those alone that the stock class of this kind has."""
+        return self._of_stock(super().parameters)
+
+    def _of_stock(self, named: dict[str, Any]) -> dict[str, Any]:
+        others = SD_ONLY if self.is_sdxl else SDXL_ONLY
+        return {name: value for name, value in named.items() if name not in others}
 
     def save_pretrained(
         self,

@@ -27,6 +27,7 @@ FLOW_HINT = (  # no entry of a single file tells ComfyUI so
 )
 UNKNOWN = "not recorded"  # in a card
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
+SDXL_GUIDANCE_SCALE = 5.0  # as stock pipelines
 
 CARD_SUMMARY = "A text-to-image latent diffusion model in Stable Diffusion's format"
 CARD = """---
@@ -172,9 +173,11 @@ def merged_info(
     )
 
 
-def default_guidance(info: ModelInfo) -> float:
-    """Return the guidance scale of a call that gives none: the model's own, else 7.5."""
-    return GUIDANCE_SCALE if info.guidance_scale is None else info.guidance_scale
+def default_guidance(info: ModelInfo, *, is_sdxl: bool = False) -> float:
+    """Return the guidance scale of a call that gives none: the model's own, else 7.5, SDXL's 5."""
+    if info.guidance_scale is not None:
+        return info.guidance_scale
+    return SDXL_GUIDANCE_SCALE if is_sdxl else GUIDANCE_SCALE
 
 
 def default_steps(info: ModelInfo, otherwise: int) -> int:

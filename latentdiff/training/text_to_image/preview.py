@@ -25,7 +25,7 @@ from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.image_grid import BOXES, TILES, draw_grid
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline, checks
-from latentdiff.pipeline.prompts import parse_prompt
+from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
 from latentdiff.training.inputs.conditions import FixedCondition

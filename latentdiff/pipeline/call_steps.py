@@ -1,0 +1,273 @@
+"""The steps of a pipeline's call: from its arguments to the objects that denoise and decode.
+
+Each step checks its arguments before any compute; LatentDiffPipeline.__call__ has their order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from latentdiff.cpu.fast_sampling import FastCPU
+from latentdiff.diffusion.ddpm import Generators
+from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.conditioning import Conditioning
+from latentdiff.models.latents import LatentCodec
+from latentdiff.pipeline import checks, schedulers
+from latentdiff.pipeline.callbacks import OF_SDXL, TENSORS
+from latentdiff.pipeline.cfg_denoiser import CFGDenoiser, Guidance
+from latentdiff.pipeline.conditioning.encode_prompt import EncodePromptMixin
+from latentdiff.pipeline.conditioning.prompt import PromptInputs
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
+from latentdiff.pipeline.files.loading import LoadingMixin
+from latentdiff.pipeline.files.model_info import default_guidance, warn_if_guidance_untrained
+from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
+from latentdiff.pipeline.initial_latents import (
+    InpaintState,
+    prepare_latents,
+    trained_size_px,
+    warn_if_beyond_trained,
+)
+from latentdiff.pipeline.output import LatentDiffOutput, decode
+from latentdiff.pipeline.png_metadata import attach_settings
+
+
+class CallStepsMixin(EncodePromptMixin, LoadingMixin):
+    """The steps of a call and the properties they read; a mixin for DiffusionPipeline."""
+
+    fast_cpu: FastCPU
+    _guidance: Guidance
+    _guidance_scale: float
+    _num_timesteps: int
+    _interrupt: bool
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance in the call that runs, or ran last; 1 is none."""
+        return self._guidance_scale
+
+    @property
+    def guidance(self) -> Guidance:
+        """Guidance of the call that runs, or ran last."""
+        return self._guidance
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether each step makes two predictions; a U-Net that reads the scale needs one."""
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or ran last."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop, by setting `_interrupt`."""
+        return self._interrupt
+
+    @property
+    def _callback_tensor_inputs(self) -> list[str]:
+        """Names of the tensors that a step callback may take."""
+        return [name for name in TENSORS if self.is_sdxl or name not in OF_SDXL]
+
+    @property
+    def _reads_mask(self) -> bool:
+        """Whether this is an inpainting U-Net, which reads mask and masked image."""
+        return self.condition_kind == "inpaint"
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels along one side of a latent pixel, of the VAE that is there now."""
+        return 8 if self.vae is None else LatentCodec(self.vae).factor
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Diffusers' conversion of images to pixels in [-1, 1] and back, for this VAE."""
+        factor, channels = self.vae_scale_factor, self.num_channels
+        return VaeImageProcessor(vae_scale_factor=factor, vae_latent_channels=channels)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of a latent."""
+        return 4 if self.vae is None else int(self.vae.config.latent_channels)
+
+    def _check_call(self, others: Mapping[str, object], *output: object) -> None:
+        """Check the names of arguments, the output's kind and that swapped components fit."""
+        checks.no_others(others, inspect.signature(type(self).__call__).parameters)
+        checks.output(*output)
+        self._check_fit()
+
+    def _read_guidance(
+        self, scale: object, rescale: object, interval: object, *, score: tuple[Any, object]
+    ) -> Guidance:
+        """Check guidance, by default of the model's own scale, and make it the pipeline's."""
+        if scale is None:
+            scale = default_guidance(self.model_info, is_sdxl=self.is_sdxl)
+        guidance = Guidance.checked(scale, rescale, interval, score=score)
+        self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
+        warn_if_guidance_untrained(self.model_info, guidance.scale)
+        return guidance
+
+    def _read_images(
+        self, prompts: PromptInputs, image: object, mask_image: object, *, strength: object
+    ) -> ImageInputs:
+        if self.condition_kind not in ("none", "inpaint"):
+            kind = CONDITION_KINDS[self.condition_kind]
+            raise ValueError(
+                f"this model is of the kind {self.condition_kind}: its U-Net also reads "
+                f"{kind.reads}, which this pipeline does not give it yet; open its folder with "
+                f"diffusers.{kind.pipeline}"
+            )
+        return read_image_inputs(
+            image,
+            mask_image,
+            strength=strength,
+            num_prompts=prompts.num_prompts,
+            num_images=prompts.num_images,
+            needs_mask=self._reads_mask,
+        )
+
+    def _latent_shape(
+        self,
+        num_images: int,
+        images: ImageInputs,
+        latents: object,
+        *,
+        size: tuple[object, object],
+    ) -> tuple[int, int, int, int]:
+        """Return (B, C, h, w), which latents must have, of a size in pixels.
+
+        size: (height, width), by default the image's or the trained one.
+        """
+        factor = self.vae_scale_factor
+        given = images.size(multiple=factor)
+        default = given or trained_size_px(self.unet, factor=factor)
+        rows, columns = checks.size_px(*size, default=default, multiple=factor)
+        if given is None:
+            warn_if_beyond_trained((rows, columns), self.unet, factor=factor)
+        shape = num_images, self.num_channels, rows // factor, columns // factor
+        if latents is not None:
+            checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
+        return shape
+
+    def _chain(
+        self,
+        asked: tuple[object, object, object],
+        images: ImageInputs,
+        *,
+        step: tuple[object, Generators],
+    ) -> schedulers.DenoisingSteps:
+        """Set the scheduler's steps and return them, those of the images' strength if any.
+
+        asked: num_inference_steps, timesteps and sigmas. step: eta and generator.
+        """
+        (num_steps, timesteps, sigmas), (eta, generator) = asked, step
+        out_channels = self.unet.config.out_channels
+        schedulers.check_variance(
+            self.scheduler, out_channels=out_channels, channels=self.num_channels
+        )
+        chain = schedulers.set_timesteps(
+            self.scheduler,
+            num_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            strength=images.strength,
+            device=self._execution_device,
+        )
+        self._num_timesteps = len(chain.timesteps)
+        eta = checks.in_range("eta", eta, low=0.0, high=1.0)
+        options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
+        return replace(chain, settings=chain.settings | {"eta": eta}, step_options=options)
+
+    def _conditioning(
+        self,
+        prompts: PromptInputs,
+        sizes: SizeInputs,
+        device: torch.device,
+        *,
+        shape: Sequence[int],
+    ) -> Conditioning:
+        """Return that of B images, or under guidance of 2B with the negative prompts first.
+
+        shape: (B, C, h, w) of the latents.
+        """
+        is_guided = self.do_classifier_free_guidance
+        embeds, negative = self._encode_inputs(prompts, device, is_guided=is_guided)
+        conditioning = embeds if negative is None else Conditioning.cat([negative, embeds])
+        if not self.is_sdxl:
+            return conditioning
+        factor = self.vae_scale_factor
+        made = shape[-2] * factor, shape[-1] * factor
+        time_ids = sizes.time_ids(made, num=shape[0], is_guided=is_guided)
+        return replace(conditioning, time_ids=time_ids.to(device))
+
+    def _initial_latents(
+        self,
+        images: ImageInputs,
+        noise: Tensor | None,
+        *,
+        shape: Sequence[int],
+        generator: Generators,
+    ) -> InpaintState:
+        return prepare_latents(
+            images,
+            noise,
+            shape=shape,
+            generator=generator,
+            codec=LatentCodec(self.vae),
+            device=self.scheduler.timesteps.device,  # that of the call
+            reads_mask=self._reads_mask,
+        )
+
+    def _denoiser(
+        self,
+        inputs: InpaintState,
+        guidance: Guidance,
+        conditioning: Conditioning,
+        *,
+        lora_scale: float | None,
+    ) -> CFGDenoiser:
+        return CFGDenoiser(
+            self.unet,
+            inputs,
+            guidance,
+            conditioning=conditioning,
+            scheduler=self.scheduler,
+            fast_cpu=self.fast_cpu,
+            lora_scale=lora_scale,
+        )
+
+    def _output(
+        self,
+        latents: Tensor,
+        settings: list[dict[str, Any]],
+        *,
+        seeds: list[int] | None,
+        kind: tuple[str, bool],
+    ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
+        """Decode to images, PIL images with their settings, past the safety checker.
+
+        kind: output_type and return_dict.
+        """
+        output_type, return_dict = kind
+        if output_type != "latent":
+            latents = self.fast_cpu.channels_last(latents)
+        images, flagged = decode(
+            latents,
+            vae=self.vae,
+            safety_checker=self.safety_checker,
+            feature_extractor=self.feature_extractor,
+            output_type=output_type,
+        )
+        if output_type == "pil":
+            images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
+        self.maybe_free_model_hooks()
+        output = LatentDiffOutput(images, flagged, seeds, settings)
+        return output if return_dict else (images, flagged)

@@ -1,0 +1,1 @@
+"""From the prompts and sizes of a call to the conditioning that the U-Net reads."""
