@@ -50,7 +50,8 @@ class CreateControls:
 
     def of_model(self) -> list[Any]:
         """Return the components that change with the model."""
-        names = ("width", "height", "guidance_scale", "scheduler", "clip_skip")
+        sampling = ("num_inference_steps", "guidance_scale", "scheduler", "clip_skip")
+        names = ("width", "height", *sampling)
         return [self.facts, self.examples, self.size_note, *(self.controls[n] for n in names)]
 
     def of_image(self) -> list[Any]:

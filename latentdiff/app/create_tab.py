@@ -208,7 +208,8 @@ class CreateTab:
         values["scheduler"] = facts.schedulers[0]
         for name, value in values.items():
             updates[controls[name]] = updates[controls[name]] | {"value": value}
-        updates[controls["guidance_scale"]] = facts.guidance_scale
+        for name in ("guidance_scale", "num_inference_steps"):
+            updates[controls[name]] = getattr(facts, name)
         return updates | {self.ui.size_note: ""}
 
     def list_loras(self, name: str) -> Any:

@@ -12,7 +12,14 @@ from pathlib import Path
 from latentdiff.models.compatibility import size_in_reach
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
-from latentdiff.pipeline.files.model_info import CARD_SUMMARY, ModelInfo, default_guidance
+from latentdiff.pipeline.files.model_info import (
+    CARD_SUMMARY,
+    NUM_STEPS,
+    ModelInfo,
+    default_guidance,
+    default_steps,
+    scales_text,
+)
 from latentdiff.pipeline.initial_latents import trained_size_px
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
@@ -38,6 +45,7 @@ class ModelFacts:
     multiple: int
     max_side_px: int
     guidance_scale: float
+    num_inference_steps: int
     schedulers: tuple[str, ...]
     clip_skip: int
     max_clip_skip: int
@@ -79,6 +87,7 @@ def read_model_facts(pipe: LatentDiffPipeline, *, name: str, path: str, max_px: 
         multiple=factor,
         max_side_px=max(min(REACH * max(height, width), max_px // factor * factor), factor),
         guidance_scale=default_guidance(info, is_sdxl=pipe.is_sdxl),
+        num_inference_steps=default_steps(info, NUM_STEPS),
         schedulers=(OWN_SCHEDULER, *_fitting_schedulers(pipe)),
         clip_skip=clip_skip_of(pipe.text_encoder),
         max_clip_skip=layers - 1,
@@ -111,11 +120,21 @@ def _rows(
         "Training steps": f"{info.steps:,}" if info.steps else None,
         "Base model": info.base_model,
         "Guidance": f"{default_guidance(info, is_sdxl=pipe.is_sdxl):g}",
+        "Distilled": _distilled(info),
         "Parameters": f"{parameters / 1e6:,.3g} M",
         "Prediction type": info.prediction_type,
         "Licence": info.licence,
     }
     return [(label, str(value)) for label, value in found.items() if value is not None]
+
+
+def _distilled(info: ModelInfo) -> str | None:
+    """Return what a distilled model is to be used with, None of any other."""
+    if not info.num_inference_steps:
+        return None
+    place = "in its weights" if info.is_guided else "learned"
+    scales = f"guidance of {scales_text(info)} {place}, " if info.guidance_range else ""
+    return f"to {info.num_inference_steps} steps, {scales}negative prompt without effect"
 
 
 def _fitting_schedulers(pipe: LatentDiffPipeline) -> list[str]:

@@ -85,7 +85,9 @@ def card_sheets_command(parser: ArgumentParser, arguments: Sequence[str]) -> int
         parser.add_argument(f"--{name}", nargs="+", type=int, default=[], help=description)
     parser.add_argument("--out", type=expanduser, default="sheets", help="the folder to write")
     parser.add_argument(
-        "--num_inference_steps", type=int, default=50, help="sampling steps, 1 and more"
+        "--num_inference_steps",
+        type=int,
+        help="sampling steps, 1 and more; by default the model's own where it is distilled, or 50",
     )
     parser.add_argument(
         "--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance"

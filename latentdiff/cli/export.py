@@ -14,11 +14,21 @@ def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str])
     add_model(parser)
     parser.add_argument("--out", type=expanduser, required=True, help="the file to write")
     parser.add_argument("--dtype", type=str, default="float32", help="float32, float16 or bfloat16")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="of a distilled model, fixed in the file; by default the model's own",
+    )
     args = parser.parse_args(arguments)
     quieten_libraries()
+    from latentdiff.pipeline.files.single_file import usage_hint
     from latentdiff.sampling.conversion import export_single_file
 
-    print(f"wrote {export_single_file(args.model, Path(args.out), dtype=args.dtype)}")
+    options = {"dtype": args.dtype, "guidance_scale": args.guidance_scale}
+    path = export_single_file(args.model, Path(args.out), **options)
+    print(f"wrote {path}")
+    if hint := usage_hint(path):
+        print(f"sample with {hint}")
     print("ComfyUI looks for it in models/checkpoints, A1111 in models/Stable-diffusion")
     return 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentdiff.config.validation import at_least, positive
+from latentdiff.config.validation import at_least, at_least_if_given, positive
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class SampleOptions:
     settings_from: str | None = None
     """a PNG file of LatentDiff or A1111, whose prompt, seed, steps, guidance, size and scheduler
     are taken, but for those given here"""
-    num_inference_steps: int | list[int] = 50
-    """sampling steps, 1 and more, or a list such as [10,20] for a grid"""
+    num_inference_steps: int | list[int] | None = None
+    """sampling steps, 1 and more, or a list such as [10,20] for a grid; by default the model's own
+    where it is distilled, or 50"""
     guidance_scale: float | list[float] | None = None
     """scale of classifier-free guidance, 1 and below: none, or a list such as [2,7] for a grid; by
     default the model's own, or 7.5"""
@@ -144,8 +145,8 @@ class EvaluationOptions:
     """images generated for held-out captions, 8 and more; 0: none"""
     images_per_caption: int = 2
     """generated images of one caption, 1 and more; more where captions are few"""
-    num_inference_steps: int = at_least(1, default=25)
-    """sampling steps"""
+    num_inference_steps: int | None = at_least_if_given(1)
+    """sampling steps; by default the model's own where it is distilled, or 25"""
     guidance_scale: float | None = None
     """scale of classifier-free guidance, of both models alike; by default the scale that the first
     model's folder names, or 7.5"""
@@ -234,8 +235,8 @@ class CompareSubjectOptions:
     """prompts whose images should not have changed; ten and more"""
     num_seeds: int = 16
     """images of the subject by each model, 2 and more"""
-    num_inference_steps: int = 30
-    """sampling steps, 1 and more"""
+    num_inference_steps: int | None = None
+    """sampling steps, 1 and more; by default each model's own where it is distilled, or 30"""
     guidance_scale: float = 5.0
     """scale of classifier-free guidance"""
 

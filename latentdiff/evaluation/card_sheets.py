@@ -9,7 +9,7 @@ questions.
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -19,6 +19,7 @@ from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metrics.bootstrap import Interval, proportion
 from latentdiff.image_grid import draw_grid
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.files.model_info import NUM_STEPS, default_steps
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.open_pipeline import open_pipeline
 
@@ -49,9 +50,9 @@ class Question:
 
 @dataclass(frozen=True)
 class SheetSampling:
-    """The settings of every image; seed: of the captions too."""
+    """The settings of every image; seed: of the captions too; steps None: the model's, or 50."""
 
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     guidance_scale: float = 3.0
     seed: int = 0
 
@@ -82,6 +83,8 @@ def write_card_sheets(
         questions += _questions(known, count.num_questions, f"{key}|reader")
     questions = _shuffled(questions, seed=sampling.seed)
     pipe = open_pipeline(model)
+    num_steps = sampling.num_inference_steps or default_steps(pipe.model_info, NUM_STEPS)
+    sampling = replace(sampling, num_inference_steps=num_steps)
     pipe.set_progress_bar_config(disable=True)
     out.mkdir(parents=True, exist_ok=True)
     _write_sheets(pipe, {"seen": seen, "unseen": unseen}, out, sampling)

@@ -30,10 +30,12 @@ from latentdiff.evaluation.report.comparison import Comparison, compare
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import load_image
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.files.model_info import default_steps
 from latentdiff.sampling.batch_sampler import generate_images
 
 COLUMNS = 8
 BATCH_SIZE = 4
+NUM_STEPS = 30  # of a model that is not distilled
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def _generate(
             prompts,
             seeds=seeds,
             batch_size=BATCH_SIZE,
-            num_inference_steps=options.num_inference_steps,
+            num_inference_steps=options.num_inference_steps
+            or default_steps(pipe.model_info, NUM_STEPS),
             guidance_scale=options.guidance_scale,
         )
     ]

@@ -6,7 +6,7 @@ training.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -25,11 +25,12 @@ from latentdiff.evaluation.metrics.vlb import CaptionedLatents
 from latentdiff.image_grid import to_uint8
 from latentdiff.image_io import ImageError, load_image
 from latentdiff.models.compatibility import reads_time_ids
-from latentdiff.models.components import Components, load_components
+from latentdiff.models.components import Components, load_components, resolve_model
 from latentdiff.models.conditioning import Conditioning, make_time_ids
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.text import NULL_CAPTION
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.pipeline.initial_latents import trained_size_px
 
 
@@ -69,11 +70,17 @@ class EvalModel:
     device: torch.device
     batch_size: int
     seed: int
+    info: ModelInfo = field(default_factory=ModelInfo)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels that the model was trained at."""
         return trained_size_px(self.components.unet, factor=LatentCodec(self.components.vae).factor)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model was distilled to few sampling steps."""
+        return self.info.num_inference_steps is not None
 
     def pipeline(self) -> LatentDiffPipeline:
         """Return a pipeline of the components, without a progress bar."""
@@ -81,6 +88,7 @@ class EvalModel:
         pipe = LatentDiffPipeline(
             **self.components.as_dict(), requires_safety_checker=checker is not None
         )
+        pipe.model_info = self.info
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -102,7 +110,8 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
     latents = encode_folder(
         components, folder, batch_size=options.batch_size, device=device, seed=options.seed
     )
-    return EvalModel(components, latents, folder, device, options.batch_size, options.seed)
+    info = read_model_info(resolve_model(model))
+    return EvalModel(components, latents, folder, device, options.batch_size, options.seed, info)
 
 
 def check_eval_options(options: EvalModelOptions) -> None:

@@ -43,6 +43,7 @@ from latentdiff.evaluation.report.vlb import (
     check_bound,
 )
 from latentdiff.evaluation.run import (
+    DISTILLED,
     OF_IMAGES,
     EvalResult,
     EvalRun,
@@ -99,6 +100,8 @@ def evaluate(
         scale = default_guidance(read_model_info(folder), is_sdxl=is_sdxl)
     nets = load_metric_nets(options, data)
     run = EvalRun(open_eval_model(model, data), nets, out / "images", data, options, scale)
+    if run.eval_model.is_distilled and (bound is not None or sweep.guidance_sweep):
+        raise ValueError(f"--bound and --guidance_sweep are of a model's denoiser; {DISTILLED}")
     if bound is not None:
         bound_chain(run.eval_model, bound)
     other = None

@@ -30,11 +30,14 @@ from latentdiff.evaluation.report.prompt_following import is_scene, prompt_follo
 from latentdiff.evaluation.report.section import LabelledImage, PairedScore, Section
 from latentdiff.evaluation.report.sweeps import check_sweep
 from latentdiff.image_grid import to_pil
+from latentdiff.pipeline.files.model_info import default_steps
 
 MIN_SAMPLES = 2  # of an interval
 MIN_GENERATED = 8
 MIN_TRAIN = 3
 NUM_SHOWN = 16
+NUM_STEPS = 25  # sampling steps of a model that is not distilled
+DISTILLED = "a distilled model predicts with guidance, at the timesteps of its few steps alone"
 logger = logging.getLogger(__name__)
 OF_IMAGES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
 
@@ -62,9 +65,10 @@ class EvalRun:
 
     @property
     def num_inference_steps(self) -> int:
-        """Sampling steps, at most those of the chain."""
+        """Sampling steps, by default the model's own, at most those of the chain."""
+        asked = self.options.num_inference_steps or default_steps(self.eval_model.info, NUM_STEPS)
         num_timesteps = int(self.eval_model.components.scheduler.config["num_train_timesteps"])
-        return min(self.options.num_inference_steps, num_timesteps)
+        return min(asked, num_timesteps)
 
     def generate(
         self, captions: Sequence[str], *, suffix: str = "", skip_seeds: int = 0
@@ -147,6 +151,8 @@ def run_evaluation(run: EvalRun, result: EvalResult) -> None:
     """
     eval_model, options = run.eval_model, run.options
     result.skipped |= too_few(eval_model.folder, options)
+    if eval_model.is_distilled:
+        result.skipped["heldout"] = DISTILLED
     if "heldout" not in result.skipped:
         with result.part("heldout"):
             loss, result.scores["heldout"] = heldout_loss_section(

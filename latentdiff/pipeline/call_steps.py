@@ -26,7 +26,13 @@ from latentdiff.pipeline.conditioning.encode_prompt import EncodePromptMixin
 from latentdiff.pipeline.conditioning.prompt import PromptInputs
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.loading import LoadingMixin
-from latentdiff.pipeline.files.model_info import default_guidance, warn_if_guidance_untrained
+from latentdiff.pipeline.files.model_info import (
+    NUM_STEPS,
+    default_guidance,
+    default_steps,
+    warn_if_guidance_untrained,
+    warn_of_distillation,
+)
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
 from latentdiff.pipeline.initial_latents import (
     InpaintState,
@@ -169,6 +175,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         asked: num_inference_steps, timesteps and sigmas. step: eta and generator.
         """
         (num_steps, timesteps, sigmas), (eta, generator) = asked, step
+        num_steps = default_steps(self.model_info, NUM_STEPS) if num_steps is None else num_steps
         out_channels = self.unet.config.out_channels
         schedulers.check_variance(
             self.scheduler, out_channels=out_channels, channels=self.num_channels
@@ -185,6 +192,17 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         eta = checks.in_range("eta", eta, low=0.0, high=1.0)
         options = schedulers.step_options(self.scheduler, eta=eta, generator=generator)
         return replace(chain, settings=chain.settings | {"eta": eta}, step_options=options)
+
+    def _warn_of_distillation(
+        self, prompts: PromptInputs, chain: schedulers.DenoisingSteps
+    ) -> None:
+        warn_of_distillation(
+            self.model_info,
+            scale=self._guidance_scale,
+            num_steps=chain.settings["num_inference_steps"],
+            reads_scale=self.unet.config.time_cond_proj_dim is not None,
+            has_negative=prompts.has_negative,
+        )
 
     def _conditioning(
         self,

@@ -103,7 +103,7 @@ class CFGDenoiser:
         guidance = self.guidance
         num_timesteps = self.scheduler.config.num_train_timesteps
         if not guidance.is_active(t, num_timesteps=num_timesteps):
-            return self._predict(xt, t, self.conditioning[-len(xt) :])
+            return self._predict(xt, t, self.conditioning[-len(xt) :], scale=1.0)
         if guidance.score_fn is None:
             return self._predict(xt, t, self.conditioning)
         guided = apply_score_guidance(
@@ -116,9 +116,12 @@ class CFGDenoiser:
         )
         return Prediction(*guided)
 
-    def _predict(self, xt: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+    def _predict(
+        self, xt: Tensor, t: Tensor, conditioning: Conditioning, *, scale: float | None = None
+    ) -> Prediction:
         """Run the U-Net once, for both prompts at once, with classifier-free guidance.
 
+        scale: of a U-Net that reads it, by default the guidance's.
         Of a learned variance (outputs after the first C) the conditional one is kept: guidance
         extrapolates predictions only.
         """
@@ -129,7 +132,7 @@ class CFGDenoiser:
             output = self.unet(
                 x,
                 t,
-                timestep_cond=self._guidance_features(len(x)),
+                timestep_cond=self._guidance_features(len(x), scale),
                 return_dict=False,
                 **conditioning.to(dtype=self.dtype).unet_kwargs(),
             )[0]
@@ -147,8 +150,10 @@ class CFGDenoiser:
             guided = rescale(guided, cond, self.guidance.rescale)
         return Prediction(torch.cat([guided, variance], dim=1), cond - uncond)
 
-    def _guidance_features(self, num: int) -> Tensor | None:
+    def _guidance_features(self, num: int, scale: float | None) -> Tensor | None:
         """Return the scale as a distilled U-Net reads it, (num, D), else None."""
         if not has_guidance_embedding(self.unet):
             return None
-        return guidance_features(self.unet, self.guidance.scale, num=num)
+        return guidance_features(
+            self.unet, self.guidance.scale if scale is None else scale, num=num
+        )

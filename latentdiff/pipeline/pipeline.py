@@ -63,8 +63,8 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
     - image, strength in (0, 1]: start from an image, a tensor or array in [0, 1] or [-1, 1];
       mask_image: white where to paint.
     - height, width: in pixels, by default the image's, or those of the training.
-    - num_inference_steps, or in its place timesteps or sigmas: the noisiest first; eta (DDIM's
-      randomness); `set_scheduler` changes the scheduler.
+    - num_inference_steps, by default the model's own or 50, or in its place timesteps or sigmas:
+      the noisiest first; eta (DDIM's randomness); `set_scheduler` changes the scheduler.
     - guidance_scale, 1 is none, by default the model's own, or 7.5, for SDXL 5; guidance_rescale
       in [0, 1]; guidance_interval: (start, end), the part of the chain that is guided, from 0,
       noise, to 1.
@@ -156,7 +156,7 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int | None = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -218,6 +218,7 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         shape = self._latent_shape(prompts.num_images, images, latents, size=(height, width))
         seeds, generator = generators_for(seed, generator, num_images=prompts.num_images)
         chain = self._chain((num_inference_steps, timesteps, sigmas), images, step=(eta, generator))
+        self._warn_of_distillation(prompts, chain)
         # 2. Prompts, encoded, with the sizes that SDXL reads next to them
         conditioning = self._conditioning(prompts, sizes, chain.timesteps.device, shape=shape)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object

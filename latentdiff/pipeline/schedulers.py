@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -214,6 +215,20 @@ def distilled_scheduler(trained: Any) -> Any:
     ddim = make_scheduler("ddim", trained=trained)
     few_steps = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1}
     return diffusers.DDIMScheduler.from_config(ddim.config, **few_steps)
+
+
+def scheduler_to_json(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's class name and settings as JSON values."""
+    settings: dict[str, Any] = json.loads(scheduler.to_json_string())
+    return settings
+
+
+def scheduler_from_json(settings: Mapping[str, Any]) -> Any:
+    """Return the scheduler that `scheduler_to_json` described; ValueError for an unknown class."""
+    known = {cls.__name__: cls for cls, _ in SCHEDULERS.values()}
+    if (name := settings["_class_name"]) not in known:
+        raise ValueError(f"no scheduler {name!r}, expected one of {', '.join(known)}")
+    return known[name].from_config(dict(settings))
 
 
 def scheduler_name(settings: Mapping[str, Any]) -> str | None:

@@ -49,7 +49,7 @@ def generate_images(
     *,
     seeds: Sequence[int],
     batch_size: int,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     guidance_scale: float,
     size: tuple[int, int] | None = None,
     prompt_weighting: bool = False,
@@ -59,7 +59,8 @@ def generate_images(
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, image) for each prompt with its seed, batch_size at a time.
 
-    size: (height, width) in pixels, by default the trained one. prompt_weighting: of prompts that a
+    num_inference_steps: None for the model's own. size: (height, width) in pixels, by default the
+    trained one. prompt_weighting: of prompts that a
     person typed; by default they are captions, which are taken verbatim. pads, batches: see
     `index_batches`. desc: of a progress bar over batches; empty: none.
     """

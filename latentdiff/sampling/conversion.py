@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from latentdiff.device import DTYPES
 from latentdiff.models.components import left_out
+from latentdiff.models.guidance_embedding import fold_guidance, has_guidance_embedding
 from latentdiff.pipeline.conditioning.encode_prompt import has_new_words
-from latentdiff.pipeline.files.model_info import merged_info, public_name
+from latentdiff.pipeline.files.model_info import (
+    default_guidance,
+    merged_info,
+    public_name,
+    scales_text,
+)
 from latentdiff.pipeline.files.single_file import save_single_file
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
@@ -62,12 +69,16 @@ def _distinct_names(loras: Sequence[PathLike]) -> list[str]:
     return names
 
 
-def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") -> Path:
+def export_single_file(
+    model: PathLike, out: Path, *, dtype: str = "float32", guidance_scale: float | None = None
+) -> Path:
     """Write a model as one .safetensors file in CompVis' naming; return its path.
 
     For ComfyUI, A1111 and `from_single_file`, which bring CLIP's vocabulary with them. dtype:
-    float32, float16 or bfloat16. Raises ValueError for a model of another layout than Stable
-    Diffusion 1.x or of another vocabulary, and for an `out` that exists.
+    float32, float16 or bfloat16. guidance_scale: of a distilled model that reads it, to be fixed in
+    the weights, as the layout has no place for the embedding; by default the model's own. Raises
+    ValueError for a model of another layout than Stable Diffusion 1.x or of another vocabulary, a
+    scale that it has no use for, and for an `out` that exists.
     """
     if out.suffix != ".safetensors" or dtype not in DTYPES:
         raise ValueError(
@@ -90,7 +101,26 @@ def export_single_file(model: PathLike, out: Path, *, dtype: str = "float32") ->
             "in diffusers or latentdiff, or train on Stable Diffusion: latentdiff train --config "
             "lora_sd15_8gb"
         )
+    _fix_guidance(pipe, guidance_scale)
     return save_single_file(pipe, out)
+
+
+def _fix_guidance(pipe: LatentDiffPipeline, scale: float | None) -> None:
+    """Fold a guidance scale into a distilled U-Net; ValueError for one it has no use for."""
+    info = pipe.model_info
+    if not has_guidance_embedding(pipe.unet):
+        if scale is not None:
+            raise ValueError(
+                f"guidance_scale={scale:g} has no effect: only a model that reads the scale, made "
+                "by `latentdiff distill`, can have it fixed; leave it out"
+            )
+        return
+    scale = default_guidance(info) if scale is None else scale
+    low, high = info.guidance_range or (1.0, scale)
+    if not low <= scale <= high:
+        raise ValueError(f"guidance_scale={scale:g}, expected one learned: {scales_text(info)}")
+    pipe.register_modules(unet=fold_guidance(pipe.unet, scale))
+    pipe.model_info = replace(info, guidance_range=(scale, scale), is_guided=True)
 
 
 def _refuse_existing(out: Path) -> None:

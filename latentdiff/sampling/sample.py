@@ -13,7 +13,7 @@ from latentdiff.config.options import SampleOptions
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import ImageError, decode_image
 from latentdiff.pipeline import checks
-from latentdiff.pipeline.files.model_info import default_guidance
+from latentdiff.pipeline.files.model_info import NUM_STEPS, default_guidance, default_steps
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import (
     attach_settings,
@@ -55,11 +55,16 @@ def sample(
     if options.compile and options.trace:
         raise ValueError("trace reads each attention, which compiled code hides: leave one out")
     entries = _prompt_entries(prompts, options)
-    _jobs(entries, options, guidance_scale=1.0)  # refuses bad input before the model is opened
+    _jobs(
+        entries, options, guidance_scale=1.0, num_steps=1
+    )  # refuses bad input before the model is opened
     batch_size = checks.count("batch_size", options.batch_size, maximum=checks.MAX_IMAGES)
     arguments, pipe = _arguments(options), _load(model, options)
     jobs = _jobs(
-        entries, options, guidance_scale=default_guidance(pipe.model_info, is_sdxl=pipe.is_sdxl)
+        entries,
+        options,
+        guidance_scale=default_guidance(pipe.model_info, is_sdxl=pipe.is_sdxl),
+        num_steps=default_steps(pipe.model_info, NUM_STEPS),
     )
     sampler = BatchSampler(pipe, arguments, batch_size, options.trace, options.compile, log)
     if out.suffix:
@@ -186,15 +191,19 @@ def _prompt_entries(prompts: Sequence[str], options: SampleOptions) -> list[Prom
 
 
 def _jobs(
-    entries: Sequence[PromptEntry], options: SampleOptions, *, guidance_scale: float
+    entries: Sequence[PromptEntry],
+    options: SampleOptions,
+    *,
+    guidance_scale: float,
+    num_steps: int,
 ) -> list[ImageJob]:
-    """Plan the images; guidance_scale: where the options name none."""
-    scales = options.guidance_scale
+    """Plan the images; guidance_scale, num_steps: where the options name none."""
+    scales, steps = options.guidance_scale, options.num_inference_steps
     return plan_jobs(
         entries,
         seed=options.seed,
         negative_prompt=options.negative_prompt,
-        steps=_list(options.num_inference_steps),
+        steps=[num_steps] if steps is None else _list(steps),
         guidance_scales=[guidance_scale] if scales is None else [float(s) for s in _list(scales)],
         num_images=checks.count("num_images", options.num_images, maximum=checks.MAX_IMAGES),
     )

@@ -7,25 +7,29 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fakes_clip import random_clip
 from fakes_models import make_components, save_folder
-from fakes_pipeline import tiny_tokenizer
+from fakes_pipeline import ddim, tiny_tokenizer
 from fakes_scripts import run_script
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from latentdiff.config.options import EvalModelOptions
+from latentdiff.config.options import EvalModelOptions, EvaluationOptions
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.eval_set import EvalModel, open_eval_model
+from latentdiff.evaluation.metric_nets import MetricNets
 from latentdiff.evaluation.report.comparison import comparison_section
 from latentdiff.evaluation.report.heldout_loss import comparable, heldout_loss_section
 from latentdiff.evaluation.report.section import PairedScore
+from latentdiff.evaluation.run import DISTILLED, EvalResult, EvalRun, run_evaluation
 from latentdiff.models.build import schedule_of
+from latentdiff.pipeline.files.model_info import ModelInfo
 
 pytest.importorskip("matplotlib")
 ATTACK = '<script>alert("1")</script>'
@@ -243,3 +247,28 @@ def test_a_model_with_non_finite_outputs_is_named(stages: tuple[EvalModel, EvalM
     eval_model = replace(stages[0], components=replace(stages[0].components, unet=broken))
     with pytest.raises(FloatingPointError, match="NaN"):
         heldout_loss_section(eval_model)
+
+
+@pytest.mark.parametrize(
+    ("info", "asked", "num_steps"),
+    [
+        (ModelInfo(num_inference_steps=4), None, 4),
+        (ModelInfo(num_inference_steps=4), 8, 8),
+        (ModelInfo(), None, 25),
+    ],
+)
+def test_a_distilled_model_is_measured_at_its_own_steps_and_has_no_heldout_loss(
+    info: ModelInfo, asked: int | None, num_steps: int
+) -> None:
+    eval_model: Any = SimpleNamespace(
+        info=info,
+        is_distilled=info.num_inference_steps is not None,
+        folder=[],
+        components=SimpleNamespace(scheduler=ddim()),
+    )
+    options = EvaluationOptions(num_images=0, num_inference_steps=asked)
+    nets, data, result = MetricNets(None, None), EvalModelOptions(""), EvalResult()
+    evaluation = EvalRun(eval_model, nets, Path(), data, options, 1.0)
+    assert evaluation.num_inference_steps == num_steps
+    run_evaluation(evaluation, result)
+    assert (result.skipped["heldout"] == DISTILLED) is (info.num_inference_steps is not None)

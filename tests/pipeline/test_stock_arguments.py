@@ -81,7 +81,6 @@ def test_strength_keeps_the_last_of_the_given_timesteps():
         ({"timesteps": [9], "image": photo(), "strength": 0.5}, r"timesteps=\[9\] leaves no step"),
         ({"sigmas": [1.0]}, r"sigmas=\[1.0\] leaves no step"),
         ({"sigmas": [1.0, float("nan")]}, r"sigmas\[1\] must lie"),
-        ({"num_inference_steps": None}, "num_inference_steps must be an int"),
         ({"cross_attention_kwargs": {"gligen": 1}}, "cross_attention_kwargs may hold the scale"),
         ({"cross_attention_kwargs": {"scale": "x"}}, r"cross_attention_kwargs\[.scale.\] must"),
         ({"cross_attention_kwargs": 0.5}, "cross_attention_kwargs may hold"),

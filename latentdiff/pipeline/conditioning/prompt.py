@@ -53,6 +53,12 @@ class PromptInputs:
         return 0 if self.prompts is None else len(self.prompts)
 
     @property
+    def has_negative(self) -> bool:
+        """Whether a negative prompt that is not empty is given."""
+        texts = (*(self.negative_prompts or ()), *(self.negative_second or ()))
+        return self.negative_embeds is not None or any(prompt.text for prompt in texts)
+
+    @property
     def num_images(self) -> int:
         """Number of images to make."""
         return self.num_prompts * self.num_images_per_prompt

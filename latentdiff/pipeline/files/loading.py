@@ -47,7 +47,7 @@ from latentdiff.pipeline.files.model_info import (
     read_model_info,
     write_model_info,
 )
-from latentdiff.pipeline.files.single_file import config_folder
+from latentdiff.pipeline.files.single_file import config_folder, restore_distilled
 
 UNREADABLE = (  # what diffusers raises for a file that lacks weights or has others
     SingleFileComponentError,
@@ -166,6 +166,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 reason = str(error).strip().partition("\n")[0]
                 raise ValueError(f"{path} does not open as a whole model: {reason}") from error
         pipe.register_to_config(_name_or_path=str(path))
+        restore_distilled(pipe, path)
         return pipe
 
     @property

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -26,6 +27,7 @@ FLOW_HINT = (  # no entry of a single file tells ComfyUI so
     "and the sampler"
 )
 UNKNOWN = "not recorded"  # in a card
+NUM_STEPS = 50  # sampling steps of a call that gives none, as in diffusers
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
 SDXL_GUIDANCE_SCALE = 5.0  # as stock pipelines
 
@@ -100,7 +102,9 @@ class ModelInfo:
     none at all; base_caption_dropout: the most in any training of the base model before. dataset,
     steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
     metrics: name to value, with sample counts where they are estimates. guidance_scale:
-    of a call that gives none. num_inference_steps: of a model that is distilled to so few.
+    of a call that gives none. num_inference_steps: of a model that is distilled to so few;
+    guidance_range: the lowest and highest guidance scale that it learned, which its U-Net reads, or
+    where is_guided, holds in its weights, so that guidance in a call would be applied twice.
     clip_skip: layers of the text encoder that captions skipped. condition_kind: of the image that
     the U-Net reads, a name of compatibility.CONDITION_KINDS; condition_dropout: part of the
     images that was dropped, which guidance by the image needs. example_prompts: what the model
@@ -117,6 +121,8 @@ class ModelInfo:
     resolution: int | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
+    guidance_range: Sequence[float] = ()
+    is_guided: bool | None = None
     clip_skip: int | None = None
     condition_kind: str | None = None
     condition_dropout: float | None = None
@@ -150,9 +156,15 @@ def read_model_info(folder: str | os.PathLike[str]) -> ModelInfo:
         raise ValueError(f"{path} is not valid JSON: {error}; delete or fix the file") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
+    return info_from_json(entries)
+
+
+def info_from_json(entries: Mapping[str, Any]) -> ModelInfo:
+    """Return the info that JSON entries state; those of other programs or versions are ignored."""
     known = {one.name for one in fields(ModelInfo)}
     info = ModelInfo(**{name: value for name, value in entries.items() if name in known})
-    return replace(info, example_prompts=tuple(info.example_prompts))
+    lists = tuple(info.example_prompts), tuple(info.guidance_range)
+    return replace(info, example_prompts=lists[0], guidance_range=lists[1])
 
 
 def merged_info(
@@ -166,6 +178,8 @@ def merged_info(
         resolution=info.resolution,
         guidance_scale=info.guidance_scale,
         num_inference_steps=info.num_inference_steps,
+        guidance_range=info.guidance_range,
+        is_guided=info.is_guided,
         clip_skip=info.clip_skip,
         condition_kind=info.condition_kind,
         condition_dropout=info.condition_dropout,
@@ -174,10 +188,17 @@ def merged_info(
 
 
 def default_guidance(info: ModelInfo, *, is_sdxl: bool = False) -> float:
-    """Return the guidance scale of a call that gives none: the model's own, else 7.5, SDXL's 5."""
-    if info.guidance_scale is not None:
-        return info.guidance_scale
-    return SDXL_GUIDANCE_SCALE if is_sdxl else GUIDANCE_SCALE
+    """Return the guidance scale of a call that gives none: the model's own, else 7.5, SDXL's 5.
+
+    A distilled model takes the nearest that it learned, or 1 where its weights hold the guidance.
+    """
+    if info.is_guided:
+        return 1.0
+    scale = info.guidance_scale
+    if scale is None:
+        scale = SDXL_GUIDANCE_SCALE if is_sdxl else GUIDANCE_SCALE
+    low, high = info.guidance_range or (scale, scale)
+    return min(max(scale, low), high)
 
 
 def default_steps(info: ModelInfo, otherwise: int) -> int:
@@ -193,6 +214,44 @@ def warn_if_guidance_untrained(info: ModelInfo, scale: float) -> None:
             "unconditional prediction to guide from; use guidance_scale=1",
             scale,
         )
+
+
+def warn_of_distillation(
+    info: ModelInfo, *, scale: float, num_steps: int, reads_scale: bool, has_negative: bool
+) -> None:
+    """Warn of arguments of a call for which a distilled model has no use.
+
+    scale, num_steps: of the call. reads_scale: the U-Net reads the guidance scale as an input.
+    has_negative: a negative prompt is given.
+    """
+    steps, (low, high) = info.num_inference_steps, info.guidance_range or (scale, scale)
+    if info.is_guided and scale > 1:
+        logger.warning(
+            "guidance_scale is %g, but this model is distilled with guidance (%s) in its weights, "
+            "so it is applied twice; use guidance_scale=1",
+            *(scale, scales_text(info)),
+        )
+    elif reads_scale and not low <= scale <= high:
+        logger.warning(
+            "guidance_scale is %g, but this model is distilled for scales of %s",
+            *(scale, scales_text(info)),
+        )
+    if has_negative and (reads_scale or (info.is_guided and scale <= 1)):
+        logger.warning(
+            "negative_prompt has no effect: this model is distilled to predict with guidance in "
+            "one pass, without an unconditional prediction"
+        )
+    if steps and num_steps > steps:
+        logger.warning(
+            "num_inference_steps is %d, but this model is distilled to %d; more do not make "
+            "better images",
+            *(num_steps, steps),
+        )
+
+
+def scales_text(info: ModelInfo) -> str:
+    """Return the guidance scales of a distilled model for a person, such as "1 to 8"."""
+    return " to ".join(dict.fromkeys(f"{scale:g}" for scale in info.guidance_range)) or UNKNOWN
 
 
 def public_name(model: str) -> str:
@@ -230,11 +289,15 @@ def write_model_info(folder: str | os.PathLike[str], info: ModelInfo) -> Path:
 
     A base model or data set that is a path is named without its place (public_name).
     """
-    fields_of = asdict(_published(info)).items()
-    known = {name: value for name, value in fields_of if value not in (None, {}, ())}
     path = Path(folder) / FILE_NAME
-    write_text(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(info_to_json(info), indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def info_to_json(info: ModelInfo) -> dict[str, Any]:
+    """Return the known fields as JSON entries, without paths of this machine."""
+    fields_of = asdict(_published(info)).items()
+    return {name: value for name, value in fields_of if value not in (None, {}, ())}
 
 
 def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> str:
@@ -255,6 +318,9 @@ def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> st
         rows.append(("In ComfyUI", FLOW_HINT))
     if info.num_inference_steps:
         rows.append(("Distilled to sampling steps", info.num_inference_steps))
+    if info.guidance_range:
+        place = "in the weights: sample without guidance" if info.is_guided else "an input"
+        rows.append(("Guidance scale", f"{scales_text(info)}, {place}"))
     if info.clip_skip:
         named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
         rows.append(("Clip skip", named))

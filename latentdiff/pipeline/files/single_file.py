@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from latentdiff.models.file_kind import describe, family_of
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.models.weights import PICKLES, Shape, refuse_bad_weights, stored_shapes
 from latentdiff.pipeline.files.file_metadata import model_spec
+from latentdiff.pipeline.files.model_info import info_from_json, info_to_json, scales_text
+from latentdiff.pipeline.schedulers import scheduler_from_json, scheduler_to_json
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -160,6 +163,13 @@ VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"  # empty entries that mark the schedule
 
+DISTILLED = "latentdiff"  # key of the metadata that a distilled model has
+USAGE_HINT = "modelspec.usage_hint"
+WEBUI_SAMPLERS = {  # as ComfyUI and A1111 name what these schedulers of diffusers do
+    "DDIMScheduler": "sampler Euler, schedule SGM uniform",
+    "LCMScheduler": "sampler LCM, schedule SGM uniform",
+}
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -229,10 +239,46 @@ def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
         title=Path(path).stem,
         width=pipe.unet.config.cross_attention_dim,
     )
+    if pipe.model_info.num_inference_steps:
+        metadata |= _distilled_metadata(pipe)
     with atomic_file(path) as temporary:
         contiguous = {key: tensor.contiguous() for key, tensor in weights.items()}
         save_file(contiguous, temporary, metadata=metadata)
     return Path(path)
+
+
+def _distilled_metadata(pipe: Any) -> dict[str, str]:
+    """Return how a distilled model is sampled: for a person, and for `restore_distilled`."""
+    info = pipe.model_info
+    hint = f"{info.num_inference_steps} steps, CFG scale 1"
+    if info.is_guided:
+        hint += f" (guidance scale {scales_text(info)} is in the weights)"
+    hint += f", {WEBUI_SAMPLERS.get(type(pipe.scheduler).__name__, 'the sampler of its training')}"
+    stored = {"model_info": info_to_json(info), "scheduler": scheduler_to_json(pipe.scheduler)}
+    return {USAGE_HINT: hint, DISTILLED: json.dumps(stored)}
+
+
+def usage_hint(path: Path) -> str | None:
+    """Return how a single file says it is to be sampled, None where it does not."""
+    with safe_open(path, "pt") as opened:
+        return (opened.metadata() or {}).get(USAGE_HINT)
+
+
+def restore_distilled(pipe: Any, path: Path) -> None:
+    """Give a pipeline the scheduler and info that the file of a distilled model states, if it does.
+
+    ValueError where that is damaged.
+    """
+    with safe_open(path, "pt") as opened:
+        text = (opened.metadata() or {}).get(DISTILLED)
+    if text is None:
+        return
+    try:
+        stored = json.loads(text)
+        pipe.model_info = info_from_json(stored["model_info"])
+        pipe.register_modules(scheduler=scheduler_from_json(stored["scheduler"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} has damaged metadata under {DISTILLED}: {error}") from error
 
 
 def unet_name(key: str, *, layers: int) -> str:

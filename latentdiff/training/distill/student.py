@@ -24,13 +24,19 @@ from latentdiff.pipeline.schedulers import distilled_scheduler
 
 
 def check_teacher(configs: Mapping[str, Mapping[str, Any]], *, method: DistillMethod) -> None:
-    """Raise ValueError for a model, by its configs, that cannot teach a stage of this kind."""
+    """Raise ValueError for a model, by its configs, that cannot be trained in this way."""
     reads_guidance = configs.get("unet", {}).get("time_cond_proj_dim") is not None
     is_flow = configs.get("scheduler", {}).get("prediction_type") == "flow_prediction"
     if method != "none" and is_flow:
         raise ValueError(
             "model.pretrained is a model of rectified flow, expected one that predicts epsilon, v "
             "or the sample, whose DDIM steps are distilled"
+        )
+    if method == "none" and reads_guidance:
+        raise ValueError(
+            "model.pretrained reads the guidance scale as an input, so it is distilled, and plain "
+            "training knows no scale; train the model that it was distilled from, and load the "
+            "LoRA into either"
         )
     if method == "guided" and reads_guidance:
         raise ValueError(

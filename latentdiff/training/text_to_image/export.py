@@ -187,7 +187,7 @@ def _lora_facts(run: Run, info: ModelInfo) -> LoraFacts:
 
 def _facts(run: Run, step: int) -> ModelInfo:
     """Return what is known of the state of a step."""
-    config = run.config
+    config, distill = run.config, run.config.distill
     last: dict[str, float] = {}
     for row in read_rows(run.folder):
         last |= row if row["step"] <= step else {}
@@ -209,7 +209,8 @@ def _facts(run: Run, step: int) -> ModelInfo:
         steps=step,
         resolution=config.data.side_px,
         guidance_scale=base.guidance_scale,
-        num_inference_steps=config.distill.num_steps if config.distill.is_on else None,
+        num_inference_steps=distill.num_steps if distill.is_on else None,
+        guidance_range=(distill.min_guidance, distill.max_guidance) if distill.is_on else (),
         clip_skip=clip_skip_of(run.components.text_encoder) or None,
         condition_kind=config.condition.kind if config.condition.is_on else None,
         condition_dropout=config.condition.dropout_share if config.condition.is_on else None,
