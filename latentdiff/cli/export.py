@@ -21,13 +21,13 @@ def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str])
     )
     args = parser.parse_args(arguments)
     quieten_libraries()
-    from latentdiff.pipeline.files.single_file import usage_hint
+    from latentdiff.pipeline.files.single_file import stored_usage_hint
     from latentdiff.sampling.conversion import export_single_file
 
     options = {"dtype": args.dtype, "guidance_scale": args.guidance_scale}
     path = export_single_file(args.model, Path(args.out), **options)
     print(f"wrote {path}")
-    if hint := usage_hint(path):
+    if hint := stored_usage_hint(path):
         print(f"sample with {hint}")
     print("ComfyUI looks for it in models/checkpoints, A1111 in models/Stable-diffusion")
     return 0

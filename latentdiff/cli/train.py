@@ -70,15 +70,19 @@ def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
     A student first learns the guided prediction, then one step for two of its teacher's, stage by
     stage; each stage is measured against the model. Exit code 1: a stage is worse than the margins
-    allow, and the one before it is kept. Without --config the settings are those of distill.
+    allow, and the one before it is kept. With --method lcm_lora a LoRA learns it instead, for other
+    programs too. Without --config the settings are those of distill or distill_lcm_lora.
     """
     parser.add_argument("teacher", type=str, help="the model: its folder, a run's, or a hub id")
     parser.add_class_arguments(DistillOptions)
     given = [*arguments]
+    is_lora = any(one in ("lcm_lora", "--method=lcm_lora") for one in given)
     if not any(one.partition("=")[0] == "--config" for one in given):
-        given = ["--config", "distill", *given]  # first, so that options win
+        preset = "distill_lcm_lora" if is_lora else "distill"
+        given = ["--config", preset, *given]  # first, so that options win
     if arguments and not arguments[0].startswith("-"):
-        given += [f"--model.pretrained={arguments[0]}", "--distill.method=guided"]
+        method = "lcm_lora" if is_lora else "guided"
+        given += [f"--model.pretrained={arguments[0]}", f"--distill.method={method}"]
     config, options = parse_settings(parser, Config, given)
     log_to_terminal()
     quieten_libraries("training.distill.stages")

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from latentdiff.config.validation import at_least, between, check_ranges
 
-DistillMethod = Literal["none", "guided", "progressive"]
+DistillMethod = Literal["none", "guided", "progressive", "lcm_lora"]
+DistillRecipe = Literal["progressive", "lcm_lora"]
 
 STUDENT_STEPS = (16, 8, 4, 2, 1)  # sampling steps after each halving
 
@@ -32,9 +33,11 @@ class DistillConfig:
     method: DistillMethod = "none"
     """none: plain training; guided: the student learns the guided prediction, in one pass, for
     every guidance scale (Meng et al. 2023); progressive: one step of the student is two of its
-    teacher, which is a guided student itself (Salimans & Ho 2022)"""
+    teacher, which is a guided student itself (Salimans & Ho 2022); lcm_lora: a LoRA learns the
+    guided model's clean end from any timestep (latent consistency, Luo et al. 2023)"""
     num_steps: int = between(1, 1000, default=32)
-    """sampling steps of the student; it learns at the timesteps of these alone"""
+    """sampling steps of the student; it learns at the timesteps of these alone, but for lcm_lora,
+    where they are those that the model is to be sampled in"""
     min_guidance: float = at_least(1, default=1.0)
     """lowest guidance scale that the student learns; 1 is no guidance"""
     max_guidance: float = at_least(1, default=8.0)
@@ -60,7 +63,12 @@ def check_distillation(config: Any) -> None:
             f"distill.max_guidance={distill.max_guidance:g} is below distill.min_guidance="
             f"{distill.min_guidance:g}, expected scales that rise"
         )
-    for name, value in UNUSED.items():
+    is_lora = distill.method == "lcm_lora"
+    if is_lora and not config.train.ema:
+        raise ValueError(
+            "distill.method=lcm_lora needs train.ema=true: its target is the average of its weights"
+        )
+    for name, value in (UNUSED | ({"finetune.method": "lora"} if is_lora else {})).items():
         if (given := attrgetter(name)(config)) != value:
             raise ValueError(
                 f"{name}={given} is not for distillation, whose student learns from its teacher "
@@ -77,12 +85,20 @@ def check_distillation(config: Any) -> None:
 class DistillOptions:
     """The stages of `latentdiff distill`, and what each is measured by."""
 
+    method: DistillRecipe = "progressive"
+    """progressive: guidance first, then halvings of the steps, of the whole U-Net; lcm_lora: a LoRA
+    for the model and those tuned from it, sampled with the scheduler lcm and no guidance"""
     steps: int = 4
     """sampling steps of the last student: 16, 8, 4, 2 or 1"""
     guided_steps: int = at_least(0, default=0)
     """optimiser steps of the first stage, which learns guidance; 0: a quarter of the teacher's"""
     halving_steps: int = at_least(0, default=0)
     """optimiser steps of each halving; 0: an eighth of the teacher's"""
+    lora_steps: int = at_least(1, default=1000)
+    """optimiser steps of lcm_lora"""
+    teacher_images: int = at_least(0, default=0)
+    """images of the folder's captions that the teacher draws, with --teacher_num_steps, and the
+    student trains on in place of the folder's own: for small folders; 0: none"""
     num_images: int = at_least(10, default=128)
     """captions, held-out ones first, that teacher and student draw from the same seeds"""
     teacher_num_steps: int = at_least(1, default=25)
@@ -101,11 +117,18 @@ class DistillOptions:
     """captions of the shapes world: share of right images that a stage may lose"""
     max_clip_loss: float = 0.02
     """CLIP score, a cosine, that a stage may lose"""
-    max_distance: float = 0.6
-    """distance to the teacher's images that a stage may have, 1 being that of unlike captions"""
+    max_distance: float | None = None
+    """distance to the teacher's images that a stage may have, 1 being that of unlike captions; by
+    default 0.6, and 0.9 for lcm_lora, whose scheduler adds noise of its own"""
 
     def check(self) -> None:
         """Raise ValueError for options out of range."""
         if self.steps not in STUDENT_STEPS:
             raise ValueError(f"steps={self.steps}, expected 16, 8, 4, 2 or 1")
         check_ranges(self)
+
+    @property
+    def allowed_distance(self) -> float:
+        """The distance to the teacher's images that a stage may have."""
+        default = 0.9 if self.method == "lcm_lora" else 0.6
+        return default if self.max_distance is None else self.max_distance

@@ -16,6 +16,7 @@ from latentdiff.diffusion.schedules import Schedule, extract
 CLEAN = -1  # the timestep after the last: x0
 SIGMA_DATA = 0.5  # of the boundary condition, as in diffusers' LCMScheduler
 TIMESTEP_SCALING = 10.0
+SOLVER_STEPS = 50  # of the grid of a latent consistency model
 
 
 def trailing_timesteps(num_steps: int, num_timesteps: int) -> Tensor:
@@ -101,3 +102,16 @@ def consistency_scalings(t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
     scaled = (t.to(like.dtype) * TIMESTEP_SCALING).view(-1, *[1] * (like.ndim - 1))
     total = scaled.square() + SIGMA_DATA**2
     return SIGMA_DATA**2 / total, scaled / total.sqrt()
+
+
+def consistent_x0(
+    schedule: Schedule, output: Tensor, xt: Tensor, t: Tensor, *, prediction_type: str
+) -> Tensor:
+    """Return the clean sample that a consistency model predicts, (B, ...): xt itself at t = 0.
+
+    output: the model's at (xt, t), read as a prediction of prediction_type (Luo et al. 2023).
+    xt: (B, ...); t: (B,).
+    """
+    skip, out = consistency_scalings(t, like=xt)
+    x0 = predict_x0(schedule, output, xt, t, prediction_type=prediction_type)
+    return skip * xt + out * x0

@@ -19,7 +19,7 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.app.model_facts import read_model_facts
 from latentdiff.models.guidance_embedding import add_guidance_embedding
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
-from latentdiff.pipeline.files.single_file import usage_hint
+from latentdiff.pipeline.files.single_file import stored_usage_hint
 from latentdiff.pipeline.png_metadata import read_settings
 from latentdiff.pipeline.schedulers import distilled_scheduler
 from latentdiff.sampling import conversion
@@ -143,7 +143,7 @@ def test_one_file_fixes_a_scale_and_says_so(
     teacher = tmp_path / "teacher"
     sd1_shaped().save_pretrained(teacher)
     file = export_single_file(folder, tmp_path / "four.safetensors", guidance_scale=5.0)
-    hint = usage_hint(file)
+    hint = stored_usage_hint(file)
     assert hint is not None
     assert hint.startswith("4 steps, CFG scale 1 (guidance scale 5 is in the weights), sampler")
     one = quiet(LatentDiffPipeline.from_single_file(file, config=teacher))
@@ -152,13 +152,13 @@ def test_one_file_fixes_a_scale_and_says_so(
     assert np.abs(image_of(pipe) - expected).max() > STEP
     assert one.model_info == replace(INFO, guidance_range=(5.0, 5.0), is_guided=True)
     own = export_single_file(folder, tmp_path / "own.safetensors")
-    assert "guidance scale 3 is" in str(usage_hint(own))
+    assert "guidance scale 3 is" in str(stored_usage_hint(own))
     with pytest.raises(ValueError, match="expected one learned: 1 to 8"):
         export_single_file(folder, tmp_path / "x.safetensors", guidance_scale=9.0)
     with pytest.raises(ValueError, match="only a model that reads the scale"):
         export_single_file(teacher, tmp_path / "x.safetensors", guidance_scale=3.0)
     plain = export_single_file(teacher, tmp_path / "plain.safetensors")
-    assert usage_hint(plain) is None
+    assert stored_usage_hint(plain) is None
 
 
 def test_merged_and_packed_models_keep_their_steps_and_scales(folder: Path, tmp_path: Path) -> None:

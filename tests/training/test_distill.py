@@ -226,7 +226,11 @@ def test_settings_that_exclude_distillation_are_named(
 
 @pytest.mark.parametrize(
     ("teacher", "settings", "message"),
-    [("guided", GUIDED, "is distilled already"), ("base", HALVED, "expected the student")],
+    [
+        ("guided", GUIDED, "is distilled already"),
+        ("guided", {}, "plain training knows no scale"),
+        ("base", HALVED, "expected the student"),
+    ],
 )
 def test_teacher_of_the_wrong_kind_is_refused_before_heavy_work(
     world: Path, tmp_path: Path, teacher: str, settings: dict[str, Any], message: str

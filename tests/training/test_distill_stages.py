@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline
 from fakes_finetune import QUICK, generate, open_ours
 from fakes_training import make_config, read_metrics
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_distill import world
 
@@ -140,3 +141,85 @@ def test_the_plan_takes_a_quarter_and_eighths_of_the_teachers_steps(
     )
     with pytest.raises(ValueError, match="steps=3, expected 16, 8, 4, 2 or 1"):
         distill(given, DistillOptions(steps=3))
+
+
+LCM = DistillOptions(
+    method="lcm_lora",
+    steps=2,
+    lora_steps=3,
+    teacher_images=6,
+    num_images=10,
+    teacher_num_steps=2,
+    guidance_scale=2.0,
+    max_distance=100.0,
+    max_accuracy_loss=1.0,
+)
+
+
+def lcm_template(world: Path, out: Path) -> Config:
+    lora = {"finetune__method": "lora", "finetune__lora_rank": 2, "train__learning_rate": 1e-2}
+    often = {"distill__method": "lcm_lora", "distill__num_steps": 2}
+    return template(world, out, **(lora | often | {"train__ema_decay": 0.5}))
+
+
+@pytest.fixture(scope="module")
+def lcm(world: Path) -> Path:
+    """An LCM-LoRA that nothing stopped."""
+    assert distill(lcm_template(world, world / "lcm"), LCM) == 0
+    return world / "lcm"
+
+
+def test_a_kill_changes_no_bit_of_an_lcm_lora(
+    world: Path, lcm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, step, calls = lcm_template(world, tmp_path), TrainStep.step, iter(range(1, 100))
+
+    def killed(self: TrainStep, *arguments: Any, **named: Any) -> Any:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "step", killed)
+        assert distill(given, LCM) == 143
+    assert distill(given, LCM) == 0
+    name = "lora_kohya.safetensors"
+    ours, expected = load_file(tmp_path / name), load_file(lcm / name)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in ours.items())
+    stage = Path("stages") / "lcm-lora"
+    assert read_metrics(tmp_path / stage) == read_metrics(lcm / stage)
+
+
+def test_the_teacher_s_images_are_a_captioned_folder_that_the_adapter_was_trained_on(
+    lcm: Path,
+) -> None:
+    rows = (lcm / "teacher_images" / "metadata.jsonl").read_text().splitlines()
+    assert len(rows) == 6
+    assert {json.loads(row)["num_inference_steps"] for row in rows} == {2}
+    assert len({json.loads(row)["seed"] for row in rows}) == 6
+    config = (lcm / "stages" / "lcm-lora" / "config.yaml").read_text()
+    assert f"root: {lcm / 'teacher_images'}" in config
+
+
+@pytest.mark.parametrize(
+    "file", ["lora/pytorch_lora_weights.safetensors", "lora_kohya.safetensors"]
+)
+def test_stock_diffusers_with_the_lora_and_an_lcm_scheduler_draws_our_image(
+    world: Path, lcm: Path, file: str
+) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(
+        world / "base" / "pipeline", safety_checker=None
+    )
+    plain = generate(stock, num_inference_steps=2, guidance_scale=1.0)
+    stock.load_lora_weights(lcm / file)
+    stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
+    theirs = generate(stock, num_inference_steps=2, guidance_scale=1.0)
+    ours = generate(open_ours(lcm / "pipeline"), num_inference_steps=None, guidance_scale=None)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1 / 255)
+    assert (theirs - plain).abs().max() > 1 / 255
+    with safe_open(lcm / file, "pt") as opened:
+        hint = opened.metadata()["modelspec.usage_hint"]
+    assert hint == "2 steps, CFG scale 1 (guidance scale 1 to 8 is in the weights), " + (
+        "sampler LCM, schedule SGM uniform"
+    )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from latentdiff.pipeline.files.model_info import ModelInfo, public_name
+from latentdiff.pipeline.files.model_info import ModelInfo, public_name, scales_text
 
 # by the width of the prompt embeddings: modelspec's architecture, kohya's version; of a model that
 # predicts v, too. Models of other widths have neither name.
@@ -35,6 +35,11 @@ IMPLEMENTATIONS = {
     False: "https://github.com/Stability-AI/generative-models",
 }
 MAX_TAGS = 100
+USAGE_HINT = "modelspec.usage_hint"
+WEBUI_SAMPLERS = {  # as ComfyUI and A1111 name what these schedulers of diffusers do
+    "DDIMScheduler": "sampler Euler, schedule SGM uniform",
+    "LCMScheduler": "sampler LCM, schedule SGM uniform",
+}
 
 
 def model_spec(
@@ -68,6 +73,17 @@ def model_spec(
         "merged_from": ", ".join(info.loras),
     }
     return {f"modelspec.{key}": str(value) for key, value in entries.items() if value}
+
+
+def usage_hint(info: ModelInfo, *, scheduler: object) -> dict[str, str]:
+    """Return the entry that says how a distilled model or adapter is sampled; none of others."""
+    if not info.num_inference_steps:
+        return {}
+    hint = f"{info.num_inference_steps} steps, CFG scale 1"
+    if info.is_guided:
+        hint += f" (guidance scale {scales_text(info)} is in the weights)"
+    sampler = WEBUI_SAMPLERS.get(type(scheduler).__name__, "the sampler of its training")
+    return {USAGE_HINT: f"{hint}, {sampler}"}
 
 
 def kohya_metadata(

@@ -29,8 +29,8 @@ from latentdiff.models.compatibility import read_json
 from latentdiff.models.file_kind import describe, family_of
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.models.weights import PICKLES, Shape, refuse_bad_weights, stored_shapes
-from latentdiff.pipeline.files.file_metadata import model_spec
-from latentdiff.pipeline.files.model_info import info_from_json, info_to_json, scales_text
+from latentdiff.pipeline.files.file_metadata import USAGE_HINT, model_spec, usage_hint
+from latentdiff.pipeline.files.model_info import info_from_json, info_to_json
 from latentdiff.pipeline.schedulers import scheduler_from_json, scheduler_to_json
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -164,11 +164,6 @@ TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"  # empty entries that mark the schedule
 
 DISTILLED = "latentdiff"  # key of the metadata that a distilled model has
-USAGE_HINT = "modelspec.usage_hint"
-WEBUI_SAMPLERS = {  # as ComfyUI and A1111 name what these schedulers of diffusers do
-    "DDIMScheduler": "sampler Euler, schedule SGM uniform",
-    "LCMScheduler": "sampler LCM, schedule SGM uniform",
-}
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -249,16 +244,12 @@ def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
 
 def _distilled_metadata(pipe: Any) -> dict[str, str]:
     """Return how a distilled model is sampled: for a person, and for `restore_distilled`."""
-    info = pipe.model_info
-    hint = f"{info.num_inference_steps} steps, CFG scale 1"
-    if info.is_guided:
-        hint += f" (guidance scale {scales_text(info)} is in the weights)"
-    hint += f", {WEBUI_SAMPLERS.get(type(pipe.scheduler).__name__, 'the sampler of its training')}"
-    stored = {"model_info": info_to_json(info), "scheduler": scheduler_to_json(pipe.scheduler)}
-    return {USAGE_HINT: hint, DISTILLED: json.dumps(stored)}
+    info, scheduler = pipe.model_info, pipe.scheduler
+    stored = {"model_info": info_to_json(info), "scheduler": scheduler_to_json(scheduler)}
+    return usage_hint(info, scheduler=scheduler) | {DISTILLED: json.dumps(stored)}
 
 
-def usage_hint(path: Path) -> str | None:
+def stored_usage_hint(path: Path) -> str | None:
     """Return how a single file says it is to be sampled, None where it does not."""
     with safe_open(path, "pt") as opened:
         return (opened.metadata() or {}).get(USAGE_HINT)

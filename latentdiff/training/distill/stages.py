@@ -1,4 +1,4 @@
-"""Guided progressive distillation from top to bottom: plan, train each stage, measure it, export.
+"""Distillation from top to bottom: plan, train each stage, measure it, export.
 
 A stage is an ordinary text-to-image run in stages/NAME, which `latentdiff train --config
 stages/NAME/config.yaml` continues alone; its EMA teaches the next. What is done is not done again,
@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from latentdiff.atomic import atomic_folder, write_text
+from latentdiff.atomic import atomic_file, atomic_folder, write_text
 from latentdiff.config.distill import STUDENT_STEPS, DistillOptions
 from latentdiff.config.io import load_stored_config
 from latentdiff.config.options import EvalModelOptions, EvaluationOptions
@@ -35,6 +35,7 @@ from latentdiff.pipeline.files.model_info import (
     write_model_info,
 )
 from latentdiff.sampling.open_pipeline import open_pipeline
+from latentdiff.training.distill.teacher_images import data_of_teacher, draw_teacher_images
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import caption_transform, unique_captions
 from latentdiff.training.inputs.sources import read_data
@@ -45,6 +46,8 @@ from latentdiff.training.text_to_image.train_t2i import train
 logger = logging.getLogger(__name__)
 GUIDED_SHARE, HALVING_SHARE = 4, 8  # of the teacher's optimiser steps: a quarter, an eighth
 COST = 5 / 3  # forward units of a step, next to plain training: the teacher predicts twice
+LCM_COST = 6 / 3  # the target is one more
+ADAPTERS = ("lora", "lora_kohya.safetensors")  # of an LCM-LoRA
 REPORT = "report.json"
 
 
@@ -82,6 +85,8 @@ def distill(template: Config, options: DistillOptions) -> int:
         for line in plan_lines(stages, _info(template)):
             logger.info("%s", line)
     judge = Judge(template, options)
+    if options.teacher_images:
+        judge.draw_teacher_images(accelerator)
     kept: Stage | None = None
     reports: dict[str, Any] = {}
     for number, stage in enumerate(stages):
@@ -102,9 +107,15 @@ def distill(template: Config, options: DistillOptions) -> int:
 def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
     """Return the stages: guidance first, then halvings from 16 steps to those asked for.
 
-    ValueError where the teacher does not say how long it was trained and no steps are given.
+    lcm_lora has one stage, its adapter. ValueError where the teacher does not say how long it was
+    trained and no steps are given.
     """
     template, info = with_resolution(template), _info(template)
+    out = Path(template.output_dir).expanduser()
+    if options.teacher_images:
+        template = replace(template, data=data_of_teacher(template.data, out))
+    if options.method == "lcm_lora":
+        return [_lora_stage(template, options)]
     lengths = options.guided_steps, options.halving_steps
     if not all(lengths) and not info.steps:
         raise ValueError(
@@ -116,7 +127,6 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
         for given, share in zip(lengths, (GUIDED_SHARE, HALVING_SHARE), strict=True)
     )
     counts = [count for count in STUDENT_STEPS if count >= options.steps]
-    out = Path(template.output_dir).expanduser()
     teacher = str(resolve_model(template.model.pretrained))
     stages: list[Stage] = []
     for number, count in enumerate([2 * STUDENT_STEPS[0], *counts]):
@@ -141,9 +151,23 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
     return stages
 
 
+def _lora_stage(template: Config, options: DistillOptions) -> Stage:
+    out, teacher = Path(template.output_dir).expanduser(), template.model.pretrained
+    config = replace(
+        template,
+        output_dir=str(out / "stages" / "lcm-lora"),
+        model=replace(template.model, pretrained=str(resolve_model(teacher))),
+        distill=replace(template.distill, method="lcm_lora", num_steps=options.steps),
+        train=replace(template.train, max_steps=options.lora_steps),
+        preview=replace(template.preview, num_steps=options.steps, guidance_scale=1.0),
+    )
+    return Stage("lcm-lora", config)
+
+
 def plan_lines(stages: list[Stage], teacher: ModelInfo) -> list[str]:
     """Return the plan for a person: what each stage takes, and the cost of all."""
     lines, total = ["stages, each measured against the first teacher:"], 0
+    unit = LCM_COST if stages[0].config.distill.method == "lcm_lora" else COST
     for stage in stages:
         train, distill = stage.config.train, stage.config.distill
         total += train.max_steps
@@ -152,7 +176,7 @@ def plan_lines(stages: list[Stage], teacher: ModelInfo) -> list[str]:
             f"learning rate {train.learning_rate:.2g}: a student of {distill.num_steps} sampling "
             "steps"
         )
-    cost = f"in all {total:,} steps, as costly as {round(COST * total):,} of plain training"
+    cost = f"in all {total:,} steps, as costly as {round(unit * total):,} of plain training"
     if teacher.steps:
         cost += f"; the teacher's last training had {teacher.steps:,}"
     return [*lines, cost]
@@ -221,7 +245,7 @@ class Judge:
             nets=self._nets,
             max_accuracy_loss=options.max_accuracy_loss,
             max_clip_loss=options.max_clip_loss,
-            max_distance=options.max_distance,
+            max_distance=options.allowed_distance,
             batch_size=options.measure_batch_size,
             device=choose_device(),
         )
@@ -229,24 +253,44 @@ class Judge:
     def _draw(self, model: str, folder: Path, num_steps: int) -> GeneratedImages:
         pipe = open_pipeline(model)
         pipe.set_progress_bar_config(disable=True)
+        scale = 1.0 if pipe.model_info.is_guided else self.scale
         return draw(
             pipe,
             self.captions,
             folder,
             num_inference_steps=num_steps,
-            guidance_scale=self.scale,
+            guidance_scale=scale,
             batch_size=self.options.measure_batch_size,
         )
+
+    def draw_teacher_images(self, accelerator: Accelerator) -> None:
+        """Let the teacher draw the images to train on, by the main process."""
+        if accelerator.is_main_process:
+            draw_teacher_images(
+                self.template,
+                self._known_captions[1] or self._known_captions[0],
+                num=self.options.teacher_images,
+                num_steps=self.options.teacher_num_steps,
+                guidance_scale=self.scale,
+                batch_size=self.options.measure_batch_size,
+            )
+        accelerator.wait_for_everyone()
+
+    @cached_property
+    def _known_captions(self) -> tuple[list[str], list[str]]:
+        """Different captions of the held-out images, and of the others."""
+        data, prompts = self.template.data, self.template.finetune.instance_prompts
+        train_folder, heldout = read_data(data, prompts=prompts, trust_index=True)
+        transform = caption_transform(data)
+        first, second = (unique_captions([one], transform) for one in (heldout, train_folder))
+        return list(dict.fromkeys(first)), list(dict.fromkeys(second))
 
     @cached_property
     def captions(self) -> list[str]:
         """Captions to draw, evenly spaced over the held-out ones, then over the others."""
-        data, prompts = self.template.data, self.template.finetune.instance_prompts
-        train_folder, heldout = read_data(data, prompts=prompts, trust_index=True)
         chosen: list[str] = []
-        for folder in (heldout, train_folder):
-            known = unique_captions([folder], caption_transform(data))
-            texts = [text for text in dict.fromkeys(known) if text not in chosen]
+        for known in self._known_captions:
+            texts = [text for text in known if text not in chosen]
             num = min(self.options.num_images - len(chosen), len(texts))
             chosen += [texts[len(texts) * k // num] for k in range(num)]
         while len(chosen) < self.options.num_images:  # few captions are drawn from several seeds
@@ -301,6 +345,13 @@ def _export(template: Config, kept: Stage) -> None:
         shutil.copytree(kept.model, temporary, dirs_exist_ok=True)
         write_model_info(temporary, facts)
         write_text(temporary / "README.md", model_card(facts, name=folder_title(out / "pipeline")))
+    for name in ADAPTERS:
+        if (source := kept.folder / name).is_dir():
+            with atomic_folder(out / name) as temporary:
+                shutil.copytree(source, temporary, dirs_exist_ok=True)
+        elif source.is_file():
+            with atomic_file(out / name) as path:
+                shutil.copyfile(source, path)
 
 
 def _info(template: Config) -> ModelInfo:

@@ -20,7 +20,8 @@ from latentdiff.models.guidance_embedding import (
     has_guidance_embedding,
     predict,
 )
-from latentdiff.pipeline.schedulers import distilled_scheduler
+from latentdiff.pipeline.schedulers import distilled_scheduler, make_scheduler
+from latentdiff.training.finetune.lora import without_adapters
 
 
 def check_teacher(configs: Mapping[str, Mapping[str, Any]], *, method: DistillMethod) -> None:
@@ -38,7 +39,7 @@ def check_teacher(configs: Mapping[str, Mapping[str, Any]], *, method: DistillMe
             "training knows no scale; train the model that it was distilled from, and load the "
             "LoRA into either"
         )
-    if method == "guided" and reads_guidance:
+    if method in ("guided", "lcm_lora") and reads_guidance:
         raise ValueError(
             "model.pretrained reads the guidance scale as an input, so it is distilled already; "
             "set distill.method=progressive, or start from a model that is not distilled"
@@ -50,13 +51,21 @@ def check_teacher(configs: Mapping[str, Mapping[str, Any]], *, method: DistillMe
         )
 
 
-def make_student(teacher: Components) -> Components:
-    """Return a copy of a model whose U-Net reads the guidance, with a sampler of few steps.
+def make_student(
+    teacher: Components, *, method: DistillMethod
+) -> tuple[UNet2DConditionModel, Components]:
+    """Return the teacher's U-Net and the student, which at first predicts as its teacher does.
 
-    The other components are shared. At first it predicts as its teacher does.
+    The student is a copy whose U-Net reads the guidance, with a sampler of few steps; the other
+    components are shared. For lcm_lora it is the model with its adapters, and the teacher the same
+    weights without them.
     """
+    if method == "lcm_lora":
+        scheduler = make_scheduler("lcm", trained=teacher.scheduler)
+        return without_adapters(teacher.unet), replace(teacher, scheduler=scheduler)
     unet = add_guidance_embedding(teacher.unet)
-    return replace(teacher, unet=unet, scheduler=distilled_scheduler(teacher.scheduler))
+    scheduler = distilled_scheduler(teacher.scheduler)
+    return teacher.unet, replace(teacher, unet=unet, scheduler=scheduler)
 
 
 @dataclass(frozen=True)

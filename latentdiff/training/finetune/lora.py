@@ -125,6 +125,18 @@ def merge_adapters(components: Components) -> Components:
     )
 
 
+def without_adapters(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Return the plain U-Net that adapters were added to; the weights are shared."""
+    weights = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in unet.state_dict().items()
+        if not is_adapter(name)
+    }
+    with torch.device("meta"):
+        empty = UNet2DConditionModel.from_config(unet.config)
+    return load_into_meta(empty, weights, like=unet)
+
+
 @torch.no_grad()
 def _merged(empty: Any, adapted: nn.Module) -> Any:
     """Return a module with its adapters merged; one without any as it is."""

@@ -20,7 +20,7 @@ from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components
 from latentdiff.models.text import clip_skip_of
 from latentdiff.models.weights import weights_hash
-from latentdiff.pipeline.files.file_metadata import kohya_metadata, model_spec
+from latentdiff.pipeline.files.file_metadata import kohya_metadata, model_spec, usage_hint
 from latentdiff.pipeline.files.kohya_lora import (
     kohya_weights,
     layers_unknown_to_kohya,
@@ -203,7 +203,8 @@ def _save_lora_files(
         trigger_word=facts.trigger_word,
     )
     path = folder / "lora" / lora.FILE_NAME
-    own = spec(weights, diffusers_names=True)
+    hint = usage_hint(facts.info, scheduler=components.scheduler)
+    own = spec(weights, diffusers_names=True) | hint
     if is_lokr:
         own |= lokr.adapter_metadata(weights, rank=settings.lora_rank, factor=settings.lokr_factor)
     size = save_lora(weights, path, metadata=own)
@@ -221,7 +222,7 @@ def _save_lora_files(
         training=facts.training | _network(settings),
         tags=facts.tags,
     )
-    save_lora(renamed, other, metadata=spec(renamed) | trained)
+    save_lora(renamed, other, metadata=spec(renamed) | hint | trained)
     if settings.adapter_type == "dora":
         logger.warning(
             "%s, for LyCORIS: the same; ComfyUI and A1111 take another norm in DoRA, so that their "

@@ -211,6 +211,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         guidance_scale=base.guidance_scale,
         num_inference_steps=distill.num_steps if distill.is_on else None,
         guidance_range=(distill.min_guidance, distill.max_guidance) if distill.is_on else (),
+        is_guided=distill.method == "lcm_lora" or None,
         clip_skip=clip_skip_of(run.components.text_encoder) or None,
         condition_kind=config.condition.kind if config.condition.is_on else None,
         condition_dropout=config.condition.dropout_share if config.condition.is_on else None,

@@ -5,6 +5,7 @@ Everything that can be wrong with the input is reported here, before the first s
 
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
-from latentdiff.diffusion.distillation import CLEAN, trailing_timesteps
+from latentdiff.diffusion.distillation import CLEAN, SOLVER_STEPS, trailing_timesteps
 from latentdiff.diffusion.timesteps import (
     SamplingOptions,
     TimestepSampler,
@@ -28,6 +29,7 @@ from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
+from latentdiff.training.distill.consistency import Consistency
 from latentdiff.training.distill.objective import Distillation, GuidedTarget, HalvedTarget
 from latentdiff.training.distill.student import Teacher, make_student
 from latentdiff.training.finetune.dreambooth import generate_class_images
@@ -117,8 +119,10 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     base = load(config, folder, train_folder, accelerator)
     teacher = None
     if config.distill.is_on:
-        teacher = Teacher(base.components.unet, accelerator.autocast)
-        base = base._replace(components=make_student(base.components))
+        base.components.unet.to(accelerator.device)  # first, so that both share its weights there
+        unet, student = make_student(base.components, method=config.distill.method)
+        teacher = Teacher(unet, accelerator.autocast)
+        base = base._replace(components=student)
     train_data = build_train_data(
         config,
         train_folder,
@@ -221,13 +225,14 @@ def build_train_step(
     """
     settings, device = config.train, accelerator.device
     null_text = train_data.null_text.to(device)
-    objective: Objective | Distillation
+    objective: Objective | Distillation | Consistency
     if teacher is None:
         objective = _objective(config, components, null_text=null_text, device=device)
     else:
         teacher.unet.requires_grad_(False).eval().to(device)
         _lay_out(config, teacher.unet, components, accelerator)
-        objective = _distillation(config, components, teacher, null_text=null_text, device=device)
+        build = _consistency if config.distill.method == "lcm_lora" else _distillation
+        objective = build(config, components, teacher, null_text=null_text, device=device)
     model = _trainable_model(config, components, accelerator)
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
@@ -236,7 +241,7 @@ def build_train_step(
         lr_warmup_steps=settings.lr_warmup_steps,
         max_steps=settings.max_steps,
     )
-    return TrainStep(
+    train_step = TrainStep(
         model.to(device),
         objective=objective,
         accelerator=accelerator,
@@ -252,6 +257,9 @@ def build_train_step(
         seed=settings.seed,
         fused_backward_pass=settings.fused_backward_pass,
     )
+    if isinstance(objective, Consistency) and (ema := train_step.ema):
+        objective.averaged = lambda: ema.swap_weights(train_step.model)
+    return train_step
 
 
 def _trainable_model(
@@ -325,6 +333,27 @@ def _distillation(
         sample_steps=_timestep_sampler(config.diffusion, distill.num_steps, device),
         min_guidance=distill.min_guidance,
         max_guidance=distill.max_guidance,
+    )
+
+
+def _consistency(
+    config: Config,
+    components: Components,
+    teacher: Teacher,
+    *,
+    null_text: Conditioning,
+    device: torch.device,
+) -> Consistency:
+    """Return the loss of a consistency model, on the device, its target being its weights now."""
+    return Consistency(
+        schedule_of(components.scheduler).to(device, dtype=torch.float32),
+        components.scheduler.config["prediction_type"],
+        teacher,
+        null_text,
+        sample_steps=_timestep_sampler(config.diffusion, SOLVER_STEPS, device),
+        min_guidance=config.distill.min_guidance,
+        max_guidance=config.distill.max_guidance,
+        averaged=nullcontext,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latentdiff.config.choices import OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
+from latentdiff.training.distill.consistency import Consistency
 from latentdiff.training.distill.objective import Distillation
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
@@ -51,7 +52,7 @@ class TrainStep:
         self,
         model: TextToImage,
         *,
-        objective: Objective | Distillation,
+        objective: Objective | Distillation | Consistency,
         accelerator: Accelerator,
         lr_schedule: LRSchedule,
         optimizer: OptimizerName = "adamw",
