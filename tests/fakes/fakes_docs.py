@@ -31,6 +31,14 @@ NOT_RUN = {
         "latentdiff inspect OWNER/NAME": "downloads a data set; tests/data/test_hub_dataset.py",
         "latentdiff train --config lora_mini --data.root=OWNER/NAME": "the same",
     },
+    "docs/distillation.md": {
+        "latentdiff distill latentdiff-mini --method lcm_lora": "another distillation; "
+        "tests/training/test_distill_stages.py",
+        "latentdiff sample latentdiff-mini a red apple --lora": "the same",
+        "latentdiff export single-file": (
+            "needs CLIP's vocabulary; tests/sampling/test_distilled_models.py"
+        ),
+    },
     "docs/finetuning.md": {
         "latentdiff train --config lora_sd15_8gb": "how the table was made; test_finetune.py",
         "latentdiff train --config full_sd15_24gb": "the same",
