@@ -63,6 +63,9 @@ def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     return train_clip(config)
 
 
+LCM_LORA = {"lcm_lora", "--method=lcm_lora", "distill_lcm_lora", "--config=distill_lcm_lora"}
+
+
 def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Distil a model into one that samples in 4, 2 or 1 steps, of one pass each.
 
@@ -76,13 +79,14 @@ def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("teacher", type=str, help="the model: its folder, a run's, or a hub id")
     parser.add_class_arguments(DistillOptions)
     given = [*arguments]
-    is_lora = any(one in ("lcm_lora", "--method=lcm_lora") for one in given)
+    is_lora = not LCM_LORA.isdisjoint(given)
     if not any(one.partition("=")[0] == "--config" for one in given):
         preset = "distill_lcm_lora" if is_lora else "distill"
         given = ["--config", preset, *given]  # first, so that options win
     if arguments and not arguments[0].startswith("-"):
         method = "lcm_lora" if is_lora else "guided"
         given += [f"--model.pretrained={arguments[0]}", f"--distill.method={method}"]
+        given += ["--method=lcm_lora"] if is_lora else []
     config, options = parse_settings(parser, Config, given)
     log_to_terminal()
     quieten_libraries("training.distill.stages")

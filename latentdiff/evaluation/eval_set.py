@@ -25,9 +25,10 @@ from latentdiff.evaluation.metrics.vlb import CaptionedLatents
 from latentdiff.image_grid import to_uint8
 from latentdiff.image_io import ImageError, load_image
 from latentdiff.models.compatibility import reads_time_ids
-from latentdiff.models.components import Components, load_components, resolve_model
+from latentdiff.models.components import Components, load_components
 from latentdiff.models.conditioning import Conditioning, make_time_ids
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import NULL_CAPTION
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
