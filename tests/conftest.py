@@ -47,6 +47,18 @@ def _quick_plan() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """A run asks the disk some seventy times to hold its files: as long as it computes here.
+
+    That matters to a power cut alone, which no test makes; test_atomic.py and test_checkpoint.py
+    see to it that files are flushed before they bear their names.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one precision a process; a user's script has one run a process."""

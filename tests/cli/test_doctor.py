@@ -13,6 +13,7 @@ from latentdiff.cli import doctor, machine
 from latentdiff.cli.command import run_command
 from latentdiff.cli.doctor import as_text, examine, is_usable, next_commands
 from latentdiff.cli.machine import Gpu, Machine, Package, Place, Torch, has_kernels, packages
+from latentdiff.program import program
 
 GOOD = Machine(
     version="1.0",
@@ -48,7 +49,7 @@ def test_a_machine_that_fits_is_usable_and_told_the_first_commands() -> None:
     text = as_text(GOOD, findings)
     assert "usable: training and sampling on the CPU in bfloat16.\n" in text
     assert 'the web UI, latentdiff app: pip install "latentdiff[ui]"' in text
-    assert text.endswith("latentdiff train --config lora_mini --data.root=FOLDER")
+    assert text.endswith(f"{program()} train --config lora_mini --data.root=FOLDER")
 
 
 OLD = Package("diffusers", ">=0.42", "0.36.0", fits=False)

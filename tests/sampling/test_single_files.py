@@ -9,6 +9,7 @@ from fakes_pipeline import lora_weights, sd1_shaped
 from safetensors.torch import load_file, save_file
 
 from latentdiff.cli.main import main
+from latentdiff.program import program
 from latentdiff.sampling import conversion
 from latentdiff.sampling.conversion import export_single_file
 from latentdiff.sampling.single_files import folder_of_single_file, folder_of_vae
@@ -28,7 +29,7 @@ def test_a_whole_model_becomes_a_folder_in_the_files_dtype(tmp_path, exported, c
     base, file = exported
     command = ["convert", "single-file", str(file), f"--base={base}"]
     assert main([*command, f"--out={tmp_path / 'folder'}"]) == 0
-    assert f"latentdiff sample {tmp_path / 'folder'}" in capsys.readouterr().out
+    assert f"{program()} sample {tmp_path / 'folder'}" in capsys.readouterr().out
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", torch_dtype=torch.float16)
     original = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float16)
     for part in ("unet", "vae", "text_encoder"):

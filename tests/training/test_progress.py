@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fakes_training import make_config, make_world
 
+from latentdiff.program import program
 from latentdiff.training.progress import LOG_INTERVAL_S, Progress, duration_text
 from latentdiff.training.run_log import read_log
 from latentdiff.training.stop_signals import StopSignals
@@ -39,7 +40,7 @@ def test_a_run_tells_what_it_writes_and_what_to_type_next(
     assert f"samples written: {run / 'samples' / 'step-000000003.png'}" in caplog.text
     assert " since step 2)" in caplog.text
     assert f"\n  {run / 'pipeline'}\n" in caplog.text
-    assert f"latentdiff sample {run / 'pipeline'} '" in caplog.text
+    assert f"{program()} sample {run / 'pipeline'} '" in caplog.text
     assert f"--out {run / 'evaluation'} --heldout_fraction 0.3\n" in caplog.text + "\n"
     assert f"report {run}\n" in caplog.text
     assert "epoch 1.0 of 1.0" in caplog.text

@@ -19,6 +19,7 @@ from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.models.latents import LatentCodec
+from latentdiff.program import program
 from latentdiff.training.inputs.encode import bucket_ids, bucket_sizes, crop_plan
 from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.text_to_image.train_t2i import train
@@ -46,7 +47,7 @@ def test_broken_images_stop_a_run_or_are_skipped_by_policy(tmp_path):
         "empty file",
         "7.png",
         "data.max_invalid_fraction=0.02",
-        "latentdiff inspect",
+        f"{program()} inspect",
     ):
         assert message in str(error.value)
     left, _ = read_data(settings(root, max_invalid_fraction=0.2))
