@@ -14,7 +14,8 @@ demo-scratch: .venv/installed
 	$(BIN)/python scripts/demo_scratch.py
 
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder  # the order of tests/conftest.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.metrics.heldout_loss import triple_losses
 from latentdiff.image_io import load_image
 from latentdiff.models.build import build_text_encoder
+from latentdiff.models.guidance_embedding import predict
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.text_to_image.setup import setup
@@ -114,7 +115,7 @@ class Side:
 
         def denoise(zt, t, text):
             with torch.autocast("cpu", torch.bfloat16):
-                return unet(zt, t, text, return_dict=False)[0]
+                return predict(unet, zt, t, text)
 
         losses = triple_losses(
             denoise,

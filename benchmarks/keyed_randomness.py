@@ -49,7 +49,7 @@ class WithoutRandomness(Dataset):
         self.sample = samples[SampleKey(0, 0, 0, 0, 1.0)]
 
     def __getitem__(self, key):
-        return {name: self.sample[name] for name in ("z0", "text", "index")}
+        return {name: self.sample[name] for name in ("z0", "input_ids", "index")}
 
 
 def microseconds(work, *, repeats=200):
@@ -73,7 +73,7 @@ def main():
     samples = LatentDataset(
         ZeroLatents(args.latent_size),
         [record],
-        encode_caption=lambda caption: torch.zeros(77, dtype=torch.int64),
+        encode_caption=lambda caption: {"input_ids": torch.zeros(77, dtype=torch.int64)},
         seed=0,
         caption_dropout=0.1,
         random_flip=True,

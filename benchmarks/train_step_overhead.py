@@ -31,6 +31,7 @@ from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs import dataset as dataset_module
 from latentdiff.training.inputs.randomness import SampleKey
@@ -143,7 +144,7 @@ class BareLoop:
         clock.watch(self, "update", "bare_update")
 
     def step(self):
-        z0, eps, text = (self.batch[name] for name in ("z0", "eps", "text"))
+        z0, eps, text = self.batch["z0"], self.batch["eps"], Conditioning.of(self.batch)
         with torch.autocast(self.device.type, torch.bfloat16):
             zt = q_sample(self.schedule, z0, self.t, eps)
             output = TextToImage.forward(self.model, zt, self.t, text)  # past Accelerate's wrapper

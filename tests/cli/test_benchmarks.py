@@ -2,11 +2,11 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fakes_faults import fork, run_command
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
@@ -99,12 +99,13 @@ def test_the_race_measures_both_sides_on_equal_terms(
     assert curves["latentdiff"][-1][1] <= 30
 
 
-def test_the_overhead_of_a_training_step_is_split_into_its_parts() -> None:
-    """In a process of its own: it wraps functions of training and turns logging off."""
-    command = [sys.executable, str(FOLDER / "train_step_overhead.py"), "--small"]
-    command += ["--steps", "2", "--batch_size", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    figures = figures_of(done.stdout)
+def test_the_overhead_of_a_training_step_is_split_into_its_parts(tmp_path: Path) -> None:
+    """In a fork: it wraps functions of training and turns logging off."""
+    options = ["--small", "--steps", "2", "--batch_size", "2"]
+    script = FOLDER / "train_step_overhead.py"
+    child = fork(lambda: run_command(script, options), tmp_path / "log")
+    assert child.wait() == 0, child.output()
+    figures = figures_of(child.output())
     parts = figures["parts"]
     assert sum(parts.values()) == pytest.approx(figures["overhead"], abs=1e-3)
     assert parts["random_numbers"] > 0

@@ -43,14 +43,14 @@ class Child:
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status is not None
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self, timeout_s: float = 300) -> int:
         """Return the exit status, negative for a signal; kill it when it takes too long."""
         deadline = time.monotonic() + timeout_s
         while not self.ended():
             if time.monotonic() > deadline:
                 self.kill()
                 raise TimeoutError(f"still running after {timeout_s} s\n{self.output()}")
-            time.sleep(0.002)
+            time.sleep(0.005)
         assert self.status is not None
         return self.status
 
@@ -68,12 +68,12 @@ class Child:
         """Return what it wrote to its standard streams so far."""
         return self.log.read_text() if self.log.exists() else ""
 
-    def when(self, seen: Callable[[], object], timeout_s: float = 60) -> None:
+    def when(self, seen: Callable[[], object], timeout_s: float = 300) -> None:
         """Return once `seen` is true."""
         deadline = time.monotonic() + timeout_s
         while not seen():
             assert time.monotonic() < deadline, f"never seen\n{self.output()}"
-            time.sleep(0.002)
+            time.sleep(0.005)
 
 
 def fork(task: Callable[[], object], log: Path) -> Child:

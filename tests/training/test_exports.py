@@ -105,9 +105,10 @@ def test_files_are_open_to_those_whom_the_umask_lets_in(shared: Path) -> None:
 def test_no_byte_tells_a_path_of_this_machine(shared: Path, world: Path) -> None:
     files = [path for path in shared.rglob("*") if path.is_file()]
     assert len(files) > 50
+    secrets = {str(world), world.name, str(Path.home()), str(Path.cwd())} - {"/"}
     for path in files:
         content = path.read_bytes()
-        for secret in (str(world), world.name, str(Path.home()), str(Path.cwd())):
+        for secret in secrets:
             assert secret.encode() not in content, path
 
 

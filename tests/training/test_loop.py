@@ -1,4 +1,7 @@
-"""Runs as a whole: the same numbers on any layout, exact resume, numbers gone wrong, the export."""
+"""Runs as a whole: equal losses by accumulation and in two processes, bad numbers, the export.
+
+Other layouts and runs in pieces are in test_many_processes.py, damaged files in test_faults.py.
+"""
 
 import dataclasses
 import json
@@ -78,25 +81,10 @@ def test_resolved_config_alone_reproduces_the_run(whole: Path, tmp_path: Path) -
     assert_same_run(tmp_path / "again", whole, step=8)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])  # within an epoch, at its end, within the next
-def test_resume_continues_bitwise(world: Path, whole: Path, tmp_path: Path, stop: int) -> None:
-    assert train(make_config(world, tmp_path / "run", train__max_steps=stop)) == 0
-    assert train(make_config(world, tmp_path / "run")) == 0
-    assert_same_run(tmp_path / "run", whole, step=8)
-
-
-def test_resume_continues_bitwise_in_bf16_with_workers(world: Path, tmp_path: Path) -> None:
-    settings = {"train__mixed_precision": "bf16", "data__num_workers": 2}
-    assert train(make_config(world, tmp_path / "a", **settings)) == 0
-    assert train(make_config(world, tmp_path / "b", train__max_steps=4, **settings)) == 0
-    assert train(make_config(world, tmp_path / "b", **settings)) == 0
-    assert_same_run(tmp_path / "b", tmp_path / "a", step=8)
-
-
 def test_losses_do_not_depend_on_how_a_batch_is_accumulated(world: Path, tmp_path: Path) -> None:
     """Also where the last part is smaller; every other layout is in test_many_processes.py."""
     layout = {"train__micro_batch_size": 3}
-    settings = {"train__max_steps": 20, "model__unet__dropout": 0.0}
+    settings = {"model__unet__dropout": 0.0}
     assert train(make_config(world, tmp_path / "a", **settings)) == 0
     assert train(make_config(world, tmp_path / "b", **settings, **layout)) == 0
     ours, theirs = read_metrics(tmp_path / "b"), read_metrics(tmp_path / "a")
@@ -105,14 +93,10 @@ def test_losses_do_not_depend_on_how_a_batch_is_accumulated(world: Path, tmp_pat
 
 def test_two_processes_train_to_the_losses_of_one_in_bf16(world: Path, tmp_path: Path) -> None:
     """In fp32 see test_many_processes.py; by torchrun, as users start it, test_processes.py."""
-    settings = {
-        "train__max_steps": 20,
-        "model__unet__dropout": 0.0,
-        "train__mixed_precision": "bf16",
-    }
+    settings = {"model__unet__dropout": 0.0, "train__mixed_precision": "bf16"}
     assert train(make_config(world, tmp_path / "one", **settings)) == 0
     child = start_ranks(world, tmp_path / "two", **settings)
-    assert child.wait(timeout_s=180) == 0, child.output()
+    assert child.wait() == 0, child.output()
     assert "(2 processes x 2 x 1 accumulated)" in child.output()
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-2)
@@ -230,19 +214,6 @@ def test_all_that_a_run_writes_is_moved_aside_where_it_starts_anew(
     assert list(read_metrics(run)) == [1, 2]
 
 
-def test_a_damaged_checkpoint_is_passed_over(
-    world: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = tmp_path / "run"
-    assert train(make_config(world, run, train__max_steps=4)) == 0
-    assert train(make_config(world, run, train__max_steps=6)) == 0
-    weights = run / "checkpoints" / "step-000000006" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert train(make_config(world, run)) == 0
-    assert "model.safetensors" in caplog.text
-    assert_same_run(run, whole, step=8)
-
-
 def test_adding_a_prompt_keeps_the_other_images(world: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -301,7 +272,7 @@ def test_stock_diffusers_opens_the_export_and_draws_the_same(whole: Path, tmp_pa
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

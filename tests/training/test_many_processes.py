@@ -1,10 +1,8 @@
 """The same numbers however a run is cut up: in time, over workers, accumulation and processes."""
 
-import itertools
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,11 +60,11 @@ def wholes(world: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "layout",  # workers, accumulation, processes
-    [layout for layout in itertools.product((0, 2), (1, 4), (1, 2)) if layout != (0, 1, 1)],
+    "layout",  # workers, accumulation, processes: each alone, and all of them
+    [(2, 1, 1), (0, 4, 1), (0, 1, 2), (2, 4, 2)],
     ids="{0[0]} workers, {0[1]} accumulated, {0[2]} processes".format,
 )
-def test_losses_of_twenty_steps_are_equal_on_every_layout(
+def test_losses_of_twenty_steps_are_equal_on_each_layout(
     world: Path, plain: Path, tmp_path: Path, layout: tuple[int, int, int]
 ) -> None:
     workers, accumulation, processes = layout
@@ -76,22 +74,19 @@ def test_losses_of_twenty_steps_are_equal_on_every_layout(
         assert train(make_config(world, tmp_path / "run", **settings)) == 0
     else:
         child = start_ranks(world, tmp_path / "run", num=processes, **settings)
-        assert child.wait(timeout_s=180) == 0, child.output()
+        assert child.wait() == 0, child.output()
         assert f"(2 processes x {micro} x {accumulation} accumulated)" in child.output()
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(plain)
     assert ours == pytest.approx(theirs, rel=0, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("precision", "stops"),
-    [("fp32", (1, 3, 6)), ("bf16", (1, 3, 6)), ("bf16", (2,)), ("bf16", (3,)), ("bf16", (5,))],
-)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pieces_are_the_whole_bit_for_bit(
-    world: Path, wholes: dict[str, Path], tmp_path: Path, precision: str, stops: tuple[int, ...]
+    world: Path, wholes: dict[str, Path], tmp_path: Path, precision: str
 ) -> None:
     """Stops within an epoch, after its partial last batch, in the next; workers come and go."""
     run, whole = tmp_path / "run", wholes[precision]
-    for piece, stop in enumerate((*stops, 8)):
+    for piece, stop in enumerate((1, 3, 5, 8)):
         settings = {"train__mixed_precision": precision, "data__num_workers": 2 * (piece % 2)}
         assert train(make_config(world, run, train__max_steps=stop, **settings)) == 0
     assert_same_state(run, whole, step=8)
@@ -135,7 +130,7 @@ def test_fsdp2_trains_to_the_same_losses_and_its_state_goes_both_ways(
     settings = PLAIN | {"train__max_steps": 4, "train__channels_last": False}
     assert train(make_config(world, plain, **settings)) == 0
     child = start_ranks(world, spread, plant=spread_over_processes, **settings)
-    assert child.wait(timeout_s=180) == 0, child.output()
+    assert child.wait() == 0, child.output()
     assert read_metrics(spread) == pytest.approx(read_metrics(plain), rel=0, abs=1e-6)
     heldout = read_metrics(spread, "heldout_loss")
     assert heldout == pytest.approx(read_metrics(plain, "heldout_loss"), rel=0, abs=1e-5)
@@ -145,7 +140,7 @@ def test_fsdp2_trains_to_the_same_losses_and_its_state_goes_both_ways(
         Loop.train_steps = save_again
 
     child = start_ranks(world, plain, plant=plant, **settings)
-    assert child.wait(timeout_s=180) == 0, child.output()
+    assert child.wait() == 0, child.output()
     assert not (spread / "pipeline").exists()
     assert train(make_config(world, spread, **settings)) == 0
     assert (spread / "pipeline" / "unet").is_dir()
@@ -182,10 +177,8 @@ def test_one_failing_rank_stops_the_others_and_is_named(
     world: Path, tmp_path: Path, rank: int
 ) -> None:
     run = tmp_path / "run"
-    started = time.monotonic()
     child = start_ranks(world, run, plant=failing(rank, at=3), **OFTEN)
-    assert child.wait() != 0
-    assert time.monotonic() - started < 50
+    assert child.wait() != 0  # well before the other rank would give up waiting, after 30 minutes
     assert f"rank {rank} of 2 processes failed: a fault of one" in child.output()
     found, skipped = newest_valid(run / "checkpoints")
     assert (found, skipped) == (run / "checkpoints" / "step-000000003", [])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from fakes_faults import assert_same_state, start
+from fakes_faults import assert_same_state
 from fakes_training import make_config, make_world, read_metrics
-from kill_runs import kill_runs
 from safetensors.torch import load_file
 
 from latentdiff.models.components import load_components
@@ -65,19 +63,6 @@ def test_schedule_free_exports_the_average_and_keeps_the_training_point(
     exported = load_components(folder / "pipeline").unet.state_dict()[name]
     torch.testing.assert_close(exported, x)
     assert (exported - y[f"unet.{name}"]).abs().max() > 1e-6
-
-
-def test_killed_schedule_free_runs_end_as_one_that_nothing_stopped(
-    world: Path, tmp_path: Path
-) -> None:
-    settings = SETTINGS | {
-        "train__optimizer": "schedule_free_adamw",
-        "train__max_steps": 8,
-        "train__checkpoint_every_steps": 1,
-        "preview__every_steps": 3,
-    }
-    figures = kill_runs(partial(start, world, **settings), 1, tmp_path, num_steps=8)
-    assert figures["kills"] == 1
 
 
 @pytest.mark.parametrize(
