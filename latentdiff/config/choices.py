@@ -45,7 +45,7 @@ MixedPrecision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]  # training/trackers.py PACKAGES
 AttentionKernel = Literal["auto", "plain", "sdpa", "xformers"]  # training/text_to_image/model.py
 FinetuneMethod = Literal[  # training/finetune/methods.py TRAINABLE
-    "full", "attention", "cross_attention", "lora", "textual_inversion"
+    "full", "attention", "cross_attention", "lora", "textual_inversion", "controlnet"
 ]
 AdapterType = Literal["lora", "dora", "lokr"]  # training/finetune/lora.py, lokr.py
 ConditionKind = Literal[  # models/compatibility.py CONDITION_KINDS

@@ -12,7 +12,8 @@ class FinetuneConfig:
 
     method: FinetuneMethod = "full"
     """full: the whole U-Net; attention, cross_attention: those layers of it alone; lora: adapters
-    on some of its layers (Hu et al. 2022); textual_inversion: new words alone (Gal et al. 2023).
+    on some of its layers (Hu et al. 2022); textual_inversion: new words alone (Gal et al. 2023);
+    controlnet: a copy of its encoder that reads an image, RGB next to each (Zhang et al. 2023).
     train.train_text_encoder adds the text encoder, with lora by adapters"""
     adapter_type: AdapterType = "lora"
     """lora: what each adapter is: lora; dora (Liu et al. 2024), which trains the norm of each

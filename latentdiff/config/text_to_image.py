@@ -6,9 +6,9 @@ reads and writes them.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from latentdiff.config.condition import ConditionConfig
+from latentdiff.config.condition import ConditionConfig, ConditionFiles
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.distill import DistillConfig, check_distillation
@@ -111,8 +111,8 @@ EFFECT_RULES = (
     ),
     EffectRule(
         ("data.condition_column",),
-        lambda config: config.condition.files != "none",
-        "it is for the files of a condition.kind, and none are read",
+        lambda config: condition_files(config) != "none",
+        "it is for the files of a condition.kind or a ControlNet, and none are read",
     ),
     EffectRule(
         ("data.inpaint_mask_column",),
@@ -154,6 +154,19 @@ EFFECT_RULES = (
         "it is for the averages of train.posthoc_ema_sigma_rel, and there are none",
     ),
 )
+
+
+def condition_kind(config: Any) -> str:
+    """Return the kind of image that a run reads: condition.kind, or "controlnet"; or "none"."""
+    return "controlnet" if config.finetune.method == "controlnet" else str(config.condition.kind)
+
+
+def condition_files(config: Any) -> ConditionFiles:
+    """Return how a run's condition files must fit their images; "none" where none is read."""
+    if condition_kind(config) == "controlnet":
+        return "aspect"
+    files: ConditionFiles = config.condition.files
+    return files
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,7 @@ def _check_method(config: Config) -> None:
             f"finetune.method={method} needs a model that is trained already; set "
             "model.pretrained, or leave finetune.method=full for training from scratch"
         )
-    if method in ("lora", "textual_inversion") and config.train.posthoc_ema_sigma_rel:
+    if method in ("lora", "textual_inversion", "controlnet") and config.train.posthoc_ema_sigma_rel:
         raise ValueError(
             f"train.posthoc_ema_sigma_rel needs whole weights, which finetune.method={method} does "
             "not train; leave train.posthoc_ema_sigma_rel empty (train.ema averages these too)"
@@ -213,6 +226,11 @@ def _check_method(config: Config) -> None:
         raise ValueError(
             "finetune.adapter_type=lokr adapts the U-Net alone, as diffusers reads it: set "
             "train.train_text_encoder=false, or finetune.adapter_type=lora or dora"
+        )
+    if method == "controlnet" and config.train.train_text_encoder:
+        raise ValueError(
+            "finetune.method=controlnet trains the ControlNet alone; leave "
+            "train.train_text_encoder=false, or choose another method"
         )
     if method == "textual_inversion" and config.train.train_text_encoder:
         raise ValueError(
@@ -266,16 +284,16 @@ def _check_learned_variance(config: Config) -> None:
 
 
 def _check_condition(config: Config) -> None:
-    if not config.condition.is_on:
+    if condition_kind(config) == "none":
         return
+    name_of = {"controlnet": "finetune.method=controlnet"}
+    what = name_of.get(condition_kind(config), f"condition.kind={config.condition.kind}")
     others = {
+        "condition.kind": what in name_of.values() and config.condition.is_on,
         "finetune.class_prompt": bool(config.finetune.class_prompt),
         "diffusion.learned_variance": config.diffusion.learned_variance,
         "distill.method": config.distill.is_on,
     }
     for name, is_on in others.items():
         if is_on:
-            raise ValueError(
-                f"condition.kind={config.condition.kind} and {name} exclude each other: leave out "
-                "one of them"
-            )
+            raise ValueError(f"{what} and {name} exclude each other: leave out one of them")

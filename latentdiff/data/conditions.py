@@ -52,6 +52,11 @@ class Companions:
         first, end = self.starts[index : index + 2].tolist()
         return int(first + u * (end - first))
 
+    def pixels(self, place: int, *, flipped: bool, crop: float) -> Tensor:
+        """Read a condition: (H, W, 3) uint8. ValueError names a damaged one."""
+        item = self.plan.item(place, u=crop, flip=flipped)
+        return torch.from_numpy(np.array(load_companion(self.folder, item, is_mask=False)))
+
     def mask(self, place: int, *, flipped: bool, crop: float) -> np.ndarray:
         """Read an inpainting mask: (H, W) uint8, 1 where hidden. ValueError names a damaged one."""
         item = self.plan.item(place, u=crop, flip=flipped)

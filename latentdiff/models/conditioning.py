@@ -31,6 +31,7 @@ class Conditioning:
     time_ids: Tensor | None = None  # (B, 6) int64, of `make_time_ids`
     class_labels: Tensor | None = None  # (B,) int64
     condition: Tensor | None = None  # (B, k, h, w), of image_conditions.py
+    control: Tensor | None = None  # (B, 3, H, W) in [0, 1], of a ControlNet
     input_ids: Tensor | None = None  # (B, L) int64, or (B, 2, L) of two tokenizers
 
     @classmethod

@@ -6,11 +6,12 @@ then turn classifier-free guidance off and pass the scale on.
 """
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from latentdiff.models.conditioning import Conditioning
+from latentdiff.models.controlnet import control_residuals
 
 WIDTH = 256  # features of a scale, as diffusers' distilled models have
 PROJECTION = "time_embedding.cond_proj.weight"
@@ -36,15 +37,19 @@ def predict(
     t: Tensor,
     conditioning: Conditioning,
     scale: Tensor | None = None,
+    *,
+    controlnet: ControlNetModel | None = None,
 ) -> Tensor:
     """Return a U-Net's output for zt (B, C, h, w), t (B,) and the conditioning of B images.
 
-    scale: (B,) guidance scales, for a U-Net that reads them.
+    scale: (B,) guidance scales, for a U-Net that reads them. controlnet: reads its control.
     """
     features = None if scale is None else guidance_features(unet, scale, num=len(zt))
     named = conditioning.unet_kwargs()
     if conditioning.condition is not None:
         zt = torch.cat([zt, conditioning.condition.to(zt)], dim=1)  # (B, C + k, h, w)
+    if controlnet is not None:
+        named |= control_residuals(controlnet, zt, t, conditioning)
     output: Tensor = unet(zt, t, timestep_cond=features, return_dict=False, **named)[0]
     return output
 

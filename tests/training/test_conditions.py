@@ -10,30 +10,34 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from fakes_data import noise_image, write_jsonl
 from fakes_models import make_vae
 from fakes_training import SETTINGS, make_config, read_metrics
 from PIL import Image
+from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.config.text_to_image import Config
+from latentdiff.config.text_to_image import Config, condition_files, condition_kind
 from latentdiff.data.cache.online_encode import OnlineImages
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.images import uint8_to_pixels
 from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.components import load_components
 from latentdiff.models.image_conditions import depth_channels
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.inputs.cache_commands import build_caches, prune_caches
 from latentdiff.training.inputs.caption_dropout import is_caption_dropped, is_condition_dropped
-from latentdiff.training.inputs.conditions import condition_source
+from latentdiff.training.inputs.conditions import FixedCondition, condition_source
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.encode import cache_latents, crop_plan
 from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.report.charts import rise_step, rise_text
 from latentdiff.training.report.run_record import read_runs
+from latentdiff.training.text_to_image.condition_preview import controlled
 from latentdiff.training.text_to_image.model import check_components
+from latentdiff.training.text_to_image.preview import make_pipeline
 from latentdiff.training.text_to_image.train_t2i import train
 
 SIZES = [(52, 40), (40, 52), (44, 44), (64, 40), (40, 64), (48, 48), (56, 40), (40, 40)]
@@ -82,9 +86,18 @@ def samples(world: Path, config: Config) -> Any:
     """Yield (sample, image pixels, latents, index, flipped, crop) of two epochs of samples."""
     torch.manual_seed(0)
     vae, accelerator = make_vae(), Accelerator(cpu=True)
-    folder, _ = read_data(config.data, condition=config.condition)
+    folder, _ = read_data(
+        config.data,
+        condition=condition_files(config),
+        inpaint_masks=config.condition.reads_mask_files,
+    )
     source = condition_source(
-        folder, config.condition, config.data, vae=vae, accelerator=accelerator
+        folder,
+        config.condition,
+        config.data,
+        kind=condition_kind(config),
+        vae=vae,
+        accelerator=accelerator,
     )
     latents = cache_latents(folder, vae, config.data, accelerator=accelerator)
     images = OnlineImages(folder, crop_plan(folder, config.data), 4, LatentCodec(vae).factor)
@@ -285,3 +298,71 @@ def test_a_folder_without_conditions_is_refused_with_the_fix(world: Path, tmp_pa
     config = config_of(world, tmp_path / "run", "depth", data__root=tmp_path)
     with pytest.raises(ValueError, match=r"image without a condition: 0\.png.*condition_column"):
         train(config)
+
+
+@pytest.fixture(scope="module")
+def control_run(world: Path, sd_folder: Path) -> tuple[Path, Path]:
+    """A ControlNet's run of four steps, and its base."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = control_config(world, world / "control", sd_folder)
+    assert train(config) == 0
+    return world / "control", sd_folder
+
+
+def control_config(world: Path, run: Path, base: Path, **changes: Any) -> Config:
+    settings = {"model__vae": "", "model__pretrained": base, "finetune__method": "controlnet"}
+    return config_of(world, run, "none", **settings, **changes)
+
+
+def test_a_controlnet_begins_without_effect_and_stock_opens_it(
+    control_run: tuple[Path, Path],
+) -> None:
+    run, base = control_run
+    use = read_metrics(run, "condition_use")
+    assert use[0] == 0.0
+    assert use[4] != 0.0
+    assert not (run / "pipeline").exists()
+    assert json.loads((run / "controlnet" / "latentdiff.json").read_text())["condition_kind"] == (
+        "controlnet"
+    )
+    stock = StableDiffusionControlNetPipeline.from_pretrained(
+        base, controlnet=ControlNetModel.from_pretrained(run / "controlnet"), safety_checker=None
+    )
+    stock.set_progress_bar_config(disable=True)
+    components = load_components(base)
+    control, zt = torch.rand(1, 3, 32, 32), torch.randn(1, 4, 8, 8)
+    fixed = FixedCondition("image 6", control[0])
+    call = {"latents": zt, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
+    with controlled(components, fixed, stock.controlnet):
+        ours = make_pipeline(components)("image 6", **call).images
+    theirs = stock("image 6", image=control, **call).images
+    assert (ours - theirs).abs().max() < 1 / 255
+
+
+def test_a_controlnet_is_resumed_exactly_and_its_base_stays(
+    world: Path, control_run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, base = control_run
+    quick = {"eval__every_steps": 0, "eval__num_heldout": 1, "preview__num_steps": 1}
+    for steps in (2, 4):
+        config = control_config(world, tmp_path / "run", base, train__max_steps=steps, **quick)
+        assert train(config) == 0
+    assert read_metrics(tmp_path / "run") == read_metrics(run)
+    names = load_file(run / "checkpoints/step-000000004/model.safetensors").keys()
+    assert all(name.startswith("controlnet.") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition__kind": "depth"}, "controlnet and condition.kind exclude each other"),
+        ({"train__train_text_encoder": True}, "trains the ControlNet alone"),
+        ({"model__pretrained": ""}, "needs a model that is trained already"),
+    ],
+)
+def test_settings_that_a_controlnet_excludes_are_named(
+    world: Path, sd_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    settings = {"model__vae": "", "model__pretrained": sd_folder, "finetune__method": "controlnet"}
+    with pytest.raises(ValueError, match=message):
+        make_config(world, tmp_path, **settings | changes)

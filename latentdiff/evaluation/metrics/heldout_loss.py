@@ -12,6 +12,7 @@ Several processes share the work in batches that do not depend on their number.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Triples:
     mask: Sequence[Tensor] | None = None
     condition: Sequence[Tensor] | None = None
     null_condition: Sequence[Tensor] | None = None
+    condition_field: Literal["condition", "control"] = "condition"  # of the conditioning
 
     def __len__(self) -> int:
         return len(self.t)
@@ -102,7 +104,8 @@ def triple_losses(
         part = batches[index]
         z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
         t = triples.t[part].to(device)
-        given = [_conditioning(variants[name], part) for name in captions]
+        field = triples.condition_field
+        given = [_conditioning(variants[name], part, field) for name in captions]
         text = Conditioning.cat(given).to(device)  # of n b images
         wanted = target(schedule, z0, eps, t, prediction_type=prediction_type)
         zt, t, wanted = (torch.cat([x] * n) for x in (q_sample(schedule, z0, t, eps), t, wanted))
@@ -135,11 +138,16 @@ def _variants(triples: Triples) -> dict[str, _Variant]:
     return variants
 
 
-def _conditioning(variant: _Variant, part: slice) -> Conditioning:
+def _conditioning(
+    variant: _Variant, part: slice, field: Literal["condition", "control"]
+) -> Conditioning:
     text, condition = variant
     if condition is None:
         return text[part]
-    return replace(text[part], condition=torch.stack(tuple(condition[part])))
+    stacked = torch.stack(tuple(condition[part]))
+    if field == "control":
+        return replace(text[part], control=stacked)
+    return replace(text[part], condition=stacked)
 
 
 def _one_before(conditions: Sequence[Tensor]) -> list[int]:

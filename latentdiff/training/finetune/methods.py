@@ -1,7 +1,7 @@
 """Fine-tuning methods by name: their adapters, trainable parameters and exported files.
 
-full, attention and cross_attention train weights of the U-Net; lora (lora.py) and
-textual_inversion (textual_inversion.py) leave all of them as they are.
+full, attention and cross_attention train weights of the U-Net; lora (lora.py),
+textual_inversion (textual_inversion.py) and controlnet leave all of them as they are.
 """
 
 import hashlib
@@ -43,6 +43,7 @@ TRAINABLE: dict[FinetuneMethod, Callable[[str], bool]] = {  # by the names of a 
     "cross_attention": lambda name: ".attn2." in name,
     "lora": lora.is_adapter,
     "textual_inversion": lambda name: False,
+    "controlnet": lambda name: False,
 }
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config.data import DataConfig
-from latentdiff.config.text_to_image import Config
+from latentdiff.config.text_to_image import Config, condition_files, condition_kind
 from latentdiff.data.cache.latent_cache import LatentCache, prune_cache, verify_cache
 from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.prompt_cache import prompt_keys
@@ -109,11 +109,11 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
         masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
         if isinstance(masks, MaskCache):
             yield Built(f"{name} masks", len(masks), masks.num_read)
-        if config.condition.is_on:
-            yield from _build_conditions(
-                name,
-                condition_source(folder, config.condition, data, vae=vae, accelerator=accelerator),
+        if (kind := condition_kind(config)) != "none":
+            source = condition_source(
+                folder, config.condition, data, kind=kind, vae=vae, accelerator=accelerator
             )
+            yield from _build_conditions(name, source)
     if (loaded := _frozen_text_encoder(config)) is not None:
         text_encoder, tokenizer = loaded
         captions = unique_captions((train, heldout), caption_transform(config.data))
@@ -174,7 +174,10 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
     config = with_resolution(config)
     check_components(config)
     folders = read_data(
-        config.data, condition=config.condition, prompts=config.finetune.instance_prompts
+        config.data,
+        condition=condition_files(config),
+        inpaint_masks=config.condition.reads_mask_files,
+        prompts=config.finetune.instance_prompts,
     )
     if config.data.cache:
         codec = LatentCodec(load_vae_of(config))
@@ -182,7 +185,7 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
             yield _opened(folder, codec, data).keys
             if (masks := make_masks(folder, data, factor=codec.factor)) is not None:
                 yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
-            yield from condition_keys(folder, config.condition.kind, data, codec=codec)
+            yield from condition_keys(folder, condition_kind(config), data, codec=codec)
     if (loaded := _frozen_text_encoder(config)) is not None:
         text_encoder, tokenizer = loaded
         captions = unique_captions(folders, caption_transform(config.data))
@@ -195,7 +198,10 @@ def _checked(config: Config) -> tuple[Folder, Folder]:
     if not config.data.cache:
         raise ValueError("data.cache=false keeps no latents; leave it out to build or verify them")
     return read_data(
-        config.data, condition=config.condition, prompts=config.finetune.instance_prompts
+        config.data,
+        condition=condition_files(config),
+        inpaint_masks=config.condition.reads_mask_files,
+        prompts=config.finetune.instance_prompts,
     )
 
 

@@ -118,6 +118,21 @@ class DepthSource:
 
 
 @dataclass(frozen=True)
+class ControlSource:
+    """Images of a ControlNet, read at every step."""
+
+    files: Companions
+
+    def sample(
+        self, index: int, *, flipped: bool, crop: float, rng: Generators
+    ) -> dict[str, Tensor]:
+        """Return control (3, H, W) uint8."""
+        place = self.files.choose(index, rng("condition").random())
+        pixels = self.files.pixels(place, flipped=flipped, crop=crop)
+        return {"control": pixels.permute(2, 0, 1).contiguous()}
+
+
+@dataclass(frozen=True)
 class UpscaleSource:
     """Images in low resolution: made from the images, or files read once or at every step."""
 
@@ -155,11 +170,17 @@ class ConditionEncoder:
 
     def __init__(self, kind: str, vae: Autoencoder) -> None:
         self.kind, self.codec = kind, LatentCodec(vae)
+        self.field = "control" if kind == "controlnet" else "condition"  # of a Conditioning
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Tensor]) -> None:
-        """Give a batch its condition (B, k, h, w), in place of what it is made of."""
+        """Give a batch its condition (B, k, h, w), in place of what it is made of.
+
+        A ControlNet's becomes control (B, 3, H, W) in [0, 1].
+        """
         device = self.codec.vae.device
+        if self.kind == "controlnet":
+            batch["control"] = batch["control"].to(device, non_blocking=True).float() / 255
         if (read := batch.pop("condition_pixels", None)) is not None:
             pixels = uint8_to_pixels(read.to(device, non_blocking=True))
             with torch.autocast(device.type, enabled=False):
@@ -169,7 +190,9 @@ class ConditionEncoder:
             batch["condition"] = torch.where(is_kept, batch["condition"], 0.0)
 
     def null(self, like: Tensor) -> Tensor:
-        """Return the condition (k, h, w) that tells nothing of an image."""
+        """Return the condition (k, h, w) that tells nothing; a ControlNet's is black."""
+        if self.kind == "controlnet":
+            return torch.zeros_like(like)
         with torch.no_grad():
             return null_channels(self.kind, self.codec, like[None])[0]
 
@@ -185,26 +208,33 @@ def condition_source(
     settings: ConditionConfig,
     data: DataConfig,
     *,
+    kind: str,
     vae: Autoencoder,
     accelerator: Accelerator,
 ) -> ConditionSource:
     """Return where the conditions of a folder's images come from; what is cached is made now."""
     codec, plan = LatentCodec(vae), crop_plan(folder, data)
     images = OnlineImages(folder, plan, codec.channels, codec.factor)
-    if settings.kind == "inpaint":
+    if kind == "inpaint":
         masks = None
         if settings.reads_mask_files:
             masks = Companions.of(folder, plan, "inpaint_mask")
         return InpaintSource(images, settings, masks)
-    if settings.kind == "upscale" and settings.source == "image":
+    if kind == "upscale" and settings.source == "image":
         return UpscaleSource(images, settings, None, None)
     files = Companions.of(folder, plan, "condition")
-    if settings.kind == "instruct_pix2pix":
+    if kind == "controlnet":
+        return ControlSource(files)
+    if kind == "instruct_pix2pix":
         latents = cache_latents(files.folder, vae, data, accelerator=accelerator, plan=files.plan)
         return EditSource(files, latents if isinstance(latents, LatentCache) else latents.images)
     kind = map_kind(settings.kind)
     maps = cache_maps(
-        ConditionMaps(files.folder, files.plan, codec.factor, kind), data, accelerator=accelerator
+        ConditionMaps(
+            files.folder, files.plan, codec.factor, "depth" if kind == "depth" else "upscale"
+        ),
+        data,
+        accelerator=accelerator,
     )
     return (
         DepthSource(files, maps)
@@ -272,11 +302,12 @@ def preview_conditions(
 
 
 def fixed_condition(read: dict[str, Tensor], encoder: ConditionEncoder) -> dict[str, Tensor]:
-    """Return the condition of one sample, on the CPU, "null" next to it, and its class_labels."""
+    """Return a sample's condition or control, on the CPU, "null" next to it, and class_labels."""
     batch = {name: tensor[None] for name, tensor in read.items()}
     encoder.encode(batch)
     found = {name: tensor[0].cpu() for name, tensor in batch.items()}
-    return found | {"null": encoder.null(batch["condition"][0]).cpu()}
+    condition = found.pop(encoder.field)
+    return found | {"condition": condition, "null": encoder.null(condition).cpu()}
 
 
 def with_labels(text: Conditioning, conditions: Sequence[dict[str, Tensor]]) -> Conditioning:

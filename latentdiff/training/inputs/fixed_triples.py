@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from latentdiff.config.text_to_image import Config
+from latentdiff.config.text_to_image import Config, condition_kind
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
 from latentdiff.models.components import Components
@@ -106,6 +106,7 @@ def _triples(
         mask=masks or None,
         condition=[one["condition"] for one in conditions] or None,
         null_condition=[one["null"] for one in conditions] or None,
+        condition_field="control" if condition_kind(config) == "controlnet" else "condition",
     )
 
 

@@ -4,28 +4,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from latentdiff.config.condition import ConditionConfig
+from latentdiff.config.condition import ConditionFiles
 from latentdiff.config.data import DataConfig
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.folder.folder import Folder, join_folders, read_folder
-
-NO_CONDITION = ConditionConfig()
 
 
 def read_data(
     data: DataConfig,
     *,
-    condition: ConditionConfig = NO_CONDITION,
+    condition: ConditionFiles = "none",
+    inpaint_masks: bool = False,
     prompts: Sequence[str] = (),
     trust_index: bool = False,
 ) -> tuple[Folder, Folder]:
     """Read the images; return training and held-out records. ValueError names their problems.
 
-    condition: says which files every image must have. prompts: captions of all images, which then
-    need none of their own. trust_index: take the scan that another process has just made.
+    condition: how a condition must fit its image, where every image is to have one; inpaint_masks:
+    whether it is to have an inpainting mask. prompts: captions of all images, which then need none
+    of their own. trust_index: take the scan that another process has just made.
     """
     folders = read_sources(
-        data, condition=condition, needs_captions=not prompts, trust_index=trust_index
+        data,
+        condition=condition,
+        inpaint_masks=inpaint_masks,
+        needs_captions=not prompts,
+        trust_index=trust_index,
     )
     for folder in folders.values():
         folder.check(max_invalid_fraction=data.max_invalid_fraction)
@@ -41,7 +45,8 @@ def read_data(
 def read_sources(
     data: DataConfig,
     *,
-    condition: ConditionConfig = NO_CONDITION,
+    condition: ConditionFiles = "none",
+    inpaint_masks: bool = False,
     needs_captions: bool = True,
     full: bool = False,
     trust_index: bool = False,
@@ -49,14 +54,22 @@ def read_sources(
 ) -> dict[str, Folder]:
     """Read the folder of each source, by its name; of data.root where there are no sources.
 
-    needs_captions: False takes images without a caption too. The rest: as in `read_folder`.
+    needs_captions: False takes images without a caption too. The rest: as in `read_data` and
+    `read_folder`.
     """
     folders: dict[str, Folder] = {}
     for settings in data.each_source():
         if settings.root in folders:
             raise ValueError(f"data.sources names {settings.root} twice; raise its repeats instead")
         own = settings if needs_captions else replace(settings, missing_caption="empty")
-        folder = _read_source(own, condition, full=full, trust_index=trust_index, progress=progress)
+        folder = _read_source(
+            own,
+            condition,
+            inpaint_masks=inpaint_masks,
+            full=full,
+            trust_index=trust_index,
+            progress=progress,
+        )
         folders[own.root] = folder
     return folders
 
@@ -80,8 +93,9 @@ def source_weights(data: DataConfig) -> tuple[float, ...]:
 
 def _read_source(
     data: DataConfig,
-    condition: ConditionConfig,
+    condition: ConditionFiles,
     *,
+    inpaint_masks: bool,
     full: bool,
     trust_index: bool,
     progress: Progress | None,
@@ -102,9 +116,9 @@ def _read_source(
         min_size=data.min_size,
         max_aspect=data.max_aspect,
         mask=data.mask,
-        condition=condition.files,
+        condition=condition,
         condition_column=data.condition_column,
-        inpaint_mask="file" if condition.reads_mask_files else "none",
+        inpaint_mask="file" if inpaint_masks else "none",
         inpaint_mask_column=data.inpaint_mask_column,
         cache_dir=Path(data.cache_dir).expanduser(),
         full=full,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentdiff.config.condition import ConditionConfig
 from latentdiff.config.data import DataConfig
-from latentdiff.config.text_to_image import Config
+from latentdiff.config.text_to_image import Config, condition_kind
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.epoch_draws import make_draws
@@ -155,11 +155,15 @@ def build_train_data(
         accelerator=accelerator,
     )
     encode = partial(
-        _encode, components=components, accelerator=accelerator, condition=config.condition
+        _encode,
+        components=components,
+        accelerator=accelerator,
+        condition=config.condition,
+        condition_kind=condition_kind(config),
     )
     images = encode(train, config.data, latents=latents)
-    encoder = ConditionEncoder(config.condition.kind, components.vae)
-    condition_encoder = encoder if config.condition.is_on else None
+    encoder = ConditionEncoder(condition_kind(config), components.vae)
+    condition_encoder = encoder if encoder.kind != "none" else None
     dataset, order = _samples(config, images, class_images, source=source, encode=encode)
     heldout_images = encode(heldout, eval_crop_config(config.data)) if len(heldout) else None
     heldout_triples, train_triples = fixed_triples(
@@ -215,6 +219,7 @@ def _encode(
     components: Components,
     accelerator: Accelerator,
     condition: ConditionConfig,
+    condition_kind: str,
     latents: LatentSource | None = None,
 ) -> EncodedImages:
     """Encode the latents, unless given, the masks and the conditions that the caches lack."""
@@ -223,8 +228,10 @@ def _encode(
         latents = cache_latents(folder, vae, data, accelerator=accelerator)
     masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
     conditions = None
-    if condition.is_on:
-        conditions = condition_source(folder, condition, data, vae=vae, accelerator=accelerator)
+    if condition_kind != "none":
+        conditions = condition_source(
+            folder, condition, data, kind=condition_kind, vae=vae, accelerator=accelerator
+        )
     return EncodedImages(folder, latents, masks, conditions)
 
 

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff.image_grid import to_pil
 from latentdiff.models.components import Components
+from latentdiff.models.conditioning import Conditioning
+from latentdiff.models.controlnet import control_residuals
 from latentdiff.models.image_conditions import condition_pixels
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.inputs.conditions import FixedCondition
@@ -50,8 +53,36 @@ def conditioned(components: Components, sample: FixedCondition) -> Iterator[None
         unet.register_to_config(in_channels=channels)
 
 
+@contextmanager
+def controlled(
+    components: Components, sample: FixedCondition, controlnet: ControlNetModel
+) -> Iterator[None]:
+    """Let a ControlNet read this condition (3, H, W) and steer the U-Net inside the block."""
+    unet = components.unet
+    control = sample.condition[None].to(unet.device)
+
+    def steer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        zt, t = args
+        given = {"control": control.expand(len(zt), -1, -1, -1).to(zt)}
+        names = {"encoder_hidden_states": "prompt_embeds", "class_labels": "class_labels"}
+        given |= {names[name]: kwargs[name] for name in names.keys() & kwargs.keys()}
+        if added := kwargs.get("added_cond_kwargs"):
+            given |= {"pooled_embeds": added["text_embeds"], "time_ids": added["time_ids"]}
+        times = torch.as_tensor(t, device=zt.device).expand(len(zt))
+        residuals = control_residuals(controlnet, zt, times, Conditioning(**given))
+        return args, kwargs | residuals
+
+    hook = unet.register_forward_pre_hook(steer, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def shown_condition(components: Components, kind: str, condition: Tensor) -> Image.Image:
-    """Show a condition (k, h, w) as an image."""
+    """Show a condition (k, h, w) as an image; a ControlNet's is one."""
+    if kind == "controlnet":
+        return to_pil(condition * 2 - 1)
     codec = LatentCodec(components.vae)
     with torch.no_grad():
         pixels = condition_pixels(kind, codec, condition[None].to(components.vae.device))

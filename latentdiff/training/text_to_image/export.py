@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import ControlNetModel, DDPMScheduler
 from torch import Tensor
 
 from latentdiff.atomic import atomic_folder, write_text
+from latentdiff.config.text_to_image import condition_kind
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
@@ -22,6 +23,7 @@ from latentdiff.pipeline.files.model_info import (
     folder_title,
     model_card,
     read_model_info,
+    write_model_info,
 )
 from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
@@ -42,7 +44,8 @@ WITH_VARIANCE = "_learned_variance"  # ends the name of the second folder
 
 
 def export(run: Run, heldout: Mapping[int, float], *, example_prompts: Sequence[str] = ()) -> None:
-    """Write pipeline/ from the run's last state, or from its best one as train.export says.
+    """Write pipeline/ from the run's last state, or from its best one as train.export says; or the
+    controlnet/ that was trained.
 
     heldout: losses by step. example_prompts: for the model card. Where no process has the whole
     weights nothing is written.
@@ -62,9 +65,12 @@ def export(run: Run, heldout: Mapping[int, float], *, example_prompts: Sequence[
             run.components.unet.to(memory_format=torch.contiguous_format)
             facts = replace(_facts(run, step), example_prompts=tuple(example_prompts))
             settings = run.config.finetune
-            save_adapters(run.components, settings, run.folder, facts=_lora_facts(run, facts))
-            plain = merged_components(run.components, settings.method)
-            _write_both(plain, run.folder / "pipeline", facts=facts)
+            if run.controlnet is not None:
+                _write_controlnet(run.controlnet, run.folder / "controlnet", facts=facts)
+            else:
+                save_adapters(run.components, settings, run.folder, facts=_lora_facts(run, facts))
+                plain = merged_components(run.components, settings.method)
+                _write_both(plain, run.folder / "pipeline", facts=facts)
     run.accelerator.wait_for_everyone()
 
 
@@ -164,6 +170,14 @@ def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
         pipeline.save_pretrained(temporary)
 
 
+def _write_controlnet(controlnet: ControlNetModel, final: Path, *, facts: ModelInfo) -> None:
+    """Write a ControlNet's folder for diffusers, in place of an older one."""
+    controlnet.to(memory_format=torch.contiguous_format)
+    with atomic_folder(final) as temporary:
+        controlnet.save_pretrained(temporary)
+        write_model_info(temporary, facts)
+
+
 def _lora_facts(run: Run, info: ModelInfo) -> LoraFacts:
     """Return what the files of a LoRA tell of its training."""
     config, train = run.config, run.train_data.train
@@ -213,7 +227,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         guidance_range=(distill.min_guidance, distill.max_guidance) if distill.is_on else (),
         is_guided=distill.method == "lcm_lora" or None,
         clip_skip=clip_skip_of(run.components.text_encoder) or None,
-        condition_kind=config.condition.kind if config.condition.is_on else None,
+        condition_kind=condition_kind(config) if condition_kind(config) != "none" else None,
         condition_dropout=config.condition.dropout_share if config.condition.is_on else None,
         metrics=metrics,
     )

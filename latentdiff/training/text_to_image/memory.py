@@ -92,6 +92,8 @@ def estimate_memory(run: Run) -> Memory:
     modules: list[nn.Module] = [getattr(components, name) for name in PARTS]
     if run.teacher is not None:
         modules.append(run.teacher.unet)
+    if run.controlnet is not None:
+        modules.append(run.controlnet)
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     trained = [local_shard(parameter) for parameter in train_step.parameters.values()]
     copies = 2 if run.layout.num_processes > 1 and not is_sharded(train_step.parameters) else 1
@@ -243,6 +245,10 @@ def _activations_of(run: Run) -> int | None:
 def _condition(run: Run, zt: Tensor) -> dict[str, Tensor]:
     """Return the condition of noisy latents (B, C, h, w), where the model reads one."""
     kind = run.config.condition.kind
+    if run.controlnet is not None:
+        factor = LatentCodec(run.components.vae).factor
+        sides = [side * factor for side in zt.shape[2:]]
+        return {"control": torch.empty(len(zt), 3, *sides, device=zt.device)}
     if kind == "none":
         return {}
     condition = CONDITION_KINDS[kind]

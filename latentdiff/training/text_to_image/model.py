@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -64,10 +64,17 @@ PLAIN_ATTENTION_PIXELS = 256
 
 
 class TextToImage(nn.Module):
-    """The U-Net, and the text encoder where it is trained too, as one module for the optimiser."""
+    """The U-Net, and the text encoder or a ControlNet where these are trained, as one module."""
 
-    def __init__(self, components: Components, *, trains_text_encoder: bool) -> None:
+    def __init__(
+        self,
+        components: Components,
+        *,
+        trains_text_encoder: bool,
+        controlnet: ControlNetModel | None = None,
+    ) -> None:
         super().__init__()
+        self.controlnet = controlnet
         self.unet, self._end_id = components.unet, components.tokenizer.eos_token_id
         self.text_encoder: CLIPTextModel | None = (
             components.text_encoder if trains_text_encoder else None
@@ -88,7 +95,8 @@ class TextToImage(nn.Module):
         if self.text_encoder is not None and input_ids is not None:
             prompt_embeds = encode_text(self.text_encoder, input_ids, end_id=self._end_id)
             conditioning = replace(conditioning, prompt_embeds=prompt_embeds)
-        return predict(self.unet, zt, t, conditioning, guidance_scale)
+        given = self.controlnet
+        return predict(self.unet, zt, t, conditioning, guidance_scale, controlnet=given)
 
 
 def check_components(config: Config) -> None:
@@ -273,7 +281,9 @@ def trains_text_encoder(config: Config) -> bool:
     return is_new or has_new_tokens or config.train.train_text_encoder
 
 
-def use_plain_attention(unet: UNet2DConditionModel, *, num_latent_pixels: int) -> None:
+def use_plain_attention(
+    unet: UNet2DConditionModel | ControlNetModel, *, num_latent_pixels: int
+) -> None:
     """Train short sequences with two matrix products and a softmax, the same up to rounding.
 
     On the CPU the fused kernel's backward pass is several times slower below about 256 latent
@@ -356,7 +366,7 @@ def check_attention(name: AttentionKernel, device: torch.device) -> None:
 
 
 def set_attention(
-    unet: UNet2DConditionModel,
+    unet: UNet2DConditionModel | ControlNetModel,
     name: AttentionKernel,
     *,
     num_latent_pixels: int,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ControlNetModel
 
 from latentdiff.atomic import write_text
 from latentdiff.data.folder.companion_files import EXTENSIONS
@@ -50,12 +51,12 @@ def log_plan(run: Run, first_step: int) -> None:
         "data": _data_plan(run),
         "steps": _step_plan(run),
         "memory": asdict(memory),
-        "parameters": count_parameters(run.components),
+        "parameters": count_parameters(run.components, run.controlnet),
         "device": _device_name(run),
     }
     write_text(run.folder / PLAN, json.dumps(plan, indent=1) + "\n")
     _log_steps(run, first_step)
-    logger.info("parameters: %s", "; ".join(count_parameters(run.components)))
+    logger.info("parameters: %s", "; ".join(count_parameters(run.components, run.controlnet)))
     _log_memory(memory, run)
     if run.train_step.posthoc_emas:
         num_snapshots = -(-run.config.train.max_steps // run.config.train.posthoc_ema_every_steps)
@@ -159,12 +160,16 @@ def _log_no_heldout(run: Run) -> None:
         logger.info("all images are trained on (data.heldout_fraction=0): no held-out loss")
 
 
-def count_parameters(components: Components) -> list[str]:
+def count_parameters(
+    components: Components, controlnet: ControlNetModel | None = None
+) -> list[str]:
     """Describe for each part how many of its parameters are trained, and how many frozen."""
     lines = []
-    for name, label in PARTS.items():
+    modules = {label: getattr(components, name) for name, label in PARTS.items()}
+    modules |= {} if controlnet is None else {"ControlNet": controlnet}
+    for label, module in modules.items():
         counts = {"trained": 0, "frozen": 0}
-        for parameter in getattr(components, name).parameters():
+        for parameter in module.parameters():
             counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
         parts = [f"{_millions(num)} {state}" for state, num in counts.items() if num]
         lines.append(f"{label} {', '.join(parts)}")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import ControlNetModel
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -29,7 +30,11 @@ from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
 from latentdiff.training.inputs.conditions import FixedCondition
-from latentdiff.training.text_to_image.condition_preview import conditioned, shown_condition
+from latentdiff.training.text_to_image.condition_preview import (
+    conditioned,
+    controlled,
+    shown_condition,
+)
 from latentdiff.training.text_to_image.nearest_images import (
     NearestImage,
     NearestImages,
@@ -76,10 +81,12 @@ def write_sheet(
     nearest_images: NearestImages | None = None,
     conditions: Sequence[FixedCondition] = (),
     condition_kind: str = "none",
+    controlnet: ControlNetModel | None = None,
 ) -> dict[str, float]:
     """Generate one image a prompt and write them as a labelled PNG.
 
-    conditions: one a prompt, of a model that reads them; each is shown before its image.
+    conditions: one a prompt, of a model or ControlNet that reads them; each is shown before its
+    image.
     prompt_weighting: of prompts that a person typed; False: captions, taken verbatim.
     nearest_images: adds the nearest training image of each. Returns their figures, on the main
     process. An error of one process is raised by all, so that none waits for another.
@@ -96,6 +103,7 @@ def write_sheet(
             guidance_scale=guidance_scale,
             prompt_weighting=prompt_weighting,
             conditions=conditions,
+            controlnet=controlnet,
         )
     except Exception as error:
         failure = error
@@ -167,6 +175,7 @@ def generate_share(
     guidance_scale: float,
     prompt_weighting: bool = False,
     conditions: Sequence[FixedCondition] = (),
+    controlnet: ControlNetModel | None = None,
 ) -> dict[int, Image.Image]:
     """Return this process's share of the prompts' images, by the prompt's index.
 
@@ -191,9 +200,13 @@ def generate_share(
                 generate(prompts, seeds=seeds, batch_size=BATCH_SIZE, pads=True, batches=batches)
             )
         for k, counts in rank_batches(len(prompts), shard):
-            with conditioned(components, conditions[k]):
+            read = conditioned(components, conditions[k])
+            if controlnet is not None:
+                read = controlled(components, conditions[k], controlnet)
+            with read:
                 height, width = conditions[k].condition.shape[-2:]
-                size = (pipeline.vae_scale_factor * height, pipeline.vae_scale_factor * width)
+                factor = 1 if controlnet is not None else pipeline.vae_scale_factor
+                size = (factor * height, factor * width)
                 ((_, image),) = generate([prompts[k]], seeds=[seeds[k]], batch_size=1, size=size)
             own |= {k: image} if counts else {}
     return own

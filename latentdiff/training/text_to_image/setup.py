@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 
 from latentdiff.config.diffusion import DiffusionConfig
-from latentdiff.config.text_to_image import Config
+from latentdiff.config.text_to_image import Config, condition_files
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
 from latentdiff.diffusion.distillation import CLEAN, SOLVER_STEPS, trailing_timesteps
@@ -28,6 +28,7 @@ from latentdiff.diffusion.timesteps import (
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
+from latentdiff.models.controlnet import make_controlnet
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.distill.consistency import Consistency
 from latentdiff.training.distill.objective import Distillation, GuidedTarget, HalvedTarget
@@ -82,6 +83,7 @@ class Run:
     base_hash: str | None = None  # of a pretrained model that checkpoints do not hold, or a part
     strata_rule: int = STRATA_RULE  # of the run from its first step on, as in `step_strata`
     teacher: Teacher | None = None  # of a student
+    controlnet: ControlNetModel | None = None  # in training, of a frozen model
 
 
 def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:
@@ -105,7 +107,8 @@ def _read_data(config: Config, accelerator: Accelerator) -> tuple[Folder, Folder
     with accelerator.main_process_first():
         return read_data(
             config.data,
-            condition=config.condition,
+            condition=condition_files(config),
+            inpaint_masks=config.condition.reads_mask_files,
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
         )
@@ -145,11 +148,19 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
         accelerator,
         base.components,
         train_data,
-        build_train_step(config, base.components, train_data, accelerator, teacher=teacher),
+        build_train_step(
+            config,
+            base.components,
+            train_data,
+            accelerator,
+            teacher=teacher,
+            controlnet=base.controlnet,
+        ),
         layout,
         make_nearest_images(config, train_data, device=accelerator.device),
         base.weights_hash,
         teacher=teacher,
+        controlnet=base.controlnet,
     )
 
 
@@ -164,6 +175,7 @@ class _BaseModel(NamedTuple):
     latents: LatentSource
     class_images: Folder | None = None
     weights_hash: str | None = None
+    controlnet: ControlNetModel | None = None
 
 
 def _build_new_model(
@@ -208,7 +220,11 @@ def _load_base_model(
     )
     latents = cache_latents(train_folder, components.vae, config.data, accelerator=accelerator)
     run_base = found and run_base_hash(found, initial)
-    return _BaseModel(components, latents, class_images, run_base)
+    controlnet = None
+    if finetune.method == "controlnet":
+        factor = LatentCodec(components.vae).factor
+        controlnet = make_controlnet(components.unet, factor=factor, seed=config.train.seed)
+    return _BaseModel(components, latents, class_images, run_base, controlnet)
 
 
 def build_train_step(
@@ -218,10 +234,11 @@ def build_train_step(
     accelerator: Accelerator,
     *,
     teacher: Teacher | None = None,
+    controlnet: ControlNetModel | None = None,
 ) -> TrainStep:
     """Freeze and lay out the model, and build the train step around it.
 
-    teacher: of a student, to learn from instead of from noised images.
+    teacher: of a student, to learn from instead of from noised images. controlnet: trained alone.
     """
     settings, device = config.train, accelerator.device
     null_text = train_data.null_text.to(device)
@@ -233,7 +250,7 @@ def build_train_step(
         _lay_out(config, teacher.unet, components, accelerator)
         build = _consistency if config.distill.method == "lcm_lora" else _distillation
         objective = build(config, components, teacher, null_text=null_text, device=device)
-    model = _trainable_model(config, components, accelerator)
+    model = _trainable_model(config, components, accelerator, controlnet)
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
         text_base=settings.text_learning_rate or settings.learning_rate,
@@ -263,14 +280,18 @@ def build_train_step(
 
 
 def _trainable_model(
-    config: Config, components: Components, accelerator: Accelerator
+    config: Config,
+    components: Components,
+    accelerator: Accelerator,
+    controlnet: ControlNetModel | None,
 ) -> TextToImage:
     """Freeze all but the trainable parts, and choose the model's memory layout and kernels."""
     settings, device = config.train, accelerator.device
     for part in (components.vae, components.text_encoder):
         part.requires_grad_(False).eval()
     components.text_encoder.to(device)
-    model = TextToImage(components, trains_text_encoder=trains_text_encoder(config))
+    trains_text = trains_text_encoder(config)
+    model = TextToImage(components, trains_text_encoder=trains_text, controlnet=controlnet)
     set_trainable(
         model.unet,
         model.text_encoder,
@@ -279,11 +300,14 @@ def _trainable_model(
     )
     cast_weights(model, config.train)
     model.train()
-    _lay_out(config, components.unet, components, accelerator)
+    for net in (components.unet, *([controlnet] if controlnet is not None else [])):
+        _lay_out(config, net, components, accelerator)
     if device.type == "cpu" and settings.attention == "auto":
         use_fused_transformers(model)
     if settings.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
+        if controlnet is not None:
+            controlnet.enable_gradient_checkpointing()
         if model.text_encoder is not None:
             # the reentrant form passes no gradient to words or adapters behind frozen inputs
             model.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
@@ -291,9 +315,12 @@ def _trainable_model(
 
 
 def _lay_out(
-    config: Config, unet: UNet2DConditionModel, components: Components, accelerator: Accelerator
+    config: Config,
+    unet: UNet2DConditionModel | ControlNetModel,
+    components: Components,
+    accelerator: Accelerator,
 ) -> None:
-    """Choose the memory layout and the attention kernel of a U-Net among these components."""
+    """Choose the memory layout and attention kernel of a U-Net or ControlNet of the components."""
     settings = config.train
     if _is_channels_last(settings.channels_last, accelerator):
         unet.to(memory_format=torch.channels_last)

@@ -206,6 +206,8 @@ class TrainStep:
     def _groups(self, weight_decay: float, name: OptimizerName) -> list[dict[str, Any]]:
         """Return the optimiser's groups; those of the text encoder are marked."""
         parts: list[tuple[nn.Module, bool]] = [(self.model.unet, False)]
+        if self.model.controlnet is not None:
+            parts.append((self.model.controlnet, False))
         if self.model.text_encoder is not None:
             parts.append((self.model.text_encoder, True))
         return [

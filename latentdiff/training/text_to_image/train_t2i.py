@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from latentdiff.config.data import DataConfig
-from latentdiff.config.text_to_image import Config
+from latentdiff.config.text_to_image import Config, condition_kind
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import (
     summarize_gap,
@@ -238,7 +238,8 @@ class TextToImageRecipe(Recipe):
                 prompt_weighting=bool(preview.prompts),  # typed; captions are taken verbatim
                 nearest_images=run.nearest_images,
                 conditions=self._conditions(),
-                condition_kind=run.config.condition.kind,
+                condition_kind=condition_kind(run.config),
+                controlnet=run.controlnet,
             )
 
     def _prompts(self) -> Sequence[str]:
@@ -309,10 +310,10 @@ class TextToImageRecipe(Recipe):
         The prompt is the first of the run's sheets. None where no process had the whole weights.
         """
         run, folder = self.run, self.run.folder
+        if condition_kind(run.config) != "none":
+            return [f"report {shlex.quote(str(folder))}"]
         if not (folder / "pipeline").is_dir():
             return []
-        if run.config.condition.is_on:
-            return [f"report {shlex.quote(str(folder))}"]
         data = run.config.data.each_source()[0]
         pipeline, root = shlex.quote(f"{folder / 'pipeline'}"), shlex.quote(data.root)
         out = shlex.quote(f"{folder / 'evaluation'}")
