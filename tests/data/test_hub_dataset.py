@@ -357,6 +357,6 @@ def test_inspect_reports_an_id(hub: FakeHub, capsys: pytest.CaptureFixture[str])
 def test_a_refused_data_set_is_called_by_its_id(hub: FakeHub) -> None:
     parquet_repository(hub, train=table(2))
     with pytest.raises(ValueError, match="data folder owner/tables cannot") as error:
-        read("owner/tables", min_size=1000).check()
+        read_folder("owner/tables", min_size=1000).check()
     assert str(hub.root) not in str(error.value)
     assert "inspect owner/tables shows everything" in str(error.value)
