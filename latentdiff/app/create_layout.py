@@ -18,7 +18,7 @@ from latentdiff.app.image_request import (
 )
 from latentdiff.app.kinds import KINDS
 from latentdiff.app.library import NO_LORA
-from latentdiff.app.model_facts import OWN_SCHEDULER
+from latentdiff.app.model_facts import OWN_SCHEDULER, OWN_VAE
 from latentdiff.app.page_html import images_html, status_html
 
 
@@ -50,7 +50,7 @@ class CreateControls:
 
     def of_model(self) -> list[Any]:
         """Return the components that change with the model."""
-        sampling = ("num_inference_steps", "guidance_scale", "scheduler", "clip_skip")
+        sampling = ("num_inference_steps", "guidance_scale", "scheduler", "vae", "clip_skip")
         names = ("width", "height", *sampling)
         return [self.facts, self.examples, self.size_note, *(self.controls[n] for n in names)]
 
@@ -184,6 +184,9 @@ def _lay_out_settings(ui: CreateControls) -> None:
         ui.png = gr.File(label=label, file_types=[".png"], height=120, elem_id="png")
         ui.png_note = gr.HTML(elem_id="png-note")
     with gr.Accordion("More settings", open=False, elem_id="more"):
+        info = "tiny decodes several times as fast, with less detail"
+        vae = gr.Radio([OWN_VAE], value=OWN_VAE, label="VAE", info=info, elem_id="vae")
+        ui.add("vae", vae)
         info = "Against colors that are too strong at a high guidance"
         ends = RANGES["guidance_rescale"]
         slider("guidance_rescale", "Guidance rescale", ends=ends, by=0.05, info=info)

@@ -198,6 +198,7 @@ class CreateTab:
             controls["width"]: side,
             controls["height"]: side,
             controls["scheduler"]: gr.update(choices=list(facts.schedulers)),
+            controls["vae"]: gr.update(choices=list(facts.vaes), visible=len(facts.vaes) > 1),
             controls["clip_skip"]: gr.update(maximum=max(facts.max_clip_skip, 1)),
         }
 
@@ -205,7 +206,7 @@ class CreateTab:
         """Return what the page shows of a model, with the model's own settings."""
         controls, updates = self.ui.controls, self._facts_updates(facts)
         values = {name: getattr(facts, name) for name in ("width", "height", "clip_skip")}
-        values["scheduler"] = facts.schedulers[0]
+        values |= {"scheduler": facts.schedulers[0], "vae": facts.vaes[0]}
         for name, value in values.items():
             updates[controls[name]] = updates[controls[name]] | {"value": value}
         for name in ("guidance_scale", "num_inference_steps"):

@@ -9,9 +9,10 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from latentdiff.app.library import NO_LORA
-from latentdiff.app.model_facts import OWN_SCHEDULER, ModelFacts
+from latentdiff.app.model_facts import OWN_SCHEDULER, OWN_VAE, TINY, ModelFacts
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
+from latentdiff.pipeline.png_metadata import TINY_VAE
 from latentdiff.pipeline.schedulers import scheduler_name
 
 MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
@@ -46,6 +47,7 @@ class ImageRequest:
     width: int = 512
     height: int = 512
     scheduler: str = OWN_SCHEDULER
+    vae: str = OWN_VAE
     lora: str = NO_LORA
     lora_scale: float = 1.0
     clip_skip: int = 0
@@ -60,7 +62,8 @@ class ImageRequest:
 
         clip_skip: the model's own, which a call that names none has.
         """
-        others = ("model", "kind", "scheduler", "lora", "seed", "image", "mask_image", "strength")
+        own = {"model", "kind", "scheduler", "vae", "lora", "seed"}
+        others = own | {"image", "mask_image", "strength"}
         call = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         call["negative_prompt"] = self.negative_prompt or None
         call["clip_skip"] = None if self.clip_skip == clip_skip else self.clip_skip
@@ -94,6 +97,8 @@ def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
         if side % multiple or not multiple <= side <= facts.max_side_px:
             expected = f"a multiple of {multiple} up to {facts.max_side_px}"
             found[name] = f"expected {expected}, got {side:g}"
+    if request.vae not in facts.vaes:
+        found["vae"] = f"{facts.name} carries no {request.vae} one"
     counts = {name: (1, maximum) for name, maximum in MAXIMA.items()}
     for name, (low, high) in (RANGES | counts | {"clip_skip": (0, facts.max_clip_skip)}).items():
         value = getattr(request, name)
@@ -143,6 +148,9 @@ def request_from_settings(
         taken[name] = given.get(name, getattr(DEFAULTS, name))
     taken["clip_skip"] = given.get("clip_skip", facts.clip_skip)
     notes = _take_scheduler(settings.get("scheduler"), taken, facts=facts)
+    model = settings.get("model")
+    is_tiny = isinstance(model, dict) and model.get("vae") == TINY_VAE
+    taken["vae"] = TINY if is_tiny else OWN_VAE
     notes += _take_loras(settings.get("loras"), taken, loras=loras)
     if settings.get("inputs") or "strength" in given:
         notes.append("the image it was made from is not in the file")

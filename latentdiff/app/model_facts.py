@@ -24,7 +24,8 @@ from latentdiff.pipeline.initial_latents import trained_size_px
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
 
-OWN_SCHEDULER = "the model's own"
+OWN_SCHEDULER = OWN_VAE = "the model's own"
+TINY = "tiny"  # the name of a fast VAE of the same latents
 REACH = 2  # times the trained size, where the page's sizes end
 MAX_SUMMARY = 300  # characters
 EXAMPLES = (  # for a model that names none
@@ -50,6 +51,7 @@ class ModelFacts:
     clip_skip: int
     max_clip_skip: int
     examples: tuple[str, ...]
+    vaes: tuple[str, ...] = (OWN_VAE,)
     summary: str = ""
     rows: tuple[tuple[str, str], ...] = ()
 
@@ -72,7 +74,9 @@ class ModelFacts:
         return found[0], found[1]
 
 
-def read_model_facts(pipe: LatentDiffPipeline, *, name: str, path: str, max_px: int) -> ModelFacts:
+def read_model_facts(
+    pipe: LatentDiffPipeline, *, name: str, path: str, max_px: int, has_tiny_vae: bool = False
+) -> ModelFacts:
     """Return the facts of an open model. path: it was opened from; max_px: of a side at most."""
     factor, folder = pipe.vae_scale_factor, resolve_model(path)
     height, width = trained_size_px(pipe.unet, factor=factor)
@@ -92,6 +96,7 @@ def read_model_facts(pipe: LatentDiffPipeline, *, name: str, path: str, max_px: 
         clip_skip=clip_skip_of(pipe.text_encoder),
         max_clip_skip=layers - 1,
         examples=tuple(info.example_prompts) or EXAMPLES,
+        vaes=(OWN_VAE, TINY) if has_tiny_vae else (OWN_VAE,),
         summary=card_summary(text),
         rows=tuple(_rows(pipe, info, size=(width, height))),
     )

@@ -15,14 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from latentdiff.app.history import History, HistoryEntry
 from latentdiff.app.image_request import ImageRequest, find_problems
 from latentdiff.app.library import NO_LORA, Library
 from latentdiff.app.live_preview import LivePreview
-from latentdiff.app.model_facts import OWN_SCHEDULER, ModelFacts, read_model_facts
+from latentdiff.app.model_facts import OWN_SCHEDULER, TINY, ModelFacts, read_model_facts
+from latentdiff.models.components import TINY_VAE, choose_vae
+from latentdiff.models.latents import Autoencoder
+from latentdiff.models.model_path import resolve_model
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.sampling.open_pipeline import open_pipeline
@@ -101,12 +103,13 @@ class _Job:
 class WebSession:
     """Models that a page calls, one call at a time.
 
-    preview_vae: a small VAE of the same latent space, for previews. max_px: of a side at most.
+    preview_vae: a small VAE of the same latent space, for previews and, where chosen, for the
+    images, by default the one that a model's folder carries. max_px: of a side at most.
     device, dtype, safety_checker: as `open_pipeline` takes them.
     """
 
     library: Library
-    preview_vae: AutoencoderKL | AutoencoderTiny | None = None
+    preview_vae: Autoencoder | None = None
     max_px: int = 1024
     device: str | None = None
     dtype: str = "auto"
@@ -118,6 +121,8 @@ class WebSession:
         self._pipe: LatentDiffPipeline | None = None
         self._facts: ModelFacts | None = None
         self._own_scheduler: Any = None
+        self._own_vae: Autoencoder | None = None
+        self._tiny_vae: Autoencoder | None = None
         self._lora: tuple[Any, ...] | None = None
         self._jobs: dict[str, _Job] = {}
         self._line: list[object] = []
@@ -209,6 +214,7 @@ class WebSession:
         pipe = self._pipe
         assert pipe is not None
         self._choose_scheduler(pipe, request.scheduler)
+        pipe.vae = self._tiny_vae if request.vae == TINY else self._own_vae
         self._choose_lora(pipe, job)
         result = self._call(pipe, job)
         made = zip(result.images, result.seeds or [], result.settings or [], strict=True)
@@ -222,7 +228,7 @@ class WebSession:
     def _call(self, pipe: LatentDiffPipeline, job: _Job) -> LatentDiffOutput:
         """Call the pipeline; post a step as it is done."""
         clip_skip = self._facts.clip_skip if self._facts else 0
-        preview, started = LivePreview(self.preview_vae or pipe.vae), time.perf_counter()
+        preview, started = LivePreview(self._tiny_vae or pipe.vae), time.perf_counter()
 
         def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
             job.check()
@@ -251,14 +257,21 @@ class WebSession:
             raise ValueError(f"no model {name!r}; known: {', '.join(models)}")
         job.events.put(Opening(name))
         self._pipe = self._facts = self._lora = self._own_scheduler = None
+        self._own_vae = self._tiny_vae = None
         gc.collect()
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "fast": True}
         pipe = open_pipeline(models[name], safety_checker=self.safety_checker, **options)
         pipe.set_progress_bar_config(disable=True)
-        if self.preview_vae is not None:
-            self.preview_vae.to(pipe.device)
-        self._own_scheduler = pipe.scheduler
-        self._facts = read_model_facts(pipe, name=name, path=models[name], max_px=self.max_px)
+        self._own_scheduler, self._own_vae = pipe.scheduler, pipe.vae
+        self._tiny_vae = self.preview_vae
+        if self._tiny_vae is None and (resolve_model(models[name]) / TINY_VAE).is_dir():
+            self._tiny_vae = choose_vae(models[name], TINY, torch_dtype=pipe.vae.dtype)
+        if self._tiny_vae is not None:
+            self._tiny_vae.to(pipe.device)
+        has_tiny = {"has_tiny_vae": self._tiny_vae is not None}
+        self._facts = read_model_facts(
+            pipe, name=name, path=models[name], max_px=self.max_px, **has_tiny
+        )
         self._pipe = pipe
         return self._facts
 

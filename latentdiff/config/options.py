@@ -66,6 +66,9 @@ class SampleOptions:
     the model's own"""
     lora: str | None = None
     """a LoRA file or folder"""
+    vae: str | None = None
+    """a VAE in place of the model's own: tiny, the fast one that its folder carries in vae_tiny/,
+    or the folder or hub id of one of the same latents, such as TAESD"""
     lora_scale: float | None = None
     """strength of the LoRA, in [-10, 10]; by default 1, as trained"""
     dtype: str = "auto"
@@ -99,7 +102,8 @@ class WebUIOptions:
     lora_dir: str | None = None
     """a folder of LoRA files to choose from"""
     preview_vae: str | None = None
-    """a small VAE of the same latent space, such as TAESD, for previews"""
+    """a small VAE of the same latent space, such as TAESD, for previews and, as VAE: tiny, for
+    images; by default the one that a model's folder carries in vae_tiny/"""
     dtype: str = "auto"
     """number format: auto, float32, bfloat16 or float16; auto: bfloat16 where the device is fast in
     it"""

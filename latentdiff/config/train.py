@@ -224,6 +224,10 @@ class PreviewConfig:
     """sampling steps"""
     guidance_scale: float = at_least(0, default=4.0)
     """classifier-free guidance of the sheets"""
+    vae: str = ""
+    """a VAE that decodes the sheets in place of the model's own: tiny, the fast one that the base
+    model's folder carries in vae_tiny/, or the folder or hub id of one of the same latents, such
+    as TAESD"""
     num_nearest: int = at_least(0, default=2000)
     """training images, evenly spaced over the folder, among which the nearest to each image of a
     sheet is searched, to be shown next to it; 0: none"""

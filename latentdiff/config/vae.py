@@ -24,6 +24,21 @@ EFFECT_RULES = (
         "train_part=decoder and pca_channels need --pretrained, a VAE to continue from",
     ),
     EffectRule(
+        ("decoder",),
+        lambda config: bool(config.pretrained) and config.train_part == "decoder",
+        "it needs --train_part=decoder and --pretrained, the VAE whose latents it decodes",
+    ),
+    EffectRule(
+        ("decoder_width",),
+        lambda config: config.decoder == "tiny",
+        "it is that of --decoder=tiny",
+    ),
+    EffectRule(
+        ("pca_channels",),
+        lambda config: config.decoder == "full",
+        "a tiny decoder keeps the latents of --pretrained as they are",
+    ),
+    EffectRule(
         ("lpips_weight",),
         lambda config: bool(config.lpips),
         "it weights --lpips, and there is none",
@@ -67,6 +82,12 @@ class VaeConfig:
     train_part: Literal["all", "decoder"] = "all"
     """with pretrained: training the decoder alone keeps the latents, and so the models trained on
     them, as they are"""
+    decoder: Literal["full", "tiny"] = "full"
+    """tiny: train an AutoencoderTiny, in TAESD's layout, that decodes the latents of pretrained
+    several times as fast; its encoder learns them too, for image to image; written to vae_tiny/"""
+    decoder_width: int = at_least(1, default=64)
+    """channels of the tiny decoder's layers: 64, as in TAESD, for a VAE of Stable Diffusion's size;
+    16 to 32 for a small one"""
     lpips: str = ""
     """a local file of LPIPS weights (named in training/vae/losses.py); empty: no such loss"""
     lpips_weight: float = at_least(0, default=0.5)

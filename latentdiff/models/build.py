@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion.prediction import check_objective
@@ -126,6 +132,25 @@ def build_vae(
         latent_channels=latent_channels,
         norm_num_groups=norm_num_groups,
         sample_size=sample_size,
+        scaling_factor=1.0,
+    )
+
+
+def build_tiny_vae(*, factor: int, latent_channels: int, width: int = 64) -> AutoencoderTiny:
+    """Build an AutoencoderTiny with fresh weights for another VAE's scaled latents z, in TAESD's
+    layout: three residual blocks a level, one at full resolution.
+
+    factor: image pixels along a side of a latent pixel, a power of 2. Its scaling_factor is 1, so
+    whatever decodes z / scaling_factor decodes z itself.
+    """
+    levels = factor.bit_length()
+    blocks = (3,) * (levels - 1)
+    return AutoencoderTiny(
+        latent_channels=latent_channels,
+        encoder_block_out_channels=(width,) * levels,
+        decoder_block_out_channels=(width,) * levels,
+        num_encoder_blocks=(1, *blocks),
+        num_decoder_blocks=(*blocks, 1),
         scaling_factor=1.0,
     )
 

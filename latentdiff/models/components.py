@@ -6,6 +6,8 @@ models by name (model_path.py), building components from plain values (build.py)
 mathematics (latents.py, text.py, diffusion/).
 """
 
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +26,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from latentdiff.atomic import atomic_folder
 from latentdiff.models.compatibility import (
     check_compatible,
     read_configs,
@@ -40,6 +43,7 @@ from latentdiff.models.weights import (
     stored_shapes,
     weight_files,
 )
+from latentdiff.program import program
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,9 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
 
 TOKENIZERS = {"tokenizer", "tokenizer_2"}
 SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose model_index.json names them
+
+
+TINY_VAE = "vae_tiny"  # folder, in a model's, of an AutoencoderTiny of the same latents
 
 
 def load_components(
@@ -190,20 +197,52 @@ def load_vae(
     torch_dtype: torch.dtype = torch.float32,
     variant: str | None = None,
 ) -> Autoencoder:
-    """Open an AutoencoderKL or AutoencoderTiny: its own folder, a pipeline's, or a hub id."""
+    """Open an AutoencoderKL or AutoencoderTiny: its own folder, a model's, a run's, or a hub id."""
     folder = resolve_model(path_or_id)
     if not folder.exists():
+        refuse_wrong_path(path_or_id, known=BUNDLED)
         patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
         folder = fetched(
             lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
         )
-    if (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
+    for name in ("vae", TINY_VAE):
+        if (folder / name / "config.json").is_file():
+            folder = folder / name
+            break
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a VAE")
     name = read_json(folder / "config.json").get("_class_name", "")
     vae: Autoencoder = _load_model("vae", name, folder, torch_dtype=torch_dtype, variant=variant)
     return vae
+
+
+def choose_vae(
+    model: str | Path, choice: str, *, torch_dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """Open a VAE that decodes in the place of a model's own.
+
+    choice: "tiny", the one that the model's folder carries in vae_tiny/, or what load_vae opens.
+    """
+    if choice != "tiny":
+        return load_vae(choice, torch_dtype=torch_dtype)
+    folder = resolve_model(model)
+    if not folder.exists():
+        patterns = f"{TINY_VAE}/*"
+        folder = fetched(lambda: snapshot_download(str(model), allow_patterns=patterns), model)
+    if not (folder / TINY_VAE).is_dir():
+        raise FileNotFoundError(
+            f"{model} carries no tiny VAE, expected a folder {TINY_VAE}; train one: {program()} "
+            f"train-vae --train_part=decoder --decoder=tiny --pretrained={model} --roots='[DIR]'"
+        )
+    return load_vae(folder / TINY_VAE, torch_dtype=torch_dtype)
+
+
+def carry_tiny_vae(source: str | Path, folder: Path) -> None:
+    """Copy the tiny VAE that a model carries, if any, to one of the same latents; "": no model."""
+    stored = resolve_model(source) / TINY_VAE
+    if os.fspath(source) and stored.is_dir():
+        with atomic_folder(folder / TINY_VAE) as temporary:
+            shutil.copytree(stored, temporary, dirs_exist_ok=True)
 
 
 def _folder(path_or_id: str | Path, given: Mapping[str, Any], *, variant: str | None) -> Path:

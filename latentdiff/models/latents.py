@@ -165,7 +165,7 @@ def set_scalar_scaling(vae: Autoencoder, stats: LatentStats) -> None:
     The shift is set to none, since stock StableDiffusionPipeline ignores it when it decodes.
     """
     _check_positive([stats.overall_std], "overall_std")
-    _set_scale(vae, 1.0 / stats.overall_std)
+    set_scale(vae, 1.0 / stats.overall_std)
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def fold_normalisation(
     weight, bias = post_quant.weight.double(), _bias(post_quant).double()
     post_quant.weight.copy_(weight * scale[None, :, None, None])
     _bias(post_quant).copy_(bias + weight[:, :, 0, 0] @ offset)
-    _set_scale(vae, scaling_factor)
+    set_scale(vae, scaling_factor)
 
 
 def _quant_convs(vae: AutoencoderKL, channels: int) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -233,7 +233,8 @@ def _bias(conv: nn.Conv2d) -> Tensor:
     return conv.bias
 
 
-def _set_scale(vae: Autoencoder, scaling_factor: float) -> None:
+def set_scale(vae: Autoencoder, scaling_factor: float) -> None:
+    """Make z = raw * scaling_factor, without a shift, in the VAE's config."""
     shift = 0.0 if isinstance(vae, AutoencoderTiny) else None
     vae.register_to_config(scaling_factor=scaling_factor, shift_factor=shift)
     if isinstance(vae, AutoencoderTiny):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image, PngImagePlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,7 @@ from latentdiff.pipeline.webui_parameters import KEY as WEBUI_KEY
 from latentdiff.pipeline.webui_parameters import parameters_text, read_parameters
 
 SAMPLED_VALUES = 64
+TINY_VAE = AutoencoderTiny.__name__
 
 
 def generation_metadata(
@@ -88,7 +90,10 @@ def environment_metadata(pipe: Any) -> dict[str, Any]:
 
 
 def model_metadata(pipe: Any) -> dict[str, Any]:
-    """Return the name without a path, fingerprint and dtype of a pipeline's model."""
+    """Return the name without a path, fingerprint and dtype of a pipeline's model.
+
+    And "vae", its class, where that is a tiny one.
+    """
     name = pipe.config.get("_name_or_path")
     names = "unet", "vae", "text_encoder", "text_encoder_2"
     parts = {name: getattr(pipe, name) for name in names}
@@ -96,6 +101,7 @@ def model_metadata(pipe: Any) -> dict[str, Any]:
         "name": name and public_name(name),
         "fingerprint": model_fingerprint(parts),
         "dtype": str(pipe.unet.dtype),
+        **({"vae": TINY_VAE} if isinstance(pipe.vae, AutoencoderTiny) else {}),
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from latentdiff.device import DTYPES
-from latentdiff.models.components import left_out
+from latentdiff.models.components import carry_tiny_vae, left_out
 from latentdiff.models.guidance_embedding import fold_guidance, has_guidance_embedding
 from latentdiff.pipeline.conditioning.encode_prompt import has_new_words
 from latentdiff.pipeline.files.model_info import (
@@ -57,6 +57,7 @@ def merge_loras(
         prediction_type=pipe.scheduler.config["prediction_type"],
     )
     pipe.save_pretrained(out)
+    carry_tiny_vae(os.fspath(base), out)
     return out
 
 

@@ -28,17 +28,19 @@ def open_pipeline(
     device: str | None = None,
     fast: bool = False,
     safety_checker: bool = True,
+    vae: str | None = None,
 ) -> LatentDiffPipeline:
     """Open a model, or a run's, on a device, by default the best one; ValueError for a wrong name.
 
     dtype: a name, or "auto", see `best_dtype`. fast: on a CPU take packed layers, in float32 within
-    1/255 of the plain ones (cpu/). safety_checker: False leaves the model's own out, unread.
+    1/255 of the plain ones (cpu/). safety_checker: False leaves the model's own out, unread. vae:
+    one in the place of the model's own, "tiny" for the one that its folder carries in vae_tiny/.
     """
     if dtype not in (AUTO, *DTYPES):
         raise ValueError(f"dtype must be one of {AUTO}, {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
     wanted = best_dtype(place) if dtype == AUTO else DTYPES[dtype]
-    given = left_out(safety_checker=not safety_checker)
+    given = left_out(safety_checker=not safety_checker) | ({} if vae is None else {"vae": vae})
     path = model_of_run(model)
     pipe = LatentDiffPipeline.from_pretrained(path, torch_dtype=wanted, **given).to(place)
     if fast and place.type == "cpu":

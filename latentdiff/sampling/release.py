@@ -19,7 +19,7 @@ from torch import nn
 from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
-from latentdiff.models.components import left_out
+from latentdiff.models.components import carry_tiny_vae, left_out
 from latentdiff.pipeline.files.model_info import folder_title, model_card
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
@@ -65,6 +65,7 @@ def pack_model(
     with atomic_folder(out) as temporary:
         (temporary / "README.md").write_text(text, encoding="utf-8")
         pipe.save_pretrained(temporary, max_shard_size=int(max_file_mb * MB))
+        carry_tiny_vae(os.fspath(model), temporary)
         refuse_local_paths(temporary)
         return _sizes(temporary, max_file_mb=max_file_mb, max_total_mb=max_total_mb)
 

@@ -145,6 +145,8 @@ def _other_model(found: Any, model: Mapping[str, Any]) -> list[str]:
     known = found if isinstance(found, dict) else {}
     if "fingerprint" in known and known["fingerprint"] == model["fingerprint"]:
         return []
+    if known.get("vae") != model.get("vae"):
+        return ["VAE, --vae"]
     has, takes = (str(one.get("dtype")).removeprefix("torch.") for one in (known, model))
     return ["model"] if has == takes else [f"dtype, --dtype {has}"]
 

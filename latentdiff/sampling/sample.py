@@ -16,6 +16,7 @@ from latentdiff.pipeline import checks
 from latentdiff.pipeline.files.model_info import NUM_STEPS, default_guidance, default_steps
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import (
+    TINY_VAE,
     attach_settings,
     read_image_settings,
     read_settings,
@@ -107,6 +108,9 @@ def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[s
             logger.warning("%s: no scheduler %s here, the model's own is taken", path, label)
     if lost := [name for name in call if name.endswith(SDXL_ARGUMENTS)]:
         logger.warning("%s was made with %s, which only Python takes", path, ", ".join(lost))
+    model = settings.get("model")
+    if isinstance(model, dict) and model.get("vae") == TINY_VAE:
+        logger.warning("%s was decoded by a tiny VAE; give it by --vae", path)
     if loras := settings.get("loras"):
         logger.warning("%s was made with the LoRAs %s; give them by --lora", path, ", ".join(loras))
     return [call["prompt"]], options
@@ -216,6 +220,7 @@ def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
         device=options.device,
         fast=options.fast,
         safety_checker=options.safety_checker,
+        vae=options.vae,
     )
     if options.scheduler is not None:
         pipe.set_scheduler(options.scheduler)

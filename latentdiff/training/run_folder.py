@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 EXPORTS = (  # what a run writes at its end; glob patterns
     *("pipeline", "pipeline_learned_variance", "lora", "lora_kohya.safetensors"),
-    *("learned_embeds.safetensors", "controlnet", "vae", "clip", "text_encoder"),
+    *("learned_embeds.safetensors", "controlnet", "vae", "vae_tiny", "clip", "text_encoder"),
     *("metrics.json", "reconstructions_*.png"),
 )
 LOCK = ".lock"

@@ -1,5 +1,6 @@
 """The session behind the page: the pipeline's own images, one at a time, stopped at once."""
 
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -7,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fakes_app import open_tiny, request_of, slow_unet
+from fakes_models import make_tiny_vae
 from fakes_pipeline import SIZE, lora_weights, tiny_pipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-from latentdiff.app.image_request import IMAGE, INPAINT
+from latentdiff.app.image_request import IMAGE, INPAINT, request_from_settings
+from latentdiff.app.model_facts import OWN_VAE, TINY
 from latentdiff.app.web_session import MAX_WAITING, Finished, Opening, Step, Stopped, Waiting
 from latentdiff.pipeline.png_metadata import read_settings
 from latentdiff.sampling.open_pipeline import open_pipeline
@@ -145,3 +148,30 @@ def test_history_is_newest_first_bounded_and_states_what_makes_an_image_again(se
     assert read_settings(entries[1].path)["call"]["seed"] == 3
     again = make(session, **vars(entries[1].request))[0]
     assert np.array_equal(pixels(again), pixels(entries[1]))
+
+
+def test_a_tiny_vae_that_the_model_carries_is_a_choice_and_makes_the_previews(
+    model, tmp_path, session
+):
+    carrier = shutil.copytree(model, tmp_path / "carrier")
+    make_tiny_vae().save_pretrained(carrier / "vae_tiny")
+    small = open_tiny(carrier)
+    assert (session.facts.vaes, small.facts.vaes) == ((OWN_VAE,), (OWN_VAE, TINY))
+    events = list(small.generate(request_of("carrier", vae=TINY)))
+    pipe = open_pipeline(str(carrier), device="cpu", fast=True, vae="tiny")
+    expected = pipe("a cat", seed=1, num_inference_steps=4, guidance_scale=2.0).images[0]
+    assert np.array_equal(pixels(events[-1].entries[0]), np.asarray(expected))
+    (own,), (first,) = make(small, model="carrier"), make(session)
+    assert np.array_equal(pixels(own), pixels(first))  # the choice is of one call
+    with pytest.raises(ValueError, match="tiny carries no tiny one"):
+        make(session, vae=TINY)
+
+
+def test_the_vae_of_a_file_is_taken_where_the_model_has_it(session):
+    settings = {"call": {"prompt": "a cat"}, "model": {"vae": "AutoencoderTiny"}}
+    facts = replace(session.facts, vaes=(OWN_VAE, TINY))
+    options = {"loras": ()}
+    taken, notes = request_from_settings(settings, request_of(), facts=facts, **options)
+    assert (taken.vae, notes) == (TINY, [])
+    taken, notes = request_from_settings(settings, request_of(), facts=session.facts, **options)
+    assert (taken.vae, notes) == (OWN_VAE, ["vae: tiny carries no tiny one"])

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from fakes_finetune import finetuning, generate, open_ours, world
+from fakes_models import make_tiny_vae
 from fakes_training import make_config, read_metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from latentdiff.atomic import atomic_folder
 from latentdiff.config.io import load_config
 from latentdiff.config.text_to_image import Config
 from latentdiff.pipeline.files.file_metadata import tensors_hash
@@ -63,6 +65,8 @@ def shared(world: Path) -> Path:
     shared.mkdir()
     (world / "base" / "pipeline").rename(shared / "scratch")
     (world / "base" / "pipeline").symlink_to(shared / "scratch")
+    with atomic_folder(shared / "scratch" / "vae_tiny") as folder:
+        make_tiny_vae().save_pretrained(folder)
     for name, settings in METHODS.items():
         AcceleratorState._reset_state(reset_partial_state=True)
         run = world / name
@@ -91,6 +95,12 @@ def test_every_text_weight_begins_as_in_stable_diffusion(shared: Path, name: str
         names = list(tensors.keys())
     assert len(names) > 10
     assert [one for one in names if not one.startswith("text_model.")] == []
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_tiny_vae_that_the_base_carries_is_taken_along(shared: Path, name: str) -> None:
+    path = Path("vae_tiny") / "diffusion_pytorch_model.safetensors"
+    assert (shared / name / path).read_bytes() == (shared / "scratch" / path).read_bytes()
 
 
 def test_files_are_open_to_those_whom_the_umask_lets_in(shared: Path) -> None:

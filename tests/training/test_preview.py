@@ -12,14 +12,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fakes_data import noise_image
+from fakes_models import make_tiny_vae
 from fakes_training import make_config, make_world, read_metrics
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentdiff.models.components import load_components
+from latentdiff.models.components import Components, load_components
+from latentdiff.models.latents import LatentCodec, set_scale
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
 from latentdiff.training.text_to_image import preview
-from latentdiff.training.text_to_image.preview import prompt_seed, write_sheet
+from latentdiff.training.text_to_image.preview import (
+    preview_components,
+    prompt_seed,
+    write_sheet,
+)
 from latentdiff.training.text_to_image.train_t2i import train
 
 BRACKETS = [
@@ -164,4 +170,46 @@ def test_typed_prompts_that_cannot_be_read_are_refused_before_any_work(
     typed = replace(config.preview, prompts=("a cat", prompt))
     with pytest.raises(ValueError, match=message):
         train(replace(config, preview=typed))
+    assert not (tmp_path / "run").exists()
+
+
+def test_sheets_are_decoded_by_another_vae_and_nothing_else_changes(
+    world: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    make_tiny_vae().save_pretrained(tmp_path / "vae_tiny")
+    run, changed = tmp_path / "run", {"preview__vae": str(tmp_path / "vae_tiny")}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train(make_config(world, run, **SETTINGS | changed)) == 0
+    assert read_metrics(run) == read_metrics(undisturbed)
+    name = "samples/step-000000002.png"
+    sheets = [np.asarray(Image.open(path / name)) for path in (run, undisturbed)]
+    assert sheets[0].shape == sheets[1].shape
+    assert (sheets[0] != sheets[1]).any()
+    vae = "pipeline/vae/diffusion_pytorch_model.safetensors"
+    assert (run / vae).read_bytes() == (undisturbed / vae).read_bytes()
+
+
+def test_another_vae_follows_the_scale_that_a_run_gives_its_latents(
+    components: Components, tmp_path: Path
+) -> None:
+    z = torch.randn(1, 4, 4, 4)
+    tiny = make_tiny_vae()
+    tiny.save_pretrained(tmp_path / "vae_tiny")
+    components.vae.save_pretrained(tmp_path / "vae")
+    set_scale(components.vae, 3 * components.vae.config["scaling_factor"])
+    options: dict[str, Any] = {"source": str(tmp_path), "device": torch.device("cpu")}
+    found = preview_components(components, vae="tiny", **options)
+    assert found is not None
+    with torch.no_grad():
+        expected = LatentCodec(tiny).decode(z)
+        torch.testing.assert_close(LatentCodec(found.vae).decode(3 * z), expected)
+    assert preview_components(components, vae="", **options) is None
+
+
+def test_a_vae_of_the_sheets_that_is_not_there_is_refused_before_heavy_work(
+    world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match="carries no tiny VAE"):
+        train(make_config(world, tmp_path / "run", preview__vae="tiny", **SETTINGS))
     assert not (tmp_path / "run").exists()

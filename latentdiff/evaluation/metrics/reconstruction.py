@@ -66,13 +66,11 @@ def channel_moments(z: Tensor) -> list[ChannelMoments]:
     ]
 
 
-def reconstruction_sheet(
-    pixels: Tensor, reconstruction: Tensor, *, columns: int = 8
-) -> Image.Image:
-    """Return rows of images, each above its reconstruction. Both (N, 3, H, W) in [-1, 1]."""
+def reconstruction_sheet(pixels: Tensor, *reconstructions: Tensor, columns: int = 8) -> Image.Image:
+    """Return rows of images, each above its reconstructions. All (N, 3, H, W) in [-1, 1]."""
     rows = []
     for start in range(0, len(pixels), columns):
-        for x in (pixels, reconstruction):
+        for x in (pixels, *reconstructions):
             row = x[start : start + columns]
             blank = row.new_ones(columns - len(row), *row.shape[1:])
             rows.append(torch.cat([row, blank]).permute(1, 2, 0, 3).flatten(2))  # (3, H, columns W)

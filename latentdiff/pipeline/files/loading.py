@@ -27,7 +27,7 @@ from latentdiff.models.compatibility import (
     check_compatible,
     condition_kinds,
 )
-from latentdiff.models.components import Components, load_parts
+from latentdiff.models.components import Components, choose_vae, load_parts
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import (
     BUNDLED,
@@ -100,11 +100,12 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         A training run's folder stands for the model that it exported.
 
         dtype: of the weights, float32 by default; torch_dtype is its older name. variant: of the
-        weight files, such as "fp16". components: vae, unet, scheduler and so on, in
-        the place of the stored ones, which are not loaded; None leaves one out, as in
-        safety_checker=None. requires_safety_checker is noted in what is saved. Raises
-        FileNotFoundError or ValueError where a file or a weight is missing, damaged, a pickle, or
-        does not fit.
+        weight files, such as "fp16". components: vae, unet, scheduler and so on, in the place of
+        the stored ones, which are not loaded; None leaves one out, as in safety_checker=None. vae
+        may be a name too: "tiny" for the AutoencoderTiny that the folder carries in vae_tiny/, or
+        the folder or hub id of a VAE of the same latents. requires_safety_checker is noted in what
+        is saved. Raises FileNotFoundError or ValueError where a file or a weight is missing,
+        damaged, a pickle, or does not fit.
         """
         dtype = _one_dtype(dtype, torch_dtype)
         if unknown := sorted(components.keys() - {one.name for one in fields(Components)}):
@@ -115,6 +116,8 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
             pretrained_model_name_or_path = model_of_run(pretrained_model_name_or_path)
             refuse_wrong_path(pretrained_model_name_or_path, known=BUNDLED)
         path = os.fspath(resolve_model(pretrained_model_name_or_path))
+        if isinstance(vae := components.get("vae"), str):
+            components["vae"] = choose_vae(path, vae, torch_dtype=dtype)
         if not os.path.isdir(path):
             path = _fetch(
                 path,

@@ -13,7 +13,7 @@ from torch import Tensor
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.text_to_image import condition_kind
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
-from latentdiff.models.components import Components, load_components
+from latentdiff.models.components import Components, carry_tiny_vae, load_components
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
@@ -70,7 +70,8 @@ def export(run: Run, heldout: Mapping[int, float], *, example_prompts: Sequence[
             else:
                 save_adapters(run.components, settings, run.folder, facts=_lora_facts(run, facts))
                 plain = merged_components(run.components, settings.method)
-                _write_both(plain, run.folder / "pipeline", facts=facts)
+                base = run.config.model.pretrained
+                _write_both(plain, run.folder / "pipeline", facts=facts, base=base)
     run.accelerator.wait_for_everyone()
 
 
@@ -97,7 +98,7 @@ def export_reconstructed(
     _take_weights(components, weights)
     step = step or max(snapshot.step for snapshot in snapshots)
     facts = replace(read_model_info(run_folder / "pipeline"), steps=step, metrics={})
-    _write_both(components, out, facts=facts)
+    _write_both(components, out, facts=facts, base=run_folder)
 
 
 def averaged(train_step: TrainStep) -> AbstractContextManager[None]:
@@ -136,13 +137,16 @@ def _take_weights(components: Components, weights: dict[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def _write_both(components: Components, final: Path, *, facts: ModelInfo) -> None:
-    """Write a model; one that learned its variance whole to a second folder, and cut to this."""
+def _write_both(components: Components, final: Path, *, facts: ModelInfo, base: str | Path) -> None:
+    """Write a model; one that learned its variance whole to a second folder, and cut to this.
+
+    base: a model of the same VAE, whose tiny one is carried along.
+    """
     if has_learned_variance(components):
         whole = for_ancestral_sampling(components)
-        _write(whole, final.with_name(final.name + WITH_VARIANCE), facts=facts)
+        _write(whole, final.with_name(final.name + WITH_VARIANCE), facts=facts, base=base)
         components = for_any_scheduler(without_variance(components))
-    _write(components, final, facts=facts)
+    _write(components, final, facts=facts, base=base)
 
 
 def for_ancestral_sampling(components: Components) -> Components:
@@ -160,7 +164,7 @@ def for_any_scheduler(components: Components) -> Components:
     return replace(components, scheduler=make_scheduler("ddim", trained=scheduler))
 
 
-def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
+def _write(components: Components, final: Path, *, facts: ModelInfo, base: str | Path) -> None:
     """Write a folder as a whole, in place of an older one."""
     final.parent.mkdir(parents=True, exist_ok=True)
     pipeline = make_pipeline(components)
@@ -168,6 +172,7 @@ def _write(components: Components, final: Path, *, facts: ModelInfo) -> None:
     with atomic_folder(final) as temporary:
         write_text(temporary / "README.md", model_card(facts, name=folder_title(final)))
         pipeline.save_pretrained(temporary)
+        carry_tiny_vae(base, temporary)
 
 
 def _write_controlnet(controlnet: ControlNetModel, final: Path, *, facts: ModelInfo) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from PIL.PngImagePlugin import PngInfo
 from latentdiff.atomic import atomic_file
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.image_grid import BOXES, TILES, draw_grid
-from latentdiff.models.components import Components
+from latentdiff.models.components import Components, choose_vae, load_vae
+from latentdiff.models.latents import LatentCodec, set_scale
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
@@ -60,12 +62,34 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise ValueError(f"preview.prompts: {error}") from None
 
 
+def check_vae(vae: str, *, source: str) -> None:
+    """Raise FileNotFoundError or ValueError where the VAE of the sheets does not open."""
+    if vae:
+        choose_vae(source, vae)
+
+
 def make_pipeline(components: Components) -> LatentDiffPipeline:
     """Return a pipeline of the components, which are not copied."""
     parts = components.as_dict()
     return LatentDiffPipeline(
         **parts, requires_safety_checker=components.safety_checker is not None
     )
+
+
+def preview_components(
+    components: Components, *, vae: str, source: str, device: torch.device
+) -> Components | None:
+    """Return the components with the VAE that decodes the sheets; None where `vae` names none.
+
+    vae: as `choose_vae` takes it, for a model at `source`, or a VAE there. Where the run scales the
+    latents of that VAE anew, the other one's scale follows.
+    """
+    if not vae:
+        return None
+    chosen = choose_vae(source, vae).to(device).requires_grad_(False)
+    scaled = LatentCodec(components.vae).scale / LatentCodec(load_vae(source)).scale
+    set_scale(chosen, LatentCodec(chosen).scale * scaled)
+    return replace(components, vae=chosen)
 
 
 def write_sheet(

@@ -63,6 +63,7 @@ from latentdiff.training.text_to_image.model import (
 )
 from latentdiff.training.text_to_image.nearest_images import NearestImages
 from latentdiff.training.text_to_image.objective import Objective
+from latentdiff.training.text_to_image.preview import preview_components
 from latentdiff.training.text_to_image.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Run:
     strata_rule: int = STRATA_RULE  # of the run from its first step on, as in `step_strata`
     teacher: Teacher | None = None  # of a student
     controlnet: ControlNetModel | None = None  # in training, of a frozen model
+    preview_components: Components | None = None  # where another VAE decodes the sheets
 
 
 def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:
@@ -161,6 +163,12 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
         base.weights_hash,
         teacher=teacher,
         controlnet=base.controlnet,
+        preview_components=preview_components(
+            base.components,
+            vae=config.preview.vae,
+            source=config.model.pretrained or config.model.vae,
+            device=accelerator.device,
+        ),
     )
 
 

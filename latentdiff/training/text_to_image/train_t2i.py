@@ -50,7 +50,7 @@ from latentdiff.training.text_to_image.memory import fitting_layout, usable_memo
 from latentdiff.training.text_to_image.memory_modes import check_layout
 from latentdiff.training.text_to_image.model import check_components
 from latentdiff.training.text_to_image.plan import log_plan
-from latentdiff.training.text_to_image.preview import check_prompts, write_sheet
+from latentdiff.training.text_to_image.preview import check_prompts, check_vae, write_sheet
 from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.setup import Run, setup, with_epochs_as_steps
 from latentdiff.training.text_to_image.step_results import StepResults
@@ -76,6 +76,7 @@ def train(config: Config) -> int:
     config = with_resolution(config)
     check_components(config)
     check_prompts(config.preview.prompts)
+    check_vae(config.preview.vae, source=config.model.pretrained or config.model.vae)
     open_initial_file(config.finetune)
     accelerator = start_accelerator(config)
     check_trackers(config.train.report_to, is_main=accelerator.is_main_process)
@@ -228,7 +229,7 @@ class TextToImageRecipe(Recipe):
             return {}  # made before the run was stopped
         with self._eval_mode():
             return write_sheet(
-                run.components,
+                run.preview_components or run.components,
                 self._prompts(),
                 path,
                 accelerator=run.accelerator,

@@ -18,6 +18,7 @@ from latentdiff.evaluation.metrics.reconstruction import (
     ssim,
 )
 from latentdiff.models.latents import LatentCodec
+from latentdiff.training.vae.tiny import decode_times, paired_figures, relative_error
 
 NUM_SHOWN = 16
 
@@ -28,6 +29,7 @@ def heldout_report(
     folder: Folder,
     *,
     resolution: int,
+    tiny: LatentCodec | None = None,
     network: Callable[[Tensor], Tensor] | None = None,
     sheet: Path | None = None,
     max_images: int = 256,
@@ -36,32 +38,46 @@ def heldout_report(
     """Return PSNR and SSIM with 95 % intervals, FD, and each latent channel's moments.
 
     Over the centre crops of at most max_images images; FD, which is biased upwards in small
-    samples, in the features of `network`. Latents are scaled; a Gaussian's kurtosis is 0.
+    samples, in the features of `network`. Latents are scaled; a Gaussian's kurtosis is 0. tiny:
+    decodes the latents too; the figures are then its own, next to the VAE's, named "full_...".
     """
-    device = codec.vae.device
-    number = min(len(folder), max_images)
-    pixels = torch.stack(
-        [read_pixels(folder, i, height=resolution, width=resolution) for i in range(number)]
-    )
-    latents = torch.cat([codec.encode(part.to(device)) for part in pixels.split(batch_size)])
-    decoded = torch.cat([codec.decode(z).cpu() for z in latents.split(batch_size)])
-    report = {"num_images": float(number)} | _fidelity(decoded, pixels)
-    if network is not None and number > 1:
-        both = (
-            torch.cat([network(part.to(device)).cpu() for part in x.split(batch_size)])
-            for x in (pixels, decoded.clamp(-1, 1))
-        )
-        report["fd"] = frechet_distance(*both).value
-    for k, channel in enumerate(channel_moments(latents.cpu())):
+    device, number = codec.vae.device, min(len(folder), max_images)
+    size = {"height": resolution, "width": resolution}
+    pixels = torch.stack([read_pixels(folder, i, **size) for i in range(number)])
+
+    def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([function(part.to(device)).cpu() for part in x.split(batch_size)])
+
+    latents = in_batches(codec.encode, pixels)
+    codecs = {"": codec} if tiny is None else {"full_": codec, "": tiny}
+    decoded = {prefix: in_batches(one.decode, latents) for prefix, one in codecs.items()}
+    report = {"num_images": float(number)}
+    for prefix, images in decoded.items():
+        report |= {f"{prefix}{name}": x for name, x in _fidelity(images, pixels).items()}
+        if network is not None and number > 1:
+            both = (in_batches(network, x) for x in (pixels, images.clamp(-1, 1)))
+            report[f"{prefix}fd"] = frechet_distance(*both).value
+    report |= _moments(latents)
+    if tiny is not None:
+        report |= paired_figures(decoded[""], decoded["full_"], pixels)
+        report["latent_error"] = relative_error(in_batches(tiny.encode, pixels), latents)
+        report |= decode_times({f"{p}decode_ms": one for p, one in codecs.items()}, latents[:1])
+    if sheet is not None:
+        shown = (x[:NUM_SHOWN] for x in (pixels, *decoded.values()))
+        with atomic_file(sheet) as temporary:
+            reconstruction_sheet(*shown).save(temporary, format="PNG")
+    return report
+
+
+def _moments(latents: Tensor) -> dict[str, float]:
+    """Return mean, std and kurtosis of each channel of latents (N, C, h, w)."""
+    report: dict[str, float] = {}
+    for k, channel in enumerate(channel_moments(latents)):
         report |= {
             f"latent{k}_mean": channel.mean,
             f"latent{k}_std": channel.std,
             f"latent{k}_kurtosis": channel.kurtosis,
         }
-    if sheet is not None:
-        with atomic_file(sheet) as temporary:
-            shown = reconstruction_sheet(pixels[:NUM_SHOWN], decoded[:NUM_SHOWN])
-            shown.save(temporary, format="PNG")
     return report
 
 

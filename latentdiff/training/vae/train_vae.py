@@ -1,8 +1,9 @@
-"""Train an AutoencoderKL on random crops (Rombach et al. 2022, Appendix G).
+"""Train a VAE on random crops: an AutoencoderKL (Rombach et al. 2022, Appendix G), or a tiny one.
 
 Crops are taken at a random scale between the image's own and the one where its shorter side just
 fills the crop, so one VAE serves several resolutions. The EMA weights are exported, with the scalar
-scaling measured on training crops. Held-out PSNR is reported over whole images.
+scaling measured on training crops. Held-out PSNR is reported over whole images. A tiny VAE
+(tiny.py) learns the latents of a frozen one.
 """
 
 import copy
@@ -23,9 +24,14 @@ from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.vae import VaeConfig
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.metric_nets import load_mobilenet
-from latentdiff.models.build import build_vae
-from latentdiff.models.components import load_vae
-from latentdiff.models.latents import LatentCodec, latent_stats, set_scalar_scaling
+from latentdiff.models.build import build_tiny_vae, build_vae
+from latentdiff.models.components import TINY_VAE, load_vae
+from latentdiff.models.latents import (
+    Autoencoder,
+    LatentCodec,
+    latent_stats,
+    set_scalar_scaling,
+)
 from latentdiff.models.save import save_component
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.loop import train_in_one_process
@@ -43,9 +49,9 @@ logger = logging.getLogger(__name__)
 def train_vae(config: VaeConfig) -> int:
     """Train; return the exit status: 0 done, 143 or 130 stopped by a signal, its state saved.
 
-    Writes config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, vae/,
-    metrics.json and a sheet of reconstructions into config.output_dir. ValueError when there is no
-    image to train on, FloatingPointError when a loss is not finite any more.
+    Writes config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, vae/ (a tiny one:
+    vae_tiny/), metrics.json and a sheet of reconstructions into config.output_dir. ValueError when
+    there is no image to train on, FloatingPointError when a loss is not finite any more.
     """
     folders = [_read(root) for root in config.roots]
     if not folders or not any(len(folder.split("train")) for folder in folders):
@@ -69,11 +75,12 @@ class VaeRecipe(Recipe):
         self.device, self.losses = accelerator.device, MeanLosses()
         torch.manual_seed(config.seed)
         self.crops = Crops([f.split("train") for f in folders], config.resolution, config.seed)
-        vae = _initial_vae(config, self.crops).to(self.device)
+        self.codec = _frozen_codec(config, self.device) if config.decoder == "tiny" else None
+        vae = _initial_vae(config, self.crops, self.codec).to(self.device)
         if config.channels_last:
             vae.to(memory_format=torch.channels_last)
         self.steps_per_epoch = sum(map(len, self.crops.folders)) / config.batch_size
-        self.train_step = VaeTrainStep(vae, config, accelerator)
+        self.train_step = VaeTrainStep(vae, config, accelerator, codec=self.codec)
         self.learning_rate = partial(  # half a cosine over the whole run, times the warm-up
             learning_rate,
             base=config.learning_rate,
@@ -112,7 +119,10 @@ class VaeRecipe(Recipe):
         self.losses.load(tensors, self.device)
 
     def export(self) -> None:
-        """Write vae/ with the EMA weights, metrics.json and reconstructions of held-out images."""
+        """Write the VAE with the EMA weights, metrics.json and reconstructions of held-out images.
+
+        Into vae/, a tiny one into vae_tiny/.
+        """
         config, vae = self.config, self.train_step.vae.eval()
         with self.train_step.ema.swap_weights(vae):
             if config.train_part == "all":
@@ -122,13 +132,17 @@ class VaeRecipe(Recipe):
             report = self._heldout_report(LatentCodec(vae))
             dtype = torch.float16 if config.save_dtype == "fp16" else torch.float32
             saved = copy.deepcopy(vae).to(dtype).to(memory_format=torch.contiguous_format)
-        with atomic_folder(self.folder / "vae") as temporary:
+        out = self.folder / (TINY_VAE if self.codec else "vae")
+        with atomic_folder(out) as temporary:
             save_component(saved, temporary)
         write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
-        logger.info("wrote %s: %s", self.folder / "vae", report)
+        logger.info("wrote %s: %s", out, report)
 
     def next_commands(self) -> list[str]:
-        """Return how to train a model on the latents of this VAE."""
+        """Return how to train a model on the latents of this VAE, or to decode by a tiny one."""
+        if self.codec is not None:
+            vae = shlex.quote(f"{self.folder / TINY_VAE}")
+            return [f'sample MODEL "a cat" --vae {vae} --out sheet.png']
         vae = shlex.quote(f"{self.folder / 'vae'}")
         return [f"train --config CONFIG --data.root=FOLDER --model.vae={vae}"]
 
@@ -136,14 +150,16 @@ class VaeRecipe(Recipe):
         """Measure the VAE on the held-out images of each folder."""
         config = self.config
         report = {"steps": float(config.max_steps), "scaling_factor": codec.scale}
+        full, tiny = (codec, None) if self.codec is None else (self.codec, codec)
         network = load_mobilenet(config.features).to(self.device) if config.features else None
         for root, folder in zip(config.roots, self.folders, strict=True):
             if len(heldout := folder.heldout()):
                 name = Path(root).name
                 found = heldout_report(
-                    codec,
+                    full,
                     heldout,
                     resolution=config.resolution,
+                    tiny=tiny,
                     network=network,
                     sheet=self.folder / f"reconstructions_{name}.png",
                 )
@@ -151,8 +167,15 @@ class VaeRecipe(Recipe):
         return report
 
 
-def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
-    """Load the VAE to continue from, or build a new one; freeze all but the trainable part."""
+def _initial_vae(config: VaeConfig, crops: Crops, codec: LatentCodec | None) -> Autoencoder:
+    """Load the VAE to continue from, or build a new one; freeze all but the trainable part.
+
+    codec: of the frozen VAE for whose latents a tiny one is built.
+    """
+    if codec is not None:
+        return build_tiny_vae(
+            factor=codec.factor, latent_channels=codec.channels, width=config.decoder_width
+        ).train()
     if not config.pretrained:
         return build_vae(
             block_out_channels=config.block_out_channels,
@@ -161,11 +184,7 @@ def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
             norm_num_groups=config.norm_num_groups,
             sample_size=config.resolution,
         )
-    vae = load_vae(config.pretrained)
-    if not isinstance(vae, AutoencoderKL):
-        raise ValueError(
-            f"pretrained={config.pretrained} is a {type(vae).__name__}, expected AutoencoderKL"
-        )
+    vae = _load_pretrained(config)
     if config.pca_channels:
         vae = keep_principal(vae, crops.some(config), config.pca_channels)
     if config.train_part == "decoder":
@@ -174,6 +193,20 @@ def _initial_vae(config: VaeConfig, crops: Crops) -> AutoencoderKL:
             if part is not None:
                 part.requires_grad_(True)
     return vae.train()
+
+
+def _frozen_codec(config: VaeConfig, device: torch.device) -> LatentCodec:
+    """Load the VAE whose latents a tiny one is to learn."""
+    return LatentCodec(_load_pretrained(config).to(device).eval().requires_grad_(False))
+
+
+def _load_pretrained(config: VaeConfig) -> AutoencoderKL:
+    vae = load_vae(config.pretrained)
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(
+            f"pretrained={config.pretrained} is a {type(vae).__name__}, expected AutoencoderKL"
+        )
+    return vae
 
 
 def _read(root: str) -> Folder:

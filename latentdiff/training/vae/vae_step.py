@@ -7,10 +7,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from latentdiff.config.vae import VaeConfig
+from latentdiff.models.latents import Autoencoder, LatentCodec
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.mixed_precision import AmpStep
@@ -21,13 +22,26 @@ from latentdiff.training.vae.losses import (
     hinge_loss,
     vae_loss,
 )
+from latentdiff.training.vae.tiny import encode_both
 
 
 class VaeTrainStep:
-    """A VAE in training, its EMA, and the discriminator where there is one."""
+    """A VAE in training, its EMA, and the discriminator where there is one.
 
-    def __init__(self, vae: AutoencoderKL, config: VaeConfig, accelerator: Accelerator) -> None:
-        self.vae, self.config, self.accelerator = vae, config, accelerator
+    codec: of a frozen VAE, whose latents an AutoencoderTiny learns; None: an AutoencoderKL learns
+    its own.
+    """
+
+    def __init__(
+        self,
+        vae: Autoencoder,
+        config: VaeConfig,
+        accelerator: Accelerator,
+        *,
+        codec: LatentCodec | None = None,
+    ) -> None:
+        self.vae, self.config, self.accelerator, self.codec = vae, config, accelerator, codec
+        self.kl_weight = config.kl_weight if codec is None else 1.0
         self.lpips = Lpips(config.lpips).to(accelerator.device) if config.lpips else None
         fp16 = config.mixed_precision == "fp16"
         optimizer = torch.optim.AdamW(
@@ -54,20 +68,22 @@ class VaeTrainStep:
         if self.config.channels_last:
             pixels = pixels.to(memory_format=torch.channels_last)
         with self.accelerator.autocast():
-            posterior = self.vae.encode(pixels).latent_dist
+            posterior = self._encode(pixels)
             z, wanted = self._augment(posterior.sample(), pixels, step=step)
             reconstruction = self.vae.decode(add_noise(z, self.config.latent_noise)).sample
         loss = vae_loss(
             reconstruction,
             wanted,
-            posterior.kl(),
+            kl := posterior.kl(),
             l2_weight=self.config.l2_weight,
-            kl_weight=self.config.kl_weight,
+            kl_weight=self.kl_weight,
         )
         if self.lpips is not None:
             distance = self.lpips(reconstruction.float(), wanted).mean()
             loss = loss + self.config.lpips_weight * distance
         losses = {"loss": loss.detach()}
+        if self.codec is not None:
+            losses["latent_loss"] = kl.detach().mean()
         has_discriminator = step >= self.config.discriminator_start and self.disc_step is not None
         if has_discriminator:
             loss, losses["generator_loss"] = self._with_generator_loss(loss, reconstruction)
@@ -78,6 +94,13 @@ class VaeTrainStep:
                 wanted, reconstruction.detach(), learning_rate=learning_rate
             )
         return losses
+
+    def _encode(self, pixels: Tensor) -> Any:
+        """Return the posterior of pixels' latents, with `sample` and `kl`."""
+        if isinstance(self.vae, AutoencoderTiny):
+            assert self.codec is not None
+            return encode_both(self.vae, self.codec, pixels)
+        return self.vae.encode(pixels).latent_dist
 
     def tensors(self) -> Parts:
         """Return all weights, optimiser states, averages and the states of torch's generators."""
@@ -120,7 +143,9 @@ class VaeTrainStep:
             gen_loss = -self.discriminator(reconstruction).float().mean()
         self.discriminator.requires_grad_(True)
         scaled = self.vae_step.scaler.scale
-        weight = adaptive_weight(scaled(loss), scaled(gen_loss), self.vae.decoder.conv_out.weight)
+        decoder = self.vae.decoder
+        last = decoder.layers[-1] if isinstance(self.vae, AutoencoderTiny) else decoder.conv_out
+        weight = adaptive_weight(scaled(loss), scaled(gen_loss), last.weight)
         return loss + self.config.discriminator_weight * weight * gen_loss, gen_loss.detach()
 
     def _discriminator_step(self, real: Tensor, fake: Tensor, *, learning_rate: float) -> Tensor:
