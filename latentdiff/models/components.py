@@ -270,7 +270,8 @@ def _component_classes(folder: Path, given: Mapping[str, Any]) -> dict[str, str]
         if name in given:
             continue
         if name not in names:
-            raise ValueError(f"{folder}/model_index.json names no {name}, expected one")
+            refiner = "; SDXL's refiner has none, take the base model" if second else ""
+            raise ValueError(f"{folder}/model_index.json names no {name}, expected one{refiner}")
         if not (folder / name).is_dir():
             raise FileNotFoundError(
                 f"{folder} has no folder {name}, which its model_index.json names"

@@ -1,6 +1,7 @@
 """SDXL: every image is stock's, from the prompts, sizes and images that stock takes."""
 
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -217,6 +218,29 @@ def test_components_are_recognised_by_their_configs(folder):
     torch.testing.assert_close(found.pooled_embeds, pooled)
     pipe = LatentDiffPipeline.from_pretrained(folder, force_zeros_for_empty_prompt=False)
     assert not pipe.config.force_zeros_for_empty_prompt
+
+
+def test_a_refiner_is_refused_as_one(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "refiner")
+    path = tmp_path / "refiner" / "model_index.json"
+    none = {name: [None, None] for name in ("text_encoder", "tokenizer")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | none))
+    with pytest.raises(ValueError, match=r"names no text_encoder.*refiner"):
+        LatentDiffPipeline.from_pretrained(tmp_path / "refiner")
+
+
+def test_half_precision_keeps_sizes_exact_and_latents_in_float32():
+    pipe = sdxl_pipeline().to(torch.bfloat16)
+    seen = []
+    pipe.unet.register_forward_pre_hook(
+        lambda unet, args, named: seen.append(named["added_cond_kwargs"]), with_kwargs=True
+    )
+    call = {"num_inference_steps": 1, "seed": 1, "output_type": "latent"}
+    latents = pipe("a cat", original_size=(1023, 2047), **call).images
+    assert latents.dtype == torch.float32
+    assert torch.isfinite(latents).all()
+    assert seen[0]["time_ids"][-1].tolist() == [1023, 2047, 0, 0, SIZE, SIZE]
+    assert seen[0]["text_embeds"].dtype == torch.bfloat16
 
 
 def test_callback_sees_stock_s_tensors_and_can_end_guidance():
