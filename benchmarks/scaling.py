@@ -25,7 +25,7 @@ from latentdiff.models.build import build_unet
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo_scratch.yaml"
-RUN_STEPS = 80
+RUN_STEPS, NUM_TRAIN, NUM_TEST = 80, 512, 64
 OPTIMIZERS = ("adamw", "muon")
 CASES = {"batch": [(4, 8), (16, 8), (32, 8), (64, 8)], "latent_size": [(16, 16), (4, 32)]}
 
@@ -70,6 +70,8 @@ def run_images_per_second(folder, *, processes, optimizer):
         "train.checkpoint_every_steps": RUN_STEPS,
         "train.keep_every_steps": 0,
         "eval.every_steps": 0,
+        "preview.num_steps": 1,  # no part of the rate
+        "preview.num_nearest": 0,
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command = [*launch, str(ROOT / "scripts/train_t2i.py"), "--config", str(CONFIG)]
@@ -85,7 +87,7 @@ def process_rows(counts):
     rows = []
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:
         folder = Path(name)
-        write_shapes(folder / "shapes", num_train=512, num_test=64, size_px=64)
+        write_shapes(folder / "shapes", num_train=NUM_TRAIN, num_test=NUM_TEST, size_px=64)
         for optimizer in OPTIMIZERS:
             for processes in counts:
                 rate = run_images_per_second(folder, processes=processes, optimizer=optimizer)

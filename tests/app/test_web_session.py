@@ -2,12 +2,11 @@
 
 import shutil
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes_app import open_tiny, request_of, slow_unet
+from fakes_app import held_unet, open_tiny, request_of
 from fakes_models import make_tiny_vae
 from fakes_pipeline import SIZE, lora_weights, tiny_pipeline
 from PIL import Image
@@ -44,33 +43,34 @@ def test_steps_are_seen_and_the_images_are_the_pipeline_s_own(session, model):
 
 
 def test_a_stop_is_answered_within_a_long_step_and_the_next_call_works(session):
-    with slow_unet(session, 1.0):
+    with held_unet(session, at=1) as step:
         events = session.generate(request_of(num_inference_steps=100), client="a")
-        threading.Timer(0.2, session.stop, ["a"]).start()
-        started = time.monotonic()
-        assert list(events) == [Stopped()]
-        assert time.monotonic() - started < 0.8
+        threading.Thread(target=lambda: step.begun.wait(60) and session.stop("a")).start()
+        assert list(events) == [Stopped()]  # the step goes on
     assert not session.stop("a")
     assert len(make(session)) == 1
     assert len(session.history.entries()) == 1
 
 
 def test_a_caller_that_closes_the_iterator_stops_the_chain(session):
-    with slow_unet(session, 0.02):
+    with held_unet(session, at=0) as alone:
+        make(session)
+    with held_unet(session, at=2) as step:
         events = session.generate(request_of(num_inference_steps=150))
         next(events)
         events.close()
-        started = time.monotonic()
+        step.released.set()
         make(session)
-    assert time.monotonic() - started < 2
+    assert step.passes == 2 + alone.passes
 
 
 def test_the_second_of_two_calls_waits_and_says_so(session):
-    with slow_unet(session, 0.05):
+    with held_unet(session, at=2) as step:
         first = session.generate(request_of(), client="a")
         next(first)
         second = session.generate(request_of(), client="b")
         assert next(second) == Waiting(1)
+        step.released.set()
         assert isinstance(list(first)[-1], Finished)
         assert isinstance(list(second)[-1], Finished)
 

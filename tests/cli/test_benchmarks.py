@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes_faults import fork, run_command
@@ -124,8 +125,15 @@ def test_growth_with_the_batch_is_measured(benchmark) -> None:
     assert (row["batch"], row["latent_size"]) == (2, 4)
 
 
-def test_growth_with_the_processes_is_measured_in_whole_runs(benchmark) -> None:
-    printed = benchmark("scaling", "--processes", "[1]", RUN_STEPS=10, OPTIMIZERS=["adamw"])
+def test_growth_with_the_processes_is_measured_in_whole_runs(benchmark, tmp_path: Path) -> None:
+    def run(command: list[str], **_: object) -> None:
+        assert command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "1"]
+        child = fork(lambda: run_command(Path(command[5]), command[6:]), tmp_path / "log")
+        assert child.wait() == 0, child.output()
+
+    sizes = {"RUN_STEPS": 5, "NUM_TRAIN": 64, "NUM_TEST": 8, "OPTIMIZERS": ["adamw"]}
+    forked = SimpleNamespace(run=run)
+    printed = benchmark("scaling", "--processes", "[1]", **sizes, subprocess=forked)
     (row,) = figures_of(printed)["rows"]
     assert (row["processes"], row["optimizer"]) == (1, "adamw")
     assert row["images_per_second"] > 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from time import sleep
 from typing import Any
 
@@ -64,6 +66,37 @@ def slow_unet(session: WebSession, seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
+        hook.remove()
+
+
+@dataclass
+class Hold:
+    """Counts passes of a U-Net; that of number `at` goes on until it is released."""
+
+    at: int
+    passes: int = 0
+    begun: Event = field(default_factory=Event)
+    released: Event = field(default_factory=Event)
+
+    def __call__(self, *given: object) -> None:
+        """Be a pass. Raises where nobody releases it within a minute."""
+        self.passes += 1
+        if self.passes == self.at:
+            self.begun.set()
+            if not self.released.wait(60):
+                raise TimeoutError("the pass was never released")
+
+
+@contextmanager
+def held_unet(session: WebSession, *, at: int) -> Iterator[Hold]:
+    """Hold a pass of the open model's U-Net, counted from 1 inside the block; 0: count alone."""
+    pipe: Any = session._pipe
+    hold = Hold(at)
+    hook = pipe.unet.register_forward_pre_hook(hold)
+    try:
+        yield hold
+    finally:
+        hold.released.set()
         hook.remove()
 
 

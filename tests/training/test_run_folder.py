@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from latentdiff.training import stop_signals
 from latentdiff.training.run_folder import RunLock, open_run_folder
 from latentdiff.training.stop_signals import StopSignals, die_with_parent
 
@@ -47,17 +48,15 @@ def test_lock_ends_with_a_killed_process_though_its_workers_live_on(tmp_path: Pa
     holder = os.fork()
     if holder == 0:
         with RunLock(tmp_path):
-            worker = os.fork()
-            if worker == 0:
-                time.sleep(20)
+            if os.fork() == 0:
+                os.write(writer, b"%8d" % os.getpid())  # the fork's hooks have run
+                time.sleep(60)
                 os._exit(0)
-            os.write(writer, b"%8d" % worker)
-            time.sleep(20)
+            time.sleep(60)
     worker = int(os.read(ready, 8))
     try:
         with pytest.raises(ValueError, match=f"process {holder}"), RunLock(tmp_path):
             pass
-        time.sleep(0.2)  # the worker's fork hook has run
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         with RunLock(tmp_path):
@@ -81,14 +80,18 @@ def test_signal_is_noted_and_handlers_come_back(number: int, code: int) -> None:
     assert signals.exit_code == code
 
 
-def test_second_sigint_quits_and_a_launchers_echo_does_not() -> None:
-    with StopSignals(echo_s=0.05) as signals:
+def test_second_sigint_quits_and_a_launchers_echo_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(stop_signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StopSignals(echo_s=1) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGINT
-        time.sleep(0.06)
+        now[0] += 1.1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
