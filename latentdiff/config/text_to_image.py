@@ -123,6 +123,7 @@ EFFECT_RULES = (
         ("train.text_learning_rate",),
         lambda config: (
             config.train.train_text_encoder
+            or config.train.train_text_encoder_2
             or config.finetune.method == "textual_inversion"
             or not (config.model.pretrained or config.model.text_encoder)
         ),
@@ -222,17 +223,22 @@ def _check_method(config: Config) -> None:
             f"train.posthoc_ema_sigma_rel needs whole weights, which finetune.method={method} does "
             "not train; leave train.posthoc_ema_sigma_rel empty (train.ema averages these too)"
         )
-    if config.finetune.adapter_type == "lokr" and config.train.train_text_encoder:
+    trains_text = config.train.train_text_encoder or config.train.train_text_encoder_2
+    if config.finetune.adapter_type == "lokr" and trains_text:
         raise ValueError(
             "finetune.adapter_type=lokr adapts the U-Net alone, as diffusers reads it: set "
             "train.train_text_encoder=false, or finetune.adapter_type=lora or dora"
         )
-    if method == "controlnet" and config.train.train_text_encoder:
+    if method == "controlnet" and trains_text:
         raise ValueError(
             "finetune.method=controlnet trains the ControlNet alone; leave "
             "train.train_text_encoder=false, or choose another method"
         )
-    if method == "textual_inversion" and config.train.train_text_encoder:
+    if config.train.train_text_encoder_2 and not config.model.pretrained:
+        raise ValueError(
+            "train.train_text_encoder_2 is for an SDXL model in model.pretrained, which is empty"
+        )
+    if method == "textual_inversion" and trains_text:
         raise ValueError(
             "finetune.method=textual_inversion trains new words alone; leave "
             "train.train_text_encoder=false, or choose another method"

@@ -86,6 +86,8 @@ class TrainConfig:
     train_text_encoder: bool = False
     """train the text encoder of model.pretrained or model.text_encoder too, at
     text_learning_rate; with LoRA by adapters"""
+    train_text_encoder_2: bool = False
+    """train the second text encoder of an SDXL model too, alike"""
     ema: bool = True
     """keep an exponential moving average of the weights and export it"""
     ema_decay: float = share_below_1(default=0.9999)

@@ -46,11 +46,9 @@ def resize_and_crop(
     """
     if not all(0.0 <= place <= 1.0 for place in crop):
         raise ValueError(f"crop must be (y, x) in [0, 1], got {crop}")
-    scale = max(height / image.height, width / image.width)
-    resized_h = max(height, round(image.height * scale))
-    resized_w = max(width, round(image.width * scale))
-    top = round(crop[0] * (resized_h - height))
-    left = round(crop[1] * (resized_w - width))
+    (resized_h, resized_w), (top, left) = resized_and_corner(
+        (image.height, image.width), height=height, width=width, crop=crop
+    )
     cropped = image
     if (resized_w, resized_h) != image.size:
         cropped = cropped.resize((resized_w, resized_h), resample)
@@ -59,6 +57,20 @@ def resize_and_crop(
     if flip:
         cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return Crop(cropped, (image.height, image.width), (top, left), flip)
+
+
+def resized_and_corner(
+    original: tuple[int, int], *, height: int, width: int, crop: tuple[float, float]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the size to resize an image to, and the top left corner of its crop there.
+
+    original: (height, width); other arguments as in `resize_and_crop`, before its flip.
+    """
+    scale = max(height / original[0], width / original[1])
+    resized_h = max(height, round(original[0] * scale))
+    resized_w = max(width, round(original[1] * scale))
+    top, left = round(crop[0] * (resized_h - height)), round(crop[1] * (resized_w - width))
+    return (resized_h, resized_w), (top, left)
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -387,15 +387,14 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise ValueError(f"{folder} is not a readable CLIP tokenizer: {error}") from error
 
 
-def load_text(
-    folder: Path, *, torch_dtype: torch.dtype = torch.float32
-) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Open text_encoder/ and tokenizer/ of a Stable-Diffusion-format folder."""
-    text_encoder = _load_model(
-        "text_encoder",
-        "CLIPTextModel",
-        folder / "text_encoder",
-        torch_dtype=torch_dtype,
-        variant=None,
-    )
-    return text_encoder, _load_tokenizer(folder / "tokenizer")
+def load_text(folder: Path, *, torch_dtype: torch.dtype = torch.float32) -> TextEncoders:
+    """Open text_encoder/ and tokenizer/ of a model's folder, and the second ones where it has."""
+
+    def load(name: str) -> Any:
+        (cls,) = COMPONENT_CLASSES[name]
+        return _load_model(name, cls.__name__, folder / name, torch_dtype=torch_dtype, variant=None)
+
+    first = load("text_encoder"), _load_tokenizer(folder / "tokenizer")
+    if not (folder / "text_encoder_2").is_dir():
+        return TextEncoders(*first)
+    return TextEncoders(*first, load("text_encoder_2"), _load_tokenizer(folder / "tokenizer_2"))

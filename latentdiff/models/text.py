@@ -35,10 +35,14 @@ class TextEncoders:
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Return token ids (B, L) of one tokenizer, (B, 2, L) of two; see `tokenize`."""
-        ids = tokenize(self.tokenizer, captions)
-        if self.tokenizer_2 is None:
-            return ids
-        return torch.stack([ids, tokenize(self.tokenizer_2, captions)], dim=1)
+        return tokenize_all(captions, self.tokenizer, self.tokenizer_2)
+
+    def to(self, device: torch.device) -> "TextEncoders":
+        """Move the text encoders to a device; return them."""
+        for part in (self.text_encoder, self.text_encoder_2):
+            if part is not None:
+                part.to(device)
+        return self
 
     def encode(self, input_ids: Tensor) -> Conditioning:
         """Return the embeddings of token ids of `tokenize`, pooled ones too where there are two.
@@ -59,6 +63,16 @@ class TextEncoders:
         """Return the embeddings of captions on the text encoder's device, without autocast."""
         with torch.autocast(self.text_encoder.device.type, enabled=False):
             return self.encode(self.tokenize(captions))
+
+
+def tokenize_all(
+    captions: Sequence[str], tokenizer: CLIPTokenizer, tokenizer_2: CLIPTokenizer | None = None
+) -> Tensor:
+    """Return token ids (B, L) of one tokenizer, (B, 2, L) of two; see `tokenize`."""
+    ids = tokenize(tokenizer, captions)
+    if tokenizer_2 is None:
+        return ids
+    return torch.stack([ids, tokenize(tokenizer_2, captions)], dim=1)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import KwargsHandler
 
 from latentdiff.config.text_to_image import Config
 from latentdiff.device import tune_malloc
@@ -30,10 +31,13 @@ def start_accelerator(config: Config) -> Accelerator:
     _refuse_unsupported()
     _refuse_other_precision(config.train.mixed_precision)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
+    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(backend=backend)] if backend else []
+    if config.train.fused_backward_pass:  # or autocast holds a bf16 copy of all weights
+        handlers.append(AutocastKwargs(cache_enabled=False))
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several CPU processes are not seen
         mixed_precision=MIXED[config.train.mixed_precision],
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend)] if backend else None,
+        kwargs_handlers=handlers or None,
     )
     _refuse_copies(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP and config.train.channels_last is True:

@@ -44,13 +44,13 @@ def test_header_names_goal_data_memory_time_and_a_command_that_parses(name: str)
 @pytest.mark.parametrize("name", [name for name in NAMES if name.partition("_")[0] in GOALS])
 def test_name_is_the_goal_then_the_model_then_the_memory(name: str) -> None:
     header = read_header(CONFIGS / f"{name}.yaml")
-    match = re.fullmatch(rf"{header.goal}_(mini|sd15_(\d+)gb|256)", name)
+    match = re.fullmatch(rf"{header.goal}_(mini|sd(?:15|xl)_(\d+)gb|256)", name)
     assert match, name
     if match[2]:
         assert header.memory.startswith(f"{match[2]} GB")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if re.search("_(mini|sd15)", name)])
+@pytest.mark.parametrize("name", [name for name in NAMES if re.search("_(mini|sd15|sdxl)", name)])
 def test_preset_of_a_model_needs_no_setting_but_the_folder(name: str) -> None:
     config = load_config(name)
     if name == "scratch_mini":

@@ -35,7 +35,7 @@ from latentdiff.data.masks import Masks
 from latentdiff.image_io import load_image
 from latentdiff.models.components import load_vae
 from latentdiff.models.latents import LatentCodec
-from latentdiff.models.text import encode_text, tokenize, train_tokenizer
+from latentdiff.models.text import TextEncoders, encode_text, tokenize, train_tokenizer
 
 
 @pytest.fixture
@@ -652,8 +652,7 @@ def test_a_scan_index_of_other_content_is_made_anew(root, cache_dir, metadata):
 def build_text(captions, tokenizer, text_encoder, cache_dir: Path, **settings) -> PromptCache:
     return PromptCache.build(
         captions,
-        tokenizer,
-        text_encoder=text_encoder,
+        TextEncoders(text_encoder, tokenizer),
         cache_dir=cache_dir,
         progress=False,
         **settings,
@@ -667,10 +666,10 @@ def test_prompt_embeds_are_those_of_the_text_encoder_null_caption_included(
     assert cache.num_encoded == len(cache) == len(CAPTIONS) + 1
     with torch.no_grad():
         wanted = encode_text(text_encoder, tokenize(tokenizer, [*CAPTIONS, ""]))
-    got = torch.stack([*(cache.prompt_embeds(caption) for caption in CAPTIONS), cache.null_embeds])
+    got = torch.stack([cache.embeds(caption)["prompt_embeds"] for caption in (*CAPTIONS, "")])
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="'unheard of' is not in the cache"):
-        cache.prompt_embeds("unheard of")
+        cache.embeds("unheard of")
 
 
 def test_only_new_captions_are_encoded(tokenizer, text_encoder, cache_dir):
@@ -678,7 +677,7 @@ def test_only_new_captions_are_encoded(tokenizer, text_encoder, cache_dir):
     assert build_text(CAPTIONS, tokenizer, text_encoder, cache_dir).num_encoded == 0
     assert build_text([*CAPTIONS, "new"], tokenizer, text_encoder, cache_dir).num_encoded == 1
     copy = pickle.loads(pickle.dumps(build_text(CAPTIONS, tokenizer, text_encoder, cache_dir)))
-    assert copy.null_embeds.shape == (16, 16)
+    assert copy.embeds("")["prompt_embeds"].shape == (16, 16)
 
 
 def test_another_text_encoder_or_tokenizer_encodes_all_captions(tokenizer, text_encoder, cache_dir):
@@ -702,7 +701,9 @@ def test_captions_are_shared_out_and_interruption_keeps_what_was_done(
     assert 0 < first.num_encoded < 21
     assert first.num_encoded + second.num_encoded == 21
     for caption in captions:
-        assert torch.equal(first.prompt_embeds(caption), second.prompt_embeds(caption))
+        assert torch.equal(
+            first.embeds(caption)["prompt_embeds"], second.embeds(caption)["prompt_embeds"]
+        )
 
     def endless():
         yield from (f"other {i}" for i in range(6000))

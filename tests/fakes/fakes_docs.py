@@ -57,6 +57,9 @@ NOT_RUN = {
         ),
         "python -c": "converts a file of another tool, which the reader has",
     },
+    "docs/sdxl.md": {
+        "latentdiff train": "needs the weights of SDXL; tests/training/test_sdxl_training.py"
+    },
     "docs/watching.md": {
         "latentdiff train": "trackers of others' packages; tests/training/test_trackers.py"
     },

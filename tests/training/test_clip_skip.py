@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fakes_training import make_config, make_world, read_metrics
 from PIL import Image
 from safetensors import safe_open
 
-from latentdiff.data.cache.prompt_cache import encode_captions, encoder_hash
+from latentdiff.data.cache.prompt_cache import encoder_hash
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.evaluation.eval_set import encode_folder
 from latentdiff.models.components import Components, load_components
@@ -59,6 +60,11 @@ def skipping(world: Path, value: int) -> Components:
     return components
 
 
+@torch.no_grad()
+def encode_captions(components: Components, captions: Sequence[str]) -> torch.Tensor:
+    return components.text_encoders.encode_captions(captions).prompt_embeds
+
+
 def open_stock(folder: Path) -> StableDiffusionPipeline:
     stock = StableDiffusionPipeline.from_pretrained(folder)
     if not hasattr(stock.text_encoder, "text_model"):  # where it looks for the last norm
@@ -71,8 +77,8 @@ def test_training_and_evaluation_encode_captions_as_stock_diffusers_does(world: 
     components = skipping(world, 1)
     stock = open_stock(world / "base" / "pipeline")
     embeds, null = stock.encode_prompt(PROMPT, "cpu", 1, True, clip_skip=1)
-    tokenizer, text_encoder = components.tokenizer, components.text_encoder
-    found = encode_captions([PROMPT, ""], tokenizer, text_encoder=text_encoder)
+    tokenizer = components.tokenizer
+    found = encode_captions(components, [PROMPT, ""])
     torch.testing.assert_close(found, torch.cat([embeds, null]))
     ids = tokenizer([PROMPT, ""], padding="max_length", return_tensors="pt").input_ids
     model = TextToImage(components, trains_text_encoder=True)
@@ -83,7 +89,7 @@ def test_training_and_evaluation_encode_captions_as_stock_diffusers_does(world: 
     folder = read_folder(world / "data").split("train")
     evaluated = encode_folder(components, folder, batch_size=8, device=torch.device("cpu"), seed=0)
     captions = [record.captions[0] for record in folder]
-    expected = encode_captions(captions, tokenizer, text_encoder=text_encoder)
+    expected = encode_captions(components, captions)
     torch.testing.assert_close(evaluated.conditioning.prompt_embeds, expected)
 
 
@@ -91,10 +97,9 @@ def test_cache_keys_are_others_only_where_layers_are_skipped(world: Path) -> Non
     keys = set()
     for value in (0, 1, 2):
         components = skipping(world, value)
-        tokenizer, text_encoder = components.tokenizer, components.text_encoder
-        keys.add(encoder_hash(tokenizer, text_encoder, dtype=torch.float32))
+        keys.add(encoder_hash(components.text_encoders, dtype=torch.float32))
         if value == 0:
-            assert not hasattr(text_encoder.config, "clip_skip")
+            assert not hasattr(components.text_encoder.config, "clip_skip")
     assert len(keys) == 3
 
 

@@ -34,9 +34,9 @@ def make_dataset(
     records = [Record(f"{i}", Path(f"{i}"), c, 8, 8, "train") for i, c in enumerate(captions)]
     latents, asked = Zeros(), []
 
-    def text(caption: str) -> torch.Tensor:
+    def text(caption: str) -> dict[str, torch.Tensor]:
         asked.append(caption)
-        return torch.zeros(1)
+        return {"prompt_embeds": torch.zeros(1)}
 
     settings = {"seed": 5, "caption_dropout": 0.5, "random_flip": True} | settings
     return (

@@ -39,8 +39,8 @@ WORD = {
 def random_lora(base: Components, *, rank: int) -> dict[str, Tensor]:
     """Return a LoRA that changes images, in diffusers' naming; the base gets its adapters."""
     lora.add_lora(
-        base, rank=rank, alpha=0, dropout=0, targets=["to_q", "conv1"], trains_text_encoder=True,
-        seed=0,
+        base, rank=rank, alpha=0, dropout=0, targets=["to_q", "conv1"], seed=0,
+        text_encoders=["text_encoder"],
     )  # fmt: skip
     weights = lora.lora_weights(base)
     for name, tensor in weights.items():
@@ -81,7 +81,7 @@ def files(world: Path) -> Path:
 def started(world: Path, settings: FinetuneConfig) -> Components:
     components = load_components(world / "base" / "pipeline")
     initial = read_initial_weights(components, settings)
-    add_adapters(components, settings, initial=initial, trains_text_encoder=False, seed=3)
+    add_adapters(components, settings, initial=initial, text_encoders=(), seed=3)
     return components
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from latentdiff.data.folder.content_hash import image_digest
 from latentdiff.data.folder.folder import Folder
-from latentdiff.data.images import resize_and_crop
+from latentdiff.data.images import resize_and_crop, resized_and_corner
 from latentdiff.image_io import ImageError, load_image
+from latentdiff.models.conditioning import Size, make_time_ids
 from latentdiff.program import program
 
 BATCHES_AHEAD = 3
@@ -69,6 +70,22 @@ class CropPlan:
         if self.has_room is not None and not self.has_room[index]:
             place = 0.5
         return Item(int(index), height, width, (place, place), flip, self.background)
+
+    def time_ids(self, index: int, original: Size, *, u: float, flip: bool) -> Tensor:
+        """Return SDXL's sizes of the crop that a random u chooses, (6,): see `make_time_ids`.
+
+        original: (height, width) of the image as it is stored, however small. The crop's corner is
+        counted in the resized image, mirrored where the crop is, so that it is on the left of what
+        the model sees.
+        """
+        item = self.item(index, u=u, flip=flip)
+        size = item.height, item.width
+        resized, (top, left) = resized_and_corner(
+            original, height=item.height, width=item.width, crop=item.crop
+        )
+        if flip:
+            left = resized[1] - item.width - left
+        return make_time_ids(original, (top, left), size)
 
 
 Batch = tuple[list[Item], Tensor]

@@ -1,21 +1,24 @@
 """Prompt embeddings of captions, encoded once and kept on disk, addressed by content.
 
-A key is the hash of the caption, the text encoder's weights, the tokenizer and the dtype. The null
-caption of classifier-free guidance is always there.
+A key is the hash of the caption, the text encoders' weights, the tokenizers and the dtype. The null
+caption of classifier-free guidance is always there. Of SDXL one row holds the states of both text
+encoders and, after them, the pooled embeddings.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from latentdiff.data.cache.shard_file import as_keys, key_of
 from latentdiff.data.cache.tensor_store import (
@@ -26,7 +29,8 @@ from latentdiff.data.cache.tensor_store import (
     check_room,
     owned_by_rank,
 )
-from latentdiff.models.text import NULL_CAPTION, clip_skip_of, encode_text, tokenize
+from latentdiff.models.conditioning import Conditioning
+from latentdiff.models.text import NULL_CAPTION, TextEncoders, clip_skip_of
 from latentdiff.models.weights import weights_hash
 
 T = TypeVar("T")
@@ -38,9 +42,16 @@ class PromptCache:
     (M, 2) uint64, of the captions that the cache was built for."""
 
     def __init__(
-        self, store: TensorStore, start: bytes, *, keys: np.ndarray, num_encoded: int
+        self,
+        store: TensorStore,
+        start: bytes,
+        *,
+        keys: np.ndarray,
+        num_encoded: int,
+        pooled_size: int = 0,
     ) -> None:
-        self.keys, self.num_encoded = keys, num_encoded
+        """pooled_size: of the pooled embeddings, 0 for a model that has none."""
+        self.keys, self.num_encoded, self.pooled_size = keys, num_encoded, pooled_size
         self._store = store
         self._start = start
 
@@ -48,9 +59,8 @@ class PromptCache:
     def build(
         cls,
         captions: Iterable[str],
-        tokenizer: CLIPTokenizer,
+        encoders: TextEncoders,
         *,
-        text_encoder: CLIPTextModel,
         cache_dir: Path | str,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
@@ -62,11 +72,11 @@ class PromptCache:
 
         Captions may repeat. shard, check_rows and interruption: as in LatentCache.build.
         """
-        start = encoder_hash(tokenizer, text_encoder, dtype=dtype)
+        start = encoder_hash(encoders, dtype=dtype)
         store = TensorStore(Path(cache_dir) / "text", check_all=check_rows)
         if isinstance(captions, Sequence):
             wanted = {key_of(start, caption.encode()) for caption in (NULL_CAPTION, *captions)}
-            size = tokenizer.model_max_length * text_encoder.config.hidden_size * dtype.itemsize
+            size = math.prod(_row_shape(encoders)) * dtype.itemsize
             check_room(store.folder, size * len(_missing(store, list(wanted), shard=(0, 1))))
         writer = StoreWriter(store.folder)
         seen: list[np.ndarray] = []
@@ -85,26 +95,28 @@ class PromptCache:
                     todo = {keys[i]: chunk[i] for i in mine if keys[i] not in encoded}
                     for batch in _chunks(todo.items(), batch_size):
                         texts = [caption for _, caption in batch]
-                        embeds = encode_captions(texts, tokenizer, text_encoder=text_encoder)
-                        writer.add(as_keys(key for key, _ in batch), embeds.to(dtype))
+                        with torch.no_grad():
+                            rows = _rows_of(encoders.encode_captions(texts)).cpu()
+                        writer.add(as_keys(key for key, _ in batch), rows.to(dtype))
                     encoded |= todo.keys()
                     bar.update(len(chunk))
             finally:
                 writer.flush()
         store.refresh()
         keys_seen = np.unique(np.concatenate(seen), axis=0)
-        return cls(store, start, keys=keys_seen, num_encoded=len(encoded))
+        return cls(
+            store,
+            start,
+            keys=keys_seen,
+            num_encoded=len(encoded),
+            pooled_size=_pooled_size(encoders),
+        )
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def null_embeds(self) -> Tensor:
-        """The null caption's embeddings (L, D)."""
-        return self.prompt_embeds(NULL_CAPTION)
-
-    def prompt_embeds(self, caption: str) -> Tensor:
-        """Return the embeddings (L, D) of a caption, in the stored dtype.
+    def embeds(self, caption: str) -> dict[str, Tensor]:
+        """Return prompt_embeds (L, D) of a caption and, of SDXL, pooled_embeds (P,), as stored.
 
         Raises ValueError for a caption that was not encoded, and for a damaged file.
         """
@@ -118,25 +130,57 @@ class PromptCache:
                 f"the caption {caption!r} is not in the cache; build it with all captions, and let "
                 "all processes build before one reads"
             )
-        return self._store.read(row)
+        return _parts_of(self._store.read(row), pooled_size=self.pooled_size)
+
+
+def _pooled_size(encoders: TextEncoders) -> int:
+    second = encoders.text_encoder_2
+    return 0 if second is None else int(second.config.projection_dim)
+
+
+def _row_shape(encoders: TextEncoders) -> tuple[int, int]:
+    """Return the shape of a caption's row: its tokens and, after them, pooled embeddings."""
+    parts = [encoders.text_encoder, encoders.text_encoder_2]
+    width = sum(part.config.hidden_size for part in parts if part is not None)
+    return encoders.tokenizer.model_max_length - (-_pooled_size(encoders) // width), width
+
+
+def _rows_of(conditioning: Conditioning) -> Tensor:
+    """Return what is stored of B captions: (B, L, D), or (B, L + n, D) with pooled embeddings."""
+    embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_embeds
+    assert embeds is not None
+    if pooled is None:
+        return embeds
+    width = embeds.shape[-1]
+    filled = F.pad(pooled, (0, -pooled.shape[-1] % width))
+    return torch.cat([embeds, filled.view(len(pooled), -1, width).to(embeds)], dim=1)
+
+
+def _parts_of(row: Tensor, *, pooled_size: int) -> dict[str, Tensor]:
+    """Take what is stored of a caption, (L + n, D), apart."""
+    if not pooled_size:
+        return {"prompt_embeds": row}
+    num = -(-pooled_size // row.shape[-1])
+    return {"prompt_embeds": row[:-num], "pooled_embeds": row[-num:].flatten()[:pooled_size]}
 
 
 def prompt_keys(
-    captions: Iterable[str],
-    tokenizer: CLIPTokenizer,
-    *,
-    text_encoder: CLIPTextModel,
-    dtype: torch.dtype = torch.float32,
+    captions: Iterable[str], encoders: TextEncoders, *, dtype: torch.dtype = torch.float32
 ) -> np.ndarray:
     """Return the keys of captions and of the null caption: (M, 2) uint64."""
-    start = encoder_hash(tokenizer, text_encoder, dtype=dtype)
+    start = encoder_hash(encoders, dtype=dtype)
     return as_keys(key_of(start, text.encode()) for text in chain([NULL_CAPTION], captions))
 
 
-def encoder_hash(
-    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, *, dtype: torch.dtype
-) -> bytes:
+def encoder_hash(encoders: TextEncoders, *, dtype: torch.dtype) -> bytes:
     """Hash everything but the caption that prompt embeddings depend on."""
+    settings = _identity(encoders.text_encoder, encoders.tokenizer) | {"dtype": str(dtype)}
+    if encoders.text_encoder_2 is not None and encoders.tokenizer_2 is not None:
+        settings["second"] = _identity(encoders.text_encoder_2, encoders.tokenizer_2)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+
+
+def _identity(text_encoder: Any, tokenizer: CLIPTokenizer) -> dict[str, Any]:
     config = text_encoder.config
     settings = {
         "tower": weights_hash(text_encoder),
@@ -144,11 +188,10 @@ def encoder_hash(
         "activation": config.hidden_act,
         "eps": config.layer_norm_eps,
         "tokenizer": tokenizer_identity(tokenizer),
-        "dtype": str(dtype),
     }
     if skipped := clip_skip_of(text_encoder):  # absent without, as before there was the setting
         settings["clip_skip"] = skipped
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+    return settings
 
 
 def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:
@@ -158,16 +201,6 @@ def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:
     padding = [tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
     text = json.dumps([rules, padding], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@torch.no_grad()
-def encode_captions(
-    captions: Sequence[str], tokenizer: CLIPTokenizer, *, text_encoder: CLIPTextModel
-) -> Tensor:
-    """Encode captions to prompt embeddings (B, L, D) on the CPU, without autocast."""
-    with torch.autocast(text_encoder.device.type, enabled=False):
-        ids = tokenize(tokenizer, captions)
-        return encode_text(text_encoder, ids, end_id=tokenizer.eos_token_id).cpu()
 
 
 def _missing(store: TensorStore, keys: list[bytes], *, shard: tuple[int, int]) -> list[int]:

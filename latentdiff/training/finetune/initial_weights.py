@@ -7,6 +7,7 @@ textual_inversion.py).
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,10 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """A LoRA's layers, or an embedding's vectors (n, D), and the sha256 of the file's tensors."""
+    """A LoRA's layers, or an embedding's vectors, and the sha256 of the file's tensors.
+
+    vectors: (n, D) for each text encoder.
+    """
 
     lora: LoraLayers | None = None
-    vectors: Tensor | None = None
+    vectors: Sequence[Tensor] | None = None
     file_hash: str = ""
 
 
@@ -70,14 +74,21 @@ def read_initial_weights(components: Components, settings: FinetuneConfig) -> In
     file_hash = tensors_hash(file.weights)
     try:
         if settings.init_embedding:
+            if components.text_encoder_2 is not None:
+                raise ValueError(
+                    "an SDXL model has two text encoders, and a word starts from known words "
+                    "there: give finetune.initializer_token"
+                )
             width = components.text_encoder.config.hidden_size
             _, vectors = read_embedding(file, settings.token, width=width)
-            return InitialWeights(vectors=vectors, file_hash=file_hash)
+            return InitialWeights(vectors=[vectors], file_hash=file_hash)
         if any(".lokr_" in name for name in file.weights):
             raise ValueError(
                 f"{file.name} is a LoKr, and only LoRA and DoRA can be trained further"
             )
         models = {"unet": components.unet, "text_encoder": components.text_encoder}
+        if components.text_encoder_2 is not None:
+            models["text_encoder_2"] = components.text_encoder_2
         layers = lora_layers(file, models)
     except ValueError as error:
         name = "init_embedding" if settings.init_embedding else "init_lora"

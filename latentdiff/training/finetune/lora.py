@@ -17,13 +17,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentdiff.models.components import Components
 from latentdiff.models.weights import load_into_meta
 from latentdiff.pipeline.files.lora_layers import MAGNITUDES, TEXT, UNET, LoraLayers
 
 ADAPTER = "default"
+TEXT_2 = "text_encoder_2"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 FILE_NAME = "pytorch_lora_weights.safetensors"  # as diffusers looks for in a folder
 
@@ -36,13 +37,14 @@ def add_lora(
     dropout: float,
     targets: Sequence[str],
     use_dora: bool = False,
-    trains_text_encoder: bool,
+    text_encoders: Sequence[str] = (),
     seed: int,
     initial: LoraLayers | None = None,
 ) -> None:
-    """Add adapters to layers of the U-Net, and of the text encoder where it is trained.
+    """Add adapters to layers of the U-Net, and of the text encoders that are trained.
 
-    targets: ends of layers' names. B starts at 0, so that the model's output is the same at first;
+    targets: ends of layers' names; text_encoders: names of components, of which an SDXL model alone
+    has the second. B starts at 0, so that the model's output is the same at first;
     A follows from the seed. initial: layers to start from; a part that has some gets these and no
     others, of their own ranks, with the same scale alpha / rank. Raises ValueError for a target
     that no layer of the U-Net is named, and for layers to start from that are DoRA's where
@@ -55,9 +57,10 @@ def add_lora(
         _check_kind(weights, use_dora=use_dora)
     torch.manual_seed(seed)
     scale = alpha / rank if alpha else 1.0
-    for part, names in ((UNET, targets), (TEXT, TEXT_TARGETS if trains_text_encoder else ())):
+    for part in (UNET, TEXT, TEXT_2):
+        names = targets if part == UNET else TEXT_TARGETS if part in text_encoders else ()
         module, weights = getattr(components, part), known.get(part, {})
-        if not weights and not names:
+        if module is None or not (weights or names):
             continue
         ranks = {path: len(weights[f"{path}.lora_A.weight"]) for path in _paths(weights)}
         settings = LoraConfig(
@@ -96,8 +99,9 @@ def lora_weights(components: Components) -> dict[str, Tensor]:
     With DoRA also the norms, X.to_q.lora_magnitude_vector.
     """
     weights: dict[str, Tensor] = {}
-    for prefix, module in ((UNET, components.unet), (TEXT, components.text_encoder)):
-        for name, layer in _adapted(module):
+    for prefix in (UNET, TEXT, TEXT_2):
+        module = getattr(components, prefix)
+        for name, layer in _adapted(module) if module is not None else ():
             # older transformers have a text_model inside, and the files are named after it
             path = name if prefix == "unet" else f"text_model.{name.removeprefix('text_model.')}"
             down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
@@ -106,7 +110,8 @@ def lora_weights(components: Components) -> dict[str, Tensor]:
             weights[f"{prefix}.{path}.lora_B.weight"] = scaled.contiguous()
             if ADAPTER in layer.lora_magnitude_vector:
                 norms = layer.lora_magnitude_vector[ADAPTER].weight
-                weights[f"{prefix}.{path}.{MAGNITUDES[prefix]}"] = norms.detach().clone()
+                end = MAGNITUDES.get(prefix, MAGNITUDES[TEXT])
+                weights[f"{prefix}.{path}.{end}"] = norms.detach().clone()
     return weights
 
 
@@ -115,13 +120,16 @@ def merge_adapters(components: Components) -> Components:
 
     Weights without adapters are shared with the model in training.
     """
+    second = components.text_encoder_2
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(components.unet.config)
         text_encoder = CLIPTextModel(components.text_encoder.config)
+        text_encoder_2 = second and CLIPTextModelWithProjection(second.config)
     return replace(
         components,
         unet=_merged(unet, components.unet),
         text_encoder=_merged(text_encoder, components.text_encoder),
+        text_encoder_2=second and _merged(text_encoder_2, second),
     )
 
 
@@ -165,7 +173,7 @@ def _load(part: str, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             weights[f"{path}.lora_B.weight"] / layer.scaling[ADAPTER]
         )
         if ADAPTER in layer.lora_magnitude_vector:
-            norms = weights[f"{path}.{MAGNITUDES[part]}"]
+            norms = weights[f"{path}.{MAGNITUDES.get(part, MAGNITUDES[TEXT])}"]
             layer.lora_magnitude_vector[ADAPTER].weight.copy_(norms)
 
 

@@ -7,16 +7,19 @@ textual_inversion (textual_inversion.py) and controlnet leave all of them as the
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextModelWithProjection
 
 from latentdiff.config.choices import FinetuneMethod
 from latentdiff.config.finetune import FinetuneConfig
+from latentdiff.models.compatibility import reads_time_ids
 from latentdiff.models.components import Components
 from latentdiff.models.text import clip_skip_of
 from latentdiff.models.weights import weights_hash
@@ -48,9 +51,10 @@ TRAINABLE: dict[FinetuneMethod, Callable[[str], bool]] = {  # by the names of a 
 
 
 def base_weights_hash(components: Components) -> str:
-    """Return the sha256 (hex) of the weights of U-Net, VAE and text encoder."""
-    parts = (components.unet, components.vae, components.text_encoder)
-    hashes = " ".join(weights_hash(part) for part in parts)
+    """Return the sha256 (hex) of the weights of U-Net, VAE and text encoders."""
+    encoders = components.text_encoder, components.text_encoder_2
+    parts = (components.unet, components.vae, *encoders)
+    hashes = " ".join(weights_hash(part) for part in parts if part is not None)
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
@@ -59,12 +63,13 @@ def add_adapters(
     settings: FinetuneConfig,
     *,
     initial: InitialWeights,
-    trains_text_encoder: bool,
+    text_encoders: Sequence[str],
     seed: int,
 ) -> None:
     """Add the method's LoRA adapters or new tokens, if any.
 
-    The model's output stays the same, or becomes that with the LoRA of `initial` loaded.
+    text_encoders: names of those that are trained. The model's output stays the same, or becomes
+    that with the LoRA of `initial` loaded.
     """
     if settings.method == "lora" and settings.adapter_type == "lokr":
         lokr.add_lokr(
@@ -83,7 +88,7 @@ def add_adapters(
             dropout=settings.lora_dropout,
             targets=settings.lora_targets,
             use_dora=settings.adapter_type == "dora",
-            trains_text_encoder=trains_text_encoder,
+            text_encoders=text_encoders,
             seed=seed,
             initial=initial.lora,
         )
@@ -102,13 +107,13 @@ CONDITION_LAYERS = ("conv_in.", "class_embedding.")  # of a U-Net that reads an 
 
 
 def set_trainable(
-    unet: nn.Module,
-    text_encoder: nn.Module | None,
+    unet: UNet2DConditionModel,
+    text_encoders: Sequence[nn.Module],
     method: FinetuneMethod,
     *,
     reads_condition: bool = False,
 ) -> None:
-    """Freeze all parameters but the method's; text_encoder: None where it is not trained.
+    """Freeze all parameters but the method's; text_encoders: those that are trained.
 
     reads_condition: where attention is trained, so are the layers that read the image condition.
     """
@@ -116,19 +121,28 @@ def set_trainable(
     for name, parameter in unet.named_parameters():
         is_own = TRAINABLE[method](name)
         parameter.requires_grad_(is_own or (reads and name.startswith(CONDITION_LAYERS)))
-    for name, parameter in text_encoder.named_parameters() if text_encoder is not None else ():
-        if method == "textual_inversion":
-            parameter.requires_grad_(name.endswith("token_embedding.new"))
-        else:
-            parameter.requires_grad_(method != "lora" or lora.is_adapter(name))
-    if text_encoder is not None:
-        _freeze_skipped_layers(text_encoder)
+    for text_encoder in text_encoders:
+        for name, parameter in text_encoder.named_parameters():
+            if method == "textual_inversion":
+                parameter.requires_grad_(name.endswith("token_embedding.new"))
+            else:
+                parameter.requires_grad_(method != "lora" or lora.is_adapter(name))
+        _freeze_skipped_layers(text_encoder, is_sdxl=reads_time_ids(unet.config))
 
 
-def _freeze_skipped_layers(text_encoder: Any) -> None:
-    """Freeze the last layers of a text encoder that captions do not pass."""
-    layers = getattr(text_encoder, "text_model", text_encoder).encoder.layers
-    layers[len(layers) - clip_skip_of(text_encoder) :].requires_grad_(False)
+def _freeze_skipped_layers(text_encoder: Any, *, is_sdxl: bool) -> None:
+    """Freeze the last layers of a text encoder that captions do not pass.
+
+    Of SDXL's first they do not pass the last one and the norm after it; of its second the pooled
+    embeddings pass all.
+    """
+    text_model = getattr(text_encoder, "text_model", text_encoder)
+    if isinstance(text_encoder, CLIPTextModelWithProjection):
+        return
+    layers, skipped = text_model.encoder.layers, clip_skip_of(text_encoder) + is_sdxl
+    layers[len(layers) - skipped :].requires_grad_(False)
+    if is_sdxl:
+        text_model.final_layer_norm.requires_grad_(False)
 
 
 def merged_components(components: Components, method: FinetuneMethod) -> Components:
@@ -163,12 +177,11 @@ def save_adapters(
     if settings.method == "textual_inversion":
         path = folder / textual_inversion.FILE_NAME
         vectors = textual_inversion.learned_embeds(components, settings.token)
-        width = components.text_encoder.config.hidden_size
         spec = model_spec(
             vectors,
             info=facts.info,
             title=facts.name,
-            width=width,
+            width=components.unet.config.cross_attention_dim,
             adapter="textual-inversion",
             diffusers_names=True,
             trigger_word=settings.token,
@@ -212,6 +225,9 @@ def _save_lora_files(
     num = sum(tensor.numel() for tensor in weights.values())
     logger.info("%s, for diffusers: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
     if not settings.lora_kohya:
+        return
+    if components.text_encoder_2 is not None:  # its U-Net's layers have other names there
+        logger.info("lora_kohya.safetensors is not written for SDXL: use %s", path)
         return
     other, renamed = folder / "lora_kohya.safetensors", kohya_weights(weights)
     trained = kohya_metadata(

@@ -6,19 +6,22 @@ the training, so they stay bit for bit.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTokenizer
 
 from latentdiff.atomic import atomic_file
+from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components
 from latentdiff.models.weights import load_into_meta
 
+SDXL = ("clip_l", "clip_g")  # of its first and second text encoder, as other programs name them
 FILE_NAME = "learned_embeds.safetensors"  # as diffusers looks for in a folder
 
 
@@ -39,29 +42,42 @@ class TokenEmbeddings(nn.Module):
         return torch.where(is_new, new.to(known.dtype), known)
 
 
-def add_tokens(components: Components, *, token: str, vectors: Tensor) -> None:
-    """Add a token of n embeddings, vectors (n, D), to the tokenizer and the text encoder.
+def add_tokens(components: Components, *, token: str, vectors: Sequence[Tensor]) -> None:
+    """Add a token of n embeddings to the tokenizers and text encoders of a model.
 
-    Raises ValueError where the tokenizer has the token already.
+    vectors: (n, D) for each text encoder. Raises ValueError where a tokenizer has the token.
     """
-    tokenizer, text_encoder = components.tokenizer, components.text_encoder
-    names = [token, *(f"{token}_{k}" for k in range(1, len(vectors)))]
-    if known := [name for name in names if name in tokenizer.get_vocab()]:
-        raise ValueError(
-            f"finetune.token={token} is no new token: the model's tokenizer has {known[0]} "
-            "already; choose another"
-        )
-    first, embeddings = len(tokenizer), text_encoder.get_input_embeddings()
-    tokenizer.add_tokens(names)
-    start = vectors.to(embeddings.weight, copy=True)
-    text_encoder.set_input_embeddings(TokenEmbeddings(embeddings, start, first=first))
+    for (text_encoder, tokenizer), start in zip(_encoders(components), vectors, strict=True):
+        names = [token, *(f"{token}_{k}" for k in range(1, len(start)))]
+        if known := [name for name in names if name in tokenizer.get_vocab()]:
+            raise ValueError(
+                f"finetune.token={token} is no new token: the model's tokenizer has {known[0]} "
+                "already; choose another"
+            )
+        first, embeddings = len(tokenizer), text_encoder.get_input_embeddings()
+        tokenizer.add_tokens(names)
+        new = start.to(embeddings.weight, copy=True)
+        text_encoder.set_input_embeddings(TokenEmbeddings(embeddings, new, first=first))
 
 
-def known_vectors(components: Components, *, initializer_token: str, num_vectors: int) -> Tensor:
-    """Return vectors (num_vectors, D), each the mean of the embeddings of known words."""
-    ids = components.tokenizer(initializer_token, add_special_tokens=False).input_ids
-    embeddings = components.text_encoder.get_input_embeddings()
-    return embeddings.weight.detach()[ids].mean(0).repeat(num_vectors, 1)
+def known_vectors(
+    components: Components, *, initializer_token: str, num_vectors: int
+) -> list[Tensor]:
+    """Return vectors (num_vectors, D) for each text encoder, each the mean of known words'."""
+    found = []
+    for text_encoder, tokenizer in _encoders(components):
+        ids = tokenizer(initializer_token, add_special_tokens=False).input_ids
+        embeddings = text_encoder.get_input_embeddings()
+        found.append(embeddings.weight.detach()[ids].mean(0).repeat(num_vectors, 1))
+    return found
+
+
+def _encoders(components: Components) -> list[tuple[Any, CLIPTokenizer]]:
+    """Return the text encoders of a model with their tokenizers."""
+    encoders = [(components.text_encoder, components.tokenizer)]
+    if components.text_encoder_2 is not None and components.tokenizer_2 is not None:
+        encoders.append((components.text_encoder_2, components.tokenizer_2))
+    return encoders
 
 
 def check_captions_have_token(captions: Iterable[str], token: str) -> None:
@@ -74,26 +90,37 @@ def check_captions_have_token(captions: Iterable[str], token: str) -> None:
 
 
 def learned_embeds(components: Components, token: str) -> dict[str, Tensor]:
-    """Return the trained embeddings by their token, as diffusers, A1111 and ComfyUI read them."""
-    vectors = _token_embeddings(components).new.detach().cpu()  # (n, D)
+    """Return the trained embeddings as diffusers, A1111 and ComfyUI read them.
+
+    By their token, or, of SDXL, both text encoders' as clip_l and clip_g.
+    """
+    rows = [_token_embeddings(encoder).new.detach().cpu() for encoder, _ in _encoders(components)]
+    if len(rows) > 1:
+        return dict(zip(SDXL, rows, strict=True))
+    (vectors,) = rows  # (n, D)
     return {token: vectors[0].clone() if len(vectors) == 1 else vectors}
 
 
 def save_embeds(
     embeds: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]
 ) -> tuple[int, int]:
-    """Write the embeddings of one token; return their number, and bytes."""
+    """Write the embeddings of one token; return the number of its vectors, and bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         save_file(dict(embeds), temporary, metadata={"format": "pt"} | dict(metadata))
-    (vectors,) = embeds.values()
+    vectors = next(iter(embeds.values()))
     return len(vectors) if vectors.ndim > 1 else 1, path.stat().st_size
 
 
-@torch.no_grad()
 def merge_tokens(components: Components) -> Components:
-    """Return the model with the trained tokens as rows of its text encoder's embeddings."""
-    text_encoder, tokens = components.text_encoder, _token_embeddings(components)
+    """Return the model with the trained tokens as rows of its text encoders' embeddings."""
+    merged = [_merged(text_encoder) for text_encoder, _ in _encoders(components)]
+    return replace(components, **dict(zip(TEXT_ENCODERS, merged, strict=False)))
+
+
+@torch.no_grad()
+def _merged(text_encoder: Any) -> Any:
+    tokens = _token_embeddings(text_encoder)
     rows = torch.cat([tokens.known.weight[: tokens.first], tokens.new])  # (vocabulary + n, D)
     weights = text_encoder.state_dict()
     name = next(name for name in weights if name.endswith("token_embedding.new"))
@@ -102,11 +129,11 @@ def merge_tokens(components: Components) -> Components:
     config = copy.deepcopy(text_encoder.config)
     config.vocab_size = len(rows)
     with torch.device("meta"):
-        empty = CLIPTextModel(config)
-    return replace(components, text_encoder=load_into_meta(empty, weights, like=text_encoder))
+        empty = type(text_encoder)(config)
+    return load_into_meta(empty, weights, like=text_encoder)
 
 
-def _token_embeddings(components: Components) -> TokenEmbeddings:
-    embeddings = components.text_encoder.get_input_embeddings()
+def _token_embeddings(text_encoder: Any) -> TokenEmbeddings:
+    embeddings = text_encoder.get_input_embeddings()
     assert isinstance(embeddings, TokenEmbeddings)
     return embeddings

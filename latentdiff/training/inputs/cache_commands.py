@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config, condition_files, condition_kind
@@ -22,7 +21,7 @@ from latentdiff.data.inspection.text_report import size_text
 from latentdiff.models.components import load_components, load_text
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import resolve_model
-from latentdiff.models.text import set_clip_skip
+from latentdiff.models.text import TextEncoders, set_clip_skip
 from latentdiff.training.inputs.conditions import (
     ConditionSource,
     DepthSource,
@@ -114,12 +113,9 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
                 folder, config.condition, data, kind=kind, vae=vae, accelerator=accelerator
             )
             yield from _build_conditions(name, source)
-    if (loaded := _frozen_text_encoder(config)) is not None:
-        text_encoder, tokenizer = loaded
+    if (loaded := _frozen_text_encoders(config)) is not None:
         captions = unique_captions((train, heldout), caption_transform(config.data))
-        texts = cache_prompts(
-            captions, tokenizer, text_encoder, config.data, accelerator=accelerator
-        )
+        texts = cache_prompts(captions, loaded, config.data, accelerator=accelerator)
         yield Built("captions", len(texts), texts.num_encoded)
 
 
@@ -186,10 +182,9 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
             if (masks := make_masks(folder, data, factor=codec.factor)) is not None:
                 yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
             yield from condition_keys(folder, condition_kind(config), data, codec=codec)
-    if (loaded := _frozen_text_encoder(config)) is not None:
-        text_encoder, tokenizer = loaded
+    if (loaded := _frozen_text_encoders(config)) is not None:
         captions = unique_captions(folders, caption_transform(config.data))
-        yield prompt_keys(captions, tokenizer, text_encoder=text_encoder)
+        yield prompt_keys(captions, loaded)
 
 
 def _checked(config: Config) -> tuple[Folder, Folder]:
@@ -225,15 +220,15 @@ def _opened(folder: Folder, codec: LatentCodec, data: DataConfig) -> LatentCache
     )
 
 
-def _frozen_text_encoder(config: Config) -> tuple[CLIPTextModel, CLIPTokenizer] | None:
-    """Load the text encoder whose embeddings a config's run caches; None where it caches none."""
+def _frozen_text_encoders(config: Config) -> TextEncoders | None:
+    """Load the text encoders whose embeddings a config's run caches; None where it caches none."""
     if trains_text_encoder(config) or caption_transform(config.data).edits_randomly:
         return None
     folder = resolve_model(config.model.pretrained or config.model.text_encoder)
     if folder.is_dir():
-        text_encoder, tokenizer = load_text(folder)
+        encoders = load_text(folder)
     else:
         components = load_components(config.model.pretrained, safety_checker=False)
-        text_encoder, tokenizer = components.text_encoder, components.tokenizer
-    set_clip_skip(text_encoder, config.model.clip_skip)
-    return text_encoder, tokenizer
+        encoders = components.text_encoders
+    set_clip_skip(encoders.text_encoder, config.model.clip_skip)
+    return encoders

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.captions import CaptionTransform, may_flip
 from latentdiff.data.folder.folder import Record
+from latentdiff.models.text import NULL_CAPTION
 from latentdiff.training.inputs.caption_dropout import is_caption_dropped, is_condition_dropped
 from latentdiff.training.inputs.conditions import ConditionSource
 from latentdiff.training.inputs.randomness import SampleKey, standard_normal
@@ -26,6 +28,10 @@ class Latents(Protocol):
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of record `index`'s latents."""
+
+    @property
+    def plan(self) -> CropPlan:
+        """How the images are cropped."""
 
     def inputs(self, index: int, noise: Tensor, *, flipped: bool, crop: float) -> dict[str, Tensor]:
         """Return z0 (C, h, w) for VAE noise (C, h, w), or pixels and vae_noise to encode."""
@@ -56,17 +62,19 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         draws_guidance: bool = False,
         conditions: ConditionSource | None = None,
         condition_dropout: float = 0.0,
+        gives_time_ids: bool = False,
     ) -> None:
         """encode_caption: to the fields of a Conditioning, such as prompt_embeds (L, D).
 
         perturbs_input: draw a second noise, for the U-Net's input. draws_guidance: draw the
-        guidance of a distilled student.
+        guidance of a distilled student. gives_time_ids: the sizes that SDXL reads.
         """
         self.latents, self.records, self.masks = latents, records, masks
         self.encode_caption, self.transform = encode_caption, transform
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
         self.perturbs_input, self.draws_guidance = perturbs_input, draws_guidance
         self.conditions, self.condition_dropout = conditions, condition_dropout
+        self.gives_time_ids = gives_time_ids
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return z0, or pixels and vae_noise; eps (C, h, w); offset (C, 1, 1); and scalars.
@@ -104,10 +112,17 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             )
         if self.perturbs_input:
             sample["perturbation"] = standard_normal(rng("perturbation"), shape)
+        if self.gives_time_ids:
+            sample["time_ids"] = time_ids(
+                self.latents.plan, record, key.index, flipped=flipped, crop=crop
+            )
         if self.draws_guidance:
             sample["guidance"] = torch.tensor(rng("guidance").random(), dtype=torch.float32)
-        dropped = is_caption_dropped(key, seed=self.seed, caption_dropout=self.caption_dropout)
-        sample |= self.encode_caption(transform.sample(captions, rng("caption")))
+        caption = transform.sample(captions, rng("caption"))
+        dropped = caption == NULL_CAPTION or is_caption_dropped(
+            key, seed=self.seed, caption_dropout=self.caption_dropout
+        )
+        sample |= self.encode_caption(caption)
         return sample | {
             "eps": standard_normal(rng("noise"), shape),
             "offset": standard_normal(rng("offset"), (shape[0], 1, 1)),
@@ -117,3 +132,8 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             "stratum": torch.tensor(key.stratum, dtype=torch.int64),
             "index": torch.tensor(key.index, dtype=torch.int64),
         }
+
+
+def time_ids(plan: CropPlan, record: Record, index: int, *, flipped: bool, crop: float) -> Tensor:
+    """Return SDXL's sizes (6,) of a record's crop: see `CropPlan.time_ids`."""
+    return plan.time_ids(index, (record.height, record.width), u=crop, flip=flipped)

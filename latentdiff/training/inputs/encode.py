@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch.utils.data import default_collate
 
 from latentdiff.config.data import DataConfig
 from latentdiff.data.arrow.columns import iter_py
@@ -26,7 +26,7 @@ from latentdiff.data.cache.decode_ahead import CropPlan
 from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
-from latentdiff.data.cache.prompt_cache import PromptCache, encode_captions
+from latentdiff.data.cache.prompt_cache import PromptCache
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.conditions import ConditionMaps
 from latentdiff.data.folder.content_hash import image_hashes
@@ -35,7 +35,7 @@ from latentdiff.data.masks import Masks
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import Autoencoder, LatentCodec, LatentStats, set_scalar_scaling
-from latentdiff.models.text import encode_text, tokenize
+from latentdiff.models.text import TextEncoders, tokenize_all
 
 NUM_SCALING_IMAGES = 1000  # enough for the std of latents to three digits
 PIXELS_PER_BATCH = 1 << 20  # for the VAE
@@ -152,8 +152,7 @@ def cache_maps(masks: Maps, data: DataConfig, *, accelerator: Accelerator) -> Ma
 
 def cache_prompts(
     captions: Iterable[str],
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
+    encoders: TextEncoders,
     data: DataConfig,
     *,
     accelerator: Accelerator,
@@ -161,8 +160,7 @@ def cache_prompts(
     """Encode the captions that the cache lacks, shared out over the processes, and open it."""
     cache = PromptCache.build(
         captions,
-        tokenizer,
-        text_encoder=text_encoder.to(accelerator.device),
+        encoders.to(accelerator.device),
         cache_dir=cache_dir(data),
         shard=(accelerator.process_index, accelerator.num_processes),
         progress=accelerator.is_local_main_process,
@@ -221,20 +219,21 @@ class TokenIds:
     """Captions as token ids, for a text encoder in training."""
 
     def __init__(self, components: Components) -> None:
-        self._tokenizer = components.tokenizer
+        # no text encoder goes to the data workers
+        self._tokenizers = components.tokenizer, components.tokenizer_2
         self._known: dict[str, Tensor] = {}
 
     def item(self, caption: str) -> dict[str, Tensor]:
-        """Return input_ids (L,) int64."""
+        """Return input_ids (L,) int64, of SDXL (2, L)."""
         if caption not in self._known:
             if len(self._known) >= MAX_TOKENIZED:
                 self._known.clear()
-            self._known[caption] = tokenize(self._tokenizer, [caption])[0]
+            self._known[caption] = tokenize_all([caption], *self._tokenizers)[0]
         return {"input_ids": self._known[caption]}
 
     def batch(self, captions: Sequence[str]) -> Conditioning:
         """Return the token ids of n captions."""
-        return Conditioning(input_ids=tokenize(self._tokenizer, captions))
+        return Conditioning(input_ids=tokenize_all(captions, *self._tokenizers))
 
 
 class CachedPromptEmbeds:
@@ -244,39 +243,34 @@ class CachedPromptEmbeds:
         self.cache = cache
 
     def item(self, caption: str) -> dict[str, Tensor]:
-        """Return prompt_embeds (L, D)."""
-        return {"prompt_embeds": self.cache.prompt_embeds(caption)}
+        """Return prompt_embeds (L, D) and, of SDXL, pooled_embeds (P,)."""
+        return self.cache.embeds(caption)
 
     def batch(self, captions: Sequence[str]) -> Conditioning:
         """Return the embeddings of n captions."""
-        return Conditioning(torch.stack([self.cache.prompt_embeds(one) for one in captions]))
+        return Conditioning.of(default_collate([self.cache.embeds(one) for one in captions]))
 
 
 class OnlinePromptEmbeds:
     """Captions as token ids that a frozen text encoder turns into prompt embeddings in the step."""
 
     def __init__(self, components: Components, device: torch.device) -> None:
-        self._ids, self._tokenizer = TokenIds(components), components.tokenizer
-        self._text_encoder = components.text_encoder.to(device)
-        self.item = self._ids.item
+        self._encoders = components.text_encoders.to(device)
+        self.item = TokenIds(components).item
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> Conditioning:
-        """Return the embeddings of ids (B, L), on the text encoder's device."""
-        device = self._text_encoder.device
+        """Return the embeddings of ids (B, L) or (B, 2, L), on the text encoder's device."""
+        device = self._encoders.text_encoder.device
         with torch.autocast(device.type, enabled=False):
-            ids = ids.to(device, non_blocking=True)
-            end_id = self._tokenizer.eos_token_id
-            return Conditioning(encode_text(self._text_encoder, ids, end_id=end_id))
+            return self._encoders.encode(ids.to(device, non_blocking=True))
 
+    @torch.no_grad()
     def batch(self, captions: Sequence[str]) -> Conditioning:
         """Return the embeddings of n captions, on the CPU."""
         parts = [captions[i : i + 64] for i in range(0, len(captions), 64)]
-        embeds = [
-            encode_captions(part, self._tokenizer, text_encoder=self._text_encoder)
-            for part in parts
-        ]
-        return Conditioning(torch.cat(embeds))
+        embeds = [self._encoders.encode_captions(part).to(torch.device("cpu")) for part in parts]
+        return Conditioning.cat(embeds)
 
 
 TextSource: TypeAlias = TokenIds | CachedPromptEmbeds | OnlinePromptEmbeds
@@ -295,8 +289,8 @@ def text_source(
         return TokenIds(components)
     if caption_transform(data).edits_randomly:
         return OnlinePromptEmbeds(components, accelerator.device)
-    tokenizer, text_encoder = components.tokenizer, components.text_encoder
-    cache = cache_prompts(list(captions), tokenizer, text_encoder, data, accelerator=accelerator)
+    encoders = components.text_encoders
+    cache = cache_prompts(list(captions), encoders, data, accelerator=accelerator)
     return CachedPromptEmbeds(cache)
 
 

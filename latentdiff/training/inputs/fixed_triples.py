@@ -3,15 +3,17 @@
 What is measured on them is evaluation/metrics/heldout_loss.py's business.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from latentdiff.config.text_to_image import Config, condition_kind
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
+from latentdiff.models.compatibility import reads_time_ids
 from latentdiff.models.components import Components
 from latentdiff.training.inputs.caption_dropout import null_text
 from latentdiff.training.inputs.conditions import (
@@ -20,12 +22,15 @@ from latentdiff.training.inputs.conditions import (
     fixed_condition,
     with_labels,
 )
+from latentdiff.training.inputs.dataset import time_ids
 from latentdiff.training.inputs.encode import (
     LatentSource,
     MaskSource,
     TextSource,
     bucket_ids,
     caption_transform,
+    crop_plan,
+    eval_crop_config,
 )
 from latentdiff.training.inputs.randomness import sample_generator, standard_normal
 
@@ -57,7 +62,14 @@ def fixed_triples(
     num_heldout, num_train = len(heldout.folder), len(train.folder)
     n = min(config.eval.num_heldout, max(num_heldout, MIN_TRIPLES))
     t = stratified_timesteps(n, components.scheduler.config["num_train_timesteps"])
-    fix = partial(_triples, config, source=source, t=t, condition_encoder=condition_encoder)
+    fix = partial(
+        _triples,
+        config,
+        source=source,
+        t=t,
+        components=components,
+        condition_encoder=condition_encoder,
+    )
     repeated = np.arange(n) % num_heldout
     subsample = np.arange(n) * max(num_train, n) // n % num_train
     return (
@@ -74,6 +86,7 @@ def _triples(
     source: TextSource,
     t: Tensor,
     purpose: str,
+    components: Components,
     condition_encoder: ConditionEncoder | None,
 ) -> Triples:
     """Fix n (image, timestep, noise) triples of the records at `indices` (n,) and t (n,).
@@ -96,13 +109,21 @@ def _triples(
             read = images.conditions.sample(index, flipped=False, crop=0.5, rng=key)
             conditions.append(fixed_condition(read, condition_encoder))
     transform = caption_transform(config.data)
-    captions = [transform.first(folder[int(indices[i])]) for i in order]
+    records = [folder[int(indices[i])] for i in order]
+    text = source.batch([transform.first(record) for record in records])
+    if reads_time_ids(components.unet.config):
+        plan = crop_plan(folder, eval_crop_config(config.data))
+        sizes = [
+            time_ids(plan, record, int(indices[i]), flipped=False, crop=0.5)
+            for i, record in zip(order, records, strict=True)
+        ]
+        text = replace(text, time_ids=torch.stack(sizes))
     return Triples(
         z0=z0,
         eps=eps,
         t=t[order],
-        text=with_labels(source.batch(captions), conditions),
-        null_text=null_text(source),
+        text=with_labels(text, conditions),
+        null_text=null_text(source, zeros=components.force_zeros_for_empty_prompt),
         mask=masks or None,
         condition=[one["condition"] for one in conditions] or None,
         null_condition=[one["null"] for one in conditions] or None,

@@ -21,6 +21,7 @@ from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.epoch_draws import make_draws
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples
+from latentdiff.models.compatibility import reads_time_ids
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
@@ -88,11 +89,12 @@ class TrainData:
     train_triples: Triples | None  # of training images, with the timesteps of the held-out ones
     condition_encoder: ConditionEncoder | None = None  # of image conditions
     preview_conditions: Sequence[FixedCondition] = ()  # of held-out images, if there are any
+    zeros_for_null: bool = False  # whether the null prompt is zeros, not the encoded empty caption
 
     @cached_property
     def null_text(self) -> Conditioning:
         """The null prompt's token ids or embeddings, of one image."""
-        return null_text(self.source)
+        return null_text(self.source, zeros=self.zeros_for_null)
 
     @property
     def ids(self) -> Sequence[str]:
@@ -164,7 +166,10 @@ def build_train_data(
     images = encode(train, config.data, latents=latents)
     encoder = ConditionEncoder(condition_kind(config), components.vae)
     condition_encoder = encoder if encoder.kind != "none" else None
-    dataset, order = _samples(config, images, class_images, source=source, encode=encode)
+    sized = reads_time_ids(components.unet.config)
+    dataset, order = _samples(
+        config, images, class_images, source=source, encode=encode, gives_time_ids=sized
+    )
     heldout_images = encode(heldout, eval_crop_config(config.data)) if len(heldout) else None
     heldout_triples, train_triples = fixed_triples(
         config,
@@ -189,6 +194,7 @@ def build_train_data(
         train_triples=train_triples,
         condition_encoder=condition_encoder,
         preview_conditions=_preview_conditions(config, heldout_images or images, condition_encoder),
+        zeros_for_null=components.force_zeros_for_empty_prompt,
     )
 
 
@@ -242,23 +248,23 @@ def _samples(
     *,
     source: TextSource,
     encode: Callable[[Folder, DataConfig], EncodedImages],
+    gives_time_ids: bool,
 ) -> tuple[LatentDataset | SubjectAndClassDataset, EpochOrder | PairedOrder]:
     """Return a run's samples and their order; class images are half of each step."""
+    dataset = partial(_dataset, config, source=source, gives_time_ids=gives_time_ids)
     if images.masks is not None:
         _check_masks(images.masks, config.data)
     seed, transform = config.train.seed, caption_transform(config.data)
-    subject = _dataset(config, images, source=source, transform=transform, seed=seed)
+    subject = dataset(images, transform=transform, seed=seed)
     order = subject_order(config, images.folder)
     if class_images is None:
         return subject, order
     classes = encode(class_images, replace(config.data, mask="none"))
     seed_of_class = class_seed(seed)
-    prior = _dataset(
-        config, classes, source=source, transform=CaptionTransform(), seed=seed_of_class
-    )
+    prior = dataset(classes, transform=CaptionTransform(), seed=seed_of_class)
     if images.masks is not None:
         prior.masks = AllOnesMasks(prior.latents.shape(0))
-    dataset = SubjectAndClassDataset(
+    both = SubjectAndClassDataset(
         subject,
         prior,
         num_subject=len(images.folder),
@@ -267,7 +273,7 @@ def _samples(
     class_buckets = bucket_ids(classes.folder, config.data)
     half = config.train.batch_size // 2
     class_order = EpochOrder(class_buckets, batch_size=half, seed=seed_of_class, partial="fill")
-    return dataset, PairedOrder(order, class_order)
+    return both, PairedOrder(order, class_order)
 
 
 def subject_order(config: Config, train: Folder) -> EpochOrder:
@@ -293,6 +299,7 @@ def _dataset(
     source: TextSource,
     transform: CaptionTransform,
     seed: int,
+    gives_time_ids: bool,
 ) -> LatentDataset:
     latents = images.latents
     return LatentDataset(
@@ -308,6 +315,7 @@ def _dataset(
         draws_guidance=config.distill.is_on,
         conditions=images.conditions,
         condition_dropout=config.condition.dropout_share,
+        gives_time_ids=gives_time_ids,
     )
 
 

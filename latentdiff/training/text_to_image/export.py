@@ -13,6 +13,7 @@ from torch import Tensor
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.text_to_image import condition_kind
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
+from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components, carry_tiny_vae, load_components
 from latentdiff.models.learned_variance import has_learned_variance, without_variance
 from latentdiff.models.model_path import resolve_model
@@ -126,8 +127,9 @@ def _load_best(run: Run, heldout: Mapping[int, float]) -> int:
 @torch.no_grad()
 def _take_weights(components: Components, weights: dict[str, Tensor]) -> None:
     """Put weights, named as in training, in the place of a model's own."""
-    trains_text_encoder = any(name.startswith("text_encoder.") for name in weights)
-    own = dict(TextToImage(components, trains_text_encoder=trains_text_encoder).named_parameters())
+    first, second = (any(name.startswith(f"{part}.") for name in weights) for part in TEXT_ENCODERS)
+    model = TextToImage(components, trains_text_encoder=first, trains_text_encoder_2=second)
+    own = dict(model.named_parameters())
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(

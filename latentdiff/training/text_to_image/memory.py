@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from latentdiff.config.choices import OptimizerName
-from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.compatibility import CONDITION_KINDS, reads_time_ids
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.finetune.lokr import without_drawing
@@ -35,7 +35,12 @@ from latentdiff.training.text_to_image.setup import Run
 logger = logging.getLogger(__name__)
 USABLE = 0.85  # share of a GPU's memory; the rest is for kernels and unused blocks
 SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
-PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
+PARTS = {
+    "unet": "U-Net",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "vae": "VAE",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ def fitting_layout(run: Run, *, available: int | None) -> BatchLayout:
 def estimate_memory(run: Run) -> Memory:
     """Estimate the memory of this process; the module's docstring names the parts not included."""
     components, train_step = run.components, run.train_step
-    modules: list[nn.Module] = [getattr(components, name) for name in PARTS]
+    parts = [getattr(components, name) for name in PARTS]
+    modules: list[nn.Module] = [part for part in parts if part is not None]
     if run.teacher is not None:
         modules.append(run.teacher.unet)
     if run.controlnet is not None:
@@ -103,7 +109,9 @@ def estimate_memory(run: Run) -> Memory:
     is_host = run.config.train.ema_device == "cpu" and run.accelerator.device.type != "cpu"
     total = sum(average.num_bytes for average in averages)
     return Memory(
-        weights=num_bytes(local_shard(x) for x in tensors),
+        weights=num_bytes(
+            local_shard(x) for x in tensors if x.device.type == run.accelerator.device.type
+        ),
         gradients=copies * _gradient_bytes(trained, run),  # processes send them from buckets
         optimizer=optimizer_bytes(
             train_step.optimizer.param_groups, name=run.config.train.optimizer
@@ -158,7 +166,7 @@ def estimate_activations(
     """
     # An autograd engine whose first pass is fake starts threads, after which a fork cannot train.
     torch.ones((), requires_grad=True).backward()
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a frozen text encoder's weights
     sizes = _PeakMemory()
     with mode:
         named = (*model.named_parameters(), *model.named_buffers())
@@ -232,6 +240,9 @@ def _activations_of(run: Run) -> int | None:
         zt = torch.empty(n, codec.channels, height, width, device=device)
         t = torch.empty(n, dtype=torch.int64, device=device)
         empty = null.map(lambda x: torch.empty(n, *x.shape[1:], dtype=x.dtype, device=device))
+        if reads_time_ids(run.components.unet.config):
+            time_ids = torch.empty(n, 6, dtype=torch.int64, device=device)
+            empty = replace(empty, time_ids=time_ids)
         return zt, t, replace(empty, **_condition(run, zt))
 
     try:

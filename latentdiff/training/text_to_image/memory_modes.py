@@ -4,11 +4,16 @@ What a config alone shows to be wrong is refused in config/train.py; here is wha
 processes and on the size of a micro-batch, and what each mode costs, for the plan.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from latentdiff.config.train import TrainConfig
+from latentdiff.models.components import Components
 from latentdiff.training.inputs.batches import BatchLayout
 
 
@@ -49,6 +54,20 @@ def cast_weights(model: nn.Module, settings: TrainConfig) -> None:
     for parameter in model.parameters():
         if is_bf16[parameter.requires_grad]:
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+@contextmanager
+def idle_parts_on(device: torch.device, components: Components) -> Iterator[None]:
+    """Have the parts that wait on the host while cached data trains on the device in the block."""
+    parts: list[Any] = [components.vae, components.text_encoder, components.text_encoder_2]
+    idle = [part for part in parts if part is not None and part.device.type != device.type]
+    for part in idle:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in idle:
+            part.to(torch.device("cpu"))
 
 
 def mode_notes(settings: TrainConfig) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentdiff.config.choices import AttentionKernel
 from latentdiff.config.data import DataConfig
@@ -30,6 +30,7 @@ from latentdiff.models.build import (
     schedule_of,
 )
 from latentdiff.models.compatibility import (
+    TEXT_ENCODERS,
     check_compatible,
     check_condition,
     latent_factor,
@@ -53,7 +54,6 @@ from latentdiff.models.model_path import resolve_model
 from latentdiff.models.save import save_component
 from latentdiff.models.text import (
     check_clip_skip,
-    encode_text,
     set_clip_skip,
     train_tokenizer,
 )
@@ -64,21 +64,32 @@ PLAIN_ATTENTION_PIXELS = 256
 
 
 class TextToImage(nn.Module):
-    """The U-Net, and the text encoder or a ControlNet where these are trained, as one module."""
+    """The U-Net, and the text encoders or a ControlNet where these are trained, as one module."""
 
     def __init__(
         self,
         components: Components,
         *,
         trains_text_encoder: bool,
+        trains_text_encoder_2: bool = False,
         controlnet: ControlNetModel | None = None,
     ) -> None:
         super().__init__()
         self.controlnet = controlnet
-        self.unet, self._end_id = components.unet, components.tokenizer.eos_token_id
+        self.unet, self._encoders = components.unet, components.text_encoders
+        self._zeros_for_null = components.force_zeros_for_empty_prompt
         self.text_encoder: CLIPTextModel | None = (
             components.text_encoder if trains_text_encoder else None
         )
+        self.text_encoder_2: CLIPTextModelWithProjection | None = (
+            components.text_encoder_2 if trains_text_encoder_2 else None
+        )
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """The text encoders that are trained."""
+        both: list[nn.Module | None] = [self.text_encoder, self.text_encoder_2]
+        return [part for part in both if part is not None]
 
     def forward(
         self,
@@ -91,12 +102,20 @@ class TextToImage(nn.Module):
 
         guidance_scale: (B,), for a U-Net that reads it.
         """
-        input_ids = conditioning.input_ids
-        if self.text_encoder is not None and input_ids is not None:
-            prompt_embeds = encode_text(self.text_encoder, input_ids, end_id=self._end_id)
-            conditioning = replace(conditioning, prompt_embeds=prompt_embeds)
+        if self.text_encoders and conditioning.input_ids is not None:
+            conditioning = self._encoded(conditioning, conditioning.input_ids)
         given = self.controlnet
         return predict(self.unet, zt, t, conditioning, guidance_scale, controlnet=given)
+
+    def _encoded(self, conditioning: Conditioning, input_ids: Tensor) -> Conditioning:
+        """Return the conditioning with the embeddings of its token ids, zeros for the null prompt
+        where the model is sampled so."""
+        text = self._encoders.encode(input_ids)
+        if self._zeros_for_null:
+            first = input_ids[:, 0] if input_ids.ndim == 3 else input_ids
+            is_null = first[:, 1] == self._encoders.tokenizer.eos_token_id  # after the start token
+            text = text.with_text(text.map(torch.zeros_like), where=is_null)
+        return Conditioning(**(conditioning.tensors() | text.tensors()))
 
 
 def check_components(config: Config) -> None:
@@ -111,6 +130,7 @@ def check_components(config: Config) -> None:
             check_teacher(configs, method=config.distill.method)
             if "unet" in configs and "vae" in configs:
                 needs_condition(config, configs)
+            _check_second_encoder(configs, config)
         return
     if not config.model.vae:
         raise ValueError(
@@ -137,6 +157,15 @@ def check_components(config: Config) -> None:
     }
     check_compatible(configs, image_size=config.data.side_px)
     _check_buckets(configs, config.data)
+
+
+def _check_second_encoder(configs: Mapping[str, Mapping[str, Any]], config: Config) -> None:
+    """Raise ValueError where the second text encoder is to be trained and there is none."""
+    if config.train.train_text_encoder_2 and "text_encoder_2" not in configs:
+        raise ValueError(
+            f"train.train_text_encoder_2=true, and model.pretrained={config.model.pretrained} has "
+            "one text encoder: set train.train_text_encoder=true"
+        )
 
 
 def _check_buckets(configs: Mapping[str, Mapping[str, Any]], data: DataConfig) -> None:
@@ -196,7 +225,8 @@ def new_components(
     model, diffusion = config.model, config.diffusion
     torch.manual_seed(config.train.seed)
     if model.text_encoder:
-        text_encoder, tokenizer = load_text(_text_folder(config))
+        loaded = load_text(_text_folder(config))
+        text_encoder, tokenizer = loaded.text_encoder, loaded.tokenizer
         set_clip_skip(text_encoder, model.clip_skip)
     else:
         tokenizer = _trained_tokenizer(config, captions, tokenizer_dir)
@@ -271,14 +301,23 @@ def _own_scheduler(scheduler: Any, config: Config) -> Any:
     return scheduler
 
 
-def trains_text_encoder(config: Config) -> bool:
-    """Return whether the text encoder is trained: a new one always is, others when asked.
+def trained_text_encoders(config: Config) -> tuple[str, ...]:
+    """Return the names of the text encoders that are trained: a new one always is, others when
+    asked.
 
-    The new tokens of textual inversion count as training it.
+    The new tokens of textual inversion count as training all that the model has; of a model with
+    one text encoder the second name stands for nothing.
     """
+    if config.finetune.method == "textual_inversion":
+        return TEXT_ENCODERS
     is_new = not config.model.pretrained and not config.model.text_encoder
-    has_new_tokens = config.finetune.method == "textual_inversion"
-    return is_new or has_new_tokens or config.train.train_text_encoder
+    asked = is_new or config.train.train_text_encoder, config.train.train_text_encoder_2
+    return tuple(name for name, is_on in zip(TEXT_ENCODERS, asked, strict=True) if is_on)
+
+
+def trains_text_encoder(config: Config) -> bool:
+    """Return whether any text encoder is trained, so that captions are encoded at every step."""
+    return bool(trained_text_encoders(config))
 
 
 def use_plain_attention(
@@ -296,9 +335,9 @@ def use_plain_attention(
 def use_fused_transformers(model: TextToImage) -> None:
     """Train through fewer and larger kernels, the same up to rounding; faster on CPUs."""
     fuse_transformers(model.unet)
-    text_encoder = model.text_encoder
-    if text_encoder and text_encoder.config.max_position_embeddings <= PLAIN_ATTENTION_PIXELS:
-        text_encoder.set_attn_implementation("eager")  # as use_plain_attention
+    for text_encoder in (model.text_encoder, model.text_encoder_2):
+        if text_encoder and text_encoder.config.max_position_embeddings <= PLAIN_ATTENTION_PIXELS:
+            text_encoder.set_attn_implementation("eager")  # as use_plain_attention
 
 
 def _scheduler(diffusion: DiffusionConfig) -> Any:

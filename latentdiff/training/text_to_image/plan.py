@@ -57,6 +57,7 @@ def log_plan(run: Run, first_step: int) -> None:
     write_text(run.folder / PLAN, json.dumps(plan, indent=1) + "\n")
     _log_steps(run, first_step)
     logger.info("parameters: %s", "; ".join(count_parameters(run.components, run.controlnet)))
+    _log_null_prompt(run)
     _log_memory(memory, run)
     if run.train_step.posthoc_emas:
         num_snapshots = -(-run.config.train.max_steps // run.config.train.posthoc_ema_every_steps)
@@ -168,6 +169,8 @@ def count_parameters(
     modules = {label: getattr(components, name) for name, label in PARTS.items()}
     modules |= {} if controlnet is None else {"ControlNet": controlnet}
     for label, module in modules.items():
+        if module is None:
+            continue
         counts = {"trained": 0, "frozen": 0}
         for parameter in module.parameters():
             counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
@@ -223,6 +226,20 @@ def _log_steps(run: Run, first_step: int) -> None:
         " times its own estimate (prodigy_d)" if settings.optimizer == "prodigy" else "",
         settings.lr_schedule,
         settings.lr_warmup_steps,
+    )
+
+
+def _log_null_prompt(run: Run) -> None:
+    """Log of an SDXL model, which may be sampled with either, what dropped captions become."""
+    if run.components.text_encoder_2 is None:
+        return
+    zeros = run.components.force_zeros_for_empty_prompt
+    logger.info(
+        "%.0f %% of captions become the null prompt that this model is sampled with: %s "
+        "(force_zeros_for_empty_prompt=%s in model_index.json, which the export keeps)",
+        100 * run.config.diffusion.caption_dropout,
+        "zeros" if zeros else "the encoded empty caption",
+        str(zeros).lower(),
     )
 
 

@@ -37,6 +37,7 @@ from latentdiff.training.text_to_image.condition_preview import (
     controlled,
     shown_condition,
 )
+from latentdiff.training.text_to_image.memory_modes import idle_parts_on
 from latentdiff.training.text_to_image.nearest_images import (
     NearestImage,
     NearestImages,
@@ -217,7 +218,7 @@ def generate_share(
     )
     seeds = [prompt_seed(seed, prompt) for prompt in prompts]
     own: dict[int, Image.Image] = {}
-    with accelerator.autocast():
+    with accelerator.autocast(), idle_parts_on(accelerator.device, components):
         if not conditions:
             batches = rank_batches(-(-len(prompts) // BATCH_SIZE), shard)
             return dict(

@@ -26,6 +26,7 @@ from latentdiff.diffusion.timesteps import (
     build_timestep_sampler,
 )
 from latentdiff.models.build import schedule_of
+from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.controlnet import make_controlnet
@@ -39,6 +40,7 @@ from latentdiff.training.finetune.methods import add_adapters, base_weights_hash
 from latentdiff.training.finetune.textual_inversion import check_captions_have_token
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import (
+    CachedPromptEmbeds,
     LatentSource,
     cache_latents,
     caption_transform,
@@ -58,7 +60,7 @@ from latentdiff.training.text_to_image.model import (
     new_components,
     pretrained_components,
     set_attention,
-    trains_text_encoder,
+    trained_text_encoders,
     use_fused_transformers,
 )
 from latentdiff.training.text_to_image.nearest_images import NearestImages
@@ -206,7 +208,7 @@ def _load_base_model(
     config: Config, folder: Path, train_folder: Folder, accelerator: Accelerator
 ) -> _BaseModel:
     """Load the model to fine-tune, let it make class images, then add adapters or words to it."""
-    finetune, trains_text = config.finetune, trains_text_encoder(config)
+    finetune, encoders = config.finetune, trained_text_encoders(config)
     components = pretrained_components(config)
     keeps_base = finetune.is_partial or finetune.class_prompt or config.distill.is_on
     found = base_weights_hash(components) if keeps_base else None
@@ -223,7 +225,7 @@ def _load_base_model(
         components,
         finetune,
         initial=initial,
-        trains_text_encoder=trains_text,
+        text_encoders=encoders,
         seed=config.train.seed,
     )
     latents = cache_latents(train_folder, components.vae, config.data, accelerator=accelerator)
@@ -259,6 +261,10 @@ def build_train_step(
         build = _consistency if config.distill.method == "lcm_lora" else _distillation
         objective = build(config, components, teacher, null_text=null_text, device=device)
     model = _trainable_model(config, components, accelerator, controlnet)
+    if isinstance(train_data.source, CachedPromptEmbeds):  # no step encodes a caption
+        components.text_encoders.to(torch.device("cpu"))
+    if config.data.cache and train_data.condition_encoder is None:
+        components.vae.to(torch.device("cpu"))
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
         text_base=settings.text_learning_rate or settings.learning_rate,
@@ -295,14 +301,20 @@ def _trainable_model(
 ) -> TextToImage:
     """Freeze all but the trainable parts, and choose the model's memory layout and kernels."""
     settings, device = config.train, accelerator.device
-    for part in (components.vae, components.text_encoder):
-        part.requires_grad_(False).eval()
-    components.text_encoder.to(device)
-    trains_text = trains_text_encoder(config)
-    model = TextToImage(components, trains_text_encoder=trains_text, controlnet=controlnet)
+    encoders, trained = components.text_encoders.to(device), trained_text_encoders(config)
+    for part in (components.vae, encoders.text_encoder, encoders.text_encoder_2):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    first, second = (name in trained for name in TEXT_ENCODERS)
+    model = TextToImage(
+        components,
+        trains_text_encoder=first,
+        trains_text_encoder_2=second,
+        controlnet=controlnet,
+    )
     set_trainable(
         model.unet,
-        model.text_encoder,
+        model.text_encoders,
         config.finetune.method,
         reads_condition=config.condition.is_on,
     )
@@ -316,9 +328,10 @@ def _trainable_model(
         components.unet.enable_gradient_checkpointing()
         if controlnet is not None:
             controlnet.enable_gradient_checkpointing()
-        if model.text_encoder is not None:
+        for text_encoder in (model.text_encoder, model.text_encoder_2):
             # the reentrant form passes no gradient to words or adapters behind frozen inputs
-            model.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            if text_encoder is not None:
+                text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

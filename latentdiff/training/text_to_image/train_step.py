@@ -208,8 +208,7 @@ class TrainStep:
         parts: list[tuple[nn.Module, bool]] = [(self.model.unet, False)]
         if self.model.controlnet is not None:
             parts.append((self.model.controlnet, False))
-        if self.model.text_encoder is not None:
-            parts.append((self.model.text_encoder, True))
+        parts += [(text_encoder, True) for text_encoder in self.model.text_encoders]
         return [
             group | {"is_text": is_text}
             for part, is_text in parts

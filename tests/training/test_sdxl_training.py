@@ -1,0 +1,174 @@
+"""SDXL in training: the loss of diffusers' script, sizes, the null prompt, caches, every method."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from fakes_sdxl_training import make_sdxl_world, sdxl_config
+from fakes_training import read_metrics
+from safetensors.torch import load_file
+
+from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.training.inputs.encode import CachedPromptEmbeds, TokenIds
+from latentdiff.training.text_to_image.setup import Run, setup
+from latentdiff.training.text_to_image.train_t2i import train
+
+CPU = torch.device("cpu")
+UNGUIDED = {"do_classifier_free_guidance": False}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sdxl_world(tmp_path_factory.mktemp("sdxl"))
+
+
+def run_of(world: Path, folder: Path, **settings: Any) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train(sdxl_config(world, folder, **settings)) == 0
+    return folder
+
+
+def set_up(world: Path, folder: Path, **settings: Any) -> Run:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return setup(sdxl_config(world, folder, **settings), folder, Accelerator(cpu=True))
+
+
+def batch_of(run: Run) -> dict[str, torch.Tensor]:
+    batches = run.train_data.batches(
+        run.layout, first_step=0, last_step=1, accelerator=run.accelerator, seed=0
+    )
+    return next(batches)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_is_that_of_diffusers_on_the_same_tensors(
+    world: Path, tmp_path: Path, prediction_type: str
+) -> None:
+    """train_text_to_image_sdxl.py: both encoders' states, pooled ones and sizes into the U-Net."""
+    run = set_up(
+        world,
+        tmp_path,
+        diffusion__prediction_type=prediction_type,
+        diffusion__caption_dropout=0,
+        data__resolution=24,
+    )
+    batch = batch_of(run)
+    objective, unet = run.train_step.objective, run.components.unet
+    ours = objective.losses(run.train_step.model, batch, count=len(batch["z0"]))  # type: ignore[union-attr]
+    stock = StableDiffusionXLPipeline.from_pretrained(world / "base")
+    captions = [run.train_data.train[int(i)].captions[0] for i in batch["index"]]
+    embeds, _, pooled, _ = stock.encode_prompt(captions, device=CPU, **UNGUIDED)
+    scheduler = DDPMScheduler.from_config(stock.scheduler.config, prediction_type=prediction_type)
+    noisy = scheduler.add_noise(batch["z0"], batch["eps"], ours.t)
+    time_ids = torch.tensor([[32, 32, 0, 0, 24, 24]] * len(captions))
+    output = unet(
+        noisy,
+        ours.t,
+        embeds,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+    ).sample
+    target = batch["eps"]
+    if prediction_type == "v_prediction":
+        target = scheduler.get_velocity(batch["z0"], batch["eps"], ours.t)
+    theirs = F.mse_loss(output, target, reduction="none").mean((1, 2, 3))
+    torch.testing.assert_close(ours.loss, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(batch["time_ids"], time_ids)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_captions_drop_to_the_null_prompt_that_the_model_is_sampled_with(
+    tmp_path: Path, zeros: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make_sdxl_world(tmp_path / "world", zeros=zeros)
+    with caplog.at_level(logging.INFO):
+        folder = run_of(world, tmp_path / "run", train__max_steps=1)
+    named = "zeros" if zeros else "the encoded empty caption"
+    assert f"null prompt that this model is sampled with: {named}" in caplog.text
+    index = json.loads((folder / "pipeline" / "model_index.json").read_text())
+    assert index["force_zeros_for_empty_prompt"] is zeros
+    assert index["_class_name"] == "StableDiffusionXLPipeline"
+    stock = StableDiffusionXLPipeline.from_pretrained(world / "base")
+    _, embeds, _, pooled = stock.encode_prompt("a cat", device=CPU)  # its negative prompt None
+    for trains in ("false", "true"):
+        run = set_up(world, tmp_path / trains, train__train_text_encoder=trains)
+        source = run.train_data.source
+        assert isinstance(source, TokenIds if trains == "true" else CachedPromptEmbeds)
+        seen: list[dict[str, Any]] = []
+        unet = run.train_step.model.unet
+        unet.forward = lambda zt, t, seen=seen, **read: (zt, seen.append(read))  # type: ignore[assignment]
+        batch = batch_of(run) | {"dropped": torch.ones(4, dtype=torch.bool)}
+        run.train_step.objective.losses(run.train_step.model, batch, count=4)  # type: ignore[union-attr]
+        read = seen[0]
+        torch.testing.assert_close(read["encoder_hidden_states"], embeds.expand(4, -1, -1))
+        added = read["added_cond_kwargs"]
+        torch.testing.assert_close(added["text_embeds"], pooled.expand(4, -1))
+        assert torch.equal(added["time_ids"], batch["time_ids"])
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"train__train_text_encoder": "true", "train__train_text_encoder_2": "true"},
+    "cross_attention": {"finetune__method": "cross_attention"},
+    "lora": {
+        "finetune__method": "lora",
+        "finetune__lora_rank": 2,
+        "finetune__lora_targets": '["to_q","to_k","to_v","to_out.0","conv1","conv2"]',
+        "train__train_text_encoder_2": "true",
+    },
+    "textual_inversion": {
+        "finetune__method": "textual_inversion",
+        "finetune__token": "<toy>",
+        "finetune__initializer_token": "circle",
+        "finetune__instance_prompts": '["a photo of <toy>"]',
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_run_continues_bit_for_bit_and_stock_opens_its_export(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    settings = METHODS[method]
+    whole = run_of(world, tmp_path / "whole", **settings)
+    stopped = run_of(world, tmp_path / "run", **(settings | {"train__max_steps": 1}))
+    run_of(world, stopped, **settings)
+    assert read_metrics(whole) == read_metrics(stopped)
+    name = Path("checkpoints", "step-000000003", "model.safetensors")
+    first, second = load_file(whole / name), load_file(stopped / name)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    stock = StableDiffusionXLPipeline.from_pretrained(whole / "pipeline")
+    ours = LatentDiffPipeline.from_pretrained(whole / "pipeline")
+    given = {"num_inference_steps": 2, "output_type": "pt", "height": 32, "width": 32}
+    images = []
+    for pipe in (stock, ours):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe("a red circle", generator=generator, guidance_scale=3.0, **given).images)
+    torch.testing.assert_close(
+        torch.as_tensor(images[0]), torch.as_tensor(images[1]), rtol=0, atol=1 / 255
+    )
+
+
+def test_second_run_encodes_nothing(world: Path, tmp_path: Path) -> None:
+    first = set_up(world, tmp_path / "first", data__cache_dir=tmp_path / "cache")
+    again = set_up(world, tmp_path / "again", data__cache_dir=tmp_path / "cache")
+    for run, expected in ((first, True), (again, False)):
+        source, latents = run.train_data.source, run.train_data.latents
+        assert isinstance(source, CachedPromptEmbeds)
+        assert bool(source.cache.num_encoded) == bool(latents.num_encoded) == expected  # type: ignore[union-attr]
+    caption = first.train_data.train[0].captions[0]
+    stock = StableDiffusionXLPipeline.from_pretrained(world / "base")
+    embeds, _, pooled, _ = stock.encode_prompt(caption, device=CPU, **UNGUIDED)
+    for run in (first, again):
+        item = run.train_data.source.item(caption)
+        torch.testing.assert_close(item["prompt_embeds"], embeds[0])
+        torch.testing.assert_close(item["pooled_embeds"], pooled[0])
