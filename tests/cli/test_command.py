@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from fakes_app import write_run
 from fakes_data import captioned_folder, save_image
 from jsonargparse import ArgumentParser
@@ -310,3 +311,17 @@ def test_an_unknown_setting_is_answered_by_three_names_at_most(
 def test_help_of_train_has_a_command_to_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     assert "latentdiff train --config lora_mini --data.root=photos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given", [["--method", "lcm_lora"], ["--method=lcm_lora"], ["--config", "distill_lcm_lora"]]
+)
+def test_lcm_lora_takes_its_own_settings_where_no_others_are_given(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not main(["distill", "MODEL", *given, "--data", "photos", "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["distill"]["method"] == "lcm_lora"
+    assert settings["model"]["pretrained"] == "MODEL"
+    assert settings["finetune"]["lora_rank"] == 64
+    assert settings["train"]["ema_decay"] == 0.95
