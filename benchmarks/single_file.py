@@ -26,26 +26,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.pipeline.files.single_file import (
-    TEXT_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    unet_name,
-    vae_name,
+from latentdiff.pipeline.files.ldm_names import (
+    clip_weights,
+    open_clip_weights,
+    to_file,
+    unet_weights,
+    vae_weights,
 )
 
+CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
-OPEN_CLIP_NAMES = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm": "ln_final",
-    "encoder.layers": "transformer.resblocks",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
 
 
 def make_modules(family: str) -> dict[str, nn.Module]:
@@ -68,38 +58,15 @@ def make_modules(family: str) -> dict[str, nn.Module]:
 
 def named(modules: dict[str, Any], family: str) -> dict[str, Tensor]:
     """Return the weights by the names of a family's files."""
-    unet, vae, text = modules["unet"], modules["vae"], modules["text_encoder"]
-    found = {
-        UNET_PREFIX + unet_name(key, layers=unet.config.layers_per_block): value
-        for key, value in unet.state_dict().items()
-    }
-    levels = len(vae.config.block_out_channels)
-    for key, value in vae.state_dict().items():
-        is_projection = ".attentions." in key and key.endswith("weight") and value.ndim == 2
-        one = value[..., None, None] if is_projection else value  # a 1x1 convolution there
-        found[VAE_PREFIX + vae_name(key, levels=levels)] = one
-    words = {key.removeprefix("text_model."): value for key, value in text.state_dict().items()}
-    words.pop("embeddings.position_ids", None)
-    if family == "sd1":
-        return found | {TEXT_PREFIX + key: value for key, value in words.items()}
-    return found | {OPEN_CLIP_PREFIX + key: value for key, value in open_clip(words).items()}
-
-
-def open_clip(words: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIP text encoder's weights as OpenCLIP has them: q, k and v in one."""
-    found: dict[str, Tensor] = {}
-    for key, value in words.items():
-        if "k_proj" in key or "v_proj" in key:
-            continue
-        name = key.replace("self_attn.q_proj.", "attn.in_proj_")
-        for ours, theirs in OPEN_CLIP_NAMES.items():
-            name = name.replace(ours, theirs)
-        if "q_proj" in key:
-            three = [words[key.replace("q_proj", f"{kind}_proj")] for kind in "qkv"]
-            found[name] = torch.cat(three)
-        else:
-            found[name] = value
-    return found
+    text = modules["text_encoder"]
+    names, prefix = (
+        (clip_weights, CLIP_PREFIX) if family == "sd1" else (open_clip_weights, OPEN_CLIP_PREFIX)
+    )
+    return (
+        to_file(modules["unet"], unet_weights(modules["unet"]))
+        | to_file(modules["vae"], vae_weights(modules["vae"]))
+        | to_file(text, names(text, prefix=prefix))
+    )
 
 
 def write_file(path: Path, family: str) -> int:

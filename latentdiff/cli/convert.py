@@ -11,7 +11,7 @@ from latentdiff.program import program
 
 
 def convert_single_file_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
-    """Write a whole Stable Diffusion 1.x or 2.x model of one .safetensors file as a folder.
+    """Write a whole Stable Diffusion 1.x, 2.x or XL model of one .safetensors file as a folder.
 
     For checkpoints of ComfyUI, A1111, kohya's scripts and CivitAI. Nothing is fetched.
     """
@@ -20,16 +20,26 @@ def convert_single_file_command(parser: ArgumentParser, arguments: Sequence[str]
     parser.add_argument(
         "--base", type=str, help="a model of the same layout, where the family's is another"
     )
+    parser.add_argument("--vae", type=str, help="a VAE's folder or file, in place of its own")
     parser.add_argument(
-        "--prediction_type", type=str, help="epsilon for Stable Diffusion 2's 512 px base models"
+        "--prediction_type",
+        type=str,
+        help="where the file does not state it: epsilon for Stable Diffusion 2's 512 px base "
+        "models, v_prediction for models of XL that look washed out",
+    )
+    parser.add_argument(
+        "--zero_terminal_snr", type=bool, help="as the file states it by default; most v models"
     )
     parser.add_argument("--dtype", type=str, help=DTYPE_HELP)
     values = parser.parse_args(arguments).as_dict()
     quieten_libraries()
     from latentdiff.sampling.single_files import folder_of_single_file
 
-    out = folder_of_single_file(values.pop("file"), Path(values.pop("out")), **values)
-    print(f"wrote {out}\nnext: {program()} sample {out} 'a prompt' --out sheet.png")
+    file, out = values.pop("file"), Path(values.pop("out"))
+    scheduler = folder_of_single_file(file, out, **values).scheduler.config
+    zero = " with zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""
+    print(f"wrote {out}, which predicts {scheduler['prediction_type']}{zero}")
+    print(f"next: {program()} sample {out} 'a prompt' --out sheet.png")
     return 0
 
 
@@ -37,8 +47,12 @@ def convert_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int
     """Write the VAE of a .safetensors file, alone or of a whole model, as a folder."""
     parser.add_argument("file", type=expanduser, help="the .safetensors file")
     parser.add_argument("--out", type=expanduser, required=True, help="the folder to write")
+    parser.add_argument("--base", type=str, help="a model with a VAE of the same layout")
     parser.add_argument(
-        "--base", type=str, help="a model with a VAE of the same layout; by default SD 1's"
+        "--family",
+        type=str,
+        help="sd1, sd2 or sdxl, which have VAEs of the same shapes and other scaling factors; "
+        "by default a whole model's own, sd1 for a VAE alone",
     )
     parser.add_argument("--scaling_factor", type=float, help="of its latents; the base's (0.18215)")
     parser.add_argument("--dtype", type=str, help=DTYPE_HELP)

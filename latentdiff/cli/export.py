@@ -10,7 +10,7 @@ from latentdiff.cli.command import DTYPE_HELP, add_model, quieten_libraries
 
 
 def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
-    """Write a Stable Diffusion 1.x folder as one .safetensors file for ComfyUI and A1111."""
+    """Write a Stable Diffusion 1.x or XL model as one .safetensors file for ComfyUI and A1111."""
     add_model(parser)
     parser.add_argument("--out", type=expanduser, required=True, help="the file to write")
     parser.add_argument("--dtype", type=str, default="float32", help="float32, float16 or bfloat16")
@@ -111,7 +111,10 @@ def lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
     options = {"naming": args.format, "base": args.base, "dtype": args.dtype}
     written = convert_lora(args.lora, Path(args.out), **options)
-    print(f"wrote {written.path}: {written.num_layers} layers in the names of {args.format}")
+    print(
+        f"wrote {written.path}: {written.num_layers} layers in the names of {args.format}, "
+        f"for {written.base}"
+    )
     if args.format == "kohya" and (unknown := written.unknown_to_kohya):
         print(f"kohya's own scripts leave out {len(unknown)} of them: {', '.join(unknown)}")
     return 0

@@ -35,8 +35,8 @@ class FinetuneConfig:
     """lora: a LoRA to start from, as kohya's network_weights: a file, folder, run or hub id in
     diffusers', peft's or kohya's naming. Rank and layers are its own"""
     lora_kohya: bool = True
-    """write lora_kohya.safetensors too, in kohya's naming, for ComfyUI and A1111; lora/ is for
-    diffusers"""
+    """lora: also write lora_kohya.safetensors, the same LoRA under the layer names that kohya's
+    scripts, ComfyUI and A1111 load. lora/ is the one for diffusers"""
     token: str = ""
     """textual_inversion: the new word, such as "<my-dog>" """
     initializer_token: str = ""

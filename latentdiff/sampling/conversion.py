@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from latentdiff.device import DTYPES
 from latentdiff.models.components import carry_tiny_vae, left_out
@@ -78,8 +79,8 @@ def export_single_file(
     For ComfyUI, A1111 and `from_single_file`, which bring CLIP's vocabulary with them. dtype:
     float32, float16 or bfloat16. guidance_scale: of a distilled model that reads it, to be fixed in
     the weights, as the layout has no place for the embedding; by default the model's own. Raises
-    ValueError for a model of another layout than Stable Diffusion 1.x or of another vocabulary, a
-    scale that it has no use for, and for an `out` that exists.
+    ValueError for a model of another layout than Stable Diffusion 1.x or XL or of another
+    vocabulary, a scale that it has no use for, and for an `out` that exists.
     """
     if out.suffix != ".safetensors" or dtype not in DTYPES:
         raise ValueError(
@@ -90,20 +91,27 @@ def export_single_file(
     pipe = LatentDiffPipeline.from_pretrained(
         model, torch_dtype=DTYPES[dtype], **left_out(safety_checker=True)
     )  # one file holds none
-    if has_new_words(pipe.tokenizer):
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        if tokenizer is not None:
+            _check_vocabulary(model, tokenizer)
+    _fix_guidance(pipe, guidance_scale)
+    return save_single_file(pipe, out)
+
+
+def _check_vocabulary(model: PathLike, tokenizer: Any) -> None:
+    """Raise ValueError for other tokens than those of CLIP, which one file does not hold."""
+    if has_new_words(tokenizer):
         raise ValueError(
             f"{model} has learned words, and one file holds no vocabulary: convert the base "
             "model, and give learned_embeds.safetensors with it as an embedding"
         )
-    if len(pipe.tokenizer) != CLIP_VOCABULARY:
+    if len(tokenizer) != CLIP_VOCABULARY:
         raise ValueError(
-            f"{model} has a vocabulary of {len(pipe.tokenizer):,} tokens of its own, and one file "
+            f"{model} has a vocabulary of {len(tokenizer):,} tokens of its own, and one file "
             f"holds none: programs that open it bring CLIP's {CLIP_VOCABULARY:,}; use the folder "
             "in diffusers or latentdiff, or train on Stable Diffusion: latentdiff train --config "
             "lora_sd15_8gb"
         )
-    _fix_guidance(pipe, guidance_scale)
-    return save_single_file(pipe, out)
 
 
 def _fix_guidance(pipe: LatentDiffPipeline, scale: float | None) -> None:

@@ -17,7 +17,7 @@ from fakes_lora import (
 from fakes_pipeline import lora_weights, tiny_components, tiny_pipeline
 from safetensors.torch import save_file
 
-from latentdiff.pipeline.files.single_file import unet_name
+from latentdiff.pipeline.files.ldm_names import unet_name
 
 MIXED_ALPHAS = {path: (4, a) for path, a in zip(ATTENTION, (4.0,) * 5 + (1.0,) * 3, strict=True)}
 RANKS = (4, 4, 4, 8, 8, 2, 2, 6)
@@ -82,7 +82,7 @@ def test_names_of_other_programs_mean_the_same_layers(naming):
     renamed = {}
     for path in layers:
         flat = ("lora_te_text_model_" if layers is TEXT else "lora_unet_") + path.replace(".", "_")
-        compvis = "" if layers is TEXT else unet_name(f"{path}.w", layers=1)[:-2]
+        compvis = "" if layers is TEXT else unet_name(f"{path}.w", pipe.unet.config)[:-2]
         compvis = "lora_unet_" + compvis.replace(".", "_")
         peft = f"base_model.model.{path}"
         old = f"unet.{path}_lora".replace(".to_", ".processor.to_").replace("out.0", "out")

@@ -16,6 +16,7 @@ from latentdiff.config.options import EvalModelOptions
 from latentdiff.evaluation.eval_set import open_eval_model
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.files.adapter_file import stored_metadata
 from latentdiff.sampling import conversion
 from latentdiff.sampling.conversion import export_single_file, merge_loras
 from latentdiff.sampling.open_pipeline import open_pipeline
@@ -83,6 +84,8 @@ def test_single_file_comes_back_bit_for_bit(tmp_path, monkeypatch):
     file = export_single_file(tmp_path / "model", tmp_path / "model.safetensors")
     stored = load_file(file)
     assert {"v_pred", "ztsnr"} <= stored.keys()
+    hint = stored_metadata(file)["modelspec.usage_hint"]
+    assert hint == "the node ModelSamplingDiscrete (sampling v_prediction, zsnr true) in ComfyUI"
     assert "cond_stage_model.transformer.text_model.final_layer_norm.weight" in stored
     loaded = LatentDiffPipeline.from_single_file(file, config=tmp_path / "model")
     for part in ("unet", "vae", "text_encoder"):

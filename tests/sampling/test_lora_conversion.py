@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +136,30 @@ def test_what_would_lose_layers_or_a_file_is_refused(tmp_path, base):
     with pytest.raises(ValueError, match=r"8 of 16 layers, such as lora_unet.*--base"):
         convert_lora(path, out, naming="diffusers", base=base)
     assert not out.exists()
+
+
+def test_the_base_model_that_a_lora_was_trained_on_is_named(tmp_path, base, capsys):
+    """That is the model of --base, not the one that this model was tuned from."""
+    tuned = json.dumps({"base_model": "owner/older", "resolution": 64, "steps": 9})
+    Path(base, "latentdiff.json").write_text(tuned)
+    weights = kohya_file(tiny_pipeline(), evenly(ATTENTION))
+    save_file(weights, tmp_path / "a.safetensors", metadata={"ss_sd_model_name": "theirs"})
+    for naming, options in (("kohya", [f"--base={base}"]), ("diffusers", [f"--base={base}"])):
+        out = tmp_path / f"{naming}.safetensors"
+        command = ["export", "lora", str(tmp_path / "a.safetensors"), f"--format={naming}"]
+        assert main([*command, f"--out={out}", *options]) == 0
+        assert f"8 layers in the names of {naming}, for base" in capsys.readouterr().out
+        found = metadata_of(out)
+        assert (found["ss_sd_model_name"], found["modelspec.resolution"]) == ("base", "64x64")
+        assert "ss_steps" not in found
+
+
+def test_a_run_names_the_base_model_of_its_training(tmp_path, base):
+    run = tmp_path / "run"
+    tiny_pipeline().save_pretrained(run / "pipeline")
+    (run / "pipeline" / "latentdiff.json").write_text(json.dumps({"base_model": "owner/model"}))
+    (run / "lora").mkdir()
+    weights = kohya_file(tiny_pipeline(), evenly(ATTENTION))
+    save_file(weights, run / "lora" / "pytorch_lora_weights.safetensors")
+    written = convert_lora(run, tmp_path / "out.safetensors", naming="kohya")
+    assert written.base == metadata_of(written.path)["ss_sd_model_name"] == "owner/model"

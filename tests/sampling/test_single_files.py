@@ -53,6 +53,9 @@ def test_a_vae_in_either_naming_or_of_a_whole_model_becomes_a_folder(tmp_path, e
         out = folder_of_vae(file, tmp_path / f"{file.stem}-vae", base=base, scaling_factor=0.25)
         found = AutoencoderKL.from_pretrained(out, torch_dtype=torch.float16)
         assert found.config.scaling_factor == 0.25
+        given = tmp_path / f"{file.stem}-given"
+        own = folder_of_single_file(whole, given, base=base, vae=str(file)).vae.state_dict()
+        assert all(torch.equal(own[name], x) for name, x in found.state_dict().items())
         own = original.state_dict()
         assert all(torch.equal(own[name], x) for name, x in found.state_dict().items())
 
@@ -66,7 +69,9 @@ def test_what_is_no_such_file_is_named(tmp_path, exported):
     with pytest.raises(ValueError, match="no VAE of this kind, it holds a LoRA"):
         folder_of_vae(tmp_path / "lora.safetensors", out)
     with pytest.raises(ValueError, match=r"of another shape|missing"):
-        folder_of_vae(whole, out)  # by Stable Diffusion 1's config
+        folder_of_vae(whole, out, family="sdxl")  # by Stable Diffusion XL's config
+    with pytest.raises(ValueError, match="family=xl, expected one of sd1, sd2, sdxl"):
+        folder_of_vae(whole, out, family="xl")
     (tmp_path / "old.ckpt").touch()
     (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:99])
     for name, message in (

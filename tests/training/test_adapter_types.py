@@ -20,9 +20,15 @@ from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.pipeline.files.kohya_lora import kohya_weights
+from latentdiff.pipeline.files.model_info import ModelInfo
 from latentdiff.training.finetune import lokr, lora
 from latentdiff.training.finetune.initial_weights import InitialWeights
-from latentdiff.training.finetune.methods import add_adapters, merged_components
+from latentdiff.training.finetune.methods import (
+    LoraFacts,
+    add_adapters,
+    merged_components,
+    save_adapters,
+)
 from latentdiff.training.text_to_image.memory import estimate_activations
 from latentdiff.training.text_to_image.model import TextToImage
 from latentdiff.training.text_to_image.preview import make_pipeline
@@ -213,3 +219,15 @@ def test_dora_goes_on_from_a_dora_alone(world: Path, tmp_path: Path, run: tuple[
     assert train(finetuning(world, tmp_path / "run", **settings)) == 0
     ours, theirs = (open_ours(one / "pipeline") for one in (tmp_path / "run", folder))
     assert (generate(ours) - generate(theirs)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_no_other_program_is_named_for_a_base_of_an_own_vocabulary(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    settings = FinetuneConfig("lora", adapter_type=kind, lora_rank=2)  # type: ignore[arg-type]
+    with caplog.at_level("INFO"):
+        facts = LoraFacts(ModelInfo(), "style")
+        save_adapters(start(world, kind), settings, tmp_path, facts=facts)
+    assert "it fits its own base model only" in caplog.text
+    assert "ComfyUI" not in caplog.text

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -23,20 +23,25 @@ from latentdiff.pipeline.files.adapter_file import (
     LORA_NAMES,
     open_adapter,
 )
-from latentdiff.pipeline.files.embedding_file import check_new_words, read_embedding
-from latentdiff.pipeline.files.lora_layers import lora_layers
+from latentdiff.pipeline.files.embedding_file import check_new_words, read_embeddings
+from latentdiff.pipeline.files.lora_layers import PARTS, UNET, lora_layers
 
 LOADING: dict[str, Any] = {"low_cpu_mem_usage": True}  # no random weights before the loaded ones
 
 logger = logging.getLogger(__name__)
 
 
-class AdaptersMixin(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
-    """Loading of LoRAs and learned words; a mixin for a DiffusionPipeline."""
+class AdaptersMixin(StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin):
+    """Loading of LoRAs and learned words; a mixin for a DiffusionPipeline.
+
+    diffusers' mixin for SDXL also fuses LoRAs of a second text encoder, if there is one.
+    """
 
     unet: Any
     text_encoder: Any
     tokenizer: Any
+    text_encoder_2: Any
+    tokenizer_2: Any
 
     def load_lora_weights(
         self,
@@ -66,15 +71,20 @@ class AdaptersMixin(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin)
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        models: dict[str, Any] = {"unet": self.unet, "text_encoder": self.text_encoder}
+        models: dict[str, Any] = {part: getattr(self, part) for part in PARTS}
         layers = lora_layers(file, models)
         name = self._new_adapter_name(adapter_name)
         for part, weights in layers.parts.items():
             active = _active_adapters(models[part])
             named = {f"{part}.{key}": tensor for key, tensor in weights.items()}
-            load = self.load_lora_into_unet if part == "unet" else self.load_lora_into_text_encoder
+            options = {"adapter_name": name, "_pipeline": self, **LOADING}
             with _without_false_warnings():
-                load(named, None, models[part], adapter_name=name, **LOADING, _pipeline=self)
+                if part == UNET:
+                    self.load_lora_into_unet(named, None, models[part], **options)
+                else:
+                    self.load_lora_into_text_encoder(
+                        named, None, models[part], prefix=part, **options
+                    )
             for layer in _adapted_layers(models[part]):
                 layer.set_adapter([*active, name])
         if layers.unused:
@@ -117,12 +127,14 @@ class AdaptersMixin(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin)
         """Load new words: a safetensors file or folder, a hub id, a dict, or a list of them.
 
         token: the words, one a file; by default those of the files, for kohya's and A1111's the
-        name of the file. Warns where one is part of ordinary words. Raises FileNotFoundError or
-        ValueError as `load_lora_weights` does, and where a word is known already.
+        name of the file. A file for SDXL has vectors of both text encoders, clip_l and clip_g.
+        Warns where a word is part of ordinary words. Raises FileNotFoundError or ValueError as
+        `load_lora_weights` does, and where a word is known already.
         """
         sources, tokens = _with_tokens(pretrained_model_name_or_path, token)
-        width = self.text_encoder.get_input_embeddings().weight.shape[1]
-        words: dict[str, Tensor] = {}
+        readers = self._text_readers()
+        widths = [encoder.get_input_embeddings().weight.shape[1] for encoder, _ in readers]
+        words: dict[str, list[Tensor]] = {}
         for source, wanted in zip(sources, tokens, strict=True):
             file = open_adapter(
                 source,
@@ -134,13 +146,22 @@ class AdaptersMixin(StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin)
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
-            word, vectors = read_embedding(file, wanted, width=width)
+            word, vectors = read_embeddings(file, wanted, widths=widths)
             if word in words:
                 raise ValueError(f"{file.name} brings the word {word!r} a second time; pass token=")
             words[word] = vectors
-        check_new_words(words, self.tokenizer)
-        super().load_textual_inversion([{word: vectors} for word, vectors in words.items()])
+        for k, (_, tokenizer) in enumerate(readers):
+            check_new_words({word: vectors[k] for word, vectors in words.items()}, tokenizer)
+        for k, (encoder, tokenizer) in enumerate(readers):
+            own = [{word: vectors[k]} for word, vectors in words.items()]
+            super().load_textual_inversion(own, tokenizer=tokenizer, text_encoder=encoder)
+            _pool_at_end_token(encoder, tokenizer)
         self._check_components()
+
+    def _text_readers(self) -> list[tuple[Any, Any]]:
+        """Return the text encoders that there are, each with its tokenizer."""
+        second = self.text_encoder_2, self.tokenizer_2
+        return [(self.text_encoder, self.tokenizer), *([second] if second[0] is not None else [])]
 
     def _new_adapter_name(self, name: str | None) -> str:
         """Return a name for one more LoRA, the same in U-Net and text encoder."""
@@ -180,6 +201,16 @@ def _adapted_layers(module: nn.Module) -> Iterator[Any]:
 
 def _active_adapters(module: nn.Module) -> list[str]:
     return sorted({name for layer in _adapted_layers(module) for name in layer.active_adapters})
+
+
+def _pool_at_end_token(text_encoder: Any, tokenizer: Any) -> None:
+    """Let a text encoder pool at the end token, not at the token of the highest number.
+
+    The latter is what transformers does for the old eos_token_id of 2, which most configs still
+    have; the two are the same until there are new words, whose numbers are higher.
+    """
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    text_encoder.config.eos_token_id = inner.eos_token_id = tokenizer.eos_token_id
 
 
 def _with_tokens(source: Any, token: Any) -> tuple[list[Any], list[Any]]:

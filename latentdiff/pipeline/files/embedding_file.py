@@ -1,13 +1,15 @@
 """Learned words of textual inversion (Gal et al. 2023), read from files and checked.
 
 diffusers keeps vectors (n, D) under the word itself; kohya and A1111 under "emb_params", where the
-file's name is the word. Does not answer for: adding a word to the text encoder (adapters.py).
+file's name is the word. Files for SDXL have "clip_l" and "clip_g", the same number of vectors for
+each text encoder; the word is in the metadata, or the file's name. Does not answer for: adding a
+word to the text encoder (adapters.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +18,49 @@ from transformers import CLIPTokenizer
 
 from latentdiff.models.file_kind import EMBEDDING, WIDTHS, describe, kind_of
 from latentdiff.models.text import END_OF_WORD
-from latentdiff.pipeline.files.adapter_file import AdapterFile
+from latentdiff.pipeline.files.adapter_file import AdapterFile, stored_metadata
 
 NAMELESS = "emb_params"
-SDXL = {"clip_l", "clip_g"}
+SDXL = ("clip_l", "clip_g")  # of the first and the second text encoder
+WORD = "modelspec.trigger_phrase"
 MAX_VECTORS = 75  # of a window of 77 tokens, without its start and end
 
 logger = logging.getLogger(__name__)
+
+
+def read_embeddings(
+    file: AdapterFile, token: str | None, *, widths: Sequence[int]
+) -> tuple[str, list[Tensor]]:
+    """Return the word of a file and its vectors (n, D) for each text encoder, of these widths.
+
+    token: the word to use in its place. Raises ValueError, with the file's name, as
+    `read_embedding` does, and for a file that is for one text encoder where there are two.
+    """
+    if len(widths) == 1:
+        word, vectors = read_embedding(file, token, width=widths[0])
+        return word, [vectors]
+    shapes = {name: tuple(tensor.shape) for name, tensor in file.weights.items()}
+    if shapes.keys() != set(SDXL):
+        known = kind_of(shapes) is EMBEDDING
+        found = f"the vectors {', '.join(sorted(shapes)):.200}" if known else describe(shapes)
+        raise ValueError(
+            f"{file.name} holds {found}, expected clip_l and clip_g: the vectors of one word for "
+            "both of this model's text encoders"
+        )
+    rows = [
+        _checked(file.weights[name], name=f"{file.name}: {name}", width=width)
+        for name, width in zip(SDXL, widths, strict=True)
+    ]
+    if len(rows[0]) != len(rows[1]):
+        raise ValueError(
+            f"{file.name} has {len(rows[0])} vectors in clip_l and {len(rows[1])} in clip_g, "
+            "expected as many"
+        )
+    stored = stored_metadata(file.path).get(WORD) if file.path is not None else None
+    word = token or stored or (file.path.stem if file.path is not None else "")
+    if not isinstance(word, str) or not word.strip():
+        raise ValueError(f"{file.name} does not name its word; pass token=")
+    return word, rows
 
 
 def read_embedding(file: AdapterFile, token: str | None, *, width: int) -> tuple[str, Tensor]:
@@ -32,7 +70,7 @@ def read_embedding(file: AdapterFile, token: str | None, *, width: int) -> tuple
     are not finite, or a word that is missing or blank.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in file.weights.items()}
-    if shapes.keys() >= SDXL:
+    if shapes.keys() >= set(SDXL):
         raise ValueError(
             f"{file.name} is an embedding for Stable Diffusion XL (clip_l and clip_g), and this "
             f"model has one text encoder, of width {width}"

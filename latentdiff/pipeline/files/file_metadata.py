@@ -51,6 +51,7 @@ def model_spec(
     adapter: str = "",
     diffusers_names: bool = False,
     trigger_word: str = "",
+    usage_hint: str = "",
 ) -> dict[str, str]:
     """Return the modelspec.* entries of a file of these weights; those unknown are absent.
 
@@ -70,6 +71,7 @@ def model_spec(
         "resolution": info.resolution and f"{info.resolution}x{info.resolution}",
         "prediction_type": prediction and PREDICTION_TYPES.get(prediction, prediction),
         "trigger_phrase": trigger_word,
+        "usage_hint": usage_hint,
         "merged_from": ", ".join(info.loras),
     }
     return {f"modelspec.{key}": str(value) for key, value in entries.items() if value}

@@ -2,8 +2,9 @@
 
 diffusers names a matrix `unet.X.to_q.lora_A.weight`; kohya, whose naming ComfyUI and A1111 read,
 `lora_unet_X_to_q.lora_down.weight`, with the layer's alpha next to it; what kohya's scripts leave
-to LyCORIS, DoRA's norms and LoKr's factors, has the names of that library. Both are read by
-lora_layers.py.
+to LyCORIS, DoRA's norms and LoKr's factors, has the names of that library. For SDXL kohya has
+CompVis' layers of the U-Net, `lora_unet_input_blocks_...`, and `lora_te1_`, `lora_te2_`. All are
+read by lora_layers.py.
 """
 
 from __future__ import annotations
@@ -11,26 +12,35 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.atomic import atomic_file
+from latentdiff.models.compatibility import reads_time_ids
+from latentdiff.pipeline.files.ldm_names import unet_name
+from latentdiff.pipeline.files.lora_layers import TEXT, TEXT_2, UNET
 
 # the blocks of the U-Net whose layers kohya's own scripts adapt; ComfyUI and A1111 know all layers
-KOHYA_BLOCKS = re.compile(r"\.(attentions|resnets|downsamplers|upsamplers)\.")
+KOHYA_BLOCKS = re.compile(r"\.(attentions|resnets|downsamplers|upsamplers)\.|\.(self_attn|mlp)\.")
+PREFIXES = {UNET: "lora_unet", TEXT: "lora_te", TEXT_2: "lora_te2"}
 
 
-def kohya_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def kohya_weights(
+    weights: Mapping[str, Tensor], *, unet_config: Any = MappingProxyType({})
+) -> dict[str, Tensor]:
     """Return the same adapters by kohya's names, such as lora_unet_X_to_q.lora_down.weight.
 
-    DoRA's norms (Liu et al. 2024) are its dora_scale, a column there; LoKr's factors keep theirs.
+    unet_config: of the U-Net that they are for; that of SDXL has names of its own. DoRA's norms
+    (Liu et al. 2024) are its dora_scale, a column there; LoKr's factors keep theirs.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         part, layer, matrix = _split(name)
-        flat = f"{'lora_unet' if part == 'unet' else 'lora_te'}_{layer.replace('.', '_')}"
+        flat = _kohya_layer(part, layer, unet_config)
         if matrix == "lora_A":
             renamed[f"{flat}.lora_down.weight"] = tensor
             renamed[f"{flat}.alpha"] = torch.tensor(float(len(tensor)))
@@ -46,6 +56,16 @@ def kohya_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _kohya_layer(part: str, layer: str, unet_config: Any) -> str:
+    """Return kohya's name of a layer, without dots."""
+    prefix = PREFIXES[part]
+    if reads_time_ids(unet_config):  # SDXL's
+        prefix = "lora_te1" if part == TEXT else prefix
+        if part == UNET:
+            layer = unet_name(f"{layer}.weight", unet_config).removesuffix(".weight")
+    return f"{prefix}_{layer.replace('.', '_')}"
+
+
 def lora_rank(weights: Mapping[str, Tensor]) -> int | None:
     """Return the layers' rank, None where it differs by layer; weights: by kohya's names."""
     ranks = {len(x) for name, x in weights.items() if name.endswith(".lora_down.weight")}
@@ -53,14 +73,12 @@ def lora_rank(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def layers_unknown_to_kohya(names: Iterable[str]) -> list[str]:
-    """Return the U-Net's adapted layers that kohya's own scripts have no place for.
+    """Return the adapted layers that kohya's own scripts have no place for.
 
     names: of matrices, as in diffusers.
     """
-    layers = {_split(name)[:2] for name in names}
-    return sorted(
-        layer for part, layer in layers if part == "unet" and not KOHYA_BLOCKS.search(layer)
-    )
+    layers = {_split(name)[1] for name in names}
+    return sorted(layer for layer in layers if not KOHYA_BLOCKS.search(layer))
 
 
 def save_lora(

@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import FromSingleFileMixin
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
@@ -26,6 +25,7 @@ from latentdiff.models.compatibility import (
     CONDITION_KINDS,
     check_compatible,
     condition_kinds,
+    read_configs,
 )
 from latentdiff.models.components import Components, choose_vae, load_parts
 from latentdiff.models.latents import LatentCodec
@@ -47,17 +47,9 @@ from latentdiff.pipeline.files.model_info import (
     read_model_info,
     write_model_info,
 )
-from latentdiff.pipeline.files.single_file import config_folder, restore_distilled
+from latentdiff.pipeline.files.prediction_marks import check_folder
+from latentdiff.pipeline.files.single_file import open_single_file, restore_distilled
 
-UNREADABLE = (  # what diffusers raises for a file that lacks weights or has others
-    SingleFileComponentError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    OSError,
-)
 STOCK_CLASSES = {  # by (is SDXL, reads a mask)
     (False, False): "StableDiffusionPipeline",
     (False, True): "StableDiffusionInpaintPipeline",
@@ -105,7 +97,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         may be a name too: "tiny" for the AutoencoderTiny that the folder carries in vae_tiny/, or
         the folder or hub id of a VAE of the same latents. requires_safety_checker is noted in what
         is saved. Raises FileNotFoundError or ValueError where a file or a weight is missing,
-        damaged, a pickle, or does not fit.
+        damaged, a pickle, or does not fit, or the folder states two prediction types.
         """
         dtype = _one_dtype(dtype, torch_dtype)
         if unknown := sorted(components.keys() - {one.name for one in fields(Components)}):
@@ -129,10 +121,13 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
+        info = read_model_info(path)
+        scheduler = read_configs(Path(path), without=components).get("scheduler", {})
+        check_folder(path, scheduler, info.prediction_type)
         parts = load_parts(path, components, torch_dtype=dtype, variant=variant)
         pipe: Any = cls(**parts, requires_safety_checker=requires_safety_checker)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
-        pipe.model_info = read_model_info(path)
+        pipe.model_info = info
         return pipe
 
     @classmethod
@@ -142,32 +137,31 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         *,
         config: str | os.PathLike[str] | None = None,
         prediction_type: str | None = None,
+        zero_terminal_snr: bool | None = None,
+        vae: Any = None,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Open one local .safetensors file of a whole Stable Diffusion 1.x or 2.x model, offline.
+        """Open one local .safetensors file of a whole Stable Diffusion or SDXL model, offline.
 
         config: a folder with the components' configs, by default those of the model family that
-        the weights' shapes tell. prediction_type: Stable Diffusion 2's does not follow from its
-        weights; by default "v_prediction" (768 px), pass "epsilon" for the 512 px base models.
-        Raises FileNotFoundError or ValueError for another kind of file, or missing weights.
+        the weights' shapes tell. prediction_type, zero_terminal_snr: by default what the file
+        states, by its entries v_pred and ztsnr or its metadata; one that states nothing predicts
+        epsilon, of Stable Diffusion 2 "v_prediction" (768 px; pass "epsilon" for the 512 px base
+        models). vae: a loaded one in place of the file's, or where the file has none. Raises
+        FileNotFoundError or ValueError for another kind of file, missing weights, or one that
+        states two prediction types.
         """
         path, dtype = Path(pretrained_model_link_or_path), _one_dtype(dtype, torch_dtype)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder, parts = config_folder(
-                path, config=config, prediction_type=prediction_type, scratch=Path(scratch)
-            )
-            try:
-                pipe: Any = super().from_single_file(
-                    str(path),
-                    config=str(folder),
-                    dtype=dtype,
-                    local_files_only=True,
-                    **parts,
-                )
-            except UNREADABLE as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise ValueError(f"{path} does not open as a whole model: {reason}") from error
+        parts = open_single_file(
+            path,
+            config=None if config is None else Path(config),
+            prediction_type=prediction_type,
+            zero_terminal_snr=zero_terminal_snr,
+            vae=None if vae is None else vae.to(dtype),
+            dtype=dtype,
+        )
+        pipe: Any = cls(**parts)
         pipe.register_to_config(_name_or_path=str(path))
         restore_distilled(pipe, path)
         return pipe

@@ -4,7 +4,8 @@ A layer gives W x + (alpha / rank) B A x. Names are diffusers' (unet.X.to_q.lora
 ones), peft's (base_model.model.X.lora_A.weight) or kohya's (lora_unet_X_to_q.lora_down.weight, X by
 diffusers' or CompVis' names); alpha is a tensor next to the matrices, or a setting of peft, and
 each layer has its own. It is folded into B, so that every layer acts at scale 1. The factors of a
-LoKr (Yeh et al. 2023) are multiplied out to the LoRA that does the same.
+LoKr (Yeh et al. 2023) are multiplied out to the LoRA that does the same. SDXL's text encoders are
+text_encoder and text_encoder_2, in kohya's names te1 and te2.
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ from torch import Tensor, nn
 from latentdiff.models.file_kind import LORA, describe, family_of, kind_of
 from latentdiff.models.weights import Shape
 from latentdiff.pipeline.files.adapter_file import AdapterFile
-from latentdiff.pipeline.files.single_file import unet_name
+from latentdiff.pipeline.files.ldm_names import bare_text_name, unet_name
 
-UNET, TEXT = "unet", "text_encoder"
+UNET, TEXT, TEXT_2 = PARTS = ("unet", "text_encoder", "text_encoder_2")
 PREFIXES = (  # of layers' names, and the part of the model that each says
     ("lora_unet_", UNET),
     ("lora_te_", TEXT),
     ("lora_te1_", TEXT),
+    ("lora_te2_", TEXT_2),
     ("base_model.model.unet.", UNET),
     ("base_model.model.text_encoder.", TEXT),
+    ("base_model.model.text_encoder_2.", TEXT_2),
     ("base_model.model.", None),
     ("model.diffusion_model.", UNET),
     ("diffusion_model.", UNET),
     ("unet.", UNET),
     ("text_encoder.", TEXT),
+    ("text_encoder_2.", TEXT_2),
     ("", None),
 )
 MATRIX = re.compile(
@@ -49,6 +53,7 @@ MATRIX = re.compile(
 MAGNITUDES = {  # as diffusers' U-Nets and transformers' models read them
     UNET: "lora_magnitude_vector",
     TEXT: "lora_magnitude_vector.weight",
+    TEXT_2: "lora_magnitude_vector.weight",
 }
 ROLES = {"A": "down", "B": "up"}
 OTHER_KINDS = (  # of adapters: LyCORIS', peft's and OneTrainer's
@@ -88,7 +93,7 @@ class Place:
 
 
 def lora_layers(file: AdapterFile, models: Mapping[str, nn.Module | None]) -> LoraLayers:
-    """Return a LoRA's matrices for a model's U-Net and text encoder ("unet", "text_encoder").
+    """Return a LoRA's matrices for a model's U-Net and text encoders, by the names in PARTS.
 
     Raises ValueError, with the file's name, for another kind of file or of adapter, a LoRA that is
     damaged, non-finite, or for another model.
@@ -96,7 +101,7 @@ def lora_layers(file: AdapterFile, models: Mapping[str, nn.Module | None]) -> Lo
     shapes = {name: tuple(tensor.shape) for name, tensor in file.weights.items()}
     _refuse_other_kinds(file.name, shapes)
     found = _by_layer(file)
-    places = {name: place for part in (UNET, TEXT) for name, place in _places(part, models[part])}
+    places = {part: dict(_places(part, models.get(part))) for part in PARTS}
     parts: dict[str, dict[str, Tensor]] = {}
     unused, taken = [], set[tuple[str, str]]()
     for layer, matrices in found.items():
@@ -188,25 +193,25 @@ def _unet_names(path: str, unet: Any) -> Iterator[str]:
     yield path
     yield path.removesuffix(".0") if path.endswith("to_out.0") else path
     try:
-        name = unet_name(f"{path}.weight", layers=unet.config.layers_per_block)
+        name = unet_name(f"{path}.weight", unet.config)
     except (ValueError, KeyError, TypeError):  # CompVis has no such layer
         return
     yield name.removesuffix(".weight")
 
 
 def _text_names(path: str) -> Iterator[str]:
-    inner = path.removeprefix("text_model.")
+    inner = bare_text_name(path)
     for name in (inner, f"text_model.{inner}"):
         yield name
         yield re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", name)  # in diffusers' old files
 
 
-def _place_of(layer: str, places: Mapping[str, Place]) -> Place | None:
+def _place_of(layer: str, places: Mapping[str, Mapping[str, Place]]) -> Place | None:
     for prefix, part in PREFIXES:
         if layer.startswith(prefix):
             flat = layer.removeprefix(prefix).replace(".processor", "").replace(".", "_")
-            place = places.get(flat)
-            return place if place is not None and part in (None, place.part) else None
+            parts = (part,) if part is not None else PARTS
+            return next((places[one][flat] for one in parts if flat in places[one]), None)
     return None
 
 

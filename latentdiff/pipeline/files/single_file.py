@@ -1,258 +1,310 @@
-"""A whole Stable Diffusion model in one .safetensors file, its weights by CompVis' names.
+"""A whole Stable Diffusion model in one .safetensors file, as in ComfyUI, A1111 and kohya's tools.
 
-Opening: the weights' shapes tell the family (1.x or 2.x), whose configs are bundled in
-assets/single_file, so that nothing is fetched. Saving: as ComfyUI, A1111 and `from_single_file`
-read it, for the layout of Stable Diffusion 1.x (U-Net, AutoencoderKL and a CLIP text encoder).
+Opening: the weights' shapes tell the family (1.x, 2.x or XL), whose configs are bundled in
+assets/single_file, so that nothing is fetched. Saving: models of the layouts of Stable Diffusion
+1.x and XL. Does not answer for: the weights' names (ldm_names.py), nor for how a file states its
+prediction type (prediction_marks.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentdiff.atomic import atomic_file
 from latentdiff.diffusion.prediction import parametrization
-from latentdiff.models.build import make_ddpm_scheduler
-from latentdiff.models.compatibility import read_json
+from latentdiff.models.build import FLOW_SIGMAS, make_ddpm_scheduler, make_flow_scheduler
+from latentdiff.models.compatibility import read_json, reads_time_ids, sample_size_px
+from latentdiff.models.components import left_out, load_parts
 from latentdiff.models.file_kind import describe, family_of
+from latentdiff.models.latents import latent_factor
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.models.weights import PICKLES, Shape, refuse_bad_weights, stored_shapes
+from latentdiff.pipeline.files.adapter_file import stored_metadata
 from latentdiff.pipeline.files.file_metadata import USAGE_HINT, model_spec, usage_hint
+from latentdiff.pipeline.files.ldm_names import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Stored,
+    check_stored,
+    clip_weights,
+    from_file,
+    open_clip_weights,
+    to_file,
+    unet_weights,
+    vae_weights,
+)
 from latentdiff.pipeline.files.model_info import info_from_json, info_to_json
+from latentdiff.pipeline.files.prediction_marks import (
+    ZERO_TERMINAL_SNR,
+    comfyui_node,
+    marks_of,
+    stated_in_file,
+)
 from latentdiff.pipeline.schedulers import scheduler_from_json, scheduler_to_json
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-TEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+TEXT_KEYS = tuple(  # where the prompt comes in first, in 1.x and 2.x and in XL
+    f"model.diffusion_model.input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"
+    for block in (1, 4)
+)
+FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the prompt embeddings
+FAMILY_NAMES = ("Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL")
+SD2_BASE_SIZE = 64  # latent pixels of Stable Diffusion 2's models that predict epsilon
 
-FAMILY_NAMES = ("Stable Diffusion 1", "Stable Diffusion 2")
-FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the prompt embeddings
-BASE_SIZE = 64
-TEXT_ROOT = "cond_stage_model."
-
-
-def config_folder(
-    path: Path,
-    *,
-    config: str | os.PathLike[str] | None,
-    prediction_type: str | None,
-    scratch: Path,
-) -> tuple[Path, dict[str, Any]]:
-    """Return a folder of configs for a single-file model, and components that it lacks.
-
-    The folder is the caller's `config`, or one written into `scratch`. Raises FileNotFoundError or
-    ValueError for a missing file, a pickle, a damaged file, or another kind of model.
-    """
-    _check_is_safetensors(path)
-    shapes = stored_shapes([path])
-    if config is not None:
-        _check_complete(path, shapes, Path(config))
-        return Path(config), {}
-    if CONV_IN not in shapes or TEXT_KEY not in shapes:
-        raise ValueError(
-            f"{path} is no whole Stable Diffusion 1.x or 2.x model in CompVis' naming, it holds "
-            f"{describe(shapes)}"
-        )
-    if (family := family_of(shapes)) not in (None, *FAMILY_NAMES):
-        raise ValueError(f"{path} is a model of {family}, expected {' or '.join(FAMILY_NAMES)}")
-    if len(shapes[CONV_IN]) != 4 or len(shapes[TEXT_KEY]) != 2:
-        raise ValueError(f"{path}: {CONV_IN} or {TEXT_KEY} has another number of dimensions")
-    channels, width = shapes[CONV_IN][1], shapes[TEXT_KEY][-1]
-    if width not in FAMILIES or channels not in (4, 9):
-        raise ValueError(
-            f"{path} reads prompt embeddings of width {width} and {channels} channels, expected "
-            "768 or 1024 and 4 or 9; pass config= with the folder of such a model"
-        )
-    configs = bundled_configs(FAMILIES[width])
-    configs["unet"]["in_channels"] = channels
-    if prediction_type is None and V_PREDICTION in shapes:
-        prediction_type = "v_prediction"
-    if prediction_type is not None:
-        _set_prediction_type(configs, prediction_type)
-    if ZERO_TERMINAL_SNR in shapes:
-        _set_zero_terminal_snr(configs)
-    folder = _write(scratch, configs)
-    _check_complete(path, shapes, folder)
-    return folder, {"tokenizer": _tokenizer(configs)}
+DISTILLED = "latentdiff"  # key of the metadata that a distilled model has
+ZEROS = "force_zeros_for_empty_prompt"
+SD1_TEXT = "cond_stage_model.transformer."
+SDXL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+Names = Callable[..., dict[str, Stored]]
+LAYOUTS: dict[str, dict[str, Names]] = {  # of components: the names after each prefix
+    "unet": {UNET_PREFIX: unet_weights},
+    "vae": {VAE_PREFIX: vae_weights},
+    "text_encoder": {
+        SD1_TEXT: clip_weights,
+        "cond_stage_model.model.": open_clip_weights,
+        SDXL_TEXT[0]: clip_weights,
+        "conditioner.embedders.0.model.": open_clip_weights,
+    },
+    "text_encoder_2": {SDXL_TEXT[1]: open_clip_weights},
+}
+CLASSES: dict[str, Callable[[Any], nn.Module]] = {
+    "unet": UNet2DConditionModel.from_config,
+    "vae": AutoencoderKL.from_config,
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+    "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
+}
 
 
-def _check_is_safetensors(path: Path) -> None:
-    if path.suffix.lower() in PICKLES:
-        raise ValueError(f"{path} is a pickle, which can run any code; convert it to .safetensors")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; open it with from_pretrained")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file here; check the spelling")
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{path} is no .safetensors file; expected a whole model in one")
+@dataclass(frozen=True)
+class SingleFile:
+    """What the header of a file tells: its tensors' shapes and its metadata."""
+
+    path: Path
+    shapes: Mapping[str, Shape]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> SingleFile:
+        """Read the header alone; FileNotFoundError, or ValueError for what is no such file."""
+        if path.suffix.lower() in PICKLES:
+            raise ValueError(
+                f"{path} is a pickle, which can run any code when it is opened; convert it to "
+                ".safetensors where you trust it"
+            )
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; open it with from_pretrained")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file here; check the spelling")
+        if path.suffix.lower() != ".safetensors":
+            raise ValueError(f"{path} is no .safetensors file, and only those are opened")
+        return cls(path, stored_shapes([path]), stored_metadata(path))
+
+    def family(self) -> str:
+        """Return "sd1", "sd2" or "sdxl" by names and shapes; ValueError for any other file."""
+        text_key = next((key for key in TEXT_KEYS if key in self.shapes), None)
+        if CONV_IN not in self.shapes or text_key is None:
+            raise ValueError(
+                f"{self.path} is no whole Stable Diffusion 1.x, 2.x or XL model in CompVis' "
+                f"naming, it holds {describe(self.shapes)}"
+            )
+        known = family_of(self.shapes)
+        if known not in (None, *FAMILY_NAMES):
+            expected = ", ".join(FAMILY_NAMES)
+            raise ValueError(f"{self.path} is a model of {known}, expected one of {expected}")
+        if len(self.shapes[CONV_IN]) != 4 or len(self.shapes[text_key]) != 2:
+            raise ValueError(f"{self.path}: {CONV_IN} or {text_key} has other dimensions")
+        channels, width = self.shapes[CONV_IN][1], self.shapes[text_key][-1]
+        if width not in FAMILIES or channels not in (4, 9):
+            raise ValueError(
+                f"{self.path} reads prompt embeddings of width {width} and {channels} channels, "
+                "expected 768, 1024 or 2048 and 4 or 9; pass config=, the folder of such a model"
+            )
+        return FAMILIES[width]
 
 
 def bundled_configs(family: str) -> dict[str, dict[str, Any]]:
-    """Return the components' configs of a model family, "sd1" or "sd2", by component."""
+    """Return the components' configs of a model family, "sd1", "sd2" or "sdxl", by component."""
     source = resources.files("latentdiff") / "assets" / "single_file" / f"{family}.json"
     configs: dict[str, dict[str, Any]] = json.loads(source.read_text(encoding="utf-8"))
     return configs
 
 
-def _check_complete(path: Path, shapes: Mapping[str, Shape], folder: Path) -> None:
-    """Raise ValueError naming the U-Net's and VAE's weights that the file lacks."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
-        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
-    expected = ldm_names(unet=unet, vae=vae)
-    refuse_bad_weights(str(path), missing=expected - shapes.keys())
-    if not any(name.startswith(TEXT_ROOT) for name in shapes):
-        raise ValueError(f"{path} has no text encoder: no weight's name begins with {TEXT_ROOT}")
+def open_single_file(
+    path: Path,
+    *,
+    config: Path | None = None,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+    vae: Any = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Return the components of a whole model in one file, by name.
 
-
-def _set_prediction_type(configs: dict[str, dict[str, Any]], prediction_type: str) -> None:
-    parametrization(prediction_type)  # ValueError for an unknown name
-    configs["scheduler"]["prediction_type"] = prediction_type
-    if prediction_type == "epsilon":  # Stable Diffusion 2's base models are of 512 pixels
-        configs["unet"]["sample_size"] = BASE_SIZE
-
-
-def _set_zero_terminal_snr(configs: dict[str, dict[str, Any]]) -> None:
-    own = configs["scheduler"]
-    scheduler = make_ddpm_scheduler(
-        prediction_type=own.get("prediction_type", "epsilon"), zero_terminal_snr=True
-    )
-    configs["scheduler"] = {"_class_name": type(scheduler).__name__} | dict(scheduler.config)
-
-
-def _tokenizer(configs: dict[str, dict[str, Any]]) -> Any:
-    tokenizer = clip_tokenizer_from_open_clip()
-    pad = configs["text_encoder"]["pad_token_id"]
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    return tokenizer
-
-
-def _write(folder: Path, configs: dict[str, dict[str, Any]]) -> Path:
-    """Write a folder of configs as diffusers lays it out; return it."""
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
-    for name, library in (
-        ("unet", "diffusers"),
-        ("vae", "diffusers"),
-        ("scheduler", "diffusers"),
-        ("text_encoder", "transformers"),
-    ):
-        entries = configs[name]
-        index[name] = [library, entries.get("_class_name", "CLIPTextModel")]
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        (folder / name).mkdir()
-        (folder / name / file).write_text(json.dumps(entries), encoding="utf-8")
-    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-    index["safety_checker"] = index["feature_extractor"] = index["image_encoder"] = [None, None]
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    return folder
-
-
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model.transformer.text_model."
-V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"  # empty entries that mark the schedule
-
-DISTILLED = "latentdiff"  # key of the metadata that a distilled model has
-
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-VAE_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
-
-
-def ldm_weights(*, unet: Any, vae: Any, text_encoder: Any) -> dict[str, Tensor]:
-    """Return all weights by CompVis' names.
-
-    Raises ValueError for a component of another layout than Stable Diffusion 1.x has.
+    config: a folder with their configs, by default those of the family. prediction_type and
+    zero_terminal_snr: by default what the file states. vae: in place of the file's. dtype: by
+    default the file's. Raises FileNotFoundError or ValueError for a missing file, a pickle, another
+    kind of model, missing weights, or a prediction type that is stated twice, differently.
     """
-    if text_encoder.config.hidden_act != "quick_gelu" or unet.config.use_linear_projection:
+    file = SingleFile.read(path)
+    configs = _configs(file, config)
+    kind = prediction_type or _stated(file, configs["scheduler"], config)
+    if config is None and kind == "epsilon" and configs["unet"]["cross_attention_dim"] == 1024:
+        configs["unet"]["sample_size"] = SD2_BASE_SIZE
+    modules = empty_modules({key: configs[key] for key in configs if key != "vae" or vae is None})
+    stored = {name: _stored(file, name, module) for name, module in modules.items()}
+    _check_weights(file, stored)
+    given = modules | ({} if vae is None else {"vae": vae})
+    if config is not None:
+        others = load_parts(config, given | left_out(safety_checker=True))
+    else:
+        others = _tokenizers(configs)
+        others |= {ZEROS: True} if "text_encoder_2" in configs else {}  # as SDXL's own folder
+    is_zero = ZERO_TERMINAL_SNR in file.shapes if zero_terminal_snr is None else zero_terminal_snr
+    scheduler = _scheduler(configs["scheduler"], prediction_type=kind, zero_terminal_snr=is_zero)
+    for name, module in modules.items():
+        module.load_state_dict(from_file(path, module, stored[name], dtype=dtype), assign=True)
+        module.eval()
+    return others | given | {"scheduler": scheduler}
+
+
+def read_vae(path: Path, config: Mapping[str, Any]) -> AutoencoderKL:
+    """Read the VAE of a file, alone in CompVis' or diffusers' names or in a whole model.
+
+    config: of an AutoencoderKL of the same layout. Raises ValueError for another kind of file.
+    """
+    file = SingleFile.read(path)
+    vae: Any = empty_modules({"vae": config})["vae"]
+    alone = {key: Stored(key, tuple(tensor.shape)) for key, tensor in vae.state_dict().items()}
+    layouts = (vae_weights(vae), vae_weights(vae, prefix=""), alone)
+    has_most = max(layouts, key=lambda places: sum(p.name in file.shapes for p in places.values()))
+    if not any(place.name in file.shapes for place in has_most.values()):
+        raise ValueError(f"{path} has no VAE of this kind, it holds {describe(file.shapes)}")
+    check_stored(str(path), has_most, file.shapes)
+    vae.load_state_dict(from_file(path, vae, has_most), assign=True)
+    return vae.eval()
+
+
+def _configs(file: SingleFile, folder: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the configs of a file's models and scheduler: a folder's, or the family's."""
+    if folder is None:
+        configs = bundled_configs(file.family())
+        configs["unet"]["in_channels"] = file.shapes[CONV_IN][1]
+        return configs
+    files = dict.fromkeys(CLASSES, "config.json") | {"scheduler": "scheduler_config.json"}
+    paths = {name: folder / name / last for name, last in files.items()}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
+
+
+def _stated(file: SingleFile, scheduler: Mapping[str, Any], folder: Path | None) -> str:
+    """Return the prediction type of a file; ValueError where a folder's scheduler has another."""
+    own = str(scheduler.get("prediction_type", "epsilon"))
+    stated = stated_in_file(str(file.path), file.shapes, file.metadata, otherwise=own)
+    if folder is not None and stated != own:
         raise ValueError(
-            "one file holds Stable Diffusion 1.x models only; this one has another layout"
+            f"{file.path} states prediction_type={stated} and the scheduler of {folder} has {own}; "
+            "name the right one by prediction_type"
         )
-    if type(vae).__name__ != "AutoencoderKL":
-        raise ValueError(f"one file holds an AutoencoderKL only; the VAE is a {type(vae).__name__}")
-    weights: dict[str, Tensor] = {}
-    for key, tensor in unet.state_dict().items():
-        weights[UNET_PREFIX + unet_name(key, layers=unet.config.layers_per_block)] = tensor
-    for key, tensor in vae.state_dict().items():
-        is_projection = ".attentions." in key and key.endswith("weight") and tensor.ndim == 2
-        value = tensor[..., None, None] if is_projection else tensor  # a 1x1 convolution there
-        weights[VAE_PREFIX + vae_name(key, levels=len(vae.config.block_out_channels))] = value
-    for key, tensor in text_encoder.state_dict().items():
-        weights[TEXT_PREFIX + key.removeprefix("text_model.")] = tensor
-    return weights
+    return stated
 
 
-def ldm_names(*, unet: Any, vae: Any) -> set[str]:
-    """Return the names that a U-Net's and a VAE's weights have in one file."""
-    layers, levels = unet.config.layers_per_block, len(vae.config.block_out_channels)
-    unet_names = {UNET_PREFIX + unet_name(key, layers=layers) for key in unet.state_dict()}
-    return unet_names | {VAE_PREFIX + vae_name(key, levels=levels) for key in vae.state_dict()}
+def empty_modules(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    """Return models by name whose parameters hold no data yet."""
+    with init_empty_weights():
+        return {name: make(configs[name]) for name, make in CLASSES.items() if name in configs}
+
+
+def _stored(file: SingleFile, name: str, module: nn.Module) -> dict[str, Stored]:
+    """Return where a file holds a component's weights; ValueError where it has none of them."""
+    for prefix, names in LAYOUTS[name].items():
+        if any(key.startswith(prefix) for key in file.shapes):
+            return names(module, prefix=prefix)
+    noun, fix = name.replace("_", " "), "; pass one by vae" if name == "vae" else ""
+    begins = " or ".join(LAYOUTS[name])
+    raise ValueError(f"{file.path} has no {noun}: no weight's name begins with {begins}{fix}")
+
+
+def _check_weights(file: SingleFile, stored: Mapping[str, Mapping[str, Stored]]) -> None:
+    """Raise ValueError for weights that are missing or misshapen, or more than a U-Net has."""
+    for places in stored.values():
+        check_stored(str(file.path), places, file.shapes)
+    known = {place.name for place in stored["unet"].values()}
+    of_unet = {key for key in file.shapes if key.startswith(UNET_PREFIX)}
+    refuse_bad_weights(str(file.path), unexpected=of_unet - known)
+
+
+def _scheduler(config: Mapping[str, Any], *, prediction_type: str, zero_terminal_snr: bool) -> Any:
+    """Return the scheduler of a config, for a prediction type and a last step of pure noise."""
+    parametrization(prediction_type)  # ValueError for an unknown name
+    if prediction_type == "flow_prediction" and not config.get(FLOW_SIGMAS):
+        return make_flow_scheduler(config.get("num_train_timesteps", 1000))
+    if zero_terminal_snr and not config.get("rescale_betas_zero_snr"):
+        return make_ddpm_scheduler(prediction_type=prediction_type, zero_terminal_snr=True)
+    cls = getattr(diffusers, config["_class_name"])
+    return cls.from_config({**config, "prediction_type": prediction_type})
+
+
+def _tokenizers(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return CLIP's tokenizer for each text encoder, which pads with a token of its own."""
+    found = {}
+    for name in configs.keys() & {"text_encoder", "text_encoder_2"}:
+        tokenizer = clip_tokenizer_from_open_clip()
+        pad = configs[name]["pad_token_id"]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        found[name.replace("text_encoder", "tokenizer")] = tokenizer
+    return found
 
 
 def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
-    """Write a pipeline's models into one .safetensors file, atomically; return its path."""
-    weights = ldm_weights(unet=pipe.unet, vae=pipe.vae, text_encoder=pipe.text_encoder)
-    schedule = pipe.scheduler.config
-    marks = {
-        V_PREDICTION: schedule.prediction_type == "v_prediction",
-        ZERO_TERMINAL_SNR: bool(schedule.get("rescale_betas_zero_snr")),
-    }
-    weights |= {mark: torch.tensor([]) for mark, holds in marks.items() if holds}
+    """Write a pipeline's models into one .safetensors file, atomically; return its path.
+
+    Raises ValueError for a component of another layout than Stable Diffusion 1.x or XL has.
+    """
+    weights = file_weights(pipe)
+    schedule, unet = pipe.scheduler.config, pipe.unet.config
+    weights |= {mark: torch.tensor([]) for mark in marks_of(schedule)}
+    height, _ = sample_size_px(unet, factor=latent_factor(pipe.vae.config))
+    info = replace(
+        pipe.model_info,
+        prediction_type=schedule.prediction_type,
+        resolution=pipe.model_info.resolution or height,
+    )
+    node = comfyui_node(schedule, is_sdxl=reads_time_ids(unet))
+    distilled = usage_hint(info, scheduler=pipe.scheduler).get(USAGE_HINT)
+    hints = distilled, node and f"{node} in ComfyUI"
     metadata = {"format": "pt"} | model_spec(
         weights,
-        info=replace(pipe.model_info, prediction_type=schedule.prediction_type),
+        info=info,
         title=Path(path).stem,
-        width=pipe.unet.config.cross_attention_dim,
+        width=unet.cross_attention_dim,
+        usage_hint="; ".join(hint for hint in hints if hint),
     )
-    if pipe.model_info.num_inference_steps:
-        metadata |= _distilled_metadata(pipe)
+    if info.num_inference_steps:
+        stored = {"model_info": info_to_json(pipe.model_info)}
+        stored["scheduler"] = scheduler_to_json(pipe.scheduler)
+        metadata[DISTILLED] = json.dumps(stored)
     with atomic_file(path) as temporary:
         contiguous = {key: tensor.contiguous() for key, tensor in weights.items()}
         save_file(contiguous, temporary, metadata=metadata)
     return Path(path)
 
 
-def _distilled_metadata(pipe: Any) -> dict[str, str]:
-    """Return how a distilled model is sampled: for a person, and for `restore_distilled`."""
-    info, scheduler = pipe.model_info, pipe.scheduler
-    stored = {"model_info": info_to_json(info), "scheduler": scheduler_to_json(scheduler)}
-    return usage_hint(info, scheduler=scheduler) | {DISTILLED: json.dumps(stored)}
-
-
 def stored_usage_hint(path: Path) -> str | None:
     """Return how a single file says it is to be sampled, None where it does not."""
-    with safe_open(path, "pt") as opened:
-        return (opened.metadata() or {}).get(USAGE_HINT)
+    return stored_metadata(path).get(USAGE_HINT)
 
 
 def restore_distilled(pipe: Any, path: Path) -> None:
@@ -260,9 +312,7 @@ def restore_distilled(pipe: Any, path: Path) -> None:
 
     ValueError where that is damaged.
     """
-    with safe_open(path, "pt") as opened:
-        text = (opened.metadata() or {}).get(DISTILLED)
-    if text is None:
+    if (text := stored_metadata(path).get(DISTILLED)) is None:
         return
     try:
         stored = json.loads(text)
@@ -272,55 +322,27 @@ def restore_distilled(pipe: Any, path: Path) -> None:
         raise ValueError(f"{path} has damaged metadata under {DISTILLED}: {error}") from error
 
 
-def unet_name(key: str, *, layers: int) -> str:
-    """Return CompVis' name of a U-Net weight; layers: residual blocks on each level."""
-    for ours, theirs in UNET_ENDS.items():
-        if key.startswith(f"{ours}."):
-            return theirs + key.removeprefix(ours)
-    part, rest = _split(key)
-    match part:
-        case ["mid_block", kind, index]:
-            place = "1" if kind == "attentions" else str(2 * int(index))
-            return f"middle_block.{place}.{_inner(kind, rest)}"
-        case ["down_blocks", level, "downsamplers", _]:
-            return (
-                f"input_blocks.{(int(level) + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
-            )
-        case ["down_blocks", level, kind, index]:
-            block = int(level) * (layers + 1) + int(index) + 1
-            return f"input_blocks.{block}.{int(kind == 'attentions')}.{_inner(kind, rest)}"
-        case ["up_blocks", level, "upsamplers", _]:
-            # after the level's attention, if it has one: diffusers' coarsest up block has none
-            place = "1" if level == "0" else "2"
-            return f"output_blocks.{int(level) * (layers + 1) + layers}.{place}.{rest}"
-        case ["up_blocks", level, kind, index]:
-            block = int(level) * (layers + 1) + int(index)
-            return f"output_blocks.{block}.{int(kind == 'attentions')}.{_inner(kind, rest)}"
-    raise ValueError(f"the U-Net has a weight {key} that Stable Diffusion 1.x has not")
+def file_weights(pipe: Any) -> dict[str, Tensor]:
+    """Return the weights of a pipeline's models by their names in one file.
 
-
-def vae_name(key: str, *, levels: int) -> str:
-    """Return CompVis' name of a VAE weight; levels: number of resolutions."""
-    key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-    key = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
-    if "mid_block.attentions.0." in key:
-        key = key.replace("mid_block.attentions.0.", "mid.attn_1.")
-        for ours, theirs in VAE_ATTENTION.items():
-            key = key.replace(f"attn_1.{ours}.", f"attn_1.{theirs}.")
-    key = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", key)
-    key = re.sub(r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", key)
-    key = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", key)
-    return key.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
-
-
-def _split(key: str) -> tuple[list[str], str]:
-    parts = key.split(".")
-    length = 3 if parts[0] == "mid_block" else 4
-    return parts[:length], ".".join(parts[length:])
-
-
-def _inner(kind: str, rest: str) -> str:
-    if kind == "attentions":
-        return rest
-    name, end = rest.split(".", 1)
-    return f"{RESNET[name]}.{end}"
+    Raises ValueError for a component of another layout than Stable Diffusion 1.x or XL has.
+    """
+    unet, text_encoder = pipe.unet, pipe.text_encoder
+    is_xl = reads_time_ids(unet.config)
+    is_sd1 = (
+        text_encoder.config.hidden_act == "quick_gelu" and not unet.config.use_linear_projection
+    )
+    if not (is_xl or is_sd1):
+        raise ValueError(
+            "one file holds models of Stable Diffusion 1.x and XL only; this one has another layout"
+        )
+    if type(pipe.vae).__name__ != "AutoencoderKL":
+        kind = type(pipe.vae).__name__
+        raise ValueError(f"one file holds an AutoencoderKL only; the VAE is a {kind}")
+    weights = to_file(unet, unet_weights(unet)) | to_file(pipe.vae, vae_weights(pipe.vae))
+    first = clip_weights(text_encoder, prefix=SDXL_TEXT[0] if is_xl else SD1_TEXT)
+    weights |= to_file(text_encoder, first)
+    if is_xl:
+        second = pipe.text_encoder_2
+        weights |= to_file(second, open_clip_weights(second, prefix=SDXL_TEXT[1]))
+    return weights

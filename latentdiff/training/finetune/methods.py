@@ -7,7 +7,7 @@ textual_inversion (textual_inversion.py) and controlnet leave all of them as the
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -226,10 +226,8 @@ def _save_lora_files(
     logger.info("%s, for diffusers: %s parameters, %.2f MB", path, f"{num:,}", size / 1e6)
     if not settings.lora_kohya:
         return
-    if components.text_encoder_2 is not None:  # its U-Net's layers have other names there
-        logger.info("lora_kohya.safetensors is not written for SDXL: use %s", path)
-        return
-    other, renamed = folder / "lora_kohya.safetensors", kohya_weights(weights)
+    other = folder / "lora_kohya.safetensors"
+    renamed = kohya_weights(weights, unet_config=components.unet.config)
     trained = kohya_metadata(
         renamed,
         info=facts.info,
@@ -240,22 +238,26 @@ def _save_lora_files(
         tags=facts.tags,
     )
     save_lora(renamed, other, metadata=spec(renamed) | hint | trained)
+    if len(components.tokenizer) != CLIP_VOCABULARY:
+        base = public_name(facts.info.base_model or "its own base model")
+        logger.info("%s: the same; it fits %s only: %s", other, base, WAYS_OF_AN_OWN_MODEL)
+    else:
+        _log_readers(other, settings, layers=weights)
+
+
+def _log_readers(path: Path, settings: FinetuneConfig, *, layers: Iterable[str]) -> None:
+    """Log which programs load a LoRA in kohya's naming, and what they leave out."""
     if settings.adapter_type == "dora":
         logger.warning(
             "%s, for LyCORIS: the same; ComfyUI and A1111 take another norm in DoRA, so that their "
             "images differ: use the merged model there, %s",
-            other,
-            folder / "pipeline",
+            path,
+            path.parent / "pipeline",
         )
         return
-    if len(components.tokenizer) != CLIP_VOCABULARY:
-        base = public_name(facts.info.base_model or "its own base model")
-        logger.info("%s: the same; it fits %s only: %s", other, base, WAYS_OF_AN_OWN_MODEL)
-        return
-    logger.info("%s, for ComfyUI, A1111 and %s: the same", other, READERS[is_lokr])
-    if is_lokr:
-        return
-    if unknown := layers_unknown_to_kohya(weights):
+    is_lokr = settings.adapter_type == "lokr"
+    logger.info("%s, for ComfyUI, A1111 and %s: the same", path, READERS[is_lokr])
+    if not is_lokr and (unknown := layers_unknown_to_kohya(layers)):
         logger.warning(
             "kohya's own scripts have no place for %d of its layers and leave them out: %s; "
             "ComfyUI and A1111 read all",

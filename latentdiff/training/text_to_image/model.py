@@ -57,6 +57,8 @@ from latentdiff.models.text import (
     set_clip_skip,
     train_tokenizer,
 )
+from latentdiff.pipeline.files.model_info import read_model_info
+from latentdiff.pipeline.files.prediction_marks import check_folder
 from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.distill.student import check_teacher
 
@@ -124,6 +126,9 @@ def check_components(config: Config) -> None:
         folder = resolve_model(config.model.pretrained)
         if folder.is_dir():
             configs = read_configs(folder)
+            if not config.diffusion.prediction_type:
+                recorded = read_model_info(folder).prediction_type
+                check_folder(str(folder), configs.get("scheduler", {}), recorded)
             check_compatible(configs, image_size=config.data.side_px)
             _check_buckets(configs, config.data)
             _check_clip_skip(configs.get("text_encoder", {}), config)
