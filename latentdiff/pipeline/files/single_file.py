@@ -27,10 +27,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from latentdiff.atomic import atomic_file
 from latentdiff.diffusion.prediction import parametrization
 from latentdiff.models.build import FLOW_SIGMAS, make_ddpm_scheduler, make_flow_scheduler
-from latentdiff.models.compatibility import read_json, reads_time_ids, sample_size_px
+from latentdiff.models.compatibility import (
+    latent_factor,
+    read_json,
+    reads_time_ids,
+    sample_size_px,
+)
 from latentdiff.models.components import left_out, load_parts
 from latentdiff.models.file_kind import describe, family_of
-from latentdiff.models.latents import latent_factor
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.models.weights import PICKLES, Shape, refuse_bad_weights, stored_shapes
 from latentdiff.pipeline.files.adapter_file import stored_metadata

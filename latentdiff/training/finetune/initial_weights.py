@@ -20,7 +20,7 @@ from latentdiff.pipeline.files.adapter_file import (
     AdapterFile,
     open_adapter,
 )
-from latentdiff.pipeline.files.embedding_file import read_embedding
+from latentdiff.pipeline.files.embedding_file import read_embeddings
 from latentdiff.pipeline.files.file_metadata import tensors_hash
 from latentdiff.pipeline.files.lora_layers import LoraLayers, lora_layers
 
@@ -74,14 +74,10 @@ def read_initial_weights(components: Components, settings: FinetuneConfig) -> In
     file_hash = tensors_hash(file.weights)
     try:
         if settings.init_embedding:
-            if components.text_encoder_2 is not None:
-                raise ValueError(
-                    "an SDXL model has two text encoders, and a word starts from known words "
-                    "there: give finetune.initializer_token"
-                )
-            width = components.text_encoder.config.hidden_size
-            _, vectors = read_embedding(file, settings.token, width=width)
-            return InitialWeights(vectors=[vectors], file_hash=file_hash)
+            encoders = components.text_encoder, components.text_encoder_2
+            widths = [one.config.hidden_size for one in encoders if one is not None]
+            _, vectors = read_embeddings(file, settings.token, widths=widths)
+            return InitialWeights(vectors=vectors, file_hash=file_hash)
         if any(".lokr_" in name for name in file.weights):
             raise ValueError(
                 f"{file.name} is a LoKr, and only LoRA and DoRA can be trained further"

@@ -21,10 +21,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentdiff.models.components import Components
 from latentdiff.models.weights import load_into_meta
-from latentdiff.pipeline.files.lora_layers import MAGNITUDES, TEXT, UNET, LoraLayers
+from latentdiff.pipeline.files.lora_layers import MAGNITUDES, TEXT, TEXT_2, UNET, LoraLayers
 
 ADAPTER = "default"
-TEXT_2 = "text_encoder_2"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 FILE_NAME = "pytorch_lora_weights.safetensors"  # as diffusers looks for in a folder
 
