@@ -52,7 +52,7 @@ def start(world: Path, kind: str) -> Components:
     settings = FinetuneConfig(
         "lora", adapter_type=kind, lora_rank=2, lora_alpha=4, lora_targets=targets
     )  # type: ignore[arg-type]
-    add_adapters(components, settings, initial=InitialWeights(), trains_text_encoder=False, seed=0)
+    add_adapters(components, settings, initial=InitialWeights(), text_encoders=(), seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in components.unet.named_parameters():
         if "lora_B" in name or "lokr_w2" in name:

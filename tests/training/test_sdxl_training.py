@@ -172,3 +172,17 @@ def test_second_run_encodes_nothing(world: Path, tmp_path: Path) -> None:
         item = run.train_data.source.item(caption)
         torch.testing.assert_close(item["prompt_embeds"], embeds[0])
         torch.testing.assert_close(item["pooled_embeds"], pooled[0])
+
+
+def test_accumulated_step_is_that_of_the_whole_batch(world: Path, tmp_path: Path) -> None:
+    """What a sample is, its sizes and noise among it, does not depend on the layout."""
+    figures = []
+    for micro in (4, 2):
+        run = set_up(world, tmp_path / f"{micro}", train__micro_batch_size=micro)
+        batches = run.train_data.batches(
+            run.layout, first_step=0, last_step=1, accelerator=run.accelerator, seed=0
+        )
+        result = run.train_step.step(batches, step=0, count=4, accumulation=run.layout.accumulation)
+        figures.append((result.loss, result.grad_norm))
+    assert run.layout.accumulation == 2
+    torch.testing.assert_close(figures[0], figures[1], rtol=1e-5, atol=1e-6)
