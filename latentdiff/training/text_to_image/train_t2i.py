@@ -212,7 +212,7 @@ class TextToImageRecipe(Recipe):
         if self.run.accelerator.is_main_process:
             logger.info(
                 "step %d: the image condition saves %.1f %% of the held-out loss (95 %% interval "
-                "+- %.1f): the model uses it",
+                "+- %.1f): the model begins to use it",
                 *(step, 100 * use, 100 * half),
             )
 
