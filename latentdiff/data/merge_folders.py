@@ -21,8 +21,8 @@ from latentdiff.atomic import atomic_folder
 from latentdiff.data.arrow.listing import is_table_row
 from latentdiff.data.folder.files import existing_path
 from latentdiff.data.folder.folder import Folder, Record, read_folder
+from latentdiff.data.folder.folder_names import FOLDER_NAMES, SPLITS
 from latentdiff.data.folder.metadata import decoded_lines, to_texts
-from latentdiff.data.folder.splits import FOLDER_NAMES, SPLITS
 from latentdiff.image_io import EXTENSIONS, read_header
 
 logger = logging.getLogger(__name__)

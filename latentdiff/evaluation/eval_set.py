@@ -18,7 +18,7 @@ from latentdiff.config.options import EvalModelOptions
 from latentdiff.config.validation import check_ranges
 from latentdiff.data.arrow.listing import TABLES
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.folder.splits import FOLDER_NAMES
+from latentdiff.data.folder.folder_names import FOLDER_NAMES
 from latentdiff.data.images import resize_and_crop, to_pixels
 from latentdiff.device import choose_device
 from latentdiff.evaluation.metrics.vlb import CaptionedLatents

@@ -12,8 +12,8 @@ import pytest
 from fakes_data import captioned_folder, noise_image, png_header, save_image, write_jsonl
 from PIL import Image
 
+from latentdiff.data import image_headers
 from latentdiff.data.folder import folder as folder_module
-from latentdiff.data.folder import image_headers
 from latentdiff.data.folder.folder import Folder, Record, read_folder
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 from fakes_data import captioned_folder, save_image
 
+from latentdiff.data import image_headers
 from latentdiff.data.arrow.listing import Entry
 from latentdiff.data.arrow.scan_index import ScanIndex, map_table
-from latentdiff.data.folder import image_headers, sidecars
+from latentdiff.data.folder import sidecars
 from latentdiff.data.folder.folder import read_folder
 
 

@@ -11,7 +11,7 @@ from fakes_data import save_image
 
 from latentdiff.data.epoch_draws import EpochDraws, make_draws
 from latentdiff.data.folder.folder import Folder, read_folder
-from latentdiff.data.folder.repeats import count_repeats, repeat_folder
+from latentdiff.data.folder.folder_names import count_repeats, repeat_folder
 from latentdiff.data.inspection.html_report import report_as_html
 from latentdiff.data.inspection.inspect import inspect_folder
 from latentdiff.data.inspection.text_report import report_as_text

@@ -27,6 +27,7 @@ from latentdiff.data.arrow.listing import TABLES, Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.caption_tables import CaptionRules
 from latentdiff.data.folder.files import existing_path
+from latentdiff.data.folder.folder_names import SPLITS, Split
 from latentdiff.data.folder.join_records import SourceTable, join_records
 from latentdiff.data.folder.record_table import (
     RECORDS,
@@ -37,7 +38,6 @@ from latentdiff.data.folder.record_table import (
     map_records,
 )
 from latentdiff.data.folder.shards import ARCHIVES
-from latentdiff.data.folder.splits import SPLITS, Split
 from latentdiff.data.image_tables.hub_dataset import open_hub_dataset, parse_hub_id
 from latentdiff.program import program
 

@@ -41,10 +41,9 @@ from latentdiff.data.folder.companion_files import (
     kind_of_name,
 )
 from latentdiff.data.folder.files import METADATA_NAMES, TEXT_EXTENSIONS
+from latentdiff.data.folder.folder_names import FOLDER_NAMES, count_repeats, repeat_folder
 from latentdiff.data.folder.problems import Problems
-from latentdiff.data.folder.repeats import count_repeats, repeat_folder
 from latentdiff.data.folder.sidecars import FAILED, NONE, read_sidecars
-from latentdiff.data.folder.splits import FOLDER_NAMES
 from latentdiff.image_io import IMAGE_EXTENSIONS
 
 TABLE_LIKE = re.compile(r"\.(jsonl?|jsonlines|csv|tsv|parquet)$", re.IGNORECASE)

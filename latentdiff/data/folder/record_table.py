@@ -39,12 +39,11 @@ from latentdiff.data.folder.companion_files import (
     without_companions,
 )
 from latentdiff.data.folder.files import list_files, report_same_names
-from latentdiff.data.folder.image_headers import read_image_headers
+from latentdiff.data.folder.folder_names import assign_splits, count_repeats
 from latentdiff.data.folder.match_captions import CaptionedFiles, match_captions
 from latentdiff.data.folder.problems import Problems
-from latentdiff.data.folder.repeats import count_repeats
 from latentdiff.data.folder.shards import expand_shards
-from latentdiff.data.folder.splits import assign_splits
+from latentdiff.data.image_headers import read_image_headers
 from latentdiff.data.image_tables.table_folder import read_image_tables
 
 RECORDS_VERSION = 4  # raise it when the same files give other records

@@ -20,8 +20,8 @@ from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.buckets import Bucket, Partial, assign_buckets, make_buckets
 from latentdiff.data.epoch_draws import EpochDraws, make_draws
 from latentdiff.data.folder.folder import Folder
+from latentdiff.data.folder.folder_names import SPLITS
 from latentdiff.data.folder.problems import Problems
-from latentdiff.data.folder.splits import SPLITS
 from latentdiff.data.inspection.cost_estimate import CacheShape, CostEstimate, Encode, estimate_cost
 from latentdiff.data.inspection.near_duplicates import DuplicateGroup, find_near_duplicates
 from latentdiff.data.inspection.pairs import PairStats, check_pairs

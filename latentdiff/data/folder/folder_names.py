@@ -1,6 +1,8 @@
-"""The split of each record: by folder name, or by a stable hash.
+"""What the names of folders say of the images in them: their split, and how often each comes.
 
-A file of its own, since the record table, captions and commands need the splits' names.
+A split is that of the folder, as test/, or else of a stable hash. A folder named REPEATS_CLASS, as
+kohya's 10_dog, says that each image in it comes REPEATS times in an epoch, and names the class that
+it shows. Does not answer for: the weights of several sources (epoch_draws.py).
 """
 
 import hashlib
@@ -9,8 +11,10 @@ from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
-from latentdiff.data.arrow.listing import is_table_row
+from latentdiff.data.arrow.columns import folders_of, iter_py
+from latentdiff.data.arrow.listing import TABLES, is_table_row
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -24,6 +28,7 @@ FOLDER_NAMES: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
+REPEAT_FOLDER = re.compile(r"(\d{1,4})_(.+)")
 
 
 def assign_splits(ids: Iterable[str], fraction: float, *, num: int) -> np.ndarray:
@@ -60,3 +65,23 @@ def unit_hash(text: str) -> float:
     """Map a text to [0, 1), evenly and the same everywhere: the first 53 bits of its SHA-256."""
     digest = hashlib.sha256(text.encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def repeat_folder(folder: str) -> tuple[int, str] | None:
+    """Return the repeats and the class of the innermost folder of a path that names both.
+
+    folder: of a record's id, as in "train/10_dog"; shards and tables in it are no folders.
+    """
+    for name in reversed(folder.split("/")):
+        found = REPEAT_FOLDER.fullmatch(name)
+        if found and not name.lower().endswith((".tar", *TABLES)):
+            return int(found[1]), found[2]
+    return None
+
+
+def count_repeats(paths: pa.Array) -> np.ndarray:
+    """Return the repeats that the folders of some paths name, (N,) int32; 1 for other folders."""
+    folders = folders_of(paths).dictionary_encode()
+    named = map(repeat_folder, iter_py(folders.dictionary))
+    counts = np.array([1 if found is None else found[0] for found in named], np.int32)
+    return counts[folders.indices.to_numpy()]
