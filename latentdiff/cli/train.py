@@ -44,7 +44,10 @@ def _check_folders(config: Config) -> None:
 
 
 def train_vae_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
-    """Train an AutoencoderKL on folders of images and report its PSNR on held-out ones."""
+    """Train an AutoencoderKL on folders of images, or a tiny VAE that decodes a model's latents.
+
+    Reports its PSNR on held-out images.
+    """
     config, _ = parse_settings(parser, VaeConfig, arguments)
     log_to_terminal()
     quieten_libraries("training.vae.train_vae")

@@ -102,7 +102,7 @@ def test_its_images_tell_of_it_and_are_not_taken_for_the_model_s_own(
 def test_a_model_without_one_says_how_to_train_it(model, tmp_path, capsys):
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("vae_tiny"))
     assert sample(bare, "a cat", "--out", tmp_path / "a.png", "--vae", "tiny") == 2
-    assert "carries no tiny VAE" in capsys.readouterr().err
+    assert f"{bare} carries no tiny VAE" in capsys.readouterr().err
 
 
 def test_a_new_model_takes_none_along_from_where_it_is_made(model, tmp_path, monkeypatch):

@@ -109,7 +109,8 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
             refuse_wrong_path(pretrained_model_name_or_path, known=BUNDLED)
         path = os.fspath(resolve_model(pretrained_model_name_or_path))
         if isinstance(vae := components.get("vae"), str):
-            components["vae"] = choose_vae(path, vae, torch_dtype=dtype)
+            model = os.fspath(pretrained_model_name_or_path)  # as it was named, for messages
+            components["vae"] = choose_vae(model, vae, torch_dtype=dtype)
         if not os.path.isdir(path):
             path = _fetch(
                 path,
