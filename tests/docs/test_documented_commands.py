@@ -5,6 +5,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from transformers import CLIPTokenizer
 
 from latentdiff.cli.main import COMMANDS
 from latentdiff.config.yaml_file import shipped_configs
+from latentdiff.data import shapes
 from latentdiff.data.shapes import write_shapes
 from latentdiff.models import components
 from latentdiff.models.build import make_ddpm_scheduler
@@ -71,7 +73,13 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("gradio.Blocks.launch", lambda *_, **__: None)  # it would serve for ever
     monkeypatch.setitem(components.BUNDLED, "latentdiff-mini", world / SD15)
     monkeypatch.setitem(components.BUNDLED, "latentdiff-vae", world / "vae")
+    monkeypatch.setattr(shapes, "write_shapes", write_few_shapes)
     return folder
+
+
+def write_few_shapes(root: str, *, num_train: int = 12, num_test: int = 8, **options: Any) -> Path:
+    """Write a page's folder of shapes with some of its images."""
+    return write_shapes(root, num_train=min(num_train, 12), num_test=min(num_test, 8), **options)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,15 +79,43 @@ class Child:
 def fork(task: Callable[[], object], log: Path) -> Child:
     """Run a task in a forked child, as a script is run; status 0 unless it exits or raises."""
     log.unlink(missing_ok=True)
-    pid = os.fork()
-    if pid:
-        return Child(pid, log)
-    status = 1
-    try:
+
+    def begin() -> None:
         os.setsid()
         _own_streams(log)
         for name in CUT_OUT:
             os.environ.pop(name, None)
+
+    return Child(_fork(begin, task), log)
+
+
+class ForkedProcess:
+    """Takes the place of subprocess.Popen in a launcher, for a script: a fork has imported all."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        [place] = [place for place, word in enumerate(command) if word.endswith(".py")]
+
+        def begin() -> None:
+            os.environ.clear()
+            os.environ.update(env)
+
+        script, options = Path(command[place]), command[place + 1 :]
+        self.pid, self.returncode = _fork(begin, lambda: run_command(script, options)), 0
+
+    def wait(self) -> int:
+        """Return the exit status, negative for a signal."""
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
+def _fork(begin: Callable[[], object], task: Callable[[], object]) -> int:
+    """Return the id of a forked child that does both and exits."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        begin()
         AcceleratorState._reset_state(reset_partial_state=True)
         task()
         status = 0

@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from fakes_faults import Child, assert_same_state, fork, sheet, start, tensors_at
+from fakes_faults import Child, ForkedProcess, assert_same_state, fork, sheet, start, tensors_at
 from fakes_training import arguments, make_config, make_world, read_metrics
 from kill_runs import kill_text_to_image_runs
 
@@ -131,7 +132,7 @@ def test_signal_before_the_first_step_ends_the_run_at_once(world: Path, tmp_path
 def test_sigterm_to_accelerate_launch_saves_and_goes_on_exactly(
     world: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """The launcher is forked; the trainer, its child, is a fresh interpreter as always."""
+    """The launcher is forked, and so is the trainer, its child."""
     assert ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0) == 0  # orphans are ours to wait for
     run, script = tmp_path / "run", Path(__file__).parents[2] / "scripts" / "train_t2i.py"
     options = arguments(world, run, train__max_steps=4000, train__checkpoint_every_steps=2)
@@ -139,6 +140,7 @@ def test_sigterm_to_accelerate_launch_saves_and_goes_on_exactly(
     def launch() -> None:
         from accelerate.commands.launch import main
 
+        subprocess.Popen = ForkedProcess
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         sys.argv = ["accelerate-launch", "--cpu", "--num_cpu_threads_per_process=1", str(script)]
         sys.argv += [f"--config={world / 'config.json'}", *options]

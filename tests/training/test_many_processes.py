@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,16 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from fakes_faults import CUT_OUT, SCRIPT, assert_same_state, fork, sheet, start_ranks, tensors_at
+from fakes_faults import (
+    CUT_OUT,
+    SCRIPT,
+    ForkedProcess,
+    assert_same_state,
+    fork,
+    sheet,
+    start_ranks,
+    tensors_at,
+)
 from fakes_training import arguments, make_config, make_world, read_metrics
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -259,6 +269,7 @@ def test_accelerate_launch_that_starts_one_process_of_two_exits_2(
     def launch() -> None:
         from accelerate.commands.launch import main
 
+        subprocess.Popen = ForkedProcess
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         sys.argv = ["accelerate-launch", "--cpu", "--num_processes=2", str(SCRIPT)]
         sys.argv += [f"--config={world / 'config.json'}", *arguments(world, tmp_path / "run")]
