@@ -4,10 +4,11 @@
 
 U-Net (2.57 billion parameters), VAE and both text encoders hold noise in bfloat16. The file is
 written as `latentdiff export single-file` does and opened as `latentdiff convert single-file` does,
-and every weight is compared; one JSON line says how long that took and how much memory. Needs 9 GB
+and every weight is compared; one JSON line says how long that took and how much memory. Needs 16 GB
 of memory, 7 GB of disk in FOLDER (by default the temporary folder), and no network.
 """
 
+import gc
 import json
 import os
 import resource
@@ -69,6 +70,7 @@ def measure(path: Path) -> dict[str, Any]:
     save_single_file(pipe, path)
     written = time.perf_counter() - started
     del pipe  # both would not fit into little memory
+    gc.collect()
     with safe_open(path, "pt") as file:
         num_tensors = len(file.keys())
     started = time.perf_counter()
