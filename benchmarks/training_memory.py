@@ -10,6 +10,8 @@ U-Net's (2.57 billion parameters) without computing anything.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -82,11 +84,32 @@ def _child(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(mode: str, *, width: int, side_px: int) -> dict[str, Any]:
     """Train three steps in a mode; return the plan's estimate and the measured peak, in bytes."""
+    _train(mode, width=32, side_px=32)  # what every run loads and keeps, whatever its size
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    plan, peak = _train(mode, width=width, side_px=side_px)
+    estimate = sum(value or 0 for name, value in plan.items() if name != "host_averages")
+    measured = peak - before
+    return {
+        "mode": mode,
+        "estimate": estimate,
+        "measured": measured,
+        "ratio": round(estimate / measured, 3),
+        "parts": plan,
+    }
+
+
+def _train(mode: str, *, width: int, side_px: int) -> tuple[dict[str, int], int]:
+    """Train three steps; return the plan's memory, and the process's peak within the steps."""
+    from accelerate.state import AcceleratorState
+
     from latentdiff.config.io import parse_arguments
     from latentdiff.config.text_to_image import Config
     from latentdiff.training.text_to_image import train_t2i
     from latentdiff.training.text_to_image.train_step import TrainStep
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_world(folder, width=width, side_px=side_px)
@@ -106,28 +129,23 @@ def measure(mode: str, *, width: int, side_px: int) -> dict[str, Any]:
             "preview.num_nearest": 0,
         } | MODES[mode]
         config = parse_arguments(Config, [f"--{key}={value}" for key, value in arguments.items()])
-        before, peak = _resident("VmRSS"), 0
-        step = TrainStep.step
+        peak, step = 0, TrainStep.step
 
         def watched(self: TrainStep, *given: Any, **settings: Any) -> Any:
             nonlocal peak
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the heap holds back
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
             result = step(self, *given, **settings)
             peak = max(peak, _resident("VmHWM"))
             return result
 
         TrainStep.step = watched  # type: ignore[method-assign]
-        train_t2i.train(config)
+        try:
+            train_t2i.train(config)
+        finally:
+            TrainStep.step = step  # type: ignore[method-assign]
         plan = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))["memory"]
-    estimate = sum(value or 0 for name, value in plan.items() if name != "host_averages")
-    measured = peak - before
-    return {
-        "mode": mode,
-        "estimate": estimate,
-        "measured": measured,
-        "ratio": round(estimate / measured, 3),
-        "parts": plan,
-    }
+    return plan, peak
 
 
 def _write_world(folder: Path, *, width: int, side_px: int) -> None:
