@@ -117,18 +117,11 @@ class DistillOptions:
     """captions of the shapes world: share of right images that a stage may lose"""
     max_clip_loss: float = 0.02
     """CLIP score, a cosine, that a stage may lose"""
-    max_distance: float | None = None
-    """distance to the teacher's images that a stage may have, 1 being that of unlike captions; by
-    default 0.6, and 0.9 for lcm_lora, whose scheduler adds noise of its own"""
+    max_distance: float = 0.6
+    """distance to the teacher's images that a stage may have, 1 being that of unlike captions"""
 
     def check(self) -> None:
         """Raise ValueError for options out of range."""
         if self.steps not in STUDENT_STEPS:
             raise ValueError(f"steps={self.steps}, expected 16, 8, 4, 2 or 1")
         check_ranges(self)
-
-    @property
-    def allowed_distance(self) -> float:
-        """The distance to the teacher's images that a stage may have."""
-        default = 0.9 if self.method == "lcm_lora" else 0.6
-        return default if self.max_distance is None else self.max_distance

@@ -245,7 +245,7 @@ class Judge:
             nets=self._nets,
             max_accuracy_loss=options.max_accuracy_loss,
             max_clip_loss=options.max_clip_loss,
-            max_distance=options.allowed_distance,
+            max_distance=options.max_distance,
             batch_size=options.measure_batch_size,
             device=choose_device(),
         )
