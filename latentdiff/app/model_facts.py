@@ -12,8 +12,8 @@ from pathlib import Path
 from latentdiff.models.compatibility import size_in_reach
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
+from latentdiff.pipeline.files.model_card import CARD_SUMMARY
 from latentdiff.pipeline.files.model_info import (
-    CARD_SUMMARY,
     NUM_STEPS,
     ModelInfo,
     default_guidance,

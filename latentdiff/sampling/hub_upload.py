@@ -25,13 +25,8 @@ from latentdiff.pipeline.files.adapter_file import (
     open_adapter,
     stored_metadata,
 )
-from latentdiff.pipeline.files.model_info import (
-    ModelInfo,
-    adapter_card,
-    folder_title,
-    model_card,
-    read_model_info,
-)
+from latentdiff.pipeline.files.model_card import adapter_card, folder_title, model_card
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.sampling.release import refuse_local_paths
 
 Part = Literal["model", "lora", "embedding"]

@@ -20,7 +20,7 @@ from latentdiff.atomic import atomic_folder
 from latentdiff.device import DTYPES
 from latentdiff.models.compatibility import read_json
 from latentdiff.models.components import carry_tiny_vae, left_out
-from latentdiff.pipeline.files.model_info import folder_title, model_card
+from latentdiff.pipeline.files.model_card import folder_title, model_card
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 
 MB = 1_000_000

@@ -6,7 +6,8 @@ from fakes_pipeline import SIZE
 
 from latentdiff.app.model_facts import OWN_SCHEDULER, card_summary
 from latentdiff.models.model_path import BUNDLED
-from latentdiff.pipeline.files.model_info import ModelInfo, model_card, read_model_info
+from latentdiff.pipeline.files.model_card import model_card
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 
 
 def test_facts_come_from_the_card_the_training_and_the_networks(session):

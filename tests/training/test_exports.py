@@ -20,7 +20,8 @@ from latentdiff.atomic import atomic_folder
 from latentdiff.config.io import load_config
 from latentdiff.config.text_to_image import Config
 from latentdiff.pipeline.files.file_metadata import tensors_hash
-from latentdiff.pipeline.files.model_info import ModelInfo, model_card, read_model_info
+from latentdiff.pipeline.files.model_card import model_card
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.pipeline.png_metadata import read_settings, save_png
 from latentdiff.sampling.conversion import merge_loras
 from latentdiff.sampling.release import pack_model

@@ -39,11 +39,10 @@ from latentdiff.models.model_path import (
 from latentdiff.models.save import complete_component, remove_origin
 from latentdiff.models.weights import check_weights
 from latentdiff.pipeline.files.adapters import AdaptersMixin
+from latentdiff.pipeline.files.model_card import folder_title, model_card
 from latentdiff.pipeline.files.model_info import (
     FILE_NAME,
     ModelInfo,
-    folder_title,
-    model_card,
     read_model_info,
     write_model_info,
 )

@@ -1,7 +1,7 @@
-"""A model's origin, kept in its folder as `latentdiff.json`, and the model card made of it.
+"""A model's origin, kept in its folder as `latentdiff.json`.
 
-Plain JSON that other programs may ignore. Training writes it; the pipeline warns from it; the card
-is the README.md of a folder that goes to the hub: data, licence, steps, metrics, use.
+Plain JSON that other programs may ignore. Training writes it; the pipeline warns from it;
+model_card.py makes the card of it.
 """
 
 from __future__ import annotations
@@ -15,81 +15,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
 from latentdiff.atomic import write_text
-from latentdiff.models.compatibility import CONDITION_KINDS
 
 FILE_NAME = "latentdiff.json"
 OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
-FLOW_HINT = (  # no entry of a single file tells ComfyUI so
-    "a model of rectified flow: put the node ModelSamplingSD3 with shift 1 between the checkpoint "
-    "and the sampler"
-)
-UNKNOWN = "not recorded"  # in a card
+UNKNOWN = "not recorded"  # of a value, for a person
 NUM_STEPS = 50  # sampling steps of a call that gives none, as in diffusers
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
 SDXL_GUIDANCE_SCALE = 5.0  # as stock pipelines
 
-CARD_SUMMARY = "A text-to-image latent diffusion model in Stable Diffusion's format"
-CARD = """---
-{head}
----
-
-# {name}
-
-{summary}, made with LatentDiff.
-
-## Training
-
-| | |
-|---|---|
-{rows}
-
-## Metrics
-
-{metrics}
-
-## Use
-
-```python
-from latentdiff import LatentDiffPipeline
-
-pipe = LatentDiffPipeline.from_pretrained({literal})
-pipe("a cat", num_inference_steps={steps}, seed=0).images[0].save("cat.png")
-```
-
-Plain `diffusers.StableDiffusionPipeline` opens it too.
-
-## Limits
-
-Its images show its training data's subjects, gaps and biases, and may repeat \
-training images.
-"""
-
-ADAPTER_CARD = """---
-{head}
----
-
-# {name}
-
-A {noun} for {base}, made with LatentDiff.
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({base_literal})
-pipe.{load}({literal})
-pipe({prompt}).images[0].save("image.png")
-```
-"""
-LOADING = {"LoRA": "load_lora_weights", "embedding": "load_textual_inversion"}
 
 logger = logging.getLogger(__name__)
 
@@ -269,12 +203,7 @@ def public_name(model: str) -> str:
     return parts[-1] if parts else ""
 
 
-def folder_title(folder: str | os.PathLike[str]) -> str:
-    """Return the title of a model's card in a folder, there already or not: its public name."""
-    return public_name(os.path.abspath(folder))
-
-
-def _published(info: ModelInfo) -> ModelInfo:
+def published(info: ModelInfo) -> ModelInfo:
     """Return the info without paths of this machine."""
     base, dataset = info.base_model, info.dataset
     return replace(
@@ -296,123 +225,5 @@ def write_model_info(folder: str | os.PathLike[str], info: ModelInfo) -> Path:
 
 def info_to_json(info: ModelInfo) -> dict[str, Any]:
     """Return the known fields as JSON entries, without paths of this machine."""
-    fields_of = asdict(_published(info)).items()
+    fields_of = asdict(published(info)).items()
     return {name: value for name, value in fields_of if value not in (None, {}, ())}
-
-
-def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> str:
-    """Return a model card in Markdown with its YAML head; unknown fields read "not recorded".
-
-    name: of the model, a hub id or a folder's. Text from outside is escaped.
-    """
-    info = _published(info)
-    from_scratch = "none: trained from scratch" if info.steps is not None else None
-    rows: list[tuple[str, object]] = [
-        ("Base model", info.base_model or from_scratch),
-        *_last_training(info),
-        ("Licence", info.licence),
-        ("Resolution in pixels", info.resolution),
-        ("Prediction type", info.prediction_type),
-    ]
-    if info.prediction_type == "flow_prediction":
-        rows.append(("In ComfyUI", FLOW_HINT))
-    if info.num_inference_steps:
-        rows.append(("Distilled to sampling steps", info.num_inference_steps))
-    if info.guidance_range:
-        place = "in the weights: sample without guidance" if info.is_guided else "an input"
-        rows.append(("Guidance scale", f"{scales_text(info)}, {place}"))
-    if info.clip_skip:
-        named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
-        rows.append(("Clip skip", named))
-    if kind := CONDITION_KINDS.get(info.condition_kind or ""):
-        rows.append(("Image condition", f"{info.condition_kind}: {kind.reads}"))
-    if info.base_model:
-        rows.append(("Caption dropout of the base model", info.base_caption_dropout))
-    shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]
-    return CARD.format(
-        head=_card_head(info).to_yaml(),
-        name=_escaped(name),
-        summary=CARD_SUMMARY,
-        rows="\n".join(f"| {label} | {value} |" for label, value in shown),
-        metrics="\n".join(_metrics(info)),
-        literal=_literal(name),
-        steps=default_steps(info, default_num_steps),
-    )
-
-
-def adapter_card(info: ModelInfo, *, name: str, noun: str, trigger: str = "") -> str:
-    """Return the card of a "LoRA" or an "embedding"; info: of the run's model.
-
-    trigger: words that call for what was learned, if any.
-    """
-    info = _published(info)
-    base = info.base_model
-    rows: list[tuple[str, object]] = [
-        ("Trigger words", trigger or "none"),
-        ("Base model", base),
-        *_last_training(info),
-        ("Licence", info.licence),
-        ("Resolution in pixels", info.resolution),
-    ]
-    shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]
-    head = _card_head(info, tag="lora" if noun == "LoRA" else "textual_inversion")
-    head["instance_prompt"] = trigger or None
-    return ADAPTER_CARD.format(
-        head=head.to_yaml(),
-        name=_escaped(name),
-        noun=noun,
-        base=_escaped(base or "a Stable Diffusion model"),
-        rows="\n".join(f"| {label} | {value} |" for label, value in shown),
-        base_literal=_literal(base or "base_model"),
-        load=LOADING[noun],
-        literal=_literal(name),
-        prompt=json.dumps(trigger or "a cat"),
-    )
-
-
-def _last_training(info: ModelInfo) -> list[tuple[str, object]]:
-    """Return the rows of a card that tell how the model came from its base model."""
-    if info.loras:
-        loras = [f"{name} x {weight:g}" for name, weight in info.loras.items()]
-        return [("LoRAs merged in", ", ".join(loras))]
-    return [
-        ("Training data", info.dataset),
-        ("Training steps", info.steps),
-        ("Caption dropout", info.caption_dropout),
-    ]
-
-
-def _card_head(info: ModelInfo, *, tag: str | None = None) -> ModelCardData:
-    base = info.base_model
-    return ModelCardData(
-        license=info.licence if info.licence and _is_plain(info.licence) else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["latentdiff", "stable-diffusion-diffusers", "text-to-image", *([tag] if tag else [])],
-        datasets=[info.dataset] if info.dataset and _is_plain(info.dataset) else None,
-        base_model=base if base and "/" in base and _is_plain(base) else None,  # hub ids alone
-        widget=[{"text": prompt} for prompt in info.example_prompts] or None,
-    )
-
-
-def _metrics(info: ModelInfo) -> list[str]:
-    if not info.metrics:
-        return [f"{UNKNOWN.capitalize()}."]
-    rows = [f"| {_escaped(key)} | {_escaped(value)} |" for key, value in info.metrics.items()]
-    return ["| metric | value |", "|---|---|", *rows]
-
-
-def _is_plain(text: str) -> bool:
-    """Return whether a text can be an id in the card's head: no path, no markup."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None
-
-
-def _literal(name: str) -> str:
-    """Return the argument that opens a model, as Python; only hub ids are one as they are."""
-    text = name if "/" in name else f"path/to/{name}"
-    return '"' + re.sub(r'["\\`\s]', "_", text) + '"'
-
-
-def _escaped(value: object) -> str:
-    text = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", text)

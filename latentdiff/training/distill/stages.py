@@ -26,11 +26,10 @@ from latentdiff.evaluation.compare_student import StudentReport, compare_student
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
 from latentdiff.models.model_path import resolve_model
+from latentdiff.pipeline.files.model_card import folder_title, model_card
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
     default_guidance,
-    folder_title,
-    model_card,
     read_model_info,
     write_model_info,
 )

@@ -19,13 +19,8 @@ from latentdiff.models.learned_variance import has_learned_variance, without_var
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.files.file_metadata import tag_counts
-from latentdiff.pipeline.files.model_info import (
-    ModelInfo,
-    folder_title,
-    model_card,
-    read_model_info,
-    write_model_info,
-)
+from latentdiff.pipeline.files.model_card import folder_title, model_card
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
 from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import LoraFacts, merged_components, save_adapters
