@@ -44,8 +44,8 @@ def probe(name):
     from latentdiff.training.distributed import start_accelerator
     from latentdiff.training.inputs.encode import cache_latents
     from latentdiff.training.inputs.sources import read_data
+    from latentdiff.training.text_to_image.components import load_vae_of
     from latentdiff.training.text_to_image.memory import estimate_memory
-    from latentdiff.training.text_to_image.model import load_vae_of
     from latentdiff.training.text_to_image.setup import setup
 
     kind, changes = CASES[name]

@@ -28,8 +28,8 @@ from latentdiff.models.learned_variance import (
     prediction_only,
     without_variance,
 )
+from latentdiff.training.text_to_image.components import new_components, pretrained_components
 from latentdiff.training.text_to_image.export import for_ancestral_sampling, for_any_scheduler
-from latentdiff.training.text_to_image.model import new_components, pretrained_components
 from latentdiff.training.text_to_image.objective import Objective
 from latentdiff.training.text_to_image.train_t2i import train
 

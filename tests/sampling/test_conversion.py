@@ -20,7 +20,7 @@ from latentdiff.pipeline.files.adapter_file import stored_metadata
 from latentdiff.sampling import conversion
 from latentdiff.sampling.conversion import export_single_file, merge_loras
 from latentdiff.sampling.open_pipeline import open_pipeline
-from latentdiff.training.text_to_image.model import pretrained_components
+from latentdiff.training.text_to_image.components import pretrained_components
 
 
 def test_merged_folder_makes_the_images_of_its_loras(tmp_path):

@@ -25,7 +25,7 @@ from latentdiff.training.inputs.encode import (
     eval_crop_config,
 )
 from latentdiff.training.inputs.sources import read_data
-from latentdiff.training.text_to_image.model import check_components
+from latentdiff.training.text_to_image.components import check_components
 from latentdiff.training.text_to_image.train_t2i import default_prompts, train
 
 STEPS = 8

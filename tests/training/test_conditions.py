@@ -35,9 +35,8 @@ from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.report.charts import rise_step, rise_text
 from latentdiff.training.report.run_record import read_runs
-from latentdiff.training.text_to_image.condition_preview import controlled
-from latentdiff.training.text_to_image.model import check_components
-from latentdiff.training.text_to_image.preview import make_pipeline
+from latentdiff.training.text_to_image.components import check_components
+from latentdiff.training.text_to_image.preview import controlled, make_pipeline
 from latentdiff.training.text_to_image.train_t2i import train
 
 SIZES = [(52, 40), (40, 52), (44, 44), (64, 40), (40, 64), (48, 48), (56, 40), (40, 40)]

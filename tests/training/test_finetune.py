@@ -19,7 +19,7 @@ from latentdiff.pipeline.files.kohya_lora import layers_unknown_to_kohya
 from latentdiff.training import loop
 from latentdiff.training.checkpoint import newest_valid
 from latentdiff.training.text_to_image import setup
-from latentdiff.training.text_to_image.model import pretrained_components
+from latentdiff.training.text_to_image.components import pretrained_components
 from latentdiff.training.text_to_image.train_t2i import train
 
 

@@ -13,7 +13,7 @@ from fakes_training import make_config, read_metrics
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import load_components
 from latentdiff.pipeline.schedulers import make_scheduler
-from latentdiff.training.text_to_image.model import pretrained_components
+from latentdiff.training.text_to_image.components import pretrained_components
 from latentdiff.training.text_to_image.train_t2i import train
 
 FLOW = "flow_prediction"

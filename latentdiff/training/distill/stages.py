@@ -38,7 +38,7 @@ from latentdiff.training.distill.teacher_images import data_of_teacher, draw_tea
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import caption_transform, unique_captions
 from latentdiff.training.inputs.sources import read_data
-from latentdiff.training.text_to_image.model import check_components
+from latentdiff.training.text_to_image.components import check_components
 from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.train_t2i import train
 

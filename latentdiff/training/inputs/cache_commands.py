@@ -42,11 +42,8 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.sources import read_data
-from latentdiff.training.text_to_image.model import (
-    check_components,
-    load_vae_of,
-    trains_text_encoder,
-)
+from latentdiff.training.text_to_image.components import check_components, load_vae_of
+from latentdiff.training.text_to_image.model import trains_text_encoder
 from latentdiff.training.text_to_image.resolution import with_resolution
 
 TOLERANCE = 0.05  # of raw latents: above the rounding of another device, below another VAE's

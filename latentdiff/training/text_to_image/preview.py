@@ -3,13 +3,15 @@
 A prompt's seed depends on the run's seed and the prompt alone, so adding a prompt does not change
 the others' images. The prompts are shared out over the processes in batches of one size, so that
 neither does the number of processes. Captions are taken verbatim, as in training; prompts that a
-person typed may weigh words.
+person typed may weigh words. Of a model that reads an image, a hook gives the U-Net the condition,
+so that the pipeline samples as from a model of text alone.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,22 +23,21 @@ from accelerate.utils import gather_object
 from diffusers import ControlNetModel
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
 
 from latentdiff.atomic import atomic_file
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
-from latentdiff.image_grid import BOXES, TILES, draw_grid
+from latentdiff.image_grid import BOXES, TILES, draw_grid, to_pil
 from latentdiff.models.components import Components, choose_vae, load_vae
+from latentdiff.models.conditioning import Conditioning
+from latentdiff.models.controlnet import control_residuals
+from latentdiff.models.image_conditions import condition_pixels
 from latentdiff.models.latents import LatentCodec, set_scale
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
 from latentdiff.training.inputs.conditions import FixedCondition
-from latentdiff.training.text_to_image.condition_preview import (
-    conditioned,
-    controlled,
-    shown_condition,
-)
 from latentdiff.training.text_to_image.memory_modes import idle_parts_on
 from latentdiff.training.text_to_image.nearest_images import (
     NearestImage,
@@ -235,3 +236,71 @@ def generate_share(
                 ((_, image),) = generate([prompts[k]], seeds=[seeds[k]], batch_size=1, size=size)
             own |= {k: image} if counts else {}
     return own
+
+
+@contextmanager
+def conditioned(components: Components, sample: FixedCondition) -> Iterator[None]:
+    """Let the U-Net read this condition inside the block, whatever else it is given.
+
+    It then takes noisy latents alone, as a model of text does.
+    """
+    unet = components.unet
+    channels = int(unet.config["in_channels"])
+    condition = sample.condition[None].to(unet.device)
+
+    def append(module: nn.Module, inputs: Any) -> Any:
+        (zt,) = inputs
+        return torch.cat([zt, condition.to(zt).expand(len(zt), -1, -1, -1)], dim=1)
+
+    def label(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if sample.class_label is not None:
+            kwargs["class_labels"] = sample.class_label.to(unet.device).expand(len(args[0]))
+        return args, kwargs
+
+    hooks = [
+        unet.conv_in.register_forward_pre_hook(append),
+        unet.register_forward_pre_hook(label, with_kwargs=True),
+    ]
+    unet.register_to_config(in_channels=channels - len(sample.condition))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        unet.register_to_config(in_channels=channels)
+
+
+@contextmanager
+def controlled(
+    components: Components, sample: FixedCondition, controlnet: ControlNetModel
+) -> Iterator[None]:
+    """Let a ControlNet read this condition (3, H, W) and steer the U-Net inside the block."""
+    unet = components.unet
+    control = sample.condition[None].to(unet.device)
+
+    def steer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        zt, t = args
+        given = {"control": control.expand(len(zt), -1, -1, -1).to(zt)}
+        names = {"encoder_hidden_states": "prompt_embeds", "class_labels": "class_labels"}
+        given |= {names[name]: kwargs[name] for name in names.keys() & kwargs.keys()}
+        if added := kwargs.get("added_cond_kwargs"):
+            given |= {"pooled_embeds": added["text_embeds"], "time_ids": added["time_ids"]}
+        times = torch.as_tensor(t, device=zt.device).expand(len(zt))
+        residuals = control_residuals(controlnet, zt, times, Conditioning(**given))
+        return args, kwargs | residuals
+
+    hook = unet.register_forward_pre_hook(steer, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def shown_condition(components: Components, kind: str, condition: Tensor) -> Image.Image:
+    """Show a condition (k, h, w) as an image; a ControlNet's is one."""
+    if kind == "controlnet":
+        return to_pil(condition * 2 - 1)
+    codec = LatentCodec(components.vae)
+    with torch.no_grad():
+        pixels = condition_pixels(kind, codec, condition[None].to(components.vae.device))
+    return to_pil(pixels[0])

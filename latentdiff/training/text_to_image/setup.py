@@ -5,38 +5,35 @@ Everything that can be wrong with the input is reported here, before the first s
 
 import logging
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
-from diffusers import ControlNetModel, UNet2DConditionModel
+from accelerate import Accelerator
+from diffusers import ControlNetModel
 
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.text_to_image import Config, condition_files
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
-from latentdiff.diffusion.distillation import CLEAN, SOLVER_STEPS, trailing_timesteps
 from latentdiff.diffusion.timesteps import (
     SamplingOptions,
     TimestepSampler,
     build_timestep_sampler,
 )
 from latentdiff.models.build import schedule_of
-from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.controlnet import make_controlnet
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.distill.consistency import Consistency
-from latentdiff.training.distill.objective import Distillation, GuidedTarget, HalvedTarget
+from latentdiff.training.distill.objective import Distillation
+from latentdiff.training.distill.setup import distill_objective, num_distilled_timesteps
 from latentdiff.training.distill.student import Teacher, make_student
 from latentdiff.training.finetune.dreambooth import generate_class_images
 from latentdiff.training.finetune.initial_weights import read_initial_weights, run_base_hash
-from latentdiff.training.finetune.methods import add_adapters, base_weights_hash, set_trainable
+from latentdiff.training.finetune.methods import add_adapters, base_weights_hash
 from latentdiff.training.finetune.textual_inversion import check_captions_have_token
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import (
@@ -53,15 +50,16 @@ from latentdiff.training.inputs.randomness import STRATA_RULE
 from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, subject_order
 from latentdiff.training.optim.lr import LRSchedule
-from latentdiff.training.text_to_image.memory_modes import cast_weights, check_memory_modes
-from latentdiff.training.text_to_image.model import (
-    TextToImage,
+from latentdiff.training.text_to_image.components import (
     load_vae_of,
     new_components,
     pretrained_components,
-    set_attention,
+)
+from latentdiff.training.text_to_image.memory_modes import check_memory_modes
+from latentdiff.training.text_to_image.model import (
+    lay_out,
+    trainable_model,
     trained_text_encoders,
-    use_fused_transformers,
 )
 from latentdiff.training.text_to_image.nearest_images import NearestImages
 from latentdiff.training.text_to_image.objective import Objective
@@ -257,10 +255,17 @@ def build_train_step(
         objective = _objective(config, components, null_text=null_text, device=device)
     else:
         teacher.unet.requires_grad_(False).eval().to(device)
-        _lay_out(config, teacher.unet, components, accelerator)
-        build = _consistency if config.distill.method == "lcm_lora" else _distillation
-        objective = build(config, components, teacher, null_text=null_text, device=device)
-    model = _trainable_model(config, components, accelerator, controlnet)
+        lay_out(config, teacher.unet, components, accelerator)
+        num_steps = num_distilled_timesteps(config.distill)
+        objective = distill_objective(
+            config.distill,
+            components,
+            teacher,
+            sample_steps=_timestep_sampler(config.diffusion, num_steps, device),
+            null_text=null_text,
+            device=device,
+        )
+    model = trainable_model(config, components, accelerator, controlnet)
     if isinstance(train_data.source, CachedPromptEmbeds):  # no step encodes a caption
         components.text_encoders.to(torch.device("cpu"))
     if config.data.cache and train_data.condition_encoder is None:
@@ -293,118 +298,6 @@ def build_train_step(
     return train_step
 
 
-def _trainable_model(
-    config: Config,
-    components: Components,
-    accelerator: Accelerator,
-    controlnet: ControlNetModel | None,
-) -> TextToImage:
-    """Freeze all but the trainable parts, and choose the model's memory layout and kernels."""
-    settings, device = config.train, accelerator.device
-    encoders, trained = components.text_encoders.to(device), trained_text_encoders(config)
-    for part in (components.vae, encoders.text_encoder, encoders.text_encoder_2):
-        if part is not None:
-            part.requires_grad_(False).eval()
-    first, second = (name in trained for name in TEXT_ENCODERS)
-    model = TextToImage(
-        components,
-        trains_text_encoder=first,
-        trains_text_encoder_2=second,
-        controlnet=controlnet,
-    )
-    set_trainable(
-        model.unet,
-        model.text_encoders,
-        config.finetune.method,
-        reads_condition=config.condition.is_on,
-    )
-    cast_weights(model, config.train)
-    model.train()
-    for net in (components.unet, *([controlnet] if controlnet is not None else [])):
-        _lay_out(config, net, components, accelerator)
-    if device.type == "cpu" and settings.attention == "auto":
-        use_fused_transformers(model)
-    if settings.gradient_checkpointing:
-        components.unet.enable_gradient_checkpointing()
-        if controlnet is not None:
-            controlnet.enable_gradient_checkpointing()
-        for text_encoder in (model.text_encoder, model.text_encoder_2):
-            # the reentrant form passes no gradient to words or adapters behind frozen inputs
-            if text_encoder is not None:
-                text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def _lay_out(
-    config: Config,
-    unet: UNet2DConditionModel | ControlNetModel,
-    components: Components,
-    accelerator: Accelerator,
-) -> None:
-    """Choose the memory layout and attention kernel of a U-Net or ControlNet of the components."""
-    settings = config.train
-    if _is_channels_last(settings.channels_last, accelerator):
-        unet.to(memory_format=torch.channels_last)
-    side = config.data.side_px // LatentCodec(components.vae).factor
-    num_pixels, device = side**2, accelerator.device
-    set_attention(unet, settings.attention, num_latent_pixels=num_pixels, device=device)
-
-
-def _distillation(
-    config: Config,
-    components: Components,
-    teacher: Teacher,
-    *,
-    null_text: Conditioning,
-    device: torch.device,
-) -> Distillation:
-    """Return the loss of a student, on the device; null_text is there already."""
-    distill = config.distill
-    schedule = schedule_of(components.scheduler).to(device, dtype=torch.float32)
-    prediction_type = components.scheduler.config["prediction_type"]
-
-    def timesteps(num_steps: int) -> torch.Tensor:
-        return trailing_timesteps(num_steps, schedule.num_timesteps).to(device)
-
-    return Distillation(
-        schedule,
-        prediction_type,
-        GuidedTarget(teacher, timesteps(distill.num_steps), null_text)
-        if distill.method == "guided"
-        else HalvedTarget(
-            teacher,
-            schedule,
-            prediction_type,
-            path=F.pad(timesteps(2 * distill.num_steps), (0, 1), value=CLEAN),
-        ),
-        num_steps=distill.num_steps,
-        sample_steps=_timestep_sampler(config.diffusion, distill.num_steps, device),
-        min_guidance=distill.min_guidance,
-        max_guidance=distill.max_guidance,
-    )
-
-
-def _consistency(
-    config: Config,
-    components: Components,
-    teacher: Teacher,
-    *,
-    null_text: Conditioning,
-    device: torch.device,
-) -> Consistency:
-    """Return the loss of a consistency model, on the device, its target being its weights now."""
-    return Consistency(
-        schedule_of(components.scheduler).to(device, dtype=torch.float32),
-        components.scheduler.config["prediction_type"],
-        teacher,
-        null_text,
-        sample_steps=_timestep_sampler(config.diffusion, SOLVER_STEPS, device),
-        min_guidance=config.distill.min_guidance,
-        max_guidance=config.distill.max_guidance,
-        averaged=nullcontext,
-    )
-
-
 def _objective(
     config: Config, components: Components, *, null_text: Conditioning, device: torch.device
 ) -> Objective:
@@ -424,15 +317,6 @@ def _objective(
         input_perturbation=diffusion.input_perturbation,
         learned_variance=diffusion.learned_variance,
     )
-
-
-def _is_channels_last(wanted: bool | str, accelerator: Accelerator) -> bool:
-    """Return whether the U-Net is laid out that way; "auto": where it is faster, as measured."""
-    if wanted != "auto":
-        return bool(wanted)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return False
-    return accelerator.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
 
 
 def make_nearest_images(

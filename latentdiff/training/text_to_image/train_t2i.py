@@ -45,10 +45,10 @@ from latentdiff.training.recipe import LoopSettings, Recipe
 from latentdiff.training.resume import begin_run
 from latentdiff.training.run_folder import open_run_folder
 from latentdiff.training.stop_signals import die_with_parent
+from latentdiff.training.text_to_image.components import check_components
 from latentdiff.training.text_to_image.export import averaged, export
 from latentdiff.training.text_to_image.memory import fitting_layout, usable_memory
 from latentdiff.training.text_to_image.memory_modes import check_layout
-from latentdiff.training.text_to_image.model import check_components
 from latentdiff.training.text_to_image.plan import log_plan
 from latentdiff.training.text_to_image.preview import check_prompts, check_vae, write_sheet
 from latentdiff.training.text_to_image.resolution import with_resolution
