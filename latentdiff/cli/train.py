@@ -6,8 +6,8 @@ from jsonargparse import ArgumentParser
 
 from latentdiff.cli.command import log_to_terminal, quieten_libraries, take_options
 from latentdiff.config.clip import ClipConfig
-from latentdiff.config.distill import DistillOptions
 from latentdiff.config.io import parse_settings
+from latentdiff.config.options import DistillOptions
 from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 from latentdiff.config.yaml_file import CONFIGS, GOALS, find_config, read_header, shipped_configs

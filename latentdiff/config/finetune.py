@@ -1,9 +1,30 @@
-"""Settings of fine-tuning: which weights train, and how a subject is taught."""
+"""Settings of a run that starts from a trained model: which weights train, and what they learn.
+
+A subject or style (fine-tuning), or the model's own answers in fewer sampling steps (distillation).
+"""
 
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
 
 from latentdiff.config.choices import AdapterType, FinetuneMethod
-from latentdiff.config.validation import at_least, share_below_1
+from latentdiff.config.validation import at_least, between, share_below_1
+
+DistillMethod = Literal["none", "guided", "progressive", "lcm_lora"]
+
+FIXED_BY_DISTILLATION: dict[str, Any] = {  # settings with the one value that it takes
+    "finetune.method": "full",
+    "finetune.class_prompt": "",
+    "train.train_text_encoder": False,
+    "train.keep_best": False,
+    "diffusion.prediction_type": "",
+    "diffusion.loss_weighting": "none",
+    "diffusion.loss": "mse",
+    "diffusion.learned_variance": False,
+    "diffusion.caption_dropout": 0.0,
+    "diffusion.offset_noise": 0.0,
+    "diffusion.input_perturbation": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -98,3 +119,60 @@ class FinetuneConfig:
                 "finetune.initializer_token is empty, expected a known word to start from, such "
                 'as "dog", or set finetune.init_embedding'
             )
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One stage of distillation: model.pretrained teaches a copy of itself."""
+
+    method: DistillMethod = "none"
+    """none: plain training; guided: the student learns the guided prediction, in one pass, for
+    every guidance scale (Meng et al. 2023); progressive: one step of the student is two of its
+    teacher, which is a guided student itself (Salimans & Ho 2022); lcm_lora: a LoRA learns the
+    guided model's clean end from any timestep (latent consistency, Luo et al. 2023)"""
+    num_steps: int = between(1, 1000, default=32)
+    """sampling steps of the student; it learns at the timesteps of these alone, but for lcm_lora,
+    where they are those that the model is to be sampled in"""
+    min_guidance: float = at_least(1, default=1.0)
+    """lowest guidance scale that the student learns; 1 is no guidance"""
+    max_guidance: float = at_least(1, default=8.0)
+    """highest guidance scale that the student learns"""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run distils."""
+        return self.method != "none"
+
+
+def check_distillation(config: Any) -> None:
+    """Raise ValueError for settings of a run that exclude distillation."""
+    distill = config.distill
+    if not distill.is_on:
+        return
+    if not config.model.pretrained:
+        raise ValueError(
+            f"distill.method={distill.method} needs the model that teaches; set model.pretrained"
+        )
+    if distill.max_guidance < distill.min_guidance:
+        raise ValueError(
+            f"distill.max_guidance={distill.max_guidance:g} is below distill.min_guidance="
+            f"{distill.min_guidance:g}, expected scales that rise"
+        )
+    is_lora = distill.method == "lcm_lora"
+    if is_lora and not config.train.ema:
+        raise ValueError(
+            "distill.method=lcm_lora needs train.ema=true: its target is the average of its weights"
+        )
+    for name, value in (
+        FIXED_BY_DISTILLATION | ({"finetune.method": "lora"} if is_lora else {})
+    ).items():
+        if (given := attrgetter(name)(config)) != value:
+            raise ValueError(
+                f"{name}={given} is not for distillation, whose student learns from its teacher "
+                f"alone; set {name}={str(value).lower() if isinstance(value, bool) else value!r}"
+            )
+    if config.diffusion.timestep_sampling == "loss_aware":
+        raise ValueError(
+            "diffusion.timestep_sampling=loss_aware has no form for the few timesteps of a "
+            "student; set diffusion.timestep_sampling=stratified"
+        )

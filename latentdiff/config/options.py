@@ -1,4 +1,4 @@
-"""Options of the commands that use a model: sample, app, evaluate, compare, demo swiss-roll.
+"""Options of commands that use a model: sample, app, evaluate, compare, distill, demo swiss-roll.
 
 Imports nothing heavy, so that --help is quick.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentdiff.config.validation import at_least, at_least_if_given, positive
+from latentdiff.config.validation import at_least, at_least_if_given, check_ranges, positive
 
 
 @dataclass(frozen=True)
@@ -261,3 +261,53 @@ class RollOptions:
     """standard deviation of that value"""
     seed: int = 0
     """seed of all random numbers, 0 and more"""
+
+
+DistillRecipe = Literal["progressive", "lcm_lora"]
+STUDENT_STEPS = (16, 8, 4, 2, 1)  # sampling steps after each halving
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """The stages of `latentdiff distill`, and what each is measured by."""
+
+    method: DistillRecipe = "progressive"
+    """progressive: guidance first, then halvings of the steps, of the whole U-Net; lcm_lora: a LoRA
+    for the model and those tuned from it, sampled with the scheduler lcm and no guidance"""
+    steps: int = 4
+    """sampling steps of the last student: 16, 8, 4, 2 or 1"""
+    guided_steps: int = at_least(0, default=0)
+    """optimiser steps of the first stage, which learns guidance; 0: a quarter of the teacher's"""
+    halving_steps: int = at_least(0, default=0)
+    """optimiser steps of each halving; 0: an eighth of the teacher's"""
+    lora_steps: int = at_least(1, default=1000)
+    """optimiser steps of lcm_lora"""
+    teacher_images: int = at_least(0, default=0)
+    """images of the folder's captions that the teacher draws, with --teacher_num_steps, and the
+    student trains on in place of the folder's own: for small folders; 0: none"""
+    num_images: int = at_least(10, default=128)
+    """captions, held-out ones first, that teacher and student draw from the same seeds"""
+    teacher_num_steps: int = at_least(1, default=25)
+    """sampling steps of the teacher, with classifier-free guidance"""
+    guidance_scale: float | None = None
+    """guidance scale of both; by default the teacher's own, within the scales that are learned"""
+    measure_batch_size: int = at_least(1, default=16)
+    """images drawn at once"""
+    clip: str | None = None
+    """folder of a transformers CLIP, or the name of an open_clip model: CLIP score"""
+    clip_weights: str | None = None
+    """safetensors file of the open_clip model that --clip names"""
+    features: str | None = None
+    """folder of a feature network, as for evaluate: FD of the student's images to the teacher's"""
+    max_accuracy_loss: float = 0.1
+    """captions of the shapes world: share of right images that a stage may lose"""
+    max_clip_loss: float = 0.02
+    """CLIP score, a cosine, that a stage may lose"""
+    max_distance: float = 0.6
+    """distance to the teacher's images that a stage may have, 1 being that of unlike captions"""
+
+    def check(self) -> None:
+        """Raise ValueError for options out of range."""
+        if self.steps not in STUDENT_STEPS:
+            raise ValueError(f"steps={self.steps}, expected 16, 8, 4, 2 or 1")
+        check_ranges(self)

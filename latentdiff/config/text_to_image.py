@@ -1,4 +1,4 @@
-"""The settings of a text-to-image run, one file a section, and the checks that cross sections.
+"""The settings of a text-to-image run, its sections together, and the checks that cross them.
 
 Only commands and the top of a recipe see these objects; below them go plain values. Counts are of
 optimiser steps and of images per optimiser step, so no figure depends on the number of GPUs. io.py
@@ -8,12 +8,10 @@ reads and writes them.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from latentdiff.config.condition import ConditionConfig, ConditionFiles
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
-from latentdiff.config.distill import DistillConfig, check_distillation
-from latentdiff.config.finetune import FinetuneConfig
-from latentdiff.config.model import ModelConfig
+from latentdiff.config.finetune import DistillConfig, FinetuneConfig, check_distillation
+from latentdiff.config.model import ConditionConfig, ConditionFiles, ModelConfig
 from latentdiff.config.train import EvalConfig, PreviewConfig, TrainConfig
 from latentdiff.config.validation import EffectRule, check_effect, check_ranges, folder
 

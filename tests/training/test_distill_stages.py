@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_distill import world
 
-from latentdiff.config.distill import DistillOptions
+from latentdiff.config.options import DistillOptions
 from latentdiff.config.text_to_image import Config
 from latentdiff.pipeline.files.model_info import default_steps, read_model_info
 from latentdiff.training.distill.stages import distill, plan_lines, plan_stages

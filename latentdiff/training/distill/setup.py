@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from latentdiff.config.distill import DistillConfig
+from latentdiff.config.finetune import DistillConfig
 from latentdiff.diffusion.distillation import CLEAN, SOLVER_STEPS, trailing_timesteps
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import TimestepSampler

@@ -17,9 +17,13 @@ from typing import Any
 from accelerate import Accelerator
 
 from latentdiff.atomic import atomic_file, atomic_folder, write_text
-from latentdiff.config.distill import STUDENT_STEPS, DistillOptions
 from latentdiff.config.io import load_stored_config
-from latentdiff.config.options import EvalModelOptions, EvaluationOptions
+from latentdiff.config.options import (
+    STUDENT_STEPS,
+    DistillOptions,
+    EvalModelOptions,
+    EvaluationOptions,
+)
 from latentdiff.config.text_to_image import Config
 from latentdiff.device import choose_device
 from latentdiff.evaluation.compare_student import StudentReport, compare_student, draw

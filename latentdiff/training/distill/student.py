@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from latentdiff.config.distill import DistillMethod
+from latentdiff.config.finetune import DistillMethod
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import (

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.config.condition import ConditionConfig
 from latentdiff.config.data import DataConfig
+from latentdiff.config.model import ConditionConfig
 from latentdiff.data.cache.latent_cache import LatentCache
 from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.online_encode import OnlineImages

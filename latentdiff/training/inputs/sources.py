@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from latentdiff.config.condition import ConditionFiles
 from latentdiff.config.data import DataConfig
+from latentdiff.config.model import ConditionFiles
 from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.folder.folder import Folder, join_folders, read_folder
 

@@ -13,8 +13,8 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentdiff.config.condition import ConditionConfig
 from latentdiff.config.data import DataConfig
+from latentdiff.config.model import ConditionConfig
 from latentdiff.config.text_to_image import Config, condition_kind
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
