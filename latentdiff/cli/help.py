@@ -25,7 +25,7 @@ from latentdiff.config.describe import (
 
 MAX_DESCRIBED = 60  # settings; a command with more shows their names, by section
 MAX_WIDTH = 100
-HELP = "describe the options; with WORDs those that have them in their name or description"
+HELP = "describe the options; with WORDs those that have all of them in their name or description"
 
 
 OTHER_SPELLINGS = {  # of an option -> the spellings that stand for it, the first that a command has
