@@ -53,10 +53,13 @@ class TextEncoders:
         if self.text_encoder_2 is None or self.tokenizer_2 is None:
             end_id = self.tokenizer.eos_token_id
             return Conditioning(encode_text(self.text_encoder, input_ids, end_id=end_id))
-        first, second = input_ids.unbind(1)
-        end_ids = self.tokenizer.eos_token_id, self.tokenizer_2.eos_token_id
-        embeds, _ = encode_penultimate(self.text_encoder, first, end_id=end_ids[0])
-        more, pooled = encode_penultimate(self.text_encoder_2, second, end_id=end_ids[1])
+        skipped = clip_skip_of(self.text_encoder)  # by both, as diffusers does
+        states = []
+        pairs = (self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)
+        for (part, tokenizer), ids in zip(pairs, input_ids.unbind(1), strict=True):
+            end_id = tokenizer.eos_token_id
+            states.append(encode_penultimate(part, ids, end_id=end_id, skipped=skipped))
+        (embeds, _), (more, pooled) = states
         return Conditioning(torch.cat([embeds, more.to(embeds.device)], dim=-1), pooled)
 
     def encode_captions(self, captions: Sequence[str]) -> Conditioning:
@@ -142,16 +145,19 @@ def check_clip_skip(value: object, *, num_layers: int, name: str) -> int:
     return value
 
 
-def set_clip_skip(text_encoder: CLIPTextModel, value: int | None) -> None:
-    """Let a text encoder skip its last layers wherever prompts are encoded; None: as it is.
+def set_clip_skip(encoders: TextEncoders, value: int | None) -> None:
+    """Let text encoders skip their last layers wherever prompts are encoded; None: as they are.
 
-    Kept in its config, so it is saved with the model. ValueError where it has too few layers.
+    Kept in the first one's config, so it is saved with the model; of SDXL it is for both.
+    ValueError where one has too few layers.
     """
-    if value is None or value == clip_skip_of(text_encoder):
+    if value is None or value == clip_skip_of(encoders.text_encoder):
         return
-    num_layers = text_encoder.config.num_hidden_layers
-    check_clip_skip(value, num_layers=num_layers, name="model.clip_skip")
-    text_encoder.config.clip_skip = value
+    for part in (encoders.text_encoder, encoders.text_encoder_2):
+        if part is not None:
+            num_layers = part.config.num_hidden_layers
+            check_clip_skip(value, num_layers=num_layers, name="model.clip_skip")
+    encoders.text_encoder.config.clip_skip = value
 
 
 def encode_text(
@@ -179,15 +185,16 @@ def encode_penultimate(
     input_ids: Tensor,
     *,
     end_id: int | None = None,
+    skipped: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Return prompt embeddings (B, L, D) as SDXL reads them, and the pooled ones (B, P) if any.
 
-    The hidden state before the last layer, or as many earlier as `clip_skip_of` says, without the
-    final norm; the empty caption's is never earlier, as in diffusers. Pooled: the projected state
+    The hidden state before the last layer, or `skipped` layers earlier, without the final norm;
+    the empty caption's is never earlier, as in diffusers. Pooled: the projected state
     of a CLIPTextModelWithProjection at the end token.
     """
     _check_length(text_encoder, input_ids)
-    input_ids, skipped = input_ids.to(text_encoder.device), clip_skip_of(text_encoder)
+    input_ids = input_ids.to(text_encoder.device)
     output: Any = text_encoder(input_ids, output_hidden_states=True)
     embeds: Tensor = output.hidden_states[-2]  # (B, L, D)
     if skipped:

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from fakes_finetune import finetuning, generate, open_ours
+from fakes_sdxl import sdxl_pipeline, stock_sdxl
 from fakes_training import make_config, make_world, read_metrics
 from PIL import Image
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from latentdiff.data.folder.folder import read_folder
 from latentdiff.evaluation.eval_set import encode_folder
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.text import set_clip_skip
+from latentdiff.models.text import TextEncoders, set_clip_skip
 from latentdiff.pipeline.png_metadata import read_settings, save_png
 from latentdiff.training.text_to_image.model import TextToImage
 from latentdiff.training.text_to_image.train_t2i import train
@@ -56,7 +57,7 @@ def run(world: Path) -> Path:
 
 def skipping(world: Path, value: int) -> Components:
     components = load_components(world / "base" / "pipeline")
-    set_clip_skip(components.text_encoder, value)
+    set_clip_skip(components.text_encoders, value)
     return components
 
 
@@ -91,6 +92,25 @@ def test_training_and_evaluation_encode_captions_as_stock_diffusers_does(world: 
     captions = [record.captions[0] for record in folder]
     expected = encode_captions(components, captions)
     torch.testing.assert_close(evaluated.conditioning.prompt_embeds, expected)
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_both_text_encoders_of_sdxl_skip_the_layers_that_stock_skips(skipped: int) -> None:
+    stock = stock_sdxl()
+    parts = stock.text_encoder, stock.tokenizer, stock.text_encoder_2, stock.tokenizer_2
+    encoders = TextEncoders(*parts)
+    set_clip_skip(encoders, skipped)
+    embeds, _, pooled, _ = stock.encode_prompt(
+        PROMPT, device="cpu", do_classifier_free_guidance=False, clip_skip=skipped
+    )
+    with torch.no_grad():
+        found = encoders.encode_captions([PROMPT])
+    torch.testing.assert_close(found.prompt_embeds, embeds)
+    torch.testing.assert_close(found.pooled_embeds, pooled)
+    ours = sdxl_pipeline(text_encoder=stock.text_encoder)  # in sampling, as saved
+    torch.testing.assert_close(ours.encode_prompt(PROMPT)[0], embeds)
+    with pytest.raises(ValueError, match=r"model\.clip_skip is 9, expected 0 to"):
+        set_clip_skip(encoders, 9)
 
 
 def test_cache_keys_are_others_only_where_layers_are_skipped(world: Path) -> None:

@@ -176,7 +176,9 @@ def encoder_hash(encoders: TextEncoders, *, dtype: torch.dtype) -> bytes:
     """Hash everything but the caption that prompt embeddings depend on."""
     settings = _identity(encoders.text_encoder, encoders.tokenizer) | {"dtype": str(dtype)}
     if encoders.text_encoder_2 is not None and encoders.tokenizer_2 is not None:
-        settings["second"] = _identity(encoders.text_encoder_2, encoders.tokenizer_2)
+        second = settings["second"] = _identity(encoders.text_encoder_2, encoders.tokenizer_2)
+        if "clip_skip" in settings:  # by both
+            second["clip_skip"] = settings["clip_skip"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 

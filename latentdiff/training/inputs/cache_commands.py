@@ -227,5 +227,5 @@ def _frozen_text_encoders(config: Config) -> TextEncoders | None:
     else:
         components = load_components(config.model.pretrained, safety_checker=False)
         encoders = components.text_encoders
-    set_clip_skip(encoders.text_encoder, config.model.clip_skip)
+    set_clip_skip(encoders, config.model.clip_skip)
     return encoders

@@ -25,6 +25,7 @@ from latentdiff.models.build import (
     schedule_of,
 )
 from latentdiff.models.compatibility import (
+    TEXT_ENCODERS,
     check_compatible,
     check_condition,
     latent_factor,
@@ -66,7 +67,8 @@ def check_components(config: Config) -> None:
                 check_folder(str(folder), configs.get("scheduler", {}), recorded)
             check_compatible(configs, image_size=config.data.side_px)
             _check_buckets(configs, config.data)
-            _check_clip_skip(configs.get("text_encoder", {}), config)
+            for name in TEXT_ENCODERS:
+                _check_clip_skip(configs.get(name, {}), config)
             check_teacher(configs, method=config.distill.method)
             if "unet" in configs and "vae" in configs:
                 needs_condition(config, configs)
@@ -167,7 +169,7 @@ def new_components(
     if model.text_encoder:
         loaded = load_text(_text_folder(config))
         text_encoder, tokenizer = loaded.text_encoder, loaded.tokenizer
-        set_clip_skip(text_encoder, model.clip_skip)
+        set_clip_skip(loaded, model.clip_skip)
     else:
         tokenizer = _trained_tokenizer(config, captions, tokenizer_dir)
         text_encoder = build_text_encoder(
@@ -201,7 +203,7 @@ def pretrained_components(config: Config) -> Components:
     components = load_components(
         config.model.pretrained, safety_checker=config.model.safety_checker
     )
-    set_clip_skip(components.text_encoder, config.model.clip_skip)
+    set_clip_skip(components.text_encoders, config.model.clip_skip)
     components = replace(components, scheduler=_own_scheduler(components.scheduler, config))
     fit_variance(components, learned=config.diffusion.learned_variance)
     if needs_condition(config, components.configs()):
