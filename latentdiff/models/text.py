@@ -160,6 +160,16 @@ def set_clip_skip(encoders: TextEncoders, value: int | None) -> None:
     encoders.text_encoder.config.clip_skip = value
 
 
+def pool_at_end_token(text_encoder: Any, tokenizer: CLIPTokenizer) -> None:
+    """Let a text encoder pool at the end token, not at the token of the highest number.
+
+    The latter is what transformers does for the old eos_token_id of 2, which most configs still
+    have; the two are the same until there are new words, whose numbers are higher.
+    """
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    text_encoder.config.eos_token_id = inner.eos_token_id = tokenizer.eos_token_id
+
+
 def encode_text(
     text_encoder: CLIPTextModel, input_ids: Tensor, *, end_id: int | None = None
 ) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from fakes_sdxl import WIDTHS, sdxl_components
 from fakes_sdxl_training import make_sdxl_world, sdxl_config
 from fakes_training import read_metrics
 from safetensors.torch import load_file
 
+from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.training.finetune.textual_inversion import add_tokens, merge_tokens
 from latentdiff.training.inputs.encode import CachedPromptEmbeds, TokenIds
 from latentdiff.training.text_to_image.setup import Run, setup
 from latentdiff.training.text_to_image.train_t2i import train
@@ -156,6 +160,29 @@ def test_stopped_run_continues_bit_for_bit_and_stock_opens_its_export(
     torch.testing.assert_close(
         torch.as_tensor(images[0]), torch.as_tensor(images[1]), rtol=0, atol=1 / 255
     )
+
+
+def test_learned_word_is_pooled_at_the_end_token_in_training_as_where_it_is_loaded() -> None:
+    """The token of the highest number, where the old eos_token_id of 2 pools, is the new word."""
+    parts = sdxl_components()
+    for name in ("text_encoder", "text_encoder_2"):
+        inner = getattr(parts[name], "text_model", parts[name])
+        parts[name].config.eos_token_id = inner.eos_token_id = 2
+    components = Components(**copy.deepcopy(parts))
+    vectors = [torch.ones(1, width) for width in WIDTHS]
+    add_tokens(components, token="<toy>", vectors=vectors)
+    loaded = LatentDiffPipeline(**parts)
+    embeds = dict(zip(("clip_l", "clip_g"), vectors, strict=True))
+    loaded.load_textual_inversion(embeds, token="<toy>")
+    expected = loaded.encode_prompt("a <toy> on a table")
+    for trained in (components, merge_tokens(components)):
+        with torch.no_grad():
+            found = trained.text_encoders.encode_captions(["a <toy> on a table"])
+        torch.testing.assert_close(found.prompt_embeds, expected[0])
+        torch.testing.assert_close(found.pooled_embeds, expected[2])
+    merged = merge_tokens(components)
+    assert merged.text_encoder_2 is not None
+    assert merged.text_encoder_2.config.eos_token_id == parts["tokenizer_2"].eos_token_id
 
 
 def test_second_run_encodes_nothing(world: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin, TextualInversion
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from latentdiff.models.text import pool_at_end_token
 from latentdiff.pipeline.files.adapter_file import (
     EMBEDDING_NAMES,
     LORA_NAMES,
@@ -155,7 +156,7 @@ class AdaptersMixin(StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixi
         for k, (encoder, tokenizer) in enumerate(readers):
             own = [{word: vectors[k]} for word, vectors in words.items()]
             super().load_textual_inversion(own, tokenizer=tokenizer, text_encoder=encoder)
-            _pool_at_end_token(encoder, tokenizer)
+            pool_at_end_token(encoder, tokenizer)
         self._check_components()
 
     def _text_readers(self) -> list[tuple[Any, Any]]:
@@ -201,16 +202,6 @@ def _adapted_layers(module: nn.Module) -> Iterator[Any]:
 
 def _active_adapters(module: nn.Module) -> list[str]:
     return sorted({name for layer in _adapted_layers(module) for name in layer.active_adapters})
-
-
-def _pool_at_end_token(text_encoder: Any, tokenizer: Any) -> None:
-    """Let a text encoder pool at the end token, not at the token of the highest number.
-
-    The latter is what transformers does for the old eos_token_id of 2, which most configs still
-    have; the two are the same until there are new words, whose numbers are higher.
-    """
-    inner = getattr(text_encoder, "text_model", text_encoder)
-    text_encoder.config.eos_token_id = inner.eos_token_id = tokenizer.eos_token_id
 
 
 def _with_tokens(source: Any, token: Any) -> tuple[list[Any], list[Any]]:

@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer
 from latentdiff.atomic import atomic_file
 from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components
+from latentdiff.models.text import pool_at_end_token
 from latentdiff.models.weights import load_into_meta
 
 SDXL = ("clip_l", "clip_g")  # of its first and second text encoder, as other programs name them
@@ -45,7 +46,8 @@ class TokenEmbeddings(nn.Module):
 def add_tokens(components: Components, *, token: str, vectors: Sequence[Tensor]) -> None:
     """Add a token of n embeddings to the tokenizers and text encoders of a model.
 
-    vectors: (n, D) for each text encoder. Raises ValueError where a tokenizer has the token.
+    The encoders pool at the end token from now on, as where the word is loaded later. vectors:
+    (n, D) for each text encoder. Raises ValueError where a tokenizer has the token.
     """
     for (text_encoder, tokenizer), start in zip(_encoders(components), vectors, strict=True):
         names = [token, *(f"{token}_{k}" for k in range(1, len(start)))]
@@ -58,6 +60,7 @@ def add_tokens(components: Components, *, token: str, vectors: Sequence[Tensor])
         tokenizer.add_tokens(names)
         new = start.to(embeddings.weight, copy=True)
         text_encoder.set_input_embeddings(TokenEmbeddings(embeddings, new, first=first))
+        pool_at_end_token(text_encoder, tokenizer)
 
 
 def known_vectors(
