@@ -1,7 +1,9 @@
 """Commands that train text-to-image models, autoencoders and CLIPs, and list their configs."""
 
+import argparse
 from collections.abc import Sequence
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from latentdiff.cli.command import log_to_terminal, quieten_libraries, take_options
@@ -66,9 +68,6 @@ def train_clip_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     return train_clip(config)
 
 
-LCM_LORA = {"lcm_lora", "--method=lcm_lora", "distill_lcm_lora", "--config=distill_lcm_lora"}
-
-
 def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Distil a model into one that samples in 4, 2 or 1 steps, of one pass each.
 
@@ -82,7 +81,7 @@ def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument("teacher", type=str, help="the model: its folder, a run's, or a hub id")
     parser.add_class_arguments(DistillOptions)
     given = [*arguments]
-    is_lora = not LCM_LORA.isdisjoint(given)
+    is_lora = _is_lcm_lora(given)
     if not any(one.partition("=")[0] == "--config" for one in given):
         preset = "distill_lcm_lora" if is_lora else "distill"
         given = ["--config", preset, *given]  # first, so that options win
@@ -96,6 +95,21 @@ def distill_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     from latentdiff.training.distill.stages import distill
 
     return distill(config, take_options(DistillOptions, options))
+
+
+def _is_lcm_lora(arguments: Sequence[str]) -> bool:
+    """Return whether --method asks for an LCM-LoRA or, without it, the config that is named."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", nargs="?")
+    parser.add_argument("--config", nargs="?")
+    given, _ = parser.parse_known_args([*arguments])
+    if given.method or not given.config:
+        return bool(given.method == "lcm_lora")
+    try:
+        settings = yaml.safe_load(find_config(given.config).read_text(encoding="utf-8"))
+        return bool(settings["distill"]["method"] == "lcm_lora")
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return False  # it names no method, or is refused when it is parsed
 
 
 def configs_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from latentdiff.cli.command import run_command, take_options
 from latentdiff.cli.main import main
 from latentdiff.config.options import SampleOptions, WebUIOptions
+from latentdiff.config.yaml_file import find_config
 from latentdiff.program import program
 from latentdiff.training.inputs.workers import DeadWorkerError
 
@@ -325,3 +326,18 @@ def test_lcm_lora_takes_its_own_settings_where_no_others_are_given(
     assert settings["model"]["pretrained"] == "MODEL"
     assert settings["finetune"]["lora_rank"] == 64
     assert settings["train"]["ema_decay"] == 0.95
+
+
+def test_the_method_is_that_of_its_option_or_of_the_config_under_any_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not that of a word in the value of another option."""
+    copy = tmp_path / "mine.yaml"
+    shutil.copyfile(find_config("distill_lcm_lora"), copy)
+    for given, method in (
+        (["--out", "lcm_lora"], "guided"),
+        (["--method", "progressive", "--out", "distill_lcm_lora"], "guided"),
+        (["--config", str(copy)], "lcm_lora"),
+    ):
+        assert not main(["distill", "MODEL", "--data", "photos", *given, "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["distill"]["method"] == method
