@@ -16,8 +16,10 @@ FIXED_BY_DISTILLATION: dict[str, Any] = {  # settings with the one value that it
     "finetune.method": "full",
     "finetune.class_prompt": "",
     "train.train_text_encoder": False,
+    "train.train_text_encoder_2": False,
     "train.keep_best": False,
     "diffusion.prediction_type": "",
+    "diffusion.zero_terminal_snr": False,  # the teacher knows its own noise levels alone
     "diffusion.loss_weighting": "none",
     "diffusion.loss": "mse",
     "diffusion.learned_variance": False,

@@ -276,3 +276,24 @@ def test_documented_commands_start_without_warnings_of_the_launcher() -> None:
 def test_a_value_of_another_type_is_named_with_the_type_that_is_expected(option, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         parse_arguments(Config, [option])
+
+
+@pytest.mark.parametrize(
+    "given", [{"diffusion": {"zero_terminal_snr": True}}, {"train": {"train_text_encoder_2": True}}]
+)
+def test_settings_that_a_student_has_from_its_teacher_are_refused(
+    given: dict[str, dict[str, bool]], tmp_path: Path
+) -> None:
+    settings = {
+        "model": {"pretrained": "base"},
+        "distill": {"method": "guided"},
+        "data": {"root": "photos"},
+        "diffusion": {"caption_dropout": 0.0},
+    }
+    for section, values in given.items():
+        settings[section] = settings.get(section, {}) | values
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    ((section, values),) = given.items()
+    with pytest.raises(ValueError, match=rf"{section}\.{next(iter(values))}=True is not for dist"):
+        load_config(path)
