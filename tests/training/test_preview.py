@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.latents import LatentCodec, set_scale
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
+from latentdiff.training.inputs.conditions import FixedCondition
 from latentdiff.training.text_to_image import preview
 from latentdiff.training.text_to_image.preview import (
     preview_components,
@@ -205,6 +206,33 @@ def test_another_vae_follows_the_scale_that_a_run_gives_its_latents(
         expected = LatentCodec(tiny).decode(z)
         torch.testing.assert_close(LatentCodec(found.vae).decode(3 * z), expected)
     assert preview_components(components, vae="", **options) is None
+
+
+def test_a_sheet_shows_a_condition_by_the_vae_that_encoded_it(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit's image has no scale in its latents, so another VAE's would be wrong for it."""
+    grey = Image.new("RGB", (32, 32), "grey")
+    monkeypatch.setattr(preview, "generate_share", lambda *args, **options: {0: grey})
+    parts = load_components(undisturbed / "pipeline")
+    condition = FixedCondition("edit", 2 * torch.randn(parts.vae.config["latent_channels"], 8, 8))
+    images = []
+    for vae in (parts.vae, make_tiny_vae()):
+        path = tmp_path / f"{len(images)}.png"
+        write_sheet(
+            replace(parts, vae=vae),
+            ["edit"],
+            path,
+            accelerator=Accelerator(cpu=True),
+            seed=0,
+            num_steps=1,
+            guidance_scale=1.0,
+            conditions=[condition],
+            condition_kind="instruct_pix2pix",
+            condition_vae=parts.vae,
+        )
+        images.append(np.asarray(Image.open(path)))
+    assert np.array_equal(*images)
 
 
 def test_a_vae_of_the_sheets_that_is_not_there_is_refused_before_heavy_work(

@@ -32,7 +32,7 @@ from latentdiff.models.components import Components, choose_vae, load_vae
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.controlnet import control_residuals
 from latentdiff.models.image_conditions import condition_pixels
-from latentdiff.models.latents import LatentCodec, set_scale
+from latentdiff.models.latents import Autoencoder, LatentCodec, set_scale
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.sampling.batch_sampler import generate_images
@@ -107,12 +107,14 @@ def write_sheet(
     nearest_images: NearestImages | None = None,
     conditions: Sequence[FixedCondition] = (),
     condition_kind: str = "none",
+    condition_vae: Autoencoder | None = None,
     controlnet: ControlNetModel | None = None,
 ) -> dict[str, float]:
     """Generate one image a prompt and write them as a labelled PNG.
 
     conditions: one a prompt, of a model or ControlNet that reads them; each is shown before its
     image.
+    condition_vae: the one that encoded them, by default the components'.
     prompt_weighting: of prompts that a person typed; False: captions, taken verbatim.
     nearest_images: adds the nearest training image of each. Returns their figures, on the main
     process. An error of one process is raised by all, so that none waits for another.
@@ -140,7 +142,8 @@ def write_sheet(
         return {}
     images = [generated[index] for index in range(len(prompts))]
     found = _find_nearest(images, nearest_images)
-    shown = [shown_condition(components, condition_kind, one.condition) for one in conditions]
+    vae = condition_vae or components.vae
+    shown = [shown_condition(vae, condition_kind, one.condition) for one in conditions]
     sheet, tiles = _sheet(images, prompts, found, shown)
     text = PngInfo()
     text.add_text(TILES, json.dumps(tiles))
@@ -296,11 +299,10 @@ def controlled(
         hook.remove()
 
 
-def shown_condition(components: Components, kind: str, condition: Tensor) -> Image.Image:
-    """Show a condition (k, h, w) as an image; a ControlNet's is one."""
+def shown_condition(vae: Autoencoder, kind: str, condition: Tensor) -> Image.Image:
+    """Show a condition (k, h, w), encoded by this VAE, as an image; a ControlNet's is one."""
     if kind == "controlnet":
         return to_pil(condition * 2 - 1)
-    codec = LatentCodec(components.vae)
     with torch.no_grad():
-        pixels = condition_pixels(kind, codec, condition[None].to(components.vae.device))
+        pixels = condition_pixels(kind, LatentCodec(vae), condition[None].to(vae.device))
     return to_pil(pixels[0])

@@ -240,6 +240,7 @@ class TextToImageRecipe(Recipe):
                 nearest_images=run.nearest_images,
                 conditions=self._conditions(),
                 condition_kind=condition_kind(run.config),
+                condition_vae=run.components.vae,
                 controlnet=run.controlnet,
             )
 
