@@ -95,6 +95,18 @@ def test_what_it_learns_is_the_scaled_posterior() -> None:
     torch.testing.assert_close(z.std(0) / std, torch.ones_like(std), atol=0.12, rtol=0)
 
 
+def test_what_it_learns_is_not_rounded_by_mixed_precision() -> None:
+    codec, tiny = LatentCodec(load_vae(MODEL)), build_tiny_vae(factor=8, latent_channels=4, width=4)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mean, std = codec.moments(pixels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        posterior = encode_both(tiny, codec, pixels)
+    assert torch.equal(posterior.mean, mean)
+    assert torch.equal(posterior.std, std)
+    assert posterior.tiny.dtype == torch.bfloat16
+
+
 def test_the_encoder_is_taught_the_mean_alone() -> None:
     mean, std = torch.randn(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
     assert FrozenPosterior(mean, std, mean).kl().tolist() == [0, 0]

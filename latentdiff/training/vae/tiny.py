@@ -43,8 +43,11 @@ class FrozenPosterior:
 
 
 def encode_both(tiny: AutoencoderTiny, codec: LatentCodec, pixels: Tensor) -> FrozenPosterior:
-    """Encode pixels (B, 3, H, W) by the frozen VAE of `codec` and by the tiny one in training."""
-    with torch.no_grad():
+    """Encode pixels (B, 3, H, W) by the frozen VAE of `codec` and by the tiny one in training.
+
+    The frozen one's, the target, without autocast: a VAE in fp16 may overflow.
+    """
+    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
         mean, std = codec.moments(pixels)
     return FrozenPosterior(mean, std, tiny.encode(pixels).latents)
 
