@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from fakes_data import captioned_folder
 from fakes_sdxl import WIDTHS, sdxl_components
 from fakes_sdxl_training import make_sdxl_world, sdxl_config
 from fakes_training import read_metrics
@@ -199,6 +200,20 @@ def test_second_run_encodes_nothing(world: Path, tmp_path: Path) -> None:
         item = run.train_data.source.item(caption)
         torch.testing.assert_close(item["prompt_embeds"], embeds[0])
         torch.testing.assert_close(item["pooled_embeds"], pooled[0])
+
+
+def test_fixed_triples_have_the_crop_corner_of_their_latents(world: Path, tmp_path: Path) -> None:
+    """Of two crops of 32 x 48 pixels, the middle of the range is the far one: 16 pixels in."""
+    for name in ("train", "test"):
+        captioned_folder(tmp_path / "data" / name, num=4, width=48, height=32)
+    run = set_up(world, tmp_path / "run", data__root=tmp_path / "data", data__num_crops=2)
+    for triples, corner in (
+        (run.train_data.train_triples, 16),
+        (run.train_data.heldout_triples, 8),
+    ):
+        assert triples is not None
+        assert triples.text.time_ids is not None
+        assert triples.text.time_ids[:, 2:4].unique(dim=0).tolist() == [[0, corner]]
 
 
 def test_accumulated_step_is_that_of_the_whole_batch(world: Path, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ class OnlineLatentEncoder:
     def __len__(self) -> int:
         return len(self.images.folder)
 
+    @property
+    def plan(self) -> CropPlan:
+        """How the images are cropped."""
+        return self.images.plan
+
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Sample z0 (B, C, h, w) of pixels (B, H, W, 3) uint8, where the VAE is."""
         moments = encode_moments(self.codec, pixels, dtype=torch.float32)  # (B, 2 or 1, C, h, w)

@@ -29,8 +29,6 @@ from latentdiff.training.inputs.encode import (
     TextSource,
     bucket_ids,
     caption_transform,
-    crop_plan,
-    eval_crop_config,
 )
 from latentdiff.training.inputs.randomness import sample_generator, standard_normal
 
@@ -112,9 +110,8 @@ def _triples(
     records = [folder[int(indices[i])] for i in order]
     text = source.batch([transform.first(record) for record in records])
     if reads_time_ids(components.unet.config):
-        plan = crop_plan(folder, eval_crop_config(config.data))
         sizes = [
-            time_ids(plan, record, int(indices[i]), flipped=False, crop=0.5)
+            time_ids(images.latents.plan, record, int(indices[i]), flipped=False, crop=0.5)
             for i, record in zip(order, records, strict=True)
         ]
         text = replace(text, time_ids=torch.stack(sizes))
