@@ -51,8 +51,8 @@ from latentdiff.evaluation.run import (
     run_evaluation,
     too_few,
 )
-from latentdiff.models.compatibility import read_configs, reads_time_ids
-from latentdiff.models.model_path import resolve_model
+from latentdiff.models.compatibility import reads_time_ids
+from latentdiff.models.model_path import read_model_configs, resolve_model
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline.files.model_info import default_guidance, read_model_info
 
@@ -95,9 +95,8 @@ def evaluate(
     _check(out, data=data, options=options, bound=bound, sweep=sweep)
     scale = options.guidance_scale
     if scale is None:
-        folder = resolve_model(model)
-        is_sdxl = reads_time_ids(read_configs(folder).get("unet", {}))
-        scale = default_guidance(read_model_info(folder), is_sdxl=is_sdxl)
+        is_sdxl = reads_time_ids(read_model_configs(model).get("unet", {}))
+        scale = default_guidance(read_model_info(resolve_model(model)), is_sdxl=is_sdxl)
     nets = load_metric_nets(options, data)
     run = EvalRun(open_eval_model(model, data), nets, out / "images", data, options, scale)
     if run.eval_model.is_distilled and (bound is not None or sweep.guidance_sweep):

@@ -124,7 +124,7 @@ def _fix_guidance(pipe: LatentDiffPipeline, scale: float | None) -> None:
                 "by `latentdiff distill`, can have it fixed; leave it out"
             )
         return
-    scale = default_guidance(info) if scale is None else scale
+    scale = default_guidance(info, is_sdxl=pipe.is_sdxl) if scale is None else scale
     low, high = info.guidance_range or (1.0, scale)
     if not low <= scale <= high:
         raise ValueError(f"guidance_scale={scale:g}, expected one learned: {scales_text(info)}")

@@ -20,8 +20,11 @@ from fakes_sdxl_training import make_sdxl_world, sdxl_config
 from fakes_training import read_metrics
 from safetensors.torch import load_file
 
+from latentdiff.config.options import DistillOptions
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.files.model_info import default_guidance
+from latentdiff.training.distill.stages import Judge
 from latentdiff.training.finetune.textual_inversion import add_tokens, merge_tokens
 from latentdiff.training.inputs.encode import CachedPromptEmbeds, TokenIds
 from latentdiff.training.text_to_image.setup import Run, setup
@@ -214,6 +217,15 @@ def test_fixed_triples_have_the_crop_corner_of_their_latents(world: Path, tmp_pa
         assert triples is not None
         assert triples.text.time_ids is not None
         assert triples.text.time_ids[:, 2:4].unique(dim=0).tolist() == [[0, corner]]
+
+
+def test_a_distilled_sdxl_is_measured_at_sdxl_s_own_guidance(world: Path, tmp_path: Path) -> None:
+    settings = {"distill__method": "guided", "diffusion__caption_dropout": 0}
+    config = sdxl_config(world, tmp_path / "run", **settings)
+    pipe = LatentDiffPipeline.from_pretrained(world / "base")
+    expected = default_guidance(pipe.model_info, is_sdxl=True)
+    assert expected != default_guidance(pipe.model_info)
+    assert Judge(config, DistillOptions()).scale == expected
 
 
 def test_accumulated_step_is_that_of_the_whole_batch(world: Path, tmp_path: Path) -> None:

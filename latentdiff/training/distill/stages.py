@@ -29,7 +29,8 @@ from latentdiff.device import choose_device
 from latentdiff.evaluation.compare_student import StudentReport, compare_student, draw
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
-from latentdiff.models.model_path import resolve_model
+from latentdiff.models.compatibility import reads_time_ids
+from latentdiff.models.model_path import read_model_configs, resolve_model
 from latentdiff.pipeline.files.model_card import folder_title, model_card
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
@@ -206,7 +207,9 @@ class Judge:
     def __init__(self, template: Config, options: DistillOptions) -> None:
         self.template, self.options = template, options
         self.out = Path(template.output_dir).expanduser()
-        distill, own = template.distill, default_guidance(_info(template))
+        distill = template.distill
+        unet = read_model_configs(template.model.pretrained).get("unet", {})
+        own = default_guidance(_info(template), is_sdxl=reads_time_ids(unet))
         within = min(max(own, distill.min_guidance), distill.max_guidance)
         self.scale = within if options.guidance_scale is None else options.guidance_scale
         self._teacher: GeneratedImages | None = None
