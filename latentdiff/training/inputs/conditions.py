@@ -156,7 +156,10 @@ class UpscaleSource:
         return {"condition": noised, "class_labels": level[0]}
 
     def _degraded(self, index: int, *, flipped: bool, crop: float, rng: Generators) -> Tensor:
-        """Make an image small, before it is mirrored, so that both are of one kind."""
+        """Make an image small, (3, h, w), after it is mirrored as the image that is trained on.
+
+        So JPEG's blocks begin at the mirrored image's left, where a file's are mirrored with it.
+        """
         pixels = self.images.pixels(index, flipped=flipped, crop=crop).numpy()
         _, height, width = self.images.shape(index)
         names, degrade = self.settings.degradations, rng("degradation")
