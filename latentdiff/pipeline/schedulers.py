@@ -116,7 +116,8 @@ def step_options(scheduler: Any, *, eta: float, generator: Generators) -> dict[s
 def predicted_z0(scheduler: Any, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     """Return the clean latents (B, C, h, w) that a prediction stands for (Ho et al. 2020, Eq. 15).
 
-    xt is the noisy latents at unit-variance scale, as every scheduler feeds the U-Net.
+    xt is the noisy latents as the U-Net reads them: sqrt(alpha_bar) z0 + sqrt(1 - alpha_bar) eps,
+    of unit variance where z0 is, or of rectified flow (1 - s) z0 + s eps, of less.
     """
     channels = xt.shape[1]
     return predict_x0(
