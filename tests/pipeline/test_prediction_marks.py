@@ -2,9 +2,12 @@
 
 import pytest
 
+from latentdiff.pipeline.files.model_card import model_card
+from latentdiff.pipeline.files.model_info import ModelInfo, info_from_json, info_to_json
 from latentdiff.pipeline.files.prediction_marks import (
     check_folder,
     comfyui_node,
+    flow_shift_of,
     marks_of,
     stated_in_file,
 )
@@ -88,3 +91,13 @@ def test_marks_and_nodes_let_comfyui_sample_what_was_trained():
     assert "v_prediction, zsnr true" in comfyui_node(V | ZERO, is_sdxl=False)
     assert "ModelSamplingSD3 (shift 1)" in comfyui_node(FLOW, is_sdxl=True)
     assert "shift 3" in comfyui_node(FLOW | {"flow_shift": 3.0}, is_sdxl=False)
+
+
+def test_card_names_the_node_of_the_shift_that_the_model_has():
+    for shift, recorded in ((1.0, None), (3.0, 3.0)):
+        config = FLOW | {"flow_shift": shift}
+        assert flow_shift_of(config) == recorded
+        info = ModelInfo(prediction_type="flow_prediction", flow_shift=flow_shift_of(config))
+        card = model_card(info_from_json(info_to_json(info)), name="m")
+        assert comfyui_node(config, is_sdxl=True) in card.replace("\\", "")  # Markdown escapes
+    assert flow_shift_of(V | {"flow_shift": 3.0}) is None

@@ -21,11 +21,7 @@ from latentdiff.pipeline.files.model_info import (
     published,
     scales_text,
 )
-
-FLOW_HINT = (  # no entry of a single file tells ComfyUI so
-    "a model of rectified flow: put the node ModelSamplingSD3 with shift 1 between the checkpoint "
-    "and the sampler"
-)
+from latentdiff.pipeline.files.prediction_marks import comfyui_node
 
 CARD_SUMMARY = "A text-to-image latent diffusion model in Stable Diffusion's format"
 CARD = """---
@@ -107,8 +103,11 @@ def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> st
         ("Resolution in pixels", info.resolution),
         ("Prediction type", info.prediction_type),
     ]
-    if info.prediction_type == "flow_prediction":
-        rows.append(("In ComfyUI", FLOW_HINT))
+    if info.prediction_type == "flow_prediction":  # no entry of a single file tells ComfyUI so
+        settings = {"prediction_type": info.prediction_type, "flow_shift": info.flow_shift}
+        node = comfyui_node(settings, is_sdxl=True)  # of any kind of model
+        what = "a model of rectified flow: put"
+        rows.append(("In ComfyUI", f"{what} {node} between the checkpoint and the sampler"))
     if info.num_inference_steps:
         rows.append(("Distilled to sampling steps", info.num_inference_steps))
     if info.guidance_range:

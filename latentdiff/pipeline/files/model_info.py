@@ -35,10 +35,11 @@ class ModelInfo:
     caption_dropout: part of the captions replaced by the empty one in the last training, 0 for
     none at all; base_caption_dropout: the most in any training of the base model before. dataset,
     steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
-    metrics: name to value, with sample counts where they are estimates. guidance_scale:
-    of a call that gives none. num_inference_steps: of a model that is distilled to so few;
-    guidance_range: the lowest and highest guidance scale that it learned, which its U-Net reads, or
-    where is_guided, holds in its weights, so that guidance in a call would be applied twice.
+    flow_shift: of the sigmas of rectified flow, None where it is 1. metrics: name to value, with
+    sample counts where they are estimates. guidance_scale: of a call that gives none.
+    num_inference_steps: of a model that is distilled to so few; guidance_range: the lowest and
+    highest guidance scale that it learned, which its U-Net reads, or where is_guided, holds in its
+    weights, so that guidance in a call would be applied twice.
     clip_skip: layers of the text encoder that captions skipped. condition_kind: of the image that
     the U-Net reads, a name of compatibility.CONDITION_KINDS; condition_dropout: part of the
     images that was dropped, which guidance by the image needs. example_prompts: what the model
@@ -48,6 +49,7 @@ class ModelInfo:
     caption_dropout: float | None = None
     base_caption_dropout: float | None = None
     prediction_type: str | None = None
+    flow_shift: float | None = None
     base_model: str | None = None
     dataset: str | None = None
     licence: str | None = None
@@ -109,6 +111,7 @@ def merged_info(
         base_model=base_model,
         base_caption_dropout=info.null_caption_dropout,
         prediction_type=prediction_type,
+        flow_shift=info.flow_shift,
         resolution=info.resolution,
         guidance_scale=info.guidance_scale,
         num_inference_steps=info.num_inference_steps,

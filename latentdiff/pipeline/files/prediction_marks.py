@@ -110,6 +110,13 @@ def comfyui_node(scheduler_config: Mapping[str, Any], *, is_sdxl: bool) -> str:
     return NODES[kind].format(zsnr=zsnr)
 
 
+def flow_shift_of(scheduler_config: Mapping[str, Any]) -> float | None:
+    """Return the shift of the sigmas of rectified flow; None where it is 1, or for other models."""
+    shift = float(scheduler_config.get("flow_shift") or 1.0)
+    is_flow = scheduler_config.get("prediction_type") == "flow_prediction"
+    return shift if is_flow and shift != 1 else None
+
+
 def _agreed(name: str, findings: Mapping[str, str], *, fix: str) -> str | None:
     kinds = set(findings.values())
     if len(kinds) > 1:

@@ -21,6 +21,7 @@ from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.files.file_metadata import tag_counts
 from latentdiff.pipeline.files.model_card import folder_title, model_card
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
+from latentdiff.pipeline.files.prediction_marks import flow_shift_of
 from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import LoraFacts, merged_components, save_adapters
@@ -220,6 +221,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         caption_dropout=config.diffusion.caption_dropout,
         base_caption_dropout=base.null_caption_dropout,
         prediction_type=run.train_step.objective.prediction_type,
+        flow_shift=flow_shift_of(run.components.scheduler.config),
         base_model=config.model.pretrained or None,
         dataset=", ".join(public_dataset_name(data.root) for data in config.data.each_source()),
         steps=step,
