@@ -116,6 +116,17 @@ class Conditioning:
             named["added_cond_kwargs"] = added
         return named
 
+    @staticmethod
+    def from_unet_kwargs(named: Mapping[str, Any]) -> Conditioning:
+        """Return the conditioning that `unet_kwargs` named so, as a hook of the U-Net sees them."""
+        added = named.get("added_cond_kwargs") or {}
+        return Conditioning(
+            prompt_embeds=named.get("encoder_hidden_states"),
+            pooled_embeds=added.get("text_embeds"),
+            time_ids=added.get("time_ids"),
+            class_labels=named.get("class_labels"),
+        )
+
 
 def make_time_ids(
     original_size: Size, crop_top_left: Size = (0, 0), target_size: Size | None = None

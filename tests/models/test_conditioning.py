@@ -82,3 +82,10 @@ def test_a_mix_is_of_the_text_alone() -> None:
     assert torch.equal(mixed["prompt_embeds"][0], first.tensors()["prompt_embeds"][0])
     assert torch.equal(mixed["pooled_embeds"][2], second.tensors()["pooled_embeds"][0])
     assert torch.equal(mixed["time_ids"], first.tensors()["time_ids"].expand(3, -1))
+
+
+def test_a_hook_of_the_unet_finds_the_conditioning_in_its_keywords() -> None:
+    for given in (_sdxl(2), Conditioning(_randn(2, 5, 2), class_labels=torch.tensor([1, 2]))):
+        found = Conditioning.from_unet_kwargs(given.unet_kwargs())
+        assert found.tensors().keys() == given.tensors().keys()
+        assert all(torch.equal(x, given.tensors()[name]) for name, x in found.tensors().items())

@@ -21,7 +21,7 @@ from latentdiff.models.text import END_OF_WORD
 from latentdiff.pipeline.files.adapter_file import AdapterFile, stored_metadata
 
 NAMELESS = "emb_params"
-SDXL = ("clip_l", "clip_g")  # of the first and the second text encoder
+SDXL_EMBEDDINGS = ("clip_l", "clip_g")  # of the first and the second text encoder
 WORD = "modelspec.trigger_phrase"
 MAX_VECTORS = 75  # of a window of 77 tokens, without its start and end
 
@@ -40,7 +40,7 @@ def read_embeddings(
         word, vectors = read_embedding(file, token, width=widths[0])
         return word, [vectors]
     shapes = {name: tuple(tensor.shape) for name, tensor in file.weights.items()}
-    if shapes.keys() != set(SDXL):
+    if shapes.keys() != set(SDXL_EMBEDDINGS):
         known = kind_of(shapes) is EMBEDDING
         found = f"the vectors {', '.join(sorted(shapes)):.200}" if known else describe(shapes)
         raise ValueError(
@@ -49,7 +49,7 @@ def read_embeddings(
         )
     rows = [
         _checked(file.weights[name], name=f"{file.name}: {name}", width=width)
-        for name, width in zip(SDXL, widths, strict=True)
+        for name, width in zip(SDXL_EMBEDDINGS, widths, strict=True)
     ]
     if len(rows[0]) != len(rows[1]):
         raise ValueError(
@@ -70,7 +70,7 @@ def read_embedding(file: AdapterFile, token: str | None, *, width: int) -> tuple
     are not finite, or a word that is missing or blank.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in file.weights.items()}
-    if shapes.keys() >= set(SDXL):
+    if shapes.keys() >= set(SDXL_EMBEDDINGS):
         raise ValueError(
             f"{file.name} is an embedding for Stable Diffusion XL (clip_l and clip_g), and this "
             f"model has one text encoder, of width {width}"

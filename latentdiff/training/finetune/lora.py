@@ -134,14 +134,18 @@ def merge_adapters(components: Components) -> Components:
 
 def without_adapters(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Return the plain U-Net that adapters were added to; the weights are shared."""
-    weights = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in unet.state_dict().items()
-        if not is_adapter(name)
-    }
     with torch.device("meta"):
         empty = UNet2DConditionModel.from_config(unet.config)
-    return load_into_meta(empty, weights, like=unet)
+    return load_into_meta(empty, _plain_weights(unet), like=unet)
+
+
+def _plain_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that adapters were added to, by the names that they have without these."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict().items()
+        if not is_adapter(name)
+    }
 
 
 @torch.no_grad()
@@ -150,14 +154,9 @@ def _merged(empty: Any, adapted: nn.Module) -> Any:
     layers = dict(_adapted(adapted, kind=BaseTunerLayer))
     if not layers:
         return adapted
-    weights: dict[str, Tensor] = {}
-    for name, tensor in adapted.state_dict().items():
-        owner, _, key = name.rpartition(".")
-        path = owner.removesuffix(".base_layer")
-        if is_adapter(name):
-            continue
-        has_delta = path != owner and key == "weight"
-        weights[f"{path}.{key}"] = _merged_weight(layers[path], tensor) if has_delta else tensor
+    weights = _plain_weights(adapted)
+    for path, layer in layers.items():
+        weights[f"{path}.weight"] = _merged_weight(layer, weights[f"{path}.weight"])
     return load_into_meta(empty, weights, like=adapted)
 
 

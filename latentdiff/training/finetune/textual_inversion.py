@@ -21,8 +21,8 @@ from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components
 from latentdiff.models.text import pool_at_end_token
 from latentdiff.models.weights import load_into_meta
+from latentdiff.pipeline.files.embedding_file import SDXL_EMBEDDINGS
 
-SDXL = ("clip_l", "clip_g")  # of its first and second text encoder, as other programs name them
 FILE_NAME = "learned_embeds.safetensors"  # as diffusers looks for in a folder
 
 
@@ -99,7 +99,7 @@ def learned_embeds(components: Components, token: str) -> dict[str, Tensor]:
     """
     rows = [_token_embeddings(encoder).new.detach().cpu() for encoder, _ in _encoders(components)]
     if len(rows) > 1:
-        return dict(zip(SDXL, rows, strict=True))
+        return dict(zip(SDXL_EMBEDDINGS, rows, strict=True))
     (vectors,) = rows  # (n, D)
     return {token: vectors[0].clone() if len(vectors) == 1 else vectors}
 

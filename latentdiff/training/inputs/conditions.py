@@ -231,14 +231,8 @@ def condition_source(
     if kind == "instruct_pix2pix":
         latents = cache_latents(files.folder, vae, data, accelerator=accelerator, plan=files.plan)
         return EditSource(files, latents if isinstance(latents, LatentCache) else latents.images)
-    kind = map_kind(settings.kind)
-    maps = cache_maps(
-        ConditionMaps(
-            files.folder, files.plan, codec.factor, "depth" if kind == "depth" else "upscale"
-        ),
-        data,
-        accelerator=accelerator,
-    )
+    read = ConditionMaps(files.folder, files.plan, codec.factor, map_kind(kind))
+    maps = cache_maps(read, data, accelerator=accelerator)
     return (
         DepthSource(files, maps)
         if kind == "depth"

@@ -283,13 +283,12 @@ def controlled(
 
     def steer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         zt, t = args
-        given = {"control": control.expand(len(zt), -1, -1, -1).to(zt)}
-        names = {"encoder_hidden_states": "prompt_embeds", "class_labels": "class_labels"}
-        given |= {names[name]: kwargs[name] for name in names.keys() & kwargs.keys()}
-        if added := kwargs.get("added_cond_kwargs"):
-            given |= {"pooled_embeds": added["text_embeds"], "time_ids": added["time_ids"]}
+        conditioning = replace(
+            Conditioning.from_unet_kwargs(kwargs),
+            control=control.expand(len(zt), -1, -1, -1).to(zt),
+        )
         times = torch.as_tensor(t, device=zt.device).expand(len(zt))
-        residuals = control_residuals(controlnet, zt, times, Conditioning(**given))
+        residuals = control_residuals(controlnet, zt, times, conditioning)
         return args, kwargs | residuals
 
     hook = unet.register_forward_pre_hook(steer, with_kwargs=True)
