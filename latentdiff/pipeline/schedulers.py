@@ -207,6 +207,18 @@ def make_scheduler(name: str, *, trained: Any) -> Any:
     return cls(**{key: value for key, value in wanted.items() if key in known})
 
 
+def zero_terminal_snr_scheduler(trained: Any) -> Any:
+    """Return a DDIMScheduler of a model's own betas, rescaled to zero terminal SNR.
+
+    Lin et al. 2024. trained: as in `make_scheduler`; returned as it is where rescaled already.
+    """
+    if trained.config.get("rescale_betas_zero_snr"):
+        return trained
+    ddim = make_scheduler("ddim", trained=trained)
+    rescaled = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return diffusers.DDIMScheduler.from_config(ddim.config, **rescaled)
+
+
 def distilled_scheduler(trained: Any) -> Any:
     """Return the DDIMScheduler of a model distilled to few steps, which ends at the clean latents.
 

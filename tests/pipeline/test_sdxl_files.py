@@ -7,6 +7,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -35,6 +36,7 @@ from latentdiff.pipeline.files.single_file import (
     open_single_file,
     save_single_file,
 )
+from latentdiff.pipeline.schedulers import zero_terminal_snr_scheduler
 from latentdiff.sampling import conversion
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -188,6 +190,34 @@ def test_a_v_model_carries_the_marks_and_comes_back_as_one(exported, tmp_path, z
     found = open_single_file(file, config=folder, prediction_type="v_prediction")["scheduler"]
     assert found.config["prediction_type"] == "v_prediction"
     assert bool(found.config.get("rescale_betas_zero_snr")) == zero
+
+
+@pytest.mark.parametrize("is_zero", [None, True, False])
+def test_a_folder_s_own_betas_are_kept_for_a_file_of_zero_terminal_snr(exported, tmp_path, is_zero):
+    parts, folder, _ = exported
+    v = {"prediction_type": "v_prediction"}
+    own = {"beta_start": 0.001, "beta_end": 0.02, "num_timesteps": 500}
+    scheduler = make_ddpm_scheduler(**v, **own, zero_terminal_snr=True)
+    file = save_single_file(as_ours(parts, scheduler=scheduler), tmp_path / "v.safetensors")
+    for base in (scheduler, make_ddpm_scheduler(**v, **own)):
+        copy = shutil.copytree(folder, tmp_path / "base", dirs_exist_ok=True)
+        base.save_pretrained(copy / "scheduler")
+        given = {"config": copy, "zero_terminal_snr": is_zero}
+        found = open_single_file(file, **given)["scheduler"]
+        assert bool(found.config.get("rescale_betas_zero_snr")) == (is_zero is not False)
+        wanted = make_ddpm_scheduler(**v, **own, zero_terminal_snr=is_zero is not False)
+        assert torch.equal(found.alphas_cumprod, wanted.alphas_cumprod)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_rescaled_family_has_the_settings_that_new_models_have(family):
+    config = bundled_configs(family)["scheduler"] | {"prediction_type": "v_prediction"}
+    trained = getattr(diffusers, config["_class_name"]).from_config(config)
+    found = dict(zero_terminal_snr_scheduler(trained).config)
+    new = make_ddpm_scheduler(prediction_type="v_prediction", zero_terminal_snr=True).config
+    assert {name: found[name] for name in new if name[0] != "_"} == {
+        name: value for name, value in new.items() if name[0] != "_"
+    }
 
 
 def test_a_flow_model_names_the_node_that_comfyui_needs_and_comes_back_as_one(exported, tmp_path):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentdiff.atomic import atomic_file
-from latentdiff.diffusion.prediction import parametrization
-from latentdiff.models.build import FLOW_SIGMAS, make_ddpm_scheduler, make_flow_scheduler
+from latentdiff.diffusion.prediction import check_objective, parametrization
+from latentdiff.models.build import FLOW_SIGMAS, make_flow_scheduler, schedule_of
 from latentdiff.models.compatibility import (
     latent_factor,
     read_json,
@@ -58,7 +58,11 @@ from latentdiff.pipeline.files.prediction_marks import (
     marks_of,
     stated_in_file,
 )
-from latentdiff.pipeline.schedulers import scheduler_from_json, scheduler_to_json
+from latentdiff.pipeline.schedulers import (
+    scheduler_from_json,
+    scheduler_to_json,
+    zero_terminal_snr_scheduler,
+)
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_KEYS = tuple(  # where the prompt comes in first, in 1.x and 2.x and in XL
@@ -177,7 +181,9 @@ def open_single_file(
     else:
         others = _tokenizers(configs)
         others |= {ZEROS: True} if "text_encoder_2" in configs else {}  # as SDXL's own folder
-    is_zero = ZERO_TERMINAL_SNR in file.shapes if zero_terminal_snr is None else zero_terminal_snr
+    is_zero = zero_terminal_snr
+    if is_zero is None and ZERO_TERMINAL_SNR in file.shapes:
+        is_zero = True
     scheduler = _scheduler(configs["scheduler"], prediction_type=kind, zero_terminal_snr=is_zero)
     for name, module in modules.items():
         module.load_state_dict(from_file(path, module, stored[name], dtype=dtype), assign=True)
@@ -250,15 +256,24 @@ def _check_weights(file: SingleFile, stored: Mapping[str, Mapping[str, Stored]])
     refuse_bad_weights(str(file.path), unexpected=of_unet - known)
 
 
-def _scheduler(config: Mapping[str, Any], *, prediction_type: str, zero_terminal_snr: bool) -> Any:
-    """Return the scheduler of a config, for a prediction type and a last step of pure noise."""
+def _scheduler(
+    config: Mapping[str, Any], *, prediction_type: str, zero_terminal_snr: bool | None
+) -> Any:
+    """Return the scheduler of a config, for a prediction type.
+
+    zero_terminal_snr: whether its last step is pure noise; None: as the config says.
+    """
     parametrization(prediction_type)  # ValueError for an unknown name
     if prediction_type == "flow_prediction" and not config.get(FLOW_SIGMAS):
         return make_flow_scheduler(config.get("num_train_timesteps", 1000))
-    if zero_terminal_snr and not config.get("rescale_betas_zero_snr"):
-        return make_ddpm_scheduler(prediction_type=prediction_type, zero_terminal_snr=True)
-    cls = getattr(diffusers, config["_class_name"])
-    return cls.from_config({**config, "prediction_type": prediction_type})
+    changes: dict[str, Any] = {"prediction_type": prediction_type}
+    if zero_terminal_snr is False and config.get("rescale_betas_zero_snr"):
+        changes["rescale_betas_zero_snr"] = False
+    scheduler = getattr(diffusers, config["_class_name"]).from_config({**config, **changes})
+    if zero_terminal_snr:
+        scheduler = zero_terminal_snr_scheduler(scheduler)
+        check_objective(schedule_of(scheduler), prediction_type)
+    return scheduler
 
 
 def _tokenizers(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

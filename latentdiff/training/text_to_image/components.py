@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from transformers import CLIPTokenizer
 
 from latentdiff.config.data import DataConfig
@@ -52,7 +51,7 @@ from latentdiff.models.text import (
 )
 from latentdiff.pipeline.files.model_info import read_model_info
 from latentdiff.pipeline.files.prediction_marks import check_folder
-from latentdiff.pipeline.schedulers import make_scheduler
+from latentdiff.pipeline.schedulers import zero_terminal_snr_scheduler
 from latentdiff.training.distill.student import check_teacher
 
 
@@ -229,11 +228,8 @@ def _own_scheduler(scheduler: Any, config: Config) -> Any:
         )
     elif prediction_type != own:
         scheduler.register_to_config(prediction_type=prediction_type)
-    if diffusion.zero_terminal_snr and not scheduler.config.get("rescale_betas_zero_snr"):
-        trained = make_scheduler("ddim", trained=scheduler).config
-        scheduler = DDIMScheduler.from_config(
-            trained, rescale_betas_zero_snr=True, timestep_spacing="trailing"
-        )
+    if diffusion.zero_terminal_snr:
+        scheduler = zero_terminal_snr_scheduler(scheduler)
     check_objective(schedule_of(scheduler), prediction_type)
     if prediction_type == "flow_prediction" and diffusion.learned_variance:
         raise ValueError(
