@@ -29,7 +29,7 @@ from latentdiff.models.components import Components, load_components
 from latentdiff.models.conditioning import Conditioning, make_time_ids
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import resolve_model
-from latentdiff.models.text import NULL_CAPTION
+from latentdiff.models.text import NULL_CAPTION, null_prompt
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.pipeline.initial_latents import trained_size_px
@@ -215,9 +215,7 @@ def _conditioning(
 def _null_conditioning(components: Components, *, size: tuple[int, int]) -> Conditioning:
     """Return the conditioning without a caption that the model is sampled with, of one image."""
     null = _conditioning(components, [NULL_CAPTION], size=size)
-    if not components.force_zeros_for_empty_prompt:
-        return null
-    return null.with_text(null.map(torch.zeros_like))
+    return null_prompt(null, zeros=components.force_zeros_for_empty_prompt)
 
 
 def read_classes(root: Path, ids: Sequence[str], column: str) -> tuple[str, ...]:

@@ -160,6 +160,17 @@ def set_clip_skip(encoders: TextEncoders, value: int | None) -> None:
     encoders.text_encoder.config.clip_skip = value
 
 
+def null_prompt(empty: Conditioning, *, zeros: bool) -> Conditioning:
+    """Return the null prompt of guidance: the empty caption's conditioning, or zeros for its text.
+
+    zeros: the model's force_zeros_for_empty_prompt. Token ids stay, and are zeros once they are
+    encoded; sizes and labels stay.
+    """
+    if not zeros or empty.input_ids is not None:
+        return empty
+    return empty.with_text(empty.map(torch.zeros_like))
+
+
 def pool_at_end_token(text_encoder: Any, tokenizer: CLIPTokenizer) -> None:
     """Let a text encoder pool at the end token, not at the token of the highest number.
 

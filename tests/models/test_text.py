@@ -9,9 +9,11 @@ import torch
 from fakes_models import CAPTIONS, LONG, WORLD
 from transformers import CLIPTokenizer
 
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.text import (
     NULL_CAPTION,
     encode_text,
+    null_prompt,
     tokenize,
     train_tokenizer,
     truncated_part,
@@ -167,3 +169,15 @@ def test_text_encoder_is_saved_under_stable_diffusions_names(text_encoder, tmp_p
     text_encoder.save_pretrained(tmp_path)
     names = stored_shapes([tmp_path / "model.safetensors"])
     assert all(name.startswith("text_model.") for name in names)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_null_prompt_is_zeros_for_the_text_alone_where_the_model_says_so(zeros: bool) -> None:
+    sizes = torch.ones(1, 6, dtype=torch.int64)
+    empty = Conditioning(torch.ones(1, 3, 2), torch.ones(1, 2), sizes)
+    found = null_prompt(empty, zeros=zeros)
+    for name in ("prompt_embeds", "pooled_embeds"):
+        assert bool((found.tensors()[name] == (0 if zeros else 1)).all())
+    assert found.time_ids is sizes
+    ids = Conditioning(input_ids=torch.ones(1, 3, dtype=torch.int64))
+    assert null_prompt(ids, zeros=zeros) is ids

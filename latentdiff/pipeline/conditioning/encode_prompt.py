@@ -17,7 +17,12 @@ from transformers import CLIPTokenizer
 
 from latentdiff.models.compatibility import reads_time_ids
 from latentdiff.models.conditioning import TEXT, Conditioning
-from latentdiff.models.text import NULL_CAPTION, clip_skip_of, expand_multivector_tokens
+from latentdiff.models.text import (
+    NULL_CAPTION,
+    clip_skip_of,
+    expand_multivector_tokens,
+    null_prompt,
+)
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.conditioning.encode import (
     PromptEncoder,
@@ -257,7 +262,7 @@ class EncodePromptMixin:
     ) -> Conditioning:
         """Return the embeddings of the negative prompt, by default those of the null prompt."""
         if inputs.negative_prompts is None and self.config.force_zeros_for_empty_prompt:
-            return embeds.map(torch.zeros_like)
+            return null_prompt(embeds, zeros=True)
         empty = [parse_prompt(NULL_CAPTION)]
         texts = inputs.negative_prompts or empty, inputs.negative_second or empty
         return self._embed("negative_prompt", texts, inputs, device, clip_skip=None)

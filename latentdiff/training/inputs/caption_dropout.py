@@ -5,10 +5,8 @@ which captions are dropped; text_to_image/objective.py replaces these, token ids
 alike.
 """
 
-import torch
-
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.text import NULL_CAPTION
+from latentdiff.models.text import NULL_CAPTION, null_prompt
 from latentdiff.training.inputs.encode import TextSource
 from latentdiff.training.inputs.randomness import SampleKey
 
@@ -32,10 +30,5 @@ def is_condition_dropped(
 
 
 def null_text(source: TextSource, *, zeros: bool) -> Conditioning:
-    """Return the null prompt's token ids or embeddings, of one image.
-
-    zeros: embeddings of the empty caption are replaced by zeros, as a model is sampled whose
-    force_zeros_for_empty_prompt is true; token ids become zeros once they are encoded.
-    """
-    null = source.batch([NULL_CAPTION])
-    return null.map(torch.zeros_like) if zeros and null.input_ids is None else null
+    """Return the null prompt's token ids or embeddings, of one image; zeros: see `null_prompt`."""
+    return null_prompt(source.batch([NULL_CAPTION]), zeros=zeros)

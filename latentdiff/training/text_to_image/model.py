@@ -23,6 +23,7 @@ from latentdiff.models.components import (
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import predict
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.text import null_prompt
 from latentdiff.training.finetune.methods import set_trainable
 from latentdiff.training.text_to_image.memory_modes import cast_weights
 
@@ -80,7 +81,7 @@ class TextToImage(nn.Module):
         if self._zeros_for_null:
             first = input_ids[:, 0] if input_ids.ndim == 3 else input_ids
             is_null = first[:, 1] == self._encoders.tokenizer.eos_token_id  # after the start token
-            text = text.with_text(text.map(torch.zeros_like), where=is_null)
+            text = text.with_text(null_prompt(text, zeros=True), where=is_null)
         return Conditioning(**(conditioning.tensors() | text.tensors()))
 
 
