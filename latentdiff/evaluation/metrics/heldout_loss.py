@@ -44,7 +44,8 @@ class Triples:
 
     mask: n times (1, h, w) in [0, 1] where only a part of each image is trained on. Latents
     differ in size between aspect-ratio buckets; keep latents of one size together. condition: n
-    times (k, h, w) where the model reads an image; null_condition: one that tells nothing of it.
+    times (k, h, w) where the model reads an image, uint8 (3, H, W) of a ControlNet;
+    null_condition: one that tells nothing of it, None where it is not measured.
     """
 
     z0: Tensor | Sequence[Tensor]
@@ -154,7 +155,7 @@ def _conditioning(
         return text[part]
     stacked = torch.stack(tuple(condition[part]))
     if field == "control":
-        return replace(text[part], control=stacked)
+        return replace(text[part], control=stacked.float() / 255)
     return replace(text[part], condition=stacked)
 
 

@@ -171,6 +171,7 @@ class ConditionEncoder:
     def __init__(self, kind: str, vae: Autoencoder) -> None:
         self.kind, self.codec = kind, LatentCodec(vae)
         self.field = "control" if kind == "controlnet" else "condition"  # of a Conditioning
+        self._nulls: dict[torch.Size, Tensor] = {}
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Tensor]) -> None:
@@ -190,11 +191,18 @@ class ConditionEncoder:
             batch["condition"] = torch.where(is_kept, batch["condition"], 0.0)
 
     def null(self, like: Tensor) -> Tensor:
-        """Return the condition (k, h, w) that tells nothing; a ControlNet's is black."""
-        if self.kind == "controlnet":
-            return torch.zeros_like(like)
-        with torch.no_grad():
-            return null_channels(self.kind, self.codec, like[None])[0]
+        """Return the condition (k, h, w) that tells nothing, one tensor for all of a size.
+
+        A ControlNet's is black.
+        """
+        if like.shape not in self._nulls:
+            with torch.no_grad():
+                self._nulls[like.shape] = (
+                    torch.zeros_like(like)
+                    if self.kind == "controlnet"
+                    else null_channels(self.kind, self.codec, like[None])[0]
+                )
+        return self._nulls[like.shape]
 
     def _channels(self, batch: dict[str, Tensor], pixels: Tensor) -> Tensor:
         if self.kind != "inpaint":
@@ -297,17 +305,23 @@ def preview_conditions(
 
         read = source.sample(index, flipped=False, crop=0.5, rng=rng)
         fixed = fixed_condition(read, encoder)
-        found.append(FixedCondition(caption, fixed["condition"], fixed.get("class_labels")))
+        condition = fixed["condition"]
+        if encoder.field == "control":
+            condition = condition.float() / 255
+        found.append(FixedCondition(caption, condition, fixed.get("class_labels")))
     return found
 
 
 def fixed_condition(read: dict[str, Tensor], encoder: ConditionEncoder) -> dict[str, Tensor]:
-    """Return a sample's condition or control, on the CPU, "null" next to it, and class_labels."""
+    """Return a sample's condition, on the CPU, and class_labels, if any.
+
+    Of a ControlNet the condition is its image as it was read, uint8: many are kept.
+    """
+    if encoder.field == "control":
+        return {"condition": read["control"]}
     batch = {name: tensor[None] for name, tensor in read.items()}
     encoder.encode(batch)
-    found = {name: tensor[0].cpu() for name, tensor in batch.items()}
-    condition = found.pop(encoder.field)
-    return found | {"condition": condition, "null": encoder.null(condition).cpu()}
+    return {name: tensor[0].cpu() for name, tensor in batch.items()}
 
 
 def with_labels(text: Conditioning, conditions: Sequence[dict[str, Tensor]]) -> Conditioning:
