@@ -1,6 +1,7 @@
 """Conditions in training: they stay with their images, whole runs are exact, mistakes are named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
+from latentdiff.config.model import ConditionConfig
 from latentdiff.config.text_to_image import Config, condition_files, condition_kind
 from latentdiff.data.cache.online_encode import OnlineImages
 from latentdiff.data.captions import CaptionTransform
@@ -41,6 +43,7 @@ from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.encode import cache_latents, crop_plan
 from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.inputs.sources import read_data
+from latentdiff.training.inputs.train_data import condition_plan
 from latentdiff.training.report.charts import rise_step, rise_text
 from latentdiff.training.report.run_record import read_runs
 from latentdiff.training.text_to_image.components import check_components
@@ -414,3 +417,36 @@ def test_the_hidden_image_without_anything_to_see_is_encoded_once_for_a_size(
     assert torch.equal(first, second)
     assert len(encoded) == 1
     assert encoder.null(torch.zeros(5, 4, 8)).shape == (5, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "cached"),
+    [
+        ({"kind": "inpaint"}, "inpaint", False),
+        ({"kind": "upscale"}, "upscale", False),
+        ({"kind": "upscale", "source": "file"}, "upscale", True),
+        ({"kind": "depth"}, "depth", True),
+        ({"kind": "instruct_pix2pix"}, "instruct_pix2pix", True),
+        ({}, "controlnet", False),
+    ],
+)
+def test_the_plan_says_cached_of_what_a_source_caches(
+    tmp_path: Path, settings: dict[str, Any], kind: str, cached: bool
+) -> None:
+    config = Config(condition=ConditionConfig(**settings))
+    text = condition_plan(config, kind)
+    assert ("cached" in text) == cached
+    assert ("at every step" in text) != cached
+    text = condition_plan(replace(config, data=replace(config.data, cache=False)), kind)
+    assert "at every step" in text
+
+
+@pytest.mark.parametrize("kind", [*CONDITION_KINDS, "controlnet"])
+def test_the_device_of_the_step_makes_conditions_where_no_vae_is(kind: str) -> None:
+    encoder = ConditionEncoder(kind, make_vae())
+    assert encoder.uses_vae == (kind in ("inpaint", "instruct_pix2pix"))
+    if encoder.uses_vae:
+        return
+    batch = {encoder.field: torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}
+    encoder.encode(batch, device=torch.device("meta"))
+    assert (batch[encoder.field].device.type == "meta") == (kind == "controlnet")

@@ -173,13 +173,18 @@ class ConditionEncoder:
         self.field = "control" if kind == "controlnet" else "condition"  # of a Conditioning
         self._nulls: dict[torch.Size, Tensor] = {}
 
+    @property
+    def uses_vae(self) -> bool:
+        """Whether conditions are latents, so that the VAE may be needed at every step."""
+        return self.kind in ("inpaint", "instruct_pix2pix")
+
     @torch.no_grad()
-    def encode(self, batch: dict[str, Tensor]) -> None:
+    def encode(self, batch: dict[str, Tensor], *, device: torch.device | None = None) -> None:
         """Give a batch its condition (B, k, h, w), in place of what it is made of.
 
-        A ControlNet's becomes control (B, 3, H, W) in [0, 1].
+        A ControlNet's becomes control (B, 3, H, W) in [0, 1]. device: by default the VAE's.
         """
-        device = self.codec.vae.device
+        device = device or self.codec.vae.device
         if self.kind == "controlnet":
             batch["control"] = batch["control"].to(device, non_blocking=True).float() / 255
         if (read := batch.pop("condition_pixels", None)) is not None:

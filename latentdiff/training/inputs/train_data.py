@@ -181,6 +181,8 @@ def build_train_data(
     )
     if accelerator.is_main_process:
         _log_data_plan(config.data, order, source)
+        if condition_encoder is not None:
+            logger.info("%s", condition_plan(config, condition_encoder.kind))
     return TrainData(
         train=train,
         heldout=heldout,
@@ -337,6 +339,22 @@ def _check_masks(masks: MaskSource, data: DataConfig) -> None:
         kept.count(0.0),
         len(kept),
     )
+
+
+def condition_plan(config: Config, kind: str) -> str:
+    """Describe how conditions reach the model: which are cached, and what each step costs."""
+    if kind == "inpaint":
+        return (
+            "conditions: images are read again at every step, and encoded without what is hidden "
+            "of them"
+        )
+    if kind == "controlnet":
+        return "conditions: the ControlNet's images are read at every step"
+    if kind == "upscale" and config.condition.source == "image":
+        return "conditions: images are read again at every step, and made small"
+    names = {"instruct_pix2pix": "images to edit are encoded", "depth": "maps are read"}
+    how = "once and cached" if config.data.cache else "at every step (data.cache=false)"
+    return f"conditions: {names.get(kind, 'low-resolution images are read')} {how}"
 
 
 def _log_data_plan(data: DataConfig, order: EpochOrder | PairedOrder, source: TextSource) -> None:

@@ -268,7 +268,8 @@ def build_train_step(
     model = trainable_model(config, components, accelerator, controlnet)
     if isinstance(train_data.source, CachedPromptEmbeds):  # no step encodes a caption
         components.text_encoders.to(torch.device("cpu"))
-    if config.data.cache and train_data.condition_encoder is None:
+    encoder = train_data.condition_encoder
+    if config.data.cache and not (encoder and encoder.uses_vae):
         components.vae.to(torch.device("cpu"))
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
