@@ -312,3 +312,27 @@ def test_two_steps_of_a_student_that_fits_its_targets_are_four_of_its_teacher(
 
 def step_to(schedule: Schedule, output: Tensor, z: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return ddim_step(schedule, output, z, t, t_next, prediction_type="v_prediction")
+
+
+def test_teacher_of_an_lcm_lora_shares_its_weights_once_cast_and_laid_out(
+    world: Path, tmp_path: Path
+) -> None:
+    modes = {
+        **{"train__precision": "bf16", "train__frozen_dtype": "bf16"},
+        **{"train__channels_last": True, "finetune__method": "lora", "finetune__lora_rank": 2},
+    }
+    config = distilling(
+        *(world, world / "base" / "pipeline", tmp_path / "run"),
+        **(modes | {"distill__method": "lcm_lora", "distill__num_steps": 2}),
+    )
+    (tmp_path / "run").mkdir()
+    stage = setup(config, tmp_path / "run", start_accelerator(config))
+    assert stage.teacher is not None
+    own = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in stage.components.unet.named_parameters()
+    }
+    for name, parameter in stage.teacher.unet.named_parameters():
+        assert parameter.data_ptr() == own[name].data_ptr(), name
+        assert parameter.dtype == torch.bfloat16
+        assert not parameter.requires_grad

@@ -134,14 +134,27 @@ def merge_adapters(components: Components) -> Components:
 
 def without_adapters(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Return the plain U-Net that adapters were added to; the weights are shared."""
-    weights = {
+    weights = _plain_weights(unet)
+    with torch.device("meta"):
+        empty = UNet2DConditionModel.from_config(unet.config)
+    return load_into_meta(empty, weights, like=unet)
+
+
+def share_weights(plain: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
+    """Let a U-Net of `without_adapters` share the weights of `unet` again, which were cast, or laid
+    out in memory anew."""
+    weights = _plain_weights(unet)
+    for name, parameter in plain.named_parameters():
+        parameter.data = weights[name]
+
+
+def _plain_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """Return the weights below the adapters, not copied, by the names of the plain U-Net."""
+    return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in unet.state_dict().items()
         if not is_adapter(name)
     }
-    with torch.device("meta"):
-        empty = UNet2DConditionModel.from_config(unet.config)
-    return load_into_meta(empty, weights, like=unet)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from latentdiff.training.distill.setup import distill_objective, num_distilled_t
 from latentdiff.training.distill.student import Teacher, make_student
 from latentdiff.training.finetune.dreambooth import generate_class_images
 from latentdiff.training.finetune.initial_weights import read_initial_weights, run_base_hash
+from latentdiff.training.finetune.lora import share_weights
 from latentdiff.training.finetune.methods import add_adapters, base_weights_hash
 from latentdiff.training.finetune.textual_inversion import check_captions_have_token
 from latentdiff.training.inputs.batches import BatchLayout
@@ -124,7 +125,7 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     base = load(config, folder, train_folder, accelerator)
     teacher = None
     if config.distill.is_on:
-        base.components.unet.to(accelerator.device)  # first, so that both share its weights there
+        base.components.unet.to(accelerator.device)  # first: not both copy it there
         unet, student = make_student(base.components, method=config.distill.method)
         teacher = Teacher(unet, accelerator.autocast)
         base = base._replace(components=student)
@@ -266,6 +267,8 @@ def build_train_step(
             device=device,
         )
     model = trainable_model(config, components, accelerator, controlnet)
+    if teacher is not None and config.distill.method == "lcm_lora":
+        share_weights(teacher.unet, components.unet)  # which is cast, and laid out, by now
     if isinstance(train_data.source, CachedPromptEmbeds):  # no step encodes a caption
         components.text_encoders.to(torch.device("cpu"))
     encoder = train_data.condition_encoder
