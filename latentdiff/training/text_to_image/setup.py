@@ -5,6 +5,7 @@ Everything that can be wrong with the input is reported here, before the first s
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +28,6 @@ from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.controlnet import make_controlnet
 from latentdiff.models.latents import LatentCodec
-from latentdiff.training.distill.consistency import Consistency
-from latentdiff.training.distill.objective import Distillation
 from latentdiff.training.distill.setup import distill_objective, num_distilled_timesteps
 from latentdiff.training.distill.student import Teacher, make_student
 from latentdiff.training.finetune.dreambooth import generate_class_images
@@ -50,6 +49,7 @@ from latentdiff.training.inputs.encode import (
 from latentdiff.training.inputs.randomness import STRATA_RULE
 from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, subject_order
+from latentdiff.training.objective import TrainingObjective
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.text_to_image.components import (
     load_vae_of,
@@ -249,9 +249,14 @@ def build_train_step(
 
     teacher: of a student, to learn from instead of from noised images. controlnet: trained alone.
     """
+
+    def averaged() -> AbstractContextManager[None]:  # is asked in steps, when train_step is there
+        ema = train_step.ema
+        return nullcontext() if ema is None else ema.swap_weights(train_step.model)
+
     settings, device = config.train, accelerator.device
     null_text = train_data.null_text.to(device)
-    objective: Objective | Distillation | Consistency
+    objective: TrainingObjective
     if teacher is None:
         objective = _objective(config, components, null_text=null_text, device=device)
     else:
@@ -265,6 +270,7 @@ def build_train_step(
             sample_steps=_timestep_sampler(config.diffusion, num_steps, device),
             null_text=null_text,
             device=device,
+            averaged=averaged,
         )
     model = trainable_model(config, components, accelerator, controlnet)
     if teacher is not None and config.distill.method == "lcm_lora":
@@ -297,8 +303,6 @@ def build_train_step(
         seed=settings.seed,
         fused_backward_pass=settings.fused_backward_pass,
     )
-    if isinstance(objective, Consistency) and (ema := train_step.ema):
-        objective.averaged = lambda: ema.swap_weights(train_step.model)
     return train_step
 
 
