@@ -37,7 +37,7 @@ HUBER_C = 0.001  # of the pseudo-Huber loss, as in diffusers' training script
 class Consistency:
     """The loss of a latent consistency model, on the device.
 
-    teacher: predicts without guidance; guided by a scale drawn per sample. sample_steps: samples
+    teacher: predicts without guidance; guided by a random scale an image. sample_steps: samples
     numbers of the grid's steps. averaged: a context in which the student has its averaged weights.
     """
 

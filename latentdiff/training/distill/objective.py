@@ -61,7 +61,7 @@ class HalvedTarget:
     path: Tensor  # (2 num_steps + 1,) timesteps of the teacher, and CLEAN
 
     def __call__(self, zt: Tensor, number: Tensor, text: Conditioning, scale: Tensor) -> Tensor:
-        """Return it for the student's step of that number; the last one ends at clean latents."""
+        """Return the output for the step of that number; the last one ends at clean latents."""
         start, middle, end = (self.path[2 * number + k] for k in range(3))
         z = zt
         for t, t_next in ((start, middle), (middle, end)):

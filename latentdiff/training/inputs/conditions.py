@@ -59,7 +59,7 @@ class ConditionSource(Protocol):
 
 @dataclass(frozen=True)
 class InpaintSource:
-    """Images and what is hidden of them. files: masks, None where they are drawn at random."""
+    """Images and what is hidden of them. files: masks, None where they are random."""
 
     images: OnlineImages
     settings: ConditionConfig
