@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +321,7 @@ def test_teacher_of_an_lcm_lora_shares_its_weights_once_cast_and_laid_out(
     world: Path, tmp_path: Path
 ) -> None:
     modes = {
-        **{"train__precision": "bf16", "train__frozen_dtype": "bf16"},
+        **{"train__ema": "true", "train__precision": "bf16", "train__frozen_dtype": "bf16"},
         **{"train__channels_last": True, "finetune__method": "lora", "finetune__lora_rank": 2},
     }
     config = distilling(
@@ -342,19 +341,18 @@ def test_teacher_of_an_lcm_lora_shares_its_weights_once_cast_and_laid_out(
         assert not parameter.requires_grad
 
 
-@pytest.mark.parametrize("keeps_ema", [True, False])
 def test_target_of_an_lcm_lora_has_the_average_of_the_train_step(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_ema: bool
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = {"distill__method": "lcm_lora", "distill__num_steps": 2, "finetune__method": "lora"}
-    plain = distilling(world, world / "base" / "pipeline", tmp_path / "run", **lora)
-    config = replace(plain, train=replace(plain.train, ema=keeps_ema))
+    ema = {"train__ema": "true"}
+    config = distilling(world, world / "base" / "pipeline", tmp_path / "run", **(lora | ema))
     (tmp_path / "run").mkdir()
     step, asked = setup(config, tmp_path / "run", start_accelerator(config)).train_step, []
     monkeypatch.setattr(Ema, "swap_weights", lambda _, model: asked.append(model) or nullcontext())
     with step.objective.averaged():  # type: ignore[attr-defined]
         pass
-    assert asked == [step.model] * keeps_ema
+    assert asked == [step.model]
 
 
 @pytest.mark.parametrize("module", [consistency, objective])

@@ -5,7 +5,7 @@ Everything that can be wrong with the input is reported here, before the first s
 
 import logging
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -251,8 +251,8 @@ def build_train_step(
     """
 
     def averaged() -> AbstractContextManager[None]:  # is asked in steps, when train_step is there
-        ema = train_step.ema
-        return nullcontext() if ema is None else ema.swap_weights(train_step.model)
+        assert train_step.ema is not None  # distill.method=lcm_lora needs it
+        return train_step.ema.swap_weights(train_step.model)
 
     settings, device = config.train, accelerator.device
     null_text = train_data.null_text.to(device)
