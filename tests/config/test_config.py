@@ -276,3 +276,21 @@ def test_documented_commands_start_without_warnings_of_the_launcher() -> None:
 def test_a_value_of_another_type_is_named_with_the_type_that_is_expected(option, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         parse_arguments(Config, [option])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "files"),
+    [
+        ([], "none", "none"),
+        (["--condition.kind=inpaint"], "inpaint", "none"),
+        (["--condition.kind=depth"], "depth", "aspect"),
+        (["--condition.kind=upscale", "--condition.source=file"], "upscale", "aspect"),
+        (["--condition.kind=instruct_pix2pix"], "instruct_pix2pix", "size"),
+        (["--finetune.method=controlnet", "--model.pretrained=m"], "controlnet", "aspect"),
+    ],
+)
+def test_a_config_tells_the_kind_and_the_files_of_its_condition(
+    settings: list[str], kind: str, files: str
+) -> None:
+    config = parse_arguments(Config, settings)
+    assert (config.condition_kind, config.condition_files) == (kind, files)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
 from latentdiff.config.model import ConditionConfig
-from latentdiff.config.text_to_image import Config, condition_files, condition_kind
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineImages
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.images import uint8_to_pixels
@@ -98,14 +98,14 @@ def samples(world: Path, config: Config) -> Any:
     vae, accelerator = make_vae(), Accelerator(cpu=True)
     folder, _ = read_data(
         config.data,
-        condition=condition_files(config),
+        condition=config.condition_files,
         inpaint_masks=config.condition.reads_mask_files,
     )
     source = condition_source(
         folder,
         config.condition,
         config.data,
-        kind=condition_kind(config),
+        kind=config.condition_kind,
         vae=vae,
         accelerator=accelerator,
     )

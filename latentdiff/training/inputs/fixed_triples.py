@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.config.text_to_image import Config, condition_kind
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
 from latentdiff.models.compatibility import reads_time_ids
@@ -130,7 +130,7 @@ def _triples(
         mask=masks or None,
         condition=[one["condition"] for one in conditions] or None,
         null_condition=nulls or None,
-        condition_field="control" if condition_kind(config) == "controlnet" else "condition",
+        condition_field="control" if config.condition_kind == "controlnet" else "condition",
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.model import ConditionConfig
-from latentdiff.config.text_to_image import Config, condition_kind
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.epoch_draws import make_draws
@@ -161,10 +161,10 @@ def build_train_data(
         components=components,
         accelerator=accelerator,
         condition=config.condition,
-        condition_kind=condition_kind(config),
+        condition_kind=config.condition_kind,
     )
     images = encode(train, config.data, latents=latents)
-    encoder = ConditionEncoder(condition_kind(config), components.vae)
+    encoder = ConditionEncoder(config.condition_kind, components.vae)
     condition_encoder = encoder if encoder.kind != "none" else None
     sized = reads_time_ids(components.unet.config)
     dataset, order = _samples(

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import ControlNetModel
 
 from latentdiff.config.diffusion import DiffusionConfig
-from latentdiff.config.text_to_image import Config, condition_files
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
 from latentdiff.diffusion.timesteps import (
@@ -110,7 +110,7 @@ def _read_data(config: Config, accelerator: Accelerator) -> tuple[Folder, Folder
     with accelerator.main_process_first():
         return read_data(
             config.data,
-            condition=condition_files(config),
+            condition=config.condition_files,
             inpaint_masks=config.condition.reads_mask_files,
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
