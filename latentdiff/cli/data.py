@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config, parse_settings
-from latentdiff.config.text_to_image import Config, condition_files
+from latentdiff.config.text_to_image import Config
 
 
 def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
@@ -63,7 +63,7 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     needs_captions = not config.finetune.instance_prompts  # which stand for captions
     folders = read_sources(
         data,
-        condition=condition_files(config),
+        condition=config.condition_files,
         inpaint_masks=config.condition.reads_mask_files,
         needs_captions=needs_captions,
         full=options["full"],

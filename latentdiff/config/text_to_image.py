@@ -6,7 +6,7 @@ reads and writes them.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.diffusion import DiffusionConfig
@@ -109,7 +109,7 @@ EFFECT_RULES = (
     ),
     EffectRule(
         ("data.condition_column",),
-        lambda config: condition_files(config) != "none",
+        lambda config: config.finetune.method == "controlnet" or config.condition.files != "none",
         "it is for the files of a condition.kind or a ControlNet, and none are read",
     ),
     EffectRule(
@@ -155,19 +155,6 @@ EFFECT_RULES = (
 )
 
 
-def condition_kind(config: Any) -> str:
-    """Return the kind of image that a run reads: condition.kind, or "controlnet"; or "none"."""
-    return "controlnet" if config.finetune.method == "controlnet" else str(config.condition.kind)
-
-
-def condition_files(config: Any) -> ConditionFiles:
-    """Return how a run's condition files must fit their images; "none" where none is read."""
-    if condition_kind(config) == "controlnet":
-        return "aspect"
-    files: ConditionFiles = config.condition.files
-    return files
-
-
 @dataclass(frozen=True)
 class Config:
     """A whole text-to-image run."""
@@ -186,6 +173,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def condition_kind(self) -> str:
+        """The kind of image that a run reads: condition.kind, or "controlnet"; or "none"."""
+        return "controlnet" if self.finetune.method == "controlnet" else self.condition.kind
+
+    @property
+    def condition_files(self) -> ConditionFiles:
+        """How a run's condition files must fit their images; "none" where none is read."""
+        return "aspect" if self.condition_kind == "controlnet" else self.condition.files
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, naming the setting and the allowed values."""
@@ -288,10 +285,10 @@ def _check_learned_variance(config: Config) -> None:
 
 
 def _check_condition(config: Config) -> None:
-    if condition_kind(config) == "none":
+    if config.condition_kind == "none":
         return
     name_of = {"controlnet": "finetune.method=controlnet"}
-    what = name_of.get(condition_kind(config), f"condition.kind={config.condition.kind}")
+    what = name_of.get(config.condition_kind, f"condition.kind={config.condition.kind}")
     others = {
         "condition.kind": what in name_of.values() and config.condition.is_on,
         "finetune.class_prompt": bool(config.finetune.class_prompt),

@@ -1,4 +1,4 @@
-"""Is a distilled student worse than its teacher? Both draw the same captions from the same seeds.
+"""Is a distilled student worse than its teacher? Both get the same captions and seeds.
 
 Scores are losses, teacher less student, so that the upper end of their interval is what the student
 is not worse by: of captions of the shapes world, whose images a geometric judge reads; of the CLIP
@@ -82,7 +82,7 @@ class StudentReport:
         return asdict(self) | {"is_worse": self.is_worse, "text": self.lines()}
 
 
-def draw(
+def generate_and_save(
     pipe: LatentDiffPipeline,
     captions: Sequence[str],
     folder: Path,
@@ -91,7 +91,7 @@ def draw(
     guidance_scale: float,
     batch_size: int,
 ) -> GeneratedImages:
-    """Draw an image of each caption, its number being its seed; keep them in a folder."""
+    """Generate an image of each caption, its number being its seed; keep them in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return generate(
         pipe,

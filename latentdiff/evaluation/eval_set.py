@@ -24,7 +24,7 @@ from latentdiff.device import choose_device
 from latentdiff.evaluation.metrics.vlb import CaptionedLatents
 from latentdiff.image_grid import to_uint8
 from latentdiff.image_io import ImageError, load_image
-from latentdiff.models.compatibility import reads_time_ids
+from latentdiff.models.compatibility import condition_kinds, reads_time_ids
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.conditioning import Conditioning, make_time_ids
 from latentdiff.models.latents import LatentCodec
@@ -103,6 +103,7 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
     check_eval_options(options)
     folder = read_eval_folder(options)
     components = load_components(model, safety_checker=options.safety_checker)
+    _check_reads_text_alone(components, model)
     device = choose_device(options.device)
     encoders = (components.text_encoder, components.text_encoder_2)
     for part in (components.unet, components.vae, *encoders):
@@ -113,6 +114,19 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
     )
     info = read_model_info(resolve_model(model))
     return EvalModel(components, latents, folder, device, options.batch_size, options.seed, info)
+
+
+def _check_reads_text_alone(components: Components, model: str) -> None:
+    """Raise ValueError for a model that reads an image besides its caption."""
+    channels, config = LatentCodec(components.vae).channels, components.unet.config
+    if config["in_channels"] == channels:
+        return
+    kinds = condition_kinds(config, latent_channels=channels)
+    raise ValueError(
+        f"{model} reads an image besides its caption (condition.kind={' or '.join(kinds) or '?'}), "
+        "expected a model of text alone; the held-out loss of its run, with condition_use, "
+        "measures it: latentdiff report RUN"
+    )
 
 
 def check_eval_options(options: EvalModelOptions) -> None:

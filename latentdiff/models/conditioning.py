@@ -76,14 +76,14 @@ class Conditioning:
     def to(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Conditioning:
-        """Return it on a device, its embeddings in a dtype; sizes and labels keep their own."""
+        """Return the conditioning on a device, its embeddings in a dtype; others keep theirs."""
         moved = self.map(lambda x: x.to(device))
         embeds = {"prompt_embeds": moved.prompt_embeds, "pooled_embeds": moved.pooled_embeds}
         cast = {name: x.to(dtype) for name, x in embeds.items() if x is not None}
         return Conditioning(**(moved.tensors() | cast))
 
     def with_text(self, other: Conditioning, where: Tensor | None = None) -> Conditioning:
-        """Return it with the text of another one, of one image or of as many.
+        """Return the conditioning with the text of another one, of one image or of as many.
 
         where: (B,) bool, the images that get it; all by default. Sizes and labels stay.
         """

@@ -17,6 +17,8 @@ from transformers import CLIPImageProcessor
 
 from latentdiff.models.latents import LatentCodec
 
+LARGE = 512 * 512  # pixels, above which each image is decoded alone: SDXL's take GBs each
+
 
 @dataclass
 class LatentDiffOutput(BaseOutput):
@@ -54,7 +56,11 @@ def decode(
     if output_type == "latent":
         return latents, None
     processor = VaeImageProcessor(vae_scale_factor=1)
-    pixels, flagged = LatentCodec(vae).decode(latents), None  # (B, 3, H, W), about [-1, 1]
+    codec, flagged = LatentCodec(vae), None
+    is_large = latents.shape[-2:].numel() * codec.factor**2 > LARGE
+    pixels = codec.decode(
+        latents, chunk_size=1 if is_large else None
+    )  # (B, 3, H, W), about [-1, 1]
     if safety_checker is not None and feature_extractor is not None:
         checked = processor.postprocess(pixels, output_type="pil")
         seen = feature_extractor(checked, return_tensors="pt").pixel_values

@@ -297,3 +297,21 @@ def test_settings_that_a_student_has_from_its_teacher_are_refused(
     ((section, values),) = given.items()
     with pytest.raises(ValueError, match=rf"{section}\.{next(iter(values))}=True is not for dist"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "files"),
+    [
+        ([], "none", "none"),
+        (["--condition.kind=inpaint"], "inpaint", "none"),
+        (["--condition.kind=depth"], "depth", "aspect"),
+        (["--condition.kind=upscale", "--condition.source=file"], "upscale", "aspect"),
+        (["--condition.kind=instruct_pix2pix"], "instruct_pix2pix", "size"),
+        (["--finetune.method=controlnet", "--model.pretrained=m"], "controlnet", "aspect"),
+    ],
+)
+def test_a_config_tells_the_kind_and_the_files_of_its_condition(
+    settings: list[str], kind: str, files: str
+) -> None:
+    config = parse_arguments(Config, settings)
+    assert (config.condition_kind, config.condition_files) == (kind, files)

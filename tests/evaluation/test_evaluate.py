@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 from latentdiff.config.options import EvalModelOptions, EvaluationOptions
 from latentdiff.data.shapes import write_shapes
 from latentdiff.diffusion.ddpm import q_sample
+from latentdiff.evaluation import eval_set
 from latentdiff.evaluation.eval_set import EvalModel, open_eval_model
 from latentdiff.evaluation.metric_nets import MetricNets
 from latentdiff.evaluation.report.comparison import comparison_section
@@ -29,6 +30,9 @@ from latentdiff.evaluation.report.heldout_loss import comparable, heldout_loss_s
 from latentdiff.evaluation.report.section import PairedScore
 from latentdiff.evaluation.run import DISTILLED, EvalResult, EvalRun, run_evaluation
 from latentdiff.models.build import schedule_of
+from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.components import load_components
+from latentdiff.models.image_conditions import add_condition
 from latentdiff.pipeline.files.model_info import ModelInfo
 
 pytest.importorskip("matplotlib")
@@ -272,3 +276,15 @@ def test_a_distilled_model_is_measured_at_its_own_steps_and_has_no_heldout_loss(
     assert evaluation.num_inference_steps == num_steps
     run_evaluation(evaluation, result)
     assert (result.skipped["heldout"] == DISTILLED) is (info.num_inference_steps is not None)
+
+
+@pytest.mark.parametrize("kind", CONDITION_KINDS)
+def test_a_model_that_reads_an_image_is_refused_by_its_kind(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    components = load_components(folders / "model")
+    add_condition(components.unet, kind)
+    monkeypatch.setattr(eval_set, "load_components", lambda *_, **__: components)
+    options = EvalModelOptions(data=str(folders / "data"), split="all", device="cpu")
+    with pytest.raises(ValueError, match=f"reads an image.*{kind}"):
+        open_eval_model("edits", options)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.schedules import Schedule
+from latentdiff.evaluation.metrics import heldout_loss
 from latentdiff.evaluation.metrics.heldout_loss import (
     BATCH_SIZE,
     Triples,
@@ -202,3 +203,26 @@ def test_condition_use_is_the_gain_over_none_and_over_another_images(
         measure(schedule, triples, (0, 1)), triples.t, num_timesteps=NUM_TIMESTEPS
     )
     assert not any(name.startswith("condition") for name in plain)
+
+
+@pytest.mark.parametrize(("pixels", "at_once"), [(64 * 24, 24), (64 * 23, 8), (64 * 2, 2), (1, 1)])
+def test_large_latents_are_measured_few_at_once_with_the_same_figures(
+    schedule: Schedule,
+    triples: Triples,
+    monkeypatch: pytest.MonkeyPatch,
+    pixels: int,
+    at_once: int,
+) -> None:
+    expected, passes = measure(schedule, triples, (0, 1)), []
+
+    def counting(zt: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        passes.append(len(zt))
+        return denoise(zt, t, conditioning)
+
+    monkeypatch.setattr(heldout_loss, "PIXELS_AT_ONCE", pixels)
+    found = triple_losses(
+        counting, schedule, triples, prediction_type="epsilon", device=torch.device("cpu")
+    )
+    assert max(passes) == at_once
+    for name, losses in expected.items():
+        torch.testing.assert_close(found[name], losses)

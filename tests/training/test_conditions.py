@@ -1,6 +1,7 @@
 """Conditions in training: they stay with their images, whole runs are exact, mistakes are named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,31 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.config.text_to_image import Config, condition_files, condition_kind
+from latentdiff.config.model import ConditionConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineImages
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.images import uint8_to_pixels
+from latentdiff.evaluation.metrics.heldout_loss import Triples, triple_losses
+from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.components import load_components
+from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.image_conditions import depth_channels
 from latentdiff.models.latents import LatentCodec
 from latentdiff.training.inputs.cache_commands import build_caches, prune_caches
 from latentdiff.training.inputs.caption_dropout import is_caption_dropped, is_condition_dropped
-from latentdiff.training.inputs.conditions import FixedCondition, condition_source
+from latentdiff.training.inputs.conditions import (
+    ConditionEncoder,
+    FixedCondition,
+    condition_source,
+    fixed_condition,
+)
 from latentdiff.training.inputs.dataset import LatentDataset
 from latentdiff.training.inputs.encode import cache_latents, crop_plan
 from latentdiff.training.inputs.randomness import SampleKey
 from latentdiff.training.inputs.sources import read_data
+from latentdiff.training.inputs.train_data import condition_plan
 from latentdiff.training.report.charts import rise_step, rise_text
 from latentdiff.training.report.run_record import read_runs
 from latentdiff.training.text_to_image.components import check_components
@@ -87,14 +98,14 @@ def samples(world: Path, config: Config) -> Any:
     vae, accelerator = make_vae(), Accelerator(cpu=True)
     folder, _ = read_data(
         config.data,
-        condition=condition_files(config),
+        condition=config.condition_files,
         inpaint_masks=config.condition.reads_mask_files,
     )
     source = condition_source(
         folder,
         config.condition,
         config.data,
-        kind=condition_kind(config),
+        kind=config.condition_kind,
         vae=vae,
         accelerator=accelerator,
     )
@@ -365,3 +376,77 @@ def test_settings_that_a_controlnet_excludes_are_named(
     settings = {"model__vae": "", "model__pretrained": sd_folder, "finetune__method": "controlnet"}
     with pytest.raises(ValueError, match=message):
         make_config(world, tmp_path, **settings | changes)
+
+
+def test_triples_keep_a_controlnets_images_as_bytes_and_one_null_of_a_size() -> None:
+    image = torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(3, 32, 32)
+    encoder = ConditionEncoder("controlnet", make_vae())
+    kept = [fixed_condition({"control": image}, encoder)["condition"] for _ in range(2)]
+    assert all(one.dtype == torch.uint8 for one in kept)
+    assert encoder.null(kept[0]) is encoder.null(kept[1])
+    z0 = torch.zeros(2, 4, 8, 8)
+    text, t = Conditioning(torch.zeros(2, 3, 2)), torch.tensor([1, 2])
+    null = [encoder.null(one) for one in kept]
+    triples = Triples(z0, z0, t, text, text[:1], None, kept, null, condition_field="control")
+    seen = []
+
+    def denoise(zt: torch.Tensor, t: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        seen.append(given.control)
+        return zt
+
+    schedule, device = schedule_of(make_ddpm_scheduler()), torch.device("cpu")
+    triple_losses(denoise, schedule, triples, prediction_type="epsilon", device=device)
+    expected = torch.cat(
+        [image[None].expand(8, -1, -1, -1).float() / 255, torch.zeros(2, 3, 32, 32)]
+    )
+    assert torch.equal(seen[0], expected)
+
+
+def test_the_hidden_image_without_anything_to_see_is_encoded_once_for_a_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder, encoded = ConditionEncoder("inpaint", make_vae()), []
+    whole = LatentCodec.encode
+
+    def encode(codec: LatentCodec, *arguments: Any) -> torch.Tensor:
+        encoded.append(1)
+        return whole(codec, *arguments)
+
+    monkeypatch.setattr(LatentCodec, "encode", encode)
+    first, second = (encoder.null(torch.full((5, 8, 8), float(k))) for k in range(2))
+    assert torch.equal(first, second)
+    assert len(encoded) == 1
+    assert encoder.null(torch.zeros(5, 4, 8)).shape == (5, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "cached"),
+    [
+        ({"kind": "inpaint"}, "inpaint", False),
+        ({"kind": "upscale"}, "upscale", False),
+        ({"kind": "upscale", "source": "file"}, "upscale", True),
+        ({"kind": "depth"}, "depth", True),
+        ({"kind": "instruct_pix2pix"}, "instruct_pix2pix", True),
+        ({}, "controlnet", False),
+    ],
+)
+def test_the_plan_says_cached_of_what_a_source_caches(
+    tmp_path: Path, settings: dict[str, Any], kind: str, cached: bool
+) -> None:
+    config = Config(condition=ConditionConfig(**settings))
+    text = condition_plan(config, kind)
+    assert ("cached" in text) == cached
+    assert ("at every step" in text) != cached
+    text = condition_plan(replace(config, data=replace(config.data, cache=False)), kind)
+    assert "at every step" in text
+
+
+@pytest.mark.parametrize("kind", [*CONDITION_KINDS, "controlnet"])
+def test_the_device_of_the_step_makes_conditions_where_no_vae_is(kind: str) -> None:
+    encoder = ConditionEncoder(kind, make_vae())
+    assert encoder.uses_vae == (kind in ("inpaint", "instruct_pix2pix"))
+    if encoder.uses_vae:
+        return
+    batch = {encoder.field: torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}
+    encoder.encode(batch, device=torch.device("meta"))
+    assert (batch[encoder.field].device.type == "meta") == (kind == "controlnet")

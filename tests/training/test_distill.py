@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.guidance_embedding import guidance_features
 from latentdiff.pipeline.files.model_info import default_steps, read_model_info
 from latentdiff.pipeline.schedulers import distilled_scheduler
+from latentdiff.training.distill import consistency, objective
 from latentdiff.training.distributed import start_accelerator
+from latentdiff.training.optim.ema import Ema
 from latentdiff.training.text_to_image.setup import Run, setup
 from latentdiff.training.text_to_image.train_t2i import train
 
@@ -312,3 +315,47 @@ def test_two_steps_of_a_student_that_fits_its_targets_are_four_of_its_teacher(
 
 def step_to(schedule: Schedule, output: Tensor, z: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return ddim_step(schedule, output, z, t, t_next, prediction_type="v_prediction")
+
+
+def test_teacher_of_an_lcm_lora_shares_its_weights_once_cast_and_laid_out(
+    world: Path, tmp_path: Path
+) -> None:
+    modes = {
+        **{"train__ema": "true", "train__precision": "bf16", "train__frozen_dtype": "bf16"},
+        **{"train__channels_last": True, "finetune__method": "lora", "finetune__lora_rank": 2},
+    }
+    config = distilling(
+        *(world, world / "base" / "pipeline", tmp_path / "run"),
+        **(modes | {"distill__method": "lcm_lora", "distill__num_steps": 2}),
+    )
+    (tmp_path / "run").mkdir()
+    stage = setup(config, tmp_path / "run", start_accelerator(config))
+    assert stage.teacher is not None
+    own = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in stage.components.unet.named_parameters()
+    }
+    for name, parameter in stage.teacher.unet.named_parameters():
+        assert parameter.data_ptr() == own[name].data_ptr(), name
+        assert parameter.dtype == torch.bfloat16
+        assert not parameter.requires_grad
+
+
+def test_target_of_an_lcm_lora_has_the_average_of_the_train_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"distill__method": "lcm_lora", "distill__num_steps": 2, "finetune__method": "lora"}
+    ema = {"train__ema": "true"}
+    config = distilling(world, world / "base" / "pipeline", tmp_path / "run", **(lora | ema))
+    (tmp_path / "run").mkdir()
+    step, asked = setup(config, tmp_path / "run", start_accelerator(config)).train_step, []
+    monkeypatch.setattr(Ema, "swap_weights", lambda _, model: asked.append(model) or nullcontext())
+    with step.objective.averaged():  # type: ignore[attr-defined]
+        pass
+    assert asked == [step.model]
+
+
+@pytest.mark.parametrize("module", [consistency, objective])
+def test_losses_of_distillation_import_no_run(module: Any) -> None:
+    """Text-to-image training imports them, and they would close a circle."""
+    assert "training.text_to_image" not in Path(module.__file__).read_text("utf-8")

@@ -3,6 +3,8 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,11 @@ from safetensors.torch import load_file
 
 from latentdiff.config.train import TrainConfig
 from latentdiff.training.inputs.batches import BatchLayout
-from latentdiff.training.text_to_image.memory_modes import check_layout, check_memory_modes
+from latentdiff.training.text_to_image.memory_modes import (
+    check_layout,
+    check_memory_modes,
+    idle_parts_on,
+)
 from latentdiff.training.text_to_image.train_t2i import train
 
 BF16 = {"train__precision": "bf16"}
@@ -102,3 +108,28 @@ def test_several_processes_and_accumulation_are_refused_in_the_fused_pass() -> N
         check_memory_modes(settings, Two(cpu=True))
     with pytest.raises(ValueError, match=r"train\.batch_size=2"):
         check_layout(settings, BatchLayout(8, 2, 1))
+
+
+class _Part(torch.nn.Module):
+    """A part of a model that notes where it is, and may not fit there."""
+
+    def __init__(self, *, fits: bool) -> None:
+        super().__init__()
+        self.device, self.fits = torch.device("cpu"), fits
+
+    def to(self, device: torch.device) -> "_Part":  # type: ignore[override]
+        if device.type != "cpu" and not self.fits:
+            raise torch.OutOfMemoryError("out of memory")
+        self.device = device
+        return self
+
+
+def test_an_idle_part_that_does_not_fit_leaves_none_on_the_device() -> None:
+    parts = _Part(fits=True), _Part(fits=True), _Part(fits=False)
+    components: Any = SimpleNamespace(vae=parts[0], text_encoder=parts[1], text_encoder_2=parts[2])
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        idle_parts_on(torch.device("meta"), components),
+    ):
+        pass
+    assert [part.device.type for part in parts] == ["cpu"] * 3

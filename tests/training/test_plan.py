@@ -14,11 +14,16 @@ from fakes_training import make_config, make_world
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from latentdiff.config.diffusion import DiffusionConfig
+from latentdiff.config.model import ConditionConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.models.build import build_unet
+from latentdiff.pipeline.files.model_card import model_card
+from latentdiff.pipeline.files.model_info import ModelInfo
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.metrics_log import log_throughput
-from latentdiff.training.text_to_image import memory
+from latentdiff.training.text_to_image import memory, plan
 from latentdiff.training.text_to_image.memory import estimate_activations, optimizer_bytes
 from latentdiff.training.text_to_image.setup import setup
 from latentdiff.training.text_to_image.train_t2i import train
@@ -176,3 +181,30 @@ def test_micro_batch_is_halved_until_its_memory_fits(
     assert sizes(needed - 5 * 10**6) == (2, 4)
     assert sizes(1) == (1, 7)
     assert sizes(1, given=4) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("caption_dropout", "dropout", "named"),
+    [(0.1, 0.1, ""), (0.1, 0.0, "condition.dropout=0"), (0.0, 0.1, "caption_dropout=0")],
+)
+def test_edits_without_dropout_are_a_warning_and_a_line_of_the_card(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    caption_dropout: float,
+    dropout: float,
+    named: str,
+) -> None:
+    config = Config(
+        diffusion=DiffusionConfig(caption_dropout=caption_dropout),
+        condition=ConditionConfig(kind="instruct_pix2pix", dropout=dropout),
+    )
+    plan.warn_of_dropout(config)
+    assert (named in caplog.text) if named else not caplog.text
+    info = ModelInfo(
+        caption_dropout=caption_dropout,
+        condition_kind="instruct_pix2pix",
+        condition_dropout=dropout,
+    )
+    card = model_card(info, name="edits").replace("\\", "")
+    assert f"| Condition dropout | {dropout} |" in card
+    assert (named in card) if named else "| Guidance |" not in card

@@ -21,8 +21,11 @@ from latentdiff.models.components import Components, load_components
 from latentdiff.models.latents import LatentCodec, set_scale
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
 from latentdiff.training.inputs.conditions import FixedCondition
+from latentdiff.pipeline import output
 from latentdiff.training.text_to_image import preview
 from latentdiff.training.text_to_image.preview import (
+    batch_size,
+    make_pipeline,
     preview_components,
     prompt_seed,
     write_sheet,
@@ -241,3 +244,23 @@ def test_a_vae_of_the_sheets_that_is_not_there_is_refused_before_heavy_work(
     with pytest.raises(FileNotFoundError, match="carries no tiny VAE"):
         train(make_config(world, tmp_path / "run", preview__vae="tiny", **SETTINGS))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(128, 4), (132, 1)])  # of latents, 4 px each
+def test_images_above_512_px_of_a_sheet_are_made_and_decoded_one_at_a_time(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, side: int, at_once: int
+) -> None:
+    parts, decoded = load_components(undisturbed / "pipeline"), []
+    parts.unet.register_to_config(sample_size=side)
+    assert batch_size(make_pipeline(parts)) == at_once
+
+    def decode(codec: LatentCodec, z: torch.Tensor) -> torch.Tensor:
+        decoded.append(len(z))
+        return z.new_zeros(len(z), 3, 8, 8)
+
+    monkeypatch.setattr(LatentCodec, "_decode_chunk", decode)
+    latents = torch.zeros(4, 4, side, side)
+    output.decode(
+        latents, vae=parts.vae, safety_checker=None, feature_extractor=None, output_type="pt"
+    )
+    assert decoded == [at_once] * (4 // at_once)

@@ -35,6 +35,7 @@ USES = {
 }
 NUM_BUCKETS = 4
 BATCH_SIZE = 8  # under three captions each; a constant, so that no layout changes the figures
+PIXELS_AT_ONCE = 65536  # of latents in a pass: 4 images of 1024 px, 16 of 512, at a VAE factor of 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Triples:
 
     mask: n times (1, h, w) in [0, 1] where only a part of each image is trained on. Latents
     differ in size between aspect-ratio buckets; keep latents of one size together. condition: n
-    times (k, h, w) where the model reads an image; null_condition: one that tells nothing of it.
+    times (k, h, w) where the model reads an image, uint8 (3, H, W) of a ControlNet;
+    null_condition: one that tells nothing of it, None where it is not measured.
     """
 
     z0: Tensor | Sequence[Tensor]
@@ -98,14 +100,20 @@ def triple_losses(
         captions = CAPTIONS if triples.condition is None else CAPTIONS + CONDITIONS
     losses = torch.zeros(len(captions), len(triples), device=device)
     variants = _variants(triples)
-    n = len(captions)
-    batches = _batches(triples)
-    for index, counts in rank_batches(len(batches), shard):
-        part = batches[index]
+    names_at_once, batch_size = _at_once(triples, len(captions))
+    batches = _batches(triples, batch_size)
+    groups = [captions[k : k + names_at_once] for k in range(0, len(captions), names_at_once)]
+    passes = [
+        (index, counts, names)
+        for index, counts in rank_batches(len(batches), shard)
+        for names in groups
+    ]
+    for index, counts, names in passes:
+        part, n = batches[index], len(names)
         z0, eps = (torch.stack(tuple(x[part])).to(device) for x in (triples.z0, triples.eps))
         t = triples.t[part].to(device)
         field = triples.condition_field
-        given = [_conditioning(variants[name], part, field) for name in captions]
+        given = [_conditioning(variants[name], part, field) for name in names]
         text = Conditioning.cat(given).to(device)  # of n b images
         wanted = target(schedule, z0, eps, t, prediction_type=prediction_type)
         zt, t, wanted = (torch.cat([x] * n) for x in (q_sample(schedule, z0, t, eps), t, wanted))
@@ -114,7 +122,8 @@ def triple_losses(
             mask = torch.cat([torch.stack(tuple(triples.mask[part])).to(device)] * n)
         measured = per_sample_loss(denoise(zt, t, text), wanted, mask=mask)  # (n b,)
         if counts:
-            losses[:, part] = measured.view(n, -1)
+            first = captions.index(names[0])
+            losses[first : first + n, part] = measured.view(n, -1)
     return dict(zip(captions, losses, strict=True))
 
 
@@ -146,7 +155,7 @@ def _conditioning(
         return text[part]
     stacked = torch.stack(tuple(condition[part]))
     if field == "control":
-        return replace(text[part], control=stacked)
+        return replace(text[part], control=stacked.float() / 255)
     return replace(text[part], condition=stacked)
 
 
@@ -159,11 +168,23 @@ def _one_before(conditions: Sequence[Tensor]) -> list[int]:
     return [before[k] for k in range(len(conditions))]
 
 
-def _batches(triples: Triples) -> list[slice]:
-    """Split triples into batches of one latent size, of BATCH_SIZE at most."""
+def _at_once(triples: Triples, num_captions: int) -> tuple[int, int]:
+    """Return how many captions and triples a pass has, the same in all passes of all processes.
+
+    Large latents are measured under one caption after another, few at once, to fit where one
+    image at a time is trained on.
+    """
+    images = PIXELS_AT_ONCE // max(z0[0].numel() for z0 in triples.z0)
+    if images >= num_captions * BATCH_SIZE:
+        return num_captions, BATCH_SIZE
+    return 1, max(1, min(BATCH_SIZE, images))
+
+
+def _batches(triples: Triples, batch_size: int) -> list[slice]:
+    """Split triples into batches of one latent size, of batch_size at most."""
     batches, start = [], 0
     for end in range(1, len(triples) + 1):
-        full = end == len(triples) or end - start == BATCH_SIZE
+        full = end == len(triples) or end - start == batch_size
         if full or triples.z0[end].shape != triples.z0[start].shape:
             batches.append(slice(start, end))
             start = end

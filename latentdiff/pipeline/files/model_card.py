@@ -167,11 +167,34 @@ def _last_training(info: ModelInfo) -> list[tuple[str, object]]:
     if info.loras:
         loras = [f"{name} x {weight:g}" for name, weight in info.loras.items()]
         return [("LoRAs merged in", ", ".join(loras))]
-    return [
+    rows: list[tuple[str, object]] = [
         ("Training data", info.dataset),
         ("Training steps", info.steps),
         ("Caption dropout", info.caption_dropout),
     ]
+    if info.condition_kind == "instruct_pix2pix":
+        rows.append(("Condition dropout", info.condition_dropout))
+        if untrained := untrained_guidance(info.null_caption_dropout, info.condition_dropout):
+            rows.append(("Guidance", untrained))
+    return rows
+
+
+def untrained_guidance(caption_dropout: float | None, condition_dropout: float | None) -> str:
+    """Return which guidance an instruct_pix2pix model has not learned; empty for none.
+
+    caption_dropout, condition_dropout: shares of samples; None for unknown ones.
+    """
+    if condition_dropout == 0:
+        return (
+            "no image was dropped (condition.dropout=0): leave image_guidance_scale at 1, as there "
+            "is no prediction without the image to guide from"
+        )
+    if caption_dropout == 0:
+        return (
+            "no caption was dropped (diffusion.caption_dropout=0): leave guidance_scale and "
+            "image_guidance_scale at 1, as there is no prediction without caption to guide from"
+        )
+    return ""
 
 
 def _card_head(info: ModelInfo, *, tag: str | None = None) -> ModelCardData:

@@ -8,7 +8,7 @@ adapters on a frozen teacher it is an LCM-LoRA (Luo et al. 2023b). The mathemati
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import TimestepSampler
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.training.distill.objective import GuidedTarget, Predict
-from latentdiff.training.text_to_image.objective import Losses
+from latentdiff.training.objective import Losses
 
 HUBER_C = 0.001  # of the pseudo-Huber loss, as in diffusers' training script
 
@@ -37,7 +37,7 @@ HUBER_C = 0.001  # of the pseudo-Huber loss, as in diffusers' training script
 class Consistency:
     """The loss of a latent consistency model, on the device.
 
-    teacher: predicts without guidance; guided by a scale drawn per sample. sample_steps: samples
+    teacher: predicts without guidance; guided by a random scale an image. sample_steps: samples
     numbers of the grid's steps. averaged: a context in which the student has its averaged weights.
     """
 
@@ -49,13 +49,16 @@ class Consistency:
     min_guidance: float
     max_guidance: float
     averaged: Callable[[], AbstractContextManager[None]]
-    loss_aware: None = field(default=None, init=False)  # no history of losses
 
     @cached_property
     def path(self) -> Tensor:
         """The grid's timesteps, noisiest first, and 0, its clean end; (SOLVER_STEPS + 1,)."""
         grid = trailing_timesteps(SOLVER_STEPS, self.schedule.num_timesteps)
         return F.pad(grid, (0, 1)).to(self.schedule.betas.device)
+
+    @property
+    def loss_aware(self) -> None:
+        """None: no timestep sampler keeps a history of losses."""
 
     def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> Losses:
         """Return the loss of each sample, of `count` in the whole step.

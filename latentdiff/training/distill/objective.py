@@ -7,7 +7,7 @@ velocity, whatever the prediction type: SNR + 1 in x0. The mathematics is in dif
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from latentdiff.diffusion.losses import per_sample_loss
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import TimestepSampler
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.training.text_to_image.objective import Losses
+from latentdiff.training.objective import Losses
 
 # (zt (B, C, h, w), t (B,), conditioning of B images, scale (B,)) -> output, float32
 Predict = Callable[[Tensor, Tensor, Conditioning, Tensor], Tensor]
@@ -61,7 +61,7 @@ class HalvedTarget:
     path: Tensor  # (2 num_steps + 1,) timesteps of the teacher, and CLEAN
 
     def __call__(self, zt: Tensor, number: Tensor, text: Conditioning, scale: Tensor) -> Tensor:
-        """Return it for the student's step of that number; the last one ends at clean latents."""
+        """Return the output for the step of that number; the last one ends at clean latents."""
         start, middle, end = (self.path[2 * number + k] for k in range(3))
         z = zt
         for t, t_next in ((start, middle), (middle, end)):
@@ -86,13 +86,16 @@ class Distillation:
     sample_steps: TimestepSampler
     min_guidance: float
     max_guidance: float
-    loss_aware: None = field(default=None, init=False)  # no history of losses
 
     @cached_property
     def timesteps(self) -> Tensor:
         """The student's timesteps, noisiest first, (num_steps,)."""
         device = self.schedule.betas.device
         return trailing_timesteps(self.num_steps, self.schedule.num_timesteps).to(device)
+
+    @property
+    def loss_aware(self) -> None:
+        """None: no timestep sampler keeps a history of losses."""
 
     def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> Losses:
         """Return the loss of each sample, of `count` in the whole step.

@@ -1,6 +1,7 @@
 """The objective of a stage of distillation, made from its settings and the components."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from latentdiff.training.distill.objective import (
     Target,
 )
 from latentdiff.training.distill.student import Teacher
+from latentdiff.training.objective import TrainingObjective
 
 
 def num_distilled_timesteps(distill: DistillConfig) -> int:
@@ -35,11 +37,12 @@ def distill_objective(
     sample_steps: TimestepSampler,
     null_text: Conditioning,
     device: torch.device,
-) -> Distillation | Consistency:
+    averaged: Callable[[], AbstractContextManager[None]],
+) -> TrainingObjective:
     """Return the loss of a student, on the device; null_text is there already.
 
-    sample_steps: over num_distilled_timesteps. The target of lcm_lora is the student's weights now,
-    until `averaged` is given.
+    sample_steps: over num_distilled_timesteps. averaged: a context in which the student has its
+    averaged weights, the target of lcm_lora.
     """
     schedule = schedule_of(components.scheduler).to(device, dtype=torch.float32)
     prediction_type = components.scheduler.config["prediction_type"]
@@ -52,7 +55,7 @@ def distill_objective(
             sample_steps=sample_steps,
             min_guidance=distill.min_guidance,
             max_guidance=distill.max_guidance,
-            averaged=nullcontext,
+            averaged=averaged,
         )
     return Distillation(
         schedule,

@@ -26,7 +26,7 @@ from latentdiff.config.options import (
 )
 from latentdiff.config.text_to_image import Config
 from latentdiff.device import choose_device
-from latentdiff.evaluation.compare_student import StudentReport, compare_student, draw
+from latentdiff.evaluation.compare_student import StudentReport, compare_student, generate_and_save
 from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
 from latentdiff.models.compatibility import reads_time_ids
@@ -39,7 +39,7 @@ from latentdiff.pipeline.files.model_info import (
     write_model_info,
 )
 from latentdiff.sampling.open_pipeline import open_pipeline
-from latentdiff.training.distill.teacher_images import data_of_teacher, draw_teacher_images
+from latentdiff.training.distill.teacher_images import data_of_teacher, generate_teacher_images
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import caption_transform, unique_captions
 from latentdiff.training.inputs.sources import read_data
@@ -88,16 +88,16 @@ def distill(template: Config, options: DistillOptions) -> int:
     if is_main:
         for line in plan_lines(stages, _info(template)):
             logger.info("%s", line)
-    judge = Judge(template, options)
+    comparison = StudentComparison(template, options)
     if options.teacher_images:
-        judge.draw_teacher_images(accelerator)
+        comparison.generate_teacher_images(accelerator)
     kept: Stage | None = None
     reports: dict[str, Any] = {}
     for number, stage in enumerate(stages):
         before = stages[number - 1] if number else None
         if not is_done(stage, after=before) and (status := train(stage.config)):
             return status
-        reports[stage.name] = report = judge.report(stage, accelerator)
+        reports[stage.name] = report = comparison.report(stage, accelerator)
         if report["is_worse"]:
             break
         kept = stage
@@ -201,8 +201,8 @@ def is_done(stage: Stage, *, after: Stage | None) -> bool:
     )
 
 
-class Judge:
-    """Compares students with the first teacher; its images are drawn once."""
+class StudentComparison:
+    """Compares students with the first teacher; its images are generated once."""
 
     def __init__(self, template: Config, options: DistillOptions) -> None:
         self.template, self.options = template, options
@@ -233,16 +233,16 @@ class Judge:
         return found
 
     def measure(self, stage: Stage) -> StudentReport:
-        """Draw with teacher and student, and compare."""
+        """Generate images with teacher and student, and compare them."""
         options, model = self.options, self.template.model.pretrained
         if self._teacher is None:
-            self._teacher = self._draw(model, self.out / "teacher", options.teacher_num_steps)
+            self._teacher = self._generate(model, self.out / "teacher", options.teacher_num_steps)
             scoring = EvaluationOptions(
                 clip=options.clip, clip_weights=options.clip_weights, features=options.features
             )
             self._nets = load_metric_nets(scoring, EvalModelOptions(""))
         assert self._nets is not None
-        student = self._draw(
+        student = self._generate(
             str(stage.model), stage.folder / "images", stage.config.distill.num_steps
         )
         return compare_student(
@@ -256,11 +256,11 @@ class Judge:
             device=choose_device(),
         )
 
-    def _draw(self, model: str, folder: Path, num_steps: int) -> GeneratedImages:
+    def _generate(self, model: str, folder: Path, num_steps: int) -> GeneratedImages:
         pipe = open_pipeline(model)
         pipe.set_progress_bar_config(disable=True)
         scale = 1.0 if pipe.model_info.is_guided else self.scale
-        return draw(
+        return generate_and_save(
             pipe,
             self.captions,
             folder,
@@ -269,10 +269,10 @@ class Judge:
             batch_size=self.options.measure_batch_size,
         )
 
-    def draw_teacher_images(self, accelerator: Accelerator) -> None:
-        """Let the teacher draw the images to train on, by the main process."""
+    def generate_teacher_images(self, accelerator: Accelerator) -> None:
+        """Generate the teacher's images to train on, by the main process."""
         if accelerator.is_main_process:
-            draw_teacher_images(
+            generate_teacher_images(
                 self.template,
                 self._known_captions[1] or self._known_captions[0],
                 num=self.options.teacher_images,
@@ -293,13 +293,13 @@ class Judge:
 
     @cached_property
     def captions(self) -> list[str]:
-        """Captions to draw, evenly spaced over the held-out ones, then over the others."""
+        """Captions of the images, evenly spaced over the held-out ones, then over the others."""
         chosen: list[str] = []
         for known in self._known_captions:
             texts = [text for text in known if text not in chosen]
             num = min(self.options.num_images - len(chosen), len(texts))
             chosen += [texts[len(texts) * k // num] for k in range(num)]
-        while len(chosen) < self.options.num_images:  # few captions are drawn from several seeds
+        while len(chosen) < self.options.num_images:  # few captions get several seeds each
             chosen += chosen[: self.options.num_images - len(chosen)]
         return chosen
 
@@ -330,7 +330,7 @@ def _write_result(
     if worse:
         logger.error(
             "stage %s is worse than the teacher, so the one before is kept: %s has %d sampling "
-            "steps. More --halving_steps may mend it, or a larger margin allow it",
+            "steps. More --halving_steps may fix it, or a larger margin allow it",
             *(worse[0], out / "pipeline", num_steps),
         )
     else:

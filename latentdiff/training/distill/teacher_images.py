@@ -1,4 +1,4 @@
-"""Images that the teacher draws for the student to train on, where a folder has few of its own.
+"""Images that the teacher generates for the student to train on, where a folder has few of its own.
 
 Captions of few images are soon learned by heart, and images of another kind than the teacher's
 shift what it knows; its own have neither fault (Kim et al. 2024, EdgeFusion). They are an ordinary
@@ -34,7 +34,7 @@ def data_of_teacher(data: DataConfig, out: Path) -> DataConfig:
     )
 
 
-def draw_teacher_images(
+def generate_teacher_images(
     template: Config,
     captions: Sequence[str],
     *,
@@ -43,9 +43,9 @@ def draw_teacher_images(
     guidance_scale: float,
     batch_size: int,
 ) -> None:
-    """Let the model draw num images of the captions in turn into output_dir/teacher_images.
+    """Generate num images of the captions in turn into output_dir/teacher_images.
 
-    Image k has the seed train.seed + k. What is there already is not drawn again.
+    Image k has the seed train.seed + k. What is there already is not generated again.
     """
     out = Path(template.output_dir).expanduser() / FOLDER
     side = template.data.resolution
@@ -60,6 +60,6 @@ def draw_teacher_images(
         width=side,
     )
     prompts = [captions[k % len(captions)] for k in range(num)]
-    logger.info("the teacher draws %s images into %s", f"{num:,}", out)
+    logger.info("the teacher generates %s images in %s", f"{num:,}", out)
     for _ in sample(template.model.pretrained, prompts, options):
         pass

@@ -134,9 +134,18 @@ def merge_adapters(components: Components) -> Components:
 
 def without_adapters(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Return the plain U-Net that adapters were added to; the weights are shared."""
+    weights = _plain_weights(unet)
     with torch.device("meta"):
         empty = UNet2DConditionModel.from_config(unet.config)
-    return load_into_meta(empty, _plain_weights(unet), like=unet)
+    return load_into_meta(empty, weights, like=unet)
+
+
+def share_weights(plain: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
+    """Let a U-Net of `without_adapters` share the weights of `unet` again, which were cast, or laid
+    out in memory anew."""
+    weights = _plain_weights(unet)
+    for name, parameter in plain.named_parameters():
+        parameter.data = weights[name]
 
 
 def _plain_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -206,7 +206,7 @@ def train_batches(
         if text_encoder is not None:
             batch |= text_encoder.encode(batch.pop("input_ids")).tensors()
         if condition_encoder is not None:
-            condition_encoder.encode(batch)
+            condition_encoder.encode(batch, device=device)
         yield batch
 
 

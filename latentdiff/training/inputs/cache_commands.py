@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from latentdiff.config.data import DataConfig
-from latentdiff.config.text_to_image import Config, condition_files, condition_kind
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.latent_cache import LatentCache, prune_cache, verify_cache
 from latentdiff.data.cache.mask_cache import MaskCache
 from latentdiff.data.cache.prompt_cache import prompt_keys
@@ -105,7 +105,7 @@ def build_caches(config: Config, *, accelerator: Accelerator) -> Iterator[Built]
         masks = cache_masks(folder, data, factor=factor, accelerator=accelerator)
         if isinstance(masks, MaskCache):
             yield Built(f"{name} masks", len(masks), masks.num_read)
-        if (kind := condition_kind(config)) != "none":
+        if (kind := config.condition_kind) != "none":
             source = condition_source(
                 folder, config.condition, data, kind=kind, vae=vae, accelerator=accelerator
             )
@@ -168,7 +168,7 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
     check_components(config)
     folders = read_data(
         config.data,
-        condition=condition_files(config),
+        condition=config.condition_files,
         inpaint_masks=config.condition.reads_mask_files,
         prompts=config.finetune.instance_prompts,
     )
@@ -178,7 +178,7 @@ def _keys_in_use(config: Config) -> Iterator[np.ndarray]:
             yield _opened(folder, codec, data).keys
             if (masks := make_masks(folder, data, factor=codec.factor)) is not None:
                 yield MaskCache.open(masks, cache_dir=cache_dir(data)).keys
-            yield from condition_keys(folder, condition_kind(config), data, codec=codec)
+            yield from condition_keys(folder, config.condition_kind, data, codec=codec)
     if (loaded := _frozen_text_encoders(config)) is not None:
         captions = unique_captions(folders, caption_transform(config.data))
         yield prompt_keys(captions, loaded)
@@ -191,7 +191,7 @@ def _checked(config: Config) -> tuple[Folder, Folder]:
         raise ValueError("data.cache=false keeps no latents; leave it out to build or verify them")
     return read_data(
         config.data,
-        condition=condition_files(config),
+        condition=config.condition_files,
         inpaint_masks=config.condition.reads_mask_files,
         prompts=config.finetune.instance_prompts,
     )

@@ -59,7 +59,7 @@ class ConditionSource(Protocol):
 
 @dataclass(frozen=True)
 class InpaintSource:
-    """Images and what is hidden of them. files: masks, None where they are drawn at random."""
+    """Images and what is hidden of them. files: masks, None where they are random."""
 
     images: OnlineImages
     settings: ConditionConfig
@@ -174,14 +174,20 @@ class ConditionEncoder:
     def __init__(self, kind: str, vae: Autoencoder) -> None:
         self.kind, self.codec = kind, LatentCodec(vae)
         self.field = "control" if kind == "controlnet" else "condition"  # of a Conditioning
+        self._nulls: dict[torch.Size, Tensor] = {}
+
+    @property
+    def uses_vae(self) -> bool:
+        """Whether conditions are latents, so that the VAE may be needed at every step."""
+        return self.kind in ("inpaint", "instruct_pix2pix")
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Tensor]) -> None:
+    def encode(self, batch: dict[str, Tensor], *, device: torch.device | None = None) -> None:
         """Give a batch its condition (B, k, h, w), in place of what it is made of.
 
-        A ControlNet's becomes control (B, 3, H, W) in [0, 1].
+        A ControlNet's becomes control (B, 3, H, W) in [0, 1]. device: by default the VAE's.
         """
-        device = self.codec.vae.device
+        device = device or self.codec.vae.device
         if self.kind == "controlnet":
             batch["control"] = batch["control"].to(device, non_blocking=True).float() / 255
         if (read := batch.pop("condition_pixels", None)) is not None:
@@ -193,11 +199,18 @@ class ConditionEncoder:
             batch["condition"] = torch.where(is_kept, batch["condition"], 0.0)
 
     def null(self, like: Tensor) -> Tensor:
-        """Return the condition (k, h, w) that tells nothing; a ControlNet's is black."""
-        if self.kind == "controlnet":
-            return torch.zeros_like(like)
-        with torch.no_grad():
-            return null_channels(self.kind, self.codec, like[None])[0]
+        """Return the condition (k, h, w) that tells nothing, one tensor for all of a size.
+
+        A ControlNet's is black.
+        """
+        if like.shape not in self._nulls:
+            with torch.no_grad():
+                self._nulls[like.shape] = (
+                    torch.zeros_like(like)
+                    if self.kind == "controlnet"
+                    else null_channels(self.kind, self.codec, like[None])[0]
+                )
+        return self._nulls[like.shape]
 
     def _channels(self, batch: dict[str, Tensor], pixels: Tensor) -> Tensor:
         if self.kind != "inpaint":
@@ -294,17 +307,23 @@ def preview_conditions(
 
         read = source.sample(index, flipped=False, crop=0.5, rng=rng)
         fixed = fixed_condition(read, encoder)
-        found.append(FixedCondition(caption, fixed["condition"], fixed.get("class_labels")))
+        condition = fixed["condition"]
+        if encoder.field == "control":
+            condition = condition.float() / 255
+        found.append(FixedCondition(caption, condition, fixed.get("class_labels")))
     return found
 
 
 def fixed_condition(read: dict[str, Tensor], encoder: ConditionEncoder) -> dict[str, Tensor]:
-    """Return a sample's condition or control, on the CPU, "null" next to it, and class_labels."""
+    """Return a sample's condition, on the CPU, and class_labels, if any.
+
+    Of a ControlNet the condition is its image as it was read, uint8: many are kept.
+    """
+    if encoder.field == "control":
+        return {"condition": read["control"]}
     batch = {name: tensor[None] for name, tensor in read.items()}
     encoder.encode(batch)
-    found = {name: tensor[0].cpu() for name, tensor in batch.items()}
-    condition = found.pop(encoder.field)
-    return found | {"condition": condition, "null": encoder.null(condition).cpu()}
+    return {name: tensor[0].cpu() for name, tensor in batch.items()}
 
 
 def with_labels(text: Conditioning, conditions: Sequence[dict[str, Tensor]]) -> Conditioning:

@@ -134,7 +134,7 @@ def cache_masks(
 
 
 def cache_maps(masks: Maps, data: DataConfig, *, accelerator: Accelerator) -> MaskSource:
-    """Read the maps that the cache lacks, as `cache_masks` does."""
+    """Read the maps that the cache lacks, once over all processes; or at every step, uncached."""
     if not data.cache:
         return masks
     if accelerator.num_processes > 1:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.config.text_to_image import Config, condition_kind
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import Triples, stratified_timesteps
 from latentdiff.models.compatibility import reads_time_ids
@@ -33,6 +33,7 @@ from latentdiff.training.inputs.encode import (
 from latentdiff.training.inputs.randomness import sample_generator, standard_normal
 
 MIN_TRIPLES = 64  # so that a handful of held-out images still covers the chain
+HELDOUT = "held out"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def fixed_triples(
     repeated = np.arange(n) % num_heldout
     subsample = np.arange(n) * max(num_train, n) // n % num_train
     return (
-        fix(heldout, indices=repeated, purpose="held out"),
+        fix(heldout, indices=repeated, purpose=HELDOUT),
         fix(train, indices=subsample, purpose="trained"),
     )
 
@@ -93,7 +94,7 @@ def _triples(
     """
     folder, seed = images.folder, config.train.seed
     order = np.argsort(bucket_ids(folder, config.data)[indices], kind="stable").tolist()
-    z0, eps, masks, conditions = [], [], [], []
+    z0, eps, masks, conditions, nulls = [], [], [], [], []
     for i in order:
         index = int(indices[i])
         mean, std = images.latents.moments(index)
@@ -106,6 +107,8 @@ def _triples(
             key = partial(_generator, seed, index, i, purpose)
             read = images.conditions.sample(index, flipped=False, crop=0.5, rng=key)
             conditions.append(fixed_condition(read, condition_encoder))
+            if purpose == HELDOUT:  # training images are measured under their own conditions
+                nulls.append(condition_encoder.null(conditions[-1]["condition"]))
     transform = caption_transform(config.data)
     records = [folder[int(indices[i])] for i in order]
     text = source.batch([transform.first(record) for record in records])
@@ -123,8 +126,8 @@ def _triples(
         null_text=null_text(source, zeros=components.force_zeros_for_empty_prompt),
         mask=masks or None,
         condition=[one["condition"] for one in conditions] or None,
-        null_condition=[one["null"] for one in conditions] or None,
-        condition_field="control" if condition_kind(config) == "controlnet" else "condition",
+        null_condition=nulls or None,
+        condition_field="control" if config.condition_kind == "controlnet" else "condition",
     )
 
 

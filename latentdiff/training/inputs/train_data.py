@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.model import ConditionConfig
-from latentdiff.config.text_to_image import Config, condition_kind
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineLatentEncoder
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.data.epoch_draws import make_draws
@@ -161,10 +161,10 @@ def build_train_data(
         components=components,
         accelerator=accelerator,
         condition=config.condition,
-        condition_kind=condition_kind(config),
+        condition_kind=config.condition_kind,
     )
     images = encode(train, config.data, latents=latents)
-    encoder = ConditionEncoder(condition_kind(config), components.vae)
+    encoder = ConditionEncoder(config.condition_kind, components.vae)
     condition_encoder = encoder if encoder.kind != "none" else None
     sized = reads_time_ids(components.unet.config)
     dataset, order = _samples(
@@ -181,6 +181,8 @@ def build_train_data(
     )
     if accelerator.is_main_process:
         _log_data_plan(config.data, order, source)
+        if condition_encoder is not None:
+            logger.info("%s", condition_plan(config, condition_encoder.kind))
     return TrainData(
         train=train,
         heldout=heldout,
@@ -337,6 +339,22 @@ def _check_masks(masks: MaskSource, data: DataConfig) -> None:
         kept.count(0.0),
         len(kept),
     )
+
+
+def condition_plan(config: Config, kind: str) -> str:
+    """Describe how conditions reach the model: which are cached, and what each step costs."""
+    if kind == "inpaint":
+        return (
+            "conditions: images are read again at every step, and encoded without what is hidden "
+            "of them"
+        )
+    if kind == "controlnet":
+        return "conditions: the ControlNet's images are read at every step"
+    if kind == "upscale" and config.condition.source == "image":
+        return "conditions: images are read again at every step, and made small"
+    names = {"instruct_pix2pix": "images to edit are encoded", "depth": "maps are read"}
+    how = "once and cached" if config.data.cache else "at every step (data.cache=false)"
+    return f"conditions: {names.get(kind, 'low-resolution images are read')} {how}"
 
 
 def _log_data_plan(data: DataConfig, order: EpochOrder | PairedOrder, source: TextSource) -> None:

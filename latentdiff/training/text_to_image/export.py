@@ -11,7 +11,6 @@ from diffusers import ControlNetModel, DDPMScheduler
 from torch import Tensor
 
 from latentdiff.atomic import atomic_folder, write_text
-from latentdiff.config.text_to_image import condition_kind
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
 from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components, carry_tiny_vae, load_components
@@ -231,7 +230,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         guidance_range=(distill.min_guidance, distill.max_guidance) if distill.is_on else (),
         is_guided=distill.method == "lcm_lora" or None,
         clip_skip=clip_skip_of(run.components.text_encoder) or None,
-        condition_kind=condition_kind(config) if condition_kind(config) != "none" else None,
+        condition_kind=config.condition_kind if config.condition_kind != "none" else None,
         condition_dropout=config.condition.dropout_share if config.condition.is_on else None,
         metrics=metrics,
     )

@@ -61,9 +61,9 @@ def idle_parts_on(device: torch.device, components: Components) -> Iterator[None
     """Have the parts that wait on the host while cached data trains on the device in the block."""
     parts: list[Any] = [components.vae, components.text_encoder, components.text_encoder_2]
     idle = [part for part in parts if part is not None and part.device.type != device.type]
-    for part in idle:
-        part.to(device)
     try:
+        for part in idle:  # one that does not fit leaves none of them there
+            part.to(device)
         yield
     finally:
         for part in idle:

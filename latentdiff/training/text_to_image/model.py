@@ -71,8 +71,7 @@ class TextToImage(nn.Module):
         """
         if self.text_encoders and conditioning.input_ids is not None:
             conditioning = self._encoded(conditioning, conditioning.input_ids)
-        given = self.controlnet
-        return predict(self.unet, zt, t, conditioning, guidance_scale, controlnet=given)
+        return predict(self.unet, zt, t, conditioning, guidance_scale, controlnet=self.controlnet)
 
     def _encoded(self, conditioning: Conditioning, input_ids: Tensor) -> Conditioning:
         """Return the conditioning with the embeddings of its token ids, zeros for the null prompt

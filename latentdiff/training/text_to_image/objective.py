@@ -6,7 +6,7 @@ diffusion/, the update that follows in train_step.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.learned_variance import VLB_WEIGHT
+from latentdiff.training.objective import Losses
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Objective:
         sampler = self.sample_timesteps
         return sampler if isinstance(sampler, LossSecondMomentSampler) else None
 
-    def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> "Losses":
+    def losses(self, model: Any, batch: Mapping[str, Tensor], *, count: int) -> Losses:
         """Return the weighted loss of each sample, of `count` in the whole step.
 
         Where the batch has a mask (B, 1, h, w), a sample's loss is the mean weighted by the mask.
@@ -79,11 +80,3 @@ class Objective:
                 self.schedule, output, z0, zt, t, prediction_type=self.prediction_type
             )
         return Losses(loss, t, importance_weight)
-
-
-class Losses(NamedTuple):
-    """The losses of a forward pass by sample: (B,) each."""
-
-    loss: Tensor  # float32, with the objective's weight of its timestep
-    t: Tensor
-    importance_weight: Tensor  # 1 / (T p_t) where timesteps are not uniform

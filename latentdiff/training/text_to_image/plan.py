@@ -15,6 +15,7 @@ import torch
 from diffusers import ControlNetModel
 
 from latentdiff.atomic import write_text
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.companion_files import EXTENSIONS
 from latentdiff.data.inspection.statistics import sample_rows, subfolder_counts
 from latentdiff.data.inspection.text_report import (
@@ -25,6 +26,7 @@ from latentdiff.data.inspection.text_report import (
 )
 from latentdiff.models.compatibility import latent_factor, sample_size_px, size_in_reach
 from latentdiff.models.components import Components
+from latentdiff.pipeline.files.model_card import untrained_guidance
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.inputs.train_data import TrainData
 from latentdiff.training.run_folder import PLAN
@@ -68,6 +70,7 @@ def log_plan(run: Run, first_step: int) -> None:
         logger.warning("data.num_workers=0: the device waits while a batch is made; set 4 or more")
     _warn_of_half_the_chain(run)
     _warn_of_resolution(run)
+    warn_of_dropout(run.config)
     _log_no_heldout(run)
 
 
@@ -149,6 +152,15 @@ def _warn_of_resolution(run: Run) -> None:
             "data.resolution out to train at %d px",
             *(side, min(trained), side**2 / (trained[0] * trained[1]), min(trained)),
         )
+
+
+def warn_of_dropout(config: Config) -> None:
+    """Warn of an instruct_pix2pix model that will not learn what its two guidances need."""
+    if config.condition.kind != "instruct_pix2pix":
+        return
+    dropped = config.diffusion.caption_dropout, config.condition.dropout_share
+    if untrained := untrained_guidance(*dropped):
+        logger.warning("when this model is sampled: %s; 0.1 each trains both", untrained)
 
 
 def _log_no_heldout(run: Run) -> None:

@@ -35,6 +35,8 @@ from latentdiff.models.image_conditions import condition_pixels
 from latentdiff.models.latents import Autoencoder, LatentCodec, set_scale
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
+from latentdiff.pipeline.initial_latents import trained_size_px
+from latentdiff.pipeline.output import LARGE
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
 from latentdiff.training.inputs.conditions import FixedCondition
@@ -224,10 +226,9 @@ def generate_share(
     own: dict[int, Image.Image] = {}
     with accelerator.autocast(), idle_parts_on(accelerator.device, components):
         if not conditions:
-            batches = rank_batches(-(-len(prompts) // BATCH_SIZE), shard)
-            return dict(
-                generate(prompts, seeds=seeds, batch_size=BATCH_SIZE, pads=True, batches=batches)
-            )
+            num = batch_size(pipeline)
+            batches = rank_batches(-(-len(prompts) // num), shard)
+            return dict(generate(prompts, seeds=seeds, batch_size=num, pads=True, batches=batches))
         for k, counts in rank_batches(len(prompts), shard):
             read = conditioned(components, conditions[k])
             if controlnet is not None:
@@ -239,6 +240,12 @@ def generate_share(
                 ((_, image),) = generate([prompts[k]], seeds=[seeds[k]], batch_size=1, size=size)
             own |= {k: image} if counts else {}
     return own
+
+
+def batch_size(pipeline: LatentDiffPipeline) -> int:
+    """Return how many images of a sheet are made at once: large ones each alone."""
+    height, width = trained_size_px(pipeline.unet, factor=pipeline.vae_scale_factor)
+    return 1 if height * width > LARGE else BATCH_SIZE
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Everything that can be wrong with the input is reported here, before the first s
 
 import logging
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import ControlNetModel
 
 from latentdiff.config.diffusion import DiffusionConfig
-from latentdiff.config.text_to_image import Config, condition_files
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
 from latentdiff.diffusion.timesteps import (
@@ -27,12 +28,11 @@ from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.controlnet import make_controlnet
 from latentdiff.models.latents import LatentCodec
-from latentdiff.training.distill.consistency import Consistency
-from latentdiff.training.distill.objective import Distillation
 from latentdiff.training.distill.setup import distill_objective, num_distilled_timesteps
 from latentdiff.training.distill.student import Teacher, make_student
 from latentdiff.training.finetune.dreambooth import generate_class_images
 from latentdiff.training.finetune.initial_weights import read_initial_weights, run_base_hash
+from latentdiff.training.finetune.lora import share_weights
 from latentdiff.training.finetune.methods import add_adapters, base_weights_hash
 from latentdiff.training.finetune.textual_inversion import check_captions_have_token
 from latentdiff.training.inputs.batches import BatchLayout
@@ -49,6 +49,7 @@ from latentdiff.training.inputs.encode import (
 from latentdiff.training.inputs.randomness import STRATA_RULE
 from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, subject_order
+from latentdiff.training.objective import TrainingObjective
 from latentdiff.training.optim.lr import LRSchedule
 from latentdiff.training.text_to_image.components import (
     load_vae_of,
@@ -109,7 +110,7 @@ def _read_data(config: Config, accelerator: Accelerator) -> tuple[Folder, Folder
     with accelerator.main_process_first():
         return read_data(
             config.data,
-            condition=condition_files(config),
+            condition=config.condition_files,
             inpaint_masks=config.condition.reads_mask_files,
             prompts=config.finetune.instance_prompts,
             trust_index=not accelerator.is_main_process,
@@ -124,7 +125,7 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     base = load(config, folder, train_folder, accelerator)
     teacher = None
     if config.distill.is_on:
-        base.components.unet.to(accelerator.device)  # first, so that both share its weights there
+        base.components.unet.to(accelerator.device)  # first: not both copy it there
         unet, student = make_student(base.components, method=config.distill.method)
         teacher = Teacher(unet, accelerator.autocast)
         base = base._replace(components=student)
@@ -248,9 +249,14 @@ def build_train_step(
 
     teacher: of a student, to learn from instead of from noised images. controlnet: trained alone.
     """
+
+    def averaged() -> AbstractContextManager[None]:  # is asked in steps, when train_step is there
+        assert train_step.ema is not None  # distill.method=lcm_lora needs it
+        return train_step.ema.swap_weights(train_step.model)
+
     settings, device = config.train, accelerator.device
     null_text = train_data.null_text.to(device)
-    objective: Objective | Distillation | Consistency
+    objective: TrainingObjective
     if teacher is None:
         objective = _objective(config, components, null_text=null_text, device=device)
     else:
@@ -264,11 +270,15 @@ def build_train_step(
             sample_steps=_timestep_sampler(config.diffusion, num_steps, device),
             null_text=null_text,
             device=device,
+            averaged=averaged,
         )
     model = trainable_model(config, components, accelerator, controlnet)
+    if teacher is not None and config.distill.method == "lcm_lora":
+        share_weights(teacher.unet, components.unet)  # which is cast, and laid out, by now
     if isinstance(train_data.source, CachedPromptEmbeds):  # no step encodes a caption
         components.text_encoders.to(torch.device("cpu"))
-    if config.data.cache and train_data.condition_encoder is None:
+    encoder = train_data.condition_encoder
+    if config.data.cache and not (encoder and encoder.uses_vae):
         components.vae.to(torch.device("cpu"))
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
@@ -293,8 +303,6 @@ def build_train_step(
         seed=settings.seed,
         fused_backward_pass=settings.fused_backward_pass,
     )
-    if isinstance(objective, Consistency) and (ema := train_step.ema):
-        objective.averaged = lambda: ema.swap_weights(train_step.model)
     return train_step
 
 

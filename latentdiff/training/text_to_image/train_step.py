@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from latentdiff.config.choices import OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
-from latentdiff.training.distill.consistency import Consistency
-from latentdiff.training.distill.objective import Distillation
+from latentdiff.training.objective import TrainingObjective
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import LRSchedule
@@ -30,7 +29,6 @@ from latentdiff.training.optim.state import (
     optimizer_tensors,
 )
 from latentdiff.training.text_to_image.model import TextToImage
-from latentdiff.training.text_to_image.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class TrainStep:
         self,
         model: TextToImage,
         *,
-        objective: Objective | Distillation | Consistency,
+        objective: TrainingObjective,
         accelerator: Accelerator,
         lr_schedule: LRSchedule,
         optimizer: OptimizerName = "adamw",

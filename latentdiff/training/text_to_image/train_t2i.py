@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from latentdiff.config.data import DataConfig
-from latentdiff.config.text_to_image import Config, condition_kind
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metrics.heldout_loss import (
     summarize_gap,
@@ -239,7 +239,7 @@ class TextToImageRecipe(Recipe):
                 prompt_weighting=bool(preview.prompts),  # typed; captions are taken verbatim
                 nearest_images=run.nearest_images,
                 conditions=self._conditions(),
-                condition_kind=condition_kind(run.config),
+                condition_kind=run.config.condition_kind,
                 condition_vae=run.components.vae,
                 controlnet=run.controlnet,
             )
@@ -312,7 +312,7 @@ class TextToImageRecipe(Recipe):
         The prompt is the first of the run's sheets. None where no process had the whole weights.
         """
         run, folder = self.run, self.run.folder
-        if condition_kind(run.config) != "none":
+        if run.config.condition_kind != "none":
             return [f"report {shlex.quote(str(folder))}"]
         if not (folder / "pipeline").is_dir():
             return []
