@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from latentdiff.models.components import Components, load_components
 from latentdiff.models.latents import LatentCodec, set_scale
 from latentdiff.models.text import NULL_CAPTION, encode_text, tokenize
-from latentdiff.training.inputs.conditions import FixedCondition
 from latentdiff.pipeline import output
+from latentdiff.training.inputs.conditions import FixedCondition
 from latentdiff.training.text_to_image import preview
 from latentdiff.training.text_to_image.preview import (
     batch_size,
