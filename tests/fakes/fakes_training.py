@@ -52,6 +52,15 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
+def write_world(folder: Path, data: dict[str, Any]) -> Path:
+    """Write a VAE and the settings of a run without U-Net dropout on folder/data; return folder."""
+    make_vae().save_pretrained(folder / "vae")
+    unet = SETTINGS["model"]["unet"] | {"dropout": 0.0}
+    settings = SETTINGS | {"data": data, "model": SETTINGS["model"] | {"unet": unet}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def arguments(world: Path, run: Path, **overrides: Any) -> list[str]:
     """Return the command line of a run; overrides such as train__max_steps=3."""
     settings = {

@@ -1,6 +1,5 @@
 """Whole runs on images of several shapes: buckets, crops, captions, with and without a cache."""
 
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from accelerate.state import AcceleratorState
 from fakes_faults import start_ranks
 from fakes_models import make_vae
 from fakes_shapes import write_three_shapes
-from fakes_training import SETTINGS, make_config, read_metrics
+from fakes_training import make_config, read_metrics, write_world
 from safetensors.torch import load_file
 
 from latentdiff.config.io import parse_arguments
@@ -43,11 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("shapes")
     write_three_shapes(folder / "data")
-    make_vae().save_pretrained(folder / "vae")
-    unet = SETTINGS["model"]["unet"] | {"dropout": 0.0}
-    settings = SETTINGS | {"data": DATA, "model": SETTINGS["model"] | {"unet": unet}}
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
+    return write_world(folder, DATA)
 
 
 @pytest.fixture(scope="module")

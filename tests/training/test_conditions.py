@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from fakes_data import noise_image, write_jsonl
 from fakes_models import make_vae
-from fakes_training import SETTINGS, make_config, read_metrics
+from fakes_training import make_config, read_metrics, write_world
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -75,11 +75,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("conditions")
     marked_folder(folder / "data")
-    make_vae().save_pretrained(folder / "vae")
-    unet = SETTINGS["model"]["unet"] | {"dropout": 0.0}
-    settings = SETTINGS | {"data": DATA, "model": SETTINGS["model"] | {"unet": unet}}
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
+    return write_world(folder, DATA)
 
 
 @pytest.fixture(autouse=True)

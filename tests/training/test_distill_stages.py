@@ -25,16 +25,14 @@ from latentdiff.training.distill.stages import distill, plan_lines, plan_stages
 from latentdiff.training.text_to_image.train_step import TrainStep
 
 __all__ = ["world"]
-OPTIONS = DistillOptions(
-    steps=16,
-    guided_steps=2,
-    halving_steps=2,
-    num_images=10,
-    teacher_num_steps=2,
-    guidance_scale=2.0,
-    max_distance=100.0,
-    max_accuracy_loss=1.0,
-)
+MEASURED: dict[str, Any] = {  # on few images, with bounds that every student keeps
+    "num_images": 10,
+    "teacher_num_steps": 2,
+    "guidance_scale": 2.0,
+    "max_distance": 100.0,
+    "max_accuracy_loss": 1.0,
+}
+OPTIONS = DistillOptions(steps=16, guided_steps=2, halving_steps=2, **MEASURED)
 
 
 def template(world: Path, out: Path, **overrides: Any) -> Config:
@@ -143,17 +141,7 @@ def test_the_plan_takes_a_quarter_and_eighths_of_the_teachers_steps(
         distill(given, DistillOptions(steps=3))
 
 
-LCM = DistillOptions(
-    method="lcm_lora",
-    steps=2,
-    lora_steps=3,
-    teacher_images=6,
-    num_images=10,
-    teacher_num_steps=2,
-    guidance_scale=2.0,
-    max_distance=100.0,
-    max_accuracy_loss=1.0,
-)
+LCM = DistillOptions(method="lcm_lora", steps=2, lora_steps=3, teacher_images=6, **MEASURED)
 
 
 def lcm_template(world: Path, out: Path) -> Config:
