@@ -88,7 +88,9 @@ def test_what_is_done_is_not_done_again(
     world: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latentdiff.training.distill.stages.train", lambda config: 1 / 0)
-    monkeypatch.setattr("latentdiff.training.distill.stages.generate_and_save", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        "latentdiff.training.distill.stages.generate_and_save", lambda *_, **__: 1 / 0
+    )
     assert distill(template(world, whole), OPTIONS) == 0
 
 
