@@ -24,7 +24,7 @@ from latentdiff.config.options import DistillOptions
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import default_guidance
-from latentdiff.training.distill.stages import Judge
+from latentdiff.training.distill.stages import StudentComparison
 from latentdiff.training.finetune.textual_inversion import add_tokens, merge_tokens
 from latentdiff.training.inputs.encode import CachedPromptEmbeds, TokenIds
 from latentdiff.training.text_to_image.setup import Run, setup
@@ -225,7 +225,7 @@ def test_a_distilled_sdxl_is_measured_at_sdxl_s_own_guidance(world: Path, tmp_pa
     pipe = LatentDiffPipeline.from_pretrained(world / "base")
     expected = default_guidance(pipe.model_info, is_sdxl=True)
     assert expected != default_guidance(pipe.model_info)
-    assert Judge(config, DistillOptions()).scale == expected
+    assert StudentComparison(config, DistillOptions()).scale == expected
 
 
 def test_accumulated_step_is_that_of_the_whole_batch(world: Path, tmp_path: Path) -> None:
