@@ -86,6 +86,8 @@ class CreateTab:
         ui.controls["start_image"].upload(
             self.fit_size, ui.controls["start_image"], size, show_progress="hidden"
         )
+        condition = ui.controls["condition"]
+        condition.upload(self.fit_condition, condition, size, show_progress="hidden")
         painting = ui.controls["painting"]
         fitted = [*size, painting, ui.fitted]
         painting.upload(self.fit_painting, [painting, ui.fitted], fitted, show_progress="hidden")
@@ -235,6 +237,13 @@ class CreateTab:
             return gr.skip()
         return facts.size_for(*image.size)
 
+    def fit_condition(self, image: Image.Image | None) -> Any:
+        """Set the size to that of the image to be made of a condition."""
+        facts = self.session.facts
+        if image is None or facts is None:
+            return gr.skip()
+        return facts.size_of_condition(*image.size)
+
     def fit_painting(self, value: dict[str, Any] | None, fitted: Any) -> Updates:
         """Set the size to the proportions of the image to paint over; enlarge a small one.
 
@@ -289,6 +298,7 @@ class CreateTab:
             "image": image,
             "mask_image": None,
             "strength": None,
+            "condition": None,
             "seed": "",
         }
         return self._filled(replace(entry.request, **fields))

@@ -10,13 +10,14 @@ from PIL import Image, ImageOps
 
 from latentdiff.app.library import NO_LORA
 from latentdiff.app.model_facts import OWN_SCHEDULER, OWN_VAE, TINY, ModelFacts
+from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.pipeline.png_metadata import TINY_VAE
 from latentdiff.pipeline.schedulers import scheduler_name
 
 MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
-TEXT, IMAGE, INPAINT = "text", "image", "inpaint"  # kinds, the tabs of the page
+TEXT, IMAGE, INPAINT, CONDITION = "text", "image", "inpaint", "condition"  # the page's tabs
 MAXIMA = {"num_images_per_prompt": MAX_IMAGES, "num_inference_steps": MAX_STEPS}
 RANGES = {  # of numbers: the lowest and highest
     "guidance_scale": (0.0, 30.0),
@@ -24,6 +25,7 @@ RANGES = {  # of numbers: the lowest and highest
     "lora_scale": (-2.0, 2.0),
     "strength": (0.05, 1.0),
 }
+CONDITION_RANGES = {"image_guidance_scale": (1.0, 10.0), "noise_level": (0, 350)}
 LONG_PROMPTS = ("truncate", "chunks")
 
 
@@ -31,8 +33,8 @@ LONG_PROMPTS = ("truncate", "chunks")
 class ImageRequest:
     """Settings of one call, under the names of the pipeline's arguments.
 
-    model, lora: names in the library. kind: TEXT, IMAGE or INPAINT. seed: as typed, "" for a
-    random one. image, mask_image, strength: None where the kind has no use for them.
+    model, lora: names in the library. kind: TEXT, IMAGE, INPAINT or CONDITION. seed: as typed, ""
+    for a random one. The last six: None where the kind has no use for them.
     """
 
     model: str = ""
@@ -56,29 +58,47 @@ class ImageRequest:
     strength: float | None = None
     image: Image.Image | None = None
     mask_image: Image.Image | None = None
+    condition: Image.Image | None = None
+    image_guidance_scale: float | None = None
+    noise_level: int | None = None
 
-    def arguments(self, *, clip_skip: int = 0) -> dict[str, Any]:
+    def arguments(
+        self, *, clip_skip: int = 0, reads: str = "none", factor: int = 1
+    ) -> dict[str, Any]:
         """Return the arguments of the pipeline's call; an image is cropped to the size.
 
-        clip_skip: the model's own, which a call that names none has.
+        clip_skip: the model's own, which a call that names none has. reads: the kind of image
+        condition of the model; factor: times that an upscaler enlarges.
         """
         own = {"model", "kind", "scheduler", "vae", "lora", "seed"}
-        others = own | {"image", "mask_image", "strength"}
+        others = own | {"image", "mask_image", "strength", "condition", *CONDITION_RANGES}
         call = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         call["negative_prompt"] = self.negative_prompt or None
         call["clip_skip"] = None if self.clip_skip == clip_skip else self.clip_skip
         call["lora_scale"] = None if self.lora == NO_LORA else self.lora_scale
         call["seed"] = int(self.seed) if self.seed.strip() else None
+        size = self.width, self.height
         if self.image is not None:
-            size = self.width, self.height
-            is_multiple = self.image.width % size[0] == self.image.height % size[1] == 0
-            method = Image.Resampling.BOX if is_multiple else Image.Resampling.LANCZOS
-            call["image"] = ImageOps.fit(ImageOps.exif_transpose(self.image), size, method)
+            call["image"] = _fitted(self.image, size)
             call["strength"] = self.strength
             if self.mask_image is not None:
                 nearest = Image.Resampling.NEAREST
                 call["mask_image"] = ImageOps.fit(self.mask_image, size, nearest)
+        if self.condition is not None:
+            times = factor if reads == "upscale" else 1
+            call["condition"] = _fitted(self.condition, (size[0] // times, size[1] // times))
+        if reads == "instruct_pix2pix":
+            call["image_guidance_scale"] = self.image_guidance_scale
+        if reads == "upscale":
+            call["noise_level"] = self.noise_level
         return call
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return an image upright, cropped and resized to (width, height)."""
+    is_multiple = image.width % size[0] == image.height % size[1] == 0
+    method = Image.Resampling.BOX if is_multiple else Image.Resampling.LANCZOS
+    return ImageOps.fit(ImageOps.exif_transpose(image), size, method)
 
 
 def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
@@ -87,7 +107,7 @@ def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
     for name in ("prompt", "negative_prompt"):
         if message := _prompt_problem(getattr(request, name), weighted=request.prompt_weighting):
             found[name] = message
-    if not request.prompt.strip() and request.kind != INPAINT:
+    if not request.prompt.strip() and request.kind not in (INPAINT, CONDITION):
         found["prompt"] = "say what to draw, or choose an example"
     seed = request.seed.strip()
     if seed and not (seed.isdecimal() and seed.isascii() and int(seed) <= checks.MAX_SEED):
@@ -100,14 +120,24 @@ def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
     if request.vae not in facts.vaes:
         found["vae"] = f"{facts.name} carries no {request.vae} one"
     counts = {name: (1, maximum) for name, maximum in MAXIMA.items()}
-    for name, (low, high) in (RANGES | counts | {"clip_skip": (0, facts.max_clip_skip)}).items():
+    ranges = RANGES | CONDITION_RANGES
+    for name, (low, high) in (ranges | counts | {"clip_skip": (0, facts.max_clip_skip)}).items():
         value = getattr(request, name)
         if value is not None and not low <= value <= high:
             found[name] = f"expected {low:g} to {high:g}, got {value:g}"
-    return found | _image_problem(request)
+    return found | _image_problem(request, facts)
 
 
-def _image_problem(request: ImageRequest) -> dict[str, str]:
+def _image_problem(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
+    reads_condition = facts.condition_kind not in ("none", "inpaint")
+    if request.kind == CONDITION:
+        if not reads_condition:
+            return {"condition": f"{facts.name} reads no such image; choose a model that does"}
+        return {} if request.condition is not None else {"condition": "upload the image to read"}
+    if reads_condition or (facts.condition_kind == "inpaint" and request.kind != INPAINT):
+        reads = CONDITION_KINDS[facts.condition_kind].reads
+        tab = "Condition" if reads_condition else "Inpaint"
+        return {"prompt": f"{facts.name} reads {reads} too: go to the tab {tab}"}
     if request.kind != TEXT and request.image is None:
         return {"image": "upload an image to start from"}
     if request.kind == INPAINT and request.mask_image is None:

@@ -1,4 +1,5 @@
-"""The kinds of images that the page makes: from text, from an image, into a part of an image.
+"""The kinds of images that the page makes: from text, from an image, into a part of an image, and
+by models that read an image.
 
 Each is a tab with inputs of its own above the settings that all share. A new kind is an entry in
 KINDS and whatever fields it adds to ImageRequest.
@@ -14,7 +15,16 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from latentdiff.app.image_request import IMAGE, INPAINT, RANGES, TEXT, ImageRequest
+from latentdiff.app.image_request import (
+    CONDITION,
+    CONDITION_RANGES,
+    IMAGE,
+    INPAINT,
+    RANGES,
+    TEXT,
+    ImageRequest,
+)
+from latentdiff.pipeline.files.model_info import DEFAULT_NOISE_LEVEL, IMAGE_GUIDANCE_SCALE
 
 STRENGTH, INPAINT_STRENGTH = 0.8, 1.0
 MASK_COLOR = (255, 59, 107)
@@ -103,6 +113,52 @@ def _inpaint_layout() -> dict[str, Any]:
     return {"painting": editor, "inpaint_strength": strength}
 
 
+def _condition_layout() -> dict[str, Any]:
+    image = gr.Image(
+        type="pil",
+        format="png",
+        label="Image that the model reads",
+        sources=["upload", "clipboard"],
+        height=260,
+        elem_id="condition",
+        buttons=[],
+    )
+    low, high = CONDITION_RANGES["image_guidance_scale"]
+    guidance = gr.Slider(
+        *(low, high, IMAGE_GUIDANCE_SCALE),
+        step=0.1,
+        label="Image guidance",
+        info="Models that edit: how near to the image, 1 is off",
+        elem_id="image-guidance",
+    )
+    low, high = CONDITION_RANGES["noise_level"]
+    level = gr.Slider(
+        *(low, high, DEFAULT_NOISE_LEVEL),
+        step=1,
+        label="Noise level",
+        info="Super-resolution: more makes more of it anew",
+        elem_id="noise-level",
+    )
+    return {"condition": image, "image_guidance_scale": guidance, "noise_level": level}
+
+
+def _read_condition(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "condition": values["condition"],
+        "image_guidance_scale": float(values["image_guidance_scale"]),
+        "noise_level": int(values["noise_level"]),
+    }
+
+
+def _fill_condition(request: ImageRequest) -> dict[str, Any]:
+    scale, level = request.image_guidance_scale, request.noise_level
+    return {
+        "condition": request.condition,
+        "image_guidance_scale": IMAGE_GUIDANCE_SCALE if scale is None else scale,
+        "noise_level": DEFAULT_NOISE_LEVEL if level is None else level,
+    }
+
+
 def _strength(value: float, elem_id: str) -> Any:
     low, high = RANGES["strength"]
     return gr.Slider(
@@ -157,5 +213,6 @@ KINDS = {
             _fill_inpaint,
             {"image": "painting", "strength": "inpaint_strength"},
         ),
+        Kind(CONDITION, "Condition", _condition_layout, _read_condition, _fill_condition),
     )
 }

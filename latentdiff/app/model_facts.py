@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentdiff.models.compatibility import size_in_reach
+from latentdiff.models.compatibility import CONDITION_KINDS, size_in_reach
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.files.model_card import CARD_SUMMARY
@@ -38,7 +38,10 @@ EXAMPLES = (  # for a model that names none
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of one model. height, width: in pixels, as trained; multiple: of its sizes."""
+    """Facts of one model. height, width: in pixels, as trained; multiple: of its sizes.
+
+    condition_kind: of the image that its U-Net reads.
+    """
 
     name: str
     height: int
@@ -52,6 +55,7 @@ class ModelFacts:
     max_clip_skip: int
     examples: tuple[str, ...]
     vaes: tuple[str, ...] = (OWN_VAE,)
+    condition_kind: str = "none"
     summary: str = ""
     rows: tuple[tuple[str, str], ...] = ()
 
@@ -65,6 +69,13 @@ class ModelFacts:
             f"{self.name} was trained at {self.width} x {self.height} pixels; at {width} x "
             f"{height} subjects repeat and parts come apart. Better: {better[1]} x {better[0]}"
         )
+
+    def size_of_condition(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) of the image for a condition: an upscaler's is larger."""
+        if self.condition_kind != "upscale":
+            return self.size_for(width, height)
+        found = [min(side * self.multiple, self.max_side_px) for side in (width, height)]
+        return found[0], found[1]
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) of about the trained area that has an image's proportions."""
@@ -97,6 +108,7 @@ def read_model_facts(
         max_clip_skip=layers - 1,
         examples=tuple(info.example_prompts) or EXAMPLES,
         vaes=(OWN_VAE, TINY) if has_tiny_vae else (OWN_VAE,),
+        condition_kind=pipe.condition_kind,
         summary=card_summary(text),
         rows=tuple(_rows(pipe, info, size=(width, height))),
     )
@@ -127,6 +139,7 @@ def _rows(
         "Guidance": f"{default_guidance(info, is_sdxl=pipe.is_sdxl):g}",
         "Distilled": _distilled(info),
         "Parameters": f"{parameters / 1e6:,.3g} M",
+        "Reads": reads.reads if (reads := CONDITION_KINDS.get(pipe.condition_kind)) else None,
         "Prediction type": info.prediction_type,
         "Licence": info.licence,
     }

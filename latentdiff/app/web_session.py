@@ -227,7 +227,8 @@ class WebSession:
 
     def _call(self, pipe: LatentDiffPipeline, job: _Job) -> LatentDiffOutput:
         """Call the pipeline; post a step as it is done."""
-        clip_skip = self._facts.clip_skip if self._facts else 0
+        facts = self._facts
+        assert facts is not None
         preview, started = LivePreview(self._tiny_vae or pipe.vae), time.perf_counter()
 
         def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +241,9 @@ class WebSession:
             return {}
 
         output = pipe(
-            **job.request.arguments(clip_skip=clip_skip),
+            **job.request.arguments(
+                clip_skip=facts.clip_skip, reads=facts.condition_kind, factor=facts.multiple
+            ),
             callback_on_step_end=step_end,
             callback_on_step_end_tensor_inputs=["predicted_z0"],
         )

@@ -44,6 +44,23 @@ class SampleOptions:
     """height in pixels, a multiple of the VAE's factor, mostly 8; by default the model's own"""
     width: int | None = None
     """width in pixels, as the height"""
+    condition: str | list[str] | None = None
+    """an image file that the model or a ControlNet reads: an image to edit, one in low resolution,
+    a map such as depth; of several ControlNets one each"""
+    image_guidance_scale: float | None = None
+    """guidance towards the image to edit, 1 and more; by default 1.5"""
+    noise_level: int | None = None
+    """noise that an upscaler adds to its low-resolution image, 0 and more; by default 20"""
+    controlnet: str | list[str] | None = None
+    """a ControlNet's folder, run or hub id, or several, whose effects add up"""
+    controlnet_conditioning_scale: float | list[float] | None = None
+    """strength of the ControlNet, in [-10, 10], or one of each; by default 1"""
+    window_size: int | None = None
+    """for larger images than the model was trained at: the side in pixels of square windows in
+    which the U-Net predicts one by one (MultiDiffusion); each step costs a pass a window"""
+    window_overlap: float = 0.5
+    """least share of a window that the next one covers too, in [0, 0.95]; 0.75 has fewer seams and
+    costs four times 0.5"""
     image: str | None = None
     """an image file to start from"""
     mask: str | None = None

@@ -2,8 +2,9 @@
 
 Applied to a U-Net by pipeline/cfg_denoiser.py.
 
-Classifier-free guidance (Ho & Salimans 2022), its rescaling (Lin et al. 2024), its interval
-(Kynkäänniemi et al. 2024), and guidance by the gradient of any score (Dhariwal & Nichol 2021).
+Classifier-free guidance (Ho & Salimans 2022), also by an image to edit (Brooks et al. 2023), its
+rescaling (Lin et al. 2024), its interval (Kynkäänniemi et al. 2024), and guidance by the
+gradient of any score (Dhariwal & Nichol 2021).
 """
 
 from collections.abc import Callable
@@ -25,6 +26,17 @@ def classifier_free(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tens
     extrapolated.
     """
     return uncond + scale * (cond - uncond)
+
+
+def instruct_pix2pix(
+    neither: Tensor, image: Tensor, both: Tensor, scale: float, image_scale: float
+) -> Tensor:
+    """Guide by an instruction and by the image to edit (Brooks et al. 2023, Eq. 3).
+
+    neither, image, both: predictions without text and image, with the image alone, with both. An
+    image_scale of 1 is classifier-free guidance.
+    """
+    return neither + scale * (both - image) + image_scale * (image - neither)
 
 
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:

@@ -114,6 +114,7 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
 }
 
 
+OF_DEPTH = "DPT"  # begins the class of a feature extractor that a depth estimator has
 TOKENIZERS = {"tokenizer", "tokenizer_2"}
 SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose model_index.json names them
 
@@ -174,7 +175,7 @@ def load_parts(
         for name in COMPONENT_CLASSES
         if name in names
     }
-    if "feature_extractor" in names:
+    if not names.get("feature_extractor", OF_DEPTH).startswith(OF_DEPTH):
         path = folder / "feature_extractor"
         loaded["feature_extractor"] = CLIPImageProcessor.from_pretrained(path)
     for name in TOKENIZERS & names.keys():

@@ -16,13 +16,19 @@ from torch import Tensor
 
 from latentdiff.cpu.fast_sampling import FastCPU
 from latentdiff.diffusion.ddpm import Generators
-from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks, schedulers
 from latentdiff.pipeline.callbacks import OF_SDXL, TENSORS
-from latentdiff.pipeline.cfg_denoiser import CFGDenoiser, Guidance
+from latentdiff.pipeline.cfg_denoiser import MAX_GUIDANCE, CFGDenoiser, Guidance
 from latentdiff.pipeline.conditioning.encode_prompt import EncodePromptMixin
+from latentdiff.pipeline.conditioning.image_condition import (
+    ConditionInputs,
+    ControlNets,
+    describe_kind,
+    read_condition,
+    with_condition,
+)
 from latentdiff.pipeline.conditioning.prompt import PromptInputs
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.loading import LoadingMixin
@@ -30,12 +36,14 @@ from latentdiff.pipeline.files.model_info import (
     NUM_STEPS,
     default_guidance,
     default_steps,
+    image_guidance,
     warn_if_guidance_untrained,
     warn_of_distillation,
 )
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
 from latentdiff.pipeline.initial_latents import (
     InpaintState,
+    WindowInputs,
     prepare_latents,
     trained_size_px,
     warn_if_beyond_trained,
@@ -111,12 +119,31 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         self._check_fit()
 
     def _read_guidance(
-        self, scale: object, rescale: object, interval: object, *, score: tuple[Any, object]
+        self,
+        scales: tuple[object, Any],
+        rescale: object,
+        interval: object,
+        *,
+        score: tuple[Any, object],
     ) -> Guidance:
-        """Check guidance, by default of the model's own scale, and make it the pipeline's."""
+        """Check guidance, by default of the model's own scales, and make it the pipeline's.
+
+        scales: guidance_scale and image_guidance_scale.
+        """
+        scale, image_scale = scales
         if scale is None:
             scale = default_guidance(self.model_info, is_sdxl=self.is_sdxl)
-        guidance = Guidance.checked(scale, rescale, interval, score=score)
+        if image_scale is not None:
+            checks.in_range("image_guidance_scale", image_scale, low=1.0, high=MAX_GUIDANCE)
+        if self.condition_kind == "instruct_pix2pix":
+            image_scale = image_guidance(self.model_info, image_scale)
+        elif image_scale is not None:
+            raise ValueError(
+                "image_guidance_scale is read by models that edit images (instruct_pix2pix) alone, "
+                f"and {describe_kind(self.condition_kind)}; leave it out"
+            )
+        image_scale = 1.0 if image_scale is None else image_scale
+        guidance = Guidance.checked(scale, rescale, interval, score=score, image_scale=image_scale)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_if_guidance_untrained(self.model_info, guidance.scale)
         return guidance
@@ -124,13 +151,6 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
     def _read_images(
         self, prompts: PromptInputs, image: object, mask_image: object, *, strength: object
     ) -> ImageInputs:
-        if self.condition_kind not in ("none", "inpaint"):
-            kind = CONDITION_KINDS[self.condition_kind]
-            raise ValueError(
-                f"this model is of the kind {self.condition_kind}: its U-Net also reads "
-                f"{kind.reads}, which this pipeline does not give it yet; open its folder with "
-                f"diffusers.{kind.pipeline}"
-            )
         return read_image_inputs(
             image,
             mask_image,
@@ -140,23 +160,49 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
             needs_mask=self._reads_mask,
         )
 
+    def _read_condition(
+        self,
+        prompts: PromptInputs,
+        condition: object,
+        images: ImageInputs,
+        *,
+        options: tuple[object, object],
+    ) -> ConditionInputs:
+        """Check the condition. options: noise_level and controlnet_conditioning_scale."""
+        noise_level, scale = options
+        return read_condition(
+            condition,
+            kind=self.condition_kind,
+            info=self.model_info,
+            num_controlnets=len(self.controlnets),
+            noise_level=noise_level,
+            scale=scale,
+            num_prompts=prompts.num_prompts,
+            num_images=prompts.num_images,
+            has_image=images.image is not None,
+        )
+
     def _latent_shape(
         self,
         num_images: int,
         images: ImageInputs,
+        condition: ConditionInputs,
         latents: object,
         *,
         size: tuple[object, object],
+        windows: WindowInputs,
     ) -> tuple[int, int, int, int]:
-        """Return (B, C, h, w), which latents must have, of a size in pixels.
+        """Return (B, C, h, w), which latents must have, of a size in pixels; check the windows.
 
-        size: (height, width), by default the image's or the trained one.
+        size: (height, width), by default the image's, the condition's or the trained one.
         """
         factor = self.vae_scale_factor
-        given = images.size(multiple=factor)
+        windows.checked(factor=factor)
+        given = images.size(multiple=factor) or condition.size(multiple=factor)
         default = given or trained_size_px(self.unet, factor=factor)
         rows, columns = checks.size_px(*size, default=default, multiple=factor)
-        if given is None:
+        condition.check_size(rows, columns, factor=factor)
+        if given is None and windows.window_size is None:
             warn_if_beyond_trained((rows, columns), self.unet, factor=factor)
         shape = num_images, self.num_channels, rows // factor, columns // factor
         if latents is not None:
@@ -226,6 +272,21 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         time_ids = sizes.time_ids(made, num=shape[0], is_guided=is_guided)
         return replace(conditioning, time_ids=time_ids.to(device))
 
+    def _with_condition(
+        self,
+        conditioning: Conditioning,
+        condition: ConditionInputs,
+        *,
+        shape: Sequence[int],
+        generator: Generators,
+    ) -> Conditioning:
+        """Return the conditioning with what the U-Net or the ControlNets read of the images."""
+        device = self.scheduler.timesteps.device  # that of the call
+        given = condition.tensors(
+            LatentCodec(self.vae), shape=shape, generator=generator, device=device
+        )
+        return with_condition(conditioning, given)
+
     def _initial_latents(
         self,
         images: ImageInputs,
@@ -249,9 +310,12 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         inputs: InpaintState,
         guidance: Guidance,
         conditioning: Conditioning,
+        condition: ConditionInputs,
         *,
+        windows: WindowInputs,
         lora_scale: float | None,
     ) -> CFGDenoiser:
+        factor, size = self.vae_scale_factor, inputs.noise.shape[-2:]
         return CFGDenoiser(
             self.unet,
             inputs,
@@ -260,6 +324,9 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
             scheduler=self.scheduler,
             fast_cpu=self.fast_cpu,
             lora_scale=lora_scale,
+            controlnets=ControlNets(tuple(self.controlnets), condition.scales),
+            windows=windows.place((size[0], size[1]), factor=factor),
+            factor=factor,
         )
 
     def _output(

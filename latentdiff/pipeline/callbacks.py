@@ -91,6 +91,8 @@ class StepEndCallback:
             pooled_embeds=changed.get("add_text_embeds", conditioning.pooled_embeds),
             time_ids=changed.get("add_time_ids", conditioning.time_ids),
             class_labels=conditioning.class_labels,
+            condition=conditioning.condition,
+            control=conditioning.control,
         )[-len(embeds) :]  # where a callback has ended guidance, the prompt's alone
         return changed.get("latents", latents), replace(others, prompt_embeds=embeds)
 

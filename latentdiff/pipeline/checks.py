@@ -128,7 +128,10 @@ def size_px(
     """Return (height, width) in pixels; the default where one is None."""
     height = default[0] if height is None else height
     width = default[1] if width is None else width
-    rows, columns = _side("height", height, multiple), _side("width", width, multiple)
+    rows, columns = (
+        side("height", height, multiple=multiple),
+        side("width", width, multiple=multiple),
+    )
     if rows * columns > MAX_PIXELS:
         raise ValueError(
             f"height x width is {rows} x {columns}, more than {MAX_PIXELS} pixels; ask for a "
@@ -316,7 +319,8 @@ def _readable(name: str, text: str) -> str:
     return text
 
 
-def _side(name: str, value: object, multiple: int) -> int:
+def side(name: str, value: object, *, multiple: int) -> int:
+    """Return a side in pixels, a positive multiple."""
     integer = _integer(value)
     if integer is None or integer < multiple or integer % multiple:
         nearest = max(1, round((integer or 0) / multiple)) * multiple

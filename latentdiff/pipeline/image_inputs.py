@@ -25,10 +25,11 @@ from latentdiff.image_io import ImageError, to_rgb
 from latentdiff.pipeline import checks
 
 ImageList: TypeAlias = list[Image.Image] | Tensor
+Color: TypeAlias = tuple[int, int, int]
 
 DEFAULT_STRENGTH = 0.8
 OVERSHOOT = 0.1  # pixels that lie less below 0 may be those of an image in [0, 1] that was resized
-WHITE = (255, 255, 255)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)  # behind images to start from, and behind conditions
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,12 @@ class ImageInputs:
         """Return (height, width) of the first image, cut to a multiple; None without one."""
         if self.image is None:
             return None
-        if isinstance(self.image, Tensor):
-            height, width = self.image.shape[-2:]
-        else:
-            width, height = self.image[0].size
+        height, width = self.all_sizes()[0]
         return height // multiple * multiple, width // multiple * multiple
+
+    def all_sizes(self) -> list[tuple[int, int]]:
+        """Return (height, width) of each image."""
+        return _sizes(self.image)
 
     def digests(self) -> dict[str, list[str]]:
         """Return 16 hex digits of each image and mask as it was read, by argument; {} for none."""
@@ -68,6 +70,11 @@ class ImageInputs:
         processor = VaeImageProcessor(vae_scale_factor=1, vae_latent_channels=0)
         pixels: Tensor = processor.preprocess(self.image, height=height, width=width)
         return _repeat(pixels.float(), num_images)
+
+    def values(self, *, num_images: int) -> Tensor:
+        """Return tensors as they are, (num_images, C, H, W)."""
+        assert isinstance(self.image, Tensor)
+        return _repeat(self.image, num_images)
 
     def binary_mask(self, height: int, width: int, *, num_images: int) -> Tensor | None:
         """Return masks as (num_images, 1, height, width) of 0 and 1."""
@@ -110,26 +117,59 @@ def read_image_inputs(
     if strength is None:
         strength = DEFAULT_STRENGTH if mask_image is None else 1.0
     given = ImageInputs(
-        _to_unit_range(_read("image", image, 3)),
+        read_images("image", image),
         _read("mask_image", mask_image, 1),
         checks.in_range("strength", strength, low=0.0, high=1.0),
     )
     for name, images in (("image", given.image), ("mask_image", given.mask)):
-        if images is not None and len(images) not in (1, num_prompts, num_images):
-            raise ValueError(
-                f"{name} has {len(images)} images for {num_prompts} prompts and {num_images} "
-                "images to make; pass one for all, one a prompt, or one for each"
-            )
+        check_number(name, images, num_prompts=num_prompts, num_images=num_images)
+    _check_mask_shape(given)
     return given
 
 
-def _read(name: str, value: object, channels: int) -> ImageList | None:
+def read_images(name: str, value: object, *, background: Color = WHITE) -> ImageList | None:
+    """Read images as PIL images in sRGB, or tensors in [0, 1]; ValueError names a bad one."""
+    return _to_unit_range(_read(name, value, 3, background=background))
+
+
+def check_number(name: str, images: ImageList | None, *, num_prompts: int, num_images: int) -> None:
+    """Raise ValueError unless there is one for all, one a prompt, or one for each image to make."""
+    if images is not None and len(images) not in (1, num_prompts, num_images):
+        raise ValueError(
+            f"{name} has {len(images)} images for {num_prompts} prompts and {num_images} "
+            "images to make; pass one for all, one a prompt, or one for each"
+        )
+
+
+def _check_mask_shape(given: ImageInputs) -> None:
+    """Raise ValueError for a mask of another shape than the image; a smaller one may be alike."""
+    for (height, width), (rows, columns) in zip(
+        _sizes(given.image)[:1], _sizes(given.mask)[:1], strict=False
+    ):
+        if abs(height * columns - width * rows) > max(height, width, rows, columns):
+            raise ValueError(
+                f"mask_image is {rows} x {columns} pixels (height x width), expected the size of "
+                f"image, {height} x {width}; crop both alike"
+            )
+
+
+def _sizes(images: ImageList | None) -> list[tuple[int, int]]:
+    if images is None:
+        return []
+    if isinstance(images, Tensor):
+        return [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
+    return [(one.height, one.width) for one in images]
+
+
+def _read(
+    name: str, value: object, channels: int, *, background: Color = WHITE
+) -> ImageList | None:
     if value is None:
         return None
     if isinstance(value, Image.Image):
-        return [_as_seen(name, value, is_mask=channels == 1)]
+        return [_as_seen(name, value, is_mask=channels == 1, background=background)]
     if isinstance(value, (list, tuple)):
-        return _read_list(name, list(value), channels)
+        return _read_list(name, list(value), channels, background=background)
     if isinstance(value, np.ndarray):
         value = _from_array(name, value, channels)
     if not isinstance(value, Tensor):
@@ -140,10 +180,13 @@ def _read(name: str, value: object, channels: int) -> ImageList | None:
     return _check_tensor(name, value, channels)
 
 
-def _read_list(name: str, values: list[Any], channels: int) -> ImageList:
+def _read_list(name: str, values: list[Any], channels: int, *, background: Color) -> ImageList:
     if not values:
         raise ValueError(f"{name} is an empty list; pass at least one image")
-    parts = [_read(f"{name}[{index}]", value, channels) for index, value in enumerate(values)]
+    parts = [
+        _read(f"{name}[{index}]", value, channels, background=background)
+        for index, value in enumerate(values)
+    ]
     if all(isinstance(part, list) for part in parts):
         return [image for part in parts if part is not None for image in part]
     tensors = [part for part in parts if isinstance(part, Tensor)]
@@ -157,17 +200,17 @@ def _read_list(name: str, values: list[Any], channels: int) -> ImageList:
     return torch.cat(tensors)
 
 
-def _as_seen(name: str, image: Image.Image, *, is_mask: bool) -> Image.Image:
+def _as_seen(name: str, image: Image.Image, *, is_mask: bool, background: Color) -> Image.Image:
     """Return an image in sRGB; the values of a mask are no colors and stay as they are."""
     if 0 in image.size:
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, expected some")
     try:
         upright = ImageOps.exif_transpose(image)
         if is_mask:
-            return to_rgb(upright, background=WHITE)
+            return to_rgb(upright, background=background)
         if fault := profile_fault(upright):
             logger.warning("%s is read as sRGB: %s", name, fault)
-        return to_rgb(to_srgb(upright), background=WHITE)
+        return to_rgb(to_srgb(upright), background=background)
     except (ImageError, OSError) as error:
         raise ValueError(f"{name} cannot be used: {error}") from error
 

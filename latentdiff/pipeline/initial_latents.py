@@ -24,12 +24,40 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm import Generators
+from latentdiff.diffusion.windows import Window, place_windows
 from latentdiff.models.compatibility import sample_size_px, size_in_reach, unet_factor
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.image_inputs import ImageInputs
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WindowInputs:
+    """A caller's windows for a large canvas: the side in pixels, None for none, and the overlap."""
+
+    window_size: int | None = None
+    window_overlap: float = 0.5
+
+    def checked(self, *, factor: int) -> WindowInputs:
+        """Return them checked; ValueError for a bad one. factor: the VAE's."""
+        overlap = checks.in_range("window_overlap", self.window_overlap, low=0.0, high=0.95)
+        if self.window_size is not None:
+            checks.side("window_size", self.window_size, multiple=factor)
+        return WindowInputs(self.window_size, overlap)
+
+    def place(self, size: tuple[int, int], *, factor: int) -> list[Window]:
+        """Return the windows of a canvas (h, w) in latent pixels; none where one holds it all."""
+        if self.window_size is None or self.window_size // factor >= max(size):
+            return []
+        windows = place_windows(size, self.window_size // factor, overlap=self.window_overlap)
+        _warn_of_cost(len(windows), self.window_size)
+        return windows
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that PNG files state."""
+        return vars(self) if self.window_size is not None else {}
 
 
 @dataclass(frozen=True)
@@ -157,9 +185,17 @@ def warn_if_beyond_trained(
 
 
 @cache
+def _warn_of_cost(num_windows: int, side: int) -> None:
+    logger.warning(
+        "%d windows of %d px: each step takes %d passes of the U-Net",
+        *(num_windows, side, num_windows),
+    )
+
+
+@cache
 def _warn_of_size(size: tuple[int, int], trained: tuple[int, int], better: tuple[int, int]) -> None:
     logger.warning(
         "%d x %d pixels are %.1f times what this model was trained at (%d x %d), where subjects "
-        "repeat and parts come apart; take height=%d, width=%d",
-        *(*size, size[0] * size[1] / (trained[0] * trained[1]), *trained, *better),
+        "repeat and parts come apart; take height=%d, width=%d, or window_size=%d",
+        *(*size, size[0] * size[1] / (trained[0] * trained[1]), *trained, *better, min(trained)),
     )

@@ -14,7 +14,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DiffusionPipeline,
+    MultiControlNetModel,
     SchedulerMixin,
     UNet2DConditionModel,
 )
@@ -35,9 +37,10 @@ from latentdiff.diffusion.guidance import ScoreFunction
 from latentdiff.pipeline.call_steps import CallStepsMixin
 from latentdiff.pipeline.callbacks import StepEndCallback, StepFunction
 from latentdiff.pipeline.cfg_denoiser import CFGDenoiser, Guidance
+from latentdiff.pipeline.conditioning.image_condition import describe_kind
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import ModelInfo
-from latentdiff.pipeline.initial_latents import generators_for
+from latentdiff.pipeline.initial_latents import WindowInputs, generators_for
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.png_metadata import generation_metadata
 from latentdiff.pipeline.schedulers import DenoisingSteps, make_scheduler
@@ -60,14 +63,21 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
       same; pooled_prompt_embeds, negative_pooled_prompt_embeds (B, P), next to prompt_embeds;
       original_size, target_size (height, width), crops_coords_top_left and negative_* of the three:
       what the U-Net is told of the image's sizes (conditioning/sizes.py).
+    - condition: the image that the model's kind, or a ControlNet, reads: an image to edit, one in
+      low resolution, to which noise_level is added, or a map of one channel; of several ControlNets
+      a list of an image each, and controlnet_conditioning_scale how much of each is added
+      (conditioning/image_condition.py). Inpainting models read image and mask_image instead.
     - image, strength in (0, 1]: start from an image, a tensor or array in [0, 1] or [-1, 1];
       mask_image: white where to paint.
-    - height, width: in pixels, by default the image's, or those of the training.
+    - height, width: in pixels, by default the image's or condition's, or those of the training;
+      window_size: for larger canvases, the side in pixels of square windows in which the U-Net
+      predicts one by one, overlapping by window_overlap in [0, 1): each step costs a pass a window.
     - num_inference_steps, by default the model's own or 50, or in its place timesteps or sigmas:
       the noisiest first; eta (DDIM's randomness); `set_scheduler` changes the scheduler.
     - guidance_scale, 1 is none, by default the model's own, or 7.5, for SDXL 5; guidance_rescale
       in [0, 1]; guidance_interval: (start, end), the part of the chain that is guided, from 0,
-      noise, to 1.
+      noise, to 1. image_guidance_scale from 1, by default 1.5: of a model that edits images,
+      towards the image; a guidance_scale of 1 turns both off, as in diffusers.
     - score_fn: a function (z0, t) -> scores (B,) of the predicted clean latents (B, C, h, w); its
       gradient, times score_scale, guides the chain too (gradient_guidance.py).
     - num_images_per_prompt; seed: one number s, counted up over the images, or a list of one a
@@ -88,12 +98,13 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
     image_encoder: CLIPVisionModelWithProjection | None
     text_encoder_2: CLIPTextModelWithProjection | None
     tokenizer_2: CLIPTokenizer | None
+    controlnet: ControlNetModel | MultiControlNetModel | None
     _execution_device: torch.device
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
     _optional_components: ClassVar = [
         *("safety_checker", "feature_extractor", "image_encoder"),
-        *("text_encoder_2", "tokenizer_2"),
+        *("text_encoder_2", "tokenizer_2", "controlnet"),
     ]
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
 
@@ -110,6 +121,7 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         image_encoder: CLIPVisionModelWithProjection | None = None,
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
+        controlnet: ControlNetModel | MultiControlNetModel | None = None,
         force_zeros_for_empty_prompt: bool | None = None,  # None: of SDXL alone, as in diffusers
         requires_safety_checker: bool = True,
     ) -> None:
@@ -127,7 +139,9 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
             image_encoder=image_encoder,
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
+            controlnet=controlnet,
         )
+        self.model_info = ModelInfo()
         self._check_components()
         self.register_to_config(
             requires_safety_checker=requires_safety_checker and safety_checker is not None,
@@ -137,7 +151,6 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
                 else force_zeros_for_empty_prompt
             ),
         )
-        self.model_info = ModelInfo()
         self._guidance, self._guidance_scale = Guidance(), 1.0
         self._num_timesteps = 0
         self._interrupt = False
@@ -151,6 +164,7 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         prompt_2: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
+        condition: Any = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -162,6 +176,9 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        image_guidance_scale: float | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
+        noise_level: int | None = None,
         score_fn: ScoreFunction | None = None,
         score_scale: float = 1.0,
         num_images_per_prompt: int = 1,
@@ -182,6 +199,8 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         long_prompts: str = "truncate",
         prompt_weighting: bool = True,
         clip_skip: int | None = None,
+        window_size: int | None = None,
+        window_overlap: float = 0.5,
         lora_scale: float | None = None,
         cross_attention_kwargs: Mapping[str, float] | None = None,
         output_type: str = "pil",
@@ -196,7 +215,9 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         names, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         step_end = StepEndCallback.checked(callback_on_step_end, names, known=known)
         score, interval = (score_fn, score_scale), guidance_interval
-        guidance = self._read_guidance(guidance_scale, guidance_rescale, interval, score=score)
+        guidance = self._read_guidance(
+            (guidance_scale, image_guidance_scale), guidance_rescale, interval, score=score
+        )
         prompts = self._read_prompts(
             (prompt, negative_prompt),
             (prompt_2, negative_prompt_2),
@@ -215,20 +236,35 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
             negative_target_size,
         ).checked(is_sdxl=self.is_sdxl)
         images = self._read_images(prompts, image, mask_image, strength=strength)
-        shape = self._latent_shape(prompts.num_images, images, latents, size=(height, width))
+        options = noise_level, controlnet_conditioning_scale
+        given = self._read_condition(prompts, condition, images, options=options)
+        windows = WindowInputs(window_size, window_overlap)
+        shape = self._latent_shape(
+            prompts.num_images, images, given, latents, size=(height, width), windows=windows
+        )
         seeds, generator = generators_for(seed, generator, num_images=prompts.num_images)
         chain = self._chain((num_inference_steps, timesteps, sigmas), images, step=(eta, generator))
         self._warn_of_distillation(prompts, chain)
         # 2. Prompts, encoded, with the sizes that SDXL reads next to them
         conditioning = self._conditioning(prompts, sizes, chain.timesteps.device, shape=shape)
+        conditioning = self._with_condition(conditioning, given, shape=shape, generator=generator)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
-        denoiser = self._denoiser(inputs, guidance, conditioning, lora_scale=prompts.lora_scale)
+        denoiser = self._denoiser(
+            inputs, guidance, conditioning, given, windows=windows, lora_scale=prompts.lora_scale
+        )
         # 4. Scheduler, step by step from noise to clean latents
         z0 = self.denoise_loop(denoiser, chain, step_end=step_end)
         # 5. Output: images, with the settings that make them again
         settings = generation_metadata(
-            self, prompts, images, chain, sizes=sizes, seeds=seeds, shape=shape
+            self,
+            prompts,
+            images,
+            chain,
+            sizes=sizes,
+            seeds=seeds,
+            shape=shape,
+            extra=(given, windows),
         )
         return self._output(z0, settings, seeds=seeds, kind=(output_type, return_dict))
 
@@ -266,6 +302,40 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
                     self.fast_cpu.invalidate()
                 bar.update()
         return latents
+
+    def upscale(
+        self,
+        image: Any,
+        prompt: str | list[str] = "",
+        *,
+        negative_prompt: str | list[str] | None = None,
+        noise_level: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | list[int] | None = None,
+        window_size: int | None = None,
+        output_type: str = "pil",
+    ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
+        """Enlarge images by the VAE's factor with a model of the kind upscale; else ValueError.
+
+        The same as a call with condition=image, whose other arguments are here.
+        """
+        if self.condition_kind != "upscale":
+            raise ValueError(
+                f"{describe_kind(self.condition_kind)}, and images are enlarged by a model of the "
+                "kind upscale; train one with condition.kind=upscale"
+            )
+        return self(
+            prompt,
+            condition=image,
+            negative_prompt=negative_prompt,
+            noise_level=noise_level,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            window_size=window_size,
+            output_type=output_type,
+        )
 
     def set_scheduler(self, name: str) -> None:
         """Change the scheduler by name, such as "dpm++2m-karras"; see schedulers.py."""

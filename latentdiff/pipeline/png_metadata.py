@@ -25,10 +25,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from latentdiff.atomic import atomic_file
+from latentdiff.pipeline.conditioning.image_condition import ConditionInputs
 from latentdiff.pipeline.conditioning.prompt import Prompt, PromptInputs
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import public_name
 from latentdiff.pipeline.image_inputs import ImageInputs
+from latentdiff.pipeline.initial_latents import WindowInputs
 from latentdiff.pipeline.schedulers import DenoisingSteps
 from latentdiff.pipeline.webui_parameters import KEY as WEBUI_KEY
 from latentdiff.pipeline.webui_parameters import parameters_text, read_parameters
@@ -46,13 +48,15 @@ def generation_metadata(
     sizes: SizeInputs,
     seeds: Sequence[int] | None,
     shape: Sequence[int],
+    extra: tuple[ConditionInputs, WindowInputs] = (ConditionInputs(), WindowInputs()),
 ) -> list[dict[str, Any]]:
     """Return one JSON object an image; `pipe(**settings["call"])` makes that image alone.
 
-    shape: (B, C, h, w) of the latents. The caller's embeddings, generators and score functions are
-    not recorded, and of images and masks their digests alone, as "inputs".
+    shape: (B, C, h, w) of the latents. extra: the condition and the windows. The caller's
+    embeddings, generators and score functions are not recorded, and of images, masks and conditions
+    their digests alone, as "inputs".
     """
-    guidance = pipe.guidance
+    guidance, (condition, windows) = pipe.guidance, extra
     common = {
         "height": shape[-2] * pipe.vae_scale_factor,
         "width": shape[-1] * pipe.vae_scale_factor,
@@ -60,14 +64,17 @@ def generation_metadata(
         "guidance_scale": guidance.scale,
         "guidance_rescale": guidance.rescale,
         "guidance_interval": list(guidance.interval),
+        "image_guidance_scale": guidance.image_scale if guidance.image_scale != 1 else None,
         "strength": images.strength,
         "long_prompts": prompts.long_prompts,
         "clip_skip": prompts.clip_skip,
         "lora_scale": prompts.lora_scale,
         "prompt_weighting": None if prompts.prompt_weighting else False,  # None: the default
         **sizes.settings(),
+        **condition.settings(),
+        **windows.settings(),
     }
-    made_by, digests = environment_metadata(pipe), images.digests()
+    made_by, digests = environment_metadata(pipe), images.digests() | condition.digests()
     settings = []
     for k in range(prompts.num_images):
         own = _texts(prompts, k // prompts.num_images_per_prompt)
@@ -95,7 +102,7 @@ def model_metadata(pipe: Any) -> dict[str, Any]:
     And "vae", its class, where that is a tiny one.
     """
     name = pipe.config.get("_name_or_path")
-    names = "unet", "vae", "text_encoder", "text_encoder_2"
+    names = "unet", "vae", "text_encoder", "text_encoder_2", "controlnet"
     parts = {name: getattr(pipe, name) for name in names}
     return {
         "name": name and public_name(name),

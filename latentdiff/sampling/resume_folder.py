@@ -20,8 +20,10 @@ from typing import Any
 
 from latentdiff.atomic import write_text
 from latentdiff.pipeline import checks
+from latentdiff.pipeline.conditioning.image_condition import ConditionInputs, read_condition
+from latentdiff.pipeline.files.model_info import image_guidance
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
-from latentdiff.pipeline.initial_latents import trained_size_px
+from latentdiff.pipeline.initial_latents import WindowInputs, trained_size_px
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import (
     model_metadata,
@@ -44,6 +46,11 @@ DEFAULTS: dict[str, Any] = {  # of what a PNG file leaves out, as not given or o
     "prompt_weighting": True,
     "clip_skip": None,
     "lora_scale": None,
+    "image_guidance_scale": 1.0,
+    "noise_level": None,
+    "controlnet_conditioning_scale": None,
+    "window_size": None,
+    "window_overlap": None,
 }
 
 
@@ -87,9 +94,8 @@ class ResumeFolder:
     def _shared(self) -> dict[str, Any]:
         """The settings of every image as a PNG file states them, defaults filled in."""
         given, factor = self.arguments, self.pipe.vae_scale_factor
-        default = self._images.size(multiple=factor) or trained_size_px(
-            self.pipe.unet, factor=factor
-        )
+        own = self._images.size(multiple=factor) or self._condition.size(multiple=factor)
+        default = own or trained_size_px(self.pipe.unet, factor=factor)
         height, width = checks.size_px(
             given["height"], given["width"], default=default, multiple=factor
         )
@@ -104,7 +110,31 @@ class ResumeFolder:
             "prompt_weighting": given["prompt_weighting"],
             "clip_skip": given["clip_skip"],
             "lora_scale": given["lora_scale"],
+            "image_guidance_scale": self._image_guidance,
+            **self._condition.settings(),
+            **WindowInputs(given["window_size"], given["window_overlap"]).settings(),
         }
+
+    @property
+    def _image_guidance(self) -> float:
+        given = self.arguments["image_guidance_scale"]
+        if self.pipe.condition_kind != "instruct_pix2pix":
+            return 1.0
+        return image_guidance(self.pipe.model_info, given)
+
+    @cached_property
+    def _condition(self) -> ConditionInputs:
+        return read_condition(
+            self.arguments["condition"],
+            kind=self.pipe.condition_kind,
+            info=self.pipe.model_info,
+            num_controlnets=len(self.pipe.controlnets),
+            noise_level=self.arguments["noise_level"],
+            scale=self.arguments["controlnet_conditioning_scale"],
+            num_prompts=1,
+            num_images=1,
+            has_image=self.arguments["image"] is not None,
+        )
 
     @cached_property
     def _images(self) -> ImageInputs:
@@ -119,7 +149,8 @@ class ResumeFolder:
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
-        return {name: digests[0] for name, digests in self._images.digests().items()}
+        given = self._images.digests() | self._condition.digests()
+        return {name: digests[0] for name, digests in given.items()}
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -135,7 +166,7 @@ class ResumeFolder:
         found = known if isinstance(known, dict) else {}
         return [
             name
-            for name in ("image", "mask_image")
+            for name in sorted({"image", "mask_image", *found, *self._inputs})
             if not _is_same(found.get(name), self._inputs.get(name))
         ]
 

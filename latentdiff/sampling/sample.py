@@ -55,12 +55,15 @@ def sample(
         raise ValueError(f"out={options.out} must be a .png file, or a folder")
     if options.compile and options.trace:
         raise ValueError("trace reads each attention, which compiled code hides: leave one out")
+    if options.trace and options.window_size is not None:
+        raise ValueError("trace shows one canvas, which windows divide: leave out one of the two")
     entries = _prompt_entries(prompts, options)
     _jobs(
         entries, options, guidance_scale=1.0, num_steps=1
     )  # refuses bad input before the model is opened
     batch_size = checks.count("batch_size", options.batch_size, maximum=checks.MAX_IMAGES)
     arguments, pipe = _arguments(options), _load(model, options)
+    _check_conditions(options, num_controlnets=len(pipe.controlnets))
     jobs = _jobs(
         entries,
         options,
@@ -79,7 +82,8 @@ def sample(
 OPTIONS = (  # of the command that are arguments of the call under the same name
     *("num_inference_steps", "guidance_scale", "seed", "negative_prompt", "height", "width"),
     *("guidance_rescale", "guidance_interval", "long_prompts", "prompt_weighting", "clip_skip"),
-    "lora_scale",
+    *("lora_scale", "image_guidance_scale", "noise_level", "controlnet_conditioning_scale"),
+    *("window_size", "window_overlap"),
 )
 SDXL_ARGUMENTS = ("prompt_2", "original_size", "target_size", "crops_coords_top_left")
 
@@ -224,6 +228,8 @@ def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
     )
     if options.scheduler is not None:
         pipe.set_scheduler(options.scheduler)
+    if controlnets := _paths(options.controlnet):
+        pipe.load_controlnet(controlnets)
     if options.lora is not None:
         pipe.load_lora_weights(Path(options.lora).expanduser())
     pipe.set_progress_bar_config(leave=False)
@@ -233,7 +239,14 @@ def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
 def _arguments(options: SampleOptions) -> dict[str, Any]:
     """Return the arguments of a call that all images share."""
     interval = options.guidance_interval
+    conditions = [_open("condition", path) for path in _paths(options.condition)]
     return {
+        "condition": conditions if len(conditions) > 1 else (*conditions, None)[0],
+        "image_guidance_scale": options.image_guidance_scale,
+        "noise_level": options.noise_level,
+        "controlnet_conditioning_scale": options.controlnet_conditioning_scale,
+        "window_size": options.window_size,
+        "window_overlap": options.window_overlap,
         "height": options.height,
         "width": options.width,
         "image": _open("image", options.image),
@@ -248,6 +261,17 @@ def _arguments(options: SampleOptions) -> dict[str, Any]:
     }
 
 
+def _check_conditions(options: SampleOptions, *, num_controlnets: int) -> None:
+    """Raise ValueError for several conditions that are not one a ControlNet."""
+    num, expected = len(_paths(options.condition)), max(1, num_controlnets)
+    if num not in (0, expected):
+        raise ValueError(
+            f"condition names {num} images, expected "
+            f"{expected if num_controlnets else 'one for all prompts'}"
+            f"{', one for each ControlNet' if num_controlnets > 1 else ''}"
+        )
+
+
 def _open(name: str, path: str | None) -> Image.Image | None:
     if path is None:
         return None
@@ -255,6 +279,10 @@ def _open(name: str, path: str | None) -> Image.Image | None:
         return decode_image(Path(path).expanduser())
     except (ImageError, OSError) as error:
         raise ValueError(f"{name} {path} is not a readable image: {error}") from error
+
+
+def _paths(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
 
 
 def _list(value: Any) -> list[Any]:

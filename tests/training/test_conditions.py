@@ -239,11 +239,11 @@ def test_an_export_names_its_kind_and_stocks_pipeline(runs: dict[str, Path], kin
     assert ("condition_dropout", 0.1) in info.items() or kind != "instruct_pix2pix"
     pipe = LatentDiffPipeline.from_pretrained(folder)
     assert pipe.condition_kind == kind
+    assert pipe.model_info.max_noise_level == (350 if kind == "upscale" else None)
     with pytest.raises(ValueError, match=f"kind {kind}|inpainting model"):
         pipe("a cat", num_inference_steps=1)
-    if kind in ("inpaint", "instruct_pix2pix"):
-        stock = DiffusionPipeline.from_pretrained(folder)
-        assert type(stock).__name__ == CONDITION_KINDS[kind].pipeline
+    stock = DiffusionPipeline.from_pretrained(folder)
+    assert type(stock).__name__ == CONDITION_KINDS[kind].pipeline
 
 
 @pytest.mark.parametrize("kind", ["inpaint", "instruct_pix2pix"])

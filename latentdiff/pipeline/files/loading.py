@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import tempfile
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, MultiControlNetModel
 from diffusers.loaders import FromSingleFileMixin
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -22,12 +23,13 @@ from torch import nn
 
 from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import (
-    CONDITION_KINDS,
     check_compatible,
     condition_kinds,
     read_configs,
+    read_json,
 )
 from latentdiff.models.components import Components, choose_vae, load_parts
+from latentdiff.models.controlnet import check_controlnet, open_controlnet
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import (
     BUNDLED,
@@ -48,16 +50,14 @@ from latentdiff.pipeline.files.model_info import (
 )
 from latentdiff.pipeline.files.prediction_marks import check_folder
 from latentdiff.pipeline.files.single_file import open_single_file, restore_distilled
+from latentdiff.pipeline.files.stock_format import (
+    extra_entries,
+    of_stock,
+    stock_class,
+    write_extras,
+)
 
-STOCK_CLASSES = {  # by (is SDXL, reads a mask)
-    (False, False): "StableDiffusionPipeline",
-    (False, True): "StableDiffusionInpaintPipeline",
-    (True, False): "StableDiffusionXLPipeline",
-    (True, True): "StableDiffusionXLInpaintPipeline",
-}
-# arguments that the stock classes of the other kind have not
-SD_ONLY = ("safety_checker", "requires_safety_checker")
-SDXL_ONLY = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
+PathLike: TypeAlias = str | os.PathLike[str]
 
 
 class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
@@ -68,6 +68,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
     unet: Any
     text_encoder: Any
     text_encoder_2: Any
+    controlnet: Any
 
     @classmethod
     def from_pretrained(
@@ -84,6 +85,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         force_download: bool = False,
         local_files_only: bool = False,
         requires_safety_checker: bool = True,
+        controlnet: Any = None,
         **components: Any,
     ) -> Self:
         """Open a Stable Diffusion or SDXL folder, a model that ships, or fetch one from the hub.
@@ -94,9 +96,10 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         weight files, such as "fp16". components: vae, unet, scheduler and so on, in the place of
         the stored ones, which are not loaded; None leaves one out, as in safety_checker=None. vae
         may be a name too: "tiny" for the AutoencoderTiny that the folder carries in vae_tiny/, or
-        the folder or hub id of a VAE of the same latents. requires_safety_checker is noted in what
-        is saved. Raises FileNotFoundError or ValueError where a file or a weight is missing,
-        damaged, a pickle, or does not fit, or the folder states two prediction types.
+        the folder or hub id of a VAE of the same latents. controlnet: as of `load_controlnet`, by
+        default those that the folder holds. requires_safety_checker is noted in what is saved.
+        Raises FileNotFoundError or ValueError where a file or a weight is missing, damaged, a
+        pickle, or does not fit, or the folder states two prediction types.
         """
         dtype = _one_dtype(dtype, torch_dtype)
         if unknown := sorted(components.keys() - {one.name for one in fields(Components)}):
@@ -128,6 +131,11 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         pipe: Any = cls(**parts, requires_safety_checker=requires_safety_checker)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         pipe.model_info = info
+        index = read_json(Path(path) / "model_index.json")
+        if info.max_noise_level is None and pipe.condition_kind == "upscale":
+            pipe.model_info = replace(info, max_noise_level=index.get("max_noise_level"))
+        if controlnet := controlnet or _stored_controlnets(Path(path), index):
+            pipe.load_controlnet(controlnet)
         return pipe
 
     @classmethod
@@ -177,13 +185,9 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
 
     def to_json_string(self) -> str:
         """Return model_index.json, with the class name that stock diffusers opens the folder by."""
-        config = json.loads(super().to_json_string())
-        kind = self.condition_kind
-        config["_class_name"] = STOCK_CLASSES[self.is_sdxl, kind == "inpaint"]
-        if kind not in ("none", "inpaint"):
-            name = CONDITION_KINDS[kind].pipeline
-            config["_class_name"] = name.replace("Diffusion", "DiffusionXL", int(self.is_sdxl))
-        config = self._of_stock(config)
+        name = self._stock_class
+        config = self._of_stock(json.loads(super().to_json_string())) | {"_class_name": name}
+        config |= extra_entries(name, self.model_info)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
@@ -196,9 +200,50 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         """The settings by name, those alone that the stock class of this kind has."""
         return self._of_stock(super().parameters)
 
+    @property
+    def controlnets(self) -> list[ControlNetModel]:
+        """The ControlNets that are loaded."""
+        if self.controlnet is None:
+            return []
+        nets = self.controlnet.nets if isinstance(self.controlnet, MultiControlNetModel) else None
+        return [self.controlnet] if nets is None else list(nets)
+
+    def load_controlnet(
+        self, controlnet: ControlNetModel | PathLike | Sequence[ControlNetModel | PathLike]
+    ) -> None:
+        """Load a ControlNet in place of those before: a folder, a run, a hub id, a loaded one.
+
+        Several, in a list, add up; a call gives an image for each. FileNotFoundError or ValueError
+        where one cannot be opened or is of another model.
+        """
+        given = list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
+        if not given:
+            raise ValueError("controlnet is an empty list; pass one, or call unload_controlnet()")
+        if self.condition_kind != "none":
+            raise ValueError(
+                f"this model is of the kind {self.condition_kind} and reads an image itself; a "
+                "ControlNet steers models of text alone"
+            )
+        nets = []
+        for one in given:
+            net: Any = one
+            if isinstance(one, (str, os.PathLike)):
+                net = open_controlnet(one, torch_dtype=self.unet.dtype)
+            check_controlnet(net, self.unet, factor=LatentCodec(self.vae).factor)
+            nets.append(net.to(self.unet.device))
+        self.register_modules(controlnet=nets[0] if len(nets) == 1 else MultiControlNetModel(nets))
+
+    def unload_controlnet(self) -> None:
+        """Sample without a ControlNet again."""
+        self.register_modules(controlnet=None)
+
+    @property
+    def _stock_class(self) -> str:
+        kind = "controlnet" if self.controlnet is not None else self.condition_kind
+        return stock_class(kind, is_sdxl=self.is_sdxl, vae=self.vae)
+
     def _of_stock(self, named: dict[str, Any]) -> dict[str, Any]:
-        others = SD_ONLY if self.is_sdxl else SDXL_ONLY
-        return {name: value for name, value in named.items() if name not in others}
+        return of_stock(named, self._stock_class)
 
     def save_pretrained(
         self,
@@ -229,13 +274,15 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 complete_component(
                     part, folder / name, variant=variant, max_shard_size=max_shard_size
                 )
+            write_extras(self, folder, self._stock_class, variant=variant)
             remove_origin(folder)
-            if self.model_info != ModelInfo():
-                write_model_info(folder, self.model_info)
+            info = self.model_info
+            if self.controlnet is not None:
+                info = replace(info, condition_kind="controlnet")
+            if info != ModelInfo():
+                write_model_info(folder, info)
             if not (final / "README.md").exists():
-                write_text(
-                    folder / "README.md", model_card(self.model_info, name=folder_title(final))
-                )
+                write_text(folder / "README.md", model_card(info, name=folder_title(final)))
 
     def push_to_hub(
         self,
@@ -280,6 +327,13 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         for name, module in self.components.items():
             if isinstance(module, nn.Module) and not hasattr(module, "_hf_hook"):
                 check_weights(module, name)
+
+
+def _stored_controlnets(folder: Path, index: dict[str, Any]) -> list[Path]:
+    """Return the folders of the ControlNets that a model's index names."""
+    if not all(index.get("controlnet") or [None]):
+        return []
+    return [folder / "controlnet", *sorted(folder.glob("controlnet_[0-9]*"))]
 
 
 def _one_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype:

@@ -48,16 +48,29 @@ CARD = """---
 from latentdiff import LatentDiffPipeline
 
 pipe = LatentDiffPipeline.from_pretrained({literal})
-pipe("a cat", num_inference_steps={steps}, seed=0).images[0].save("cat.png")
+pipe({given}, num_inference_steps={steps}, seed=0).images[0].save("cat.png")
 ```
 
-Plain `diffusers.StableDiffusionPipeline` opens it too.
+Plain `diffusers.{stock}` opens it too{note}.
 
 ## Limits
 
 Its images show its training data's subjects, gaps and biases, and may repeat \
 training images.
 """
+
+GIVEN = {  # arguments of a call in the card of a kind, a PIL image each
+    "none": '"a cat"',
+    "inpaint": '"a cat", image=image, mask_image=mask',
+    "instruct_pix2pix": '"make it red", condition=image',
+    "upscale": '"a cat", condition=low_resolution_image',
+    "depth": '"a cat", condition=depth_map',
+    "controlnet": '"a cat", condition=image',
+}
+NOTES = {  # on diffusers' pipeline of a kind
+    "upscale": ", with the same images: the scale of the latents is in the VAE's weights",
+    "depth": "; its depth estimator is a stand-in of random weights, so pass `depth_map`",
+}
 
 ADAPTER_CARD = """---
 {head}
@@ -129,7 +142,16 @@ def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> st
         metrics="\n".join(_metrics(info)),
         literal=_literal(name),
         steps=default_steps(info, default_num_steps),
+        given=GIVEN.get(info.condition_kind or "none", GIVEN["none"]),
+        stock=_stock_name(info.condition_kind),
+        note=NOTES.get(info.condition_kind or "none", ""),
     )
+
+
+def _stock_name(kind: str | None) -> str:
+    if kind in CONDITION_KINDS:
+        return CONDITION_KINDS[kind].pipeline
+    return f"StableDiffusion{'ControlNet' if kind == 'controlnet' else ''}Pipeline"
 
 
 def adapter_card(info: ModelInfo, *, name: str, noun: str, trigger: str = "") -> str:

@@ -23,6 +23,8 @@ UNKNOWN = "not recorded"  # of a value, for a person
 NUM_STEPS = 50  # sampling steps of a call that gives none, as in diffusers
 GUIDANCE_SCALE = 7.5  # of a model that does not name one, as in diffusers
 SDXL_GUIDANCE_SCALE = 5.0  # as stock pipelines
+IMAGE_GUIDANCE_SCALE = 1.5  # of a model that edits images, as in diffusers
+DEFAULT_NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # of images in low resolution, as in diffusers
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class ModelInfo:
     weights, so that guidance in a call would be applied twice.
     clip_skip: layers of the text encoder that captions skipped. condition_kind: of the image that
     the U-Net reads, a name of compatibility.CONDITION_KINDS; condition_dropout: part of the
-    images that was dropped, which guidance by the image needs. example_prompts: what the model
+    images that was dropped, which guidance by the image needs; max_noise_level: of the images in
+    low resolution that it learned from. example_prompts: what the model
     knows how to draw.
     """
 
@@ -62,6 +65,7 @@ class ModelInfo:
     clip_skip: int | None = None
     condition_kind: str | None = None
     condition_dropout: float | None = None
+    max_noise_level: int | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     example_prompts: Sequence[str] = ()
@@ -120,6 +124,7 @@ def merged_info(
         clip_skip=info.clip_skip,
         condition_kind=info.condition_kind,
         condition_dropout=info.condition_dropout,
+        max_noise_level=info.max_noise_level,
         loras=loras,
     )
 
@@ -136,6 +141,23 @@ def default_guidance(info: ModelInfo, *, is_sdxl: bool = False) -> float:
         scale = SDXL_GUIDANCE_SCALE if is_sdxl else GUIDANCE_SCALE
     low, high = info.guidance_range or (scale, scale)
     return min(max(scale, low), high)
+
+
+def image_guidance(info: ModelInfo, scale: float | None) -> float:
+    """Return the scale of guidance by the image to edit, by default 1.5, or 1 where it has none.
+
+    ValueError where it is asked of a model that never lost its image in training.
+    """
+    has_none = info.condition_dropout == 0
+    if scale is None:
+        return 1.0 if has_none else IMAGE_GUIDANCE_SCALE
+    if has_none and scale > 1:
+        raise ValueError(
+            f"image_guidance_scale is {scale:g}, but this model was trained with "
+            "condition.dropout=0 and has no prediction without the image to guide from; leave it "
+            "out, or train with condition.dropout=0.1"
+        )
+    return scale
 
 
 def default_steps(info: ModelInfo, otherwise: int) -> int:

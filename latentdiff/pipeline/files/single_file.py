@@ -28,6 +28,7 @@ from latentdiff.atomic import atomic_file
 from latentdiff.diffusion.prediction import check_objective, parametrization
 from latentdiff.models.build import FLOW_SIGMAS, make_flow_scheduler, schedule_of
 from latentdiff.models.compatibility import (
+    condition_kinds,
     latent_factor,
     read_json,
     reads_time_ids,
@@ -136,6 +137,12 @@ class SingleFile:
         if len(self.shapes[CONV_IN]) != 4 or len(self.shapes[text_key]) != 2:
             raise ValueError(f"{self.path}: {CONV_IN} or {text_key} has other dimensions")
         channels, width = self.shapes[CONV_IN][1], self.shapes[text_key][-1]
+        kinds = condition_kinds({"in_channels": channels}, latent_channels=4)
+        if width in FAMILIES and kinds and kinds != ["inpaint"]:
+            raise ValueError(
+                f"{self.path} is a model of the kind {' or '.join(kinds)}: its U-Net takes "
+                f"{channels} channels; only folders of such models are opened"
+            )
         if width not in FAMILIES or channels not in (4, 9):
             raise ValueError(
                 f"{self.path} reads prompt embeddings of width {width} and {channels} channels, "

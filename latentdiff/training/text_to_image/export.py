@@ -232,5 +232,8 @@ def _facts(run: Run, step: int) -> ModelInfo:
         clip_skip=clip_skip_of(run.components.text_encoder) or None,
         condition_kind=config.condition_kind if config.condition_kind != "none" else None,
         condition_dropout=config.condition.dropout_share if config.condition.is_on else None,
+        max_noise_level=(
+            config.condition.max_noise_level if config.condition.kind == "upscale" else None
+        ),
         metrics=metrics,
     )
