@@ -56,6 +56,7 @@ ENTRIES = (
     Entry("evaluate", "evaluate:evaluate_command", "Measure a model on held-out data.", "measure"),
     Entry("compare", "evaluate:compare_subject_command", "Measure a tuned subject.", "measure"),
     Entry("report", "report:report_command", "One page on runs: curves, sheets.", "measure"),
+    Entry("verify", "verify:verify_command", "Prove what a model was made of.", "measure"),
     Entry("export", "", "Write a model for other tools, smaller, or merged.", "share"),
     Entry("export single-file", "export:export_single_file_command", "One .safetensors file."),
     Entry("export lora", "export:lora_command", "A LoRA in kohya's or diffusers' names."),
@@ -120,9 +121,10 @@ def run_as_script(name: str) -> int:
 def overview() -> str:
     """Return the usage line and a line for each command, by group."""
     entries = [entry for entry in ENTRIES if entry.group]
-    lines = ["usage: latentdiff COMMAND [--help] ..."]
+    lines: list[str] = []
     for group in dict.fromkeys(entry.group for entry in entries):
         lines += ["", *_lines(group, [entry for entry in entries if entry.group == group])]
+    lines[0] = "usage: latentdiff COMMAND [--help] ..."
     return "\n".join([*lines, "", "latentdiff COMMAND --help describes a command's options."])
 
 

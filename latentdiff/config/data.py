@@ -146,6 +146,9 @@ class DataConfig:
     """read through links that leave the folder (Hugging Face caches are made of them)"""
     cache_dir: str = folder(default="~/.cache/latentdiff")
     """folder of cached latents, prompt embeddings and scans, addressed by content"""
+    bill_of_materials: Literal["names", "hashes", "none"] = "names"
+    """write what the model was made of, for latentdiff verify: hashes of images, captions, base
+    model and settings, next to the images' names or without them; none: no such file"""
     num_workers: int = between(0, 1024, default=0)
     """processes that prepare batches while training"""
 

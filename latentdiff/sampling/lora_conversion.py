@@ -34,7 +34,12 @@ from latentdiff.pipeline.files.kohya_lora import (
 )
 from latentdiff.pipeline.files.ldm_names import text_name
 from latentdiff.pipeline.files.lora_layers import PARTS, UNET, lora_layers
-from latentdiff.pipeline.files.model_info import ModelInfo, public_name, read_model_info
+from latentdiff.pipeline.files.model_info import (
+    BILL_KEY,
+    ModelInfo,
+    public_name,
+    read_model_info,
+)
 from latentdiff.pipeline.files.single_file import bundled_configs, empty_modules
 
 LoraNaming = Literal["diffusers", "kohya"]
@@ -45,7 +50,10 @@ FAMILIES: dict[str | None, str] = {
 }
 BASE_NAME = "ss_sd_model_name"
 HUB = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
-STALE = ("modelspec.hash_sha256", "modelspec.implementation", "sshs_", "lora_adapter_metadata")
+STALE = (
+    *("modelspec.hash_sha256", "modelspec.implementation", "sshs_", "lora_adapter_metadata"),
+    BILL_KEY,
+)
 
 
 @dataclass(frozen=True)

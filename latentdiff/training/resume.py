@@ -56,6 +56,7 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "output_dir",
     "data.cache_dir",
     "data.num_workers",
+    "data.bill_of_materials",
     "finetune.lora_kohya",
     "train.max_steps",
     "train.max_epochs",

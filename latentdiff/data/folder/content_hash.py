@@ -44,6 +44,15 @@ def image_hashes(
     )
 
 
+def file_hashes(
+    folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """Give the `file_digest` of each record's image file, as `image_hashes` its `image_digest`."""
+    return _digests(
+        folder, folder.entries, file_digest, kind="file-digests", index=index, progress=progress
+    )
+
+
 def mask_hashes(
     folder: Folder, *, index: ScanIndex | None = None, progress: Progress | None = None
 ) -> np.ndarray:

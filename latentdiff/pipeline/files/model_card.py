@@ -102,10 +102,13 @@ def folder_title(folder: str | os.PathLike[str]) -> str:
     return public_name(os.path.abspath(folder))
 
 
-def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> str:
+def model_card(
+    info: ModelInfo, *, name: str, default_num_steps: int = 30, bill_root: str = ""
+) -> str:
     """Return a model card in Markdown with its YAML head; unknown fields read "not recorded".
 
-    name: of the model, a hub id or a folder's. Text from outside is escaped.
+    name: of the model, a hub id or a folder's. bill_root: of its bill of materials, if it has one.
+    Text from outside is escaped.
     """
     info = published(info)
     from_scratch = "none: trained from scratch" if info.steps is not None else None
@@ -133,6 +136,8 @@ def model_card(info: ModelInfo, *, name: str, default_num_steps: int = 30) -> st
         rows.append(("Image condition", f"{info.condition_kind}: {kind.reads}"))
     if info.base_model:
         rows.append(("Caption dropout of the base model", info.base_caption_dropout))
+    if bill_root:
+        rows.append(("Root of its bill of materials", bill_root))
     shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]
     return CARD.format(
         head=_card_head(info).to_yaml(),

@@ -18,6 +18,7 @@ from typing import Any
 from latentdiff.atomic import write_text
 
 FILE_NAME = "latentdiff.json"
+BILL_KEY = "latentdiff.bill_of_materials"  # in the metadata of safetensors files
 OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
 UNKNOWN = "not recorded"  # of a value, for a person
 NUM_STEPS = 50  # sampling steps of a call that gives none, as in diffusers

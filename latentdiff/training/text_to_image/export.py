@@ -22,8 +22,10 @@ from latentdiff.pipeline.files.model_card import folder_title, model_card
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
 from latentdiff.pipeline.files.prediction_marks import flow_shift_of
 from latentdiff.pipeline.schedulers import make_scheduler
+from latentdiff.training.bill.materials import Materials
 from latentdiff.training.checkpoint import best_step, load_checkpoint
 from latentdiff.training.finetune.methods import LoraFacts, merged_components, save_adapters
+from latentdiff.training.finetune.textual_inversion import FILE_NAME
 from latentdiff.training.fsdp import is_sharded
 from latentdiff.training.metrics_file import read_rows
 from latentdiff.training.optim.optimizer import evaluated_weights
@@ -62,12 +64,19 @@ def export(run: Run, heldout: Mapping[int, float], *, example_prompts: Sequence[
             facts = replace(_facts(run, step), example_prompts=tuple(example_prompts))
             settings = run.config.finetune
             if run.controlnet is not None:
-                _write_controlnet(run.controlnet, run.folder / "controlnet", facts=facts)
+                final = run.folder / "controlnet"
+                _write_controlnet(run.controlnet, final, facts=facts, materials=run.materials)
             else:
                 save_adapters(run.components, settings, run.folder, facts=_lora_facts(run, facts))
+                _sign_adapters(run)
                 plain = merged_components(run.components, settings.method)
-                base = run.config.model.pretrained
-                _write_both(plain, run.folder / "pipeline", facts=facts, base=base)
+                _write_both(
+                    plain,
+                    run.folder / "pipeline",
+                    facts=facts,
+                    base=run.config.model.pretrained,
+                    materials=run.materials,
+                )
     run.accelerator.wait_for_everyone()
 
 
@@ -134,16 +143,36 @@ def _take_weights(components: Components, weights: dict[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def _write_both(components: Components, final: Path, *, facts: ModelInfo, base: str | Path) -> None:
+def _sign_adapters(run: Run) -> None:
+    """Write the bill of materials into the files of what was trained alone."""
+    if run.materials is None:
+        return
+    if run.config.finetune.method == "lora":
+        run.materials.sign_folder(run.folder / "lora", artifact="lora")
+        if run.config.finetune.lora_kohya:
+            run.materials.sign_file(run.folder / "lora_kohya.safetensors")
+    if run.config.finetune.method == "textual_inversion":
+        run.materials.sign_file(run.folder / FILE_NAME)
+
+
+def _write_both(
+    components: Components,
+    final: Path,
+    *,
+    facts: ModelInfo,
+    base: str | Path,
+    materials: Materials | None = None,
+) -> None:
     """Write a model; one that learned its variance whole to a second folder, and cut to this.
 
-    base: a model of the same VAE, whose tiny one is carried along.
+    base: a model of the same VAE, whose tiny one is carried along. materials: for the bill.
     """
     if has_learned_variance(components):
         whole = for_ancestral_sampling(components)
-        _write(whole, final.with_name(final.name + WITH_VARIANCE), facts=facts, base=base)
+        second = final.with_name(final.name + WITH_VARIANCE)
+        _write(whole, second, facts=facts, base=base, materials=materials)
         components = for_any_scheduler(without_variance(components))
-    _write(components, final, facts=facts, base=base)
+    _write(components, final, facts=facts, base=base, materials=materials)
 
 
 def for_ancestral_sampling(components: Components) -> Components:
@@ -161,7 +190,14 @@ def for_any_scheduler(components: Components) -> Components:
     return replace(components, scheduler=make_scheduler("ddim", trained=scheduler))
 
 
-def _write(components: Components, final: Path, *, facts: ModelInfo, base: str | Path) -> None:
+def _write(
+    components: Components,
+    final: Path,
+    *,
+    facts: ModelInfo,
+    base: str | Path,
+    materials: Materials | None,
+) -> None:
     """Write a folder as a whole, in place of an older one."""
     final.parent.mkdir(parents=True, exist_ok=True)
     pipeline = make_pipeline(components)
@@ -170,14 +206,22 @@ def _write(components: Components, final: Path, *, facts: ModelInfo, base: str |
         write_text(temporary / "README.md", model_card(facts, name=folder_title(final)))
         pipeline.save_pretrained(temporary)
         carry_tiny_vae(base, temporary)
+        if materials is not None:
+            root = materials.sign_folder(temporary, artifact=final.name)
+            card = model_card(facts, name=folder_title(final), bill_root=root)
+            write_text(temporary / "README.md", card)
 
 
-def _write_controlnet(controlnet: ControlNetModel, final: Path, *, facts: ModelInfo) -> None:
+def _write_controlnet(
+    controlnet: ControlNetModel, final: Path, *, facts: ModelInfo, materials: Materials | None
+) -> None:
     """Write a ControlNet's folder for diffusers, in place of an older one."""
     controlnet.to(memory_format=torch.contiguous_format)
     with atomic_folder(final) as temporary:
         controlnet.save_pretrained(temporary)
         write_model_info(temporary, facts)
+        if materials is not None:
+            materials.sign_folder(temporary, artifact=final.name)
 
 
 def _lora_facts(run: Run, info: ModelInfo) -> LoraFacts:

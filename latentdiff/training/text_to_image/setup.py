@@ -28,6 +28,7 @@ from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.controlnet import make_controlnet
 from latentdiff.models.latents import LatentCodec
+from latentdiff.training.bill.materials import Materials
 from latentdiff.training.distill.setup import distill_objective, num_distilled_timesteps
 from latentdiff.training.distill.student import Teacher, make_student
 from latentdiff.training.finetune.dreambooth import generate_class_images
@@ -87,6 +88,7 @@ class Run:
     teacher: Teacher | None = None  # of a student
     controlnet: ControlNetModel | None = None  # in training, of a frozen model
     preview_components: Components | None = None  # where another VAE decodes the sheets
+    materials: Materials | None = None  # what latentdiff verify compares, on the main process
 
 
 def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:

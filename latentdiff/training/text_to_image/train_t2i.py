@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
@@ -24,6 +25,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 )
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.learned_variance import prediction_only
+from latentdiff.training.bill.materials import Materials, gather_materials, machine_facts
 from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator
 from latentdiff.training.finetune.initial_weights import open_initial_file
@@ -91,6 +93,7 @@ def train(config: Config) -> int:
         log_plan(run, start.step)
         if accelerator.is_main_process:
             drop_snapshots_after(folder, start.step)
+            run.materials = materials_of(config, accelerator)
         with report_worker_crash(run.train_data.dataset, run.train_data.ids):
             return train_recipe(
                 TextToImageRecipe(run),
@@ -100,6 +103,18 @@ def train(config: Config) -> int:
                 accelerator=accelerator,
                 start=start,
             )
+
+
+def materials_of(config: Config, accelerator: Accelerator) -> Materials | None:
+    """Return the hashes of what a run is made of; None where data.bill_of_materials=none."""
+    if config.data.bill_of_materials == "none":
+        return None
+    facts = machine_facts(
+        device=accelerator.device.type,
+        num_threads=torch.get_num_threads(),
+        num_processes=accelerator.num_processes,
+    )
+    return gather_materials(config, machine=facts)
 
 
 def strata_rule_of(start: Path | None) -> int:

@@ -1,0 +1,1 @@
+"""Receipts: what can be proved of a model and its data."""

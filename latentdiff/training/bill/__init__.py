@@ -1,0 +1,1 @@
+"""Bill of materials: what a model was made of, as hashes that anyone can compute again."""

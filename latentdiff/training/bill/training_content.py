@@ -1,0 +1,168 @@
+"""A summary of a model's training content in Markdown: sources, sizes, licences, filters, refusals.
+
+It counts and names no image. Its sections follow the European Commission's template for the public
+summary of training content (AI Act, Article 53(1)(d)), as far as a data folder can tell them.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from latentdiff.config.data import DataConfig
+from latentdiff.config.text_to_image import Config
+from latentdiff.data.folder.folder import Folder
+from latentdiff.data.image_tables.hub_dataset import public_dataset_name
+from latentdiff.data.inspection.text_report import size_text
+from latentdiff.training.bill.bill import Bill
+
+CONTENT_NAME = "training_content.md"
+LICENCE_FILES = re.compile(r"(licen[cs]e|copying)([.\-_].*)?", re.IGNORECASE)
+NOT_STATED = "not stated in the folder"
+NOT_USED = ("by_product", "unlisted", "zero_repeats", "unread_image")  # notes of images not used
+MAX_TEXT = 120  # characters of a licence's first line
+PAGE = """# Summary of training content
+
+{intro}
+
+## Sources
+
+| source | licence | training images | held out | captions | size of the files |
+|---|---|---|---|---|---|
+{sources}
+
+File formats: {formats}. Base: {base}.
+
+## How images were chosen
+
+{filters}
+
+## What was refused
+
+{refused}
+
+## Proof
+
+`latentdiff verify MODEL --data DIR` compares a data folder with the bill of materials of this
+model. It proves that the data is the same, not who made it, nor that its licences are as stated.
+"""
+
+
+def training_content(bill: Bill, folders: Mapping[str, Folder], config: Config) -> str:
+    """Return the summary of a run's data folders, which are named without their place."""
+    data = config.data
+    each = list(zip(folders.values(), data.each_source(), strict=True))
+    formats = Counter[str]()
+    for folder, _ in each:
+        formats.update(_endings(folder))
+    bases = [f"{role} {facts['name']}" for role, facts in bill.base.items()]
+    shown = [f"{ending} ({count:,})" for ending, count in formats.most_common()]
+    return PAGE.format(
+        intro=_intro([folder for folder, _ in each]),
+        sources="\n".join(_source_row(folder, settings) for folder, settings in each),
+        formats=", ".join(shown) or "none",
+        base=_cell(", ".join(bases) or "none, trained from scratch"),
+        filters="\n".join(f"- {line}" for line in _filters(data, config)),
+        refused="\n".join(_refused(folder for folder, _ in each)),
+    )
+
+
+def _intro(folders: Sequence[Folder]) -> str:
+    num_train = sum(len(folder.split("train")) for folder in folders)
+    num_heldout = sum(len(folder.heldout()) for folder in folders)
+    return (
+        f"This model was trained on {num_train:,} captioned images; {num_heldout:,} more were held "
+        "out to measure it.\nThe data that a base model was trained on before is not part of this."
+    )
+
+
+def _source_row(folder: Folder, settings: DataConfig) -> str:
+    train, heldout = folder.split("train"), folder.heldout()
+    size = sum(entry.size for part in (train, heldout) for entry in part.entries())
+    num_captions = sum(len(part.captions.flatten()) for part in (train, heldout))
+    cells = (
+        public_dataset_name(settings.root),
+        stated_licence(folder.root),
+        f"{len(train):,}",
+        f"{len(heldout):,}",
+        f"{num_captions:,}",
+        size_text(size),
+    )
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def stated_licence(root: Path) -> str:
+    """Return the licence that a folder states: in its card, dataset_info.json or LICENSE file."""
+    stated = _in_card(root / "README.md") or _in_info(root / "dataset_info.json")
+    if stated:
+        return stated[:MAX_TEXT]
+    for path in sorted(root.iterdir()):
+        if LICENCE_FILES.fullmatch(path.name) and path.is_file():
+            lines = (line.strip() for line in _text(path).splitlines())
+            return f"{next(filter(None, lines), 'empty')[:MAX_TEXT]} ({path.name})"
+    return NOT_STATED
+
+
+def _in_card(card: Path) -> str:
+    """Return the licence in the YAML head of a data set's card, "" where there is none."""
+    head = re.match(r"---\n(.*?)\n---", _text(card), re.DOTALL)
+    found = head and re.search(r"^licen[cs]e:\s*(\S.*)$", head[1], re.MULTILINE)
+    return found[1].strip("\"' ") if found else ""
+
+
+def _in_info(info: Path) -> str:
+    """Return the licence in the dataset_info.json of a Hugging Face data set, "" without one."""
+    try:
+        stated = json.loads(_text(info)).get("license")
+    except (ValueError, AttributeError):
+        return ""
+    return stated.strip() if isinstance(stated, str) else ""
+
+
+def _filters(data: DataConfig, config: Config) -> Iterator[str]:
+    yield f"shorter side of at least {data.min_size} pixels, at most {data.max_aspect:g} : 1"
+    yield {
+        "skip": "images without a caption are skipped",
+        "empty": "images without a caption have the empty one",
+    }.get(
+        data.missing_caption,
+        f"images without a caption are named by their {data.missing_caption.replace('_', ' ')}",
+    )
+    yield f"{data.heldout_fraction:.1%} held out where no test or validation folder exists"
+    yield f"at most {data.max_invalid_fraction:.1%} of the images may be unusable"
+    if config.finetune.instance_prompts:
+        yield f"all captions replaced by {' / '.join(config.finetune.instance_prompts)}"
+    if config.finetune.class_prompt:
+        yield (
+            f"besides, {config.finetune.num_class_images:,} images that the base model made of "
+            f'"{config.finetune.class_prompt}"'
+        )
+
+
+def _refused(folders: Iterator[Folder]) -> Sequence[str]:
+    """Return a line for each reason why images of the folders were not used."""
+    counts = Counter[str]()
+    for folder in folders:
+        for key, group in folder.problems.items():
+            if group.reason.severity == "skipped" or key in NOT_USED:
+                counts[group.reason.title] += group.count
+    return [f"- {title}: {count:,}" for title, count in counts.most_common()] or ["Nothing."]
+
+
+def _endings(folder: Folder) -> Iterator[str]:
+    for part in (folder.split("train"), folder.heldout()):
+        yield from (
+            Path(entry.path).suffix.lower().lstrip(".") or "table row" for entry in part.entries()
+        )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
