@@ -17,7 +17,7 @@ from typing import Any
 
 from latentdiff.atomic import write_text
 from latentdiff.config.io import to_dict
-from latentdiff.config.text_to_image import Config, condition_files
+from latentdiff.config.text_to_image import Config
 from latentdiff.data.arrow.columns import CHUNK_ROWS
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.content_hash import file_hashes, mask_hashes
@@ -122,7 +122,7 @@ def read_data_folders(config: Config, *, trust_index: bool = False) -> dict[str,
     """Read the folder of each source as training does, but for the check of its problems."""
     return read_sources(
         config.data,
-        condition=condition_files(config),
+        condition=config.condition_files,
         inpaint_masks=config.condition.reads_mask_files,
         needs_captions=not config.finetune.instance_prompts,
         trust_index=trust_index,
@@ -175,7 +175,7 @@ def _companion_hashes(
         for row, one in enumerate(mask_hashes(folder, index=index)):
             found.setdefault(row, []).append(one.tobytes())
     kinds: dict[Companion, bool] = {
-        "condition": condition_files(config) != "none",
+        "condition": config.condition_files != "none",
         "inpaint_mask": config.condition.reads_mask_files,
     }
     for kind in (kind for kind, is_read in kinds.items() if is_read):
