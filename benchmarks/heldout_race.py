@@ -41,8 +41,8 @@ from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.evaluation.metrics.heldout_loss import triple_losses
 from latentdiff.image_io import load_image
 from latentdiff.models.build import build_text_encoder
-from latentdiff.models.guidance_embedding import predict
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
+from latentdiff.models.unet.guidance_embedding import predict
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.text_to_image.setup import setup
 

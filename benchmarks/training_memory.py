@@ -192,7 +192,7 @@ def estimate_sdxl(mode: str, *, side_px: int) -> dict[str, Any]:
 
     from latentdiff.config.train import TrainConfig
     from latentdiff.models.conditioning import Conditioning
-    from latentdiff.models.guidance_embedding import predict
+    from latentdiff.models.unet.guidance_embedding import predict
     from latentdiff.training.finetune.methods import TRAINABLE
     from latentdiff.training.optim.optimizer import parameter_groups
     from latentdiff.training.text_to_image.memory import (

@@ -1,7 +1,7 @@
 """Settings of the networks: which to load, their shape from scratch, and the image they read.
 
 The names of image conditions are those of diffusers' pipelines; what each kind reads is in
-models/image_conditions.py.
+models/unet/image_conditions.py.
 """
 
 from dataclasses import dataclass, field

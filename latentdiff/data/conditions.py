@@ -2,7 +2,7 @@
 
 A condition of another size than its image is resized to it first, so that one crop fits both. Which
 files belong to an image is folder/companion_files.py's business, what a model reads of them
-models/image_conditions.py's.
+models/unet/image_conditions.py's.
 """
 
 import hashlib

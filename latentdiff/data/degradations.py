@@ -1,7 +1,7 @@
 """How an image is made small for super-resolution: Pillow's bicubic and area filters, JPEG, blur.
 
 Each takes (RGB image, size in pixels, generator) and gives the image at that size. The noise that
-comes on top is that of models/image_conditions.py.
+comes on top is that of models/unet/image_conditions.py.
 """
 
 import io

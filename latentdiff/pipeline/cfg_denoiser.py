@@ -23,7 +23,7 @@ from latentdiff.diffusion.guidance import (
 )
 from latentdiff.diffusion.windows import Window, average_windows
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.guidance_embedding import guidance_features, has_guidance_embedding
+from latentdiff.models.unet.guidance_embedding import guidance_features, has_guidance_embedding
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.conditioning.image_condition import ControlNets
 from latentdiff.pipeline.gradient_guidance import apply_score_guidance

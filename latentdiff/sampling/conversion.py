@@ -10,7 +10,7 @@ from typing import Any
 
 from latentdiff.device import DTYPES
 from latentdiff.models.components import carry_tiny_vae, left_out
-from latentdiff.models.guidance_embedding import fold_guidance, has_guidance_embedding
+from latentdiff.models.unet.guidance_embedding import fold_guidance, has_guidance_embedding
 from latentdiff.pipeline.conditioning.encode_prompt import has_new_words
 from latentdiff.pipeline.files.model_info import (
     default_guidance,

@@ -32,7 +32,7 @@ from latentdiff.evaluation.run import DISTILLED, EvalResult, EvalRun, run_evalua
 from latentdiff.models.build import schedule_of
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.components import load_components
-from latentdiff.models.image_conditions import add_condition
+from latentdiff.models.unet.image_conditions import add_condition
 from latentdiff.pipeline.files.model_info import ModelInfo
 
 pytest.importorskip("matplotlib")

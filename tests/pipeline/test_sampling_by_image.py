@@ -11,7 +11,7 @@ from fakes_sdxl import sdxl_pipeline, sdxl_unet
 from PIL import Image
 
 from latentdiff.models.compatibility import CONDITION_KINDS
-from latentdiff.models.controlnet import make_controlnet
+from latentdiff.models.unet.controlnet import make_controlnet
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from latentdiff import LatentDiffPipeline
 from latentdiff.app.model_facts import read_model_facts
-from latentdiff.models.guidance_embedding import add_guidance_embedding
+from latentdiff.models.unet.guidance_embedding import add_guidance_embedding
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.pipeline.files.single_file import stored_usage_hint
 from latentdiff.pipeline.png_metadata import read_settings

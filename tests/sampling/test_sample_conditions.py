@@ -7,7 +7,7 @@ from fakes_pipeline import ddim, tiny_pipeline, tiny_unet
 from fakes_scripts import run_script
 from PIL import Image
 
-from latentdiff.models.controlnet import make_controlnet
+from latentdiff.models.unet.controlnet import make_controlnet
 from latentdiff.pipeline.files.model_info import ModelInfo
 from latentdiff.pipeline.png_metadata import read_settings
 

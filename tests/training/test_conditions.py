@@ -29,8 +29,8 @@ from latentdiff.models.build import make_ddpm_scheduler, schedule_of
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.components import load_components
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.image_conditions import depth_channels
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.unet.image_conditions import depth_channels
 from latentdiff.training.inputs.cache_commands import build_caches, prune_caches
 from latentdiff.training.inputs.caption_dropout import is_caption_dropped, is_condition_dropped
 from latentdiff.training.inputs.conditions import (

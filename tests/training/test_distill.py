@@ -23,7 +23,7 @@ from latentdiff.diffusion.schedules import Schedule
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.models.components import load_components
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.guidance_embedding import guidance_features
+from latentdiff.models.unet.guidance_embedding import guidance_features
 from latentdiff.pipeline.files.model_info import default_steps, read_model_info
 from latentdiff.pipeline.schedulers import distilled_scheduler
 from latentdiff.training.distill import consistency, objective

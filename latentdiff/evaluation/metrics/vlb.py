@@ -29,7 +29,7 @@ from latentdiff.diffusion.schedules import Schedule, respace, space_timesteps
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.guidance_embedding import predict
+from latentdiff.models.unet.guidance_embedding import predict
 
 LEARNED = "learned_range"
 Z_95 = 1.96  # standard errors of a 95 % interval

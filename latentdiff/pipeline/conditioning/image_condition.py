@@ -1,8 +1,8 @@
 """The image condition of a call: read, checked, and made into what a U-Net or a ControlNet reads.
 
 Each kind takes one image, an image to edit, in low resolution, or a map; ControlNets take one each.
-Its channels are models/image_conditions.py's. Does not answer for: inpainting, whose image and mask
-are also what the chain starts from (initial_latents.py).
+Its channels are those of models/unet/image_conditions.py. Does not answer for: inpainting, whose
+image and mask are also what the chain starts from (initial_latents.py).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from latentdiff.icc import to_srgb
 from latentdiff.image_io import to_rgb
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.controlnet import control_residuals
-from latentdiff.models.image_conditions import (
+from latentdiff.models.latents import LatentCodec
+from latentdiff.models.unet.controlnet import control_residuals
+from latentdiff.models.unet.image_conditions import (
     depth_channels,
     instruct_pix2pix_channels,
     upscale_channels,
 )
-from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.files.model_info import (
     DEFAULT_NOISE_LEVEL,

@@ -29,7 +29,6 @@ from latentdiff.models.compatibility import (
     read_json,
 )
 from latentdiff.models.components import Components, choose_vae, load_parts
-from latentdiff.models.controlnet import check_controlnet, open_controlnet
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import (
     BUNDLED,
@@ -39,6 +38,7 @@ from latentdiff.models.model_path import (
     resolve_model,
 )
 from latentdiff.models.save import complete_component, remove_origin
+from latentdiff.models.unet.controlnet import check_controlnet, open_controlnet
 from latentdiff.models.weights import check_weights
 from latentdiff.pipeline.files.adapters import AdaptersMixin
 from latentdiff.pipeline.files.model_card import folder_title, model_card

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentdiff.config.finetune import DistillMethod
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.guidance_embedding import (
+from latentdiff.models.unet.guidance_embedding import (
     add_guidance_embedding,
     has_guidance_embedding,
     predict,

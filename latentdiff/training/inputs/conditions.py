@@ -27,14 +27,14 @@ from latentdiff.data.folder.folder import Folder
 from latentdiff.data.images import uint8_to_pixels
 from latentdiff.data.inpaint_masks import random_mask, whole_mask
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.image_conditions import (
+from latentdiff.models.latents import Autoencoder, LatentCodec
+from latentdiff.models.unet.image_conditions import (
     inpaint_channels,
     instruct_pix2pix_channels,
     null_channels,
     scale_depth,
     upscale_channels,
 )
-from latentdiff.models.latents import Autoencoder, LatentCodec
 from latentdiff.training.inputs.encode import (
     MaskSource,
     cache_dir,

@@ -39,9 +39,7 @@ from latentdiff.models.components import (
     load_text,
     load_vae,
 )
-from latentdiff.models.image_conditions import add_condition
 from latentdiff.models.latents import Autoencoder
-from latentdiff.models.learned_variance import fit_variance
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.save import save_component
 from latentdiff.models.text import (
@@ -49,6 +47,8 @@ from latentdiff.models.text import (
     set_clip_skip,
     train_tokenizer,
 )
+from latentdiff.models.unet.image_conditions import add_condition
+from latentdiff.models.unet.learned_variance import fit_variance
 from latentdiff.pipeline.files.model_info import read_model_info
 from latentdiff.pipeline.files.prediction_marks import check_folder
 from latentdiff.pipeline.schedulers import zero_terminal_snr_scheduler

@@ -14,9 +14,9 @@ from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
 from latentdiff.models.compatibility import TEXT_ENCODERS
 from latentdiff.models.components import Components, carry_tiny_vae, load_components
-from latentdiff.models.learned_variance import has_learned_variance, without_variance
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
+from latentdiff.models.unet.learned_variance import has_learned_variance, without_variance
 from latentdiff.pipeline.files.file_metadata import tag_counts
 from latentdiff.pipeline.files.model_card import folder_title, model_card
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info

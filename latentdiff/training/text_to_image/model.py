@@ -21,9 +21,9 @@ from latentdiff.models.components import (
     Components,
 )
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.guidance_embedding import predict
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.text import null_prompt
+from latentdiff.models.unet.guidance_embedding import predict
 from latentdiff.training.finetune.methods import set_trainable
 from latentdiff.training.text_to_image.memory_modes import cast_weights
 

@@ -21,7 +21,7 @@ from latentdiff.diffusion.prediction import target
 from latentdiff.diffusion.schedules import Schedule
 from latentdiff.diffusion.timesteps import LossSecondMomentSampler, TimestepSampler
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.learned_variance import VLB_WEIGHT
+from latentdiff.models.unet.learned_variance import VLB_WEIGHT
 from latentdiff.training.objective import Losses
 
 

@@ -30,9 +30,9 @@ from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.image_grid import BOXES, TILES, draw_grid, to_pil
 from latentdiff.models.components import Components, choose_vae, load_vae
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.controlnet import control_residuals
-from latentdiff.models.image_conditions import condition_pixels
 from latentdiff.models.latents import Autoencoder, LatentCodec, set_scale
+from latentdiff.models.unet.controlnet import control_residuals
+from latentdiff.models.unet.image_conditions import condition_pixels
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.pipeline.initial_latents import trained_size_px

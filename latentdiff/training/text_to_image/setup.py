@@ -26,8 +26,8 @@ from latentdiff.diffusion.timesteps import (
 from latentdiff.models.build import schedule_of
 from latentdiff.models.components import Components
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.controlnet import make_controlnet
 from latentdiff.models.latents import LatentCodec
+from latentdiff.models.unet.controlnet import make_controlnet
 from latentdiff.training.bill.materials import Materials
 from latentdiff.training.distill.setup import distill_objective, num_distilled_timesteps
 from latentdiff.training.distill.student import Teacher, make_student

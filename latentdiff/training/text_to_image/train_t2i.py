@@ -24,7 +24,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
     triple_losses,
 )
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.learned_variance import prediction_only
+from latentdiff.models.unet.learned_variance import prediction_only
 from latentdiff.training.bill.materials import Materials, gather_materials, machine_facts
 from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator

@@ -9,8 +9,9 @@ from fakes_models import make_tiny_vae, make_unet, make_vae
 
 from latentdiff.models.compatibility import CONDITION_KINDS, check_condition, condition_kinds
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.guidance_embedding import predict
-from latentdiff.models.image_conditions import (
+from latentdiff.models.latents import LatentCodec
+from latentdiff.models.unet.guidance_embedding import predict
+from latentdiff.models.unet.image_conditions import (
     add_condition,
     condition_pixels,
     depth_channels,
@@ -19,7 +20,6 @@ from latentdiff.models.image_conditions import (
     null_channels,
     upscale_channels,
 )
-from latentdiff.models.latents import LatentCodec
 
 SHAPE = (2, 4, 8, 8)
 

@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.controlnet import control_residuals
+from latentdiff.models.unet.controlnet import control_residuals
 
 WIDTH = 256  # features of a scale, as diffusers' distilled models have
 PROJECTION = "time_embedding.cond_proj.weight"

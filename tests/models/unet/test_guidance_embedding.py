@@ -6,7 +6,7 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from fakes_pipeline import tiny_pipeline
 from torch import Tensor
 
-from latentdiff.models.guidance_embedding import (
+from latentdiff.models.unet.guidance_embedding import (
     add_guidance_embedding,
     fold_guidance,
     guidance_features,

@@ -23,7 +23,7 @@ from latentdiff.diffusion.timesteps import (
 )
 from latentdiff.models.components import Components, load_components, load_vae
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.learned_variance import (
+from latentdiff.models.unet.learned_variance import (
     fit_variance,
     prediction_only,
     without_variance,
