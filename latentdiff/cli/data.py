@@ -1,10 +1,13 @@
 """Commands on captioned folders: inspect one, cache its encodings, merge several."""
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from os.path import expanduser
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
@@ -12,9 +15,29 @@ from latentdiff.cli.command import quieten_libraries
 from latentdiff.config.io import load_config, parse_settings
 from latentdiff.config.text_to_image import Config
 
+if TYPE_CHECKING:
+    from latentdiff.data.folder.folder import Folder
+    from latentdiff.data.inspection.inspect import DataReport
+
 
 def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     """Report a captioned folder's content and its problems; exit code 1 where it is not usable."""
+    _add_inspect_options(parser)
+    config, options = parse_settings(parser, Config, arguments)
+    if options["tokenizer"] or options["vae"]:  # nothing else here loads PyTorch
+        quieten_libraries()
+    report, folder = _inspect(config, options)
+    from latentdiff.data.inspection.html_report import write_report_html
+    from latentdiff.data.inspection.text_report import report_as_text
+
+    print(json.dumps(report.to_json(), indent=2) if options["json"] else report_as_text(report))
+    if options["html"]:
+        write_report_html(report, folder, path=options["html"])
+        print(f"wrote {options['html']}", file=sys.stderr if options["json"] else sys.stdout)
+    return 0 if report.is_usable else 1
+
+
+def _add_inspect_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "root",
         type=expanduser,
@@ -38,25 +61,18 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         default="",
         help="folder of a VAE, to time its encoder and estimate the caching",
     )
-    config, options = parse_settings(parser, Config, arguments)
-    if options["tokenizer"] or options["vae"]:  # nothing else here loads PyTorch
-        quieten_libraries()
+
+
+def _inspect(config: Config, options: dict[str, Any]) -> tuple[DataReport, Folder]:
+    """Return the report on the data of a config and of the command's options, and the data."""
+    from latentdiff.data.inspection import inspect
+    from latentdiff.training.inputs.sources import join_sources, read_sources, source_weights
+
     names_size = bool(config.model.pretrained) or config.data.resolution is not None
     if config.model.pretrained:  # its size is that of data.resolution
         from latentdiff.training.text_to_image.resolution import with_resolution
 
         config = with_resolution(config)
-    from latentdiff.data.inspection.html_report import write_report_html
-    from latentdiff.data.inspection.inspect import (
-        default_sizes_note,
-        inspect_folder,
-        matching_settings,
-        progress_bar,
-        without_captions,
-    )
-    from latentdiff.data.inspection.text_report import report_as_text
-    from latentdiff.training.inputs.sources import join_sources, read_sources, source_weights
-
     data = config.data
     if options["root"]:
         data = replace(data, root=options["root"], sources=())
@@ -67,25 +83,22 @@ def inspect_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         inpaint_masks=config.condition.reads_mask_files,
         needs_captions=needs_captions,
         full=options["full"],
-        progress=progress_bar(),
+        progress=inspect.progress_bar(),
     )
     folder = join_sources(data, folders)
     settings = {**vars(config.train), **vars(data), "resolution": data.side_px, **options}
     settings["conditions_may_equal"] = config.condition.kind == "upscale"
     settings |= {"sources": folders if data.sources else None, "weights": source_weights(data)}
-    report = inspect_folder(
-        folder, **matching_settings(settings, inspect_folder), progress=progress_bar()
-    )
+    settings = inspect.matching_settings(settings, inspect.inspect_folder)
+    report = inspect.inspect_folder(folder, **settings, progress=inspect.progress_bar())
     if not needs_captions:
-        report = without_captions(report)
+        report = inspect.without_captions(report)
     if not names_size:
-        note = default_sizes_note(resolution=data.side_px, batch_size=config.train.batch_size)
+        note = inspect.default_sizes_note(
+            resolution=data.side_px, batch_size=config.train.batch_size
+        )
         report = replace(report, sizes_note=note)
-    print(json.dumps(report.to_json(), indent=2) if options["json"] else report_as_text(report))
-    if options["html"]:
-        write_report_html(report, folder, path=options["html"])
-        print(f"wrote {options['html']}", file=sys.stderr if options["json"] else sys.stdout)
-    return 0 if report.is_usable else 1
+    return report, folder
 
 
 def cache_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
