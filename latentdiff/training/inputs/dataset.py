@@ -5,9 +5,9 @@ resumed run can change it. Which samples make a batch is decided in batches.py.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -85,10 +85,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         With masks, mask (1, h, w); with a second noise, perturbation (C, h, w); for distillation,
         guidance in [0, 1): its place between the lowest scale and the highest.
         """
-
-        def rng(purpose: str) -> np.random.Generator:
-            return key.generator(purpose, seed=self.seed)
-
+        rng = partial(key.generator, seed=self.seed)
         record = self.records[key.index]
         captions, transform = record.captions, self.transform.of_source(record.source)
         flipped = self.random_flip and may_flip(captions) and rng("flip").random() < 0.5
@@ -96,28 +93,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         shape = self.latents.shape(key.index)
         vae_noise = standard_normal(rng("vae"), shape)
         sample = self.latents.inputs(key.index, vae_noise, flipped=flipped, crop=crop)
-        if self.masks is not None:
-            sample["mask"] = self.masks.mask(key.index, flipped=flipped, crop=crop)
-        if self.conditions is not None:
-            index = key.index
-            sample |= self.conditions.sample(index, flipped=flipped, crop=crop, rng=rng)
-        if self.condition_dropout:
-            sample["condition_dropped"] = torch.tensor(
-                is_condition_dropped(
-                    key,
-                    seed=self.seed,
-                    caption_dropout=self.caption_dropout,
-                    condition_dropout=self.condition_dropout,
-                )
-            )
-        if self.perturbs_input:
-            sample["perturbation"] = standard_normal(rng("perturbation"), shape)
-        if self.gives_time_ids:
-            sample["time_ids"] = time_ids(
-                self.latents.plan, record, key.index, flipped=flipped, crop=crop
-            )
-        if self.draws_guidance:
-            sample["guidance"] = torch.tensor(rng("guidance").random(), dtype=torch.float32)
+        sample |= self._optional_parts(key, record, flipped=flipped, crop=crop)
         caption = transform.sample(captions, rng("caption"))
         dropped = caption == NULL_CAPTION or is_caption_dropped(
             key, seed=self.seed, caption_dropout=self.caption_dropout
@@ -132,6 +108,36 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             "stratum": torch.tensor(key.stratum, dtype=torch.int64),
             "index": torch.tensor(key.index, dtype=torch.int64),
         }
+
+    def _optional_parts(
+        self, key: SampleKey, record: Record, *, flipped: bool, crop: float
+    ) -> dict[str, Tensor]:
+        """Return the parts of a sample that only some runs have: see `__getitem__`."""
+        rng = partial(key.generator, seed=self.seed)
+        parts: dict[str, Tensor] = {}
+        if self.masks is not None:
+            parts["mask"] = self.masks.mask(key.index, flipped=flipped, crop=crop)
+        if self.conditions is not None:
+            parts |= self.conditions.sample(key.index, flipped=flipped, crop=crop, rng=rng)
+        if self.condition_dropout:
+            parts["condition_dropped"] = torch.tensor(
+                is_condition_dropped(
+                    key,
+                    seed=self.seed,
+                    caption_dropout=self.caption_dropout,
+                    condition_dropout=self.condition_dropout,
+                )
+            )
+        if self.perturbs_input:
+            shape = self.latents.shape(key.index)
+            parts["perturbation"] = standard_normal(rng("perturbation"), shape)
+        if self.gives_time_ids:
+            parts["time_ids"] = time_ids(
+                self.latents.plan, record, key.index, flipped=flipped, crop=crop
+            )
+        if self.draws_guidance:
+            parts["guidance"] = torch.tensor(rng("guidance").random(), dtype=torch.float32)
+        return parts
 
 
 def time_ids(plan: CropPlan, record: Record, index: int, *, flipped: bool, crop: float) -> Tensor:

@@ -5,6 +5,7 @@ Everything that can be wrong with the input is reported here, before the first s
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from diffusers import ControlNetModel
 
 from latentdiff.config.diffusion import DiffusionConfig
+from latentdiff.config.finetune import DistillMethod
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.inspection.text_report import counted
@@ -124,13 +126,9 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     check_memory_modes(config.train, accelerator)
     train_folder, heldout = _read_data(config, accelerator)
     load = _load_base_model if config.model.pretrained else _build_new_model
-    base = load(config, folder, train_folder, accelerator)
-    teacher = None
+    base, teacher = load(config, folder, train_folder, accelerator), None
     if config.distill.is_on:
-        base.components.unet.to(accelerator.device)  # first: not both copy it there
-        unet, student = make_student(base.components, method=config.distill.method)
-        teacher = Teacher(unet, accelerator.autocast)
-        base = base._replace(components=student)
+        base, teacher = _with_student(base, config.distill.method, accelerator)
     train_data = build_train_data(
         config,
         train_folder,
@@ -187,6 +185,15 @@ class _BaseModel(NamedTuple):
     class_images: Folder | None = None
     weights_hash: str | None = None
     controlnet: ControlNetModel | None = None
+
+
+def _with_student(
+    base: _BaseModel, method: DistillMethod, accelerator: Accelerator
+) -> tuple[_BaseModel, Teacher]:
+    """Return a model with a student in place of its U-Net, and that U-Net as the teacher."""
+    base.components.unet.to(accelerator.device)  # first: not both copy it there
+    unet, student = make_student(base.components, method=method)
+    return base._replace(components=student), Teacher(unet, accelerator.autocast)
 
 
 def _build_new_model(
@@ -258,30 +265,18 @@ def build_train_step(
 
     settings, device = config.train, accelerator.device
     null_text = train_data.null_text.to(device)
-    objective: TrainingObjective
     if teacher is None:
-        objective = _objective(config, components, null_text=null_text, device=device)
+        objective: TrainingObjective = _objective(
+            config, components, null_text=null_text, device=device
+        )
     else:
-        teacher.unet.requires_grad_(False).eval().to(device)
-        lay_out(config, teacher.unet, components, accelerator)
-        num_steps = num_distilled_timesteps(config.distill)
-        objective = distill_objective(
-            config.distill,
-            components,
-            teacher,
-            sample_steps=_timestep_sampler(config.diffusion, num_steps, device),
-            null_text=null_text,
-            device=device,
-            averaged=averaged,
+        objective = _distillation(
+            config, components, teacher, accelerator, null_text=null_text, averaged=averaged
         )
     model = trainable_model(config, components, accelerator, controlnet)
     if teacher is not None and config.distill.method == "lcm_lora":
         share_weights(teacher.unet, components.unet)  # which is cast, and laid out, by now
-    if isinstance(train_data.source, CachedPromptEmbeds):  # no step encodes a caption
-        components.text_encoders.to(torch.device("cpu"))
-    encoder = train_data.condition_encoder
-    if config.data.cache and not (encoder and encoder.uses_vae):
-        components.vae.to(torch.device("cpu"))
+    _move_unused_to_host(config, components, train_data)
     lr_schedule = LRSchedule(
         base=settings.learning_rate,
         text_base=settings.text_learning_rate or settings.learning_rate,
@@ -306,6 +301,39 @@ def build_train_step(
         fused_backward_pass=settings.fused_backward_pass,
     )
     return train_step
+
+
+def _move_unused_to_host(config: Config, components: Components, train_data: TrainData) -> None:
+    """Leave on the device only what encodes in a step."""
+    if isinstance(train_data.source, CachedPromptEmbeds):  # no step encodes a caption
+        components.text_encoders.to(torch.device("cpu"))
+    encoder = train_data.condition_encoder
+    if config.data.cache and not (encoder and encoder.uses_vae):
+        components.vae.to(torch.device("cpu"))
+
+
+def _distillation(
+    config: Config,
+    components: Components,
+    teacher: Teacher,
+    accelerator: Accelerator,
+    *,
+    null_text: Conditioning,
+    averaged: Callable[[], AbstractContextManager[None]],
+) -> TrainingObjective:
+    """Return what a student learns of its teacher, which is laid out for the device."""
+    teacher.unet.requires_grad_(False).eval().to(accelerator.device)
+    lay_out(config, teacher.unet, components, accelerator)
+    num_steps = num_distilled_timesteps(config.distill)
+    return distill_objective(
+        config.distill,
+        components,
+        teacher,
+        sample_steps=_timestep_sampler(config.diffusion, num_steps, accelerator.device),
+        null_text=null_text,
+        device=accelerator.device,
+        averaged=averaged,
+    )
 
 
 def _objective(
