@@ -58,20 +58,7 @@ from latentdiff.training.distill.student import check_teacher
 def check_components(config: Config) -> None:
     """Raise ValueError or FileNotFoundError for parts that do not fit; reads config files only."""
     if config.model.pretrained:
-        folder = resolve_model(config.model.pretrained)
-        if folder.is_dir():
-            configs = read_configs(folder)
-            if not config.diffusion.prediction_type:
-                recorded = read_model_info(folder).prediction_type
-                check_folder(str(folder), configs.get("scheduler", {}), recorded)
-            check_compatible(configs, image_size=config.data.side_px)
-            _check_buckets(configs, config.data)
-            for name in TEXT_ENCODERS:
-                _check_clip_skip(configs.get(name, {}), config)
-            check_teacher(configs, method=config.distill.method)
-            if "unet" in configs and "vae" in configs:
-                needs_condition(config, configs)
-            _check_second_encoder(configs, config)
+        _check_pretrained(config)
         return
     if not config.model.vae:
         raise ValueError(
@@ -98,6 +85,24 @@ def check_components(config: Config) -> None:
     }
     check_compatible(configs, image_size=config.data.side_px)
     _check_buckets(configs, config.data)
+
+
+def _check_pretrained(config: Config) -> None:
+    folder = resolve_model(config.model.pretrained)
+    if not folder.is_dir():
+        return
+    configs = read_configs(folder)
+    if not config.diffusion.prediction_type:
+        recorded = read_model_info(folder).prediction_type
+        check_folder(str(folder), configs.get("scheduler", {}), recorded)
+    check_compatible(configs, image_size=config.data.side_px)
+    _check_buckets(configs, config.data)
+    for name in TEXT_ENCODERS:
+        _check_clip_skip(configs.get(name, {}), config)
+    check_teacher(configs, method=config.distill.method)
+    if "unet" in configs and "vae" in configs:
+        needs_condition(config, configs)
+    _check_second_encoder(configs, config)
 
 
 def _check_second_encoder(configs: Mapping[str, Mapping[str, Any]], config: Config) -> None:
