@@ -19,7 +19,17 @@ from latentdiff.app.image_request import (
 from latentdiff.app.kinds import KINDS
 from latentdiff.app.library import NO_LORA
 from latentdiff.app.model_facts import OWN_SCHEDULER, OWN_VAE
-from latentdiff.app.page_html import images_html, status_html
+from latentdiff.app.page_html import images_html, note_html, status_html
+
+SIZES_NOTE = (
+    "What the model is told of the image's sizes, width x height in pixels. A small original size "
+    "asks for a blurred image, a corner above 0 for a cropped subject."
+)
+SIZE_LABELS = {  # of what SDXL is told, and what it is told by default
+    "original_size": ("original size", "the image's"),
+    "crops_coords_top_left": ("crop corner", "left x top: 0 x 0"),
+    "target_size": ("target size", "the image's"),
+}
 
 
 @dataclass
@@ -47,12 +57,14 @@ class CreateControls:
     refresh: Any = None
     png: Any = None
     png_note: Any = None
+    of_sdxl: Any = None  # shown for SDXL alone
 
     def of_model(self) -> list[Any]:
         """Return the components that change with the model."""
         sampling = ("num_inference_steps", "guidance_scale", "scheduler", "vae", "clip_skip")
         names = ("width", "height", *sampling)
-        return [self.facts, self.examples, self.size_note, *(self.controls[n] for n in names)]
+        others = [self.facts, self.examples, self.size_note, self.of_sdxl]
+        return [*others, *(self.controls[n] for n in names)]
 
     def of_image(self) -> list[Any]:
         """Return the components that change with the image that is shown."""
@@ -183,6 +195,7 @@ def _lay_out_settings(ui: CreateControls) -> None:
         label = "Drop a PNG file made here or by A1111"
         ui.png = gr.File(label=label, file_types=[".png"], height=120, elem_id="png")
         ui.png_note = gr.HTML(elem_id="png-note")
+    _lay_out_sdxl(ui)
     with gr.Accordion("More settings", open=False, elem_id="more"):
         info = "tiny decodes several times as fast, with less detail"
         vae = gr.Radio([OWN_VAE], value=OWN_VAE, label="VAE", info=info, elem_id="vae")
@@ -194,3 +207,25 @@ def _lay_out_settings(ui: CreateControls) -> None:
         choice = gr.Radio(LONG_PROMPTS, value=LONG_PROMPTS[0], label="Long prompts")
         ui.add("long_prompts", choice)
         ui.add("prompt_weighting", gr.Checkbox(True, label="(red:1.3) apple weighs the word red"))
+
+
+def _lay_out_sdxl(ui: CreateControls) -> None:
+    """Lay out what SDXL alone reads."""
+
+    def text(name: str, label: str, *, placeholder: str, lines: int = 1) -> None:
+        options: dict[str, Any] = {"label": label, "placeholder": placeholder, "lines": lines}
+        ui.add(name, gr.Textbox(max_length=10 * MAX_CHARACTERS, elem_id=name, **options))
+
+    with gr.Accordion(
+        "Second prompts and sizes", open=False, visible=False, elem_id="of-sdxl"
+    ) as ui.of_sdxl:
+        same = "Empty: the same as the first"
+        text("prompt_2", "Prompt of the second text encoder", placeholder=same, lines=2)
+        text("negative_prompt_2", "Negative prompt of the second text encoder", placeholder=same)
+        gr.HTML(note_html(SIZES_NOTE))
+        with gr.Row():
+            for name, (what, default) in SIZE_LABELS.items():
+                text(name, what.capitalize(), placeholder=default)
+        with gr.Row():
+            for name, (what, _) in SIZE_LABELS.items():
+                text(f"negative_{name}", f"Negative: {what}", placeholder="as above")

@@ -202,6 +202,7 @@ class CreateTab:
             controls["scheduler"]: gr.update(choices=list(facts.schedulers)),
             controls["vae"]: gr.update(choices=list(facts.vaes), visible=len(facts.vaes) > 1),
             controls["clip_skip"]: gr.update(maximum=max(facts.max_clip_skip, 1)),
+            ui.of_sdxl: gr.update(visible=facts.is_sdxl),
         }
 
     def _defaults(self, facts: ModelFacts) -> Updates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,6 +14,7 @@ from latentdiff.app.model_facts import OWN_SCHEDULER, OWN_VAE, TINY, ModelFacts
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.png_metadata import TINY_VAE
 from latentdiff.pipeline.schedulers import scheduler_name
 
@@ -27,6 +29,10 @@ RANGES = {  # of numbers: the lowest and highest
 }
 CONDITION_RANGES = {"image_guidance_scale": (1.0, 10.0), "noise_level": (0, 350)}
 LONG_PROMPTS = ("truncate", "chunks")
+SECOND_TEXTS = ("prompt_2", "negative_prompt_2")
+SIZES = tuple(field.name for field in fields(SizeInputs))
+OF_SDXL = (*SECOND_TEXTS, *SIZES)
+PAIR = re.compile(r"\s*(\d{1,8})\s*[x×,]\s*(\d{1,8})\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ class ImageRequest:
     """Settings of one call, under the names of the pipeline's arguments.
 
     model, lora: names in the library. kind: TEXT, IMAGE, INPAINT or CONDITION. seed: as typed, ""
-    for a random one. The last six: None where the kind has no use for them.
+    for a random one. strength to noise_level: None where the kind has no use for them. The last
+    eight are read by SDXL alone, the sizes as typed, "width x height"; "" for the default.
     """
 
     model: str = ""
@@ -61,16 +68,25 @@ class ImageRequest:
     condition: Image.Image | None = None
     image_guidance_scale: float | None = None
     noise_level: int | None = None
+    prompt_2: str = ""
+    negative_prompt_2: str = ""
+    original_size: str = ""
+    crops_coords_top_left: str = ""
+    target_size: str = ""
+    negative_original_size: str = ""
+    negative_crops_coords_top_left: str = ""
+    negative_target_size: str = ""
 
     def arguments(
-        self, *, clip_skip: int = 0, reads: str = "none", factor: int = 1
+        self, *, clip_skip: int = 0, reads: str = "none", factor: int = 1, is_sdxl: bool = False
     ) -> dict[str, Any]:
         """Return the arguments of the pipeline's call; an image is cropped to the size.
 
         clip_skip: the model's own, which a call that names none has. reads: the kind of image
-        condition of the model; factor: times that an upscaler enlarges.
+        condition of the model; factor: times that an upscaler enlarges. is_sdxl: the model reads
+        second prompts and sizes.
         """
-        own = {"model", "kind", "scheduler", "vae", "lora", "seed"}
+        own = {"model", "kind", "scheduler", "vae", "lora", "seed", *OF_SDXL}
         others = own | {"image", "mask_image", "strength", "condition", *CONDITION_RANGES}
         call = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         call["negative_prompt"] = self.negative_prompt or None
@@ -91,7 +107,33 @@ class ImageRequest:
             call["image_guidance_scale"] = self.image_guidance_scale
         if reads == "upscale":
             call["noise_level"] = self.noise_level
-        return call
+        return call | (self._of_sdxl() if is_sdxl else {})
+
+    def _of_sdxl(self) -> dict[str, Any]:
+        """Return the arguments of SDXL; a second negative prompt needs a first one, if empty."""
+        call: dict[str, Any] = {name: getattr(self, name) or None for name in SECOND_TEXTS}
+        if self.negative_prompt_2:
+            call["negative_prompt"] = self.negative_prompt
+        return call | {name: read_pair(getattr(self, name)) for name in SIZES}
+
+
+def read_pair(text: str) -> tuple[int, int] | None:
+    """Return (height, width) of "width x height" as people type it, None of nothing.
+
+    Of a corner (top, left) of "left x top". ValueError for another text.
+    """
+    if not text.strip():
+        return None
+    if (found := PAIR.fullmatch(text)) is None:
+        raise ValueError(f"expected two numbers of pixels such as 1024 x 768, got {text.strip()!r}")
+    return int(found[2]), int(found[1])
+
+
+def _pair_text(value: object) -> object:
+    """Return [height, width] as it is typed; any other value as it is."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return f"{value[1]} x {value[0]}"
+    return value
 
 
 def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -103,8 +145,8 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
     """Return what is wrong with a request by field, in words for the person who typed it."""
-    found: dict[str, str] = {}
-    for name in ("prompt", "negative_prompt"):
+    found = _size_problems(request) if facts.is_sdxl else {}
+    for name in ("prompt", "negative_prompt", *(SECOND_TEXTS if facts.is_sdxl else ())):
         if message := _prompt_problem(getattr(request, name), weighted=request.prompt_weighting):
             found[name] = message
     if not request.prompt.strip() and request.kind not in (INPAINT, CONDITION):
@@ -126,6 +168,17 @@ def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
         if value is not None and not low <= value <= high:
             found[name] = f"expected {low:g} to {high:g}, got {value:g}"
     return found | _image_problem(request, facts)
+
+
+def _size_problems(request: ImageRequest) -> dict[str, str]:
+    """Return what is wrong with the sizes that SDXL is told, by field."""
+    found = {}
+    for name in SIZES:
+        try:
+            SizeInputs(**{name: read_pair(getattr(request, name))}).checked(is_sdxl=True)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def _image_problem(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
@@ -177,7 +230,8 @@ def request_from_settings(
     for name in ("guidance_rescale", "long_prompts", "prompt_weighting"):
         taken[name] = given.get(name, getattr(DEFAULTS, name))
     taken["clip_skip"] = given.get("clip_skip", facts.clip_skip)
-    notes = _take_scheduler(settings.get("scheduler"), taken, facts=facts)
+    notes = _take_of_sdxl(given, taken, facts=facts)
+    notes += _take_scheduler(settings.get("scheduler"), taken, facts=facts)
     model = settings.get("model")
     is_tiny = isinstance(model, dict) and model.get("vae") == TINY_VAE
     taken["vae"] = TINY if is_tiny else OWN_VAE
@@ -185,6 +239,18 @@ def request_from_settings(
     if settings.get("inputs") or "strength" in given:
         notes.append("the image it was made from is not in the file")
     return _fitting(now, taken, facts=facts, notes=notes), notes
+
+
+def _take_of_sdxl(
+    given: Mapping[str, Any], taken: dict[str, Any], *, facts: ModelFacts
+) -> list[str]:
+    names = [name for name in OF_SDXL if name in given]
+    if facts.is_sdxl:
+        taken |= dict.fromkeys(OF_SDXL, "")
+        taken |= {name: _pair_text(given[name]) for name in names}
+    elif names:
+        return [f"{', '.join(names).replace('_', ' ')}: {facts.name}, which is not SDXL, has none"]
+    return []
 
 
 def _take_scheduler(value: object, taken: dict[str, Any], *, facts: ModelFacts) -> list[str]:

@@ -40,7 +40,7 @@ EXAMPLES = (  # for a model that names none
 class ModelFacts:
     """Facts of one model. height, width: in pixels, as trained; multiple: of its sizes.
 
-    condition_kind: of the image that its U-Net reads.
+    condition_kind: of the image that its U-Net reads. is_sdxl: reads second prompts and sizes.
     """
 
     name: str
@@ -56,6 +56,7 @@ class ModelFacts:
     examples: tuple[str, ...]
     vaes: tuple[str, ...] = (OWN_VAE,)
     condition_kind: str = "none"
+    is_sdxl: bool = False
     summary: str = ""
     rows: tuple[tuple[str, str], ...] = ()
 
@@ -109,6 +110,7 @@ def read_model_facts(
         examples=tuple(info.example_prompts) or EXAMPLES,
         vaes=(OWN_VAE, TINY) if has_tiny_vae else (OWN_VAE,),
         condition_kind=pipe.condition_kind,
+        is_sdxl=pipe.is_sdxl,
         summary=card_summary(text),
         rows=tuple(_rows(pipe, info, size=(width, height))),
     )

@@ -110,7 +110,7 @@ class WebSession:
 
     library: Library
     preview_vae: Autoencoder | None = None
-    max_px: int = 1024
+    max_px: int = 2048
     device: str | None = None
     dtype: str = "auto"
     safety_checker: bool = True
@@ -242,7 +242,10 @@ class WebSession:
 
         output = pipe(
             **job.request.arguments(
-                clip_skip=facts.clip_skip, reads=facts.condition_kind, factor=facts.multiple
+                clip_skip=facts.clip_skip,
+                reads=facts.condition_kind,
+                factor=facts.multiple,
+                is_sdxl=facts.is_sdxl,
             ),
             callback_on_step_end=step_end,
             callback_on_step_end_tensor_inputs=["predicted_z0"],

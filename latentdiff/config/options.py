@@ -19,7 +19,8 @@ class SampleOptions:
     """a .png file for one labelled sheet, or a folder for a file an image; a folder that holds some
     of the images already is completed"""
     prompt_file: str | None = None
-    """a text file with one prompt a line, or .jsonl with prompt, negative_prompt and seed"""
+    """a text file with one prompt a line, or .jsonl with prompt and, where they are a line's own,
+    negative_prompt, seed, prompt_2 and the other options of SDXL below"""
     settings_from: str | None = None
     """a PNG file of LatentDiff or A1111, whose prompt, seed, steps, guidance, size and scheduler
     are taken, but for those given here"""
@@ -28,11 +29,29 @@ class SampleOptions:
     where it is distilled, or 50"""
     guidance_scale: float | list[float] | None = None
     """scale of classifier-free guidance, 1 and below: none, or a list such as [2,7] for a grid; by
-    default the model's own, or 7.5"""
+    default the model's own, or 7.5, for SDXL 5"""
     seed: int = 0
     """seed of the first image, 0 and more; those of the next prompts count up from it"""
     negative_prompt: str | None = None
     """a description of what the images should not show"""
+    prompt_2: str | None = None
+    """SDXL: what its second text encoder reads, for all prompts; by default the same prompt"""
+    negative_prompt_2: str | None = None
+    """SDXL: the negative prompt of its second text encoder; by default the same"""
+    original_size: list[int] | None = None
+    """SDXL: the size that the image is said to have had, [height,width] in pixels; small ones give
+    blurred images; by default the image's own"""
+    crops_coords_top_left: list[int] | None = None
+    """SDXL: the corner at which the image is said to be cropped, [top,left] in pixels; by default
+    [0,0], the whole subject in view"""
+    target_size: list[int] | None = None
+    """SDXL: the size that the image is said to have, [height,width]; by default its own"""
+    negative_original_size: list[int] | None = None
+    """SDXL: what the negative prompt is told in place of original_size; by default the same"""
+    negative_crops_coords_top_left: list[int] | None = None
+    """SDXL: the same of crops_coords_top_left"""
+    negative_target_size: list[int] | None = None
+    """SDXL: the same of target_size"""
     num_images: int = 1
     """images of each prompt, 1 and more"""
     batch_size: int = 4
@@ -126,8 +145,8 @@ class WebUIOptions:
     it"""
     device: str | None = None
     """device: cpu, cuda, cuda:1, mps; by default the best there is"""
-    max_side_px: int = 1024
-    """largest height and width that the UI offers, in pixels"""
+    max_side_px: int = 2048
+    """largest height and width that the UI offers, in pixels; at most twice the trained ones"""
     safety_checker: bool = True
     """keep the model's safety checker, if any; false leaves it out, unread"""
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from latentdiff.pipeline.attention_maps import heat_map_grid, record_attention
 from latentdiff.pipeline.callbacks import Trace
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.sampling.open_pipeline import compile_unet
 from latentdiff.sampling.prompt_list import ImageJob
@@ -136,8 +137,10 @@ class BatchSampler:
             "guidance_scale": batch[0].guidance_scale,
         }
         negative: list[str] | None = [job.negative_prompt or "" for job in batch]
-        if self.pipe.is_sdxl and batch[0].negative_prompt is None:
-            negative = None  # which is not "" to SDXL
+        if self.pipe.is_sdxl:
+            settings |= _of_sdxl(batch)
+            if batch[0].negative_prompt is None:
+                negative = None  # which is not "" to SDXL
         try:
             return self.pipe(
                 [job.prompt for job in batch],
@@ -152,7 +155,19 @@ class BatchSampler:
                 f"take dtype=bfloat16 ({error})"
             ) from error
 
-    def _shared_settings(self, job: ImageJob) -> tuple[int, float, bool]:
+    def _shared_settings(self, job: ImageJob) -> tuple[int, float, bool, SizeInputs]:
         """Return what all images of one call have in common."""
         has_null = self.pipe.is_sdxl and job.negative_prompt is None
-        return job.num_inference_steps, job.guidance_scale, has_null
+        return job.num_inference_steps, job.guidance_scale, has_null, job.sizes
+
+
+def _of_sdxl(batch: Sequence[ImageJob]) -> dict[str, Any]:
+    """Return a batch's arguments of SDXL; a text that is not given is that of the first encoder."""
+    named: dict[str, Any] = dict(vars(batch[0].sizes))
+    for name in ("prompt", "negative_prompt"):
+        second = [getattr(job, f"{name}_2") for job in batch]
+        if any(text is not None for text in second):
+            pairs = zip(batch, second, strict=True)
+            texts = [getattr(job, name) if text is None else text for job, text in pairs]
+            named[f"{name}_2"] = texts
+    return named

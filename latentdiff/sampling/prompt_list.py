@@ -11,19 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.pipeline import checks
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
 
 MAX_BYTES = 64 * 2**20
 MAX_CHARACTERS = 100_000
+TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+OWN_SIZES = SizeInputs()  # those of the image
 LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines also splits within texts, as at U+2028
 
 
 @dataclass(frozen=True)
 class PromptEntry:
-    """One entry of a prompt list; None takes the value of the whole list."""
+    """One entry of a prompt list; None takes the value of the whole list.
+
+    prompt_2, negative_prompt_2, sizes: of SDXL alone. In a file each of the sizes is an entry of a
+    line, such as "original_size": [768, 1024].
+    """
 
     prompt: str
     negative_prompt: str | None = None
     seed: int | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    sizes: SizeInputs = OWN_SIZES
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,9 @@ class ImageJob:
     seed: int
     num_inference_steps: int
     guidance_scale: float
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    sizes: SizeInputs = OWN_SIZES
 
 
 def read_prompt_entries(path: Path) -> list[PromptEntry]:
@@ -93,9 +106,9 @@ def plan_jobs(
             )
         negative = negative_prompt if entry.negative_prompt is None else entry.negative_prompt
         for count, scale, index in product(steps, guidance_scales, range(num_images)):
-            jobs.append(
-                ImageJob(len(jobs), row, entry.prompt, negative, first + index, count, scale)
-            )
+            own = len(jobs), row, entry.prompt, negative, first + index
+            second = entry.prompt_2, entry.negative_prompt_2, entry.sizes
+            jobs.append(ImageJob(*own, count, scale, *second))
     return jobs
 
 
@@ -108,10 +121,15 @@ def _json_line(text: str) -> PromptEntry:
         raise ValueError("is nested too deeply") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise ValueError(f'must be an object with a text "prompt", got {text[:80]}')
-    known = [one.name for one in fields(PromptEntry)]
+    sizes = [one.name for one in fields(SizeInputs)]
+    known = [one.name for one in fields(PromptEntry) if one.name != "sizes"] + sizes
     if unknown := sorted(entry.keys() - known):
         raise ValueError(f"has unknown entries {unknown[:8]}; known: {', '.join(known)}")
-    return PromptEntry(**entry)
+    given = SizeInputs(**{name: entry.pop(name) for name in sizes if name in entry})
+    try:
+        return PromptEntry(**entry, sizes=given.checked(is_sdxl=True))
+    except ValueError as error:
+        raise ValueError(f"has {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,7 +140,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _checked(entry: PromptEntry) -> PromptEntry:
     """Return the entry; ValueError for values that no image can be made of."""
-    for name in ("prompt", "negative_prompt"):
+    for name in TEXTS:
         text: object = getattr(entry, name)
         if text is None:
             continue

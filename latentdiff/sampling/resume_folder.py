@@ -21,6 +21,7 @@ from typing import Any
 from latentdiff.atomic import write_text
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.conditioning.image_condition import ConditionInputs, read_condition
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import image_guidance
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
 from latentdiff.pipeline.initial_latents import WindowInputs, trained_size_px
@@ -51,6 +52,9 @@ DEFAULTS: dict[str, Any] = {  # of what a PNG file leaves out, as not given or o
     "controlnet_conditioning_scale": None,
     "window_size": None,
     "window_overlap": None,
+    "prompt_2": None,
+    "negative_prompt_2": None,
+    **SizeInputs().settings(),
 }
 
 
@@ -66,7 +70,8 @@ class ResumeFolder:
         if not path.exists():
             return False
         settings = read_image_settings(path)
-        found, wanted = DEFAULTS | settings["call"], self._call(job)
+        null = {"negative_prompt": self._negative(None)}
+        found, wanted = DEFAULTS | null | settings["call"], self._call(job)
         if found["long_prompts"] == checks.OLD_TRUNCATE:
             found["long_prompts"] = "truncate"
         different = [key for key in sorted(wanted) if not _is_same(found.get(key), wanted[key])]
@@ -84,11 +89,20 @@ class ResumeFolder:
     def _call(self, job: ImageJob) -> dict[str, Any]:
         return self._shared | {
             "prompt": job.prompt,
-            "negative_prompt": job.negative_prompt or "",
+            "negative_prompt": self._negative(job.negative_prompt),
+            "prompt_2": None if job.prompt_2 == job.prompt else job.prompt_2,
+            "negative_prompt_2": (
+                None if job.negative_prompt_2 == job.negative_prompt else job.negative_prompt_2
+            ),
+            **job.sizes.settings(),
             "seed": job.seed,
             "num_inference_steps": job.num_inference_steps,
             "guidance_scale": job.guidance_scale,
         }
+
+    def _negative(self, text: str | None) -> str | None:
+        """Return a negative prompt as it is compared: to SDXL none is not the empty one."""
+        return text if self.pipe.is_sdxl else text or ""
 
     @cached_property
     def _shared(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from latentdiff.config.options import SampleOptions
 from latentdiff.image_grid import draw_grid
 from latentdiff.image_io import ImageError, decode_image
 from latentdiff.pipeline import checks
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import NUM_STEPS, default_guidance, default_steps
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import (
@@ -70,6 +72,7 @@ def sample(
         guidance_scale=default_guidance(pipe.model_info, is_sdxl=pipe.is_sdxl),
         num_steps=default_steps(pipe.model_info, NUM_STEPS),
     )
+    _check_second_texts(entries, options, is_sdxl=pipe.is_sdxl)
     sampler = BatchSampler(pipe, arguments, batch_size, options.trace, options.compile, log)
     if out.suffix:
         is_grid = len(jobs) > len({(job.row, job.seed) for job in jobs})
@@ -83,9 +86,9 @@ OPTIONS = (  # of the command that are arguments of the call under the same name
     *("num_inference_steps", "guidance_scale", "seed", "negative_prompt", "height", "width"),
     *("guidance_rescale", "guidance_interval", "long_prompts", "prompt_weighting", "clip_skip"),
     *("lora_scale", "image_guidance_scale", "noise_level", "controlnet_conditioning_scale"),
-    *("window_size", "window_overlap"),
+    *("window_size", "window_overlap", "prompt_2", "negative_prompt_2"),
+    *(field.name for field in fields(SizeInputs)),
 )
-SDXL_ARGUMENTS = ("prompt_2", "original_size", "target_size", "crops_coords_top_left")
 
 
 def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[str, Any]]:
@@ -110,8 +113,6 @@ def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[s
         else:
             label = scheduler.get("name", scheduler.get("class"))
             logger.warning("%s: no scheduler %s here, the model's own is taken", path, label)
-    if lost := [name for name in call if name.endswith(SDXL_ARGUMENTS)]:
-        logger.warning("%s was made with %s, which only Python takes", path, ", ".join(lost))
     model = settings.get("model")
     if isinstance(model, dict) and model.get("vae") == TINY_VAE:
         logger.warning("%s was decoded by a tiny VAE; give it by --vae", path)
@@ -195,7 +196,18 @@ def _prompt_entries(prompts: Sequence[str], options: SampleOptions) -> list[Prom
         raise ValueError("no prompts; give some, or prompt_file")
     if not all(entry.prompt.strip() for entry in entries):
         logger.warning("the prompt is empty: an image of no prompt")
-    return entries
+    return [_with_defaults(entry, options) for entry in entries]
+
+
+def _with_defaults(entry: PromptEntry, options: SampleOptions) -> PromptEntry:
+    """Return an entry with the options of SDXL where it has none of its own."""
+    own = {name: size for name, size in vars(entry.sizes).items() if size is not None}
+    given = {field.name: getattr(options, field.name) for field in fields(SizeInputs)} | own
+    texts = {
+        name: getattr(options if getattr(entry, name) is None else entry, name)
+        for name in ("prompt_2", "negative_prompt_2")
+    }
+    return replace(entry, **texts, sizes=SizeInputs(**given).checked(is_sdxl=True))
 
 
 def _jobs(
@@ -270,6 +282,22 @@ def _check_conditions(options: SampleOptions, *, num_controlnets: int) -> None:
             f"{expected if num_controlnets else 'one for all prompts'}"
             f"{', one for each ControlNet' if num_controlnets > 1 else ''}"
         )
+
+
+def _check_second_texts(
+    entries: Sequence[PromptEntry], options: SampleOptions, *, is_sdxl: bool
+) -> None:
+    """Raise ValueError for what SDXL alone reads, or a second negative prompt without a first."""
+    for entry in entries:
+        entry.sizes.checked(is_sdxl=is_sdxl)
+        for name in ("prompt_2", "negative_prompt_2"):
+            if getattr(entry, name) is not None and not is_sdxl:
+                raise ValueError(
+                    f"{name} is read by SDXL alone, and this model is not SDXL; leave it out"
+                )
+        negatives = entry.negative_prompt, options.negative_prompt
+        if entry.negative_prompt_2 is not None and negatives == (None, None):
+            raise ValueError("negative_prompt_2 needs negative_prompt; pass both or the latter")
 
 
 def _open(name: str, path: str | None) -> Image.Image | None:

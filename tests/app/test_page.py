@@ -113,6 +113,7 @@ def shown_image(page, tmp_path):
 
 def test_an_example_becomes_an_image_at_a_whole_multiple_of_its_pixels(page, tmp_path):
     assert "Hearts and apples at 32 px" in page.inner_text("#about")
+    assert page.locator("#of-sdxl >> visible=true").count() == 0
     page.click(f"#examples button:has-text('{EXAMPLES[1]}')")
     page.wait_for_function(
         "text => document.querySelector('#prompt textarea').value === text", arg=EXAMPLES[1]

@@ -10,6 +10,7 @@ from typing import Any
 from fuzz_inputs import FuzzCase
 
 from latentdiff.pipeline.checks import MAX_SEED
+from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.sampling.prompt_list import MAX_CHARACTERS, PromptEntry, read_prompt_entries
 
 TEXTS = (
@@ -46,6 +47,8 @@ def _json_lines(generator: random.Random) -> FuzzCase:
             generator.choice(TEXTS),
             generator.choice((None, "", *TEXTS)),
             generator.choice((None, 0, 3, MAX_SEED)),
+            generator.choice((None, None, "", *TEXTS)),
+            sizes=SizeInputs(*generator.choices((None, None, (1, 2), (768, 1024)), k=6)),
         )
         for _ in range(generator.randrange(1, 6))
     ]
@@ -57,7 +60,8 @@ def _json_lines(generator: random.Random) -> FuzzCase:
 
 def _given(entry: PromptEntry, generator: random.Random) -> dict[str, Any]:
     """Return an entry's fields in any order, those of no value absent or null."""
-    values = {name: value for name, value in vars(entry).items() if value is not None}
+    values = {n: value for n, value in vars(entry).items() if n != "sizes" and value is not None}
+    values |= {name: size for name, size in vars(entry.sizes).items() if size is not None}
     if entry.seed is None and generator.random() < 0.5:
         values["seed"] = None
     return dict(generator.sample(sorted(values.items(), key=str), len(values)))
