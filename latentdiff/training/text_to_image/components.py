@@ -30,7 +30,6 @@ from latentdiff.models.compatibility import (
     latent_factor,
     read_configs,
     read_json,
-    reads_time_ids,
     unet_factor,
 )
 from latentdiff.models.components import (
@@ -140,11 +139,6 @@ def needs_condition(config: Config, configs: Mapping[str, Mapping[str, Any]]) ->
     """
     channels = configs["vae"]["latent_channels"]
     method, kind = config.finetune.method, config.condition.kind
-    if reads_time_ids(configs["unet"]) and kind in ("upscale", "depth"):
-        raise ValueError(
-            f"condition.kind={kind} has no pipeline for models of SDXL's kind; take an SD 1.x or "
-            "2.x model, or condition.kind=inpaint or instruct_pix2pix"
-        )
     if check_condition(configs["unet"], kind, latent_channels=channels):
         return False
     if method in ("lora", "textual_inversion"):
