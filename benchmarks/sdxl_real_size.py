@@ -1,21 +1,25 @@
-"""Write one file of SDXL's real shapes and read it back, bit for bit, offline.
+"""SDXL at its real size, offline: one file written and read back bit for bit, three LoRA steps.
 
-    python benchmarks/sdxl_real_size.py [FOLDER]
+    python benchmarks/sdxl_real_size.py file [--folder FOLDER] [--out FILE.json]
+    python benchmarks/sdxl_real_size.py lora [--side_px 256] [--out FILE.json]
 
 U-Net (2.57 billion parameters), VAE and both text encoders hold noise in bfloat16. The file is
 written as `latentdiff export single-file` does and opened as `latentdiff convert single-file` does,
-and every weight is compared; one JSON line says how long that took and how much memory. Needs 16 GB
-of memory, 7 GB of disk in FOLDER (by default the temporary folder), and no network.
+and every weight is compared. The LoRA of rank 16 is trained on the frozen U-Net in bf16, with
+gradient checkpointing, as `latentdiff train` does it from its caches. One JSON line says how long
+that took and how much memory. The file needs 16 GB of memory, and 7 GB of disk in FOLDER (by
+default the temporary folder); the LoRA 10 GB of memory.
 """
 
+import argparse
 import gc
 import json
 import os
 import resource
-import sys
 import tempfile
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +29,36 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from latentdiff import LatentDiffPipeline
+from latentdiff.config.io import parse_arguments
+from latentdiff.config.text_to_image import Config
+from latentdiff.data.shapes import write_shapes
+from latentdiff.models.components import Components
 from latentdiff.models.open_clip import clip_tokenizer_from_open_clip
 from latentdiff.pipeline.files.single_file import (
     bundled_configs,
     empty_modules,
     save_single_file,
 )
+from latentdiff.training.distributed import start_accelerator
+from latentdiff.training.text_to_image import setup as text_to_image
+from latentdiff.training.text_to_image.memory import estimate_memory
 
 NOISE = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TRAINED_ON = (*MODELS, "tokenizer", "tokenizer_2", "scheduler")
+LORA = {
+    "finetune.method": "lora",
+    "finetune.lora_rank": 16,
+    "data.heldout_fraction": 0,
+    "data.num_workers": 0,
+    "train.frozen_dtype": "bf16",
+    "train.mixed_precision": "bf16",
+    "train.gradient_checkpointing": "true",
+    "train.batch_size": 1,
+    "train.max_steps": 3,
+    "train.ema": "false",
+    "preview.num_nearest": 0,
+}
 
 
 def weight(name: str, like: Tensor) -> Tensor:
@@ -43,9 +68,11 @@ def weight(name: str, like: Tensor) -> Tensor:
     return NOISE.roll(-start).repeat(count)[: like.numel()].clone().view(like.shape)
 
 
-def make_pipeline() -> LatentDiffPipeline:
-    """Build SDXL of real size from the configs that ship."""
+def make_pipeline(*, text_layers: int | None = None) -> LatentDiffPipeline:
+    """Build SDXL of real size from the configs that ship; text_layers: fewer, for less memory."""
     configs = bundled_configs("sdxl")
+    for name in ("text_encoder", "text_encoder_2") if text_layers else ():
+        configs[name] = configs[name] | {"num_hidden_layers": text_layers}
     modules: dict[str, Any] = empty_modules({name: configs[name] for name in MODELS})
     for part, module in modules.items():
         state = {key: weight(f"{part}.{key}", x) for key, x in module.state_dict().items()}
@@ -63,7 +90,7 @@ def num_different(part: str, module: nn.Module) -> int:
     )
 
 
-def measure(path: Path) -> dict[str, Any]:
+def measure_file(path: Path) -> dict[str, Any]:
     """Write, open and compare."""
     pipe = make_pipeline()
     started = time.perf_counter()
@@ -86,15 +113,75 @@ def measure(path: Path) -> dict[str, Any]:
         "write_seconds": round(written, 1),
         "open_seconds": round(opened, 1),
         "weights_different": different,
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "peak_memory_gb": peak_gb(),
+    }
+
+
+def peak_gb() -> float:
+    """Return the most memory that this process had, in GB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
+
+
+def measure_lora(folder: Path, *, side_px: int) -> dict[str, Any]:
+    """Train three steps of a LoRA on images of shapes; `estimate_gb` is the plan's."""
+    write_shapes(folder / "data", num_train=2, num_test=1, size_px=side_px)
+    (folder / "run").mkdir()
+    given = LORA | {
+        "model.pretrained": folder,
+        "data.root": folder / "data",
+        "data.cache_dir": folder / "cache",
+        "data.resolution": side_px,
+        "output_dir": folder / "run",
+    }
+    config = parse_arguments(Config, [f"--{name}={value}" for name, value in given.items()])
+    parts = make_pipeline(text_layers=2).components  # their states are cached
+    parts["vae"].float()  # images are encoded in float32
+    components = Components(**{name: parts[name] for name in TRAINED_ON})
+    text_to_image.pretrained_components = lambda config: components
+    accelerator = start_accelerator(config)
+    run = text_to_image.setup(config, folder / "run", accelerator)
+    batches = run.train_data.batches(
+        run.layout, first_step=0, last_step=3, accelerator=accelerator, seed=0
+    )
+    estimate = estimate_memory(run)
+    seconds, losses = [], []
+    for step in range(3):
+        started = time.perf_counter()
+        result = run.train_step.step(batches, step=step, count=1, accumulation=1)
+        losses.append(round(float(result.loss), 4))
+        seconds.append(round(time.perf_counter() - started, 1))
+    unet = components.unet
+    return {
+        "benchmark": "sdxl_real_size_lora",
+        "side_px": side_px,
+        "unet_billions": round(sum(p.numel() for p in unet.parameters()) / 1e9, 2),
+        "trained_millions": round(sum(p.numel() for p in run.train_step.parameters.values()) / 1e6),
+        "losses": losses,
+        "seconds": seconds,
+        "estimate_gb": round(estimate.on_device / 1e9, 2),
+        "estimate_by_part_gb": {
+            name: round((value or 0) / 1e9, 2) for name, value in asdict(estimate).items()
+        },
+        "peak_memory_gb": peak_gb(),
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=["file", "lora"])
+    parser.add_argument("--folder", help="where the files are written, for as long as it takes")
+    parser.add_argument("--side_px", type=int, default=256, help="side of the LoRA's images")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    where = sys.argv[1] if len(sys.argv) > 1 else None
-    with tempfile.TemporaryDirectory(prefix="sdxl-", dir=where) as folder:
-        print(json.dumps(measure(Path(folder) / "sdxl.safetensors")), flush=True)
+    with tempfile.TemporaryDirectory(prefix="sdxl-", dir=options.folder) as scratch:
+        if options.part == "file":
+            row = measure_file(Path(scratch) / "sdxl.safetensors")
+        else:
+            row = measure_lora(Path(scratch), side_px=options.side_px)
+    print(json.dumps(row), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

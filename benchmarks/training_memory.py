@@ -4,9 +4,12 @@
     python benchmarks/training_memory.py --sdxl [--side_px 1024] [--out FILE.json]
 
 The first trains a U-Net of SDXL's layout, smaller, for three steps of each mode on this machine,
-and prints one JSON line a mode: `estimate` is the plan's, `measured` the growth of the process's
-resident memory from before the model is loaded to the peak of the steps. The second states the real
-U-Net's (2.57 billion parameters) without computing anything.
+and prints one JSON line a mode. `estimate` is the plan's. `allocated` is PyTorch's own record: the
+tensors alive before the second step, and the most that it allocates on top, as a GPU's
+max_memory_allocated. `resident` is the growth of the process's memory that no file backs, at its
+peak within the third step, where malloc gives each block above 64 KB pages of its own: with the
+kernels' memory, without what a heap holds back. The second states the real U-Net's (2.57 billion
+parameters) without computing anything.
 """
 
 import argparse
@@ -16,9 +19,13 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fakes"))
 MODES: dict[str, dict[str, Any]] = {
     "AdamW in float32": {"train.optimizer": "adamw"},
     "LoRA on a bf16 base": {
@@ -83,29 +90,31 @@ def _child(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(mode: str, *, width: int, side_px: int) -> dict[str, Any]:
-    """Train three steps in a mode; return the plan's estimate and the measured peak, in bytes."""
+    """Train three steps in a mode; return the plan's estimate and what was measured, in bytes."""
+    from latentdiff.training import distributed
+
+    distributed.tune_malloc = _map_large_blocks  # or the heap holds what was freed
+    _map_large_blocks()
     _train(mode, width=32, side_px=32)  # what every run loads and keeps, whatever its size
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    plan, peak = _train(mode, width=width, side_px=side_px)
+    before = _live_bytes(), _resident("RssAnon")
+    plan, allocated, resident = _train(mode, width=width, side_px=side_px)
     estimate = sum(value or 0 for name, value in plan.items() if name != "host_averages")
-    measured = peak - before
-    return {
-        "mode": mode,
-        "estimate": estimate,
-        "measured": measured,
-        "ratio": round(estimate / measured, 3),
-        "parts": plan,
-    }
+    measured = {"allocated": allocated - before[0], "resident": resident - before[1]}
+    ratios = {f"estimate/{name}": round(estimate / value, 3) for name, value in measured.items()}
+    size = {"mode": mode, "width": width, "side_px": side_px}
+    return size | {"estimate": estimate} | measured | ratios | {"parts": plan}
 
 
-def _train(mode: str, *, width: int, side_px: int) -> tuple[dict[str, int], int]:
-    """Train three steps; return the plan's memory, and the process's peak within the steps."""
+def _map_large_blocks() -> bool:
+    """Let malloc take blocks above 64 KB from the system, and give them back."""
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(-3, 1 << 16) and mallopt(-1, 1 << 17))  # M_MMAP_, M_TRIM_THRESHOLD
+
+
+def _train(mode: str, *, width: int, side_px: int) -> tuple[dict[str, int], int, int]:
+    """Train three steps; return the plan's memory, and the bytes allocated and resident."""
     from accelerate.state import AcceleratorState
 
-    from latentdiff.config.io import parse_arguments
-    from latentdiff.config.text_to_image import Config
     from latentdiff.training.text_to_image import train_t2i
     from latentdiff.training.text_to_image.train_step import TrainStep
 
@@ -113,44 +122,90 @@ def _train(mode: str, *, width: int, side_px: int) -> tuple[dict[str, int], int]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_world(folder, width=width, side_px=side_px)
-        arguments = {
-            "model.pretrained": folder / "base",
-            "data.root": folder / "data",
-            "data.cache_dir": folder / "cache",
-            "data.resolution": side_px,
-            "data.heldout_fraction": 0,
-            "output_dir": folder / "run",
-            "train.max_steps": 3,
-            "train.batch_size": 1,
-            "train.ema": "false",
-            "train.mixed_precision": "bf16",
-            "train.gradient_checkpointing": "true",
-            "preview.num_steps": 1,
-            "preview.num_nearest": 0,
-        } | MODES[mode]
-        config = parse_arguments(Config, [f"--{key}={value}" for key, value in arguments.items()])
-        peak, step = 0, TrainStep.step
+        found, clean = {}, TrainStep.step
 
-        def watched(self: TrainStep, *given: Any, **settings: Any) -> Any:
-            nonlocal peak
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the heap holds back
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-            result = step(self, *given, **settings)
-            peak = max(peak, _resident("VmHWM"))
+        def watched(self: TrainStep, *given: Any, step: int, **settings: Any) -> Any:
+            meter = {1: _allocated, 2: _resident_peak}.get(step)
+            work = partial(clean, self, *given, step=step, **settings)
+            if meter is None:
+                return work()
+            result, found[step] = meter(work)
             return result
 
         TrainStep.step = watched  # type: ignore[method-assign]
         try:
-            train_t2i.train(config)
+            train_t2i.train(_config(mode, folder, side_px=side_px))
         finally:
-            TrainStep.step = step  # type: ignore[method-assign]
+            TrainStep.step = clean  # type: ignore[method-assign]
         plan = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))["memory"]
-    return plan, peak
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return plan, found[1], found[2]
+
+
+def _config(mode: str, folder: Path, *, side_px: int) -> Any:
+    from latentdiff.config.io import parse_arguments
+    from latentdiff.config.text_to_image import Config
+
+    arguments = {
+        "model.pretrained": folder / "base",
+        "data.root": folder / "data",
+        "data.cache_dir": folder / "cache",
+        "data.resolution": side_px,
+        "data.heldout_fraction": 0,
+        "output_dir": folder / "run",
+        "train.max_steps": 3,
+        "train.batch_size": 1,
+        "train.ema": "false",
+        "train.mixed_precision": "bf16",
+        "train.gradient_checkpointing": "true",
+        "preview.num_steps": 1,
+        "preview.num_nearest": 0,
+    } | MODES[mode]
+    return parse_arguments(Config, [f"--{key}={value}" for key, value in arguments.items()])
+
+
+def _allocated(work: Callable[[], Any]) -> tuple[Any, int]:
+    """Return a step's result, and the bytes of all tensors at its peak."""
+    from fakes_memory import allocated_peak
+
+    results: list[Any] = []
+    before = _live_bytes()
+    peak = allocated_peak(lambda: results.append(work()))
+    return results[0], before + peak
+
+
+def _live_bytes() -> int:
+    """Return the bytes of the tensors that Python knows of."""
+    import torch
+
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _resident_peak(work: Callable[[], Any]) -> tuple[Any, int]:
+    """Return a step's result, and the most bytes that the process had, with no file behind them."""
+    ctypes.CDLL(None).malloc_trim(0)
+    done, seen = threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(_resident("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = work()
+        return result, max(seen)
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _write_world(folder: Path, *, width: int, side_px: int) -> None:
     """Write a model of SDXL's layout with random weights, and a few images."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fakes"))
     from fakes_sdxl import POOLED, WIDTHS, sdxl_components, sdxl_unet
 
     from latentdiff.data.shapes import write_shapes
@@ -176,7 +231,7 @@ def _write_world(folder: Path, *, width: int, side_px: int) -> None:
 
 
 def _resident(entry: str) -> int:
-    """Return a figure of /proc/self/status in bytes: VmRSS now, VmHWM at its peak."""
+    """Return a figure of /proc/self/status in bytes: RssAnon, memory that no file backs."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
 
@@ -187,33 +242,62 @@ def estimate_sdxl(mode: str, *, side_px: int) -> dict[str, Any]:
     The text encoders and the VAE are on the host: captions and latents are cached.
     """
     import torch
-    from diffusers import UNet2DConditionModel
-    from peft import LoraConfig, inject_adapter_in_model
 
     from latentdiff.config.train import TrainConfig
     from latentdiff.models.conditioning import Conditioning
-    from latentdiff.models.unet.guidance_embedding import predict
-    from latentdiff.training.finetune.methods import TRAINABLE
+    from latentdiff.training.optim.memory import num_bytes, optimizer_bytes, update_bytes
     from latentdiff.training.optim.optimizer import parameter_groups
-    from latentdiff.training.text_to_image.memory import (
-        estimate_activations,
-        num_bytes,
-        optimizer_bytes,
-    )
-    from latentdiff.training.text_to_image.memory_modes import cast_weights
+    from latentdiff.training.text_to_image.memory import Update, estimate_activations
 
     settings = MODES[mode]
-    is_lora = settings.get("finetune.method") == "lora"
+    fused = settings.get("train.fused_backward_pass") == "true"
+    name: Any = settings.get("train.optimizer", "adamw")
     train = TrainConfig(
         full_bf16=settings.get("train.full_bf16") == "true",
         frozen_dtype=settings.get("train.frozen_dtype", "fp32"),
     )
+    model = _sdxl_model(train, method=settings.get("finetune.method", "full"))
+
+    def inputs() -> tuple[Any, ...]:
+        text = torch.empty(1, 77, 2048), torch.empty(1, 1280)
+        sizes = torch.empty(1, 6, dtype=torch.int64)
+        zt = torch.empty(1, 4, side_px // 8, side_px // 8)
+        return zt, torch.empty(1, dtype=torch.int64), Conditioning(*text, time_ids=sizes)
+
+    sizes = [num_bytes([p]) for p in model.parameters() if p.requires_grad]
+    parts = {
+        "weights": num_bytes(model.parameters()),
+        "gradients": max(sizes) if fused else sum(sizes),
+        "optimizer": optimizer_bytes(
+            parameter_groups(model, weight_decay=0.01, name=name), name=name
+        ),
+        "activations": estimate_activations(
+            model,
+            inputs,
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=not fused),
+            update=Update(partial(update_bytes, name=name), is_fused=fused),
+        ),
+    }
+    gigabytes = {key: round(value / 1e9, 2) for key, value in parts.items()}
+    total = round(sum(parts.values()) / 1e9, 2)
+    return {"mode": mode, "side_px": side_px, "total_gb": total, "parts_gb": gigabytes}
+
+
+def _sdxl_model(train: Any, *, method: Any) -> Any:
+    """Return the real U-Net without contents, in the dtypes of a memory mode."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from latentdiff.models.unet.guidance_embedding import predict
+    from latentdiff.training.finetune.methods import TRAINABLE
+    from latentdiff.training.text_to_image.memory_modes import cast_weights
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.unet = UNet2DConditionModel(**SDXL)
-            if is_lora:
+            if method == "lora":
                 targets = ["to_q", "to_k", "to_v", "to_out.0"]
                 lora = LoraConfig(r=16, lora_alpha=16, target_modules=targets)
                 inject_adapter_in_model(lora, self.unet)
@@ -224,39 +308,10 @@ def estimate_sdxl(mode: str, *, side_px: int) -> dict[str, Any]:
 
     with torch.device("meta"):
         model = Model().train()
-    model.to_empty(device="cpu")  # pages that nothing writes to take no memory
-    method = "lora" if is_lora else "full"
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINABLE[method](name))
     cast_weights(model, train)
-
-    def inputs() -> tuple[Any, ...]:
-        text = torch.empty(1, 77, 2048), torch.empty(1, 1280)
-        sizes = torch.empty(1, 6, dtype=torch.int64)
-        side = side_px // 8
-        zt = torch.empty(1, 4, side, side)
-        t = torch.empty(1, dtype=torch.int64)
-        return zt, t, Conditioning(*text, time_ids=sizes)
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    name: Any = settings.get("train.optimizer", "adamw")
-    groups = parameter_groups(model, weight_decay=0.01, name=name)
-    sizes = [num_bytes([p]) for p in trained]
-    fused = settings.get("train.fused_backward_pass") == "true"
-    activations = estimate_activations(
-        model,
-        inputs,
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=not fused),
-    )
-    parts = {
-        "weights": num_bytes(model.parameters()),
-        "gradients": max(sizes) if fused else sum(sizes),
-        "optimizer": optimizer_bytes(groups, name=name),
-        "activations": activations,
-    }
-    gigabytes = {key: round(value / 1e9, 2) for key, value in parts.items()}
-    total = round(sum(parts.values()) / 1e9, 2)
-    return {"mode": mode, "side_px": side_px, "total_gb": total, "parts_gb": gigabytes}
+    return model.to_empty(device="cpu")  # pages that nothing writes to take no memory
 
 
 if __name__ == "__main__":

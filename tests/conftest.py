@@ -1,8 +1,9 @@
 """Fixtures that every test may use; what they are made of is in fakes_models.py."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.models.components import Components
 from latentdiff.models.text import train_tokenizer
+from latentdiff.training.text_to_image import memory
 
 # The first backward pass of a process decides whether autograd starts threads, and a process with
 # such threads cannot fork children that train: take it before any test can change the answer.
@@ -42,15 +44,16 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick_plan() -> Iterator[None]:
+def activations_of() -> Iterator[Callable[[Any], int | None]]:
     """Runs here last seconds, of which the estimate of a pass' memory would be half.
 
-    test_plan.py tests the estimate, test_processes.py has it in whole runs.
+    Returns what estimates it. test_plan.py and test_sdxl_training.py test the estimate,
+    test_processes.py has it in whole runs.
     """
     with pytest.MonkeyPatch.context() as patch:
-        name = "latentdiff.training.text_to_image.memory._activations_of"
-        patch.setattr(name, lambda run: 1_000_000)
-        yield
+        clean = memory.activations_of
+        patch.setattr(memory, "activations_of", lambda run: 1_000_000)
+        yield clean
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fakes_sdxl import sdxl_components
 from fakes_training import SETTINGS, make_config
@@ -22,10 +23,13 @@ QUICK = {
 }
 
 
-def make_sdxl_world(folder: Path, *, zeros: bool = True) -> Path:
-    """Write data/, ten training images, and base/, a tiny SDXL model; config.json for both."""
+def make_sdxl_world(folder: Path, *, zeros: bool = True, **changes: Any) -> Path:
+    """Write data/, ten training images, and base/, a tiny SDXL model; config.json for both.
+
+    changes: components of the model by name.
+    """
     write_shapes(folder / "data", num_train=10, num_test=4, size_px=32)
-    parts = sdxl_components()
+    parts = sdxl_components(**changes)
     LatentDiffPipeline(**parts, force_zeros_for_empty_prompt=zeros).save_pretrained(folder / "base")
     settings = {name: part for name, part in SETTINGS.items() if name != "model"}
     (folder / "config.json").write_text(json.dumps(settings))

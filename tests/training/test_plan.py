@@ -9,10 +9,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from fakes_data import save_image
+from fakes_memory import allocated_peak
 from fakes_models import make_vae
 from fakes_training import make_config, make_world
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from latentdiff.config.diffusion import DiffusionConfig
 from latentdiff.config.model import ConditionConfig
@@ -23,8 +23,9 @@ from latentdiff.pipeline.files.model_info import ModelInfo
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.metrics_log import log_throughput
+from latentdiff.training.optim.memory import optimizer_bytes
 from latentdiff.training.text_to_image import memory, plan
-from latentdiff.training.text_to_image.memory import estimate_activations, optimizer_bytes
+from latentdiff.training.text_to_image.memory import estimate_activations
 from latentdiff.training.text_to_image.setup import setup
 from latentdiff.training.text_to_image.train_t2i import train
 
@@ -62,16 +63,13 @@ def measured_peak(model: nn.Module, arguments: tuple[Tensor, ...], *, precision:
     """Run a real pass, and read its peak off PyTorch's own record of what is allocated."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+
+    def work() -> None:
         with autocast(precision):
             output = model(*arguments)
         output.float().square().mean().backward()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+
+    return allocated_peak(work)
 
 
 def autocast(precision: str):
@@ -86,7 +84,9 @@ def test_estimated_activations_are_those_a_real_pass_allocates(
     model = Denoiser().train()
     if checkpointing:
         model.unet.enable_gradient_checkpointing()
-    estimate = estimate_activations(model, inputs, autocast=lambda: autocast(precision))
+    estimate = estimate_activations(
+        model, inputs, autocast=lambda: autocast(precision), accumulates=True
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
     peak = measured_peak(model, inputs(), precision=precision)
     print(f"{precision} {checkpointing=}: estimated {estimate:,}, measured {peak:,}")
@@ -162,7 +162,7 @@ def test_no_heldout_image_is_a_warning_only_where_some_are_asked_for(
 def test_micro_batch_is_halved_until_its_memory_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_activations_of", lambda run: run.layout.micro_batch_size * 10**6)
+    monkeypatch.setattr(memory, "activations_of", lambda run: run.layout.micro_batch_size * 10**6)
     world = make_world(tmp_path)
     config = make_config(world, tmp_path / "run", train__batch_size=7)
     run = setup(config, tmp_path / "run", start_accelerator(config))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from fakes_data import captioned_folder
-from fakes_sdxl import WIDTHS, sdxl_components
-from fakes_sdxl_training import make_sdxl_world, sdxl_config
+from fakes_faults import assert_same_state, start, start_ranks
+from fakes_memory import allocated_peak
+from fakes_sdxl import WIDTHS, sdxl_components, sdxl_unet
+from fakes_sdxl_training import QUICK, make_sdxl_world, sdxl_config
 from fakes_training import read_metrics
-from safetensors.torch import load_file
 
 from latentdiff.config.options import DistillOptions
 from latentdiff.models.components import Components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import default_guidance
 from latentdiff.training.distill.stages import StudentComparison
+from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.finetune.textual_inversion import add_tokens, merge_tokens
 from latentdiff.training.inputs.encode import CachedPromptEmbeds, TokenIds
+from latentdiff.training.optim.memory import num_bytes
+from latentdiff.training.text_to_image import memory
 from latentdiff.training.text_to_image.setup import Run, setup
+from latentdiff.training.text_to_image.train_step import TrainStep
 from latentdiff.training.text_to_image.train_t2i import train
 
 CPU = torch.device("cpu")
@@ -141,18 +148,31 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def killed(world: Path, run: Path, **settings: Any) -> Path:
+    """Begin a run and kill it in its third step, of which nothing is saved."""
+    clean = TrainStep.step
+
+    def slow(self: TrainStep, batches: Any, *, step: int, **others: Any) -> Any:
+        if step == 2:
+            time.sleep(600)
+        return clean(self, batches, step=step, **others)
+
+    base = {"model__pretrained": world / "base", "train__checkpoint_every_steps": 1}
+    plant = partial(setattr, TrainStep, "step", slow)
+    child = start(world, run, plant=plant, **(QUICK | base | settings))
+    child.when((run / "checkpoints" / "step-000000002").exists)
+    assert child.kill()
+    return run
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_stopped_run_continues_bit_for_bit_and_stock_opens_its_export(
+def test_killed_run_continues_bit_for_bit_and_stock_opens_its_export(
     world: Path, tmp_path: Path, method: str
 ) -> None:
     settings = METHODS[method]
     whole = run_of(world, tmp_path / "whole", **settings)
-    stopped = run_of(world, tmp_path / "run", **(settings | {"train__max_steps": 1}))
-    run_of(world, stopped, **settings)
-    assert read_metrics(whole) == read_metrics(stopped)
-    name = Path("checkpoints", "step-000000003", "model.safetensors")
-    first, second = load_file(whole / name), load_file(stopped / name)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    run_of(world, killed(world, tmp_path / "run", **settings), **settings)
+    assert_same_state(tmp_path / "run", whole, step=3)
     stock = StableDiffusionXLPipeline.from_pretrained(whole / "pipeline")
     ours = LatentDiffPipeline.from_pretrained(whole / "pipeline")
     given = {"num_inference_steps": 2, "output_type": "pt", "height": 32, "width": 32}
@@ -240,3 +260,86 @@ def test_accumulated_step_is_that_of_the_whole_batch(world: Path, tmp_path: Path
         figures.append((result.loss, result.grad_norm))
     assert run.layout.accumulation == 2
     torch.testing.assert_close(figures[0], figures[1], rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_get_the_losses_of_one(world: Path, tmp_path: Path) -> None:
+    one = run_of(world, tmp_path / "one", train__max_steps=2)
+    base = {"model__pretrained": world / "base", "train__max_steps": 2}
+    child = start_ranks(world, tmp_path / "two", **(QUICK | base))
+    assert child.wait() == 0, child.output()
+    assert read_metrics(tmp_path / "two") == pytest.approx(read_metrics(one), rel=0, abs=1e-6)
+
+
+def test_dreambooth_generates_class_images_once_and_trains_on_their_own_states(
+    world: Path, tmp_path: Path
+) -> None:
+    """Half of a step is of the class: its weight, its caption's states, the size of its images."""
+    dream = {
+        "data__cache_dir": tmp_path / "cache",
+        "finetune__instance_prompts": '["a photo of sks shape"]',
+        "finetune__class_prompt": "a photo of a shape",
+        "finetune__num_class_images": 2,
+        "finetune__class_num_steps": 1,
+        "finetune__prior_loss_weight": 0.5,
+        "diffusion__caption_dropout": 0,
+    }
+    first = set_up(world, tmp_path / "run", **dream)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "class_images").rglob("*.png")}
+    assert len(files) == 2
+    batch = batch_of(first)
+    is_class = batch["index"] >= len(first.train_data.train)
+    assert batch["weight"].tolist() == [0.5 if one else 1.0 for one in is_class]
+    assert is_class.sum() == 2
+    stock = StableDiffusionXLPipeline.from_pretrained(world / "base")
+    for which, prompt in ((is_class, "a photo of a shape"), (~is_class, "a photo of sks shape")):
+        embeds, _, pooled, _ = stock.encode_prompt(prompt, device=CPU, **UNGUIDED)
+        torch.testing.assert_close(batch["prompt_embeds"][which], embeds.expand(2, -1, -1))
+        torch.testing.assert_close(batch["pooled_embeds"][which], pooled.expand(2, -1))
+        assert batch["time_ids"][which].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+    again = set_up(world, tmp_path / "run", **dream)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert again.train_data.source.cache.num_encoded == 0  # type: ignore[union-attr]
+    assert not again.train_data.latents.num_encoded  # type: ignore[union-attr]
+    run_of(world, tmp_path / "run", **dream)
+
+
+MEMORY_MODES: dict[str, dict[str, Any]] = {
+    "LoRA on a bf16 base": {"finetune__method": "lora", "train__frozen_dtype": "bf16"},
+    "float32, fused": {"train__fused_backward_pass": "true"},
+    "bf16, fused": {"train__fused_backward_pass": "true", "train__full_bf16": "true"},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A U-Net whose weights are large next to what kernels allocate within themselves."""
+    unet = sdxl_unet(block_out_channels=(64, 128))
+    return make_sdxl_world(tmp_path_factory.mktemp("wide"), unet=unet)
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_estimated_memory_is_what_a_step_allocates(
+    wide: Path, tmp_path: Path, mode: str, activations_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step has of its own at its peak, next to weights and optimiser state."""
+    settings = MEMORY_MODES[mode]
+    if "fused" in mode:
+        settings = settings | {"train__optimizer": "adafactor", "train__max_grad_norm": 0}
+    bf16 = {"train__mixed_precision": "bf16", "train__gradient_checkpointing": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = sdxl_config(wide, tmp_path, **(bf16 | settings))
+    run = setup(config, tmp_path, start_accelerator(config))
+    batches = run.train_data.batches(
+        run.layout, first_step=0, last_step=2, accelerator=run.accelerator, seed=0
+    )
+    monkeypatch.setattr(memory, "activations_of", activations_of)
+    estimate = memory.estimate_memory(run)
+    step = partial(run.train_step.step, batches, count=4, accumulation=1)
+    step(step=0)
+    states = run.train_step.optimizer.state.values()
+    state = num_bytes(x for one in states for x in one.values() if isinstance(x, torch.Tensor))
+    peak = allocated_peak(partial(step, step=1))
+    assert estimate.activations is not None
+    expected = estimate.gradients + estimate.activations
+    assert expected == pytest.approx(peak, rel=0.1)
+    assert estimate.optimizer == pytest.approx(state, rel=0.05)

@@ -49,7 +49,7 @@ def upscale_channels(low_res: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     low_res, noise: (B, 3, h, w), the image in [-1, 1] at the latents' size; level: (B,) int64 in
     [0, 1000), which the U-Net reads as its class label.
     """
-    return q_sample(low_res_schedule(), low_res, level, noise)
+    return q_sample(low_res_schedule().to(level.device), low_res, level, noise)
 
 
 def depth_channels(depth: Tensor, size: tuple[int, int]) -> Tensor:

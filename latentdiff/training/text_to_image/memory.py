@@ -1,16 +1,16 @@
 """The memory that a run needs, estimated before its first step.
 
-Weights, gradients, optimiser and averages follow from the parameters; activations come from a
-forward and backward pass of one micro-batch on fake tensors, which have sizes and no contents. The
-kernels' own memory and the allocator's unused blocks come on top.
+Weights, gradients, optimiser and averages follow from the parameters; what else a step takes at its
+peak comes from a forward and backward pass of one micro-batch on fake tensors, which have sizes and
+no contents, and from the updates. The kernels' own memory and the allocator's unused blocks come on
+top.
 """
 
 import logging
-import math
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from latentdiff.config.choices import OptimizerName
 from latentdiff.models.compatibility import CONDITION_KINDS, reads_time_ids
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
@@ -29,12 +26,16 @@ from latentdiff.training.finetune.lokr import without_drawing
 from latentdiff.training.fsdp import is_sharded, local_shard
 from latentdiff.training.inputs.batches import BatchLayout
 from latentdiff.training.inputs.encode import bucket_sizes
-from latentdiff.training.optim.optimizer import OPTIMIZERS
+from latentdiff.training.optim.memory import (
+    PeakMemory,
+    num_bytes,
+    optimizer_bytes,
+    update_bytes,
+)
 from latentdiff.training.text_to_image.setup import Run
 
 logger = logging.getLogger(__name__)
 USABLE = 0.85  # share of a GPU's memory; the rest is for kernels and unused blocks
-SMALL_PARAMETER = 4096  # elements, below which bitsandbytes keeps state of 32 bits
 PARTS = {
     "unet": "U-Net",
     "text_encoder": "text encoder",
@@ -47,8 +48,9 @@ PARTS = {
 class Memory:
     """Bytes of one process while it trains.
 
-    averages: on the accelerator; host_averages: with train.ema_device=cpu. activations: at their
-    peak; None where they cannot be estimated.
+    gradients: all, or the largest where each is used at once. averages: on the accelerator;
+    host_averages: with train.ema_device=cpu. activations: all else of a step at its peak, with the
+    tensors of an update; None where they cannot be estimated.
     """
 
     weights: int
@@ -118,7 +120,7 @@ def estimate_memory(run: Run) -> Memory:
         ),
         averages=0 if is_host else total,
         host_averages=total if is_host else 0,
-        activations=_activations_of(run),
+        activations=activations_of(run),
     )
 
 
@@ -128,28 +130,16 @@ def _gradient_bytes(trained: Sequence[Tensor], run: Run) -> int:
     return max(sizes) if run.config.train.fused_backward_pass else sum(sizes)
 
 
-def optimizer_bytes(groups: Iterable[Mapping[str, Any]], *, name: OptimizerName) -> int:
-    """Return the bytes of an optimiser's moments, in 32 bits, or block-wise in 8; Muon keeps one.
+@dataclass(frozen=True)
+class Update:
+    """The memory of an update of the weights.
 
-    Adafactor keeps rows and columns of a matrix, and of a kernel those of its last two dimensions.
-    Prodigy keeps less for parameters that begin at 0, as half of a LoRA's do.
+    num_bytes: that of one parameter, besides its gradient. is_fused: each is updated within the
+    backward pass, which frees its gradient.
     """
-    if name == "adafactor":
-        shapes = [local_shard(p).shape for group in groups for p in group["params"]]
-        return 4 * sum(_adafactor_size(tuple(shape)) for shape in shapes)
-    total, num_moments = 0, OPTIMIZERS[name].num_moments
-    for group in groups:
-        for n in (local_shard(parameter).numel() for parameter in group["params"]):
-            in_bytes = name == "adamw8bit" and n >= SMALL_PARAMETER
-            total += (1 if group.get("orthogonal") else num_moments) * n * (1 if in_bytes else 4)
-    return total
 
-
-def _adafactor_size(shape: tuple[int, ...]) -> int:
-    """Return the numbers that Adafactor keeps of a parameter (Shazeer & Stern 2018, Alg. 4)."""
-    if len(shape) < 2:
-        return math.prod(shape)
-    return math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
+    num_bytes: Callable[[Tensor], int]
+    is_fused: bool
 
 
 def estimate_activations(
@@ -157,27 +147,43 @@ def estimate_activations(
     inputs: Callable[[], tuple[Any, ...]],
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
+    update: Update | None = None,
+    accumulates: bool = False,
 ) -> int:
-    """Return the peak bytes of a training pass, besides weights and gradients.
+    """Return the peak bytes of a training step, besides weights, optimiser state and gradients.
 
-    inputs: makes the model's arguments; it is called where tensors have no contents. Nothing is
-    computed, and the model stays as it is. Raises RuntimeError for operations whose output has an
-    unknown size.
+    inputs: makes the model's arguments; it is called where tensors have no contents. update: how
+    weights are updated, else not at all. accumulates: gradients are there before the pass. Nothing
+    is computed, and the model stays as it is. Raises RuntimeError for operations whose output has
+    an unknown size.
     """
     # An autograd engine whose first pass is fake starts threads, after which a fork cannot train.
     torch.ones((), requires_grad=True).backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a frozen text encoder's weights
-    sizes = _PeakMemory()
+    sizes = PeakMemory()
     with mode:
         named = (*model.named_parameters(), *model.named_buffers())
         fakes: dict[str, Tensor] = {f"model.{name}": mode.from_tensor(x) for name, x in named}
-        for fake in fakes.values():
-            if fake.requires_grad:
-                fake.grad = torch.zeros_like(fake)  # counted separately
-        arguments = inputs()
+        trained = [fake for fake in fakes.values() if fake.requires_grad]
+        updates = [0 if update is None else update.num_bytes(fake) for fake in trained]
+        for fake, needed in zip(trained, updates, strict=True):
+            if update is not None and update.is_fused:
+                fake.register_post_accumulate_grad_hook(partial(_update, sizes, needed))
         with sizes:
+            arguments = inputs()
+            for fake in trained if accumulates else ():
+                fake.grad = torch.zeros_like(fake)
             functional_call(_Pass(model, autocast), fakes, arguments)
-    return sizes.peak
+            if update is not None and not update.is_fused:
+                sizes.add_for_a_moment(max(updates))
+    gradients = [num_bytes([fake]) for fake in trained]
+    return sizes.peak - (max(gradients) if update and update.is_fused else sum(gradients))
+
+
+def _update(sizes: PeakMemory, num_bytes: int, parameter: Tensor) -> None:
+    """Do as a hook that updates a parameter within the backward pass, and frees its gradient."""
+    sizes.add_for_a_moment(num_bytes)
+    parameter.grad = None
 
 
 class _Pass(nn.Module):
@@ -195,37 +201,7 @@ class _Pass(nn.Module):
         output.float().square().mean().backward()
 
 
-class _PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, for as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        inputs = [x.untyped_storage() for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage(), inputs)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage, inputs: Sequence[torch.UntypedStorage]) -> None:
-        if storage in self._known or any(storage is one for one in inputs):
-            return  # a view, or a tensor changed in place
-        self._known.add(storage)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, storage.nbytes()).atexit = False
-
-    def _remove(self, num_bytes: int) -> None:
-        self.now -= num_bytes
-
-
-def _activations_of(run: Run) -> int | None:
+def activations_of(run: Run) -> int | None:
     """Estimate the activations of one micro-batch; None, with the reason logged, where it fails."""
     if is_sharded(run.train_step.parameters) or run.config.train.attention == "xformers":
         return None
@@ -247,10 +223,27 @@ def _activations_of(run: Run) -> int | None:
 
     try:
         with without_drawing(model):
-            return estimate_activations(model, inputs, autocast=run.accelerator.autocast)
+            return estimate_activations(
+                model,
+                inputs,
+                autocast=run.accelerator.autocast,
+                update=_update_of(run),
+                accumulates=run.layout.accumulation > 1,
+            )
     except RuntimeError as error:
         logger.warning("the memory of activations cannot be estimated: %s", error)
         return None
+
+
+def _update_of(run: Run) -> Update:
+    """Return the memory of a run's updates; 0 of those that update all parameters at once."""
+    settings = run.config.train
+    one_by_one = settings.fused_backward_pass or settings.full_bf16
+    is_known = one_by_one or settings.optimizer == "adafactor"
+    return Update(
+        partial(update_bytes, name=settings.optimizer) if is_known else lambda parameter: 0,
+        is_fused=settings.fused_backward_pass,
+    )
 
 
 def _condition(run: Run, zt: Tensor) -> dict[str, Tensor]:
@@ -267,8 +260,3 @@ def _condition(run: Run, zt: Tensor) -> dict[str, Tensor]:
     num = condition.num_channels(zt.shape[1])
     found = {"condition": torch.empty(len(zt), num, *zt.shape[2:], device=zt.device)}
     return found | ({"class_labels": labels} if condition.num_class_embeds else {})
-
-
-def num_bytes(tensors: Any) -> int:
-    """Return the bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -49,10 +49,12 @@ def check_layout(settings: TrainConfig, layout: BatchLayout) -> None:
 
 
 def cast_weights(model: nn.Module, settings: TrainConfig) -> None:
-    """Put weights into bf16 where the config asks for it: trained ones, or frozen ones."""
-    is_bf16 = {True: settings.full_bf16, False: settings.frozen_dtype == "bf16"}
+    """Put weights into bf16 where the config asks for it; others that are trained, into float32."""
+    trained = torch.bfloat16 if settings.full_bf16 else torch.float32
     for parameter in model.parameters():
-        if is_bf16[parameter.requires_grad]:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(trained)
+        elif settings.frozen_dtype == "bf16":
             parameter.data = parameter.data.to(torch.bfloat16)
 
 

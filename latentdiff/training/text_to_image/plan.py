@@ -29,8 +29,9 @@ from latentdiff.models.components import Components
 from latentdiff.pipeline.files.model_card import untrained_guidance
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE
 from latentdiff.training.inputs.train_data import TrainData
+from latentdiff.training.optim.memory import num_bytes
 from latentdiff.training.run_folder import PLAN
-from latentdiff.training.text_to_image.memory import PARTS, Memory, estimate_memory, num_bytes
+from latentdiff.training.text_to_image.memory import PARTS, Memory, estimate_memory
 from latentdiff.training.text_to_image.memory_modes import mode_notes
 from latentdiff.training.text_to_image.setup import Run
 

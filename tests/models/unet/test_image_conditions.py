@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from fakes_models import make_tiny_vae, make_unet, make_vae
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latentdiff.models.compatibility import CONDITION_KINDS, check_condition, condition_kinds
 from latentdiff.models.conditioning import Conditioning
@@ -17,6 +18,7 @@ from latentdiff.models.unet.image_conditions import (
     depth_channels,
     inpaint_channels,
     instruct_pix2pix_channels,
+    low_res_schedule,
     null_channels,
     upscale_channels,
 )
@@ -107,6 +109,15 @@ def test_low_resolution_images_are_noised_as_stocks_low_res_scheduler_does() -> 
     low_res, noise, level = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0, 350])
     expected = stock.add_noise(low_res, noise, level)
     torch.testing.assert_close(upscale_channels(low_res, noise, level), expected)
+
+
+def test_low_resolution_images_are_noised_on_the_device_that_they_are_on() -> None:
+    """On a fake GPU, where operations refuse tensors of several devices as on a real one."""
+    low_res_schedule()  # kept for later calls, so not made of fake tensors
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        image = torch.empty(2, 3, 8, 8, device="cuda")
+        level = torch.empty(2, dtype=torch.int64, device="cuda")
+        assert upscale_channels(image, image, level).device.type == "cuda"
 
 
 def test_depth_is_scaled_as_stock_does_and_a_constant_map_stays_finite() -> None:
