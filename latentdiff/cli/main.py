@@ -57,6 +57,8 @@ ENTRIES = (
     Entry("compare", "evaluate:compare_subject_command", "Measure a tuned subject.", "measure"),
     Entry("report", "report:report_command", "One page on runs: curves, sheets.", "measure"),
     Entry("verify", "verify:verify_command", "Prove what a model was made of.", "measure"),
+    Entry("audit", "audit:audit_command", "What a model betrays of its data.", "measure"),
+    Entry("audit captions", "audit:audit_captions_command", "Captions in bits: wrong, empty."),
     Entry("export", "", "Write a model for other tools, smaller, or merged.", "share"),
     Entry("export single-file", "export:export_single_file_command", "One .safetensors file."),
     Entry("export lora", "export:lora_command", "A LoRA in kohya's or diffusers' names."),

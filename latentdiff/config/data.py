@@ -146,6 +146,10 @@ class DataConfig:
     """read through links that leave the folder (Hugging Face caches are made of them)"""
     cache_dir: str = folder(default="~/.cache/latentdiff")
     """folder of cached latents, prompt embeddings and scans, addressed by content"""
+    num_canaries: int = at_least(0, default=0)
+    """images of random colours and captions that the run plants among its own, and as many that it
+    never shows, in canaries/ and canary_twins/: latentdiff audit tells by them what the model
+    remembers; 0: none"""
     bill_of_materials: Literal["names", "hashes", "none"] = "names"
     """write what the model was made of, for latentdiff verify: hashes of images, captions, base
     model and settings, next to the images' names or without them; none: no such file"""
@@ -178,6 +182,11 @@ class DataConfig:
             )
 
     def _check_sources(self) -> None:
+        if self.num_canaries and any(source.weight for source in self.sources):
+            raise ValueError(
+                f"data.num_canaries={self.num_canaries} and weights of data.sources exclude each "
+                "other: give each source repeats instead"
+            )
         if self.root and self.sources:
             raise ValueError(
                 f"data.root={self.root} and data.sources exclude each other; give the folder as "

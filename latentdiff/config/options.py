@@ -1,4 +1,4 @@
-"""Options of commands that use a model: sample, app, evaluate, compare, distill, demo swiss-roll.
+"""Options of commands that use a model: sample, app, evaluate, audit, compare, distill, and others.
 
 Imports nothing heavy, so that --help is quick.
 """
@@ -241,6 +241,75 @@ class SweepOptions:
     """images of each caption"""
     sweep_steps: int = at_least(1, default=25)
     """sampling steps of the guidance sweep"""
+
+
+@dataclass(frozen=True)
+class CaptionAuditOptions:
+    """The captions that are audited, and how exactly they are measured."""
+
+    data: str
+    """a captioned folder"""
+    out: str = ""
+    """the folder for captions.json and captions.html; by default audit/ in the run's folder, whose
+    report shows the result"""
+    split: Literal["train", "heldout", "all"] = "all"
+    """the images whose captions are measured, as for evaluate"""
+    max_images: int = at_least(1, default=5000)
+    """maximum number of images, evenly spaced over the split"""
+    trigger_word: str = ""
+    """the word that stands for a subject, such as sks: which captions give its identity to other
+    words instead; it becomes the first tag of captions that lack it, as in training"""
+    caption_column: str = "text"
+    """column of the metadata file that holds the caption; of several captions, the first counts"""
+    heldout_fraction: float = 0.02
+    """as in training, with --split train or heldout"""
+    draws: int = at_least(1, default=16)
+    """timesteps of each estimate of a caption, by importance and in strata"""
+    repeats: int = at_least(2, default=4)
+    """estimates of each caption, whose spread gives the standard error"""
+    batch_size: int = at_least(1, default=32)
+    """images at once; lower it when memory runs out"""
+    seed: int = 0
+    """seed of timesteps and noise, 0 and more"""
+    device: str | None = None
+    """device: cpu, cuda, cuda:1, mps; by default the best there is"""
+
+
+@dataclass(frozen=True)
+class PrivacyOptions:
+    """The images that are audited, and how exactly they are measured."""
+
+    data: str
+    """the captioned folder that the model was trained on; of test/ or validation/ in it, and of
+    images held out by hash, none counts as trained on"""
+    out: str = ""
+    """the folder for privacy.json and privacy.html; by default audit/ in the run's folder, whose
+    report shows the result"""
+    heldout: str = ""
+    """a captioned folder of images of the same kind that the model never saw; by default the
+    held-out split of the data"""
+    base: str = ""
+    """the model that training started from, whose losses are taken off: the audit finds more"""
+    max_images: int = at_least(5, default=500)
+    """maximum number of images of each kind, evenly spaced"""
+    draws: int = at_least(1, default=16)
+    """timesteps and noises at which each image's loss is measured"""
+    num_images: int = at_least(0, default=16)
+    """images generated of training captions, among which copies are looked for; 0: none"""
+    guidance_scale: float | None = None
+    """scale of classifier-free guidance of those; by default the model's own, or 7.5"""
+    card: bool = False
+    """write a line with the result into the README.md of the model's folder too"""
+    caption_column: str = "text"
+    """column of the metadata file that holds the caption; of several captions, the first counts"""
+    heldout_fraction: float = 0.02
+    """share of the data that training held out by a stable hash, in [0, 1], as in training"""
+    batch_size: int = at_least(1, default=32)
+    """images at once; lower it when memory runs out"""
+    seed: int = 0
+    """seed of noise and images, 0 and more"""
+    device: str | None = None
+    """device: cpu, cuda, cuda:1, mps; by default the best there is"""
 
 
 UNRELATED = (

@@ -118,6 +118,16 @@ EFFECT_RULES = (
         "it is for condition.kind=inpaint with condition.masks=file",
     ),
     EffectRule(
+        ("data.num_canaries",),
+        lambda config: (
+            not config.finetune.instance_prompts
+            and config.finetune.method != "textual_inversion"
+            and config.condition_kind == "none"
+            and config.data.mask != "file"
+        ),
+        "canaries have captions of their own and no mask or condition",
+    ),
+    EffectRule(
         ("train.text_learning_rate",),
         lambda config: (
             config.train.train_text_encoder

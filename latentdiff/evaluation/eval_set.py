@@ -34,6 +34,8 @@ from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.pipeline.initial_latents import trained_size_px
 
+DISTILLED = "a distilled model predicts with guidance, at the timesteps of its few steps alone"
+
 
 @dataclass(frozen=True, eq=False)
 class RealImages:
@@ -116,6 +118,14 @@ def open_eval_model(model: str, options: EvalModelOptions) -> EvalModel:
     return EvalModel(components, latents, folder, device, options.batch_size, options.seed, info)
 
 
+def open_denoiser(model: str, options: EvalModelOptions) -> EvalModel:
+    """Load a model whose losses are those of its training; ValueError too for a distilled one."""
+    eval_model = open_eval_model(model, options)
+    if eval_model.is_distilled:
+        raise ValueError(f"{model}: {DISTILLED}; name the model that it was distilled from")
+    return eval_model
+
+
 def _check_reads_text_alone(components: Components, model: str) -> None:
     """Raise ValueError for a model that reads an image besides its caption."""
     channels, config = LatentCodec(components.vae).channels, components.unet.config
@@ -151,7 +161,7 @@ def encode_folder(
         eps = torch.randn(mean.shape, generator=generator)
         z0.append(mean.cpu() + std.cpu() * eps)
         texts = captions[part.start : part.stop]
-        conditioning.append(_conditioning(components, texts, size=(height, width)))
+        conditioning.append(encode_captions(components, texts, size=(height, width)))
     null = _null_conditioning(components, size=(height, width))
     return CaptionedLatents(captions, torch.cat(z0), Conditioning.cat(conditioning), null)
 
@@ -211,7 +221,7 @@ def read_pixels(folder: Folder, index: int, *, height: int, width: int) -> Tenso
     return to_pixels(resize_and_crop(image, height=height, width=width).image)
 
 
-def _conditioning(
+def encode_captions(
     components: Components, captions: Sequence[str], *, size: tuple[int, int]
 ) -> Conditioning:
     """Return the conditioning of captions; SDXL's sizes are those that images are sampled with.
@@ -228,7 +238,7 @@ def _conditioning(
 
 def _null_conditioning(components: Components, *, size: tuple[int, int]) -> Conditioning:
     """Return the conditioning without a caption that the model is sampled with, of one image."""
-    null = _conditioning(components, [NULL_CAPTION], size=size)
+    null = encode_captions(components, [NULL_CAPTION], size=size)
     return null_prompt(null, zeros=components.force_zeros_for_empty_prompt)
 
 

@@ -21,6 +21,7 @@ from latentdiff.config.options import (
 )
 from latentdiff.config.text_to_image import Config
 from latentdiff.evaluation.eval_set import (
+    DISTILLED,
     check_eval_options,
     open_eval_model,
     read_classes,
@@ -43,7 +44,6 @@ from latentdiff.evaluation.report.vlb import (
     check_bound,
 )
 from latentdiff.evaluation.run import (
-    DISTILLED,
     OF_IMAGES,
     EvalResult,
     EvalRun,

@@ -13,6 +13,7 @@ from latentdiff.config.options import EvalModelOptions, EvaluationOptions, Sweep
 from latentdiff.config.validation import check_ranges
 from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.eval_set import (
+    DISTILLED,
     EvalModel,
     RealImages,
     read_real_images,
@@ -37,7 +38,6 @@ MIN_GENERATED = 8
 MIN_TRAIN = 3
 NUM_SHOWN = 16
 NUM_STEPS = 25  # sampling steps of a model that is not distilled
-DISTILLED = "a distilled model predicts with guidance, at the timesteps of its few steps alone"
 logger = logging.getLogger(__name__)
 OF_IMAGES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
 

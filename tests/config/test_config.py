@@ -105,6 +105,11 @@ def test_bad_settings_are_named(argument: str, message: str) -> None:
         ("--train.seed=1", "condition.whole_masks=0", "condition.kind=inpaint"),
         ("--train.seed=1", "condition.dropout=0.2", "condition.kind=instruct_pix2pix"),
         ("--train.seed=1", "data.condition_column=x", "condition.kind=depth"),
+        (
+            '--finetune.instance_prompts=["x"]',
+            "data.num_canaries=2",
+            "finetune.instance_prompts=[]",
+        ),
         ("--condition.kind=inpaint", "data.inpaint_mask_column=x", "condition.masks=file"),
         ("--train.seed=1", "train.posthoc_ema_every_steps=2", "train.posthoc_ema_sigma_rel=[0.1]"),
     ],

@@ -133,6 +133,8 @@ def _filters(data: DataConfig, config: Config) -> Iterator[str]:
     yield f"at most {data.max_invalid_fraction:.1%} of the images may be unusable"
     if config.finetune.instance_prompts:
         yield f"all captions replaced by {' / '.join(config.finetune.instance_prompts)}"
+    if data.num_canaries:
+        yield f"besides, {data.num_canaries:,} images of random colours, planted for audits"
     if config.finetune.class_prompt:
         yield (
             f"besides, {config.finetune.num_class_images:,} images that the base model made of "

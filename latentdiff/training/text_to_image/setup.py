@@ -39,6 +39,7 @@ from latentdiff.training.finetune.lora import share_weights
 from latentdiff.training.finetune.methods import add_adapters, base_weights_hash
 from latentdiff.training.finetune.textual_inversion import check_captions_have_token
 from latentdiff.training.inputs.batches import BatchLayout
+from latentdiff.training.inputs.canaries import with_canaries
 from latentdiff.training.inputs.encode import (
     CachedPromptEmbeds,
     LatentSource,
@@ -100,7 +101,8 @@ def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:
     """
     if not config.train.max_epochs:
         return config
-    per_epoch = subject_order(config, _read_data(config, accelerator)[0]).steps_per_epoch
+    full = with_canaries(config, accelerator)
+    per_epoch = subject_order(full, _read_data(full, accelerator)[0]).steps_per_epoch
     max_steps = max(1, math.ceil(config.train.max_epochs * per_epoch))
     if accelerator.is_main_process:
         logger.info(

@@ -30,6 +30,7 @@ from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator
 from latentdiff.training.finetune.initial_weights import open_initial_file
 from latentdiff.training.fsdp import full_state, make_root, shard_state
+from latentdiff.training.inputs.canaries import with_canaries
 from latentdiff.training.inputs.conditions import FixedCondition
 from latentdiff.training.inputs.randomness import RULE_BY_PLACE, STRATA_RULE
 from latentdiff.training.inputs.train_data import TrainData
@@ -86,7 +87,7 @@ def train(config: Config) -> int:
         config = with_epochs_as_steps(config, accelerator)
         start = begin_run(config, folder, accelerator)
         rule = strata_rule_of(start.checkpoint)
-        run = setup(config, folder, accelerator)
+        run = setup(with_canaries(config, accelerator), folder, accelerator)
         run.strata_rule = rule
         run.layout = fitting_layout(run, available=usable_memory(accelerator.device))
         check_layout(config.train, run.layout)
