@@ -54,8 +54,7 @@ class CaptionValue:
 class CaptionAudit:
     """The values of all captions, and of the words that carry a subject besides its trigger word.
 
-    kept: for each caption, the share of its bits that stay without the trigger word; words: how
-    many bits a caption without the trigger word loses with each, the largest first.
+    words: how many bits a caption without the trigger word loses with each, the largest first.
     """
 
     model: EvalModel
