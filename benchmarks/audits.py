@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from common import machine
 
+from latentdiff.audit import caption_bits
 from latentdiff.audit.caption_bits import audit_captions
 from latentdiff.audit.membership import membership
 from latentdiff.audit.privacy import audit_privacy
@@ -79,6 +80,7 @@ def swapped(args):
     wrong = swap(rows, seed=args.seed)
     own = {row["file_name"]: {row["text"], *row.get("captions", [])} for row in rows}
     planted = [row | {"text": wrong.get(i, row["text"])} for i, row in enumerate(rows)]
+    caption_bits.MAX_CANDIDATES = args.candidates
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "data"
         write_folder(args.data / "train", folder, planted)
@@ -200,6 +202,7 @@ def main():
         if work is swapped:
             one.add_argument("--model", default="latentdiff-mini")
             one.add_argument("--num", type=int, default=400)
+            one.add_argument("--candidates", type=int, default=16, help="tried on each wrong one")
         if work is leak:
             one.add_argument("--words", required=True)
             one.add_argument("--trigger_word", default="sks")

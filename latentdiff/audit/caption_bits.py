@@ -251,7 +251,7 @@ def _better_captions(
 ) -> dict[int, str]:
     """Try other wrong captions and the folder's commonest on the wrong ones; return the best."""
     wrong = [i for i in bits.mean(1).argsort().tolist() if verdicts[i] == "wrong"][:MAX_REPAIRED]
-    if not wrong:
+    if not wrong or not MAX_CANDIDATES:
         return {}
     common = [caption for caption, _ in Counter(captions).most_common(MAX_CANDIDATES)]
     half = MAX_CANDIDATES // 2

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latentdiff.atomic import write_text
 from latentdiff.audit.caption_bits import KEPT_SHARE, CaptionAudit, CaptionValue, Verdict
 from latentdiff.evaluation.eval_set import read_real_images
@@ -125,7 +127,7 @@ def _sections(audit: CaptionAudit) -> Iterator[Section]:
         shown = audit.of(name)[:NUM_SHOWN]
         if not shown:
             continue
-        folder = audit.model.folder.select([place[one.id] for one in shown])
+        folder = audit.model.folder.select(np.array([place[one.id] for one in shown]))
         images = read_real_images(folder, size=audit.model.size).bytes
         groups = [
             [LabelledImage(to_pil(image), one.caption, f"{bits_text(one)}; {one.suggestion}")]

@@ -92,7 +92,7 @@ def audit_privacy(model: str, options: PrivacyOptions) -> PrivacyReceipt:
 
 def _scores(losses: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return each folder's scores; canaries, which look like nothing else, apart from the rest."""
-    scores = {}
+    scores: dict[str, Tensor] = {}
     for pair in ((MEMBERS, OTHERS), (CANARIES, TWINS)):
         if pair[0] not in losses:
             continue
@@ -203,8 +203,15 @@ def image_losses(eval_model: EvalModel, *, draws: int) -> Tensor:
             latents.conditioning,
             latents.null_conditioning,
         )
-        given = {"prediction_type": chain.prediction_type, "device": eval_model.device}
-        rows.append(triple_losses(denoise, schedule, triples, captions=["true"], **given)["true"])
+        measured = triple_losses(
+            denoise,
+            schedule,
+            triples,
+            prediction_type=chain.prediction_type,
+            device=eval_model.device,
+            captions=["true"],
+        )
+        rows.append(measured["true"])
     losses = torch.stack(rows, 1).double().cpu()
     if not losses.isfinite().all():
         raise FloatingPointError("the model's loss became NaN or Inf; is the folder damaged?")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latentdiff.atomic import write_text
 from latentdiff.audit.membership import FALSE_POSITIVE_RATE, Membership, most_exposed
 from latentdiff.audit.privacy import CANARIES, MEMBERS, OTHERS, PrivacyReceipt
@@ -129,7 +131,7 @@ def _ranked(receipt: PrivacyReceipt) -> list[tuple[int, float]]:
 
 def _exposed(receipt: PrivacyReceipt) -> Section:
     ranked = _ranked(receipt)
-    shown = receipt.folders[MEMBERS].select([i for i, _ in ranked])
+    shown = receipt.folders[MEMBERS].select(np.array([i for i, _ in ranked]))
     images = read_real_images(shown, size=receipt.model.size)
     groups = [
         [LabelledImage(to_pil(image), caption, f"{name}: more exposed than {share:.0%} of those")]

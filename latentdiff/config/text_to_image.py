@@ -121,8 +121,8 @@ EFFECT_RULES = (
         ("data.num_canaries",),
         lambda config: (
             not config.finetune.instance_prompts
-            and config.finetune.method != "textual_inversion"
-            and config.condition_kind == "none"
+            and config.finetune.method not in ("textual_inversion", "controlnet")
+            and config.condition.kind == "none"
             and config.data.mask != "file"
         ),
         "canaries have captions of their own and no mask or condition",

@@ -45,9 +45,9 @@ def test_verdict_follows_the_intervals() -> None:
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Ten shapes with captions, of which the first two are each other's; the names of those."""
+    """Six shapes with captions, of which the first two are each other's; the names of those."""
     root = tmp_path_factory.mktemp("shapes")
-    write_shapes(root, num_train=10, num_test=1)
+    write_shapes(root, num_train=6, num_test=1)
     path = root / "train" / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0]["text"], rows[1]["text"] = rows[1]["text"], rows[0]["text"]
@@ -61,11 +61,12 @@ def test_swapped_captions_are_found_and_the_right_ones_suggested(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("latentdiff.audit.caption_bits.NUM_PILOT", 1)
+    for name, value in (("NUM_PILOT", 1), ("MAX_CANDIDATES", 3)):
+        monkeypatch.setattr(f"latentdiff.audit.caption_bits.{name}", value)
     root, swapped = shapes
     before = (root / "train" / "metadata.jsonl").read_bytes()
     out = tmp_path / "audit"
-    options = ["--split", "train", "--draws", "6", "--repeats", "3", "--device", "cpu"]
+    options = ["--split", "train", "--draws", "8", "--repeats", "4", "--device", "cpu"]
     given = ["--data", str(root), "--out", str(out), *options]
     assert main(["audit", "captions", "latentdiff-mini", *given]) == 0
     result = json.loads((out / "captions.json").read_text())
