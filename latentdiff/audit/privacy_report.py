@@ -134,7 +134,11 @@ def _exposed(receipt: PrivacyReceipt) -> Section:
     shown = receipt.folders[MEMBERS].select(np.array([i for i, _ in ranked]))
     images = read_real_images(shown, size=receipt.model.size)
     groups = [
-        [LabelledImage(to_pil(image), caption, f"{name}: more exposed than {share:.0%} of those")]
+        [
+            LabelledImage(
+                to_pil(image), caption, f"{name}: better known than {share:.0%} of those held out"
+            )
+        ]
         for image, caption, name, (_, share) in zip(
             images.bytes, images.captions, images.ids, ranked, strict=True
         )
