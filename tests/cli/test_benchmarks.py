@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     *("train_throughput", "train_step_overhead", "heldout_race", "scaling"),
     *("vae", "startup", "memory", "keyed_randomness", "open_in_transformers4"),
+    "objectives",
 )
 
 
@@ -152,3 +153,23 @@ def test_the_wait_for_a_first_step_is_measured(benchmark, monkeypatch: pytest.Mo
     figures = figures_of(benchmark("startup", "--rounds", "1", "--num_train", "8", SCRIPTS=("a",)))
     assert figures["train"] == seconds
     assert "a --help" in figures["seconds"]
+
+
+def test_objectives_are_compared_by_training_seed_and_by_image(benchmark, tmp_path: Path) -> None:
+    yes = {"v_zero_snr": [2, 3], "flow": [3, 4]}  # of four captions, by seed
+
+    def arm(args, *, objective, seed):
+        shown = [k < yes[objective][seed] for k in range(4)]
+        return {"cpu_s": 7, "answers": {"own_25": shown, "unipc_8": [True] * 4}}
+
+    options = ["--out", str(tmp_path), "--num_seeds", "2", "--objectives", *yes]
+    printed = benchmark("objectives", *options, arm=arm, write_shapes=lambda *_, **__: None)
+    figures = figures_of(printed)
+    assert figures["training_cpu_s"] == {"v_zero_snr": [7, 7], "flow": [7, 7]}
+    own = figures["own_25"]
+    assert (own["flow"]["by_seed"], own["flow"]["all"]) == ([0.75, 1.0], 0.875)
+    assert own["flow - v_zero_snr"]["difference"] == 0.25
+    assert own["flow - v_zero_snr"]["over_seeds_95"] == [0.25, 0.25]
+    low, high = own["flow - v_zero_snr"]["over_images_95"]
+    assert 0 <= low < 0.25 < high
+    assert figures["unipc_8"]["flow - v_zero_snr"]["over_images_95"] == [0.0, 0.0]

@@ -60,7 +60,8 @@ NOT_RUN = {
         "python -c": "converts a file of another tool, which the reader has",
     },
     "docs/sdxl.md": {
-        "latentdiff train": "needs the weights of SDXL; tests/training/test_sdxl_training.py"
+        "latentdiff train": "needs the weights of SDXL; tests/training/test_sdxl_training.py",
+        "latentdiff sample": "the same; tests/sampling/test_sample_sdxl.py",
     },
     "docs/watching.md": {
         "latentdiff train": "trackers of others' packages; tests/training/test_trackers.py"
