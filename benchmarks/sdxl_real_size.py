@@ -122,8 +122,27 @@ def peak_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
+def resident_gb(entry: str) -> float:
+    """Return a figure of /proc/self/status: VmRSS, now, or VmHWM, at most since it was reset."""
+    value = Path("/proc/self/status").read_text(encoding="utf-8").split(f"{entry}:")[1]
+    return int(value.split()[0]) * 1024 / 1e9
+
+
+@torch.no_grad()
+def calm(module: nn.Module) -> None:
+    """Scale weights so that activations keep their size, as those of a trained model do."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(parameter[0].numel() ** -0.5)
+        else:
+            parameter.fill_(float(name.endswith("weight")))
+
+
 def measure_lora(folder: Path, *, side_px: int) -> dict[str, Any]:
-    """Train three steps of a LoRA on images of shapes; `estimate_gb` is the plan's."""
+    """Train three steps of a LoRA on images of shapes.
+
+    estimate_gb: the plan's; steps_gb: the growth from before the model is made to their peak.
+    """
     write_shapes(folder / "data", num_train=2, num_test=1, size_px=side_px)
     (folder / "run").mkdir()
     given = LORA | {
@@ -134,7 +153,10 @@ def measure_lora(folder: Path, *, side_px: int) -> dict[str, Any]:
         "output_dir": folder / "run",
     }
     config = parse_arguments(Config, [f"--{name}={value}" for name, value in given.items()])
+    before = resident_gb("VmRSS")
     parts = make_pipeline(text_layers=2).components  # their states are cached
+    for name in MODELS:
+        calm(parts[name])
     parts["vae"].float()  # images are encoded in float32
     components = Components(**{name: parts[name] for name in TRAINED_ON})
     text_to_image.pretrained_components = lambda config: components
@@ -144,7 +166,8 @@ def measure_lora(folder: Path, *, side_px: int) -> dict[str, Any]:
         run.layout, first_step=0, last_step=3, accelerator=accelerator, seed=0
     )
     estimate = estimate_memory(run)
-    seconds, losses = [], []
+    seconds, losses, peak = [], [], peak_gb()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     for step in range(3):
         started = time.perf_counter()
         result = run.train_step.step(batches, step=step, count=1, accumulation=1)
@@ -162,7 +185,8 @@ def measure_lora(folder: Path, *, side_px: int) -> dict[str, Any]:
         "estimate_by_part_gb": {
             name: round((value or 0) / 1e9, 2) for name, value in asdict(estimate).items()
         },
-        "peak_memory_gb": peak_gb(),
+        "steps_gb": round(resident_gb("VmHWM") - before, 2),
+        "peak_memory_gb": max(peak, peak_gb()),
     }
 
 

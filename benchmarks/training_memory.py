@@ -6,10 +6,10 @@
 The first trains a U-Net of SDXL's layout, smaller, for three steps of each mode on this machine,
 and prints one JSON line a mode. `estimate` is the plan's. `allocated` is PyTorch's own record: the
 tensors alive before the second step, and the most that it allocates on top, as a GPU's
-max_memory_allocated. `resident` is the growth of the process's memory that no file backs, at its
-peak within the third step, where malloc gives each block above 64 KB pages of its own: with the
-kernels' memory, without what a heap holds back. The second states the real U-Net's (2.57 billion
-parameters) without computing anything.
+max_memory_allocated. `resident` is the growth of the process's memory that no file backs, from
+before the model is loaded to the peak of the third step, where malloc gives each block above 64 KB
+pages of its own: with the kernels' memory, without what a heap holds back. The second states the
+real U-Net's (2.57 billion parameters) without computing anything.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,12 @@ def main() -> None:
     if options.mode:
         print(json.dumps(measure(options.mode, width=options.width, side_px=options.side_px)))
         return
-    rows = [
-        estimate_sdxl(mode, side_px=options.side_px) if options.sdxl else _child(mode, options)
-        for mode in MODES
-    ]
-    for row in rows:
-        print(json.dumps(row))
+    rows = []
+    for mode in MODES:
+        side_px = options.side_px
+        row = estimate_sdxl(mode, side_px=side_px) if options.sdxl else _child(mode, options)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
@@ -92,55 +93,36 @@ def _child(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 def measure(mode: str, *, width: int, side_px: int) -> dict[str, Any]:
     """Train three steps in a mode; return the plan's estimate and what was measured, in bytes."""
     from latentdiff.training import distributed
+    from latentdiff.training.text_to_image.memory import estimate_memory
+    from latentdiff.training.text_to_image.setup import setup
 
-    distributed.tune_malloc = _map_large_blocks  # or the heap holds what was freed
     _map_large_blocks()
-    _train(mode, width=32, side_px=32)  # what every run loads and keeps, whatever its size
-    before = _live_bytes(), _resident("RssAnon")
-    plan, allocated, resident = _train(mode, width=width, side_px=side_px)
-    estimate = sum(value or 0 for name, value in plan.items() if name != "host_averages")
-    measured = {"allocated": allocated - before[0], "resident": resident - before[1]}
-    ratios = {f"estimate/{name}": round(estimate / value, 3) for name, value in measured.items()}
-    size = {"mode": mode, "width": width, "side_px": side_px}
-    return size | {"estimate": estimate} | measured | ratios | {"parts": plan}
+    distributed.tune_malloc = _map_large_blocks  # or the heap holds what was freed
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _write_world(folder, width=width, side_px=side_px)
+        config = _config(mode, folder, side_px=side_px)
+        accelerator = distributed.start_accelerator(config)
+        live, resident = _live_bytes(), _resident("RssAnon")
+        run = setup(config, folder, accelerator)
+        plan = estimate_memory(run)
+        batches = run.train_data.batches(
+            run.layout, first_step=0, last_step=3, accelerator=accelerator, seed=0
+        )
+        step = partial(run.train_step.step, batches, count=1, accumulation=1)
+        step(step=0)
+        allocated = _allocated(partial(step, step=1)) - live
+        resident = _resident_peak(partial(step, step=2)) - resident
+    measured = {"allocated": allocated, "resident": resident}
+    ratios = {f"estimate/{name}": round(plan.on_device / n, 3) for name, n in measured.items()}
+    size = {"mode": mode, "width": width, "side_px": side_px, "estimate": plan.on_device}
+    return size | measured | ratios | {"parts": asdict(plan)}
 
 
 def _map_large_blocks() -> bool:
     """Let malloc take blocks above 64 KB from the system, and give them back."""
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(-3, 1 << 16) and mallopt(-1, 1 << 17))  # M_MMAP_, M_TRIM_THRESHOLD
-
-
-def _train(mode: str, *, width: int, side_px: int) -> tuple[dict[str, int], int, int]:
-    """Train three steps; return the plan's memory, and the bytes allocated and resident."""
-    from accelerate.state import AcceleratorState
-
-    from latentdiff.training.text_to_image import train_t2i
-    from latentdiff.training.text_to_image.train_step import TrainStep
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        _write_world(folder, width=width, side_px=side_px)
-        found, clean = {}, TrainStep.step
-
-        def watched(self: TrainStep, *given: Any, step: int, **settings: Any) -> Any:
-            meter = {1: _allocated, 2: _resident_peak}.get(step)
-            work = partial(clean, self, *given, step=step, **settings)
-            if meter is None:
-                return work()
-            result, found[step] = meter(work)
-            return result
-
-        TrainStep.step = watched  # type: ignore[method-assign]
-        try:
-            train_t2i.train(_config(mode, folder, side_px=side_px))
-        finally:
-            TrainStep.step = clean  # type: ignore[method-assign]
-        plan = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))["memory"]
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return plan, found[1], found[2]
 
 
 def _config(mode: str, folder: Path, *, side_px: int) -> Any:
@@ -153,26 +135,22 @@ def _config(mode: str, folder: Path, *, side_px: int) -> Any:
         "data.cache_dir": folder / "cache",
         "data.resolution": side_px,
         "data.heldout_fraction": 0,
-        "output_dir": folder / "run",
+        "output_dir": folder,
         "train.max_steps": 3,
         "train.batch_size": 1,
         "train.ema": "false",
         "train.mixed_precision": "bf16",
         "train.gradient_checkpointing": "true",
-        "preview.num_steps": 1,
         "preview.num_nearest": 0,
     } | MODES[mode]
     return parse_arguments(Config, [f"--{key}={value}" for key, value in arguments.items()])
 
 
-def _allocated(work: Callable[[], Any]) -> tuple[Any, int]:
-    """Return a step's result, and the bytes of all tensors at its peak."""
+def _allocated(work: Callable[[], Any]) -> int:
+    """Do a step; return the bytes of all tensors at its peak."""
     from fakes_memory import allocated_peak
 
-    results: list[Any] = []
-    before = _live_bytes()
-    peak = allocated_peak(lambda: results.append(work()))
-    return results[0], before + peak
+    return _live_bytes() + allocated_peak(work)
 
 
 def _live_bytes() -> int:
@@ -185,8 +163,8 @@ def _live_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _resident_peak(work: Callable[[], Any]) -> tuple[Any, int]:
-    """Return a step's result, and the most bytes that the process had, with no file behind them."""
+def _resident_peak(work: Callable[[], Any]) -> int:
+    """Do a step; return the most bytes that the process had, with no file behind them."""
     ctypes.CDLL(None).malloc_trim(0)
     done, seen = threading.Event(), [0]
 
@@ -197,11 +175,11 @@ def _resident_peak(work: Callable[[], Any]) -> tuple[Any, int]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        result = work()
-        return result, max(seen)
+        work()
     finally:
         done.set()
         watcher.join()
+    return max(seen)
 
 
 def _write_world(folder: Path, *, width: int, side_px: int) -> None:
