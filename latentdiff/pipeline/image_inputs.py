@@ -142,13 +142,16 @@ def check_number(name: str, images: ImageList | None, *, num_prompts: int, num_i
 
 
 def _check_mask_shape(given: ImageInputs) -> None:
-    """Raise ValueError for a mask of another shape than the image; a smaller one may be alike."""
-    for (height, width), (rows, columns) in zip(
-        _sizes(given.image)[:1], _sizes(given.mask)[:1], strict=False
-    ):
+    """Raise ValueError for a mask of another shape than its image; a smaller one may be alike."""
+    images, masks = _sizes(given.image), _sizes(given.mask)
+    num = max(len(images), len(masks)) if masks else 0
+    for k in range(num):
+        height, width = images[k * len(images) // num]
+        rows, columns = masks[k * len(masks) // num]
         if abs(height * columns - width * rows) > max(height, width, rows, columns):
+            name = "mask_image" if len(masks) == 1 else f"mask_image[{k * len(masks) // num}]"
             raise ValueError(
-                f"mask_image is {rows} x {columns} pixels (height x width), expected the size of "
+                f"{name} is {rows} x {columns} pixels (height x width), expected the size of "
                 f"image, {height} x {width}; crop both alike"
             )
 

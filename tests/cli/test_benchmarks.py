@@ -8,11 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 from fakes_faults import fork, run_command
+from fakes_pipeline import pipeline_of, tiny_pipeline
+
+from latentdiff.data.shape_pairs import write_shape_pairs
+from latentdiff.models.unet.controlnet import make_controlnet
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     *("train_throughput", "train_step_overhead", "heldout_race", "scaling"),
-    *("vae", "startup", "memory", "keyed_randomness", "open_in_transformers4"),
+    *("conditions", "vae", "startup", "memory", "keyed_randomness", "open_in_transformers4"),
     "objectives",
 )
 
@@ -173,3 +177,58 @@ def test_objectives_are_compared_by_training_seed_and_by_image(benchmark, tmp_pa
     low, high = own["flow - v_zero_snr"]["over_images_95"]
     assert 0 <= low < 0.25 < high
     assert figures["unipc_8"]["flow - v_zero_snr"]["over_images_95"] == [0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that read an image, and pairs of shapes as large as theirs."""
+    root = tmp_path_factory.mktemp("conditioned")
+    for kind in ("instruct_pix2pix", "inpaint", "upscale"):
+        pipeline_of(kind).save_pretrained(root / kind)
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(root / "text")
+    make_controlnet(pipe.unet, factor=4, seed=0).save_pretrained(root / "run" / "controlnet")
+    for kind in ("layout", "edit"):
+        write_shape_pairs(root / kind, kind, num_train=1, num_test=4, size_px=32)
+    rows = [
+        {"step": step, "condition_use": use, "condition_use_se": 0.1}
+        for step, use in ((0, 0.0), (2, 0.3), (4, 0.1), (6, 0.4), (8, 0.5))
+    ]
+    log = "\n".join(map(json.dumps, [{"step": 1, "loss": 1.0}, *rows]))
+    (root / "run" / "metrics.jsonl").write_text(log)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "folder", "keys"),
+    [
+        ("layout", "run", "layout", {"own_condition", "another_images_condition", "caption_alone"}),
+        ("edges", "run", "layout", {"own_condition", "another_images_condition", "caption_alone"}),
+        ("edit", "instruct_pix2pix", "edit", {"edited", "as_it_was"}),
+        ("inpaint", "inpaint", "layout", {"inpainted", "copy_paste", "mean_color", "judge"}),
+        ("upscale", "upscale", "layout", {"upscaled", "bicubic", "nearer_than"}),
+    ],
+)
+def test_what_a_condition_does_is_measured_next_to_its_baselines(
+    benchmark,
+    conditioned: Path,
+    tmp_path: Path,
+    *,
+    command: str,
+    model: str,
+    folder: str,
+    keys: set,
+) -> None:
+    options = ["--num", "4", "--steps", "1", "--sheet", str(tmp_path / "sheet.png")]
+    options += ["--base", str(conditioned / "text")] if model == "run" else []
+    places = (str(conditioned / model), str(conditioned / folder / "test"))
+    figures = figures_of(benchmark("conditions", command, *places, *options))
+    assert keys | {"vae"} <= figures.keys()
+    assert (tmp_path / "sheet.png").is_file()
+    use = figures["condition_use"]
+    if model == "run":
+        assert [step for step, *_ in use["curve"]] == [0, 2, 4, 6, 8]
+        assert use["above_0_from_step"] == 6
+    if command in ("layout", "edit"):
+        estimate, low, high = figures["vae"]["all_images"]["all"]
+        assert 0 <= low <= estimate <= high <= 1

@@ -32,7 +32,8 @@ from transformers import CLIPTokenizer
 
 from latentdiff.cli.main import COMMANDS
 from latentdiff.config.yaml_file import shipped_configs
-from latentdiff.data import shapes
+from latentdiff.data import shape_pairs, shapes
+from latentdiff.data.shape_pairs import write_shape_pairs
 from latentdiff.data.shapes import write_shapes
 from latentdiff.models import components
 from latentdiff.models.build import make_ddpm_scheduler
@@ -74,12 +75,18 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(components.BUNDLED, "latentdiff-mini", world / SD15)
     monkeypatch.setitem(components.BUNDLED, "latentdiff-vae", world / "vae")
     monkeypatch.setattr(shapes, "write_shapes", write_few_shapes)
+    monkeypatch.setattr(shape_pairs, "write_shape_pairs", write_few_pairs)
     return folder
 
 
 def write_few_shapes(root: str, *, num_train: int = 12, num_test: int = 8, **options: Any) -> Path:
     """Write a page's folder of shapes with some of its images."""
     return write_shapes(root, num_train=min(num_train, 12), num_test=min(num_test, 8), **options)
+
+
+def write_few_pairs(root: str, kind: Any) -> Path:
+    """Write a page's folder of pairs with some of its images."""
+    return write_shape_pairs(root, kind, num_train=12, num_test=2, size_px=32)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -17,7 +17,13 @@ from latentdiff.data.shapes import (
     render,
     sample_pair,
 )
-from latentdiff.evaluation.metrics.shapes_judge import SceneReading, accuracy, follows, judge_image
+from latentdiff.evaluation.metrics.shapes_judge import (
+    SceneReading,
+    accuracy,
+    follows,
+    judge_image,
+    shape_centres,
+)
 
 SINGLE = Scene("star", "red", "large", "teal")
 PAIR = Scene("star", "red", "small", "teal", "left of", "ring", "blue", "large")
@@ -98,6 +104,17 @@ def test_two_shapes_are_read_left_or_upper_first():
     assert judge_image(image) == SceneReading(
         "ring", "blue", "large", "teal", "above", "star", "red", "small"
     )
+
+
+def test_the_centres_of_shapes_move_with_the_image():
+    for scene, num in ((SINGLE, 1), (PAIR, 2)):
+        image = render(scene, np.random.default_rng(0))
+        moved = Image.fromarray(np.roll(np.asarray(image), 2, axis=1))
+        centres, after = shape_centres(image), shape_centres(moved)
+        assert len(centres) == num
+        np.testing.assert_allclose(np.subtract(after, centres), [[2 / 64, 0]] * num, atol=1e-6)
+    assert shape_centres(render(SINGLE, np.random.default_rng(1))) != centres[:1]
+    assert shape_centres(Image.new("RGB", (64, 64), BACKGROUNDS["pink"])) == []
 
 
 def test_an_empty_image_shows_its_background_alone():

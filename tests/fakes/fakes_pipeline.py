@@ -20,6 +20,7 @@ from transformers import (
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.models.text import train_tokenizer
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.files.model_info import ModelInfo
 
 WORDS = ["a red heart", "a green apple on a table", "the yellow face of a cat", "blue sea, sky"]
 SIZE = 32
@@ -138,3 +139,15 @@ def sd1_shaped(**changes):
     parts = tiny_components(unet=tiny_unet(attention_head_dim=2), **changes)
     parts["text_encoder"].config.hidden_act = "quick_gelu"
     return LatentDiffPipeline(**parts)
+
+
+CHANNELS = {"inpaint": 9, "instruct_pix2pix": 8, "upscale": 7, "depth": 5}
+
+
+def pipeline_of(kind: str, **info: Any) -> LatentDiffPipeline:
+    """A model of a kind of image condition."""
+    changes = {"num_class_embeds": 1000} if kind == "upscale" else {}
+    unet = tiny_unet(in_channels=CHANNELS[kind], **changes)
+    pipe = tiny_pipeline(unet=unet, scheduler=ddim())
+    pipe.model_info = ModelInfo(condition_kind=kind, **info)
+    return pipe

@@ -6,17 +6,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from fakes_pipeline import SIZE, ddim, tiny_pipeline, tiny_unet
+from fakes_pipeline import SIZE, ddim, pipeline_of, tiny_pipeline, tiny_unet
 from fakes_sdxl import sdxl_pipeline, sdxl_unet
 from PIL import Image
 
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.unet.controlnet import make_controlnet
 from latentdiff.pipeline import LatentDiffPipeline
-from latentdiff.pipeline.files.model_info import ModelInfo
 
 STEP = 1 / 255
-CHANNELS = {"inpaint": 9, "instruct_pix2pix": 8, "upscale": 7, "depth": 5}
 CALL = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
 
 
@@ -28,14 +26,6 @@ def photo(seed=0, size=(SIZE, SIZE)):
 
 def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def pipeline_of(kind, **info):
-    changes = {"num_class_embeds": 1000} if kind == "upscale" else {}
-    unet = tiny_unet(in_channels=CHANNELS[kind], **changes)
-    pipe = tiny_pipeline(unet=unet, scheduler=ddim())
-    pipe.model_info = ModelInfo(condition_kind=kind, **info)
-    return pipe
 
 
 def controlnet_of(unet, seed):
@@ -274,6 +264,18 @@ WIDE = np.zeros((8, 16), np.float32)
             {"image": photo(), "mask_image": Image.new("L", (16, 32))},
             "mask_image is 32 x 16 pixels .*, expected the size of image, 32 x 32",
         ),
+        (
+            "inpaint",
+            {
+                "image": photo(),
+                "mask_image": [Image.new("L", one) for one in ((32, 32), (16, 32))],
+                "num_images_per_prompt": 2,
+            },
+            r"mask_image\[1\] is 32 x 16 pixels .*, expected the size of image, 32 x 32",
+        ),
+        ("inpaint", {"image": photo()}, "its U-Net also reads mask_image; pass both"),
+        ("inpaint", {"mask_image": photo().convert("L")}, "mask_image needs the image"),
+        ("inpaint", {}, "its U-Net also reads image and mask_image; pass both"),
         ("upscale", {"condition": photo(), "noise_level": 400}, "noise_level must lie in 0..350"),
         ("upscale", {"condition": photo(), "noise_level": 1.5}, "noise_level must be a whole"),
         ("depth", {"condition": WIDE, "noise_level": 1}, "noise_level is read by upscalers alone"),

@@ -65,32 +65,32 @@ def judge_image(image: Image.Image | np.ndarray) -> SceneReading:
     pixels = _pixels(image)
     ground = _ground(pixels)
     blank = SceneReading(background=_nearest(ground, BACKGROUNDS))
-    pieces = _pieces(_foreground(pixels, ground))
-    if not pieces:
-        return blank
-    shapes = [_shape(pixels, ground, piece) for piece in pieces]
-    if len(shapes) > 1 and not any(shape.kind for shape in shapes):  # perhaps one, torn
-        whole = _shape(pixels, ground, np.any(pieces, axis=0))
-        shapes = [whole] if whole.kind else shapes
-    if len(shapes) > 2:
+    shapes = _in_order(_shapes(pixels, ground))
+    if not 1 <= len(shapes) <= 2:
         return blank
     first = shapes[0]
     if len(shapes) == 1:
         return replace(blank, kind=first.kind, colour=first.colour, size=_size(first, SIZES))
     second = shapes[1]
-    is_beside = abs(first.x - second.x) > abs(first.y - second.y)
-    if (second.x < first.x) if is_beside else (second.y < first.y):
-        first, second = second, first
     return SceneReading(
         kind=first.kind,
         colour=first.colour,
         size=_size(first, PAIR_SIZES),
         background=blank.background,
-        relation="left of" if is_beside else "above",
+        relation="left of" if _is_beside(first, second) else "above",
         other_kind=second.kind,
         other_colour=second.colour,
         other_size=_size(second, PAIR_SIZES),
     )
+
+
+def shape_centres(image: Image.Image | np.ndarray) -> list[tuple[float, float]]:
+    """Return the centroids (x, y) of an image's shapes, fractions of the side.
+
+    In the order of `judge_image`. image: PIL, or uint8 (H, W, 3). Raises ValueError as that does.
+    """
+    pixels = _pixels(image)
+    return [(one.x / SIDE, one.y / SIDE) for one in _in_order(_shapes(pixels, _ground(pixels)))]
 
 
 def follows(reading: SceneReading, scene: Scene) -> dict[str, bool]:
@@ -202,6 +202,29 @@ def _pieces(is_shape: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(-areas, kind="stable")
     floor = max(MIN_AREA, MIN_AREA_RATIO * areas.max(initial=0))
     return [labels == names[i] for i in order if areas[i] >= floor]
+
+
+def _shapes(pixels: np.ndarray, ground: np.ndarray) -> list[_Shape]:
+    """Read all shapes in front of the background, largest first."""
+    pieces = _pieces(_foreground(pixels, ground))
+    shapes = [_shape(pixels, ground, piece) for piece in pieces]
+    if len(shapes) > 1 and not any(shape.kind for shape in shapes):  # perhaps one, torn
+        whole = _shape(pixels, ground, np.any(pieces, axis=0))
+        shapes = [whole] if whole.kind else shapes
+    return shapes
+
+
+def _in_order(shapes: list[_Shape]) -> list[_Shape]:
+    """Return two shapes with the left or upper one first; other numbers of them as they are."""
+    if len(shapes) != 2:
+        return shapes
+    if _is_beside(*shapes):
+        return sorted(shapes, key=lambda shape: shape.x)
+    return sorted(shapes, key=lambda shape: shape.y)
+
+
+def _is_beside(first: _Shape, second: _Shape) -> bool:
+    return abs(first.x - second.x) > abs(first.y - second.y)
 
 
 def _shape(pixels: np.ndarray, ground: np.ndarray, piece: np.ndarray) -> _Shape:
