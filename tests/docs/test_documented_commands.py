@@ -58,6 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) ->
     for name in ("mine", "other"):
         run = write_run(root / "runs" / name, {10: 0.5, 20: 0.4})
         shutil.copytree(root / SD15, run / "pipeline")
+    shutil.copytree(root / SD15, root / "demo-scratch-run" / "model" / "pipeline")
     make_vae().save_pretrained(root / "vae")
     for name in ("clip", "features"):
         random_clip().save_pretrained(root / name)

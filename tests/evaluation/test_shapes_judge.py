@@ -106,14 +106,16 @@ def test_two_shapes_are_read_left_or_upper_first():
     )
 
 
-def test_the_centres_of_shapes_move_with_the_image():
+def test_the_centres_of_shapes_are_mirrored_with_the_image():
     for scene, num in ((SINGLE, 1), (PAIR, 2)):
         image = render(scene, np.random.default_rng(0))
-        moved = Image.fromarray(np.roll(np.asarray(image), 2, axis=1))
-        centres, after = shape_centres(image), shape_centres(moved)
+        centres = shape_centres(image)
         assert len(centres) == num
-        np.testing.assert_allclose(np.subtract(after, centres), [[2 / 64, 0]] * num, atol=1e-6)
-    assert shape_centres(render(SINGLE, np.random.default_rng(1))) != centres[:1]
+        mirrored = shape_centres(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        expected = [(1 - x, y) for x, y in centres[::-1]]
+        np.testing.assert_allclose(mirrored, expected, atol=0.005)
+    first, other = (shape_centres(render(SINGLE, np.random.default_rng(k)))[0] for k in (0, 1))
+    assert np.abs(np.subtract(first, other)).max() > 0.05
     assert shape_centres(Image.new("RGB", (64, 64), BACKGROUNDS["pink"])) == []
 
 
