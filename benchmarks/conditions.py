@@ -203,36 +203,30 @@ def edit(args):
 
 
 def inpaint(args):
-    """Compare what fills a hole, and a margin around it, with the real images."""
+    """Compare what fills a hole, pasted into the image, with the real one there and around it."""
     pipe, side = open_pipe(args.run)
     folder = Folder(args.folder, args.num, side)
     rng, hole = np.random.default_rng(0), round(HOLE * side)
     corners = [tuple(rng.integers(0, side - hole + 1, 2).tolist()) for _ in folder.images]
     masks = [hole_mask(corner, hole, side) for corner in corners]
     real = folder.images
+    made = generate(pipe, folder, args, image=real, mask_image=masks)
+    decoded = reconstruct(pipe, real)
     filled = {
-        "inpainted": generate(pipe, folder, args, image=real, mask_image=masks),
-        "copy_paste": [
-            Image.composite(*x) for x in zip(real[1:] + real[:1], real, masks, strict=True)
-        ],
+        "inpainted": pasted(made, real, masks),
+        "copy_paste": pasted(real[1:] + real[:1], real, masks),
         "mean_color": [mean_filled(*x) for x in zip(real, masks, strict=True)],
-        "vae": reconstruct(pipe, real),
+        "vae": pasted(decoded, real, masks),
     }
-    hidden = [
-        Image.composite(Image.new("RGB", m.size, "gray"), x, m)
-        for x, m in zip(real, masks, strict=True)
-    ]
-    draw_sheet(args, folder, {"hidden": hidden, "inpainted": filled["inpainted"]})
-    crop = [around(corner, hole, side) for corner in corners]
-    cut = {
-        name: [x.crop(box) for x, box in zip(images, crop, strict=True)]
-        for name, images in filled.items()
-    }
-    figures = likeness(cut, [x.crop(box) for x, box in zip(real, crop, strict=True)], args)
+    gray = [Image.new("RGB", mask.size, "gray") for mask in masks]
+    draw_sheet(args, folder, {"hidden": pasted(gray, real, masks), "inpainted": made})
+    boxes = [around(corner, hole, side) for corner in corners]
+    cut = {name: cropped(images, boxes) for name, images in filled.items()}
+    figures = likeness(cut, cropped(real, boxes), args)
     known = ~np.stack([np.asarray(mask) > 0 for mask in masks])
     figures["known_rmse_of_255"] = {
-        name: round(float(rms(to_pixels(filled[name]), to_pixels(real), known)) * 127.5, 2)
-        for name in ("inpainted", "vae")
+        name: round(float(rms(to_pixels(images), to_pixels(real), known)) * 127.5, 2)
+        for name, images in (("inpainted", made), ("vae", decoded))
     }
     if "kind" in folder.rows[0]:
         figures["judge"] = {name: judge(some, folder) for name, some in filled.items()}
@@ -292,6 +286,16 @@ def around(corner, hole, side):
     margin = round(MARGIN * side)
     low = [max(0, start - margin) for start in corner]
     return (*low, *(min(side, start + hole + margin) for start in corner))
+
+
+def pasted(images, others, masks):
+    """Return the others with what their masks hide from the images."""
+    return [Image.composite(*parts) for parts in zip(images, others, masks, strict=True)]
+
+
+def cropped(images, boxes):
+    """Return a part of each image."""
+    return [image.crop(box) for image, box in zip(images, boxes, strict=True)]
 
 
 def mean_filled(image, mask):
