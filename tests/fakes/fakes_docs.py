@@ -63,6 +63,10 @@ NOT_RUN = {
         "latentdiff train": "needs the weights of SDXL; tests/training/test_sdxl_training.py",
         "latentdiff sample": "the same; tests/sampling/test_sample_sdxl.py",
     },
+    "docs/tutorials/image_conditions.md": {
+        "latentdiff train --config edges_mini": "a ControlNet as that of layouts, which runs",
+        "latentdiff sample latentdiff-mini a photo --controlnet": "the same",
+    },
     "docs/watching.md": {
         "latentdiff train": "trackers of others' packages; tests/training/test_trackers.py"
     },
