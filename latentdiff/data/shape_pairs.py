@@ -96,8 +96,9 @@ def write_shape_pairs(
         raise FileExistsError(f"{root} is not empty; choose a new folder")
     for split, num in (("train", num_train), ("test", num_test)):
         is_heldout = split == "test"
-        shares = {"pair_fraction": pair_fraction, "seed": seed}
-        pairs = shape_pairs(kind, num, is_heldout=is_heldout, **shares)
+        pairs = shape_pairs(
+            kind, num, is_heldout=is_heldout, pair_fraction=pair_fraction, seed=seed
+        )
         _write_split(root / split, pairs, size_px=size_px)
     return root
 
