@@ -45,21 +45,21 @@ def average_windows(
     A window counts less the nearer a place is to its edge, where it knows least of what lies beyond
     (the weights W of the paper; Jiménez 2023 takes Gaussian ones): so edges leave no seams.
     """
-    weights = _tent(windows[0].height)[:, None] * _tent(windows[0].width)
-    total, sums = torch.zeros(()), torch.zeros(size)
+    total = sums = weights = torch.zeros(())
     for window in windows:
         part = predict(window)
-        weights, sums = weights.to(part), sums.to(part)
-        if not total.ndim:
-            total = part.new_zeros(*part.shape[:2], *size)
+        if not total.ndim:  # made where the parts are: a copy would make the host wait
+            rows, columns = (_tent(n, part.device) for n in (window.height, window.width))
+            weights = torch.outer(rows, columns).to(part)
+            total, sums = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
         window.crop(total).add_(part * weights)
         window.crop(sums).add_(weights)
     return total / sums
 
 
-def _tent(length: int) -> Tensor:
+def _tent(length: int, device: torch.device) -> Tensor:
     """Return weights that rise from the edges to the middle, at most 1: (length,)."""
-    places = torch.arange(length) + 0.5
+    places = torch.arange(length, device=device) + 0.5
     return torch.minimum(places, length - places) / (length / 2)
 
 

@@ -61,7 +61,8 @@ class OnlineLatentEncoder:
         mean = (moments[:, 0] - self.codec.shift) * self.codec.scale
         if moments.shape[1] == 1:
             return mean
-        return mean + moments[:, 1] * self.codec.scale * noise.to(mean.device)
+        noise = noise.to(mean.device, non_blocking=True)
+        return mean + moments[:, 1] * self.codec.scale * noise
 
     def moments(
         self, index: int, *, flipped: bool = False, crop: float = 0.5

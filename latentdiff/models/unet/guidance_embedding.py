@@ -26,7 +26,9 @@ def guidance_features(unet: UNet2DConditionModel, scale: float | Tensor, *, num:
     width = unet.config.time_cond_proj_dim
     if width is None:
         raise ValueError("the U-Net has no guidance embedding: its time_cond_proj_dim is null")
-    scales = (torch.as_tensor(scale, device=unet.device) - 1) * 1000.0
+    device = unet.device  # filled there: a copy of a number would make the host wait
+    given = scale.to(device) if isinstance(scale, Tensor) else torch.full((), scale, device=device)
+    scales = (given - 1) * 1000.0
     features: Tensor = get_timestep_embedding(scales.expand(num), width, downscale_freq_shift=1)
     return features.to(unet.dtype)
 

@@ -81,7 +81,7 @@ class PromptEncoder:
         ids = torch.cat([ids for ids, _ in windows]).to(self.device)  # (K of all, window + 2)
         weights = torch.cat([weights for _, weights in windows]).to(self.device)
         embeds, pooled = self._forward(ids)  # (K of all, window + 2, D), (K of all, P)
-        if bool((weights != 1).any()):
+        if _are_weighted(windows):
             null_ids, _ = _windows(self.tokenizer, Tokens((), ()), ids.shape[1] - 2)
             null, _ = self._forward(null_ids.to(self.device))  # (1, window + 2, D)
             by_weight = null + weights[..., None].to(embeds) * (embeds - null)
@@ -99,6 +99,11 @@ class PromptEncoder:
             return self.text_encoder(input_ids).last_hidden_state, None
         layers = self.text_encoder(input_ids, output_hidden_states=True).hidden_states
         return earlier_layer(self.text_encoder, layers, skipped), None
+
+
+def _are_weighted(windows: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Return whether any weight is not 1, while all are on the host: a GPU need not be asked."""
+    return any(bool((weights != 1).any()) for _, weights in windows)
 
 
 def encode(prompts: Sequence[Prompt], encoder: PromptEncoder) -> Conditioning:

@@ -54,7 +54,7 @@ class Consistency:
     def path(self) -> Tensor:
         """The grid's timesteps, noisiest first, and 0, its clean end; (SOLVER_STEPS + 1,)."""
         grid = trailing_timesteps(SOLVER_STEPS, self.schedule.num_timesteps)
-        return F.pad(grid, (0, 1)).to(self.schedule.betas.device)
+        return F.pad(grid, (0, 1)).to(self.schedule.betas.device, non_blocking=True)
 
     @property
     def loss_aware(self) -> None:

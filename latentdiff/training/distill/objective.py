@@ -90,8 +90,8 @@ class Distillation:
     @cached_property
     def timesteps(self) -> Tensor:
         """The student's timesteps, noisiest first, (num_steps,)."""
-        device = self.schedule.betas.device
-        return trailing_timesteps(self.num_steps, self.schedule.num_timesteps).to(device)
+        timesteps = trailing_timesteps(self.num_steps, self.schedule.num_timesteps)
+        return timesteps.to(self.schedule.betas.device, non_blocking=True)
 
     @property
     def loss_aware(self) -> None:

@@ -195,7 +195,8 @@ class ConditionEncoder:
             with torch.autocast(device.type, enabled=False):
                 batch["condition"] = self._channels(batch, pixels)
         if (dropped := batch.pop("condition_dropped", None)) is not None:
-            is_kept = ~dropped.view(-1, 1, 1, 1).to(batch["condition"].device)
+            is_kept = ~dropped.view(-1, 1, 1, 1)
+            is_kept = is_kept.to(batch["condition"].device, non_blocking=True)
             batch["condition"] = torch.where(is_kept, batch["condition"], 0.0)
 
     def null(self, like: Tensor) -> Tensor:
@@ -215,7 +216,10 @@ class ConditionEncoder:
     def _channels(self, batch: dict[str, Tensor], pixels: Tensor) -> Tensor:
         if self.kind != "inpaint":
             return instruct_pix2pix_channels(self.codec, pixels)
-        mask, noise = (batch.pop(name).to(pixels.device) for name in ("hidden", "condition_noise"))
+        mask, noise = (
+            batch.pop(name).to(pixels.device, non_blocking=True)
+            for name in ("hidden", "condition_noise")
+        )
         return inpaint_channels(self.codec, pixels, mask.float(), noise).contiguous()
 
 
