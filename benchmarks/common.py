@@ -88,6 +88,13 @@ def peak_tflops(*, size=2048, device="cpu"):
     return 2 * size**3 / seconds / 1e12
 
 
+def bf16_unit():
+    """Return the processor's unit for bf16 products: "AMX", "AVX-512", or None."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX-512" if torch.cpu._is_avx512_bf16_supported() else None
+
+
 def machine():
     """Describe the machine that this ran on."""
     model = "unknown"
@@ -98,6 +105,7 @@ def machine():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": model,
+        "bf16": bf16_unit(),
         "cores_usable": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
