@@ -12,6 +12,7 @@ from pathlib import Path
 from latentdiff.models.compatibility import CONDITION_KINDS, size_in_reach
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
+from latentdiff.pipeline.conditioning.canvas import trained_size_px
 from latentdiff.pipeline.files.model_card import CARD_SUMMARY
 from latentdiff.pipeline.files.model_info import (
     NUM_STEPS,
@@ -20,7 +21,6 @@ from latentdiff.pipeline.files.model_info import (
     default_steps,
     scales_text,
 )
-from latentdiff.pipeline.initial_latents import trained_size_px
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
 

@@ -31,8 +31,8 @@ from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import NULL_CAPTION, null_prompt
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.conditioning.canvas import trained_size_px
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
-from latentdiff.pipeline.initial_latents import trained_size_px
 
 DISTILLED = "a distilled model predicts with guidance, at the timesteps of its few steps alone"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 ComponentConfig = Mapping[str, Any]
 NUM_NOISE_LEVELS = 1000  # of low-resolution images
+CONTROLNET = "controlnet"  # a kind that is no U-Net's; the folder of one; a component's name
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -42,6 +42,7 @@ from latentdiff.models.weights import (
     refuse_bad_weights,
     stored_shapes,
     weight_files,
+    weight_patterns,
 )
 from latentdiff.program import program
 
@@ -120,6 +121,33 @@ SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL, whose model_index.json na
 
 
 TINY_VAE = "vae_tiny"  # folder, in a model's, of an AutoencoderTiny of the same latents
+
+
+class Download(diffusers.DiffusionPipeline):
+    """Fetches the files of a model's components, of whatever class its model_index.json names.
+
+    DiffusionPipeline.download knows its own classes alone, and not ours. A component that is given
+    to `download` is not fetched.
+    """
+
+    _optional_components: ClassVar = ["controlnet", *(field.name for field in fields(Components))]
+
+    def __init__(
+        self,
+        *,
+        unet: Any = None,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        scheduler: Any = None,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        image_encoder: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        controlnet: Any = None,
+    ) -> None:
+        super().__init__()
 
 
 def load_components(
@@ -202,7 +230,7 @@ def load_vae(
     folder = resolve_model(path_or_id)
     if not folder.exists():
         refuse_wrong_path(path_or_id, known=BUNDLED)
-        patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
+        patterns = ["config.json", *weight_patterns(variant)]
         folder = fetched(
             lambda: snapshot_download(str(path_or_id), allow_patterns=patterns), path_or_id
         )
@@ -252,8 +280,7 @@ def _folder(path_or_id: str | Path, given: Mapping[str, Any], *, variant: str | 
     refuse_wrong_path(folder, known=BUNDLED)
     if not folder.exists():
         options: dict[str, Any] = {"use_safetensors": True, "variant": variant, **given}
-        download = diffusers.DiffusionPipeline.download
-        folder = fetched(lambda: download(str(path_or_id), **options), path_or_id)
+        folder = fetched(lambda: Download.download(str(path_or_id), **options), path_or_id)
         refuse_wrong_path(folder, known=BUNDLED)
     return folder
 

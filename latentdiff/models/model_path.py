@@ -13,7 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from latentdiff.models.compatibility import read_configs
+from latentdiff.models.compatibility import CONTROLNET, read_configs, read_json
+from latentdiff.program import program
 
 INDEX = "model_index.json"
 OFFLINE = (  # in the messages of huggingface_hub and diffusers where there is no network
@@ -26,6 +27,7 @@ BUNDLED = {
     "latentdiff-vae": ASSETS / "vae",
 }
 EXPORT = "pipeline"  # folder of a run's exported model
+INFO_FILE = "latentdiff.json"  # of how a model was trained
 
 
 def resolve_model(path_or_id: str | os.PathLike[str]) -> Path:
@@ -133,9 +135,24 @@ def hub_reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def controlnet_folder(path: Path) -> Path | None:
+    """Return the folder of a ControlNet, for it or for that of its training run; None of others."""
+    for folder in (path, path / CONTROLNET):
+        if (config := folder / "config.json").is_file():
+            return folder if read_json(config).get("_class_name") == "ControlNetModel" else None
+    return None
+
+
 def _refuse_folder(path: Path) -> None:
     if (path / INDEX).is_file():
         return
+    if (folder := controlnet_folder(path)) is not None:
+        info = folder / INFO_FILE
+        base = read_json(info).get("base_model") if info.is_file() else None
+        raise FileNotFoundError(
+            f"{path} holds a ControlNet, which is loaded next to its base model: {program()} "
+            f"sample {base or 'BASE'} PROMPT --controlnet {path} --condition IMAGE"
+        )
     if (path / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"{path} is the folder of a training run without {EXPORT}/, which is written when the "

@@ -119,6 +119,15 @@ def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
     )
 
 
+def weight_patterns(variant: str | None) -> list[str]:
+    """Return patterns of the names of a diffusers model's safetensors files of one variant."""
+    name = "diffusion_pytorch_model"
+    if variant is None:
+        plain = f"{name}.safetensors", f"{name}-[0-9]*-of-*[0-9].safetensors"
+        return [*plain, f"{name}.safetensors.index.json"]
+    return [f"{name}*.{variant}*.safetensors", f"{name}.safetensors.index.{variant}.json"]
+
+
 def _check_shards(folder: Path, variant: str | None) -> None:
     """Raise ValueError naming the shard that an index names and the folder lacks, or the index."""
     ending = f".safetensors.index.{variant}.json" if variant else ".safetensors.index.json"

@@ -21,6 +21,11 @@ from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks, schedulers
 from latentdiff.pipeline.callbacks import OF_SDXL, TENSORS
 from latentdiff.pipeline.cfg_denoiser import MAX_GUIDANCE, CFGDenoiser, Guidance
+from latentdiff.pipeline.conditioning.canvas import (
+    WindowInputs,
+    canvas_size,
+    warn_if_beyond_trained,
+)
 from latentdiff.pipeline.conditioning.encode_prompt import EncodePromptMixin
 from latentdiff.pipeline.conditioning.image_condition import (
     ConditionInputs,
@@ -41,13 +46,7 @@ from latentdiff.pipeline.files.model_info import (
     warn_of_distillation,
 )
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
-from latentdiff.pipeline.initial_latents import (
-    InpaintState,
-    WindowInputs,
-    prepare_latents,
-    trained_size_px,
-    warn_if_beyond_trained,
-)
+from latentdiff.pipeline.initial_latents import InpaintState, prepare_latents
 from latentdiff.pipeline.output import LatentDiffOutput, decode
 from latentdiff.pipeline.png_metadata import attach_settings
 
@@ -198,12 +197,16 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         """
         factor = self.vae_scale_factor
         windows.checked(factor=factor)
-        given = images.size(multiple=factor) or condition.size(multiple=factor)
-        default = given or trained_size_px(self.unet, factor=factor)
-        rows, columns = checks.size_px(*size, default=default, multiple=factor)
+        rows, columns = canvas_size(size, images, condition, unet=self.unet, factor=factor)
         condition.check_size(rows, columns, factor=factor)
-        if given is None and windows.window_size is None:
-            warn_if_beyond_trained((rows, columns), self.unet, factor=factor)
+        if images.image is None:  # which would hold a large image together
+            warn_if_beyond_trained(
+                (rows, columns),
+                self.unet,
+                windows=windows,
+                is_upscaled=condition.kind == "upscale",
+                factor=factor,
+            )
         shape = num_images, self.num_channels, rows // factor, columns // factor
         if latents is not None:
             checks.latents(latents, shape=shape, dtypes=(torch.float32, self.unet.dtype))
@@ -257,10 +260,12 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         device: torch.device,
         *,
         shape: Sequence[int],
+        windows: WindowInputs,
     ) -> Conditioning:
         """Return that of B images, or under guidance of 2B with the negative prompts first.
 
-        shape: (B, C, h, w) of the latents.
+        shape: (B, C, h, w) of the latents. The size of a window is told where there are some, as
+        that is what a pass makes.
         """
         is_guided = self.do_classifier_free_guidance
         embeds, negative = self._encode_inputs(prompts, device, is_guided=is_guided)
@@ -268,7 +273,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         if not self.is_sdxl:
             return conditioning
         factor = self.vae_scale_factor
-        made = shape[-2] * factor, shape[-1] * factor
+        made = windows.pass_size((shape[-2] * factor, shape[-1] * factor))
         time_ids = sizes.time_ids(made, num=shape[0], is_guided=is_guided)
         return replace(conditioning, time_ids=time_ids.to(device))
 

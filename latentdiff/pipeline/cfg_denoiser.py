@@ -191,7 +191,7 @@ class CFGDenoiser:
         self, x: Tensor, t: Tensor, conditioning: Conditioning, *, scale: float | None
     ) -> Tensor:
         known = conditioning.to(dtype=self.dtype)
-        added = self.controlnets.residuals(x, t, known)
+        added = self.controlnets.residuals(x, t, known, num_images=len(self.inputs.noise))
         with apply_lora_scale(self.unet, self.lora_scale), self.fast_cpu.speed_up(self.unet, x):
             output = self.unet(
                 x,

@@ -11,53 +11,20 @@ that one seed gives one image on every device.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latentdiff.diffusion.ddpm import Generators
-from latentdiff.diffusion.windows import Window, place_windows
-from latentdiff.models.compatibility import sample_size_px, size_in_reach, unet_factor
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import checks
 from latentdiff.pipeline.image_inputs import ImageInputs
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WindowInputs:
-    """A caller's windows for a large canvas: the side in pixels, None for none, and the overlap."""
-
-    window_size: int | None = None
-    window_overlap: float = 0.5
-
-    def checked(self, *, factor: int) -> WindowInputs:
-        """Return them checked; ValueError for a bad one. factor: the VAE's."""
-        overlap = checks.in_range("window_overlap", self.window_overlap, low=0.0, high=0.95)
-        if self.window_size is not None:
-            checks.side("window_size", self.window_size, multiple=factor)
-        return WindowInputs(self.window_size, overlap)
-
-    def place(self, size: tuple[int, int], *, factor: int) -> list[Window]:
-        """Return the windows of a canvas (h, w) in latent pixels; none where one holds it all."""
-        if self.window_size is None or self.window_size // factor >= max(size):
-            return []
-        windows = place_windows(size, self.window_size // factor, overlap=self.window_overlap)
-        _warn_of_cost(len(windows), self.window_size)
-        return windows
-
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments that PNG files state."""
-        return vars(self) if self.window_size is not None else {}
 
 
 @dataclass(frozen=True)
@@ -164,38 +131,3 @@ def randn(shape: Sequence[int], generator: Generators, *, device: torch.device) 
         tuple(shape), generator=generator, device=device, dtype=torch.float32
     )
     return noise
-
-
-def trained_size_px(unet: UNet2DConditionModel, *, factor: int) -> tuple[int, int]:
-    """Return (height, width) in pixels that the U-Net was trained at; factor: the VAE's."""
-    return sample_size_px(unet.config, factor=factor)
-
-
-def warn_if_beyond_trained(
-    size: tuple[int, int], unet: UNet2DConditionModel, *, factor: int
-) -> None:
-    """Warn, once in a process, of a size far beyond the trained one; name one that the model makes.
-
-    size: (height, width) in pixels of images that start from noise alone.
-    """
-    trained = trained_size_px(unet, factor=factor)
-    better = size_in_reach(*size, trained=trained, multiple=factor * unet_factor(unet.config))
-    if better is not None:
-        _warn_of_size(size, trained, better)
-
-
-@cache
-def _warn_of_cost(num_windows: int, side: int) -> None:
-    logger.warning(
-        "%d windows of %d px: each step takes %d passes of the U-Net",
-        *(num_windows, side, num_windows),
-    )
-
-
-@cache
-def _warn_of_size(size: tuple[int, int], trained: tuple[int, int], better: tuple[int, int]) -> None:
-    logger.warning(
-        "%d x %d pixels are %.1f times what this model was trained at (%d x %d), where subjects "
-        "repeat and parts come apart; take height=%d, width=%d, or window_size=%d",
-        *(*size, size[0] * size[1] / (trained[0] * trained[1]), *trained, *better, min(trained)),
-    )

@@ -37,10 +37,11 @@ from latentdiff.diffusion.guidance import ScoreFunction
 from latentdiff.pipeline.call_steps import CallStepsMixin
 from latentdiff.pipeline.callbacks import StepEndCallback, StepFunction
 from latentdiff.pipeline.cfg_denoiser import CFGDenoiser, Guidance
-from latentdiff.pipeline.conditioning.image_condition import describe_kind
+from latentdiff.pipeline.conditioning.canvas import WindowInputs
+from latentdiff.pipeline.conditioning.image_condition import describe_kind, read_rgb
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import ModelInfo
-from latentdiff.pipeline.initial_latents import WindowInputs, generators_for
+from latentdiff.pipeline.initial_latents import generators_for
 from latentdiff.pipeline.output import LatentDiffOutput
 from latentdiff.pipeline.png_metadata import generation_metadata
 from latentdiff.pipeline.schedulers import DenoisingSteps, make_scheduler
@@ -246,7 +247,8 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         chain = self._chain((num_inference_steps, timesteps, sigmas), images, step=(eta, generator))
         self._warn_of_distillation(prompts, chain)
         # 2. Prompts, encoded, with the sizes that SDXL reads next to them
-        conditioning = self._conditioning(prompts, sizes, chain.timesteps.device, shape=shape)
+        device = chain.timesteps.device
+        conditioning = self._conditioning(prompts, sizes, device, shape=shape, windows=windows)
         conditioning = self._with_condition(conditioning, given, shape=shape, generator=generator)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
@@ -312,28 +314,39 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         noise_level: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
         seed: int | list[int] | None = None,
+        generator: Generators | None = None,
         window_size: int | None = None,
+        window_overlap: float = 0.5,
         output_type: str = "pil",
     ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
         """Enlarge images by the VAE's factor with a model of the kind upscale; else ValueError.
 
-        The same as a call with condition=image, whose other arguments are here.
+        A call with condition=image, which has other arguments too. One prompt goes for all images;
+        without prompts there is no guidance, as both of its predictions would be the same.
         """
         if self.condition_kind != "upscale":
             raise ValueError(
                 f"{describe_kind(self.condition_kind)}, and images are enlarged by a model of the "
                 "kind upscale; train one with condition.kind=upscale"
             )
+        low_res = read_rgb("image", image)
+        is_bare = prompt == "" and negative_prompt is None and not self.is_sdxl
+        if guidance_scale is None and is_bare and self.unet.config.time_cond_proj_dim is None:
+            guidance_scale = 1.0
         return self(
-            prompt,
-            condition=image,
+            [prompt] * len(low_res) if isinstance(prompt, str) else prompt,
+            condition=low_res,
             negative_prompt=negative_prompt,
             noise_level=noise_level,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
             seed=seed,
+            generator=generator,
             window_size=window_size,
+            window_overlap=window_overlap,
             output_type=output_type,
         )
 

@@ -25,12 +25,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from latentdiff.atomic import atomic_file
+from latentdiff.pipeline.conditioning.canvas import WindowInputs
 from latentdiff.pipeline.conditioning.image_condition import ConditionInputs
 from latentdiff.pipeline.conditioning.prompt import Prompt, PromptInputs
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import public_name
 from latentdiff.pipeline.image_inputs import ImageInputs
-from latentdiff.pipeline.initial_latents import WindowInputs
 from latentdiff.pipeline.schedulers import DenoisingSteps
 from latentdiff.pipeline.webui_parameters import KEY as WEBUI_KEY
 from latentdiff.pipeline.webui_parameters import parameters_text, read_parameters
@@ -57,6 +57,7 @@ def generation_metadata(
     their digests alone, as "inputs".
     """
     guidance, (condition, windows) = pipe.guidance, extra
+    is_edit = condition.kind == "instruct_pix2pix"
     common = {
         "height": shape[-2] * pipe.vae_scale_factor,
         "width": shape[-1] * pipe.vae_scale_factor,
@@ -64,7 +65,7 @@ def generation_metadata(
         "guidance_scale": guidance.scale,
         "guidance_rescale": guidance.rescale,
         "guidance_interval": list(guidance.interval),
-        "image_guidance_scale": guidance.image_scale if guidance.image_scale != 1 else None,
+        "image_guidance_scale": guidance.image_scale if is_edit else None,
         "strength": images.strength,
         "long_prompts": prompts.long_prompts,
         "clip_skip": prompts.clip_skip,

@@ -25,7 +25,12 @@ from latentdiff.pipeline.files.adapter_file import (
     open_adapter,
     stored_metadata,
 )
-from latentdiff.pipeline.files.model_card import adapter_card, folder_title, model_card
+from latentdiff.pipeline.files.model_card import (
+    adapter_card,
+    class_of_folder,
+    folder_title,
+    model_card,
+)
 from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
 from latentdiff.sampling.release import refuse_local_paths
 
@@ -126,10 +131,12 @@ def _model(source: str, repo_id: str) -> tuple[dict[str, Path], str]:
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
     info, written = read_model_info(folder), files.pop(CARD, None)
-    card = model_card(info, name=repo_id)
+    stock = class_of_folder(folder)
+    card = model_card(info, name=repo_id, stock=stock)
     if written is not None:
         text = written.read_text(encoding="utf-8")
-        card = card if text == model_card(info, name=folder_title(folder)) else text
+        own = model_card(info, name=folder_title(folder), stock=stock)
+        card = card if text == own else text
     return files, card
 
 

@@ -57,7 +57,7 @@ def pack_model(
     pipe = LatentDiffPipeline.from_pretrained(model, **given)
     scale = pipe.model_info.guidance_scale if guidance_scale is None else guidance_scale
     pipe.model_info = dataclasses.replace(pipe.model_info, guidance_scale=scale)
-    made = model_card(pipe.model_info, name=folder_title(out))
+    made = model_card(pipe.stated_info, name=folder_title(out), stock=pipe.stock_class_name)
     text = card.read_text(encoding="utf-8") if card else made
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):

@@ -20,11 +20,11 @@ from typing import Any
 
 from latentdiff.atomic import write_text
 from latentdiff.pipeline import checks
+from latentdiff.pipeline.conditioning.canvas import WindowInputs, canvas_size
 from latentdiff.pipeline.conditioning.image_condition import ConditionInputs, read_condition
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.files.model_info import image_guidance
 from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
-from latentdiff.pipeline.initial_latents import WindowInputs, trained_size_px
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import (
     model_metadata,
@@ -108,10 +108,9 @@ class ResumeFolder:
     def _shared(self) -> dict[str, Any]:
         """The settings of every image as a PNG file states them, defaults filled in."""
         given, factor = self.arguments, self.pipe.vae_scale_factor
-        own = self._images.size(multiple=factor) or self._condition.size(multiple=factor)
-        default = own or trained_size_px(self.pipe.unet, factor=factor)
-        height, width = checks.size_px(
-            given["height"], given["width"], default=default, multiple=factor
+        asked = given["height"], given["width"]
+        height, width = canvas_size(
+            asked, self._images, self._condition, unet=self.pipe.unet, factor=factor
         )
         interval = checks.interval("guidance_interval", given["guidance_interval"])
         return DEFAULTS | {

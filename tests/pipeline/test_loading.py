@@ -150,7 +150,7 @@ def test_given_component_is_not_read_from_the_folder(tmp_path, name):
 
 def test_given_component_is_not_fetched_from_the_hub(saved, monkeypatch):
     asked = []
-    download = "latentdiff.pipeline.files.loading.DiffusionPipeline.download"
+    download = "latentdiff.pipeline.files.loading.Download.download"
     monkeypatch.setattr(download, lambda repo_id, **options: asked.append(options) or str(saved))
     monkeypatch.setattr("latentdiff.pipeline.files.loading.hf_hub_download", lambda *_, **__: None)
     stock = {"safety_checker": None, "requires_safety_checker": False}
@@ -257,7 +257,7 @@ def test_hub_model_comes_with_its_info(saved, tmp_path, monkeypatch):
         asked.append((repo_id, name, where["revision"]))
         write_model_info(fetched, ModelInfo(steps=5))
 
-    download = "latentdiff.pipeline.files.loading.DiffusionPipeline.download"
+    download = "latentdiff.pipeline.files.loading.Download.download"
     monkeypatch.setattr(download, lambda repo_id, **options: str(fetched))
     monkeypatch.setattr("latentdiff.pipeline.files.loading.hf_hub_download", model_info)
     loaded = LatentDiffPipeline.from_pretrained("someone/cats", revision="v2")

@@ -6,37 +6,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from fakes_pipeline import SIZE, ddim, pipeline_of, tiny_pipeline, tiny_unet
+from fakes_conditions import controlnet_of, depth_map, generators, photo, pipeline_of
+from fakes_pipeline import SIZE, ddim, tiny_pipeline, tiny_unet
 from fakes_sdxl import sdxl_pipeline, sdxl_unet
 from PIL import Image
 
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.models.unet.controlnet import make_controlnet
 from latentdiff.pipeline import LatentDiffPipeline
+from latentdiff.pipeline.conditioning import canvas
 
 STEP = 1 / 255
 CALL = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
-
-
-def photo(seed=0, size=(SIZE, SIZE)):
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    return coarse.resize(size, Image.Resampling.BICUBIC)
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def controlnet_of(unet, seed):
-    """A ControlNet that has learned something."""
-    net = make_controlnet(unet, factor=4, seed=seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3 if "cond_embedding" in name else 0.1)
-    return net.eval()
 
 
 def stock_of(folder):
@@ -49,10 +30,6 @@ def ours_of(folder):
     pipe = LatentDiffPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def depth_map(seed=0, size=(SIZE, SIZE)):
-    return torch.rand(1, *size, generator=torch.Generator().manual_seed(seed)) * 7 - 2
 
 
 CASES = {
@@ -219,7 +196,8 @@ def test_a_map_is_the_same_as_image_array_and_tensor():
     clear = grey.copy()
     clear.putalpha(255)
     others = [array, array[None], torch.from_numpy(array / 1.0), [grey], grey.convert("RGB"), clear]
-    others += [Image.fromarray(array.astype(np.uint16) * 200)]
+    others += [Image.fromarray(array.astype(np.uint16) * 200), array[..., None]]
+    others += [array[None, ..., None]]
     for one in others:
         images = pipe("a cat", condition=one, **call).images
         np.testing.assert_allclose(images, expected, atol=1e-4)
@@ -259,23 +237,12 @@ WIDE = np.zeros((8, 16), np.float32)
             "condition is 16 x 32 pixels .*, expected the shape of 32 x 32",
         ),
         ("depth", {"condition": WIDE, "image": photo()}, "condition is 8 x 16 pixels"),
+        ("depth", {"condition": WIDE[:, :4], "image": photo()}, "condition is 8 x 4 pixels"),
         (
             "inpaint",
             {"image": photo(), "mask_image": Image.new("L", (16, 32))},
             "mask_image is 32 x 16 pixels .*, expected the size of image, 32 x 32",
         ),
-        (
-            "inpaint",
-            {
-                "image": photo(),
-                "mask_image": [Image.new("L", one) for one in ((32, 32), (16, 32))],
-                "num_images_per_prompt": 2,
-            },
-            r"mask_image\[1\] is 32 x 16 pixels .*, expected the size of image, 32 x 32",
-        ),
-        ("inpaint", {"image": photo()}, "its U-Net also reads mask_image; pass both"),
-        ("inpaint", {"mask_image": photo().convert("L")}, "mask_image needs the image"),
-        ("inpaint", {}, "its U-Net also reads image and mask_image; pass both"),
         ("upscale", {"condition": photo(), "noise_level": 400}, "noise_level must lie in 0..350"),
         ("upscale", {"condition": photo(), "noise_level": 1.5}, "noise_level must be a whole"),
         ("depth", {"condition": WIDE, "noise_level": 1}, "noise_level is read by upscalers alone"),
@@ -375,3 +342,137 @@ def test_windows_take_as_many_passes_as_they_say_and_one_window_takes_one(caplog
     assert json.loads(image.info["latentdiff"])["call"]["window_size"] == SIZE
     plain = pipe("a cat", num_inference_steps=1, seed=1, output_type="np").images
     assert np.array_equal(pipe("a cat", **call, output_type="np").images, plain)
+
+
+def test_a_controlnet_that_pools_its_image_leaves_the_negative_prompt_alone_as_in_stock():
+    pipe = tiny_pipeline(scheduler=ddim())
+    net = controlnet_of(pipe.unet, 0)
+    net.register_to_config(global_pool_conditions=True)
+    pipe.load_controlnet(net)
+    expected = pipe("a cat", condition=photo(1), seed=4, **CALL).images
+    stock = diffusers.StableDiffusionControlNetPipeline(
+        **pipe.components, requires_safety_checker=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    images = stock("a cat", image=photo(1), generator=generators(4), **CALL).images
+    assert np.abs(images - expected).max() <= STEP
+
+
+def test_nested_lists_hold_the_images_of_a_prompt_as_in_stock():
+    pipe = tiny_pipeline(scheduler=ddim())
+    nets = [controlnet_of(pipe.unet, seed) for seed in range(2)]
+    pipe.load_controlnet(nets)
+    given = [[photo(1), photo(2)], [photo(3), photo(4)]]
+    prompts, call = ["a cat", "a red heart"], CALL | {"seed": [4, 5]}
+    together = pipe(prompts, condition=given, **call).images
+    for k, one in enumerate(given):
+        alone = pipe(prompts[k], condition=one, **call | {"seed": 4 + k}).images
+        assert np.abs(alone[0] - together[k]).max() <= STEP
+    with pytest.raises(ValueError, match=r"condition\[0\], of one prompt, must be a list of 2 im"):
+        pipe(["a cat"] * 3, condition=[[photo()] * 3] * 2, **call | {"seed": 1})
+
+
+def test_images_are_enlarged_together_each_as_alone():
+    pipe = pipeline_of("upscale")
+    low_res, call = [photo(1, (8, 8)), photo(2, (8, 8))], {"num_inference_steps": 2}
+    call |= {"output_type": "np"}
+    together = pipe.upscale(low_res, seed=[3, 4], **call).images
+    alone = pipe.upscale(low_res[1], seed=4, **call).images
+    assert np.abs(together[1] - alone[0]).max() <= STEP
+    twice = pipe.upscale(low_res[1], seed=4, num_images_per_prompt=2, **call).images
+    assert len(twice) == 2
+
+
+def test_enlarging_without_words_needs_one_prediction_a_step():
+    pipe = pipeline_of("upscale")
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda unet, args: sizes.append(len(args[0])))
+    call = {"num_inference_steps": 1, "seed": 1, "output_type": "np"}
+    images = pipe.upscale(photo(1, (8, 8)), **call).images
+    guided = pipe.upscale(photo(1, (8, 8)), guidance_scale=7.5, **call).images
+    pipe.upscale(photo(1, (8, 8)), "a cat", **call)
+    assert sizes == [1, 2, 2]
+    assert np.abs(images - guided).max() <= STEP
+
+
+BEYOND = [  # kind, arguments, what the warning names
+    ("none", {"height": 128, "width": 128}, "take height=32, width=32, or window_size=32"),
+    ("none", {"height": 128, "width": 128, "window_size": 64}, "take window_size=32"),
+    ("upscale", {"condition": photo(0, (32, 32))}, "take a smaller condition, or window_size=32"),
+    ("instruct_pix2pix", {"condition": photo(0, (64, 64))}, "take height=32, width=32, or wind"),
+    ("upscale", {"condition": photo(0, (32, 32)), "window_size": 32}, None),
+    ("none", {"image": photo(0, (64, 64)), "strength": 1.0}, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "advice"), BEYOND)
+def test_passes_beyond_the_trained_size_are_warned_of(kind, arguments, advice, caplog):
+    canvas._warn_of_size.cache_clear()
+    pipe = tiny_pipeline() if kind == "none" else pipeline_of(kind)
+    call = {"num_inference_steps": 1, "seed": 1, "output_type": "latent"}
+    pipe("a cat", **arguments, **call)
+    found = [text for text in caplog.messages if "this model was trained at" in text]
+    assert len(found) == (advice is not None)
+    assert advice is None or advice in found[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "size", "message"),
+    [
+        (
+            "upscale",
+            "condition",
+            (1100, 1100),
+            "condition is 1100 x 1100 .* for an image of 4400 x",
+        ),
+        ("depth", "condition", (3, 3), "condition is 3 x 3 pixels .*, less than 4 on a side"),
+        ("none", "image", (3, 9), "image is 9 x 3 pixels .*, less than 4 on a side"),
+    ],
+)
+def test_an_image_of_a_size_that_cannot_be_made_is_named(kind, name, size, message):
+    pipe = tiny_pipeline() if kind == "none" else pipeline_of(kind)
+    with pytest.raises(ValueError, match=message):
+        pipe("a cat", **{name: photo(0, size)})
+
+
+def test_image_guidance_of_one_is_made_again_from_its_settings():
+    pipe = pipeline_of("instruct_pix2pix")
+    call = {"num_inference_steps": 1, "condition": photo(1)}
+    image = pipe("a cat", seed=1, image_guidance_scale=1.0, **call).images[0]
+    settings = json.loads(image.info["latentdiff"])["call"]
+    again = pipe(**settings, condition=photo(1)).images[0]
+    assert np.array_equal(np.asarray(image), np.asarray(again))
+    assert (
+        "image_guidance_scale"
+        not in json.loads(
+            tiny_pipeline()("a cat", num_inference_steps=1, seed=1).images[0].info["latentdiff"]
+        )["call"]
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.zeros((SIZE, SIZE, 3), np.float32),
+        np.zeros((SIZE, SIZE, 4), np.uint8),
+        torch.zeros(3, SIZE, SIZE),
+    ],
+)
+def test_colors_are_no_maps(given):
+    with pytest.raises(ValueError, match=r"condition has shape .*, as an image in color, expected"):
+        pipeline_of("depth")("a cat", condition=given, num_images_per_prompt=3)
+
+
+def test_sizes_of_sdxl_are_those_of_a_window():
+    pipe = sdxl_pipeline(scheduler=ddim())
+    seen = []
+
+    def read(module, args, kwargs):
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"][0].tolist())
+
+    pipe.unet.register_forward_pre_hook(read, with_kwargs=True)
+    call = {"num_inference_steps": 1, "seed": 1, "output_type": "latent", "height": SIZE}
+    pipe("a cat", width=2 * SIZE, window_size=SIZE, **call)
+    assert seen[-1] == [SIZE, SIZE, 0, 0, SIZE, SIZE]
+    pipe("a cat", width=2 * SIZE, window_size=SIZE, target_size=(64, 96), **call)
+    assert seen[-1] == [SIZE, SIZE, 0, 0, 64, 96]

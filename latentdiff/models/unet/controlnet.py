@@ -6,7 +6,7 @@ its training (training/), nor where images come from (data/).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from latentdiff.models.compatibility import read_json
+from latentdiff.models.compatibility import CONTROLNET, read_json
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.model_path import fetched, is_local, near_sibling
 from latentdiff.models.weights import (
@@ -25,8 +25,14 @@ from latentdiff.models.weights import (
     refuse_bad_weights,
     stored_shapes,
     weight_files,
+    weight_patterns,
 )
 
+CONFIG = "config.json"
+FITTING = (  # settings of a ControlNet that are the U-Net's
+    *("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"),
+    *("addition_embed_type", "projection_class_embeddings_input_dim"),
+)
 EMBEDDING_WIDTHS = (16, 32, 96, 256)  # one more than halvings of the image, as diffusers has it
 
 
@@ -53,27 +59,32 @@ def control_residuals(
     conditioning: Conditioning,
     *,
     scales: Sequence[float] = (1.0,),
+    num_negative: int = 0,
 ) -> dict[str, Any]:
     """Return what ControlNets add to a U-Net, as the keyword arguments of its forward.
 
     zt: (B, C, h, w); t: (B,); conditioning: of B images, with control (B, 3 n, H, W) in [0, 1], of
-    n ControlNets in turn; scales: how much of each is added.
+    n ControlNets in turn; scales: how much of each is added. num_negative: how many of the B, which
+    come first, have negative prompts: to these a ControlNet that pools its image adds nothing.
     """
     nets = list(controlnet) if isinstance(controlnet, Sequence) else [controlnet]
     assert conditioning.control is not None
     controls = conditioning.control.chunk(len(nets), dim=1)
-    known = replace(conditioning, control=None, condition=None).unet_kwargs()
+    bare = replace(conditioning, control=None, condition=None)
     total: list[Tensor] = []
     for net, control, scale in zip(nets, controls, scales, strict=True):
+        skipped = num_negative if net.config.global_pool_conditions else 0
         down, mid = net(
-            zt,
+            zt[skipped:],
             t,
-            controlnet_cond=control.to(zt),
+            controlnet_cond=control[skipped:].to(zt),
             conditioning_scale=scale,
             return_dict=False,
-            **known,
+            **bare[skipped:].unet_kwargs(),
         )
         added = [*down, mid]
+        if skipped:
+            added = [torch.cat([x.new_zeros(skipped, *x.shape[1:]), x]) for x in added]
         total = added if not total else [a + b for a, b in zip(total, added, strict=True)]
     return {
         "down_block_additional_residuals": total[:-1],
@@ -81,26 +92,19 @@ def control_residuals(
     }
 
 
-CONFIG, OF_RUN = "config.json", "controlnet"
-
-
 def open_controlnet(
-    path_or_id: str | os.PathLike[str], *, torch_dtype: torch.dtype = torch.float32
+    path_or_id: str | os.PathLike[str],
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> ControlNetModel:
     """Open a ControlNet: its folder, a training run's, or a hub id; safetensors only.
 
+    variant: of the weight files, such as "fp16". hub: options of fetching it, such as token.
     FileNotFoundError or ValueError for what is no ControlNet, or one with missing weights.
     """
-    folder = Path(path_or_id).expanduser()
-    if (folder / OF_RUN / CONFIG).is_file() and not (folder / CONFIG).exists():
-        folder /= OF_RUN
-    if not folder.exists():
-        name = os.fspath(path_or_id)
-        if is_local(name):
-            hint = near_sibling(folder) or "check the spelling"
-            raise FileNotFoundError(f"there is no ControlNet {name}; {hint}")
-        patterns = [CONFIG, "diffusion_pytorch_model*.safetensors*"]
-        folder = fetched(lambda: snapshot_download(name, allow_patterns=patterns), name)
+    folder = _controlnet_folder(path_or_id, variant=variant, hub=hub or {})
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}, expected the folder of a ControlNet")
     if (kind := read_json(folder / CONFIG).get("_class_name")) != ControlNetModel.__name__:
@@ -108,10 +112,14 @@ def open_controlnet(
     where = f"controlnet ({folder})"
     with torch.device("meta"):
         skeleton = ControlNetModel.from_config(ControlNetModel.load_config(folder))
-    stored = stored_shapes(weight_files(folder, variant=None))
+    stored = stored_shapes(weight_files(folder, variant=variant))
     refuse_bad_weights(where, mismatched=mismatched_shapes(skeleton, stored))
     net, info = ControlNetModel.from_pretrained(
-        folder, torch_dtype=torch_dtype, use_safetensors=True, output_loading_info=True
+        folder,
+        torch_dtype=torch_dtype,
+        variant=variant,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     refuse_bad_weights(where, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
     check_weights(net, where)
@@ -119,7 +127,21 @@ def open_controlnet(
     return opened
 
 
-FITTING = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_embed_type")
+def _controlnet_folder(
+    path_or_id: str | os.PathLike[str], *, variant: str | None, hub: Mapping[str, Any]
+) -> Path:
+    """Return the local folder of a ControlNet, of a run's, or fetched from the hub."""
+    folder = Path(path_or_id).expanduser()
+    if (folder / CONTROLNET / CONFIG).is_file() and not (folder / CONFIG).exists():
+        return folder / CONTROLNET
+    if folder.exists():
+        return folder
+    name = os.fspath(path_or_id)
+    if is_local(name):
+        hint = near_sibling(folder) or "check the spelling"
+        raise FileNotFoundError(f"there is no ControlNet {name}; {hint}")
+    patterns = [CONFIG, *weight_patterns(variant)]
+    return fetched(lambda: snapshot_download(name, allow_patterns=patterns, **hub), name)
 
 
 def check_controlnet(
@@ -130,10 +152,15 @@ def check_controlnet(
         kind = type(controlnet).__name__
         raise ValueError(f"controlnet is a {kind}, expected a {ControlNetModel.__name__}")
     own, of_unet = controlnet.config, unet.config
+    if (channels := own["conditioning_channels"]) != 3:
+        raise ValueError(
+            f"this ControlNet reads {channels} channels (conditioning_channels), expected the 3 of "
+            "an RGB image"
+        )
     problems = [
         f"its {name} is {own[name]} and the U-Net's {of_unet[name]}"
         for name in FITTING
-        if _plain(own[name]) != _plain(of_unet[name])
+        if not _is_same(own[name], of_unet[name])
     ]
     halvings = len(own["conditioning_embedding_out_channels"]) - 1
     if 1 << halvings != factor:
@@ -145,5 +172,10 @@ def check_controlnet(
         )
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+def _is_same(own: Any, other: Any) -> bool:
+    """Return whether two settings are one; a number stands for a list of it, one a level."""
+    lists = [value for value in (own, other) if isinstance(value, (list, tuple))]
+    if len(lists) == 1:
+        (number,) = (value for value in (own, other) if not isinstance(value, (list, tuple)))
+        return all(one == number for one in lists[0])
+    return [*lists[0]] == [*lists[1]] if lists else bool(own == other)

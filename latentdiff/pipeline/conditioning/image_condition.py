@@ -20,7 +20,7 @@ from torch import Tensor
 from latentdiff.diffusion.ddpm import Generators
 from latentdiff.icc import to_srgb
 from latentdiff.image_io import to_rgb
-from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.compatibility import CONDITION_KINDS, CONTROLNET
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.unet.controlnet import control_residuals
@@ -44,7 +44,6 @@ from latentdiff.pipeline.image_inputs import (
 )
 from latentdiff.pipeline.initial_latents import randn
 
-CONTROLNET = "controlnet"
 MAX_CONTROL_SCALE = 10.0
 
 
@@ -131,11 +130,19 @@ class ControlNets:
     nets: tuple[ControlNetModel, ...] = ()
     scales: tuple[float, ...] = ()
 
-    def residuals(self, xt: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
-        """Return what they add to a U-Net's pass, as its keyword arguments."""
+    def residuals(
+        self, xt: Tensor, t: Tensor, conditioning: Conditioning, *, num_images: int
+    ) -> dict[str, Any]:
+        """Return what they add to a U-Net's pass, as its keyword arguments.
+
+        num_images: B; further rows before those have negative prompts.
+        """
         if not self.nets:
             return {}
-        return control_residuals(self.nets, xt, t, conditioning, scales=self.scales)
+        num = len(xt) - num_images
+        return control_residuals(
+            self.nets, xt, t, conditioning, scales=self.scales, num_negative=num
+        )
 
 
 def read_condition(
@@ -166,7 +173,7 @@ def read_condition(
     read = []
     for k, part in enumerate(parts):
         name = "condition" if len(parts) == 1 else f"condition[{k}]"
-        images = read_maps(name, part) if kind == "depth" else _read_rgb(name, part)
+        images = read_maps(name, part) if kind == "depth" else read_rgb(name, part)
         check_number(name, images, num_prompts=num_prompts, num_images=num_images)
         read.append(ImageInputs(images))
     level = _read_level(noise_level, info) if kind == "upscale" else None
@@ -189,15 +196,19 @@ def _check_use(condition: object, kind: str, *, noise_level: object, scale: obje
         raise ValueError(f"condition has no use here: {describe_kind(kind)}; pass {hint}")
 
 
-def _read_rgb(name: str, value: object) -> ImageList | None:
-    return read_images(name, value, background=BLACK)  # as training reads conditions
+def read_rgb(name: str, value: object) -> ImageList:
+    """Read images in color as read_images does, clear parts black, as training reads them."""
+    images = read_images(name, value, background=BLACK)
+    assert images is not None
+    return images
 
 
 def read_maps(name: str, value: object) -> Tensor:
     """Read maps of one channel of any range, such as depth, as a tensor (B, 1, H, W).
 
-    PIL images, arrays or tensors (H, W), (B, H, W) or (B, 1, H, W), or a list of one of these.
-    ValueError names a bad one.
+    PIL images, arrays or tensors (H, W), (B, H, W) or (B, 1, H, W), arrays (H, W, 1) and
+    (B, H, W, 1) too, or a list of one of these. ValueError names a bad one; three values a pixel
+    are taken for colors, not for three maps.
     """
     if isinstance(value, Image.Image):
         return _grey(name, value)
@@ -207,7 +218,11 @@ def read_maps(name: str, value: object) -> Tensor:
             raise ValueError(f"{name} must hold maps of one size")
         return torch.cat(maps)
     if isinstance(value, np.ndarray):
+        _refuse_color(name, value.shape, axis=-1)
+        value = value[..., 0] if value.ndim > 2 and value.shape[-1] == 1 else value
         value = torch.from_numpy(np.array(value, np.float32))
+    elif isinstance(value, Tensor):
+        _refuse_color(name, value.shape, axis=0)
     if not isinstance(value, Tensor):
         raise ValueError(
             f"{name} must be a map of one channel: a PIL image, an array, a tensor or a list of "
@@ -224,6 +239,15 @@ def read_maps(name: str, value: object) -> Tensor:
     return read.detach().cpu().float()
 
 
+def _refuse_color(name: str, shape: Sequence[int], *, axis: int) -> None:
+    """Raise ValueError for three dimensions that are those of an image in color."""
+    if len(shape) == 3 and shape[axis] in ((3, 4) if axis else (3,)):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}, as an image in color, expected a map of one channel;"
+            " make it grey, or pass maps as (B, 1, H, W)"
+        )
+
+
 def _grey(name: str, image: Image.Image) -> Tensor:
     """Return a map's values (1, 1, H, W); an image in color is read in grey, clear parts black."""
     if 0 in image.size:
@@ -235,13 +259,28 @@ def _grey(name: str, image: Image.Image) -> Tensor:
 
 
 def _one_each(condition: object, num: int) -> list[Any]:
-    parts = list(condition) if isinstance(condition, (list, tuple)) else []
-    if len(parts) != num:
-        got = len(parts) if isinstance(condition, (list, tuple)) else checks.kind(condition)
+    """Return the images of each ControlNet: one each, or of each prompt a list of one each.
+
+    That is how diffusers nests lists.
+    """
+    parts = condition if isinstance(condition, (list, tuple)) else ()
+    if not any(isinstance(part, (list, tuple)) for part in parts):
+        return _of_length("condition", condition, num)
+    rows = [
+        _of_length(f"condition[{k}], of one prompt,", part, num) for k, part in enumerate(parts)
+    ]
+    return [list(images) for images in zip(*rows, strict=True)]
+
+
+def _of_length(name: str, images: object, num: int) -> list[Any]:
+    is_list = isinstance(images, (list, tuple))
+    found = list(images) if isinstance(images, (list, tuple)) else []
+    if len(found) != num:
+        got = len(found) if is_list else checks.kind(images)
         raise ValueError(
-            f"condition must be a list of {num} images, one for each ControlNet, got {got}"
+            f"{name} must be a list of {num} images, one for each ControlNet, got {got}"
         )
-    return parts
+    return found
 
 
 def _read_level(value: object, info: ModelInfo) -> int:
@@ -266,7 +305,7 @@ def _read_scales(value: object, num: int) -> tuple[float, ...]:
 def _is_of_shape(own: tuple[int, int], size: tuple[int, int], *, factor: int) -> bool:
     """Return whether an image is of a shape, but for what is cut to a multiple of the factor."""
     times = own[1] * size[0] / size[1]
-    return abs(times - own[0]) <= factor * max(1.0, own[0] / size[0])
+    return abs(times - own[0]) <= max(1.0, factor * own[0] / size[0])
 
 
 def describe_kind(kind: str) -> str:

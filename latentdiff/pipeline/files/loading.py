@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, MultiControlNetModel
+from diffusers import ControlNetModel, MultiControlNetModel
 from diffusers.loaders import FromSingleFileMixin
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
 
 from latentdiff.atomic import atomic_files, write_text
 from latentdiff.models.compatibility import (
+    CONTROLNET,
     check_compatible,
     condition_kinds,
     read_configs,
     read_json,
 )
-from latentdiff.models.components import Components, choose_vae, load_parts
+from latentdiff.models.components import Components, Download, choose_vae, load_parts
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import (
     BUNDLED,
@@ -97,9 +98,9 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         the stored ones, which are not loaded; None leaves one out, as in safety_checker=None. vae
         may be a name too: "tiny" for the AutoencoderTiny that the folder carries in vae_tiny/, or
         the folder or hub id of a VAE of the same latents. controlnet: as of `load_controlnet`, by
-        default those that the folder holds. requires_safety_checker is noted in what is saved.
-        Raises FileNotFoundError or ValueError where a file or a weight is missing, damaged, a
-        pickle, or does not fit, or the folder states two prediction types.
+        default, None, those that the folder holds; [] leaves them out. requires_safety_checker is
+        noted in what is saved. Raises FileNotFoundError or ValueError where a file or a weight is
+        missing, damaged, a pickle, or does not fit, or the folder states two prediction types.
         """
         dtype = _one_dtype(dtype, torch_dtype)
         if unknown := sorted(components.keys() - {one.name for one in fields(Components)}):
@@ -116,7 +117,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         if not os.path.isdir(path):
             path = _fetch(
                 path,
-                components,
+                components | ({} if controlnet is None else {CONTROLNET: controlnet}),
                 variant=variant,
                 revision=revision,
                 token=token,
@@ -134,8 +135,11 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         index = read_json(Path(path) / "model_index.json")
         if info.max_noise_level is None and pipe.condition_kind == "upscale":
             pipe.model_info = replace(info, max_noise_level=index.get("max_noise_level"))
-        if controlnet := controlnet or _stored_controlnets(Path(path), index):
-            pipe.load_controlnet(controlnet)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if controlnet is None:
+            controlnet = _stored_controlnets(Path(path), index, variant=variant, dtype=dtype)
+        if controlnet != []:
+            pipe._load_controlnets(controlnet, hub=hub | {"force_download": force_download})
         return pipe
 
     @classmethod
@@ -185,7 +189,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
 
     def to_json_string(self) -> str:
         """Return model_index.json, with the class name that stock diffusers opens the folder by."""
-        name = self._stock_class
+        name = self.stock_class_name
         config = self._of_stock(json.loads(super().to_json_string())) | {"_class_name": name}
         config |= extra_entries(name, self.model_info)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -214,36 +218,63 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         """Load a ControlNet in place of those before: a folder, a run, a hub id, a loaded one.
 
         Several, in a list, add up; a call gives an image for each. FileNotFoundError or ValueError
-        where one cannot be opened or is of another model.
+        where one cannot be opened or is of another model. A loaded one is moved to this model's
+        device and dtype.
         """
+        self._load_controlnets(controlnet, hub={})
+
+    def _load_controlnets(self, controlnet: Any, *, hub: dict[str, Any]) -> None:
+        """Do what load_controlnet says. hub: options of fetching from the hub."""
         given = list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
+        if isinstance(controlnet, MultiControlNetModel):
+            given = list(controlnet.nets)
         if not given:
             raise ValueError("controlnet is an empty list; pass one, or call unload_controlnet()")
-        if self.condition_kind != "none":
+        if any(hasattr(part, "_hf_hook") for part in self.components.values()):
             raise ValueError(
-                f"this model is of the kind {self.condition_kind} and reads an image itself; a "
-                "ControlNet steers models of text alone"
+                "the model is offloaded, and a ControlNet that comes now would not be: load it "
+                "before enable_model_cpu_offload() or enable_sequential_cpu_offload()"
             )
         nets = []
         for one in given:
             net: Any = one
             if isinstance(one, (str, os.PathLike)):
-                net = open_controlnet(one, torch_dtype=self.unet.dtype)
-            check_controlnet(net, self.unet, factor=LatentCodec(self.vae).factor)
-            nets.append(net.to(self.unet.device))
+                net = open_controlnet(one, torch_dtype=self.unet.dtype, hub=hub)
+            nets.append(net)
+        self._check_controlnets(nets)
+        nets = [net.to(self.unet.device, self.unet.dtype) for net in nets]
         self.register_modules(controlnet=nets[0] if len(nets) == 1 else MultiControlNetModel(nets))
 
     def unload_controlnet(self) -> None:
         """Sample without a ControlNet again."""
         self.register_modules(controlnet=None)
 
+    def _check_controlnets(self, nets: Sequence[Any]) -> None:
+        """Raise ValueError where ControlNets are of another model than the one that is here."""
+        if not nets or self.unet is None or self.vae is None:
+            return
+        if self.condition_kind != "none":
+            raise ValueError(
+                f"this model is of the kind {self.condition_kind} and reads an image itself; a "
+                "ControlNet steers models of text alone"
+            )
+        for net in nets:
+            check_controlnet(net, self.unet, factor=LatentCodec(self.vae).factor)
+
     @property
-    def _stock_class(self) -> str:
-        kind = "controlnet" if self.controlnet is not None else self.condition_kind
+    def stock_class_name(self) -> str:
+        """The pipeline of diffusers that opens what is saved, else our own class' name."""
+        kind = CONTROLNET if self.controlnet is not None else self.condition_kind
         return stock_class(kind, is_sdxl=self.is_sdxl, vae=self.vae)
 
+    @property
+    def stated_info(self) -> ModelInfo:
+        """The model's info as what is saved states it: of the kind that the pipeline is now."""
+        kind = CONTROLNET if self.controlnet is not None else self.condition_kind
+        return replace(self.model_info, condition_kind=None if kind == "none" else kind)
+
     def _of_stock(self, named: dict[str, Any]) -> dict[str, Any]:
-        return of_stock(named, self._stock_class)
+        return of_stock(named, self.stock_class_name)
 
     def save_pretrained(
         self,
@@ -274,15 +305,15 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 complete_component(
                     part, folder / name, variant=variant, max_shard_size=max_shard_size
                 )
-            write_extras(self, folder, self._stock_class, variant=variant)
-            remove_origin(folder)
-            info = self.model_info
-            if self.controlnet is not None:
-                info = replace(info, condition_kind="controlnet")
+            write_extras(self, folder, self.stock_class_name, variant=variant)
+            for path in (folder, *folder.glob(f"{CONTROLNET}_*")):
+                remove_origin(path)
+            info = self.stated_info
             if info != ModelInfo():
                 write_model_info(folder, info)
             if not (final / "README.md").exists():
-                write_text(folder / "README.md", model_card(info, name=folder_title(final)))
+                title, stock = folder_title(final), self.stock_class_name
+                write_text(folder / "README.md", model_card(info, name=title, stock=stock))
 
     def push_to_hub(
         self,
@@ -298,7 +329,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         hub = HfApi(token=token)
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as scratch:
-            card = model_card(self.model_info, name=repo_id)
+            card = model_card(self.stated_info, name=repo_id, stock=self.stock_class_name)
             write_text(Path(scratch) / "README.md", card)
             self.save_pretrained(scratch, variant=variant)
             commit = hub.upload_folder(
@@ -320,6 +351,7 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
             "text_encoder_2": self.text_encoder_2 and self.text_encoder_2.config.to_dict(),
         }
         check_compatible({name: config for name, config in configs.items() if config is not None})
+        self._check_controlnets(self.controlnets)
 
     def _check_components(self) -> None:
         """Raise ValueError where components do not fit each other, or a weight is missing."""
@@ -329,11 +361,14 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 check_weights(module, name)
 
 
-def _stored_controlnets(folder: Path, index: dict[str, Any]) -> list[Path]:
-    """Return the folders of the ControlNets that a model's index names."""
-    if not all(index.get("controlnet") or [None]):
+def _stored_controlnets(
+    folder: Path, index: dict[str, Any], *, variant: str | None, dtype: torch.dtype
+) -> list[ControlNetModel]:
+    """Open the ControlNets that a model's index names."""
+    if not all(index.get(CONTROLNET) or [None]):
         return []
-    return [folder / "controlnet", *sorted(folder.glob("controlnet_[0-9]*"))]
+    folders = [folder / CONTROLNET, *sorted(folder.glob(f"{CONTROLNET}_[0-9]*"))]
+    return [open_controlnet(one, torch_dtype=dtype, variant=variant) for one in folders]
 
 
 def _one_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype:
@@ -355,7 +390,11 @@ def _fetch(path_or_id: str, given: dict[str, Any], *, variant: str | None, **whe
     """
     try:
         options = where | {"variant": variant, "use_safetensors": True} | given
-        folder = DiffusionPipeline.download(path_or_id, **options)
+        folder = Download.download(path_or_id, **options)
+        stored = read_json(Path(folder) / "model_index.json").get(CONTROLNET) or []
+        if MultiControlNetModel.__name__ in stored and CONTROLNET not in given:
+            patterns = [f"{CONTROLNET}_*/config.json"]  # of the others than the first
+            snapshot_download(path_or_id, allow_patterns=patterns, **where)
     except (OSError, ValueError, HFValidationError) as error:
         raise not_fetched(path_or_id, error) from error
     with contextlib.suppress(EntryNotFoundError):  # most models have none

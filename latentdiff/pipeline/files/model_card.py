@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.compatibility import CONDITION_KINDS, CONTROLNET, read_json
+from latentdiff.models.model_path import INDEX
 from latentdiff.pipeline.files.model_info import (
     UNKNOWN,
     ModelInfo,
@@ -22,6 +24,7 @@ from latentdiff.pipeline.files.model_info import (
     scales_text,
 )
 from latentdiff.pipeline.files.prediction_marks import comfyui_node
+from latentdiff.pipeline.files.stock_format import OURS, stock_class
 
 CARD_SUMMARY = "A text-to-image latent diffusion model in Stable Diffusion's format"
 CARD = """---
@@ -51,9 +54,7 @@ pipe = LatentDiffPipeline.from_pretrained({literal})
 pipe({given}, num_inference_steps={steps}, seed=0).images[0].save("cat.png")
 ```
 
-Plain `diffusers.{stock}` opens it too{note}.
-
-## Limits
+{opened_by}## Limits
 
 Its images show its training data's subjects, gaps and biases, and may repeat \
 training images.
@@ -65,7 +66,7 @@ GIVEN = {  # arguments of a call in the card of a kind, a PIL image each
     "instruct_pix2pix": '"make it red", condition=image',
     "upscale": '"a cat", condition=low_resolution_image',
     "depth": '"a cat", condition=depth_map',
-    "controlnet": '"a cat", condition=image',
+    CONTROLNET: '"a cat", condition=image',
 }
 NOTES = {  # on diffusers' pipeline of a kind
     "upscale": ", with the same images: the scale of the latents is in the VAE's weights",
@@ -103,11 +104,17 @@ def folder_title(folder: str | os.PathLike[str]) -> str:
 
 
 def model_card(
-    info: ModelInfo, *, name: str, default_num_steps: int = 30, bill_root: str = ""
+    info: ModelInfo,
+    *,
+    name: str,
+    stock: str | None = None,
+    default_num_steps: int = 30,
+    bill_root: str = "",
 ) -> str:
     """Return a model card in Markdown with its YAML head; unknown fields read "not recorded".
 
-    name: of the model, a hub id or a folder's. bill_root: of its bill of materials, if it has one.
+    name: of the model, a hub id or a folder's. stock: diffusers' class that opens it, by default
+    that of its kind of Stable Diffusion 1.x. bill_root: of its bill of materials, if it has one.
     Text from outside is escaped.
     """
     info = published(info)
@@ -132,8 +139,9 @@ def model_card(
     if info.clip_skip:
         named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
         rows.append(("Clip skip", named))
-    if kind := CONDITION_KINDS.get(info.condition_kind or ""):
-        rows.append(("Image condition", f"{info.condition_kind}: {kind.reads}"))
+    kind = info.condition_kind or "none"
+    if kind in CONDITION_KINDS:
+        rows.append(("Image condition", f"{kind}: {CONDITION_KINDS[kind].reads}"))
     if info.base_model:
         rows.append(("Caption dropout of the base model", info.base_caption_dropout))
     if bill_root:
@@ -147,16 +155,21 @@ def model_card(
         metrics="\n".join(_metrics(info)),
         literal=_literal(name),
         steps=default_steps(info, default_num_steps),
-        given=GIVEN.get(info.condition_kind or "none", GIVEN["none"]),
-        stock=_stock_name(info.condition_kind),
-        note=NOTES.get(info.condition_kind or "none", ""),
+        given=GIVEN.get(kind, GIVEN["none"]),
+        opened_by=_opened_by(stock or stock_class(kind, is_sdxl=False), kind),
     )
 
 
-def _stock_name(kind: str | None) -> str:
-    if kind in CONDITION_KINDS:
-        return CONDITION_KINDS[kind].pipeline
-    return f"StableDiffusion{'ControlNet' if kind == 'controlnet' else ''}Pipeline"
+def class_of_folder(folder: Path) -> str:
+    """Return the class that a model's folder names in its model_index.json."""
+    return str(read_json(folder / INDEX)["_class_name"])
+
+
+def _opened_by(stock: str, kind: str) -> str:
+    """Return a paragraph on the class of diffusers that opens a model; empty where none does."""
+    if stock == OURS:
+        return ""
+    return f"Plain `diffusers.{stock}` opens it too{NOTES.get(kind, '')}.\n\n"
 
 
 def adapter_card(info: ModelInfo, *, name: str, noun: str, trigger: str = "") -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.atomic import write_text
+from latentdiff.models.model_path import INFO_FILE
 
-FILE_NAME = "latentdiff.json"
+FILE_NAME = INFO_FILE
 BILL_KEY = "latentdiff.bill_of_materials"  # in the metadata of safetensors files
 OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
 UNKNOWN = "not recorded"  # of a value, for a person

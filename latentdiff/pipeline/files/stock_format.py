@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from latentdiff.models.build import make_ddpm_scheduler
-from latentdiff.models.compatibility import CONDITION_KINDS
+from latentdiff.models.compatibility import CONDITION_KINDS, CONTROLNET
 from latentdiff.models.latents import fold_normalisation
 from latentdiff.models.save import complete_component
 from latentdiff.pipeline.files.model_info import MAX_NOISE_LEVEL, ModelInfo
@@ -41,7 +41,7 @@ def stock_class(kind: str, *, is_sdxl: bool, vae: Any = None) -> str:
     if kind in CONDITION_KINDS:
         name = CONDITION_KINDS[kind].pipeline
     else:
-        name = f"StableDiffusion{'ControlNet' if kind == 'controlnet' else ''}Pipeline"
+        name = f"StableDiffusion{'ControlNet' if kind == CONTROLNET else ''}Pipeline"
     if is_sdxl:
         name = name.replace("Diffusion", "DiffusionXL", 1)
     is_foldable = kind != "upscale" or vae is None or isinstance(vae, AutoencoderKL)

@@ -31,7 +31,7 @@ from latentdiff.evaluation.generate import GeneratedImages
 from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
 from latentdiff.models.compatibility import reads_time_ids
 from latentdiff.models.model_path import read_model_configs, resolve_model
-from latentdiff.pipeline.files.model_card import folder_title, model_card
+from latentdiff.pipeline.files.model_card import class_of_folder, folder_title, model_card
 from latentdiff.pipeline.files.model_info import (
     ModelInfo,
     default_guidance,
@@ -350,7 +350,9 @@ def _export(template: Config, kept: Stage) -> None:
     with atomic_folder(out / "pipeline") as temporary:
         shutil.copytree(kept.model, temporary, dirs_exist_ok=True)
         write_model_info(temporary, facts)
-        write_text(temporary / "README.md", model_card(facts, name=folder_title(out / "pipeline")))
+        stock = class_of_folder(temporary)
+        card = model_card(facts, name=folder_title(out / "pipeline"), stock=stock)
+        write_text(temporary / "README.md", card)
     for name in ADAPTERS:
         if (source := kept.folder / name).is_dir():
             with atomic_folder(out / name) as temporary:

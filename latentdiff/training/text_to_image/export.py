@@ -203,12 +203,13 @@ def _write(
     pipeline = make_pipeline(components)
     pipeline.model_info = facts
     with atomic_folder(final) as temporary:
-        write_text(temporary / "README.md", model_card(facts, name=folder_title(final)))
+        name, stock = folder_title(final), pipeline.stock_class_name
+        write_text(temporary / "README.md", model_card(facts, name=name, stock=stock))
         pipeline.save_pretrained(temporary)
         carry_tiny_vae(base, temporary)
         if materials is not None:
             root = materials.sign_folder(temporary, artifact=final.name)
-            card = model_card(facts, name=folder_title(final), bill_root=root)
+            card = model_card(facts, name=name, stock=stock, bill_root=root)
             write_text(temporary / "README.md", card)
 
 

@@ -34,8 +34,8 @@ from latentdiff.models.latents import Autoencoder, LatentCodec, set_scale
 from latentdiff.models.unet.controlnet import control_residuals
 from latentdiff.models.unet.image_conditions import condition_pixels
 from latentdiff.pipeline import LatentDiffPipeline, checks
+from latentdiff.pipeline.conditioning.canvas import trained_size_px
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
-from latentdiff.pipeline.initial_latents import trained_size_px
 from latentdiff.pipeline.output import LARGE
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
