@@ -37,6 +37,7 @@ from latentdiff.app.page_html import (
     status_html,
 )
 from latentdiff.app.web_session import Event, Finished, Step, WebSession
+from latentdiff.pipeline.files.model_info import DEFAULT_NOISE_LEVEL
 from latentdiff.pipeline.png_metadata import read_settings
 from latentdiff.pipeline.webui_parameters import parameters_text
 
@@ -202,6 +203,8 @@ class CreateTab:
             controls["scheduler"]: gr.update(choices=list(facts.schedulers)),
             controls["vae"]: gr.update(choices=list(facts.vaes), visible=len(facts.vaes) > 1),
             controls["clip_skip"]: gr.update(maximum=max(facts.max_clip_skip, 1)),
+            controls["noise_level"]: gr.update(maximum=max(facts.max_noise_level, 1)),
+            controls["image_guidance_scale"]: gr.update(interactive=facts.image_guidance_scale > 1),
             ui.of_sdxl: gr.update(visible=facts.is_sdxl),
         }
 
@@ -209,6 +212,8 @@ class CreateTab:
         """Return what the page shows of a model, with the model's own settings."""
         controls, updates = self.ui.controls, self._facts_updates(facts)
         values = {name: getattr(facts, name) for name in ("width", "height", "clip_skip")}
+        values["noise_level"] = min(DEFAULT_NOISE_LEVEL, facts.max_noise_level)
+        values["image_guidance_scale"] = facts.image_guidance_scale
         values |= {"scheduler": facts.schedulers[0], "vae": facts.vaes[0]}
         for name, value in values.items():
             updates[controls[name]] = updates[controls[name]] | {"value": value}

@@ -17,6 +17,7 @@ from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.png_metadata import TINY_VAE
 from latentdiff.pipeline.schedulers import scheduler_name
+from latentdiff.program import program
 
 MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
 TEXT, IMAGE, INPAINT, CONDITION = "text", "image", "inpaint", "condition"  # the page's tabs
@@ -100,9 +101,12 @@ class ImageRequest:
             if self.mask_image is not None:
                 nearest = Image.Resampling.NEAREST
                 call["mask_image"] = ImageOps.fit(self.mask_image, size, nearest)
-        if self.condition is not None:
-            times = factor if reads == "upscale" else 1
-            call["condition"] = _fitted(self.condition, (size[0] // times, size[1] // times))
+        if self.condition is not None and reads == "upscale":  # it is enlarged as it is
+            low_res = ImageOps.exif_transpose(self.condition)
+            call |= {"width": low_res.width * factor, "height": low_res.height * factor}
+            call["condition"] = low_res
+        elif self.condition is not None:
+            call["condition"] = _fitted(self.condition, size)
         if reads == "instruct_pix2pix":
             call["image_guidance_scale"] = self.image_guidance_scale
         if reads == "upscale":
@@ -162,7 +166,9 @@ def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
     if request.vae not in facts.vaes:
         found["vae"] = f"{facts.name} carries no {request.vae} one"
     counts = {name: (1, maximum) for name, maximum in MAXIMA.items()}
-    ranges = RANGES | CONDITION_RANGES
+    ranges = RANGES | CONDITION_RANGES | {"noise_level": (0, facts.max_noise_level)}
+    if facts.image_guidance_scale == 1:
+        ranges["image_guidance_scale"] = 1, 1
     for name, (low, high) in (ranges | counts | {"clip_skip": (0, facts.max_clip_skip)}).items():
         value = getattr(request, name)
         if value is not None and not low <= value <= high:
@@ -184,9 +190,7 @@ def _size_problems(request: ImageRequest) -> dict[str, str]:
 def _image_problem(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
     reads_condition = facts.condition_kind not in ("none", "inpaint")
     if request.kind == CONDITION:
-        if not reads_condition:
-            return {"condition": f"{facts.name} reads no such image; choose a model that does"}
-        return {} if request.condition is not None else {"condition": "upload the image to read"}
+        return _condition_problem(request, facts, reads_condition=reads_condition)
     if reads_condition or (facts.condition_kind == "inpaint" and request.kind != INPAINT):
         reads = CONDITION_KINDS[facts.condition_kind].reads
         tab = "Condition" if reads_condition else "Inpaint"
@@ -196,6 +200,25 @@ def _image_problem(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
     if request.kind == INPAINT and request.mask_image is None:
         return {"image": "paint over the part to be replaced"}
     return {}
+
+
+def _condition_problem(
+    request: ImageRequest, facts: ModelFacts, *, reads_condition: bool
+) -> dict[str, str]:
+    condition = request.condition
+    if not reads_condition:
+        return {"condition": f"{facts.name} reads no such image; choose a model that does"}
+    if condition is None:
+        return {"condition": "upload the image to read"}
+    side = facts.max_side_px // facts.multiple
+    if facts.condition_kind != "upscale" or max(condition.size) <= side:
+        return {}
+    width, height = condition.size
+    return {
+        "condition": f"{width} x {height} pixels are too large to be enlarged {facts.multiple} "
+        f"times here, expected at most {side} a side; larger ones: {program()} sample, with "
+        "--window_size"
+    }
 
 
 def _prompt_problem(text: str, *, weighted: bool) -> str:

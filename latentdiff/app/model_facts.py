@@ -15,10 +15,13 @@ from latentdiff.models.text import clip_skip_of
 from latentdiff.pipeline.conditioning.canvas import trained_size_px
 from latentdiff.pipeline.files.model_card import CARD_SUMMARY
 from latentdiff.pipeline.files.model_info import (
+    IMAGE_GUIDANCE_SCALE,
+    MAX_NOISE_LEVEL,
     NUM_STEPS,
     ModelInfo,
     default_guidance,
     default_steps,
+    image_guidance,
     scales_text,
 )
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
@@ -40,7 +43,9 @@ EXAMPLES = (  # for a model that names none
 class ModelFacts:
     """Facts of one model. height, width: in pixels, as trained; multiple: of its sizes.
 
-    condition_kind: of the image that its U-Net reads. is_sdxl: reads second prompts and sizes.
+    condition_kind: of the image that its U-Net reads; max_noise_level, image_guidance_scale: how
+    noisy that may be, and how strongly it guides by default, 1 where it cannot. is_sdxl: reads
+    second prompts and sizes.
     """
 
     name: str
@@ -56,6 +61,8 @@ class ModelFacts:
     examples: tuple[str, ...]
     vaes: tuple[str, ...] = (OWN_VAE,)
     condition_kind: str = "none"
+    max_noise_level: int = MAX_NOISE_LEVEL
+    image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
     is_sdxl: bool = False
     summary: str = ""
     rows: tuple[tuple[str, str], ...] = ()
@@ -72,10 +79,15 @@ class ModelFacts:
         )
 
     def size_of_condition(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) of the image for a condition: an upscaler's is larger."""
+        """Return the (width, height) of the image for a condition: an upscaler's is larger.
+
+        In the condition's proportions, where it is too large for the page.
+        """
         if self.condition_kind != "upscale":
             return self.size_for(width, height)
-        found = [min(side * self.multiple, self.max_side_px) for side in (width, height)]
+        side = self.max_side_px // self.multiple
+        scale = min(1, side / max(width, height))
+        found = [max(1, int(one * scale)) * self.multiple for one in (width, height)]
         return found[0], found[1]
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
@@ -95,7 +107,7 @@ def read_model_facts(
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     layers = 1 if pipe.text_encoder is None else pipe.text_encoder.config.num_hidden_layers
-    info = pipe.model_info
+    info, kind = pipe.model_info, pipe.condition_kind
     return ModelFacts(
         name=name,
         height=height,
@@ -108,8 +120,10 @@ def read_model_facts(
         clip_skip=clip_skip_of(pipe.text_encoder),
         max_clip_skip=layers - 1,
         examples=tuple(info.example_prompts) or EXAMPLES,
-        vaes=(OWN_VAE, TINY) if has_tiny_vae else (OWN_VAE,),
-        condition_kind=pipe.condition_kind,
+        vaes=(OWN_VAE, TINY) if has_tiny_vae and kind != "instruct_pix2pix" else (OWN_VAE,),
+        condition_kind=kind,
+        max_noise_level=MAX_NOISE_LEVEL if info.max_noise_level is None else info.max_noise_level,
+        image_guidance_scale=image_guidance(info, None),
         is_sdxl=pipe.is_sdxl,
         summary=card_summary(text),
         rows=tuple(_rows(pipe, info, size=(width, height))),

@@ -6,6 +6,7 @@ Each step checks its arguments before any compute; LatentDiffPipeline.__call__ h
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,6 +50,8 @@ from latentdiff.pipeline.image_inputs import ImageInputs, read_image_inputs
 from latentdiff.pipeline.initial_latents import InpaintState, prepare_latents
 from latentdiff.pipeline.output import LatentDiffOutput, decode
 from latentdiff.pipeline.png_metadata import attach_settings
+
+logger = logging.getLogger(__name__)
 
 
 class CallStepsMixin(EncodePromptMixin, LoadingMixin):
@@ -145,6 +148,12 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         guidance = Guidance.checked(scale, rescale, interval, score=score, image_scale=image_scale)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_if_guidance_untrained(self.model_info, guidance.scale)
+        if scales[1] is not None and image_scale > 1 and not self.do_classifier_free_guidance:
+            logger.warning(
+                "image_guidance_scale=%g has no effect: without guidance by the prompt, which "
+                "guidance_scale above 1 turns on, there is none by the image, as in diffusers",
+                image_scale,
+            )
         return guidance
 
     def _read_images(

@@ -31,19 +31,31 @@ UNSUPPORTED = {  # arguments of stock pipelines
     "ip_adapter_image_embeds": "IP-Adapters are read by StableDiffusionPipeline.from_pipe(pipe)",
     "masked_image_latents": "pass the masked image's own image and mask_image",
     "padding_mask_crop": "crop image and mask_image before the call",
+    "control_image": "pass the image that a ControlNet reads as condition",
+    "depth_map": "pass it as condition",
+    "guess_mode": "StableDiffusionControlNetPipeline.from_pipe(pipe) has it",
+    "control_guidance_start": "StableDiffusionControlNetPipeline.from_pipe(pipe) has it",
+    "control_guidance_end": "StableDiffusionControlNetPipeline.from_pipe(pipe) has it",
+}
+STOCK_DEFAULTS = {  # of unsupported arguments that are not None
+    "guess_mode": False,
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
 }
 
 logger = logging.getLogger(__name__)
 
 
 def no_others(others: Mapping[str, object], known: Iterable[str]) -> None:
-    """Refuse keywords that a call does not know; stock's unsupported ones may be None."""
+    """Refuse keywords that a call does not know; stock's unsupported ones may be their default."""
     for name, value in others.items():
         if name not in UNSUPPORTED:
             near = difflib.get_close_matches(name, list(known), n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(f"a call has no argument {name}{meant}")
-        if value is not None:
+        is_plain = isinstance(value, (bool, int, float))
+        is_default = name in STOCK_DEFAULTS and is_plain and value == STOCK_DEFAULTS[name]
+        if value is not None and not is_default:
             raise ValueError(f"{name} is not supported here; {UNSUPPORTED[name]}")
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from latentdiff.app.image_request import CONDITION, INPAINT, TEXT, find_problems
 from latentdiff.app.kinds import KINDS
+from latentdiff.app.model_facts import read_model_facts
 from latentdiff.app.web_session import Finished
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo
@@ -33,8 +34,10 @@ def opened(request, tmp_path_factory):
 def test_an_image_of_the_tab_is_the_pipeline_s_own(opened):
     session, folder, kind = opened
     if kind == "inpaint":
-        return
-    fields = {"condition": PHOTO, "image_guidance_scale": 1.7, "noise_level": 30}
+        pytest.skip("its tab is Inpaint")
+    small = PHOTO.resize((12, 5))
+    fields = {"condition": small if kind == "upscale" else PHOTO}
+    fields |= {"image_guidance_scale": 1.7, "noise_level": 30}
     request = request_of(kind=CONDITION, **fields)
     assert KINDS[CONDITION].read(KINDS[CONDITION].fill(request)) == fields
     *_, last = session.generate(request)
@@ -42,12 +45,12 @@ def test_an_image_of_the_tab_is_the_pipeline_s_own(opened):
     pipe = LatentDiffPipeline.from_pretrained(folder)
     call = {"num_inference_steps": request.num_inference_steps, "seed": 1, "guidance_scale": 2.0}
     if kind == "upscale":
-        small = PHOTO.resize((SIZE // 4, SIZE // 4), Image.Resampling.BOX)
         call |= {"condition": small, "noise_level": 30}
     else:
         call |= {"condition": PHOTO, "image_guidance_scale": 1.7}
     expected = np.asarray(pipe("a cat", **call).images[0], dtype=int)
     found = np.asarray(Image.open(last.entries[0].path), dtype=int)
+    assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1
 
 
@@ -61,8 +64,8 @@ def test_the_page_says_which_tab_a_model_is_for(opened):
     assert list(found) == (["condition"])
     assert ("choose a model that does" in found["condition"]) == (kind == "inpaint")
     assert dict(session.facts.rows)["Reads"]
-    size = session.facts.size_of_condition(8, 8)
-    assert size == ((SIZE, SIZE) if kind != "upscale" else (32, 32))
+    size = session.facts.size_of_condition(8, 4)
+    assert size == ((44, 24) if kind != "upscale" else (32, 16))
 
 
 def test_a_model_of_text_has_no_use_for_a_condition(session):
@@ -70,3 +73,39 @@ def test_a_model_of_text_has_no_use_for_a_condition(session):
     assert found == {"condition": "tiny reads no such image; choose a model that does"}
     found = find_problems(request_of(kind=INPAINT, image=PHOTO, mask_image=PHOTO), session.facts)
     assert found == {}
+
+
+def facts_of(kind, **info):
+    changes = {"num_class_embeds": 1000} if kind == "upscale" else {}
+    pipe = tiny_pipeline(unet=tiny_unet(in_channels=CHANNELS[kind], **changes))
+    pipe.model_info = ModelInfo(condition_kind=kind, **info)
+    return read_model_facts(pipe, name="tiny", path="tiny", max_px=1024, has_tiny_vae=True)
+
+
+def test_an_image_too_large_to_be_enlarged_is_named():
+    facts = facts_of("upscale")
+    request = request_of(kind=CONDITION, condition=Image.new("RGB", (300, 200)))
+    message = find_problems(request, facts)["condition"]
+    assert message.startswith("300 x 200 pixels are too large to be enlarged 4 times here, expect")
+    assert "at most 16 a side" in message
+    assert facts.size_of_condition(300, 200) == (64, 40)
+    request = request_of(kind=CONDITION, condition=Image.new("RGB", (16, 8)))
+    assert find_problems(request, facts) == {}
+
+
+def test_limits_are_those_of_the_training():
+    facts = facts_of("upscale", max_noise_level=10)
+    assert facts.max_noise_level == 10
+    photo = {"kind": CONDITION, "condition": Image.new("RGB", (8, 8))}
+    found = find_problems(request_of(**photo, noise_level=20), facts)
+    assert found == {"noise_level": "expected 0 to 10, got 20"}
+    facts = facts_of("instruct_pix2pix", condition_dropout=0.0)
+    assert facts.image_guidance_scale == 1.0
+    found = find_problems(request_of(**photo, image_guidance_scale=1.5), facts)
+    assert found == {"image_guidance_scale": "expected 1 to 1, got 1.5"}
+    assert facts_of("instruct_pix2pix").image_guidance_scale == 1.5
+
+
+def test_a_model_that_edits_has_no_tiny_vae_on_the_page():
+    assert len(facts_of("upscale").vaes) == 2
+    assert len(facts_of("instruct_pix2pix").vaes) == 1

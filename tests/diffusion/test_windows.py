@@ -22,6 +22,10 @@ def test_windows_cover_the_canvas_and_overlap_at_least_as_asked(size, overlap):
     assert all(8 - (b - a) >= int(8 * overlap) for a, b in pairwise(lefts))
 
 
+def test_an_overlap_that_floats_round_takes_no_further_windows():
+    assert len(place_windows((40, 80), 40, overlap=0.9)) == 11  # 4 apart
+
+
 def test_a_prediction_that_depends_on_each_place_alone_is_kept():
     x = torch.randn(2, 3, 19, 33, generator=torch.Generator().manual_seed(0))
     windows = place_windows((19, 33), 8, overlap=0.5)

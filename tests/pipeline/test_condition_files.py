@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import MultiControlNetModel
+from diffusers import AutoencoderTiny, MultiControlNetModel
 from fakes_conditions import controlnet_of, photo, pipeline_of
 from fakes_pipeline import ddim, tiny_pipeline, tiny_unet
 from fakes_sdxl import sdxl_pipeline, sdxl_unet
 
+from latentdiff.models.compatibility import condition_kinds
 from latentdiff.models.components import Download, load_components
 from latentdiff.models.unet.controlnet import make_controlnet, open_controlnet
 from latentdiff.models.weights import weight_patterns
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo, write_model_info
+from latentdiff.pipeline.files.single_file import save_single_file
+from latentdiff.pipeline.files.stock_format import info_of_stock
 
 LOADING = "latentdiff.pipeline.files.loading"
 
@@ -200,3 +203,62 @@ def test_a_controlnet_comes_before_offloading():
     with pytest.raises(ValueError, match="load it before enable_model_cpu_offload"):
         pipe.load_controlnet(net)
     assert net.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("depth", "is of the kind depth, .* keep the folder"),
+        ("upscale", "is of the kind upscale"),
+        ("instruct_pix2pix", "is of the kind instruct_pix2pix"),
+        ("controlnet", r"a ControlNet is loaded, and .* call unload_controlnet\(\)"),
+    ],
+)
+def test_a_kind_that_no_single_file_is_opened_of_is_not_written_as_one(kind, message, tmp_path):
+    pipe = with_controlnets() if kind == "controlnet" else pipeline_of(kind)
+    with pytest.raises(ValueError, match=message):
+        save_single_file(pipe, tmp_path / "model.safetensors")
+
+
+def test_a_tiny_vae_does_not_encode_what_a_model_edits(tmp_path):
+    pipeline_of("instruct_pix2pix").save_pretrained(tmp_path)
+    tiny = AutoencoderTiny(
+        **{f"{part}_block_out_channels": (8,) * 3 for part in ("encoder", "decoder")},
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    )
+    with pytest.raises(ValueError, match=r"latents of its own VAE, .* at another scale; leave vae"):
+        LatentDiffPipeline.from_pretrained(tmp_path, vae=tiny)
+    pipe = pipeline_of("instruct_pix2pix")
+    pipe.vae = tiny  # its own
+    pipe.save_pretrained(tmp_path / "tiny")
+    assert LatentDiffPipeline.from_pretrained(tmp_path / "tiny").vae_scale_factor == 4
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_model_of_others_is_read_as_diffusers_reads_it(tmp_path):
+    pipeline_of("upscale", max_noise_level=100).save_pretrained(tmp_path)
+    (tmp_path / "latentdiff.json").unlink()
+    change_json(tmp_path / "vae" / "config.json", scaling_factor=0.18215)
+    pipe = LatentDiffPipeline.from_pretrained(tmp_path)
+    assert (pipe.condition_kind, pipe.model_info.max_noise_level) == ("upscale", 100)
+    assert pipe.vae.config.scaling_factor == 0.08333
+    change_json(tmp_path / "low_res_scheduler" / "scheduler_config.json", beta_end=0.03)
+    with pytest.raises(ValueError, match=r"scheduler_config.json has beta_end=0.03, expected 0.02"):
+        LatentDiffPipeline.from_pretrained(tmp_path)
+    sdxl_pipeline(unet=sdxl_unet(in_channels=8)).save_pretrained(tmp_path / "edit")
+    change_json(tmp_path / "edit" / "model_index.json", is_cosxl_edit=True)
+    with pytest.raises(ValueError, match="is a CosXL edit model"):
+        LatentDiffPipeline.from_pretrained(tmp_path / "edit")
+
+
+def test_the_class_of_a_folder_tells_kinds_of_as_many_channels_apart(tmp_path):
+    """Latents of three channels: an image in low resolution has as many as latents to edit."""
+    unet, index = {"in_channels": 6}, {"_class_name": "StableDiffusionUpscalePipeline"}
+    assert condition_kinds(unet, latent_channels=3) == ["instruct_pix2pix", "upscale"]
+    assert info_of_stock(ModelInfo(), tmp_path, index).condition_kind == "upscale"
+    known = ModelInfo(condition_kind="depth")
+    assert info_of_stock(known, tmp_path, index).condition_kind == "depth"

@@ -224,7 +224,11 @@ WIDE = np.zeros((8, 16), np.float32)
         ("depth", {"condition": "cat.png"}, "condition must be a map of one channel"),
         ("depth", {"condition": torch.zeros(1, 3, 8, 8)}, "condition must have one channel"),
         ("depth", {"condition": WIDE + np.nan}, "condition holds NaN or Inf"),
-        ("depth", {"condition": [WIDE, WIDE.T]}, "condition must hold maps of one size"),
+        (
+            "depth",
+            {"condition": [WIDE, WIDE.T]},
+            "condition must hold maps of one kind, and arrays of",
+        ),
         ("upscale", {"condition": torch.zeros(1, 8, 8)}, "condition must have 3 channels"),
         (
             "upscale",
@@ -476,3 +480,39 @@ def test_sizes_of_sdxl_are_those_of_a_window():
     assert seen[-1] == [SIZE, SIZE, 0, 0, SIZE, SIZE]
     pipe("a cat", width=2 * SIZE, window_size=SIZE, target_size=(64, 96), **call)
     assert seen[-1] == [SIZE, SIZE, 0, 0, 64, 96]
+
+
+def test_a_map_larger_than_its_image_is_read_as_in_training():
+    """It becomes as large as the image, antialiased, and only then as large as the latents."""
+    pipe = pipeline_of("depth")
+    lines = Image.new("L", (4 * SIZE, 4 * SIZE))
+    for x in range(0, 4 * SIZE, 9):
+        lines.paste(255, (x, 0, x + 1, 4 * SIZE))
+    call = {"seed": 1, "num_inference_steps": 1, "output_type": "np", "height": SIZE, "width": SIZE}
+    expected = pipe("a cat", condition=lines.resize((SIZE, SIZE)), **call).images
+    assert np.abs(pipe("a cat", condition=lines, **call).images - expected).max() <= 2 * STEP
+    array = np.asarray(lines)
+    assert np.abs(pipe("a cat", condition=array, **call).images - expected).max() > 10 * STEP
+
+
+def test_guidance_by_the_image_that_is_off_is_warned_of(caplog):
+    pipe = pipeline_of("instruct_pix2pix")
+    call = {"condition": photo(), "num_inference_steps": 1, "seed": 1, "output_type": "latent"}
+    pipe("a cat", guidance_scale=1.0, **call)
+    assert not [text for text in caplog.messages if "has no effect" in text]
+    pipe("a cat", guidance_scale=1.0, image_guidance_scale=5.0, **call)
+    assert [text for text in caplog.messages if "image_guidance_scale=5 has no effect" in text]
+
+
+def test_arguments_of_stock_s_controlnet_say_where_they_go():
+    pipe = tiny_pipeline()
+    call = {"num_inference_steps": 1, "seed": 1, "output_type": "latent"}
+    pipe("a cat", guess_mode=False, control_guidance_start=0.0, control_guidance_end=1.0, **call)
+    for name, value, message in (
+        ("guess_mode", True, "StableDiffusionControlNetPipeline.from_pipe"),
+        ("control_guidance_end", 0.5, "StableDiffusionControlNetPipeline.from_pipe"),
+        ("control_image", photo(), "reads as condition"),
+        ("depth_map", depth_map(), "pass it as condition"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is not supported here; .*{message}"):
+            pipe("a cat", **{name: value})

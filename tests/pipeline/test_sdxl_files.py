@@ -82,7 +82,9 @@ KOHYA = {  # the same by the names of kohya's scripts
 
 def as_ours(parts, **changes):
     """Return what `save_single_file` takes of a pipeline, for components of SDXL."""
-    return SimpleNamespace(**parts | {"model_info": ModelInfo()} | changes)
+    return SimpleNamespace(
+        **parts | {"model_info": ModelInfo(), "stated_info": ModelInfo()} | changes
+    )
 
 
 def digest(entries):

@@ -112,8 +112,8 @@ class ConditionInputs:
             return {"control": torch.cat(given, dim=1).to(device) / 2 + 0.5}
         (images,) = self.images
         if self.kind == "depth":
-            channels = depth_channels(images.values(num_images=num).to(device), latent_size)
-            return {"condition": channels}
+            maps = _map_values(images, (rows, columns), num_images=num)
+            return {"condition": depth_channels(maps.to(device), latent_size)}
         if self.kind == "instruct_pix2pix":
             pixels = images.pixels(rows, columns, num_images=num).to(device)
             return {"condition": instruct_pix2pix_channels(codec, pixels)}
@@ -203,20 +203,23 @@ def read_rgb(name: str, value: object) -> ImageList:
     return images
 
 
-def read_maps(name: str, value: object) -> Tensor:
-    """Read maps of one channel of any range, such as depth, as a tensor (B, 1, H, W).
+def read_maps(name: str, value: object) -> ImageList:
+    """Read maps of one channel of any range, such as depth: tensors (B, 1, H, W), or PIL images.
 
     PIL images, arrays or tensors (H, W), (B, H, W) or (B, 1, H, W), arrays (H, W, 1) and
     (B, H, W, 1) too, or a list of one of these. ValueError names a bad one; three values a pixel
     are taken for colors, not for three maps.
     """
     if isinstance(value, Image.Image):
-        return _grey(name, value)
+        return [_grey(name, value)]
     if isinstance(value, (list, tuple)) and value:
         maps = [read_maps(f"{name}[{k}]", one) for k, one in enumerate(value)]
-        if len({one.shape[-2:] for one in maps}) > 1:
-            raise ValueError(f"{name} must hold maps of one size")
-        return torch.cat(maps)
+        if all(isinstance(one, list) for one in maps):
+            return [image for one in maps for image in one if isinstance(image, Image.Image)]
+        tensors = [one for one in maps if isinstance(one, Tensor)]
+        if len(tensors) < len(maps) or len({one.shape[-2:] for one in tensors}) > 1:
+            raise ValueError(f"{name} must hold maps of one kind, and arrays of one size")
+        return torch.cat(tensors)
     if isinstance(value, np.ndarray):
         _refuse_color(name, value.shape, axis=-1)
         value = value[..., 0] if value.ndim > 2 and value.shape[-1] == 1 else value
@@ -248,14 +251,28 @@ def _refuse_color(name: str, shape: Sequence[int], *, axis: int) -> None:
         )
 
 
-def _grey(name: str, image: Image.Image) -> Tensor:
-    """Return a map's values (1, 1, H, W); an image in color is read in grey, clear parts black."""
+def _grey(name: str, image: Image.Image) -> Image.Image:
+    """Return a map in mode "F"; an image in color is read in grey, clear parts black."""
     if 0 in image.size:
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, expected some")
     upright = ImageOps.exif_transpose(image)
     if not upright.mode.startswith(("I", "F")):
         upright = to_rgb(to_srgb(upright), background=BLACK).convert("L")
-    return torch.from_numpy(np.array(upright, np.float32))[None, None]
+    return Image.fromarray(np.array(upright, np.float32))
+
+
+def _map_values(images: ImageInputs, size: tuple[int, int], *, num_images: int) -> Tensor:
+    """Return the values of maps (num_images, 1, H, W).
+
+    PIL images are first made as large as the image, size (height, width), as in training; tensors
+    stay as they are, as stock's depth_map does.
+    """
+    if isinstance(images.image, Tensor):
+        return images.values(num_images=num_images)
+    assert images.image is not None
+    cubic = Image.Resampling.BICUBIC
+    maps = [np.array(one.resize(size[::-1], cubic), np.float32) for one in images.image]
+    return ImageInputs(torch.from_numpy(np.stack(maps))[:, None]).values(num_images=num_images)
 
 
 def _one_each(condition: object, num: int) -> list[Any]:

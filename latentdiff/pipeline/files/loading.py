@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import torch
-from diffusers import ControlNetModel, MultiControlNetModel
+from diffusers import AutoencoderTiny, ControlNetModel, MultiControlNetModel
 from diffusers.loaders import FromSingleFileMixin
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -53,7 +53,9 @@ from latentdiff.pipeline.files.prediction_marks import check_folder
 from latentdiff.pipeline.files.single_file import open_single_file, restore_distilled
 from latentdiff.pipeline.files.stock_format import (
     extra_entries,
+    info_of_stock,
     of_stock,
+    scale_as_stock,
     stock_class,
     write_extras,
 )
@@ -125,20 +127,21 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
-        info = read_model_info(path)
+        index = read_json(Path(path) / "model_index.json")
+        info = info_of_stock(read_model_info(path), Path(path), index)
         scheduler = read_configs(Path(path), without=components).get("scheduler", {})
         check_folder(path, scheduler, info.prediction_type)
         parts = load_parts(path, components, torch_dtype=dtype, variant=variant)
         pipe: Any = cls(**parts, requires_safety_checker=requires_safety_checker)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         pipe.model_info = info
-        index = read_json(Path(path) / "model_index.json")
-        if info.max_noise_level is None and pipe.condition_kind == "upscale":
-            pipe.model_info = replace(info, max_noise_level=index.get("max_noise_level"))
+        if pipe.condition_kind == "instruct_pix2pix":
+            _check_same_vae(pipe.vae, index)
+        scale_as_stock(pipe.vae, index)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if controlnet is None:
             controlnet = _stored_controlnets(Path(path), index, variant=variant, dtype=dtype)
-        if controlnet != []:
+        if controlnet not in ([], ()):
             pipe._load_controlnets(controlnet, hub=hub | {"force_download": force_download})
         return pipe
 
@@ -359,6 +362,19 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
         for name, module in self.components.items():
             if isinstance(module, nn.Module) and not hasattr(module, "_hf_hook"):
                 check_weights(module, name)
+
+
+def _check_same_vae(vae: Any, index: dict[str, Any]) -> None:
+    """Raise ValueError for a tiny VAE that is not a model's own, where it encodes a condition.
+
+    Such a model reads latents without their scale, which a tiny VAE's have in them.
+    """
+    own = (index.get("vae") or ["", ""])[1]
+    if isinstance(vae, AutoencoderTiny) and own != AutoencoderTiny.__name__:
+        raise ValueError(
+            "this model edits images by the latents of its own VAE, which a tiny VAE gives at "
+            "another scale; leave vae out"
+        )
 
 
 def _stored_controlnets(

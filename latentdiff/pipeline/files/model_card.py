@@ -131,14 +131,7 @@ def model_card(
         node = comfyui_node(settings, is_sdxl=True)  # of any kind of model
         what = "a model of rectified flow: put"
         rows.append(("In ComfyUI", f"{what} {node} between the checkpoint and the sampler"))
-    if info.num_inference_steps:
-        rows.append(("Distilled to sampling steps", info.num_inference_steps))
-    if info.guidance_range:
-        place = "in the weights: sample without guidance" if info.is_guided else "an input"
-        rows.append(("Guidance scale", f"{scales_text(info)}, {place}"))
-    if info.clip_skip:
-        named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
-        rows.append(("Clip skip", named))
+    rows += _of_sampling(info)
     kind = info.condition_kind or "none"
     if kind in CONDITION_KINDS:
         rows.append(("Image condition", f"{kind}: {CONDITION_KINDS[kind].reads}"))
@@ -158,6 +151,20 @@ def model_card(
         given=GIVEN.get(kind, GIVEN["none"]),
         opened_by=_opened_by(stock or stock_class(kind, is_sdxl=False), kind),
     )
+
+
+def _of_sampling(info: ModelInfo) -> list[tuple[str, object]]:
+    """Return the rows of a card that tell how a model is to be sampled."""
+    rows: list[tuple[str, object]] = []
+    if info.num_inference_steps:
+        rows.append(("Distilled to sampling steps", info.num_inference_steps))
+    if info.guidance_range:
+        place = "in the weights: sample without guidance" if info.is_guided else "an input"
+        rows.append(("Guidance scale", f"{scales_text(info)}, {place}"))
+    if info.clip_skip:
+        named = f"{info.clip_skip}, as diffusers counts; in A1111 {info.clip_skip + 1}"
+        rows.append(("Clip skip", named))
+    return rows
 
 
 def class_of_folder(folder: Path) -> str:

@@ -28,6 +28,7 @@ from latentdiff.atomic import atomic_file
 from latentdiff.diffusion.prediction import check_objective, parametrization
 from latentdiff.models.build import FLOW_SIGMAS, make_flow_scheduler, schedule_of
 from latentdiff.models.compatibility import (
+    CONTROLNET,
     condition_kinds,
     latent_factor,
     read_json,
@@ -297,8 +298,10 @@ def _tokenizers(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
     """Write a pipeline's models into one .safetensors file, atomically; return its path.
 
-    Raises ValueError for a component of another layout than Stable Diffusion 1.x or XL has.
+    Raises ValueError for a component of another layout than Stable Diffusion 1.x or XL has, for a
+    kind of model that single files are not opened of, and for a loaded ControlNet.
     """
+    _refuse_other_kinds(pipe.stated_info.condition_kind)
     weights = file_weights(pipe)
     schedule, unet = pipe.scheduler.config, pipe.unet.config
     weights |= {mark: torch.tensor([]) for mark in marks_of(schedule)}
@@ -326,6 +329,19 @@ def save_single_file(pipe: Any, path: str | os.PathLike[str]) -> Path:
         contiguous = {key: tensor.contiguous() for key, tensor in weights.items()}
         save_file(contiguous, temporary, metadata=metadata)
     return Path(path)
+
+
+def _refuse_other_kinds(kind: str | None) -> None:
+    if kind == CONTROLNET:
+        raise ValueError(
+            "a ControlNet is loaded, and one file holds the model alone: call unload_controlnet() "
+            "to write that, or keep the folder"
+        )
+    if kind not in (None, "inpaint"):
+        raise ValueError(
+            f"this model is of the kind {kind}, and one file is opened of models of text and of "
+            "inpainting alone; keep the folder"
+        )
 
 
 def stored_usage_hint(path: Path) -> str | None:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from latentdiff.models.build import make_ddpm_scheduler
-from latentdiff.models.compatibility import CONDITION_KINDS, CONTROLNET
-from latentdiff.models.latents import fold_normalisation
+from latentdiff.models.compatibility import CONDITION_KINDS, CONTROLNET, read_json
+from latentdiff.models.latents import fold_normalisation, set_scale
 from latentdiff.models.save import complete_component
 from latentdiff.pipeline.files.model_info import MAX_NOISE_LEVEL, ModelInfo
 
@@ -64,6 +65,45 @@ def extra_entries(class_name: str, info: ModelInfo) -> dict[str, Any]:
         return {}
     level = MAX_NOISE_LEVEL if info.max_noise_level is None else info.max_noise_level
     return LOW_RES_PARTS | {"max_noise_level": level}
+
+
+def info_of_stock(info: ModelInfo, folder: Path, index: Mapping[str, Any]) -> ModelInfo:
+    """Return the info with what diffusers' class of a folder states of its kind.
+
+    index: its model_index.json. ValueError for settings of a model of others that are read here as
+    if they were the usual ones: the chain of low-resolution images, latents with a scale.
+    """
+    name = str(index.get("_class_name")).replace("DiffusionXL", "Diffusion", 1)
+    kind = next((kind for kind, one in CONDITION_KINDS.items() if one.pipeline == name), None)
+    if index.get("is_cosxl_edit"):
+        raise ValueError(
+            f"{folder} is a CosXL edit model (is_cosxl_edit), which reads latents with their "
+            "scale, expected one that reads them without; open it with diffusers"
+        )
+    if kind == "upscale":
+        _check_low_res_scheduler(folder / "low_res_scheduler")
+        if info.max_noise_level is None:
+            info = replace(info, max_noise_level=index.get("max_noise_level"))
+    return replace(info, condition_kind=info.condition_kind or kind)
+
+
+def _check_low_res_scheduler(folder: Path) -> None:
+    """Raise ValueError for another chain than low_res_schedule()."""
+    if not (path := folder / "scheduler_config.json").is_file():
+        return
+    own, stored = low_res_scheduler().config, read_json(path)
+    for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"):
+        if name in stored and stored[name] != own[name]:
+            raise ValueError(
+                f"{path} has {name}={stored[name]}, expected {own[name]}, as of Stable Diffusion's "
+                "upscaler; open the model with diffusers"
+            )
+
+
+def scale_as_stock(vae: Any, index: Mapping[str, Any]) -> None:
+    """Give a VAE the one scaling factor of diffusers' upscaler where a folder names that class."""
+    if index.get("_class_name") == CONDITION_KINDS["upscale"].pipeline:
+        set_scale(vae, UPSCALE_SCALING_FACTOR)
 
 
 def write_extras(pipe: Any, folder: Path, class_name: str, *, variant: str | None) -> None:
