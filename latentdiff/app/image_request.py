@@ -29,6 +29,7 @@ RANGES = {  # of numbers: the lowest and highest
     "strength": (0.05, 1.0),
 }
 CONDITION_RANGES = {"image_guidance_scale": (1.0, 10.0), "noise_level": (0, 350)}
+OF_IMAGE = (*CONDITION_RANGES, "controlnet_conditioning_scale", "window_size")
 LONG_PROMPTS = ("truncate", "chunks")
 SECOND_TEXTS = ("prompt_2", "negative_prompt_2")
 SIZES = tuple(field.name for field in fields(SizeInputs))
@@ -259,6 +260,10 @@ def request_from_settings(
     is_tiny = isinstance(model, dict) and model.get("vae") == TINY_VAE
     taken["vae"] = TINY if is_tiny else OWN_VAE
     notes += _take_loras(settings.get("loras"), taken, loras=loras)
+    if conditional := [
+        f"{name.replace('_', ' ')} {given[name]}" for name in OF_IMAGE if name in given
+    ]:
+        notes.append(f"made with {', '.join(conditional)}, which are not taken")
     if settings.get("inputs") or "strength" in given:
         notes.append("the image it was made from is not in the file")
     return _fitting(now, taken, facts=facts, notes=notes), notes

@@ -29,7 +29,8 @@ def sample_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     from latentdiff.sampling.sample import options_from_image, sample
 
     if (source := values["settings_from"]) is not None:
-        prompts, defaults = options_from_image(source, has_image=values["image"] is not None)
+        given = {f"has_{name}": values[name] is not None for name in ("image", "condition")}
+        prompts, defaults = options_from_image(source, **given)
         parser.set_defaults(defaults)
         values = parser.parse_args(arguments).as_dict()
         if not values["prompts"] and values["prompt_file"] is None:

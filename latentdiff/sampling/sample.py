@@ -91,11 +91,14 @@ OPTIONS = (  # of the command that are arguments of the call under the same name
 )
 
 
-def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[str, Any]]:
+def options_from_image(
+    path: str, *, has_image: bool, has_condition: bool = False
+) -> tuple[list[str], dict[str, Any]]:
     """Return the prompts and options of a PNG file's settings; a sheet's may be of one image only.
 
-    has_image: an image to start from is given, so that the file's strength counts. Warns of what
-    the options cannot give again: LoRAs, and a scheduler without a name here.
+    has_image, has_condition: an image to start from is given, so that the file's strength counts,
+    or one that the model reads. Warns of what the options cannot give again: LoRAs, images,
+    ControlNets, and a scheduler without a name here.
     """
     settings = read_settings(Path(path).expanduser())
     if isinstance(settings, list) and len(settings) == 1:
@@ -113,6 +116,11 @@ def options_from_image(path: str, *, has_image: bool) -> tuple[list[str], dict[s
         else:
             label = scheduler.get("name", scheduler.get("class"))
             logger.warning("%s: no scheduler %s here, the model's own is taken", path, label)
+    inputs = settings.get("inputs")
+    if isinstance(inputs, dict) and "condition" in inputs and not has_condition:
+        is_control = "controlnet_conditioning_scale" in call
+        more = ", and its ControlNet by --controlnet" if is_control else ""
+        logger.warning("%s was made of an image; give it by --condition%s", path, more)
     model = settings.get("model")
     if isinstance(model, dict) and model.get("vae") == TINY_VAE:
         logger.warning("%s was decoded by a tiny VAE; give it by --vae", path)

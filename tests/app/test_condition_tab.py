@@ -8,7 +8,13 @@ from fakes_app import SIZE, open_tiny, request_of
 from fakes_pipeline import ddim, tiny_pipeline, tiny_unet
 from PIL import Image
 
-from latentdiff.app.image_request import CONDITION, INPAINT, TEXT, find_problems
+from latentdiff.app.image_request import (
+    CONDITION,
+    INPAINT,
+    TEXT,
+    find_problems,
+    request_from_settings,
+)
 from latentdiff.app.kinds import KINDS
 from latentdiff.app.model_facts import read_model_facts
 from latentdiff.app.web_session import Finished
@@ -109,3 +115,14 @@ def test_limits_are_those_of_the_training():
 def test_a_model_that_edits_has_no_tiny_vae_on_the_page():
     assert len(facts_of("upscale").vaes) == 2
     assert len(facts_of("instruct_pix2pix").vaes) == 1
+
+
+def test_settings_of_a_condition_are_named_as_what_is_not_taken(session):
+    call = {"prompt": "a cat", "noise_level": 30, "window_size": 32}
+    settings = {"call": call, "inputs": {"condition": "0" * 16}}
+    request, notes = request_from_settings(settings, request_of(), facts=session.facts, loras=[])
+    assert request.prompt == "a cat"
+    assert notes == [
+        "made with noise level 30, window size 32, which are not taken",
+        "the image it was made from is not in the file",
+    ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, MultiControlNetModel
 from fakes_conditions import controlnet_of, photo, pipeline_of
-from fakes_pipeline import ddim, tiny_pipeline, tiny_unet
+from fakes_pipeline import ddim, tiny_pipeline, tiny_safety_checker, tiny_unet
 from fakes_sdxl import sdxl_pipeline, sdxl_unet
 
 from latentdiff.models.compatibility import condition_kinds
@@ -19,6 +19,8 @@ from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import ModelInfo, write_model_info
 from latentdiff.pipeline.files.single_file import save_single_file
 from latentdiff.pipeline.files.stock_format import info_of_stock
+from latentdiff.pipeline.png_metadata import save_png
+from latentdiff.sampling.sample import options_from_image
 
 LOADING = "latentdiff.pipeline.files.loading"
 
@@ -262,3 +264,24 @@ def test_the_class_of_a_folder_tells_kinds_of_as_many_channels_apart(tmp_path):
     assert info_of_stock(ModelInfo(), tmp_path, index).condition_kind == "upscale"
     known = ModelInfo(condition_kind="depth")
     assert info_of_stock(known, tmp_path, index).condition_kind == "depth"
+
+
+def test_a_depth_model_is_saved_without_its_safety_checker_in_so_many_words(tmp_path, caplog):
+    pipe = pipeline_of("depth")
+    pipe.register_modules(**tiny_safety_checker())
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "safety_checker").exists()
+    assert any("has no safety checker" in text for text in caplog.messages)
+
+
+def test_settings_of_an_image_of_a_controlnet_name_what_is_lost(tmp_path, caplog):
+    call = {"num_inference_steps": 1, "seed": 1, "controlnet_conditioning_scale": 0.5}
+    image = with_controlnets()("a cat", condition=photo(), **call).images[0]
+    path = save_png(image, tmp_path / "cat.png")
+    _, options = options_from_image(str(path), has_image=False)
+    assert options["controlnet_conditioning_scale"] == 0.5
+    said = "give it by --condition, and its ControlNet by --controlnet"
+    assert any(said in text for text in caplog.messages)
+    caplog.clear()
+    options_from_image(str(path), has_image=False, has_condition=True)
+    assert not caplog.messages

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,8 @@ from latentdiff.models.compatibility import CONDITION_KINDS, CONTROLNET, read_js
 from latentdiff.models.latents import fold_normalisation, set_scale
 from latentdiff.models.save import complete_component
 from latentdiff.pipeline.files.model_info import MAX_NOISE_LEVEL, ModelInfo
+
+logger = logging.getLogger(__name__)
 
 OURS = "LatentDiffPipeline"  # of what no pipeline of diffusers opens
 UPSCALE_SCALING_FACTOR = 0.08333  # which StableDiffusionUpscalePipeline gives every VAE
@@ -112,6 +115,10 @@ def write_extras(pipe: Any, folder: Path, class_name: str, *, variant: str | Non
     variant: of the weights. The VAE of an upscaler is written anew.
     """
     if class_name == CONDITION_KINDS["depth"].pipeline:
+        if pipe.safety_checker is not None:
+            logger.warning(
+                "%s has no safety checker: the model is saved without its own", class_name
+            )
         shutil.rmtree(folder / "safety_checker", ignore_errors=True)  # which stock's class has not
         shutil.rmtree(folder / "feature_extractor", ignore_errors=True)
         write_depth_estimator(folder)
