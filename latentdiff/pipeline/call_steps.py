@@ -124,15 +124,16 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         self,
         scales: tuple[object, Any],
         rescale: object,
-        interval: object,
         *,
+        interval: object,
         score: tuple[Any, object],
     ) -> Guidance:
         """Check guidance, by default of the model's own scales, and make it the pipeline's.
 
-        scales: guidance_scale and image_guidance_scale.
+        scales: guidance_scale and image_guidance_scale. score: score_fn and score_scale.
         """
         scale, image_scale = scales
+        is_asked = image_scale is not None
         if scale is None:
             scale = default_guidance(self.model_info, is_sdxl=self.is_sdxl)
         if image_scale is not None:
@@ -148,7 +149,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         guidance = Guidance.checked(scale, rescale, interval, score=score, image_scale=image_scale)
         self._guidance, self._guidance_scale, self._interrupt = guidance, guidance.scale, False
         warn_if_guidance_untrained(self.model_info, guidance.scale)
-        if scales[1] is not None and image_scale > 1 and not self.do_classifier_free_guidance:
+        if is_asked and image_scale > 1 and not self.do_classifier_free_guidance:
             logger.warning(
                 "image_guidance_scale=%g has no effect: without guidance by the prompt, which "
                 "guidance_scale above 1 turns on, there is none by the image, as in diffusers",
@@ -174,16 +175,16 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         condition: object,
         images: ImageInputs,
         *,
-        options: tuple[object, object],
+        level: object,
+        scale: object,
     ) -> ConditionInputs:
-        """Check the condition. options: noise_level and controlnet_conditioning_scale."""
-        noise_level, scale = options
+        """Check the condition. level: noise_level; scale: controlnet_conditioning_scale."""
         return read_condition(
             condition,
             kind=self.condition_kind,
             info=self.model_info,
             num_controlnets=len(self.controlnets),
-            noise_level=noise_level,
+            noise_level=level,
             scale=scale,
             num_prompts=prompts.num_prompts,
             num_images=prompts.num_images,
@@ -193,11 +194,11 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
     def _latent_shape(
         self,
         num_images: int,
+        size: tuple[object, object],
+        *,
         images: ImageInputs,
         condition: ConditionInputs,
         latents: object,
-        *,
-        size: tuple[object, object],
         windows: WindowInputs,
     ) -> tuple[int, int, int, int]:
         """Return (B, C, h, w), which latents must have, of a size in pixels; check the windows.
@@ -266,7 +267,6 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         self,
         prompts: PromptInputs,
         sizes: SizeInputs,
-        device: torch.device,
         *,
         shape: Sequence[int],
         windows: WindowInputs,
@@ -277,6 +277,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         that is what a pass makes.
         """
         is_guided = self.do_classifier_free_guidance
+        device = self.scheduler.timesteps.device  # that of the call
         embeds, negative = self._encode_inputs(prompts, device, is_guided=is_guided)
         conditioning = embeds if negative is None else Conditioning.cat([negative, embeds])
         if not self.is_sdxl:

@@ -215,9 +215,9 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         self._check_call(others, output_type, return_dict)
         names, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         step_end = StepEndCallback.checked(callback_on_step_end, names, known=known)
-        score, interval = (score_fn, score_scale), guidance_interval
+        scales, interval = (guidance_scale, image_guidance_scale), guidance_interval
         guidance = self._read_guidance(
-            (guidance_scale, image_guidance_scale), guidance_rescale, interval, score=score
+            scales, guidance_rescale, interval=interval, score=(score_fn, score_scale)
         )
         prompts = self._read_prompts(
             (prompt, negative_prompt),
@@ -237,23 +237,24 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
             negative_target_size,
         ).checked(is_sdxl=self.is_sdxl)
         images = self._read_images(prompts, image, mask_image, strength=strength)
-        options = noise_level, controlnet_conditioning_scale
-        given = self._read_condition(prompts, condition, images, options=options)
-        windows = WindowInputs(window_size, window_overlap)
-        shape = self._latent_shape(
-            prompts.num_images, images, given, latents, size=(height, width), windows=windows
+        read = self._read_condition(
+            prompts, condition, images, level=noise_level, scale=controlnet_conditioning_scale
         )
-        seeds, generator = generators_for(seed, generator, num_images=prompts.num_images)
+        windows = WindowInputs(window_size, window_overlap)
+        num, size = prompts.num_images, (height, width)
+        shape = self._latent_shape(
+            num, size, images=images, condition=read, latents=latents, windows=windows
+        )
+        seeds, generator = generators_for(seed, generator, num_images=num)
         chain = self._chain((num_inference_steps, timesteps, sigmas), images, step=(eta, generator))
         self._warn_of_distillation(prompts, chain)
         # 2. Prompts, encoded, with the sizes that SDXL reads next to them
-        device = chain.timesteps.device
-        conditioning = self._conditioning(prompts, sizes, device, shape=shape, windows=windows)
-        conditioning = self._with_condition(conditioning, given, shape=shape, generator=generator)
+        conditioning = self._conditioning(prompts, sizes, shape=shape, windows=windows)
+        conditioning = self._with_condition(conditioning, read, shape=shape, generator=generator)
         # 3. CFGDenoiser: U-Net, initial latents, prompts and guidance in one object
         inputs = self._initial_latents(images, latents, shape=shape, generator=generator)
         denoiser = self._denoiser(
-            inputs, guidance, conditioning, given, windows=windows, lora_scale=prompts.lora_scale
+            inputs, guidance, conditioning, read, windows=windows, lora_scale=prompts.lora_scale
         )
         # 4. Scheduler, step by step from noise to clean latents
         z0 = self.denoise_loop(denoiser, chain, step_end=step_end)
@@ -266,7 +267,8 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
             sizes=sizes,
             seeds=seeds,
             shape=shape,
-            extra=(given, windows),
+            condition=read,
+            windows=windows,
         )
         return self._output(z0, settings, seeds=seeds, kind=(output_type, return_dict))
 

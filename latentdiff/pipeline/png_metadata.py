@@ -48,16 +48,15 @@ def generation_metadata(
     sizes: SizeInputs,
     seeds: Sequence[int] | None,
     shape: Sequence[int],
-    extra: tuple[ConditionInputs, WindowInputs] = (ConditionInputs(), WindowInputs()),
+    condition: ConditionInputs,
+    windows: WindowInputs,
 ) -> list[dict[str, Any]]:
     """Return one JSON object an image; `pipe(**settings["call"])` makes that image alone.
 
-    shape: (B, C, h, w) of the latents. extra: the condition and the windows. The caller's
-    embeddings, generators and score functions are not recorded, and of images, masks and conditions
-    their digests alone, as "inputs".
+    shape: (B, C, h, w) of the latents. The caller's embeddings, generators and score functions are
+    not recorded, and of images, masks and conditions their digests alone, as "inputs".
     """
-    guidance, (condition, windows) = pipe.guidance, extra
-    is_edit = condition.kind == "instruct_pix2pix"
+    guidance, is_edit = pipe.guidance, condition.kind == "instruct_pix2pix"
     common = {
         "height": shape[-2] * pipe.vae_scale_factor,
         "width": shape[-1] * pipe.vae_scale_factor,

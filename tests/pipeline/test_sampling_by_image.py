@@ -49,10 +49,17 @@ CASES = {
 INPAINT = {"image": photo(1), "mask_image": photo(2).convert("L"), "strength": 1.0}
 
 
-@pytest.mark.parametrize("kind", CONDITION_KINDS)
-def test_stock_opens_what_is_saved_and_makes_the_same_image(kind, tmp_path, capfd):
+IN_SIGMAS = [("instruct_pix2pix", "euler"), ("upscale", "euler")]  # a condition has no scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler"), [*((kind, None) for kind in CONDITION_KINDS), *IN_SIGMAS]
+)
+def test_stock_opens_what_is_saved_and_makes_the_same_image(kind, scheduler, tmp_path, capfd):
     own, others = (CASES | {"inpaint": (INPAINT, INPAINT)})[kind]
     pipe = pipeline_of(kind)
+    if scheduler is not None:
+        pipe.set_scheduler(scheduler)
     expected = pipe("a cat", negative_prompt="sea", seed=4, **own, **CALL).images
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "latentdiff.json").read_text())["condition_kind"] == kind
