@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny, MultiControlNetModel
-from fakes_conditions import controlnet_of, photo, pipeline_of
-from fakes_pipeline import ddim, tiny_pipeline, tiny_safety_checker, tiny_unet
+from fakes_conditions import controlnet_of, photo
+from fakes_pipeline import ddim, pipeline_of, tiny_pipeline, tiny_safety_checker, tiny_unet
 from fakes_sdxl import sdxl_pipeline, sdxl_unet
 
 from latentdiff.models.compatibility import condition_kinds

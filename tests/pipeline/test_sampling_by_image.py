@@ -6,8 +6,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from fakes_conditions import controlnet_of, depth_map, generators, photo, pipeline_of
-from fakes_pipeline import SIZE, ddim, tiny_pipeline, tiny_unet, tiny_vae
+from fakes_conditions import controlnet_of, depth_map, generators, photo
+from fakes_pipeline import SIZE, ddim, pipeline_of, tiny_pipeline, tiny_unet, tiny_vae
 from fakes_sdxl import sdxl_pipeline, sdxl_unet
 from PIL import Image
 
@@ -257,6 +257,18 @@ WIDE = np.zeros((8, 16), np.float32)
             {"image": photo(), "mask_image": Image.new("L", (16, 32))},
             "mask_image is 32 x 16 pixels .*, expected the size of image, 32 x 32",
         ),
+        (
+            "inpaint",
+            {
+                "image": photo(),
+                "mask_image": [Image.new("L", one) for one in ((32, 32), (16, 32))],
+                "num_images_per_prompt": 2,
+            },
+            r"mask_image\[1\] is 32 x 16 pixels .*, expected the size of image, 32 x 32",
+        ),
+        ("inpaint", {"image": photo()}, "its U-Net also reads mask_image; pass both"),
+        ("inpaint", {"mask_image": photo().convert("L")}, "mask_image needs the image"),
+        ("inpaint", {}, "its U-Net also reads image and mask_image; pass both"),
         ("upscale", {"condition": photo(), "noise_level": 400}, "noise_level must lie in 0..350"),
         ("upscale", {"condition": photo(), "noise_level": 1.5}, "noise_level must be a whole"),
         ("depth", {"condition": WIDE, "noise_level": 1}, "noise_level is read by upscalers alone"),

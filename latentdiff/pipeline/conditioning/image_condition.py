@@ -252,13 +252,13 @@ def _refuse_color(name: str, shape: Sequence[int], *, axis: int) -> None:
 
 
 def _grey(name: str, image: Image.Image) -> Image.Image:
-    """Return a map in mode "F"; an image in color is read in grey, clear parts black."""
+    """Return a map in mode "L" or "F"; an image in color is read in grey, clear parts black."""
     if 0 in image.size:
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, expected some")
     upright = ImageOps.exif_transpose(image)
-    if not upright.mode.startswith(("I", "F")):
-        upright = to_rgb(to_srgb(upright), background=BLACK).convert("L")
-    return Image.fromarray(np.array(upright, np.float32))
+    if upright.mode.startswith(("I", "F")):
+        return Image.fromarray(np.array(upright, np.float32))
+    return to_rgb(to_srgb(upright), background=BLACK).convert("L")
 
 
 def _map_values(images: ImageInputs, size: tuple[int, int], *, num_images: int) -> Tensor:
