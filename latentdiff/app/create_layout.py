@@ -62,7 +62,7 @@ class CreateControls:
     def of_model(self) -> list[Any]:
         """Return the components that change with the model."""
         sampling = ("num_inference_steps", "guidance_scale", "scheduler", "vae", "clip_skip")
-        names = ("width", "height", *sampling)
+        names = ("width", "height", *sampling, "image_guidance_scale", "noise_level")
         others = [self.facts, self.examples, self.size_note, self.of_sdxl]
         return [*others, *(self.controls[n] for n in names)]
 
