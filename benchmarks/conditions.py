@@ -33,7 +33,7 @@ from latentdiff.evaluation.metrics.reconstruction import psnr
 from latentdiff.evaluation.metrics.shapes_judge import follows, judge_image, shape_centres
 from latentdiff.image_grid import draw_grid, to_pil
 from latentdiff.image_io import load_image
-from latentdiff.pipeline.initial_latents import trained_size_px
+from latentdiff.pipeline.conditioning.canvas import trained_size_px
 
 SCENE = Scene.__dataclass_fields__
 MAX_SHIFT = 3 / 64  # of a shape's centre, as a fraction of the side
