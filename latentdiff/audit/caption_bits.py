@@ -32,6 +32,9 @@ KEPT_SHARE = 0.5  # of a caption's bits: more than this without the trigger word
 NUM_PILOT, PILOT_STEPS, UNIFORM_SHARE = 8, 50, 0.2
 MAX_REPAIRED, MAX_CANDIDATES = 24, 16  # wrong captions with a suggestion, and captions tried
 MAX_WORDS, MAX_WORD_IMAGES = 12, 32
+NO_SUBJECT = frozenset(  # words that name no subject; a caption without one is no language
+    "a an the of in on at with and or to is photo photograph picture image drawing".split()
+)
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def without_word(caption: str, word: str) -> str:
 def _word_values(meter: CaptionMeter, captions: Sequence[str]) -> list[tuple[str, Interval]]:
     """Return how many bits each of the commonest words carries in captions without the trigger."""
     found = [re.findall(r"\w[\w'-]*", one.lower()) for one in captions]
-    counts = Counter(word for words in found for word in set(words))
+    counts = Counter(word for words in found for word in {*words} - NO_SUBJECT)
     values = []
     for word, _ in counts.most_common(MAX_WORDS):
         rows = [i for i, words in enumerate(found) if word in words]
