@@ -32,9 +32,10 @@ KEPT_SHARE = 0.5  # of a caption's bits: more than this without the trigger word
 NUM_PILOT, PILOT_STEPS, UNIFORM_SHARE = 8, 50, 0.2
 MAX_REPAIRED, MAX_CANDIDATES = 24, 16  # wrong captions with a suggestion, and captions tried
 MAX_WORDS, MAX_WORD_IMAGES = 12, 32
-NO_SUBJECT = frozenset(  # words that name no subject; a caption without one is no language
-    "a an the of in on at with and or to is photo photograph picture image drawing".split()
-)
+NO_SUBJECT = {  # words that name none, without which a caption is no language
+    *("a", "an", "the", "of", "in", "on", "at", "with", "and", "or", "to", "is"),
+    *("photo", "photograph", "picture", "image", "drawing"),
+}
 
 
 @dataclass(frozen=True)
