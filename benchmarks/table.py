@@ -34,8 +34,8 @@ class Row:
 
 
 def times(key: str) -> Callable[[list[Line]], str]:
-    """Read a ratio of the first line."""
-    return lambda lines: f"{lines[0][key]:.2f}x"
+    """Read a ratio of the first line; a peer that was not there has none."""
+    return lambda lines: "skipped" if lines[0][key] is None else f"{lines[0][key]:.2f}x"
 
 
 def share(key: str, of: str) -> Callable[[list[Line]], str]:

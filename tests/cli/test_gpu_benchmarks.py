@@ -122,8 +122,10 @@ def test_a_table_names_each_machine_and_what_is_missing(tmp_path: Path) -> None:
     other = line | {"processor": "Xeon", "bf16": "AMX", "cores_usable": 2, "ratio_inner": 9.87}
     (tmp_path / "amx").mkdir()
     (tmp_path / "train_throughput.json").write_text(json.dumps(line) + "\n")
+    (tmp_path / "whole_run.json").write_text(json.dumps(line | {"ratio": None}) + "\n")
     (tmp_path / "amx" / "train_throughput.json").write_text(json.dumps(other) + "\n")
     first, second, missing = table.tables(tmp_path, readme=True).split("\n\n| | ratio")
+    assert "cache building counted | skipped | 3x |" in second
     assert first.startswith("AMD EPYC, 1 core, bf16 by AVX-512; torch ")
     assert "Xeon, 2 cores, bf16 by AMX; torch " in second
     assert "9.87x" in missing
