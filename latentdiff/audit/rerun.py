@@ -4,21 +4,29 @@ On the same processor, threads and versions they are equal bit for bit; elsewher
 in another order, and training enlarges that.
 """
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
-from latentdiff.audit.verify import Answer, Finding, StoredBill, config_of, read_bill
-from latentdiff.training.bill.bill import Bill, tensors_digest, weight_files_below
-from latentdiff.training.bill.materials import code_facts, machine_facts
+from latentdiff.audit.stored_bill import StoredBill, read_bills
+from latentdiff.audit.verify import Answer, Finding, Given, config_of
+from latentdiff.config.text_to_image import Config
+from latentdiff.models.model_path import BUNDLED, resolve_model
+from latentdiff.pipeline.files.model_info import CONTENT_NAME
+from latentdiff.training.bill.bill import HEADER, Bill, is_weights
+from latentdiff.training.bill.contents import read_header
 from latentdiff.training.text_to_image.train_t2i import train
 
-RERUN_BOUND = 0.01  # of the distance over the norm, where equal bits cannot be expected
+RERUN_BOUND = 0.05  # of what was learned, where equal bits cannot be expected
+NOT_COMPARED = ("latentdiff.json", CONTENT_NAME)  # measurements, and names of folders
+LORA_SETTINGS = "lora_adapter_metadata"
 
 
 class RerunStoppedError(RuntimeError):
@@ -29,83 +37,164 @@ class RerunStoppedError(RuntimeError):
         self.status = status
 
 
-def rerun(
-    model: str, *, data: Sequence[str], base: str | None = None, bound: float = RERUN_BOUND
-) -> Finding:
-    """Train again with the bill's settings, and compare the weights with the model's.
+def rerun(model: str, given: Given, *, bound: float = RERUN_BOUND) -> list[Finding]:
+    """Train again with the bill's settings, and compare each export with the model's.
 
-    data, base: as of `verify`; a base model that the bill names by a hub id or as one that ships
-    need not be given. bound: of the distance of all weights from the model's, over their norm,
-    which counts where the processor, threads, code or versions are others. The rerun lives in a
-    temporary folder. Raises RerunStoppedError after a signal, and what `train` raises.
+    given: as of `verify`; what the bill names as a base must be given, but for a model that ships.
+    bound: of the distance of the weights from the model's over what was learned, which counts where
+    processor, threads, code or versions are others. The rerun lives in a temporary folder, reports
+    to no tracker and downloads nothing. Raises ValueError where a base is missing or a bill's run
+    was resumed with something changed, RerunStoppedError after a signal, and what `train` raises.
     """
-    stored = read_bill(model)
+    stored = read_bills(model)
+    bill = stored[0].bill
+    _check_repeatable(bill, given)
     with TemporaryDirectory(prefix="latentdiff-rerun-") as scratch:
-        config = config_of(stored.bill, data=data, base=base, folder=Path(scratch))
-        if (status := train(config)) != 0:
+        config = _settings(bill, given, Path(scratch))
+        with _without_log_of_files():
+            status = train(config)
+        if status != 0:
             raise RerunStoppedError(status)
-        again = Path(config.output_dir) / stored.bill.artifact
-        return _compare(stored, again, bound=bound)
+        base = None
+        if config.model.pretrained:
+            base = Path(resolve_model(config.model.pretrained))
+        run, name = Path(config.output_dir), "rerun" if len(stored) == 1 else "{} rerun"
+        return [
+            replace(
+                _compare(one, run / one.bill.artifact, base=base, bound=bound),
+                part=name.format(one.bill.artifact),
+            )
+            for one in stored
+        ]
 
 
-def _compare(stored: StoredBill, again: Path, *, bound: float) -> Finding:
-    files, root = _files(again)
-    if tensors_digest(files, root=root) == stored.bill.weights:
-        return Finding("rerun", "same", ["equal bit for bit"])
-    own_files, own_root = _files(stored.place)
-    distance = relative_distance(_tensors(own_files, own_root), _tensors(files, root))
-    others = differing_circumstances(stored.bill)
-    text = f"the weights' distance is {distance:.2g} of their norm"
-    if not others:
+def _check_repeatable(bill: Bill, given: Given) -> None:
+    for one in bill.segments:
+        if (one.config, one.base, one.data) != (bill.last.config, bill.last.base, bill.last.data):
+            raise ValueError(
+                f"the run was resumed at step {bill.last.from_step} with other settings, data or "
+                "base, so no rerun from the start gives its weights; verify it without --rerun"
+            )
+    for role, facts in bill.last.base.items():
+        if not given.base_of(bill, role) and facts["name"] not in BUNDLED:
+            raise ValueError(f"--rerun needs {role} {facts['name']}; give --base {role}=PATH")
+
+
+def _settings(bill: Bill, given: Given, scratch: Path) -> Config:
+    config = config_of(bill, given, folder=scratch)
+    return replace(
+        config,
+        preview=replace(config.preview, every_steps=0, num_steps=1, num_nearest=0),
+        train=replace(config.train, report_to="none"),
+        finetune=replace(config.finetune, class_images_dir=given.class_images),
+    )
+
+
+@contextmanager
+def _without_log_of_files() -> Iterator[None]:
+    """Keep lines out of the log that name what is deleted a moment later."""
+    log = logging.getLogger("latentdiff.training.loop")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _compare(stored: StoredBill, place: Path, *, base: Path | None, bound: float) -> Finding:
+    (again, *_) = read_bills(str(place))
+    known, found = stored.found(), again.found()
+    compared = [*known] if stored.is_lone_file else sorted({*known, *found})
+    others = [
+        name
+        for name in compared
+        if known.get(name) != found.get(name)
+        and not name.endswith(HEADER)
+        and name not in NOT_COMPARED
+    ]
+    weights = [name for name in others if is_weights(name)]
+    lines = [f"changed  {name}" for name in others if name not in weights]
+    files = {name: _file(stored, name) for name in compared if is_weights(name)}
+    lines += [
+        f"changed  {name}: {LORA_SETTINGS}"
+        for name, path in files.items()
+        if name in found and _lora_settings(path) != _lora_settings(_file(again, name))
+    ]
+    if lines or not weights:
+        return Finding("rerun", "differs" if lines else "same", lines or ["equal bit for bit"])
+    distance = learned_distance(
+        {name: (path, _file(again, name)) for name, path in files.items()}, base=base
+    )
+    circumstances = _circumstances(stored.bill, again.bill)
+    text = f"the weights' distance is {distance:.2g} of what was learned"
+    if not circumstances:
         return Finding("rerun", "differs", [f"{text}, expected equal bits on this machine"])
     answer: Answer = "same" if distance <= bound else "differs"
-    return Finding("rerun", answer, [f"{text}, allowed {bound:g} with another {', '.join(others)}"])
+    allowed = f"allowed {bound:g} with another {', '.join(circumstances)}"
+    return Finding("rerun", answer, [f"{text}, {allowed}"])
 
 
-def differing_circumstances(bill: Bill) -> list[str]:
-    """Return what equal bits depend on and is another now than when the model was trained."""
-    machine = bill.code["machine"]
-    now = code_facts() | {
-        "machine": machine_facts(
-            device=_device(),
-            num_threads=torch.get_num_threads(),
-            num_processes=1,
-        )
-    }
-    code = [name for name in ("source", "python", "libraries") if now[name] != bill.code[name]]
-    found = now["machine"].items()
-    return code + [name.replace("num_", "number of ") for name, v in found if machine[name] != v]
+def _file(stored: StoredBill, name: str) -> Path:
+    return stored.place if stored.is_lone_file else stored.place / name
 
 
-def _device() -> str:
-    from accelerate import PartialState
-
-    return str(PartialState().device.type)
+def _lora_settings(path: Path) -> str:
+    return str(read_header(path)[1].get("__metadata__", {}).get(LORA_SETTINGS, ""))
 
 
-def relative_distance(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> float:
-    """Return the Euclidean distance of two models' weights over the norm of the first; inf where
-    their tensors have other names or shapes.
+def _circumstances(before: Bill, now: Bill) -> list[str]:
+    """Return what equal bits depend on and was another in any part of the first run."""
+    code, found = now.last.code, list[str]()
+    for one in before.segments:
+        machine = one.code.get("machine", {})
+        found += [n for n in ("source", "python", "libraries") if code[n] != one.code.get(n)]
+        found += [
+            name.replace("num_", "number of ").replace("_", " ")
+            for name, value in code["machine"].items()
+            if machine.get(name) != value
+        ]
+    if code["machine"]["device"] != "cpu":
+        found.append("order of sums on an accelerator")
+    return list(dict.fromkeys(found))
+
+
+def learned_distance(files: dict[str, tuple[Path, Path]], *, base: Path | None = None) -> float:
+    """Return the Euclidean distance of two models' weights over that of the first from the base.
+
+    files: of both by name; base: a model's folder, whose tensors of the same file, name and shape
+    count, 0 elsewhere. inf where tensors have other names or shapes, or are not finite.
     """
-    shapes = [{name: one.shape for name, one in weights.items()} for weights in (before, now)]
-    if shapes[0] != shapes[1]:
+    apart = learned = 0.0
+    for name, (before, now) in files.items():
+        if not now.is_file():
+            return math.inf
+        start = base / name if base is not None and (base / name).is_file() else None
+        for first, second, origin in _tensors(before, now, start):
+            if second is None or first.shape != second.shape:
+                return math.inf
+            apart += float((first - second).square().sum())
+            learned += float((first - origin).square().sum())
+    if not math.isfinite(apart + learned):
         return math.inf
-    squares = [
-        ((one.double() - now[name].double()).square().sum(), one.double().square().sum())
-        for name, one in before.items()
-    ]
-    apart, norm = (float(sum(part)) for part in zip(*squares, strict=True))
-    return math.sqrt(apart / norm) if norm else (0.0 if not apart else math.inf)
+    return math.sqrt(apart / learned) if learned else (math.inf if apart else 0.0)
 
 
-def _files(place: Path) -> tuple[list[Path], Path]:
-    return (weight_files_below(place), place) if place.is_dir() else ([place], place.parent)
+def _tensors(before: Path, now: Path, base: Path | None) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield each tensor of the first file, and those of the second, or None, and the base, or 0."""
+    with safe_open(before, "pt") as one, safe_open(now, "pt") as two:
+        names = {*one.keys(), *two.keys()}
+        for name in sorted(names):
+            if name not in one.keys() or name not in two.keys():  # noqa: SIM118 - no dict
+                yield 0, None, 0
+                continue
+            first = one.get_tensor(name).double()
+            yield first, two.get_tensor(name).double(), _origin(base, name, first.shape)
 
 
-def _tensors(files: Sequence[Path], root: Path) -> dict[str, Any]:
-    found = {}
-    for path in files:
-        with safe_open(path, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no dict
-                found[f"{path.parent.relative_to(root)}/{name}"] = opened.get_tensor(name)
-    return found
+def _origin(base: Path | None, name: str, shape: Any) -> Any:
+    if base is None:
+        return 0.0
+    with safe_open(base, "pt") as file:
+        found = file.get_tensor(name).double() if name in file.keys() else None  # noqa: SIM118
+    return found if found is not None and found.shape == shape else 0.0

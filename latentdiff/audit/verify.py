@@ -1,9 +1,8 @@
-"""Compare a model with its bill of materials: weights, settings, training data, base, and a rerun.
+"""Compare a model with its bill of materials: weights, files, training data and base.
 
 The answer is yes or no for each part; where the sidecar is there, images are named.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,26 +14,22 @@ from typing import Any, Literal
 import yaml
 
 from latentdiff.atomic import write_text
+from latentdiff.audit.stored_bill import CONFIG, StoredBill, read_bills
 from latentdiff.config.io import load_stored_config
 from latentdiff.config.text_to_image import Config
-from latentdiff.models.model_path import resolve_model
-from latentdiff.pipeline.files.model_info import BILL_KEY
-from latentdiff.training.bill.bill import (
-    BILL_NAME,
-    Bill,
-    Leaf,
-    file_hashes_below,
-    from_json,
-    images_root,
-    read_header,
-    root_of_sections,
-    tensors_digest,
-    weight_files_below,
+from latentdiff.data.arrow.listing import Progress
+from latentdiff.data.folder.folder import read_folder
+from latentdiff.training.bill.base import BASES, base_hash
+from latentdiff.training.bill.bill import HEADER, Bill, Leaf, images_root, is_weights
+from latentdiff.training.bill.materials import (
+    class_leaves,
+    public_config,
+    read_data_folders,
+    read_leaves,
 )
-from latentdiff.training.bill.materials import base_hash, read_data_folders, read_leaves
 
 Answer = Literal["same", "differs", "not checked"]
-ROOT_IN_CARD = re.compile(r"bill of materials \| ([0-9a-f]{64}) \|")
+ROOT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -47,24 +42,38 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class StoredBill:
-    """A bill as it lies with a model, and the claims that go with it, which may contradict it.
+class Given:
+    """What a model is compared with.
 
-    place: the model's folder or file; claims: (where, root) wherever a root is stated; sections: as
-    the bill states them.
+    data: the data folder, or one for each source in their order; bases: path or id by role, one of
+    BASES, "" for the first that the bill names; class_images: of prior preservation; root: as it
+    was published. ValueError for a root of another form.
     """
 
-    place: Path
-    bill: Bill
-    sections: Mapping[str, str]
-    claims: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    data: Sequence[str] = ()
+    bases: Mapping[str, str] = field(default_factory=dict)
+    class_images: str = ""
+    root: str = ""
+
+    def __post_init__(self) -> None:
+        root = self.root.strip().lower().removeprefix("0x")
+        object.__setattr__(self, "root", root)
+        if root and not ROOT.fullmatch(root):
+            raise ValueError(f"--root={self.root} is no root, expected 64 hex digits")
+        if unknown := set(self.bases) - {"", *BASES}:
+            raise ValueError(f"--base={unknown.pop()}=... is no role, expected {', '.join(BASES)}")
+
+    def base_of(self, bill: Bill, role: str) -> str:
+        """Return the base that was given for a role of a bill, "" where none was."""
+        is_first = role == next(iter(bill.last.base), None)
+        return self.bases.get(role) or (self.bases.get("", "") if is_first else "")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The findings of all parts, and the root of the bill."""
+    """The findings of all parts, and the root of each bill by the name of its export."""
 
-    root: str
+    roots: Mapping[str, str]
     findings: Sequence[Finding]
 
     @property
@@ -72,176 +81,214 @@ class Verdict:
         """Whether nothing that was checked differs."""
         return all(finding.answer != "differs" for finding in self.findings)
 
+    @property
+    def not_checked(self) -> list[str]:
+        """The parts on which nothing is said."""
+        return [finding.part for finding in self.findings if finding.answer == "not checked"]
 
-def verify(
-    model: str, *, data: Sequence[str] = (), base: str | None = None, root: str | None = None
-) -> Verdict:
-    """Compare a model's folder, run or file with its bill, and what else is given.
 
-    data: the data folder, or one for each source in their order; base: the model that training
-    started from; root: as it was published. Raises FileNotFoundError or ValueError where there is
-    no bill, or a folder cannot be read.
+def verify(model: str, given: Given | None = None, *, progress: Progress | None = None) -> Verdict:
+    """Compare a model's folder or file, or all that a run exported, with its bill and what is
+    given.
+
+    Raises FileNotFoundError or ValueError where there is no bill, or a folder cannot be read.
     """
-    stored = read_bill(model)
-    claims = [*stored.claims, *([("--root", root)] if root else [])]
-    findings = [*_check_statement(stored, claims), _check_weights(stored), _check_files(stored)]
+    given, stored = given or Given(), read_bills(model)
+    if given.root and len(stored) > 1:
+        names = ", ".join(one.place.name for one in stored)
+        raise ValueError(f"--root is of one export, and {model} has several: give one of {names}")
+    first, findings = stored[0].bill, list[Finding]()
+    for one in stored:
+        name = f"{one.bill.artifact} " if len(stored) > 1 else ""
+        own = [_check_root(one, first, given.root), *_check_contents(one)]
+        findings += [replace(finding, part=f"{name}{finding.part}") for finding in own]
+    folder = Path(model).expanduser()
+    if (folder / CONFIG).is_file() and stored[0].place != folder:
+        findings.append(_check_config(first, folder / CONFIG))
     try:
-        findings.append(_check_data(stored.bill, data))
-    except ValueError:
-        if all(finding.answer != "differs" for finding in findings):
-            raise
-        findings.append(Finding("data", "not checked", ["by the settings that the bill has now"]))
-    findings.append(_check_base(stored.bill, base))
-    return Verdict(stored.bill.root, findings)
+        findings += _check_given(first, given, progress)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not any(finding.answer == "differs" for finding in findings):
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"the bill of {model} is not complete: {error!r}") from error
+        findings.append(Finding("data, base", "not checked", ["the bill was changed, see above"]))
+    return Verdict({one.bill.artifact: one.bill.root for one in stored}, findings)
 
 
-def read_bill(model: str) -> StoredBill:
-    """Read the bill of a model's folder, of a run's, or of a file of weights."""
-    place = Path(resolve_model(model))
-    if not place.exists():
-        raise FileNotFoundError(f"{model} does not exist, expected a model's folder or file")
-    files = weight_files_below(place) if place.is_dir() else [place]
-    headers = [(path, _header_entries(path)) for path in files]
-    signed = [(path, entries) for path, entries in headers if entries is not None]
-    sidecar = place / BILL_NAME
-    if place.is_dir() and sidecar.is_file():
-        where, entries = str(sidecar), _parse(sidecar.read_text(encoding="utf-8"), str(sidecar))
-    elif signed:
-        where, entries = str(signed[0][0]), signed[0][1]
-    else:
-        raise ValueError(
-            f"{model} has no bill of materials: expected {BILL_NAME} in its folder, or the entry "
-            f"{BILL_KEY} in a safetensors file; training writes both unless "
-            "data.bill_of_materials=none"
-        )
-    bill = from_json(entries, where=where)
-    claims = [(where, str(entries.get("root")))]
-    claims += [(str(path), str(other.get("root"))) for path, other in signed]
-    card = place / "README.md"
-    if card.is_file() and (found := ROOT_IN_CARD.search(card.read_text(encoding="utf-8"))):
-        claims.append((str(card), found[1]))
-    return StoredBill(place, bill, dict(entries["sections"]), claims)
+def _check_given(bill: Bill, given: Given, progress: Progress | None) -> list[Finding]:
+    return [
+        _check_data(bill, given.data, progress=progress),
+        *_check_class_images(bill, given.class_images),
+        *_check_bases(bill, given),
+    ]
 
 
-def _header_entries(path: Path) -> dict[str, Any] | None:
-    text = read_header(path)[1].get("__metadata__", {}).get(BILL_KEY)
-    return None if text is None else _parse(text, str(path))
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"the bill of materials in {where} is not valid JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"the bill of materials in {where} is no JSON object")
-    return entries
-
-
-def _check_statement(stored: StoredBill, claims: Sequence[tuple[str, str]]) -> Iterator[Finding]:
-    """Compare the bill's parts with the hashes that it states of them, and every stated root."""
-    computed = stored.bill.sections()
-    for part in ("config", "code"):
-        is_same = stored.sections.get(part) == computed[part]
-        yield _finding(part, [] if is_same else [f"the {part} is not that of its stated hash"])
+def _check_root(stored: StoredBill, first: Bill, published: str) -> Finding:
+    """Compare every root that is stated of a bill with the one that its parts give."""
+    bill = stored.bill
+    claims = [*stored.claims, *([("--root", published)] if published else [])]
     details = [
-        f"{where} states {root[:16]}..., computed {stored.bill.root[:16]}..."
+        f"{where} states {root[:16]}..., computed {bill.root[:16]}..."
         for where, root in claims
-        if root != stored.bill.root
+        if root != bill.root
     ]
-    details += [
-        f"the bill's {part} is not that of its stated hash"
-        for part in ("base", "files")
-        if stored.sections.get(part) != computed[part]
-    ]
-    if root_of_sections(stored.sections) != stored.bill.root:
-        details.append("the hashes of the bill's parts do not give its root")
-    if (leaves := stored.bill.leaves) is not None and images_root(leaves) != stored.bill.images:
+    if bill.leaves is not None and images_root(bill.leaves) != bill.last.data.get("images"):
         details.append("the bill's list of images is not the one that its root is of")
-    yield _finding("root", details)
+    others = [part for part, one in bill.made_of().items() if one != first.made_of()[part]]
+    if others:
+        details.append(f"its {', '.join(others)} are not those of {first.artifact} next to it")
+    if details:
+        return Finding("root", "differs", details)
+    names = ", ".join(_short(where, stored.place) for where, _ in claims)
+    note = "" if published else "; give --root, as it was published, to compare it"
+    return Finding("root", "same", [f"stated by {names}{note}"])
 
 
-def _check_weights(stored: StoredBill) -> Finding:
-    place = stored.place
-    files, root = (weight_files_below(place), place) if place.is_dir() else ([place], place.parent)
-    found = tensors_digest(files, root=root)
-    is_same = found == stored.bill.weights
-    return _finding("weights", [] if is_same else [f"the tensors of {place} are others"])
+def _short(where: str, place: Path) -> str:
+    path = Path(where)
+    return path.relative_to(place).as_posix() if place in path.parents else path.name
 
 
-def _check_files(stored: StoredBill) -> Finding:
-    """Compare the configs and vocabularies that the bill lists; others may be there too."""
-    known = stored.bill.files
-    if not known:
-        return Finding("files", "not checked", ["a file of weights alone has none"])
-    found = file_hashes_below(stored.place)
+def _check_contents(stored: StoredBill) -> Iterator[Finding]:
+    """Compare every file of an export with the bill: tensors, then all others and headers."""
+    known, found = stored.bill.files, stored.found()
+    names = found.keys() if stored.is_lone_file else {*known, *found}
+    lines = {
+        name: f"{_change(name, known, found):8} {name.replace(HEADER, ': the header')}"
+        for name in sorted(names)
+        if known.get(name) != found.get(name)
+    }
+    yield _finding("weights", [line for name, line in lines.items() if is_weights(name)])
+    details = [line for name, line in lines.items() if not is_weights(name)]
+    rest = len(known) - len(names)
+    if not details and rest:
+        yield Finding(
+            "files", "not checked", ["a lone file; the others of its folder are not here"]
+        )
+    else:
+        yield _finding("files", details)
+
+
+def _change(name: str, known: Mapping[str, str], found: Mapping[str, str]) -> str:
+    return "added" if name not in known else "changed" if name in found else "removed"
+
+
+def _check_config(bill: Bill, path: Path) -> Finding:
+    """Compare the settings of a run's folder with those that training ended with."""
+    try:
+        own, known = _flat(public_config(load_stored_config(path, Config))), _flat(bill.last.config)
+    except ValueError as error:
+        return _finding("config", [str(error)])
+    names = sorted({*own, *known})
+    return _finding("config", [f"changed  {n}" for n in names if own.get(n) != known.get(n)])
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {name: one if isinstance(one, dict) else {"": one} for name, one in config.items()}
+    return {f"{name}.{key}": one for name, part in parts.items() for key, one in part.items()}
+
+
+def _check_bases(bill: Bill, given: Given) -> Iterator[Finding]:
+    """Compare each model that training started from, by its role."""
+    if not bill.last.base:
+        yield Finding("base", "not checked", ["not recorded"])
+    for role, path in given.bases.items():
+        if role and role not in bill.last.base:
+            yield _finding(f"base {role}", [f"{path} was given, and the bill has none"])
+    for role, facts in bill.last.base.items():
+        yield _check_base(bill, role, given.base_of(bill, role), facts=facts)
+
+
+def _check_base(bill: Bill, role: str, path: str, *, facts: Mapping[str, str]) -> Finding:
+    part = f"base {role}"
+    if not path:
+        return Finding(part, "not checked", [f"{facts['name']}; give --base {role}=PATH"])
+    if not facts["sha256"]:
+        return Finding(part, "not checked", ["training found no safetensors of it to hash"])
     details = [
-        f"{'changed' if name in found else 'removed':8} {name}"
-        for name, one in known.items()
-        if found.get(name) != one
+        f"steps from {one.from_step} on had another, or it was not recorded"
+        for one in bill.segments
+        if one.base.get(role) != facts
     ]
-    return _finding("files", details)
+    if base_hash(path, role=role) != facts["sha256"]:
+        details.insert(0, f"{path} is not {facts['name']} as training read it")
+    return _finding(part, details, [facts["name"]])
 
 
-def _check_base(bill: Bill, base: str | None) -> Finding:
-    if not base:
-        missing = [f"{facts['name']}; give --base" for facts in bill.base.values()]
-        return Finding("base", "not checked", missing[:1] or ["none: trained from scratch"])
-    if not bill.base:
-        return _finding("base", [f"--base={base}, and the model was trained from scratch"])
-    for role, facts in bill.base.items():
-        if base_hash(base, role=role) == facts["sha256"]:
-            return Finding("base", "same")
-    names = ", ".join(f"{role} {facts['name']}" for role, facts in bill.base.items())
-    return _finding("base", [f"the weights of {base} are not those of {names}"])
-
-
-def _check_data(bill: Bill, data: Sequence[str]) -> Finding:
+def _check_data(bill: Bill, data: Sequence[str], *, progress: Progress | None) -> Finding:
     if not data:
         return Finding("data", "not checked", ["give --data"])
+    known = bill.last.data
+    details = [
+        f"steps from {one.from_step} on " + ("had other images" if one.data else "are not recorded")
+        for one in bill.segments
+        if one.data != known or not one.data
+    ]
+    if not known:
+        return _finding("data", details)
     with TemporaryDirectory() as scratch:  # so that every file is read, none is known by its time
-        config = config_of(bill, data=data, folder=Path(scratch))
-        leaves = list(read_leaves(read_data_folders(config), config))
-    if images_root(leaves) == bill.images:
-        return Finding("data", "same", [f"{len(leaves):,} images"])
-    details = [*differences(bill.leaves, leaves)] if bill.leaves is not None else []
-    if not details:
-        details = [
-            f"{len(leaves):,} images, expected {bill.num_images:,}; the folder of the model tells "
-            "which differ, a file alone does not"
-        ]
-    return _finding("data", details)
+        config = config_of(bill, Given(data=data), folder=Path(scratch))
+        folders = read_data_folders(config, progress=progress)
+        leaves = list(read_leaves(folders, config, progress=progress))
+    if images_root(leaves) == known["images"]:
+        return _finding("data", details, [f"{len(leaves):,} images"])
+    found = [*differences(bill.leaves, leaves)] if bill.leaves is not None else []
+    return _finding(
+        "data",
+        found + details
+        or [
+            f"{len(leaves):,} images, expected {known['num_images']:,}; the folder of the model "
+            "tells which differ, a file alone does not"
+        ],
+    )
 
 
-def config_of(
-    bill: Bill, *, data: Sequence[str] = (), base: str | None = None, folder: Path
-) -> Config:
-    """Return the settings of a bill, for these data folders and base model, writing to `folder`.
+def _check_class_images(bill: Bill, folder: str) -> Iterator[Finding]:
+    """Compare the images of prior preservation, where there are any, in the folder or below it."""
+    known = bill.last.data.get("class_images")
+    if known is None:
+        return
+    if not folder:
+        yield Finding("class images", "not checked", ["give --class_images"])
+        return
+    num, root = bill.last.config["finetune"]["num_class_images"], Path(folder).expanduser()
+    is_found = any(
+        images_root(class_leaves(read_folder(path)[:num])) == known
+        for path in (root, *sorted(root.iterdir()))
+        if (path / "metadata.jsonl").is_file()
+    )
+    details = [] if is_found else [f"{folder} holds others than training read"]
+    yield _finding("class images", details)
 
-    ValueError where there are more or fewer folders than sources.
+
+def config_of(bill: Bill, given: Given, *, folder: Path) -> Config:
+    """Return the settings of a bill's last segment, for what is given, writing to `folder` alone.
+
+    ValueError where there are more or fewer data folders than sources.
     """
+    plain = {**bill.last.config}
+    for role, (section, name) in BASES.items():
+        if (facts := bill.last.base.get(role)) is not None:
+            path = given.base_of(bill, role) or facts["name"]
+            plain[section] = {**plain[section], name: path}
     settings = folder / "settings.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(settings, yaml.safe_dump(dict(bill.config), allow_unicode=True))
+    write_text(settings, yaml.safe_dump(plain, allow_unicode=True))
     config: Config = load_stored_config(settings, Config)
-    num = len(config.data.sources) or 1
-    if data and len(data) != num:
+    num, data = len(config.data.sources) or 1, given.data
+    if len(data) != num:
         raise ValueError(f"--data names {len(data)} folders, expected {num}, in the run's order")
     sources = [
         replace(source, root=root) for source, root in zip(config.data.sources, data, strict=False)
     ]
     changed = replace(
         config.data,
-        root="" if config.data.sources or not data else data[0],
-        sources=tuple(sources) or config.data.sources,
+        root="" if sources else data[0],
+        sources=tuple(sources),
         cache_dir=str(folder / "cache"),
     )
-    model = config.model
-    if base and model.pretrained:
-        model = replace(model, pretrained=base)
-    elif base:
-        model = replace(model, vae=base)
-    return replace(config, data=changed, model=model, output_dir=str(folder / "run"))
+    return replace(config, data=changed, output_dir=str(folder / "run"))
 
 
 def differences(before: Sequence[Leaf], now: Sequence[Leaf]) -> Iterator[str]:
@@ -278,5 +325,5 @@ def _what_changed(before: Leaf, now: Leaf) -> str:
     return ", ".join(changed) or "its number of files"
 
 
-def _finding(part: str, details: Sequence[str]) -> Finding:
-    return Finding(part, "differs" if details else "same", details)
+def _finding(part: str, details: Sequence[str], note: Sequence[str] = ()) -> Finding:
+    return Finding(part, "differs" if details else "same", details or note)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,11 +28,17 @@ from latentdiff.pipeline.files.adapter_file import (
 )
 from latentdiff.pipeline.files.model_card import (
     adapter_card,
+    bill_root_in,
     class_of_folder,
     folder_title,
     model_card,
 )
-from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info
+from latentdiff.pipeline.files.model_info import (
+    BILL_NAME,
+    CONTENT_NAME,
+    ModelInfo,
+    read_model_info,
+)
 from latentdiff.sampling.release import refuse_local_paths
 
 Part = Literal["model", "lora", "embedding"]
@@ -131,13 +138,11 @@ def _model(source: str, repo_id: str) -> tuple[dict[str, Path], str]:
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
     info, written = read_model_info(folder), files.pop(CARD, None)
+    text = written.read_text(encoding="utf-8") if written is not None else ""
     stock = class_of_folder(folder)
-    card = model_card(info, name=repo_id, stock=stock)
-    if written is not None:
-        text = written.read_text(encoding="utf-8")
-        own = model_card(info, name=folder_title(folder), stock=stock)
-        card = card if text == own else text
-    return files, card
+    make_card = partial(model_card, info, stock=stock, bill_root=bill_root_in(text))
+    is_ours = text in ("", make_card(name=folder_title(folder)))
+    return files, make_card(name=repo_id) if is_ours else text
 
 
 def _adapter(source: str, repo_id: str, *, part: Part) -> tuple[dict[str, Path], str]:
@@ -153,6 +158,8 @@ def _adapter(source: str, repo_id: str, *, part: Part) -> tuple[dict[str, Path],
     files = {RUN_LORA.name if part == "lora" else EMBEDDING_NAMES[0]: file.path}
     if part == "lora" and (run / KOHYA).is_file():
         files[KOHYA] = run / KOHYA
+    beside = (file.path.with_name(name) for name in (BILL_NAME, CONTENT_NAME))
+    files |= {path.name: path for path in beside if path.is_file()}
     model = Path(model_of_run(run))
     info = read_model_info(model) if model.is_dir() else ModelInfo()
     trigger = stored_metadata(file.path).get("modelspec.trigger_phrase", "")

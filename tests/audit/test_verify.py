@@ -1,89 +1,43 @@
 """latentdiff verify: tampering is found each time, and an honest copy never refuted."""
 
-import hashlib
 import json
 import os
 import random
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes_bill import (
+    CAPTIONS,
+    answers,
+    config_of_origin,
+    copy,
+    details,
+    materials_of,
+    origin,
+    write_rows,
+    write_weights,
+)
 from fakes_data import save_image, write_jsonl
 from safetensors.numpy import load_file, save_file
 
 from latentdiff.audit import verify as module
-from latentdiff.audit.verify import differences, read_bill, verify
-from latentdiff.config.data import DataConfig, DataSource
+from latentdiff.audit.stored_bill import read_bills
+from latentdiff.audit.verify import Given, differences, verify
+from latentdiff.config.data import DataSource
 from latentdiff.config.finetune import FinetuneConfig
-from latentdiff.config.io import load_stored_config
+from latentdiff.config.io import load_stored_config, to_yaml
 from latentdiff.config.model import ModelConfig
 from latentdiff.config.text_to_image import Config
-from latentdiff.pipeline.files.model_info import BILL_KEY
-from latentdiff.training.bill.bill import (
-    BILL_NAME,
-    canonical,
-    from_json,
-    merkle_root,
-    read_header,
-    sign_file,
-    to_json,
-)
-from latentdiff.training.bill.materials import Materials, gather_materials
-from latentdiff.training.bill.training_content import CONTENT_NAME
+from latentdiff.pipeline.files.model_info import BILL_NAME, CONTENT_NAME
+from latentdiff.training.bill.bill import from_text
+from latentdiff.training.bill.contents import add_to_header, read_header
 
-CAPTIONS = {f"{kind}/{i}.png": [f"a {kind} {i}", f"café {i}"] for kind in "ab" for i in range(4)}
-EXPECTED = {"model": {"same"}, "lora.safetensors": {"same", "not checked"}}  # configs
-MACHINE = {"cpu": "one", "device": "cpu", "num_threads": 1, "num_processes": 1}
-
-
-def write_weights(path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"b": rng.normal(size=(3, 4)).astype("f4"), "a": np.ones(2, "f2")}, path)
-
-
-def write_rows(root: Path, captions: dict[str, list[str]]) -> None:
-    rows = [{"file_name": name, "text": texts} for name, texts in captions.items()]
-    write_jsonl(root / "metadata.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/, base/, and model/ and lora.safetensors with the bill of a run on them."""
-    origin = tmp_path_factory.mktemp("origin")
-    for seed, name in enumerate(CAPTIONS):
-        save_image(origin / "data" / name, seed)
-    write_rows(origin / "data", CAPTIONS)
-    for part, seed in (("unet", 1), ("vae", 2)):
-        write_weights(origin / "base" / part / "diffusion_pytorch_model.safetensors", seed)
-        write_weights(origin / "model" / part / "diffusion_pytorch_model.safetensors", seed + 5)
-    (origin / "model" / "scheduler").mkdir()
-    (origin / "model" / "scheduler" / "scheduler_config.json").write_text("{}")
-    write_weights(origin / "lora.safetensors", 9)
-    materials = materials_of(origin)
-    materials.sign_folder(origin / "model", artifact="pipeline")
-    materials.sign_file(origin / "lora.safetensors")
-    return origin
-
-
-def materials_of(
-    origin: Path, *, finetune: FinetuneConfig | None = None, **changes: object
-) -> Materials:
-    data = DataConfig(
-        root=str(origin / "data"), cache_dir=str(origin / "cache"), heldout_fraction=0.3
-    )
-    config = Config(
-        data=replace(data, **changes),
-        model=ModelConfig(pretrained=str(origin / "base")),
-        finetune=finetune or FinetuneConfig(),
-    )
-    return gather_materials(config, machine=MACHINE)
+__all__ = ["copy", "origin"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,23 +54,6 @@ def settings_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_stored_config", load)
         yield
-
-
-@pytest.fixture
-def copy(origin: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(origin, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("cache"))
-
-
-def answers(copy: Path, model: str = "model", **options: object) -> dict[str, str]:
-    given = {"data": [str(copy / "data")], "base": str(copy / "base")} | options
-    verdict = verify(str(copy / model), **given)
-    assert verdict.is_proven == ("differs" not in {one.answer for one in verdict.findings})
-    return {one.part: one.answer for one in verdict.findings}
-
-
-def details(copy: Path, part: str) -> list[str]:
-    verdict = verify(str(copy / "model"), data=[str(copy / "data")], base=str(copy / "base"))
-    return [line for one in verdict.findings if one.part == part for line in one.details]
 
 
 # ---- tampering ----
@@ -165,17 +102,14 @@ def tamper_remove(copy: Path, rng: random.Random) -> str:
 def tamper_config(copy: Path, rng: random.Random) -> str:
     path = copy / "model" / BILL_NAME
     entries = json.loads(path.read_text())
+    config = entries["segments"][0]["config"]
     section = rng.choice(["train", "diffusion", "data", "finetune"])
-    name = rng.choice(sorted(entries["config"][section]))
-    entries["config"][section][name] = f"forged {rng.random()}"
-    part = "config"
-    if rng.random() < 0.5:  # a forger who knows how the hash is taken
-        config = entries["config"] | {"output_dir": "x"}
-        entries["config"] = config
-        entries["sections"]["config"] = hashlib.sha256(canonical(config)).hexdigest()
-        part = "root"
+    config[section][rng.choice(sorted(config[section]))] = f"forged {rng.random()}"
+    if rng.random() < 0.5:  # a forger who computes the root of the sidecar again
+        bill, _ = from_text(json.dumps(entries), where="it")
+        entries["root"] = bill.root
     path.write_text(json.dumps(entries))
-    return part
+    return "root"
 
 
 def tamper_weights(copy: Path, rng: random.Random) -> str:
@@ -187,7 +121,7 @@ def tamper_weights(copy: Path, rng: random.Random) -> str:
 def tamper_base(copy: Path, rng: random.Random) -> str:
     path = rng.choice(sorted((copy / "base").rglob("*.safetensors")))
     flip_byte(path, rng, first=read_header(path)[0])
-    return "base"
+    return "base model"
 
 
 TAMPERING = [
@@ -205,6 +139,104 @@ def test_tampering_is_found_each_time_in_its_part(
         shutil.copytree(origin, copy, ignore=shutil.ignore_patterns("cache"))
         part = tamper(copy, random.Random(seed))
         assert answers(copy)[part] == "differs", (seed, part)
+
+
+def forge(path: Path) -> None:
+    """Replace the numbers of a file of weights, and keep a copy of them."""
+    tensors = load_file(path)
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("copied", ["a.safetensors", "zz.safetensors", "model.safetensors", None])
+@pytest.mark.parametrize(("folder", "part"), [("model", "weights"), ("base", "base model")])
+def test_a_copy_of_the_weights_next_to_forged_ones_hides_nothing(
+    copy: Path, folder: str, part: str, copied: str | None
+) -> None:
+    path = copy / folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if copied:
+        shutil.copy(path, path.with_name(copied))
+    forge(path)
+    assert answers(copy)[part] == "differs"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        *("unet/diffusion_pytorch_model.bin", "tokenizer/added_tokens.json", "pipeline.py"),
+    ],
+)
+def test_every_file_that_was_added_is_named(copy: Path, name: str) -> None:
+    path = copy / "model" / name
+    path.write_bytes(b"{}")
+    if name.endswith(".safetensors"):  # with the bill of another export of the run
+        shutil.copy(copy / "lora_kohya.safetensors", path)
+    found = details(copy, "weights") + details(copy, "files")
+    assert f"added    {name}" in found
+
+
+def test_settings_in_a_header_are_part_of_the_model(copy: Path) -> None:
+    path = copy / "lora_kohya.safetensors"
+    add_to_header(path, {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 400}'})
+    assert answers(copy, path.name)["files"] == "differs"
+    path = copy / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    add_to_header(path, {"usage_hint": "another"})
+    assert "changed  vae/diffusion_pytorch_model.safetensors: the header" in details(copy, "files")
+
+
+def test_the_summary_is_part_of_the_model(copy: Path) -> None:
+    (copy / "model" / CONTENT_NAME).write_text("nothing")
+    assert details(copy, "files") == [f"changed  {CONTENT_NAME}"]
+
+
+@pytest.mark.parametrize("change", [{"artifact": "lora"}, {"num_images": 9}])
+def test_no_field_of_a_bill_can_be_changed(copy: Path, change: dict[str, object]) -> None:
+    root = read_bills(str(copy / "model"))[0].bill.root
+    path = copy / "model" / BILL_NAME
+    entries = json.loads(path.read_text())
+    target = entries if "artifact" in change else entries["segments"][0]["data"]
+    target |= change
+    path.write_text(json.dumps(entries))
+    assert answers(copy, root=root)["root"] == "differs"
+    path.write_text(json.dumps(entries | {"artifact": "/proc/self/cwd/forged"}))
+    with pytest.raises(ValueError, match="artifact must be one of pipeline"):
+        verify(str(copy / "model"))
+    path.write_text(json.dumps(entries | {"images": [["short"]]}))
+    with pytest.raises(ValueError, match="is no bill of materials"):
+        verify(str(copy / "model"))
+
+
+def test_the_order_of_an_images_captions_counts(copy: Path) -> None:
+    write_rows(copy / "data", CAPTIONS | {"b/2.png": CAPTIONS["b/2.png"][::-1]})
+    assert details(copy, "data") == ["changed  b/2.png: captions"]
+
+
+def test_the_settings_of_a_base_are_part_of_it(copy: Path) -> None:
+    (copy / "base" / "scheduler" / "scheduler_config.json").write_text('{"a": 2}')
+    assert answers(copy)["base model"] == "differs"
+
+
+def test_each_base_is_checked_by_its_role(copy: Path) -> None:
+    vae, text = copy / "base" / "vae", copy / "base" / "text_encoder"
+    write_weights(text / "model.safetensors", 8)
+    materials = materials_of(copy, model=ModelConfig(vae=str(vae), text_encoder=str(text.parent)))
+    materials.attach_to_folder(copy / "model", artifact="pipeline")
+    bases = {"vae": str(vae), "text_encoder": str(text.parent)}
+    assert answers(copy, bases={"": str(vae)})["base text_encoder"] == "not checked"
+    assert set(answers(copy, bases=bases).values()) == {"same"}
+    forge(text / "model.safetensors")
+    found = answers(copy, bases=bases)
+    assert (found["base vae"], found["base text_encoder"]) == ("same", "differs")
+    with pytest.raises(ValueError, match="no role"):
+        Given(bases={"venv": "x"})
+
+
+def test_a_base_without_safetensors_is_not_checked(copy: Path) -> None:
+    for path in (copy / "base").rglob("*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+    materials_of(copy).attach_to_folder(copy / "model", artifact="pipeline")
+    assert answers(copy)["base model"] == "not checked"
 
 
 def test_what_was_added_changed_and_removed_is_named(copy: Path) -> None:
@@ -234,7 +266,7 @@ def test_a_mask_or_condition_that_changed_is_named(copy: Path) -> None:
         for number, kind in enumerate(("mask", "condition")):
             save_image((copy / "data" / name).with_suffix(f".{kind}.png"), number)
     materials = materials_of(copy, mask="file", finetune=FinetuneConfig(method="controlnet"))
-    materials.sign_folder(copy / "model", artifact="controlnet")
+    materials.attach_to_folder(copy / "model", artifact="controlnet")
     assert answers(copy)["data"] == "same"
     for number, kind in enumerate(("mask", "condition")):
         save_image(copy / "data" / "b" / f"{number}.{kind}.png", 77)
@@ -251,16 +283,16 @@ def test_several_sources_are_compared_in_their_order(copy: Path) -> None:
         write_rows(root, {f"{i}.png": [f"{kind} {i}"] for i in range(4)})
     sources = tuple(DataSource(root=str(root)) for root in roots)
     materials = materials_of(copy, root="", sources=sources)
-    materials.sign_folder(copy / "model", artifact="pipeline")
+    materials.attach_to_folder(copy / "model", artifact="pipeline")
     assert answers(copy, data=list(map(str, roots)))["data"] == "same"
     assert answers(copy, data=list(map(str, roots[::-1])))["data"] == "differs"
     save_image(roots[1] / "2.png", 77)
-    verdict = verify(str(copy / "model"), data=list(map(str, roots)))
+    verdict = verify(str(copy / "model"), Given(list(map(str, roots))))
     assert ["changed  1/2.png: image"] in [list(one.details) for one in verdict.findings]
 
 
 def test_an_image_that_changed_its_split_is_named(copy: Path) -> None:
-    leaves = read_bill(str(copy / "model")).bill.leaves
+    leaves = read_bills(str(copy / "model"))[0].bill.leaves
     moved = [leaf._replace(split="train") for leaf in leaves]
     heldout = [leaf.name for leaf in leaves if leaf.split == "heldout"]
     assert heldout
@@ -273,14 +305,19 @@ def test_an_image_that_changed_its_split_is_named(copy: Path) -> None:
 
 
 def other_form(copy: Path, rng: random.Random) -> None:
-    """Write the captions in another of the forms that training reads, in another order."""
+    """Write the data in another of the forms that training reads, in another order."""
     names = list(CAPTIONS)
     rng.shuffle(names)
     normal = rng.choice(["NFC", "NFD"])
     texts = {
-        name: [unicodedata.normalize(normal, text) for text in rng.sample(CAPTIONS[name], 2)]
+        unicodedata.normalize(normal, name): [
+            unicodedata.normalize(normal, text) for text in CAPTIONS[name]
+        ]
         for name in names
     }
+    for name, other in zip(names, texts, strict=True):
+        (copy / "data" / name).rename(copy / "data" / other)
+    names = list(texts)
     form = rng.choice(["jsonl", "parquet", "columns", "rows by folder"])
     (copy / "data" / "metadata.jsonl").unlink()
     if form == "parquet":
@@ -297,14 +334,27 @@ def other_form(copy: Path, rng: random.Random) -> None:
         path.touch()
 
 
+def other_model(copy: Path, rng: random.Random) -> None:
+    """Write the model as git on Windows, a download or a person who adds a card leaves it."""
+    config = copy / "model" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()), indent=rng.choice([None, 4])))
+    merges = copy / "model" / "tokenizer" / "merges.txt"
+    merges.write_bytes(merges.read_bytes().replace(b"\n", rng.choice([b"\n", b"\r\n"])))
+    for name in rng.sample(["README.md", "LICENSE", ".gitattributes", "sample.png"], 2):
+        (copy / "model" / name).write_text("written later")
+    (copy / "lora_kohya.safetensors").rename(copy / "my lora.safetensors")
+
+
 def test_an_honest_copy_is_never_refuted(origin: Path, tmp_path: Path) -> None:
     for seed in range(100):
-        data = tmp_path / f"place {seed}" / "data"
-        shutil.copytree(origin / "data", data)
-        other_form(data.parent, random.Random(seed))
-        model = ("model", "lora.safetensors")[seed % 2]
-        found = answers(origin, model, data=[str(data)])
-        assert set(found.values()) <= EXPECTED[model], seed
+        copy, rng = tmp_path / f"place {seed}", random.Random(seed)
+        shutil.copytree(origin, copy, ignore=shutil.ignore_patterns("cache", "base"))
+        other_form(copy, rng)
+        other_model(copy, rng)
+        model = ("model", "my lora.safetensors")[seed % 2]
+        found = answers(copy, model, bases={"": str(origin / "base")})
+        allowed = {"same"} if model == "model" else {"same", "not checked"}
+        assert set(found.values()) <= allowed, seed
 
 
 def test_text_files_next_to_the_images_are_the_same_captions(tmp_path: Path) -> None:
@@ -312,32 +362,20 @@ def test_text_files_next_to_the_images_are_the_same_captions(tmp_path: Path) -> 
         save_image(tmp_path / "data" / name, len(name))
     write_rows(tmp_path / "data", {"one.png": ["one"], "two.png": ["two"]})
     write_weights(tmp_path / "base" / "unet" / "model.safetensors", 0)
-    before = materials_of(tmp_path).bill.images
+    before = materials_of(tmp_path).segments[0].data
     (tmp_path / "data" / "metadata.jsonl").unlink()
     for name in ("one", "two"):
         (tmp_path / "data" / f"{name}.txt").write_text(f"{name}\n")
-    assert materials_of(tmp_path).bill.images == before
-
-
-def test_weights_in_other_shards_and_with_other_metadata_are_the_same(copy: Path) -> None:
-    path = copy / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    path.unlink()
-    for number, name in enumerate(tensors):
-        shard = path.with_name(f"diffusion_pytorch_model-0000{number + 1}-of-00002.safetensors")
-        save_file({name: tensors[name]}, shard, metadata={"format": "pt"})
-    assert set(answers(copy).values()) == {"same"}
+    assert materials_of(tmp_path).segments[0].data == before
 
 
 # ---- a lone file, and what is not there ----
 
 
 def test_a_lone_file_answers_yes_or_no(copy: Path) -> None:
-    found = answers(copy, "lora.safetensors")
-    assert found.pop("files") == "not checked"
-    assert set(found.values()) == {"same"}
+    assert set(answers(copy, "lora_kohya.safetensors").values()) == {"same"}
     (copy / "data" / "a/0.png").unlink()
-    verdict = verify(str(copy / "lora.safetensors"), data=[str(copy / "data")])
+    verdict = verify(str(copy / "lora_kohya.safetensors"), Given([str(copy / "data")]))
     (data,) = (one for one in verdict.findings if one.part == "data")
     assert data.answer == "differs"
     assert data.details[0].startswith("7 images, expected 8")
@@ -345,19 +383,61 @@ def test_a_lone_file_answers_yes_or_no(copy: Path) -> None:
 
 def test_parts_that_are_not_given_are_not_checked(copy: Path) -> None:
     found = {one.part: one.answer for one in verify(str(copy / "model")).findings}
-    assert (found.pop("data"), found.pop("base")) == ("not checked", "not checked")
+    assert (found.pop("data"), found.pop("base model")) == ("not checked", "not checked")
     assert set(found.values()) == {"same"}
 
 
 def test_a_published_root_is_compared(copy: Path) -> None:
-    root = read_bill(str(copy / "model")).bill.root
+    root = read_bills(str(copy / "model"))[0].bill.root
     assert answers(copy, root=root)["root"] == "same"
+    assert answers(copy, root=f" 0x{root.upper()}\n")["root"] == "same"
     assert answers(copy, root="0" * 64)["root"] == "differs"
+    with pytest.raises(ValueError, match="expected 64 hex digits"):
+        answers(copy, root=root[:40])
+
+
+def test_a_file_of_a_folder_is_proven_alone(copy: Path) -> None:
+    path = copy / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    lone = shutil.copy(path, copy / "my control.safetensors")
+    found = answers(copy, lone.name)
+    assert found.pop("files") == "not checked"
+    assert set(found.values()) == {"same"}
+    content = lone.read_bytes()
+    lone.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert answers(copy, lone.name)["weights"] == "differs"
+
+
+def test_each_file_with_a_bill_of_its_own_is_proven_next_to_a_folders(copy: Path) -> None:
+    """As a LoRA in two namings lies on the Hub."""
+    path = Path(shutil.copy(copy / "lora_kohya.safetensors", copy / "model"))
+    assert set(answers(copy).values()) == {"same"}
+    (copy / "model" / BILL_NAME).unlink()
+    assert set(answers(copy).values()) == {"same"}
+    forge(path)
+    assert details(copy, "weights") == ["added    lora_kohya.safetensors"]
+    materials_of(copy, min_size=40).attach_to_file(path)  # of another run
+    assert answers(copy)["lora_kohya.safetensors root"] == "differs"
+
+
+def test_all_that_a_run_exported_is_proven(copy: Path) -> None:
+    run = copy / "run"
+    shutil.copytree(copy / "model", run / "pipeline")
+    shutil.move(copy / "lora_kohya.safetensors", run)
+    write_weights(run / "checkpoints" / "step-000000001" / "model.safetensors", 3)
+    (run / "config.yaml").write_text(to_yaml(config_of_origin(copy)))
+    assert set(answers(copy, "run").values()) == {"same"}
+    with pytest.raises(ValueError, match="give one of pipeline, lora_kohya"):
+        answers(copy, "run", root="0" * 64)
+    (run / "config.yaml").write_text(to_yaml(config_of_origin(copy)).replace("seed: 0", "seed: 9"))
+    assert answers(copy, "run")["config"] == "differs"
+    forge(run / "lora_kohya.safetensors")
+    with pytest.raises(ValueError, match=r"lora_kohya.safetensors has no bill of materials"):
+        verify(str(run))
 
 
 def test_a_bill_of_another_model_is_refuted_by_the_header(copy: Path) -> None:
     shutil.copytree(copy / "model", copy / "second")
-    materials_of(copy, min_size=40).sign_folder(copy / "second", artifact="pipeline")
+    materials_of(copy, min_size=40).attach_to_folder(copy / "second", artifact="pipeline")
     shutil.copy(copy / "second" / BILL_NAME, copy / "model" / BILL_NAME)
     assert answers(copy)["root"] == "differs"
 
@@ -369,91 +449,3 @@ def test_a_model_without_a_bill_is_refused(copy: Path) -> None:
         verify(str(copy / "nowhere"))
     with pytest.raises(ValueError, match="names 2 folders, expected 1"):
         answers(copy, data=[str(copy), str(copy)])
-
-
-# ---- the bill itself ----
-
-
-def test_the_tree_is_that_of_certificate_transparency() -> None:
-    """Against the definition of RFC 6962, section 2.1, by recursion."""
-
-    def root(entries: list[bytes]) -> bytes:
-        if not entries:
-            return hashlib.sha256(b"").digest()
-        if len(entries) == 1:
-            return hashlib.sha256(b"\0" + entries[0]).digest()
-        k = 1 << (len(entries) - 1).bit_length() - 1
-        return hashlib.sha256(b"\1" + root(entries[:k]) + root(entries[k:])).digest()
-
-    for num in range(20):
-        entries = [bytes([i]) for i in range(num)]
-        assert merkle_root(entries) == root(entries).hex()
-
-
-def test_without_names_the_root_is_the_same_and_no_name_is_told(copy: Path) -> None:
-    named = materials_of(copy)
-    hashed = materials_of(copy, bill_of_materials="hashes")
-    assert hashed.bill.images == named.bill.images
-    hashed.sign_folder(copy / "model", artifact="pipeline")
-    assert "a/0.png" not in (copy / "model" / BILL_NAME).read_text()
-    assert set(answers(copy).values()) == {"same"}
-    save_image(copy / "data" / "a/0.png", 77)
-    (copy / "data" / "b/3.png").unlink()
-    key = hashlib.sha256(b"b/3.png").hexdigest()
-    assert details(copy, "data") == [
-        f"removed  the image whose name has the sha256 {key}",
-        "changed  a/0.png: image",
-    ]
-
-
-def test_the_bill_and_the_summary_name_no_place(origin: Path) -> None:
-    for path in (origin / "model" / BILL_NAME, origin / "model" / CONTENT_NAME):
-        assert str(origin) not in path.read_text()
-        assert origin.name not in path.read_text()
-
-
-def test_a_bill_is_read_as_it_was_written(copy: Path) -> None:
-    bill = read_bill(str(copy / "model")).bill
-    again = from_json(json.loads(json.dumps(to_json(bill, with_images=True))), where="it")
-    assert (again.root, again.leaves) == (bill.root, bill.leaves)
-    with pytest.raises(ValueError, match="it is no bill of materials"):
-        from_json({"version": 1}, where="it")
-
-
-def test_data_that_changed_while_training_is_not_listed(
-    copy: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    materials = materials_of(copy)
-    save_image(copy / "data" / "a/0.png", 77)
-    root = materials.sign_folder(copy / "model", artifact="pipeline")
-    assert "they have changed since training began" in caplog.text
-    assert read_bill(str(copy / "model")).bill.leaves is None
-    assert read_bill(str(copy / "model")).bill.root == root
-    assert answers(copy)["data"] == "differs"  # what the model was not trained on
-    shutil.rmtree(copy / "data")
-    materials.sign_folder(copy / "model", artifact="pipeline")
-    assert "cannot be read any more" in caplog.text
-
-
-def test_a_signed_file_keeps_its_tensors_and_metadata(tmp_path: Path, origin: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    save_file({"a": np.arange(6, dtype="f4")}, path, metadata={"ss_network_dim": "4"})
-    root = sign_file(path, materials_of(origin).bill).root
-    assert load_file(path)["a"].tolist() == [0, 1, 2, 3, 4, 5]
-    metadata = read_header(path)[1]["__metadata__"]
-    assert metadata["ss_network_dim"] == "4"
-    assert json.loads(metadata[BILL_KEY])["root"] == root
-    assert read_header(path)[0] % 8 == 0
-
-
-def test_the_summary_tells_sources_licences_filters_and_refusals(copy: Path) -> None:
-    (copy / "data" / "LICENSE.txt").write_text("\nCC-BY | 4.0\nmore\n")
-    save_image(copy / "data" / "tiny.png", 3, width=8, height=8)
-    write_rows(copy / "data", CAPTIONS | {"tiny.png": ["tiny"]})
-    text = materials_of(copy).content
-    assert "| data | CC-BY \\| 4.0 (LICENSE.txt) |" in text
-    assert "smaller than data.min_size: 1" in text
-    assert "shorter side of at least 32 pixels" in text
-    assert "tiny.png" not in text
-    (copy / "data" / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
-    assert "| data | cc0-1.0 |" in materials_of(copy).content

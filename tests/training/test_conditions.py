@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
+from latentdiff.audit.verify import verify
 from latentdiff.config.model import ConditionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineImages
@@ -328,6 +329,7 @@ def test_a_controlnet_begins_without_effect_and_stock_opens_it(
     assert use[0] == 0.0
     assert use[4] != 0.0
     assert not (run / "pipeline").exists()
+    assert verify(str(run)).is_proven
     assert json.loads((run / "controlnet" / "latentdiff.json").read_text())["condition_kind"] == (
         "controlnet"
     )

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_distill import world
 
+from latentdiff.audit.verify import verify
 from latentdiff.config.options import DistillOptions
 from latentdiff.config.text_to_image import Config
 from latentdiff.pipeline.files.model_info import default_steps, read_model_info
@@ -95,6 +96,7 @@ def test_what_is_done_is_not_done_again(
 
 
 def test_the_export_opens_in_stock_diffusers_and_says_its_steps(world: Path, whole: Path) -> None:
+    assert verify(str(whole)).is_proven
     info = read_model_info(whole / "pipeline")
     assert default_steps(info, 30) == 16
     assert info.base_model == "base"

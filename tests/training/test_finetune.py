@@ -14,6 +14,7 @@ from fakes_training import read_metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from latentdiff.audit.verify import verify
 from latentdiff.models.components import load_components
 from latentdiff.pipeline.files.kohya_lora import layers_unknown_to_kohya
 from latentdiff.training import loop
@@ -250,6 +251,7 @@ def test_new_token_is_trained_alone(world, word_run):
 
 
 def test_learned_embeds_open_in_stock_diffusers(world, word_run):
+    assert verify(str(word_run)).is_proven
     stock = open_stock(world / "base" / "pipeline")
     before = generate(stock, "the <pet> on a")
     stock.load_textual_inversion(str(word_run / "learned_embeds.safetensors"))

@@ -4,6 +4,7 @@ Every table can be rebuilt, so a damaged file is the same as none. Nothing is ev
 the images. Ours: a database would copy rows into Python; these tables are mapped from disk.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -58,6 +59,11 @@ class ScanIndex:
         ):
             for part in parts:
                 writer.write_table(part, max_chunksize=max(1, len(part)))
+
+    def touch(self, name: str) -> None:
+        """Make a table the newest, as the one used last, where the disk allows it."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path(name))
 
     def newest(self, prefix: str) -> str | None:
         """Name the table written last among those whose names start with `prefix`."""

@@ -7,6 +7,7 @@ it shows. Does not answer for: the weights of several sources (epoch_draws.py).
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Literal
 
@@ -36,12 +37,17 @@ def assign_splits(ids: Iterable[str], fraction: float, *, num: int) -> np.ndarra
 
     Where any top folder is named for a held-out split, folders decide. Elsewhere the share
     `fraction` in [0, 1) of the records, chosen by hash, becomes the validation split: a record
-    stays where it is whatever else is added to the folder.
+    stays where it is whatever else is added to the folder, and in a copy whose names a Mac wrote
+    in another form of Unicode.
     """
     by_folder, by_hash = np.zeros(num, np.int8), np.zeros(num, np.int8)
     for i, record_id in enumerate(ids):
         by_folder[i] = SPLITS.index(split_of_folder(record_id))
-        by_hash[i] = SPLITS.index("validation") if unit_hash(record_id) < fraction else 0
+        by_hash[i] = (
+            SPLITS.index("validation")
+            if unit_hash(unicodedata.normalize("NFC", record_id)) < fraction
+            else 0
+        )
     return by_folder if by_folder.any() else by_hash
 
 

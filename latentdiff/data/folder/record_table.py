@@ -46,7 +46,7 @@ from latentdiff.data.folder.shards import expand_shards
 from latentdiff.data.image_headers import read_image_headers
 from latentdiff.data.image_tables.table_folder import read_image_tables
 
-RECORDS_VERSION = 4  # raise it when the same files give other records
+RECORDS_VERSION = 5  # raise it when the same files give other records
 RECORDS = pa.schema(
     [
         ("id", pa.large_string()),
@@ -134,6 +134,7 @@ def build_record_table(
     release_memory()
     name = f"{_prefix(rules)}-{_listing_hash(listing, problems)}"
     if index is not None and not full and (earlier := map_records(index.path(name))):
+        index.touch(name)
         return earlier
     listing = without_runs(listing, problems)
     listing = expand_shards(root, listing, problems=problems, index=index, progress=progress)

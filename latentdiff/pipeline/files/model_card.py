@@ -26,6 +26,7 @@ from latentdiff.pipeline.files.model_info import (
 from latentdiff.pipeline.files.prediction_marks import comfyui_node
 from latentdiff.pipeline.files.stock_format import OURS, stock_class
 
+BILL_ROOT = "Root of its bill of materials"
 CARD_SUMMARY = "A text-to-image latent diffusion model in Stable Diffusion's format"
 CARD = """---
 {head}
@@ -103,6 +104,12 @@ def folder_title(folder: str | os.PathLike[str]) -> str:
     return public_name(os.path.abspath(folder))
 
 
+def bill_root_in(card: str) -> str:
+    """Return the root of the bill of materials that a card states, "" where it states none."""
+    found = re.search(rf"^\| {BILL_ROOT} \| ([0-9a-f]{{64}}) \|$", card, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def model_card(
     info: ModelInfo,
     *,
@@ -138,7 +145,7 @@ def model_card(
     if info.base_model:
         rows.append(("Caption dropout of the base model", info.base_caption_dropout))
     if bill_root:
-        rows.append(("Root of its bill of materials", bill_root))
+        rows.append((BILL_ROOT, bill_root))
     shown = [(label, _escaped(UNKNOWN if value is None else value)) for label, value in rows]
     return CARD.format(
         head=_card_head(info).to_yaml(),

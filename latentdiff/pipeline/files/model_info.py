@@ -20,6 +20,8 @@ from latentdiff.models.model_path import INFO_FILE
 
 FILE_NAME = INFO_FILE
 BILL_KEY = "latentdiff.bill_of_materials"  # in the metadata of safetensors files
+BILL_NAME = "bill_of_materials.json"  # next to a model's files
+CONTENT_NAME = "training_content.md"  # the summary of what it was trained on
 OUTPUTS = ("pipeline", "pipeline_learned_variance", "lora")  # of a run
 UNKNOWN = "not recorded"  # of a value, for a person
 NUM_STEPS = 50  # sampling steps of a call that gives none, as in diffusers

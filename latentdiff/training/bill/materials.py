@@ -1,14 +1,16 @@
 """What a text-to-image run is made of, hashed: the data folder, base models, settings and code.
 
-Loads no PyTorch, so that `latentdiff verify` answers at once.
+It is recorded when training begins and kept in the checkpoints, so that an export states what the
+steps read, not what the folders hold by then. Loads no PyTorch.
 """
 
+import json
 import logging
 import os
 import platform
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,46 +21,41 @@ from latentdiff.atomic import write_text
 from latentdiff.config.io import to_dict
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.arrow.columns import CHUNK_ROWS
+from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.content_hash import file_hashes, mask_hashes
 from latentdiff.data.folder.folder import Companion, Folder
-from latentdiff.data.image_tables.hub_dataset import public_dataset_name
-from latentdiff.models.model_path import resolve_model
-from latentdiff.pipeline.files.model_info import public_name
+from latentdiff.pipeline.files.model_info import CONTENT_NAME
+from latentdiff.training.bill.base import BASES, base_hashes
 from latentdiff.training.bill.bill import (
     Bill,
     Leaf,
+    Segment,
     canonical,
     digest,
     images_root,
     make_leaf,
-    sign_file,
-    sign_folder,
-    tensors_digest,
-    weight_files_below,
 )
-from latentdiff.training.bill.training_content import CONTENT_NAME, training_content
+from latentdiff.training.bill.contents import (
+    attach_to_file,
+    attach_to_folder,
+)
+from latentdiff.training.bill.training_content import training_content
 from latentdiff.training.inputs.sources import read_sources
 
 logger = logging.getLogger(__name__)
 BILL = "the bill of materials"  # in messages
 PACKAGE = Path(__file__).parents[2]
-LIBRARIES = (
+LIBRARIES = (  # that change bits
     *("latentdiff", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "peft"),
-    *("safetensors", "numpy", "pillow", "pyarrow"),
+    *("safetensors", "numpy", "pillow", "pyarrow", "datasets", "xformers", "bitsandbytes"),
+    *("prodigyopt", "schedulefree"),
 )
-BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-PLAIN_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
-OWN_TO_A_MACHINE = {
-    "": ("output_dir",),
-    "data": ("cache_dir",),
-    "finetune": ("class_images_dir",),
-    "train": ("resume",),
-}
-MODEL_PATHS = {  # settings that may be paths, named without their place
-    "model": ("pretrained", "vae", "text_encoder"),
-    "finetune": ("init_lora", "init_embedding"),
-    "preview": ("vae", "features"),
+NOT_IN_BILL = {  # settings of a machine, of files for people, or of the bill itself
+    "": ("output_dir", "preview"),
+    "data": ("cache_dir", "num_workers", "bill_of_materials"),
+    "finetune": ("class_images_dir", "lora_kohya"),
+    "train": ("resume", "report_to", "tracker_project_name", "log_every_steps"),
 }
 
 
@@ -66,41 +63,68 @@ MODEL_PATHS = {  # settings that may be paths, named without their place
 class Materials:
     """What a run is made of, to be written with each model that it exports.
 
-    bill: without its weights, which are to come, and its leaves; read_leaves: reads those again,
-    so that they need no memory while the run trains; content: the summary in Markdown.
+    segments: what its steps were made of; read_leaves: reads the last one's images again, so that
+    they need no memory while the run trains.
     """
 
-    bill: Bill
+    segments: tuple[Segment, ...]
     read_leaves: Callable[[], Iterator[Leaf]]
-    content: str
 
-    def sign_folder(self, folder: Path, *, artifact: str) -> str:
-        """Write the bill and the summary into a model's folder; return the root."""
-        write_text(folder / CONTENT_NAME, self.content)
-        bill = replace(self.bill, leaves=self._leaves())
-        return sign_folder(folder, bill, artifact=artifact).root
+    def attach_to_folder(self, folder: Path, *, artifact: str) -> str:
+        """Write the bill and the summary into a model's folder; return the root.
 
-    def sign_file(self, path: Path) -> str:
-        """Write the bill, without images, into the header of a file of weights; return the root."""
-        return sign_file(path, self.bill).root
+        "" where the disk does not take it, which is logged: the model matters more.
+        """
+        try:
+            contents = dict.fromkeys(_content(one) for one in self.segments)
+            write_text(folder / CONTENT_NAME, "\n".join(contents))
+            bill = Bill(self.segments, leaves=self._leaves())
+            return attach_to_folder(folder, bill, artifact=artifact).root
+        except OSError as error:
+            logger.error("%s has no bill of materials: %s", artifact, error)
+            return ""
+
+    def attach_to_file(self, path: Path) -> None:
+        """Write the bill, without images, into the header of a file of weights."""
+        try:
+            attach_to_file(path, Bill(self.segments))
+        except OSError as error:
+            logger.error("%s has no bill of materials: %s", path, error)
 
     def _leaves(self) -> tuple[Leaf, ...] | None:
         """Return the leaves; None, with a warning, where the data is not what it was any more."""
+        if not (recorded := self.segments[-1].data):
+            return None
         try:
             leaves = tuple(self.read_leaves())
         except (OSError, ValueError) as error:
             logger.warning("%s lists no images, which cannot be read any more: %s", BILL, error)
             return None
-        if images_root(leaves) == self.bill.images:
+        if images_root(leaves) == recorded["images"]:
             return leaves
-        logger.warning("%s lists no images: they have changed since training began", BILL)
+        logger.warning("%s lists no images: they have changed since they were trained on", BILL)
         return None
 
 
-def gather_materials(config: Config, *, machine: Mapping[str, Any]) -> Materials:
-    """Hash what a run is made of, after its data was read. machine: `machine_facts`."""
-    folders = read_data_folders(config, trust_index=True)
-    logger.info("hashing the images for %s; data.bill_of_materials=none leaves it out", BILL)
+def _content(segment: Segment) -> str:
+    return segment.content or "# Summary of training content\n\nNot recorded.\n"
+
+
+def gather_materials(
+    config: Config,
+    folders: Mapping[str, Folder],
+    *,
+    machine: Mapping[str, Any],
+    class_images: Folder | None = None,
+    recorded: Sequence[Segment] | None = None,
+    from_step: int = 0,
+    trains: bool = True,
+) -> Materials:
+    """Hash what the run reads from now on. folders: of the sources; machine: `machine_facts`.
+
+    recorded: what the checkpoint that the run starts from says of the steps before from_step, None
+    where it says nothing; trains: whether any step follows, else what is recorded counts.
+    """
     again = partial(
         read_leaves,
         folders,
@@ -108,24 +132,52 @@ def gather_materials(config: Config, *, machine: Mapping[str, Any]) -> Materials
         index_dir=Path(config.data.cache_dir).expanduser(),
         keeps_names=config.data.bill_of_materials == "names",
     )
-    bill = Bill(
-        config=public_config(config),
-        code=code_facts() | {"machine": dict(machine)},
-        base=base_hashes(config),
-        images=images_root(again()),
-        num_images=sum(len(one.split("train")) + len(one.heldout()) for one in folders.values()),
-    )
-    return Materials(bill, again, training_content(bill, folders, config))
+    own = public_config(config)
+    before = [replace(one, config=_exported_as(one.config, own)) for one in recorded or ()]
+    if from_step and not before:
+        before = [Segment()]
+    last = before[-1] if before else Segment()
+    now = replace(last, from_step=from_step, config=own)
+    if trains:
+        logger.info("hashing the images for %s; data.bill_of_materials=none omits it", BILL)
+        base = base_hashes(config)
+        now = Segment(
+            from_step,
+            config=own,
+            code=code_facts() | {"machine": dict(machine)},
+            base=base,
+            data=_data_hashes(folders, again(), class_images),
+            content=training_content(base, folders, config),
+        )
+    is_new = not before or not now.is_as(last)
+    return Materials((*before, *([now] if is_new else [])), again)
 
 
-def read_data_folders(config: Config, *, trust_index: bool = False) -> dict[str, Folder]:
+def _data_hashes(
+    folders: Mapping[str, Folder], leaves: Iterator[Leaf], class_images: Folder | None
+) -> dict[str, Any]:
+    num = sum(len(one.split("train")) + len(one.heldout()) for one in folders.values())
+    found: dict[str, Any] = {"images": images_root(leaves), "num_images": num}
+    if class_images is not None:
+        found |= {"class_images": images_root(class_leaves(class_images))}
+    return found
+
+
+def _exported_as(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with what an export may choose when training is over: best or last."""
+    if not before:
+        return {}
+    return {**before, "train": before["train"] | {"export": now["train"]["export"]}}
+
+
+def read_data_folders(config: Config, *, progress: Progress | None = None) -> dict[str, Folder]:
     """Read the folder of each source as training does, but for the check of its problems."""
     return read_sources(
         config.data,
         condition=config.condition_files,
         inpaint_masks=config.condition.reads_mask_files,
         needs_captions=not config.finetune.instance_prompts,
-        trust_index=trust_index,
+        progress=progress,
     )
 
 
@@ -135,6 +187,7 @@ def read_leaves(
     *,
     index_dir: Path | None = None,
     keeps_names: bool = True,
+    progress: Progress | None = None,
 ) -> Iterator[Leaf]:
     """Yield a leaf for each image that is trained on or held out, after reading its file.
 
@@ -146,7 +199,7 @@ def read_leaves(
         folder = source.with_captions(prompts) if prompts else source
         prefix = f"{number}/" if len(folders) > 1 else ""
         for split, part in (("train", folder.split("train")), ("heldout", folder.heldout())):
-            images = file_hashes(part, index=index)
+            images = file_hashes(part, index=index, progress=progress)
             companions = _companion_hashes(part, config, index)
             for row, (name, captions) in enumerate(_texts(part)):
                 yield make_leaf(
@@ -157,6 +210,13 @@ def read_leaves(
                     companions=companions.get(row, ()),
                     keeps_name=keeps_names,
                 )
+
+
+def class_leaves(folder: Folder) -> Iterator[Leaf]:
+    """Yield a leaf for each class image of prior preservation."""
+    hashes = file_hashes(folder)
+    for row, (name, captions) in enumerate(_texts(folder)):
+        yield make_leaf(name, split="class", image=hashes[row].tobytes(), captions=captions)
 
 
 def _texts(folder: Folder) -> Iterator[tuple[str, list[str]]]:
@@ -188,72 +248,21 @@ def _companion_hashes(
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """Return the settings of a run without what belongs to a machine: folders and places."""
+    """Return the settings of a run without what belongs to a machine: folders and places.
+
+    In place of the path or name of a model stands its role, under which `base_hashes` has it.
+    """
     plain = to_dict(config)
-    for section, names in OWN_TO_A_MACHINE.items():
+    for section, names in NOT_IN_BILL.items():
         for name in names:
             (plain[section] if section else plain).pop(name)
-    for source in (plain["data"], *plain["data"]["sources"]):
-        source["root"] = source["root"] and public_dataset_name(source["root"])
-    for section, paths in MODEL_PATHS.items():
-        for name in paths:
-            if value := plain[section][name]:
-                plain[section][name] = public_name(value)
-    return plain
-
-
-def base_hashes(config: Config) -> dict[str, dict[str, str]]:
-    """Return name and sha256 of each model or file that a run starts from, by its role.
-
-    The sha256 is empty where the weights are not found, of which a warning is logged.
-    """
-    model, finetune = config.model, config.finetune
-    files = {"init_lora": finetune.init_lora, "init_embedding": finetune.init_embedding}
-    given = {"model": model.pretrained}
-    if not model.pretrained:
-        given |= {"vae": model.vae, "text_encoder": model.text_encoder}
-    return {
-        role: {"name": public_name(path), "sha256": _base_hash_or_none(path, role)}
-        for role, path in (given | files).items()
-        if path
-    }
-
-
-def _base_hash_or_none(path: str, role: str) -> str:
-    try:
-        return base_hash(path, role=role)
-    except (OSError, ValueError) as error:
-        logger.warning("%s has no hash of %s: %s", BILL, path, error)
-        return ""
-
-
-def base_hash(path_or_id: str, *, role: str) -> str:
-    """Return the sha256 (hex) of the tensors of a base model, its plain variant, or of one file.
-
-    role: "model" for U-Net, VAE and text encoders; "vae" or "text_encoder" for one of a model's
-    folder or a folder of its own. Raises FileNotFoundError or ValueError where it has no weights.
-    """
-    folder = Path(resolve_model(path_or_id))
-    if folder.is_file():
-        return tensors_digest([folder], root=folder.parent)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(path_or_id, local_files_only=True))
-    if role == "model":
-        files = [path for part in BASE_PARTS for path in _plain_weights(folder / part)]
-    else:
-        folder = folder / role if (folder / role).is_dir() else folder
-        files = _plain_weights(folder)
-    if not files and not (files := weight_files_below(folder)):
-        raise FileNotFoundError(f"{path_or_id} holds no safetensors weights; check its path")
-    return tensors_digest(files, root=folder)
-
-
-def _plain_weights(folder: Path) -> list[Path]:
-    """Return the weights of a component, of no variant where there are several."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [path for path in files if PLAIN_WEIGHTS.fullmatch(path.name)] or files
+    plain["data"]["root"] = ""
+    for number, source in enumerate(plain["data"]["sources"]):
+        source["root"] = f"source {number + 1}"
+    for role, (section, name) in BASES.items():
+        plain[section][name] = role if plain[section][name] else ""
+    found: dict[str, Any] = json.loads(canonical(plain))
+    return found
 
 
 def code_facts() -> dict[str, Any]:
@@ -271,13 +280,19 @@ def _source(path: Path) -> bytes:
     return path.read_bytes().replace(b"\r\n", b"\n")
 
 
-def machine_facts(*, device: str, num_threads: int, num_processes: int) -> dict[str, Any]:
-    """Return what equal bits depend on besides the code: processor, threads, device, processes."""
+def machine_facts(
+    *, device: str, num_threads: int, num_processes: int, micro_batch_size: int
+) -> dict[str, Any]:
+    """Return what equal bits depend on besides the code.
+
+    device: "cpu", or the name of the accelerator, whose sums are in no fixed order.
+    """
     return {
         "cpu": _cpu_name(),
         "device": device,
         "num_threads": num_threads,
         "num_processes": num_processes,
+        "micro_batch_size": micro_batch_size,
     }
 
 

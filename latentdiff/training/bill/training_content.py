@@ -15,9 +15,7 @@ from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
 from latentdiff.data.inspection.text_report import size_text
-from latentdiff.training.bill.bill import Bill
 
-CONTENT_NAME = "training_content.md"
 LICENCE_FILES = re.compile(r"(licen[cs]e|copying)([.\-_].*)?", re.IGNORECASE)
 NOT_STATED = "not stated in the folder"
 NOT_USED = ("by_product", "unlisted", "zero_repeats", "unread_image")  # notes of images not used
@@ -49,21 +47,25 @@ model. It proves that the data is the same, not who made it, nor that its licenc
 """
 
 
-def training_content(bill: Bill, folders: Mapping[str, Folder], config: Config) -> str:
-    """Return the summary of a run's data folders, which are named without their place."""
-    data = config.data
-    each = list(zip(folders.values(), data.each_source(), strict=True))
+def training_content(
+    base: Mapping[str, Mapping[str, str]], folders: Mapping[str, Folder], config: Config
+) -> str:
+    """Return the summary of a run's data folders, which are named without their place.
+
+    base: name of each model that the run starts from, by its role.
+    """
+    each = list(zip(folders.values(), config.data.each_source(), strict=True))
     formats = Counter[str]()
     for folder, _ in each:
         formats.update(_endings(folder))
-    bases = [f"{role} {facts['name']}" for role, facts in bill.base.items()]
+    bases = [f"{role} {facts['name']}" for role, facts in base.items()]
     shown = [f"{ending} ({count:,})" for ending, count in formats.most_common()]
     return PAGE.format(
         intro=_intro([folder for folder, _ in each]),
         sources="\n".join(_source_row(folder, settings) for folder, settings in each),
         formats=", ".join(shown) or "none",
         base=_cell(", ".join(bases) or "none, trained from scratch"),
-        filters="\n".join(f"- {line}" for line in _filters(data, config)),
+        filters="\n".join(f"- {line}" for line in _filters(config)),
         refused="\n".join(_refused(folder for folder, _ in each)),
     )
 
@@ -82,7 +84,7 @@ def _source_row(folder: Folder, settings: DataConfig) -> str:
     size = sum(entry.size for part in (train, heldout) for entry in part.entries())
     num_captions = sum(len(part.captions.flatten()) for part in (train, heldout))
     cells = (
-        public_dataset_name(settings.root),
+        _source_name(settings.root),
         stated_licence(folder.root),
         f"{len(train):,}",
         f"{len(heldout):,}",
@@ -90,6 +92,12 @@ def _source_row(folder: Folder, settings: DataConfig) -> str:
         size_text(size),
     )
     return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _source_name(root: str) -> str:
+    """Name a data set of the Hub by its whole id, with its revision, a folder without its place."""
+    name = public_dataset_name(root)
+    return root if "/" in name else name
 
 
 def stated_licence(root: Path) -> str:
@@ -120,26 +128,38 @@ def _in_info(info: Path) -> str:
     return stated.strip() if isinstance(stated, str) else ""
 
 
-def _filters(data: DataConfig, config: Config) -> Iterator[str]:
-    yield f"shorter side of at least {data.min_size} pixels, at most {data.max_aspect:g} : 1"
-    yield {
-        "skip": "images without a caption are skipped",
-        "empty": "images without a caption have the empty one",
-    }.get(
-        data.missing_caption,
-        f"images without a caption are named by their {data.missing_caption.replace('_', ' ')}",
-    )
-    yield f"{data.heldout_fraction:.1%} held out where no test or validation folder exists"
-    yield f"at most {data.max_invalid_fraction:.1%} of the images may be unusable"
-    if config.finetune.instance_prompts:
-        yield f"all captions replaced by {' / '.join(config.finetune.instance_prompts)}"
+def _filters(config: Config) -> Iterator[str]:
+    """Yield how images were chosen, a line each; of several sources, those of each."""
+    data, finetune = config.data, config.finetune
+    for number, source in enumerate(data.each_source()):
+        where = f"source {number + 1}: " if data.sources else ""
+        rules = [*_rules(source, has_prompts=bool(finetune.instance_prompts))]
+        if data.sources:
+            own = data.sources[number]
+            rules += [f"repeated {own.repeats} times"] if own.repeats != 1 else []
+            rules += [f"weight {own.weight:g}"] if own.weight else []
+        yield from (f"{where}{rule}" for rule in rules)
+    yield f"at most {data.max_invalid_fraction:.1%} of the images of a source may be unusable"
+    if finetune.instance_prompts:
+        yield f"all captions replaced by {' / '.join(finetune.instance_prompts)}"
     if data.num_canaries:
         yield f"besides, {data.num_canaries:,} images of random colours, planted for audits"
-    if config.finetune.class_prompt:
+    if finetune.class_prompt:
         yield (
-            f"besides, {config.finetune.num_class_images:,} images that the base model made of "
-            f'"{config.finetune.class_prompt}"'
+            f"besides, {finetune.num_class_images:,} images of {finetune.class_prompt!r}, which "
+            "the base model made but for those that lay in finetune.class_images_dir before"
         )
+
+
+def _rules(data: DataConfig, *, has_prompts: bool) -> Iterator[str]:
+    yield f"shorter side of at least {data.min_size} pixels, at most {data.max_aspect:g} : 1"
+    if not has_prompts:
+        named = data.missing_caption.replace("_", " ")
+        yield {
+            "skip": "images without a caption are skipped",
+            "empty": "images without a caption have the empty one",
+        }.get(data.missing_caption, f"images without a caption are named by their {named}")
+    yield f"{data.heldout_fraction:.1%} held out where no test or validation folder exists"
 
 
 def _refused(folders: Iterator[Folder]) -> Sequence[str]:

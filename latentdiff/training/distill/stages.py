@@ -39,6 +39,7 @@ from latentdiff.pipeline.files.model_info import (
     write_model_info,
 )
 from latentdiff.sampling.open_pipeline import open_pipeline
+from latentdiff.training.bill.contents import attach_again
 from latentdiff.training.distill.teacher_images import data_of_teacher, generate_teacher_images
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.inputs.encode import caption_transform, unique_captions
@@ -350,8 +351,9 @@ def _export(template: Config, kept: Stage) -> None:
     with atomic_folder(out / "pipeline") as temporary:
         shutil.copytree(kept.model, temporary, dirs_exist_ok=True)
         write_model_info(temporary, facts)
-        stock = class_of_folder(temporary)
-        card = model_card(facts, name=folder_title(out / "pipeline"), stock=stock)
+        root, stock = attach_again(temporary), class_of_folder(temporary)
+        title = folder_title(out / "pipeline")
+        card = model_card(facts, name=title, stock=stock, bill_root=root)
         write_text(temporary / "README.md", card)
     for name in ADAPTERS:
         if (source := kept.folder / name).is_dir():

@@ -31,6 +31,13 @@ def read_data(
         needs_captions=not prompts,
         trust_index=trust_index,
     )
+    return split_sources(data, folders, prompts=prompts)
+
+
+def split_sources(
+    data: DataConfig, folders: Mapping[str, Folder], *, prompts: Sequence[str] = ()
+) -> tuple[Folder, Folder]:
+    """Return training and held-out records of the folders of `read_sources`, as `read_data`."""
     for folder in folders.values():
         folder.check(max_invalid_fraction=data.max_invalid_fraction)
     folder = join_sources(data, folders)

@@ -19,7 +19,12 @@ from latentdiff.models.text import clip_skip_of
 from latentdiff.models.unet.learned_variance import has_learned_variance, without_variance
 from latentdiff.pipeline.files.file_metadata import tag_counts
 from latentdiff.pipeline.files.model_card import folder_title, model_card
-from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
+from latentdiff.pipeline.files.model_info import (
+    BILL_NAME,
+    ModelInfo,
+    read_model_info,
+    write_model_info,
+)
 from latentdiff.pipeline.files.prediction_marks import flow_shift_of
 from latentdiff.pipeline.schedulers import make_scheduler
 from latentdiff.training.bill.materials import Materials
@@ -67,8 +72,9 @@ def export(run: Run, heldout: Mapping[int, float], *, example_prompts: Sequence[
                 final = run.folder / "controlnet"
                 _write_controlnet(run.controlnet, final, facts=facts, materials=run.materials)
             else:
+                (run.folder / "lora" / BILL_NAME).unlink(missing_ok=True)  # of an earlier export
                 save_adapters(run.components, settings, run.folder, facts=_lora_facts(run, facts))
-                _sign_adapters(run)
+                _attach_to_adapters(run)
                 plain = merged_components(run.components, settings.method)
                 _write_both(
                     plain,
@@ -143,16 +149,16 @@ def _take_weights(components: Components, weights: dict[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def _sign_adapters(run: Run) -> None:
+def _attach_to_adapters(run: Run) -> None:
     """Write the bill of materials into the files of what was trained alone."""
     if run.materials is None:
         return
     if run.config.finetune.method == "lora":
-        run.materials.sign_folder(run.folder / "lora", artifact="lora")
+        run.materials.attach_to_folder(run.folder / "lora", artifact="lora")
         if run.config.finetune.lora_kohya:
-            run.materials.sign_file(run.folder / "lora_kohya.safetensors")
+            run.materials.attach_to_file(run.folder / "lora_kohya.safetensors")
     if run.config.finetune.method == "textual_inversion":
-        run.materials.sign_file(run.folder / FILE_NAME)
+        run.materials.attach_to_file(run.folder / FILE_NAME)
 
 
 def _write_both(
@@ -208,7 +214,7 @@ def _write(
         pipeline.save_pretrained(temporary)
         carry_tiny_vae(base, temporary)
         if materials is not None:
-            root = materials.sign_folder(temporary, artifact=final.name)
+            root = materials.attach_to_folder(temporary, artifact=final.name)
             card = model_card(facts, name=name, stock=stock, bill_root=root)
             write_text(temporary / "README.md", card)
 
@@ -222,7 +228,7 @@ def _write_controlnet(
         controlnet.save_pretrained(temporary)
         write_model_info(temporary, facts)
         if materials is not None:
-            materials.sign_folder(temporary, artifact=final.name)
+            materials.attach_to_folder(temporary, artifact=final.name)
 
 
 def _lora_facts(run: Run, info: ModelInfo) -> LoraFacts:

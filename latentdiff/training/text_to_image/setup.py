@@ -5,9 +5,9 @@ Everything that can be wrong with the input is reported here, before the first s
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.randomness import STRATA_RULE
-from latentdiff.training.inputs.sources import read_data
+from latentdiff.training.inputs.sources import read_sources, split_sources
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, subject_order
 from latentdiff.training.objective import TrainingObjective
 from latentdiff.training.optim.lr import LRSchedule
@@ -91,6 +91,8 @@ class Run:
     teacher: Teacher | None = None  # of a student
     controlnet: ControlNetModel | None = None  # in training, of a frozen model
     preview_components: Components | None = None  # where another VAE decodes the sheets
+    sources: Mapping[str, Folder] = field(default_factory=dict)  # as they were read, by name
+    class_images: Folder | None = None  # of prior preservation
     materials: Materials | None = None  # what latentdiff verify compares, on the main process
 
 
@@ -102,7 +104,7 @@ def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:
     if not config.train.max_epochs:
         return config
     full = with_canaries(config, accelerator)
-    per_epoch = subject_order(full, _read_data(full, accelerator)[0]).steps_per_epoch
+    per_epoch = subject_order(full, _read_data(full, accelerator)[1]).steps_per_epoch
     max_steps = max(1, math.ceil(config.train.max_epochs * per_epoch))
     if accelerator.is_main_process:
         logger.info(
@@ -112,21 +114,26 @@ def with_epochs_as_steps(config: Config, accelerator: Accelerator) -> Config:
     return replace(config, train=replace(config.train, max_steps=max_steps, max_epochs=0.0))
 
 
-def _read_data(config: Config, accelerator: Accelerator) -> tuple[Folder, Folder]:
+def _read_data(
+    config: Config, accelerator: Accelerator
+) -> tuple[Mapping[str, Folder], Folder, Folder]:
+    """Return the folder of each source, and the training and held-out records of all."""
+    prompts = config.finetune.instance_prompts
     with accelerator.main_process_first():
-        return read_data(
+        folders = read_sources(
             config.data,
             condition=config.condition_files,
             inpaint_masks=config.condition.reads_mask_files,
-            prompts=config.finetune.instance_prompts,
+            needs_captions=not prompts,
             trust_index=not accelerator.is_main_process,
         )
+        return folders, *split_sources(config.data, folders, prompts=prompts)
 
 
 def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     """Read the data, load or build the model, encode what the caches lack, wrap for training."""
     check_memory_modes(config.train, accelerator)
-    train_folder, heldout = _read_data(config, accelerator)
+    sources, train_folder, heldout = _read_data(config, accelerator)
     load = _load_base_model if config.model.pretrained else _build_new_model
     base, teacher = load(config, folder, train_folder, accelerator), None
     if config.distill.is_on:
@@ -140,10 +147,7 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
         accelerator=accelerator,
         class_images=base.class_images,
     )
-    if config.train.keep_best and train_data.heldout_triples is None:
-        raise ValueError(
-            "train.keep_best needs held-out images and there are none; set data.heldout_fraction"
-        )
+    _check_keep_best(config, train_data)
     layout = BatchLayout.of(
         config.train.batch_size, config.train.micro_batch_size, accelerator.num_processes
     )
@@ -172,7 +176,16 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
             source=config.model.pretrained or config.model.vae,
             device=accelerator.device,
         ),
+        sources=sources,
+        class_images=base.class_images,
     )
+
+
+def _check_keep_best(config: Config, train_data: TrainData) -> None:
+    if config.train.keep_best and train_data.heldout_triples is None:
+        raise ValueError(
+            "train.keep_best needs held-out images and there are none; set data.heldout_fraction"
+        )
 
 
 class _BaseModel(NamedTuple):

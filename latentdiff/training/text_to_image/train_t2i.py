@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
@@ -25,6 +25,7 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 )
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.unet.learned_variance import prediction_only
+from latentdiff.training.bill.bill import Segment
 from latentdiff.training.bill.materials import Materials, gather_materials, machine_facts
 from latentdiff.training.checkpoint import Parts, checkpoint_state
 from latentdiff.training.distributed import any_process, start_accelerator
@@ -45,7 +46,7 @@ from latentdiff.training.optim.posthoc_ema import (
     snapshot_path,
 )
 from latentdiff.training.recipe import LoopSettings, Recipe
-from latentdiff.training.resume import begin_run
+from latentdiff.training.resume import Start, begin_run
 from latentdiff.training.run_folder import open_run_folder
 from latentdiff.training.stop_signals import die_with_parent
 from latentdiff.training.text_to_image.components import check_components
@@ -94,7 +95,7 @@ def train(config: Config) -> int:
         log_plan(run, start.step)
         if accelerator.is_main_process:
             drop_snapshots_after(folder, start.step)
-            run.materials = materials_of(config, accelerator)
+            run.materials = materials_of(config, run, start)
         with report_worker_crash(run.train_data.dataset, run.train_data.ids):
             return train_recipe(
                 TextToImageRecipe(run),
@@ -106,16 +107,38 @@ def train(config: Config) -> int:
             )
 
 
-def materials_of(config: Config, accelerator: Accelerator) -> Materials | None:
-    """Return the hashes of what a run is made of; None where data.bill_of_materials=none."""
+def materials_of(config: Config, run: Run, start: Start) -> Materials | None:
+    """Return the hashes of what a run is made of, but for canaries, which the config makes.
+
+    None where data.bill_of_materials=none, or with a warning where that fails, which is no reason
+    not to train.
+    """
     if config.data.bill_of_materials == "none":
         return None
+    device, recorded = run.accelerator.device, None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = machine_facts(
-        device=accelerator.device.type,
+        device=name,
         num_threads=torch.get_num_threads(),
-        num_processes=accelerator.num_processes,
+        num_processes=run.accelerator.num_processes,
+        micro_batch_size=run.layout.micro_batch_size,
     )
-    return gather_materials(config, machine=facts)
+    if start.checkpoint is not None:
+        recorded = checkpoint_state(start.checkpoint).get("materials")
+    try:
+        return gather_materials(
+            config,
+            dict(islice(run.sources.items(), len(config.data.each_source()))),
+            machine=facts,
+            class_images=run.class_images,
+            recorded=[Segment(**one) for one in recorded or ()],
+            from_step=start.step,
+            trains=start.step < config.train.max_steps,
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("no bill of materials is written, training continues: %s", reason)
+        return None
 
 
 def strata_rule_of(start: Path | None) -> int:
@@ -295,6 +318,7 @@ class TextToImageRecipe(Recipe):
 
     def state(self) -> dict[str, Any]:
         """Return the numbers next to them, and the held-out losses so far."""
+        materials = self.run.materials
         return self.train_step.state() | {
             "heldout": {str(step): loss for step, loss in self.heldout.items()},
             "num_heldout": self._num_heldout,
@@ -302,6 +326,7 @@ class TextToImageRecipe(Recipe):
             "scaling_factor": float(self.run.components.vae.config["scaling_factor"]),
             "base": self.run.base_hash,
             "strata_rule": self.run.strata_rule,
+            "materials": [one.to_json() for one in materials.segments] if materials else None,
         }
 
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
