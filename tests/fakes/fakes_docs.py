@@ -182,6 +182,14 @@ def check_command(words: Sequence[str]) -> None:
             check_command(arguments[arguments.index("latentdiff") :])
     elif program == "python" and arguments[0] == "-c":
         compile(arguments[1], "-c", "exec")
+    elif program == "python" and arguments[0].startswith("benchmarks/"):
+        source = (ROOT / arguments[0]).read_text()
+        unknown = [
+            word for word in arguments if word.startswith("--") and f'"{word}"' not in source
+        ]
+        assert not unknown, f"{arguments[0]} has no {unknown}"
+    elif program == "python" and arguments[:2] == ["-m", "pytest"]:
+        assert f'"{arguments[3]}:' in (ROOT / "pyproject.toml").read_text()  # a registered marker
     elif program == "latentdiff":
         name, given = _named(arguments)
         if name in SETTINGS:
