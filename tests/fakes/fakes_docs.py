@@ -189,7 +189,7 @@ def check_command(words: Sequence[str]) -> None:
         ]
         assert not unknown, f"{arguments[0]} has no {unknown}"
     elif program == "python" and arguments[:2] == ["-m", "pytest"]:
-        assert f'"{arguments[3]}:' in (ROOT / "pyproject.toml").read_text()  # a registered marker
+        assert f"    {arguments[3]}: " in (ROOT / "setup.cfg").read_text()  # a registered marker
     elif program == "latentdiff":
         name, given = _named(arguments)
         if name in SETTINGS:
