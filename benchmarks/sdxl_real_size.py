@@ -12,6 +12,7 @@ default the temporary folder); the LoRA 10 GB of memory.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -167,6 +168,7 @@ def measure_lora(folder: Path, *, side_px: int) -> dict[str, Any]:
     )
     estimate = estimate_memory(run)
     seconds, losses, peak = [], [], peak_gb()
+    ctypes.CDLL(None).malloc_trim(0)  # what encoding has freed
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     for step in range(3):
         started = time.perf_counter()

@@ -5,21 +5,17 @@
 
 The first trains a U-Net of SDXL's layout, smaller, for three steps of each mode on this machine,
 and prints one JSON line a mode. `estimate` is the plan's. `allocated` is PyTorch's own record: the
-tensors alive before the second step, and the most that it allocates on top, as a GPU's
-max_memory_allocated. `resident` is the growth of the process's memory that no file backs, from
-before the model is loaded to the peak of the third step, where malloc gives each block above 64 KB
-pages of its own: with the kernels' memory, without what a heap holds back. The second states the
-real U-Net's (2.57 billion parameters) without computing anything.
+tensors alive before the third step, and the most that it allocates on top, as a GPU's
+max_memory_allocated; the memory of libraries, and of kernels within themselves, is not in it. The
+second states the real U-Net's (2.57 billion parameters) without computing anything.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -92,37 +88,34 @@ def _child(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(mode: str, *, width: int, side_px: int) -> dict[str, Any]:
     """Train three steps in a mode; return the plan's estimate and what was measured, in bytes."""
-    from latentdiff.training import distributed
+    from latentdiff.training.distributed import start_accelerator
     from latentdiff.training.text_to_image.memory import estimate_memory
     from latentdiff.training.text_to_image.setup import setup
 
-    _map_large_blocks()
-    distributed.tune_malloc = _map_large_blocks  # or the heap holds what was freed
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_world(folder, width=width, side_px=side_px)
         config = _config(mode, folder, side_px=side_px)
-        accelerator = distributed.start_accelerator(config)
-        live, resident = _live_bytes(), _resident("RssAnon")
+        accelerator = start_accelerator(config)
+        before = _live_bytes()
         run = setup(config, folder, accelerator)
         plan = estimate_memory(run)
         batches = run.train_data.batches(
             run.layout, first_step=0, last_step=3, accelerator=accelerator, seed=0
         )
         step = partial(run.train_step.step, batches, count=1, accumulation=1)
-        step(step=0)
-        allocated = _allocated(partial(step, step=1)) - live
-        resident = _resident_peak(partial(step, step=2)) - resident
-    measured = {"allocated": allocated, "resident": resident}
-    ratios = {f"estimate/{name}": round(plan.on_device / n, 3) for name, n in measured.items()}
-    size = {"mode": mode, "width": width, "side_px": side_px, "estimate": plan.on_device}
-    return size | measured | ratios | {"parts": asdict(plan)}
-
-
-def _map_large_blocks() -> bool:
-    """Let malloc take blocks above 64 KB from the system, and give them back."""
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(-3, 1 << 16) and mallopt(-1, 1 << 17))  # M_MMAP_, M_TRIM_THRESHOLD
+        for index in range(2):
+            step(step=index)
+        allocated = _allocated(partial(step, step=2)) - before
+    return {
+        "mode": mode,
+        "width": width,
+        "side_px": side_px,
+        "estimate": plan.on_device,
+        "allocated": allocated,
+        "ratio": round(plan.on_device / allocated, 3),
+        "parts": asdict(plan),
+    }
 
 
 def _config(mode: str, folder: Path, *, side_px: int) -> Any:
@@ -163,25 +156,6 @@ def _live_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _resident_peak(work: Callable[[], Any]) -> int:
-    """Do a step; return the most bytes that the process had, with no file behind them."""
-    ctypes.CDLL(None).malloc_trim(0)
-    done, seen = threading.Event(), [0]
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            seen.append(_resident("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return max(seen)
-
-
 def _write_world(folder: Path, *, width: int, side_px: int) -> None:
     """Write a model of SDXL's layout with random weights, and a few images."""
     from fakes_sdxl import POOLED, WIDTHS, sdxl_components, sdxl_unet
@@ -206,12 +180,6 @@ def _write_world(folder: Path, *, width: int, side_px: int) -> None:
     )
     LatentDiffPipeline(**sdxl_components(unet=unet)).save_pretrained(folder / "base")
     write_shapes(folder / "data", num_train=4, num_test=1, size_px=side_px)
-
-
-def _resident(entry: str) -> int:
-    """Return a figure of /proc/self/status in bytes: RssAnon, memory that no file backs."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
 
 
 def estimate_sdxl(mode: str, *, side_px: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -48,6 +49,33 @@ def test_entries_name_family_and_leave_out_what_is_unknown(tmp_path):
     save_file(weights, tmp_path / "x.safetensors", metadata=spec | known)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == spec | known
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_entries_of_an_sdxl_lora_are_those_that_other_programs_read(prediction_type):
+    weights = {"a": torch.ones(2)}
+    info = ModelInfo(prediction_type=prediction_type, resolution=1024, steps=7)
+    spec = model_spec(
+        weights, info=info, title="ink", width=2048, adapter="lora", trigger_word="sks cat"
+    )
+    del spec["modelspec.implementation"]
+    assert spec == {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.title": "ink",
+        "modelspec.hash_sha256": f"0x{tensors_hash(weights)}",
+        "modelspec.resolution": "1024x1024",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        "modelspec.trigger_phrase": "sks cat",
+    }
+    for rank, dim, alpha in ((4, "4", "4.0"), (None, "Dynamic", "Dynamic")):
+        known = kohya_metadata(
+            weights, info=info, name="ink", width=2048, rank=rank, training={}, tags={}
+        )
+        assert known["ss_base_model_version"] == "sdxl_base_v1-0"
+        assert (known["ss_network_dim"], known["ss_network_alpha"]) == (dim, alpha)
+        assert known["ss_v_parameterization"] == str(prediction_type == "v_prediction")
+        assert known["ss_v2"] == "False"
 
 
 def test_tags_that_occur_once_are_not_published():

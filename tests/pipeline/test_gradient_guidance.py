@@ -10,7 +10,8 @@ import open_clip
 import pytest
 import torch
 from fakes_clip import random_clip
-from fakes_pipeline import ddim, tiny_pipeline, tiny_tokenizer, tiny_unet
+from fakes_pipeline import SIZE, ddim, tiny_pipeline, tiny_tokenizer, tiny_unet
+from fakes_sdxl import sdxl_pipeline
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
@@ -23,6 +24,7 @@ from latentdiff.evaluation.metrics.clip import (
     wrap_transformers_clip,
 )
 from latentdiff.models.build import schedule_of
+from latentdiff.models.conditioning import Conditioning, make_time_ids
 from latentdiff.models.text import train_tokenizer
 
 CALL: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
@@ -37,21 +39,37 @@ def noise(count: int = 2) -> Tensor:
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def conditioning(pipe: Any, texts: str | list[str]) -> Conditioning:
+    """Return what the U-Net reads of two texts, or of one twice, at the pipeline's own size."""
+    with torch.no_grad():
+        embeds, _, *pooled = pipe.encode_prompt(texts, torch.device("cpu"), 1, False)
+    found = Conditioning(embeds)
+    if pooled:
+        time_ids = make_time_ids((SIZE, SIZE)).expand(len(embeds), -1)
+        found = Conditioning(embeds, pooled[0], time_ids)
+    return found.expand(2)
+
+
+@pytest.mark.parametrize(
+    ("make", "prediction_type"),
+    [
+        (tiny_pipeline, "epsilon"),
+        (tiny_pipeline, "v_prediction"),
+        (tiny_pipeline, "sample"),
+        (sdxl_pipeline, "epsilon"),
+    ],
+)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_hook_is_guidance_by_gradient_of_the_guided_model(
-    prediction_type: str, guidance_scale: float
+    make: Any, prediction_type: str, guidance_scale: float
 ) -> None:
     """The same chain by hand: `guided_by` around classifier-free guidance, in DDIM's steps."""
-    pipe = tiny_pipeline(scheduler=ddim(prediction_type=prediction_type))
-    states, null = (
-        pipe.encode_prompt(text, torch.device("cpu"), 1, False)[0].detach()
-        for text in (["a red heart", "a cat"], "")
-    )
+    pipe = make(scheduler=ddim(prediction_type=prediction_type))
+    given, null = (conditioning(pipe, texts) for texts in (["a red heart", "a cat"], ""))
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
         uncond, cond = (
-            pipe.unet(xt, t, s.expand(2, -1, -1), return_dict=False)[0] for s in (null, states)
+            pipe.unet(xt, t, **read.unet_kwargs(), return_dict=False)[0] for read in (null, given)
         )
         return classifier_free(uncond, cond, guidance_scale)
 
@@ -63,6 +81,7 @@ def test_hook_is_guidance_by_gradient_of_the_guided_model(
     for t in pipe.scheduler.timesteps:
         xt = pipe.scheduler.step(guided(xt, t.expand(2)), t, xt)[0].detach()
     arguments = CALL | {"latents": noise(), "guidance_scale": guidance_scale}
+    arguments |= {"negative_prompt": ""}  # the null prompt of both families
     prompts = ["a red heart", "a cat"]
     ours, _ = pipe(prompts, score_fn=quadratic, score_scale=0.2, **arguments)
     torch.testing.assert_close(ours, xt, rtol=1e-3, atol=1e-4)

@@ -22,6 +22,7 @@ from fakes_sdxl import (
 from PIL import Image
 from test_image_inputs import photo
 
+from latentdiff.models.build import make_flow_scheduler
 from latentdiff.models.components import load_components
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.png_metadata import read_settings
@@ -80,6 +81,36 @@ def test_image_equals_stock(name, settings, kind):
     expected = stock(PROMPTS, generator=generators(1, 2), **call, **size).images
     pipe = sdxl_pipeline(scheduler=sdxl_scheduler(name, **settings))
     assert far(pipe(PROMPTS, seed=1, **call).images, expected) <= STEP
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"prediction_type": "v_prediction"},
+        {
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        },
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+    ],
+)
+def test_image_of_each_objective_equals_stock(objective, tmp_path):
+    """What is exported says what was trained, so that stock samples it as we do."""
+    if "use_flow_sigmas" in objective:
+        schedulers = [make_flow_scheduler()]
+        schedulers += [diffusers.DPMSolverMultistepScheduler.from_config(schedulers[0].config)]
+    else:
+        schedulers = [sdxl_scheduler(**objective)]
+    for number, scheduler in enumerate(schedulers):
+        pipe = sdxl_pipeline(scheduler=scheduler)
+        pipe.save_pretrained(tmp_path / f"{number}")
+        stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / f"{number}")
+        stock.set_progress_bar_config(disable=True)
+        assert type(stock.scheduler) is type(scheduler)
+        assert objective.items() <= stock.scheduler.config.items()
+        expected = stock("a cat", generator=generators(1), **CALL, **STOCK_SIZE).images
+        assert far(pipe("a cat", seed=1, **CALL).images, expected) <= STEP
 
 
 def test_inpainting_unet_equals_stock():
@@ -271,12 +302,23 @@ def test_offloading_gives_the_same_image():
     assert np.array_equal(pipe("a cat", seed=1, **CALL).images, expected)
 
 
-def test_score_rescale_and_tiling_work():
+def test_rescaled_guidance_and_a_tiled_vae_equal_stock():
+    stock, pipe = stock_sdxl(), sdxl_pipeline()
+    for one in (stock, pipe):
+        one.vae.enable_tiling()
+    call = CALL | {"guidance_rescale": 0.7, "height": 80, "width": 64}
+    expected = stock("a cat", generator=generators(1), **call).images
+    images = pipe("a cat", seed=1, **call).images
+    assert far(images, expected) <= STEP
+    pipe.vae.disable_tiling()
+    assert not np.array_equal(pipe("a cat", seed=1, **call).images, images)
+    assert not np.array_equal(
+        pipe("a cat", seed=1, **call | {"guidance_rescale": 0.0}).images, images
+    )
+
+
+def test_guidance_scale_is_by_default_that_of_sdxl():
     pipe = sdxl_pipeline()
-    pipe.vae.enable_tiling()
-    call = CALL | {"score_fn": lambda z0, t: -z0.square().sum((1, 2, 3)), "guidance_rescale": 0.7}
-    guided = pipe("a cat", seed=1, score_scale=5.0, **call).images
-    assert not np.array_equal(guided, pipe("a cat", seed=1, **CALL).images)
     image = pipe("a cat", seed=1, num_inference_steps=1).images[0]
     assert read_settings(image)["call"]["guidance_scale"] == 5.0  # SDXL's default
 

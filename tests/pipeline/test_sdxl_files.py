@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -39,6 +40,7 @@ from latentdiff.pipeline.files.single_file import (
 from latentdiff.pipeline.schedulers import zero_terminal_snr_scheduler
 from latentdiff.sampling import conversion
 
+PAIR = ("text_encoder", "tokenizer")
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.1"
@@ -370,6 +372,26 @@ def test_a_word_of_both_text_encoders_is_pooled_at_the_end_token():
     end = int((ids[0] == pipe.tokenizer_2.eos_token_id).nonzero()[0])
     wanted = pipe.text_encoder_2.text_projection(states.last_hidden_state[:, end])
     assert torch.allclose(states.text_embeds, wanted, atol=1e-6)
+
+
+def test_a_word_of_both_text_encoders_makes_stock_s_image():
+    call = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 3.0}
+    pipe, stock = LatentDiffPipeline(**tiny_sdxl_parts()), stock_sdxl()
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(one, **given):
+        return one("a <pet>", generator=torch.Generator().manual_seed(1), **call, **given).images
+
+    plain, weights = draw(pipe), embedding().weights
+    pipe.load_textual_inversion(dict(weights), token="<pet>")
+    for name, end in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = (getattr(stock, f"{part}{end}") for part in PAIR)
+        stock.load_textual_inversion(
+            weights[name], token="<pet>", text_encoder=encoder, tokenizer=tokenizer
+        )
+    images = draw(pipe)
+    assert np.abs(images - draw(stock, height=32, width=32)).max() <= 1 / 255
+    assert np.abs(images - plain).max() > 1 / 255
 
 
 def test_a_folder_that_states_two_prediction_types_is_refused(exported, tmp_path):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from fakes_data import captioned_folder
+from fakes_data import captioned_folder, save_image
 from fakes_faults import assert_same_state, start, start_ranks
 from fakes_memory import allocated_peak
 from fakes_sdxl import WIDTHS, sdxl_components, sdxl_unet
@@ -148,6 +148,29 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize("encoders", [(), TEXT_ENCODERS[:1], TEXT_ENCODERS[1:], TEXT_ENCODERS])
+def test_lora_adapts_the_text_encoders_that_are_asked_for(
+    world: Path, tmp_path: Path, encoders: tuple[str, ...]
+) -> None:
+    settings = {f"train__train_{name}": "true" for name in encoders}
+    lora = {"finetune__method": "lora", "finetune__lora_rank": 2}
+    trained = set_up(world, tmp_path, **(lora | settings)).train_step.parameters
+    assert {name.partition(".")[0] for name in trained} == {"unet", *encoders}
+    assert all(".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("method", ["attention", "cross_attention"])
+def test_attention_layers_alone_are_trained(world: Path, tmp_path: Path, method: str) -> None:
+    run = set_up(world, tmp_path, finetune__method=method)
+    kinds = (".attn2.",) if method == "cross_attention" else (".attn1.", ".attn2.")
+    names = [f"unet.{name}" for name, _ in run.components.unet.named_parameters()]
+    expected = {name for name in names if any(kind in name for kind in kinds)}
+    assert set(run.train_step.parameters) == expected
+
+
 def killed(world: Path, run: Path, **settings: Any) -> Path:
     """Begin a run and kill it in its third step, of which nothing is saved."""
     clean = TrainStep.step
@@ -223,6 +246,39 @@ def test_second_run_encodes_nothing(world: Path, tmp_path: Path) -> None:
         item = run.train_data.source.item(caption)
         torch.testing.assert_close(item["prompt_embeds"], embeds[0])
         torch.testing.assert_close(item["pooled_embeds"], pooled[0])
+
+
+def test_samples_have_their_own_sizes_that_are_true_of_small_images(
+    world: Path, tmp_path: Path
+) -> None:
+    """Wide, tall and square images in buckets; all are smaller than what they are scaled up to."""
+    shapes = {"wide": (24, 16), "tall": (16, 24), "square": (20, 20)}
+    for split in ("train", "test"):
+        for seed, (name, (width, height)) in enumerate(shapes.items()):
+            image = tmp_path / "data" / split / f"{name}.png"
+            save_image(image, seed, width=width, height=height).with_suffix(".txt").write_text(name)
+    run = set_up(
+        world,
+        tmp_path / "run",
+        data__root=tmp_path / "data",
+        data__min_size=16,
+        data__buckets="true",
+        data__bucket_multiple=8,
+        train__batch_size=1,
+    )
+    batches = run.train_data.batches(
+        run.layout, first_step=0, last_step=3, accelerator=run.accelerator, seed=0
+    )
+    found = {}
+    for batch in batches:
+        (index,), (sizes,) = batch["index"].tolist(), batch["time_ids"].tolist()
+        found[run.train_data.train[index].captions[0]] = sizes
+        assert [side * 4 for side in batch["z0"].shape[-2:]] == sizes[4:]
+    assert found == {  # 16 x 24 becomes 27 x 40, of which 24 x 40 is seen
+        "wide": [16, 24, 2, 0, 24, 40],
+        "tall": [24, 16, 0, 2, 40, 24],
+        "square": [20, 20, 0, 0, 32, 32],
+    }
 
 
 def test_fixed_triples_have_the_crop_corner_of_their_latents(world: Path, tmp_path: Path) -> None:
