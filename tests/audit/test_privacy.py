@@ -10,7 +10,7 @@ import torch
 from fakes_training import make_config, make_world, read_metrics
 
 from latentdiff.audit.privacy import image_losses
-from latentdiff.audit.verify import verify
+from latentdiff.audit.verify import Given, verify
 from latentdiff.cli.main import main
 from latentdiff.config.options import EvalModelOptions
 from latentdiff.data.shapes import write_shapes
@@ -58,7 +58,7 @@ def test_canaries_are_a_function_of_the_seed(tmp_path: Path) -> None:
 
 
 def test_data_of_a_run_with_canaries_is_proven_without_them(world: Path) -> None:
-    verdict = verify(str(world / "run"), data=[str(world / "data")])
+    verdict = verify(str(world / "run"), Given(data=[str(world / "data")]))
     assert verdict.is_proven
     content = (world / "run/pipeline/training_content.md").read_text()
     assert f"{NUM} images of random colours" in content

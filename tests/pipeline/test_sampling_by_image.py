@@ -357,6 +357,7 @@ def test_windows_without_overlap_are_images_of_their_own():
 
 
 def test_windows_take_as_many_passes_as_they_say_and_one_window_takes_one(caplog):
+    canvas._warn_of_cost.cache_clear()
     pipe = tiny_pipeline()
     sizes = []
     pipe.unet.register_forward_pre_hook(lambda unet, args: sizes.append(args[0].shape[-2:]))

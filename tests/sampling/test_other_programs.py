@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,7 +55,13 @@ def randomize(module: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd() -> ModuleType:
+    """The bindings of stable-diffusion.cpp."""
+    return pytest.importorskip("cyllama.sd", reason="pip install cyllama runs it")
+
+
+@pytest.fixture(scope="module")
+def single_file(sd: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of Stable Diffusion 1.5's size in one file, by what `export single-file` calls."""
     configs = bundled_configs("sd1")
     with torch.device("meta"):
@@ -65,17 +71,17 @@ def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
         }
     parts = {name: randomize(part) for name, part in parts.items()}
-    pipe = SimpleNamespace(**parts, scheduler=make_ddpm_scheduler(), model_info=ModelInfo())
+    info = {"model_info": ModelInfo(), "stated_info": ModelInfo()}
+    pipe = SimpleNamespace(**parts, scheduler=make_ddpm_scheduler(), **info)
     return save_single_file(pipe, tmp_path_factory.mktemp("file") / "model.safetensors")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["own", "tiny"])
 def test_stable_diffusion_cpp_makes_our_image_of_the_single_file(
-    single_file: Path, tmp_path: Path, decoder: str
+    sd: ModuleType, single_file: Path, tmp_path: Path, decoder: str
 ) -> None:
     """At the same seed, timesteps and solver; a tiny VAE takes TAESD's place there."""
-    sd = pytest.importorskip("cyllama.sd", reason="pip install cyllama runs it")
     context, vae = sd.SDContextParams(model_path=str(single_file), n_threads=1), None
     context.rng_type = sd.RngType.CPU  # torch's
     if decoder == "tiny":
