@@ -113,11 +113,15 @@ def test_image_of_each_objective_equals_stock(objective, tmp_path):
         assert far(pipe("a cat", seed=1, **CALL).images, expected) <= STEP
 
 
-def test_inpainting_unet_equals_stock():
+@pytest.mark.parametrize(("name", "settings"), SCHEDULERS)
+def test_inpainting_unet_equals_stock(name, settings):
     call = CALL | {"image": photo(), "mask_image": mask(), "strength": 1.0}
-    stock = stock_sdxl(StableDiffusionXLInpaintPipeline, unet=sdxl_unet(in_channels=9))
+    parts = {"unet": sdxl_unet(in_channels=9)}
+    stock = stock_sdxl(
+        StableDiffusionXLInpaintPipeline, **parts, scheduler=sdxl_scheduler(name, **settings)
+    )
     expected = stock("a cat", generator=generators(1), **call, **STOCK_SIZE).images
-    pipe = sdxl_pipeline(unet=sdxl_unet(in_channels=9))
+    pipe = sdxl_pipeline(**parts, scheduler=sdxl_scheduler(name, **settings))
     assert far(pipe("a cat", seed=1, **call).images, expected) <= STEP
     with pytest.raises(ValueError, match="inpainting model"):
         pipe("a cat")
@@ -204,6 +208,20 @@ def test_image_of_a_batch_equals_the_image_made_alone(long_prompts):
     together = pipe(prompts, seed=[5, 99, 7], **call).images
     for prompt, seed, image in zip(prompts, [5, 99, 7], together, strict=True):
         assert np.abs(pipe(prompt, seed=seed, **call).images[0] - image).max() <= STEP
+
+
+def test_guidance_ends_with_its_interval():
+    pipe = sdxl_pipeline(scheduler=sdxl_scheduler("DDIMScheduler"))
+    call = CALL | {"prompt": PROMPTS, "seed": 1, "negative_prompt": "a table"}
+    plain = pipe(**call | {"guidance_scale": 1.0}).images
+    none, some, whole = (
+        pipe(**call, guidance_interval=interval).images
+        for interval in ((0, 1e-6), (0, 0.5), (0, 1))
+    )
+    assert np.abs(none - plain).max() <= STEP
+    assert np.array_equal(whole, pipe(**call).images)
+    assert not np.array_equal(some, whole)
+    assert not np.array_equal(some, none)
 
 
 def test_weights_and_windows_change_the_image():

@@ -7,29 +7,39 @@ import json
 import logging
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
 from fakes_data import captioned_folder, save_image
 from fakes_faults import assert_same_state, start, start_ranks
 from fakes_memory import allocated_peak
 from fakes_sdxl import WIDTHS, sdxl_components, sdxl_unet
 from fakes_sdxl_training import QUICK, make_sdxl_world, sdxl_config
 from fakes_training import read_metrics
+from PIL import Image
+from torch import Tensor
 
 from latentdiff.config.options import DistillOptions
 from latentdiff.models.components import Components
+from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import default_guidance
 from latentdiff.training.distill.stages import StudentComparison
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.finetune.textual_inversion import add_tokens, merge_tokens
+from latentdiff.training.inputs.dataset import time_ids
 from latentdiff.training.inputs.encode import CachedPromptEmbeds, TokenIds
 from latentdiff.training.optim.memory import num_bytes
 from latentdiff.training.text_to_image import memory
@@ -65,26 +75,46 @@ def batch_of(run: Run) -> dict[str, torch.Tensor]:
     return next(batches)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def stock_noise_and_target(
+    scheduler: Any, objective: str, batch: dict[str, Tensor], t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return noisy latents and target, as train_text_to_image_sdxl.py; flow as the one of SD 3."""
+    z0, eps = batch["z0"], batch["eps"]
+    if objective == "flow_prediction":
+        sigmas = FlowMatchEulerDiscreteScheduler().sigmas.flip(0)  # from 1 / 1000 to 1
+        sigma = sigmas[t].view(-1, 1, 1, 1)
+        return (1 - sigma) * z0 + sigma * eps, eps - z0
+    name, _, zero = objective.partition(", ")
+    settings = {"prediction_type": name, "rescale_betas_zero_snr": bool(zero)}
+    chain = DDPMScheduler.from_config(scheduler.config, **settings)
+    target = chain.get_velocity(z0, eps, t) if name == "v_prediction" else eps
+    return chain.add_noise(z0, eps, t), target
+
+
+OBJECTIVES = ["epsilon", "v_prediction", "v_prediction, zero terminal SNR", "flow_prediction"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_is_that_of_diffusers_on_the_same_tensors(
-    world: Path, tmp_path: Path, prediction_type: str
+    world: Path, tmp_path: Path, objective: str
 ) -> None:
-    """train_text_to_image_sdxl.py: both encoders' states, pooled ones and sizes into the U-Net."""
+    """Both encoders' states, pooled ones and sizes into the U-Net, as diffusers' scripts do."""
+    name, _, zero = objective.partition(", ")
     run = set_up(
         world,
         tmp_path,
-        diffusion__prediction_type=prediction_type,
+        diffusion__prediction_type=name,
+        diffusion__zero_terminal_snr="true" if zero else "false",
         diffusion__caption_dropout=0,
         data__resolution=24,
     )
     batch = batch_of(run)
-    objective, unet = run.train_step.objective, run.components.unet
-    ours = objective.losses(run.train_step.model, batch, count=len(batch["z0"]))  # type: ignore[union-attr]
+    step, unet = run.train_step, run.components.unet
+    ours = step.objective.losses(step.model, batch, count=len(batch["z0"]))  # type: ignore[union-attr]
     stock = StableDiffusionXLPipeline.from_pretrained(world / "base")
     captions = [run.train_data.train[int(i)].captions[0] for i in batch["index"]]
     embeds, _, pooled, _ = stock.encode_prompt(captions, device=CPU, **UNGUIDED)
-    scheduler = DDPMScheduler.from_config(stock.scheduler.config, prediction_type=prediction_type)
-    noisy = scheduler.add_noise(batch["z0"], batch["eps"], ours.t)
+    noisy, target = stock_noise_and_target(stock.scheduler, objective, batch, ours.t)
     time_ids = torch.tensor([[32, 32, 0, 0, 24, 24]] * len(captions))
     output = unet(
         noisy,
@@ -92,9 +122,6 @@ def test_loss_is_that_of_diffusers_on_the_same_tensors(
         embeds,
         added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
     ).sample
-    target = batch["eps"]
-    if prediction_type == "v_prediction":
-        target = scheduler.get_velocity(batch["z0"], batch["eps"], ours.t)
     theirs = F.mse_loss(output, target, reduction="none").mean((1, 2, 3))
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(batch["time_ids"], time_ids)
@@ -279,6 +306,26 @@ def test_samples_have_their_own_sizes_that_are_true_of_small_images(
         "tall": [24, 16, 0, 2, 40, 24],
         "square": [20, 20, 0, 0, 32, 32],
     }
+
+
+def test_corner_is_that_of_the_latents_mirrored_or_not(world: Path, tmp_path: Path) -> None:
+    """Two crops of 32 x 48 pixels, each mirrored too: the one that the sizes name is encoded."""
+    for name in ("train", "test"):
+        captioned_folder(tmp_path / "data" / name, num=2, width=48, height=32)
+    crops = {"data__num_crops": 2, "data__random_flip": "true"}
+    run = set_up(world, tmp_path / "run", data__root=tmp_path / "data", **crops)
+    record, latents = run.train_data.train[0], run.train_data.latents
+    whole = torch.from_numpy(np.array(Image.open(record.path).convert("RGB"))).permute(2, 0, 1)
+    codec = LatentCodec(run.components.vae)
+    for flipped, crop in product((False, True), (0.2, 0.7)):
+        sizes = time_ids(latents.plan, record, 0, flipped=flipped, crop=crop).tolist()
+        left = 16 if flipped == (crop < 0.5) else 0
+        assert sizes == [32, 48, 0, left, 32, 32]
+        seen = (whole.flip(2) if flipped else whole)[None, :, :, left : left + 32]
+        with torch.no_grad():
+            expected = codec.encode(seen / 127.5 - 1)[0]
+        found = latents.inputs(0, torch.zeros_like(expected), flipped=flipped, crop=crop)["z0"]
+        torch.testing.assert_close(found, expected)
 
 
 def test_fixed_triples_have_the_crop_corner_of_their_latents(world: Path, tmp_path: Path) -> None:
