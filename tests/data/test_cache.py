@@ -192,6 +192,22 @@ def test_what_is_encoded_on_demand_is_what_is_kept(root, cache_dir, codec):
     assert not torch.equal(cuts[1], cuts[2])
 
 
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_images_are_encoded_in_float32_whatever_the_mixed_precision(
+    root, cache_dir, codec, force_upcast
+):
+    codec.vae.register_to_config(force_upcast=force_upcast)
+    encoder = OnlineLatentEncoder(read_folder(root), codec, plan=square(read_folder(root)))
+    inputs = encoder.images.inputs(0, torch.zeros(4, 8, 8), flipped=False, crop=0.5)
+    given = inputs["pixels"][None], inputs["vae_noise"][None]
+    expected = encoder.encode(*given)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(encoder.encode(*given), expected)
+        cache = build(root, codec, cache_dir)
+    kept = cache.inputs(0, torch.zeros(4, 8, 8), flipped=False, crop=0.5)["z0"]
+    torch.testing.assert_close(kept, expected[0], atol=1e-5, rtol=1e-5)
+
+
 def test_opening_encodes_nothing(root, cache_dir, codec):
     folder = read_folder(root)
     settings = {"cache_dir": cache_dir, "plan": square(folder), "progress": False}
