@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -12,37 +11,35 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from fakes_key_lists import check_keys, key_list
 from fakes_sdxl_files import layer_of, sdxl_outputs, stock_sdxl, tiny_sdxl_parts
 from safetensors.torch import load_file, save_file
 
 from latentdiff.cli.main import main
 from latentdiff.models.build import make_ddpm_scheduler, make_flow_scheduler
+from latentdiff.models.weights import stored_shapes
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.adapter_file import AdapterFile, stored_metadata
 from latentdiff.pipeline.files.embedding_file import read_embeddings
 from latentdiff.pipeline.files.kohya_lora import kohya_weights, layers_unknown_to_kohya
-from latentdiff.pipeline.files.ldm_names import (
-    clip_weights,
-    open_clip_weights,
-    unet_name,
-    unet_weights,
-    vae_weights,
-)
+from latentdiff.pipeline.files.ldm_names import unet_name
 from latentdiff.pipeline.files.lora_layers import PARTS, lora_layers
 from latentdiff.pipeline.files.model_info import ModelInfo
 from latentdiff.pipeline.files.single_file import (
     SingleFile,
     bundled_configs,
     empty_modules,
+    file_weights,
     open_single_file,
     save_single_file,
 )
 from latentdiff.pipeline.schedulers import zero_terminal_snr_scheduler
 from latentdiff.sampling import conversion
+from latentdiff.sampling.lora_conversion import convert_lora
 
 PAIR = ("text_encoder", "tokenizer")
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
-FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+SECOND = "conditioner.embedders.1.model."
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.1"
 # each layer's rank and alpha; stock diffusers takes attention's alphas in kohya's names to be that
 # of the most common rank
@@ -89,39 +86,26 @@ def as_ours(parts, **changes):
     )
 
 
-def digest(entries):
-    return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()[:16]
-
-
 def test_names_and_shapes_of_a_real_file_are_those_that_comfyui_and_kohya_expect():
-    """The sums were taken of kohya's own U-Net (1,680 weights) and of open_clip's ViT-bigG-14."""
-    modules = empty_modules(bundled_configs("sdxl"))
-    unet = {(place.name, place.shape) for place in unet_weights(modules["unet"]).values()}
-    second = open_clip_weights(modules["text_encoder_2"], prefix=SECOND)
-    text = {(place.name, place.shape) for place in second.values()}
-    assert (len(unet), len(text)) == (1680, 389)
-    assert digest(f"{name} {shape}" for name, shape in unet) == "6eaa83ce0c2e5988"
-    assert digest(f"{name} {shape}" for name, shape in text) == "82d13d2aa8753c90"
-    first = clip_weights(modules["text_encoder"], prefix=FIRST)
-    assert {name.name.removeprefix(FIRST).split(".")[0] for name in first.values()} == {
-        "text_model"
-    }
-    assert (len(first), len(vae_weights(modules["vae"]))) == (196, 248)
-    label = "model.diffusion_model.label_emb.0.0.weight"
-    assert dict(unet)[label] == (1280, 2816)
+    """The list is from ComfyUI a125cd84 (2025-10-12): sources in fakes_key_lists.py."""
+    pipe = as_ours(empty_modules(bundled_configs("sdxl")))
+    found = {name: tuple(tensor.shape) for name, tensor in file_weights(pipe).items()}
+    check_keys(found, key_list("single_file"))
 
 
-def test_a_lora_of_every_layer_has_the_names_that_kohyas_loader_has():
-    """The sums were taken of the network that kohya's scripts build for a real SDXL."""
-    unet = empty_modules({"unet": bundled_configs("sdxl")["unet"]})["unet"]
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    paths = [name for name, layer in unet.named_modules() if isinstance(layer, kinds)]
-    known = [p for p in paths if not layers_unknown_to_kohya([f"unet.{p}.lora_A.weight"])]
-    weights = {f"unet.{path}.lora_A.weight": torch.ones(1, 1) for path in known}
-    names = {n.partition(".")[0] for n in kohya_weights(weights, unet_config=unet.config)}
-    transformer = {n for n in names if "_transformer_blocks_" in n or "_proj_" in n}
-    assert (len(transformer), len(names)) == (722, 788)
-    assert digest(names) == "6eaed2d7a4528e0a"
+def test_kohyas_lora_of_every_layer_comes_back_from_diffusers_naming_with_its_names(tmp_path):
+    """The lists are from kohya's sd-scripts 48d368fa (2026-02-16): sources in fakes_key_lists.py.
+
+    ComfyUI's key map has all their layers.
+    """
+    expected = key_list("lora") | key_list("lora_convolutions")
+    weights = {name: torch.full(shape, 4.0) for name, shape in expected.items()}
+    first, second, third = (tmp_path / f"{k}.safetensors" for k in range(3))
+    save_file(weights, first)
+    convert_lora(first, second, naming="diffusers")
+    unknown = convert_lora(second, third, naming="kohya").unknown_to_kohya
+    assert unknown == ()
+    check_keys(stored_shapes([third]), expected)
 
 
 @pytest.fixture(scope="module")
