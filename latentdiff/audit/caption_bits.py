@@ -17,11 +17,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from latentdiff.config.options import CaptionAuditOptions, EvalModelOptions
+from latentdiff.config.options import CaptionAuditOptions
 from latentdiff.config.validation import check_ranges
 from latentdiff.data.captions import CaptionTransform
 from latentdiff.diffusion.bound import BoundSamples, TimestepPlan, difference
-from latentdiff.evaluation.eval_set import EvalModel, encode_captions, open_denoiser
+from latentdiff.evaluation.eval_set import EvalModel, audit_options, encode_captions, open_denoiser
 from latentdiff.evaluation.metrics.bootstrap import Interval
 from latentdiff.evaluation.metrics.vlb import Chain, bound_samples, caption_bound
 from latentdiff.models.conditioning import Conditioning
@@ -136,7 +136,7 @@ def audit_captions(model: str, options: CaptionAuditOptions) -> CaptionAudit:
     tells of a damaged one.
     """
     check_ranges(options)
-    eval_model = open_denoiser(model, _eval_options(options))
+    eval_model = open_denoiser(model, audit_options(options, split=options.split))
     meter = CaptionMeter(eval_model, draws=options.draws, repeats=options.repeats)
     every = range(len(eval_model.latents))
     own = eval_model.latents.captions
@@ -163,20 +163,6 @@ def audit_captions(model: str, options: CaptionAuditOptions) -> CaptionAudit:
         for i, record in enumerate(eval_model.folder)
     ]
     return CaptionAudit(eval_model, values, words)
-
-
-def _eval_options(options: CaptionAuditOptions) -> EvalModelOptions:
-    return EvalModelOptions(
-        options.data,
-        split=options.split,
-        num_heldout=options.max_images,
-        caption_column=options.caption_column,
-        heldout_fraction=options.heldout_fraction,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        device=options.device,
-        safety_checker=False,
-    )
 
 
 def judge(bits: Tensor, without_trigger: Tensor | None = None) -> Verdict:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from latentdiff.audit.membership import Membership, membership, membership_scores
-from latentdiff.config.options import EvalModelOptions, PrivacyOptions
+from latentdiff.config.options import PrivacyOptions
 from latentdiff.config.validation import check_ranges
 from latentdiff.data.folder.folder import Folder, read_folder
 from latentdiff.evaluation.eval_set import (
     EvalModel,
+    audit_options,
     encode_folder,
     open_denoiser,
     read_real_images,
@@ -70,11 +71,11 @@ def audit_privacy(model: str, options: PrivacyOptions) -> PrivacyReceipt:
     """
     check_ranges(options)
     folders = dict(_read_folders(model, options))
-    eval_model = open_denoiser(model, _eval_options(options))
+    eval_model = open_denoiser(model, audit_options(options, split="train"))
     losses = _losses(eval_model, folders, draws=options.draws)
     base_losses: dict[str, Tensor] = {}
     if options.base:
-        base = open_denoiser(options.base, _eval_options(options))
+        base = open_denoiser(options.base, audit_options(options, split="train"))
         base_losses = _losses(base, folders, draws=options.draws)
     scores = _scores(losses, base_losses)
     own = membership_scores(torch.cat([*base_losses.values()])) if base_losses else None
@@ -105,26 +106,12 @@ def _scores(losses: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[st
     return scores
 
 
-def _eval_options(options: PrivacyOptions, data: str = "") -> EvalModelOptions:
-    return EvalModelOptions(
-        data or options.data,
-        split="train",
-        num_heldout=options.max_images,
-        caption_column=options.caption_column,
-        heldout_fraction=options.heldout_fraction,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        device=options.device,
-        safety_checker=False,
-    )
-
-
 def _read_folders(model: str, options: PrivacyOptions) -> Iterator[tuple[str, Folder]]:
     """Yield the folders of members and others, and of canaries and twins where there are any."""
-    own = _eval_options(options)
+    own = audit_options(options, split="train")
     members = _enough(read_split(own, "train"), options.data, options)
     if options.heldout:
-        others = read_split(_eval_options(options, options.heldout), "all")
+        others = read_split(audit_options(options, split="train", data=options.heldout), "all")
     else:
         others = read_split(own, "heldout")
     where = options.heldout or f"the held-out split of {options.data}"

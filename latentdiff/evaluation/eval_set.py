@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.config.options import EvalModelOptions
+from latentdiff.config.options import CaptionAuditOptions, EvalModelOptions, PrivacyOptions
 from latentdiff.config.validation import check_ranges
 from latentdiff.data.arrow.listing import TABLES
 from latentdiff.data.folder.folder import Folder, read_folder
@@ -136,6 +136,26 @@ def _check_reads_text_alone(components: Components, model: str) -> None:
         f"{model} reads an image besides its caption (condition.kind={' or '.join(kinds) or '?'}), "
         "expected a model of text alone; the held-out loss of its run, with condition_use, "
         "measures it: latentdiff report RUN"
+    )
+
+
+def audit_options(
+    options: CaptionAuditOptions | PrivacyOptions,
+    *,
+    split: Literal["heldout", "train", "all"],
+    data: str = "",
+) -> EvalModelOptions:
+    """Return the options by which an audit opens a model and a folder, by default its own."""
+    return EvalModelOptions(
+        data or options.data,
+        split=split,
+        num_heldout=options.max_images,
+        caption_column=options.caption_column,
+        heldout_fraction=options.heldout_fraction,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        device=options.device,
+        safety_checker=False,
     )
 
 

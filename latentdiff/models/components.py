@@ -37,9 +37,8 @@ from latentdiff.models.latents import Autoencoder
 from latentdiff.models.model_path import BUNDLED, fetched, refuse_wrong_path, resolve_model
 from latentdiff.models.text import TextEncoders
 from latentdiff.models.weights import (
-    check_weights,
-    mismatched_shapes,
-    refuse_bad_weights,
+    check_loaded,
+    load_diffusers_model,
     stored_shapes,
     weight_files,
     weight_patterns,
@@ -371,34 +370,18 @@ def _load_whole_model(
 ) -> Any:
     cls = _component_class(name, class_name)
     where = f"{name} ({folder})"
-    stored = stored_shapes(weight_files(folder, variant=variant))
     if issubclass(cls, diffusers.ModelMixin):
-        with torch.device("meta"):
-            skeleton = cls.from_config(cls.load_config(folder))
-        refuse_bad_weights(where, mismatched=mismatched_shapes(skeleton, stored))
-        module, info = cls.from_pretrained(
-            folder,
-            torch_dtype=torch_dtype,
-            variant=variant,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    else:
-        module, info = cls.from_pretrained(
-            folder,
-            dtype=torch_dtype or "auto",
-            variant=variant,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, all of them
-        )
-    refuse_bad_weights(
-        where,
-        missing=info["missing_keys"],
-        unexpected=info["unexpected_keys"],
-        mismatched=info["mismatched_keys"],
+        return load_diffusers_model(cls, folder, where, torch_dtype=torch_dtype, variant=variant)
+    stored_shapes(weight_files(folder, variant=variant))  # refuses damaged files
+    module, info = cls.from_pretrained(
+        folder,
+        dtype=torch_dtype or "auto",
+        variant=variant,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, all of them
     )
-    check_weights(module, where)
+    check_loaded(module, info, where)
     return module.eval()
 
 

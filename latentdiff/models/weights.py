@@ -208,3 +208,37 @@ def load_into_meta(empty: Any, weights: Mapping[str, Tensor], *, like: nn.Module
         path, _, key = name.rpartition(".")
         empty.get_submodule(path).register_buffer(key, buffer, persistent=False)
     return empty.requires_grad_(False).eval()
+
+
+def load_diffusers_model(
+    cls: Any, folder: Path, where: str, *, torch_dtype: torch.dtype | None, variant: str | None
+) -> Any:
+    """Load a model of a diffusers class from its folder, ready for evaluation; safetensors only.
+
+    where: how messages name it. ValueError for weights that are missing, unexpected or of another
+    shape, which are compared before any is loaded.
+    """
+    with torch.device("meta"):
+        skeleton = cls.from_config(cls.load_config(folder))
+    stored = stored_shapes(weight_files(folder, variant=variant))
+    refuse_bad_weights(where, mismatched=mismatched_shapes(skeleton, stored))
+    module, info = cls.from_pretrained(
+        folder,
+        torch_dtype=torch_dtype,
+        variant=variant,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    check_loaded(module, info, where)
+    return module.eval()
+
+
+def check_loaded(module: nn.Module, info: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for what a library's loading info says of a module's weights."""
+    refuse_bad_weights(
+        where,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    check_weights(module, where)

@@ -19,14 +19,7 @@ from torch import Tensor
 from latentdiff.models.compatibility import CONTROLNET, read_json
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.model_path import fetched, is_local, near_sibling
-from latentdiff.models.weights import (
-    check_weights,
-    mismatched_shapes,
-    refuse_bad_weights,
-    stored_shapes,
-    weight_files,
-    weight_patterns,
-)
+from latentdiff.models.weights import load_diffusers_model, weight_patterns
 
 CONFIG = "config.json"
 FITTING = (  # settings of a ControlNet that are the U-Net's
@@ -110,20 +103,9 @@ def open_controlnet(
     if (kind := read_json(folder / CONFIG).get("_class_name")) != ControlNetModel.__name__:
         raise ValueError(f"{folder} holds a {kind}, expected a {ControlNetModel.__name__}")
     where = f"controlnet ({folder})"
-    with torch.device("meta"):
-        skeleton = ControlNetModel.from_config(ControlNetModel.load_config(folder))
-    stored = stored_shapes(weight_files(folder, variant=variant))
-    refuse_bad_weights(where, mismatched=mismatched_shapes(skeleton, stored))
-    net, info = ControlNetModel.from_pretrained(
-        folder,
-        torch_dtype=torch_dtype,
-        variant=variant,
-        use_safetensors=True,
-        output_loading_info=True,
+    opened: ControlNetModel = load_diffusers_model(
+        ControlNetModel, folder, where, torch_dtype=torch_dtype, variant=variant
     )
-    refuse_bad_weights(where, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
-    check_weights(net, where)
-    opened: ControlNetModel = net.eval()
     return opened
 
 
