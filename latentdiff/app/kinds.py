@@ -81,16 +81,20 @@ def painting_of(image: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
     return {"background": background, "layers": [layer], "composite": composite}
 
 
-def _image_layout() -> dict[str, Any]:
-    image = gr.Image(
+def _image_input(label: str, elem_id: str) -> gr.Image:
+    return gr.Image(
         type="pil",
         format="png",
-        label="Start image",
+        label=label,
         sources=["upload", "clipboard"],
         height=260,
-        elem_id="start-image",
+        elem_id=elem_id,
         buttons=[],
     )
+
+
+def _image_layout() -> dict[str, Any]:
+    image = _image_input("Start image", "start-image")
     return {"start_image": image, "image_strength": _strength(STRENGTH, "image-strength")}
 
 
@@ -114,15 +118,7 @@ def _inpaint_layout() -> dict[str, Any]:
 
 
 def _condition_layout() -> dict[str, Any]:
-    image = gr.Image(
-        type="pil",
-        format="png",
-        label="Image that the model reads",
-        sources=["upload", "clipboard"],
-        height=260,
-        elem_id="condition",
-        buttons=[],
-    )
+    image = _image_input("Image that the model reads", "condition")
     low, high = CONDITION_RANGES["image_guidance_scale"]
     guidance = gr.Slider(
         *(low, high, IMAGE_GUIDANCE_SCALE),
