@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from latentdiff.app.image_request import (
+    CONTROL_SCALE,
     DEFAULTS,
     LONG_PROMPTS,
     MAX_CHARACTERS,
@@ -62,7 +63,8 @@ class CreateControls:
     def of_model(self) -> list[Any]:
         """Return the components that change with the model."""
         sampling = ("num_inference_steps", "guidance_scale", "scheduler", "vae", "clip_skip")
-        names = ("width", "height", *sampling, "image_guidance_scale", "noise_level")
+        conditional = ("image_guidance_scale", "noise_level", "controlnet", CONTROL_SCALE)
+        names = ("width", "height", "windows", *sampling, *conditional)
         others = [self.facts, self.examples, self.size_note, self.of_sdxl]
         return [*others, *(self.controls[n] for n in names)]
 
@@ -175,6 +177,8 @@ def _lay_out_settings(ui: CreateControls) -> None:
     swap = gr.Button("Swap width and height", size="sm", elem_id="swap")
     sides = [ui.controls["width"], ui.controls["height"]]
     swap.click(None, sides, sides, js="(width, height) => [height, width]")
+    info = "Larger images: predicted in overlapping windows of the trained size"
+    ui.add("windows", gr.Checkbox(False, label="Windows", info=info, elem_id="windows"))
     ui.size_note = gr.HTML(elem_id="size-note")
     with gr.Row():
         slider("num_inference_steps", "Steps", ends=(1, MAX_STEPS), by=1)
@@ -203,6 +207,9 @@ def _lay_out_settings(ui: CreateControls) -> None:
         info = "Against colors that are too strong at a high guidance"
         ends = RANGES["guidance_rescale"]
         slider("guidance_rescale", "Guidance rescale", ends=ends, by=0.05, info=info)
+        info = "How much of a window the next one covers too; more has fewer seams and takes longer"
+        ends = RANGES["window_overlap"]
+        slider("window_overlap", "Overlap of windows", ends=ends, by=0.05, info=info)
         slider("clip_skip", "CLIP skip", ends=(0, 12), by=1, info="0 uses all layers")
         choice = gr.Radio(LONG_PROMPTS, value=LONG_PROMPTS[0], label="Long prompts")
         ui.add("long_prompts", choice)

@@ -19,6 +19,7 @@ from PIL import Image
 from latentdiff.app.create_layout import CreateControls
 from latentdiff.app.history import HistoryEntry
 from latentdiff.app.image_request import (
+    CONTROL_SCALE,
     IMAGE,
     INPAINT,
     ImageRequest,
@@ -26,7 +27,7 @@ from latentdiff.app.image_request import (
     request_from_settings,
 )
 from latentdiff.app.kinds import KINDS, painted_mask, painting_of
-from latentdiff.app.library import NO_LORA
+from latentdiff.app.library import NO_CONTROLNET, NO_LORA
 from latentdiff.app.model_facts import ModelFacts
 from latentdiff.app.page_html import (
     event_html,
@@ -80,15 +81,20 @@ class CreateTab:
         model.input(self.open_model, model, [*changed, ui.status], **options)
         loaded = [model, ui.controls["lora"], ui.history, *ui.of_image(), *changed]
         page.load(self.load, None, loaded, **options)
-        lora = ui.controls["lora"]
+        lora, net = ui.controls["lora"], ui.controls["controlnet"]
         gr.on([ui.refresh.click, lora.focus], self.list_loras, lora, lora, **options)
+        net.focus(self.list_controlnets, net, net, **options)
         size = [ui.controls["width"], ui.controls["height"]]
-        gr.on([one.change for one in size], self.note_size, size, ui.size_note, **options)
+        windows = ui.controls["windows"]
+        canvas = [*size, windows, ui.controls["window_overlap"]]
+        gr.on([one.change for one in canvas], self.note_size, canvas, ui.size_note, **options)
+        windows.input(self.limit_size, canvas[:3], size, **options)
         ui.controls["start_image"].upload(
             self.fit_size, ui.controls["start_image"], size, show_progress="hidden"
         )
         condition = ui.controls["condition"]
-        condition.upload(self.fit_condition, condition, size, show_progress="hidden")
+        inputs = [condition, windows]
+        condition.upload(self.fit_condition, inputs, size, show_progress="hidden")
         painting = ui.controls["painting"]
         fitted = [*size, painting, ui.fitted]
         painting.upload(self.fit_painting, [painting, ui.fitted], fitted, show_progress="hidden")
@@ -175,6 +181,7 @@ class CreateTab:
         newest = self.session.history.entries()[:1]
         updates: Updates = {ui.history: self._gallery()} | self._shown(newest)
         updates[ui.controls["lora"]] = gr.update(choices=self._lora_names())
+        updates[ui.controls["controlnet"]] = gr.update(choices=self._controlnet_names())
         facts = self.session.facts
         name = facts.name if facts else None
         updates[ui.controls["model"]] = gr.update(choices=list(library.models()), value=name)
@@ -194,7 +201,8 @@ class CreateTab:
     def _facts_updates(self, facts: ModelFacts) -> Updates:
         """Return what the page shows of a model, and the limits of the settings."""
         ui, controls = self.ui, self.ui.controls
-        side = gr.update(minimum=facts.multiple, maximum=facts.max_side_px, step=facts.multiple)
+        side, reads = _side_limits(facts, in_windows=False), facts.condition_kind
+        can_guide = reads == "instruct_pix2pix" and facts.image_guidance_scale > 1
         return {
             ui.facts: facts_html(facts),
             ui.examples: gr.Dataset(samples=[[text] for text in facts.examples[:NUM_EXAMPLES]]),
@@ -203,8 +211,15 @@ class CreateTab:
             controls["scheduler"]: gr.update(choices=list(facts.schedulers)),
             controls["vae"]: gr.update(choices=list(facts.vaes), visible=len(facts.vaes) > 1),
             controls["clip_skip"]: gr.update(maximum=max(facts.max_clip_skip, 1)),
-            controls["noise_level"]: gr.update(maximum=max(facts.max_noise_level, 1)),
-            controls["image_guidance_scale"]: gr.update(interactive=facts.image_guidance_scale > 1),
+            controls["noise_level"]: gr.update(
+                maximum=max(facts.max_noise_level, 1), visible=reads == "upscale"
+            ),
+            controls["image_guidance_scale"]: gr.update(visible=can_guide),
+            controls["controlnet"]: gr.update(
+                choices=self._controlnet_names(), visible=reads == "none"
+            ),
+            controls[CONTROL_SCALE]: gr.update(visible=reads == "none"),
+            controls["windows"]: gr.update(),
             ui.of_sdxl: gr.update(visible=facts.is_sdxl),
         }
 
@@ -215,6 +230,7 @@ class CreateTab:
         values["noise_level"] = min(DEFAULT_NOISE_LEVEL, facts.max_noise_level)
         values["image_guidance_scale"] = facts.image_guidance_scale
         values |= {"scheduler": facts.schedulers[0], "vae": facts.vaes[0]}
+        values |= {"windows": False, "controlnet": NO_CONTROLNET}
         for name, value in values.items():
             updates[controls[name]] = updates[controls[name]] | {"value": value}
         for name in ("guidance_scale", "num_inference_steps"):
@@ -226,15 +242,33 @@ class CreateTab:
         names = self._lora_names()
         return gr.update(choices=names, value=name if name in names else NO_LORA)
 
+    def list_controlnets(self, name: str) -> Any:
+        """List the ControlNets that are there now."""
+        names = self._controlnet_names()
+        return gr.update(choices=names, value=name if name in names else NO_CONTROLNET)
+
     def _lora_names(self) -> list[str]:
         return [NO_LORA, *self.session.library.loras()]
 
-    def note_size(self, width: float, height: float) -> str:
-        """Warn of sizes far beyond the trained one."""
+    def _controlnet_names(self) -> list[str]:
+        return [NO_CONTROLNET, *self.session.controlnets()]
+
+    def note_size(self, width: float, height: float, windows: bool, overlap: float) -> str:
+        """Warn of sizes far beyond the trained one, or state the cost of windows."""
+        facts, size = self.session.facts, (int(width), int(height))
+        if facts is None:
+            return ""
+        if windows:
+            return note_html(facts.windows_note(*size, overlap=overlap))
+        return note_html(facts.size_warning(*size), kind="warning")
+
+    def limit_size(self, width: float, height: float, windows: bool) -> Any:
+        """Let sizes be as large as they may be with windows, or without."""
         facts = self.session.facts
-        return note_html(
-            facts.size_warning(int(width), int(height)) if facts else "", kind="warning"
-        )
+        if facts is None:
+            return gr.skip()
+        limits = _side_limits(facts, in_windows=windows)
+        return [limits | {"value": min(side, limits["maximum"])} for side in (width, height)]
 
     def fit_size(self, image: Image.Image | None) -> Any:
         """Set the size to an image's proportions."""
@@ -243,12 +277,12 @@ class CreateTab:
             return gr.skip()
         return facts.size_for(*image.size)
 
-    def fit_condition(self, image: Image.Image | None) -> Any:
+    def fit_condition(self, image: Image.Image | None, windows: bool) -> Any:
         """Set the size to that of the image to be made of a condition."""
         facts = self.session.facts
         if image is None or facts is None:
             return gr.skip()
-        return facts.size_of_condition(*image.size)
+        return facts.size_of_condition(*image.size, in_windows=windows)
 
     def fit_painting(self, value: dict[str, Any] | None, fitted: Any) -> Updates:
         """Set the size to the proportions of the image to paint over; enlarge a small one.
@@ -319,6 +353,8 @@ class CreateTab:
         if facts is None or facts.name != request.model:
             facts = self.session.open(request.model)
             updates = self._facts_updates(facts)
+        side = _side_limits(facts, in_windows=request.windows)
+        updates |= {controls["width"]: side, controls["height"]: side}
         values = {name: getattr(request, name) for name in self.ui.shared}
         values |= KINDS[request.kind].fill(request)
         for name, value in values.items():
@@ -347,3 +383,10 @@ class CreateTab:
         request, notes = request_from_settings(settings, now, facts=facts, loras=loras)
         text = ". ".join(["Settings taken from the file", *notes]) + "."
         return self._filled(request) | {note: note_html(text)}
+
+
+def _side_limits(facts: ModelFacts, *, in_windows: bool) -> dict[str, Any]:
+    """Return an update of a side's slider: where it begins and ends, and its step."""
+    maximum = facts.max_side(in_windows=in_windows)
+    update: dict[str, Any] = gr.update(minimum=facts.multiple, maximum=maximum, step=facts.multiple)
+    return update

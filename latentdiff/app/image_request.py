@@ -9,15 +9,15 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from latentdiff.app.library import NO_LORA
+from latentdiff.app.library import NO_CONTROLNET, NO_LORA
 from latentdiff.app.model_facts import OWN_SCHEDULER, OWN_VAE, TINY, ModelFacts
 from latentdiff.models.compatibility import CONDITION_KINDS
 from latentdiff.pipeline import checks
+from latentdiff.pipeline.conditioning.canvas import WindowInputs
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
 from latentdiff.pipeline.conditioning.sizes import SizeInputs
 from latentdiff.pipeline.png_metadata import TINY_VAE
 from latentdiff.pipeline.schedulers import scheduler_name
-from latentdiff.program import program
 
 MAX_STEPS, MAX_IMAGES, MAX_CHARACTERS = 150, 4, 2000
 TEXT, IMAGE, INPAINT, CONDITION = "text", "image", "inpaint", "condition"  # the page's tabs
@@ -27,9 +27,14 @@ RANGES = {  # of numbers: the lowest and highest
     "guidance_rescale": (0.0, 1.0),
     "lora_scale": (-2.0, 2.0),
     "strength": (0.05, 1.0),
+    "window_overlap": (0.0, 0.95),
 }
-CONDITION_RANGES = {"image_guidance_scale": (1.0, 10.0), "noise_level": (0, 350)}
-OF_IMAGE = (*CONDITION_RANGES, "controlnet_conditioning_scale", "window_size")
+CONTROL_SCALE = "controlnet_conditioning_scale"
+CONDITION_RANGES = {
+    "image_guidance_scale": (1.0, 10.0),
+    "noise_level": (0, 350),
+    CONTROL_SCALE: (0.0, 2.0),
+}
 LONG_PROMPTS = ("truncate", "chunks")
 SECOND_TEXTS = ("prompt_2", "negative_prompt_2")
 SIZES = tuple(field.name for field in fields(SizeInputs))
@@ -41,9 +46,11 @@ PAIR = re.compile(r"\s*(\d{1,8})\s*[x×,]\s*(\d{1,8})\s*", re.ASCII)
 class ImageRequest:
     """Settings of one call, under the names of the pipeline's arguments.
 
-    model, lora: names in the library. kind: TEXT, IMAGE, INPAINT or CONDITION. seed: as typed, ""
-    for a random one. strength to noise_level: None where the kind has no use for them. The last
-    eight are read by SDXL alone, the sizes as typed, "width x height"; "" for the default.
+    model, lora, controlnet: names in the library. kind: TEXT, IMAGE, INPAINT or CONDITION. seed: as
+    typed, "" for a random one. windows: the image is made in windows of the trained size. strength
+    to controlnet_conditioning_scale: None where the kind has no use for them; keeps_unmasked: of an
+    image, all but the painted part stays. The last eight are read by SDXL alone, the sizes as typed,
+    "width x height"; "" for the default.
     """
 
     model: str = ""
@@ -64,12 +71,17 @@ class ImageRequest:
     clip_skip: int = 0
     long_prompts: str = "truncate"
     prompt_weighting: bool = True
+    windows: bool = False
+    window_overlap: float = WindowInputs.window_overlap
     strength: float | None = None
     image: Image.Image | None = None
     mask_image: Image.Image | None = None
+    keeps_unmasked: bool | None = None
     condition: Image.Image | None = None
     image_guidance_scale: float | None = None
     noise_level: int | None = None
+    controlnet: str = NO_CONTROLNET
+    controlnet_conditioning_scale: float | None = None
     prompt_2: str = ""
     negative_prompt_2: str = ""
     original_size: str = ""
@@ -79,20 +91,14 @@ class ImageRequest:
     negative_crops_coords_top_left: str = ""
     negative_target_size: str = ""
 
-    def arguments(
-        self, *, clip_skip: int = 0, reads: str = "none", factor: int = 1, is_sdxl: bool = False
-    ) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call; an image is cropped to the size.
-
-        clip_skip: the model's own, which a call that names none has. reads: the kind of image
-        condition of the model; factor: times that an upscaler enlarges. is_sdxl: the model reads
-        second prompts and sizes.
-        """
-        own = {"model", "kind", "scheduler", "vae", "lora", "seed", *OF_SDXL}
+    def arguments(self, facts: ModelFacts) -> dict[str, Any]:
+        """Return the arguments of a model's call; images are cropped to the size."""
+        own = {"model", "kind", "scheduler", "vae", "lora", "controlnet", "seed", *OF_SDXL}
+        own |= {"windows", "window_overlap", "keeps_unmasked"}
         others = own | {"image", "mask_image", "strength", "condition", *CONDITION_RANGES}
         call = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         call["negative_prompt"] = self.negative_prompt or None
-        call["clip_skip"] = None if self.clip_skip == clip_skip else self.clip_skip
+        call["clip_skip"] = None if self.clip_skip == facts.clip_skip else self.clip_skip
         call["lora_scale"] = None if self.lora == NO_LORA else self.lora_scale
         call["seed"] = int(self.seed) if self.seed.strip() else None
         size = self.width, self.height
@@ -102,17 +108,33 @@ class ImageRequest:
             if self.mask_image is not None:
                 nearest = Image.Resampling.NEAREST
                 call["mask_image"] = ImageOps.fit(self.mask_image, size, nearest)
-        if self.condition is not None and reads == "upscale":  # it is enlarged as it is
+                call["padding_mask_crop"] = max(size) if self.keeps_unmasked else None
+        call |= self._of_condition(facts)
+        if self.windows and max(call["width"], call["height"]) > facts.window_px:
+            call |= {"window_size": facts.window_px, "window_overlap": self.window_overlap}
+        return call | (self._of_sdxl() if facts.is_sdxl else {})
+
+    @property
+    def has_controlnet(self) -> bool:
+        """Whether a ControlNet is asked for."""
+        return self.kind == CONDITION and self.controlnet != NO_CONTROLNET
+
+    def _of_condition(self, facts: ModelFacts) -> dict[str, Any]:
+        """Return the condition and its arguments; an upscaler's is enlarged as it is."""
+        call: dict[str, Any] = {}
+        if self.condition is not None and facts.condition_kind == "upscale":
             low_res = ImageOps.exif_transpose(self.condition)
-            call |= {"width": low_res.width * factor, "height": low_res.height * factor}
+            call = {name: getattr(low_res, name) * facts.multiple for name in ("width", "height")}
             call["condition"] = low_res
         elif self.condition is not None:
-            call["condition"] = _fitted(self.condition, size)
-        if reads == "instruct_pix2pix":
+            call["condition"] = _fitted(self.condition, (self.width, self.height))
+        if facts.condition_kind == "instruct_pix2pix":
             call["image_guidance_scale"] = self.image_guidance_scale
-        if reads == "upscale":
+        if facts.condition_kind == "upscale":
             call["noise_level"] = self.noise_level
-        return call | (self._of_sdxl() if is_sdxl else {})
+        if self.has_controlnet:
+            call[CONTROL_SCALE] = self.controlnet_conditioning_scale
+        return call
 
     def _of_sdxl(self) -> dict[str, Any]:
         """Return the arguments of SDXL; a second negative prompt needs a first one, if empty."""
@@ -161,8 +183,9 @@ def find_problems(request: ImageRequest, facts: ModelFacts) -> dict[str, str]:
         found["seed"] = f"expected a whole number from 0, or nothing for a random one; got {seed!r}"
     for name in ("width", "height"):
         side, multiple = getattr(request, name), facts.multiple
-        if side % multiple or not multiple <= side <= facts.max_side_px:
-            expected = f"a multiple of {multiple} up to {facts.max_side_px}"
+        maximum = facts.max_side(in_windows=request.windows)
+        if side % multiple or not multiple <= side <= maximum:
+            expected = f"a multiple of {multiple} up to {maximum}"
             found[name] = f"expected {expected}, got {side:g}"
     if request.vae not in facts.vaes:
         found["vae"] = f"{facts.name} carries no {request.vae} one"
@@ -207,18 +230,25 @@ def _condition_problem(
     request: ImageRequest, facts: ModelFacts, *, reads_condition: bool
 ) -> dict[str, str]:
     condition = request.condition
-    if not reads_condition:
-        return {"condition": f"{facts.name} reads no such image; choose a model that does"}
+    if request.has_controlnet and facts.condition_kind != "none":
+        reads = CONDITION_KINDS[facts.condition_kind].reads
+        return {
+            "controlnet": f"{facts.name} reads {reads}, and a ControlNet steers models of text "
+            f"alone: choose {NO_CONTROLNET}"
+        }
+    if not reads_condition and not request.has_controlnet:
+        other = "" if facts.condition_kind == "inpaint" else " a ControlNet or"
+        return {"condition": f"{facts.name} reads no such image; choose{other} a model that does"}
     if condition is None:
         return {"condition": "upload the image to read"}
-    side = facts.max_side_px // facts.multiple
+    side = facts.max_side(in_windows=request.windows) // facts.multiple
     if facts.condition_kind != "upscale" or max(condition.size) <= side:
         return {}
     width, height = condition.size
     return {
         "condition": f"{width} x {height} pixels are too large to be enlarged {facts.multiple} "
-        f"times here, expected at most {side} a side; larger ones: {program()} sample, with "
-        "--window_size"
+        f"times here, expected at most {side} a side"
+        f"{'' if request.windows else ', or more in windows'}"
     }
 
 
@@ -245,13 +275,14 @@ def request_from_settings(
     no image to start from.
     """
     call = settings.get("call")
-    taken: dict[str, Any] = {"kind": TEXT, "num_images_per_prompt": 1, "negative_prompt": ""}
     given = call if isinstance(call, dict) else {}
+    taken: dict[str, Any] = {"kind": TEXT, "num_images_per_prompt": 1, "negative_prompt": ""}
+    taken["windows"] = given.get("window_size") == facts.window_px  # before the sizes they allow
     for name in (*MAXIMA, *RANGES, "prompt", "negative_prompt", "width", "height", "clip_skip"):
         if name in given and name != "strength":
             taken[name] = given[name]
     taken["seed"] = str(given.get("seed", ""))
-    for name in ("guidance_rescale", "long_prompts", "prompt_weighting"):
+    for name in ("guidance_rescale", "long_prompts", "prompt_weighting", "window_overlap"):
         taken[name] = given.get(name, getattr(DEFAULTS, name))
     taken["clip_skip"] = given.get("clip_skip", facts.clip_skip)
     notes = _take_of_sdxl(given, taken, facts=facts)
@@ -260,8 +291,9 @@ def request_from_settings(
     is_tiny = isinstance(model, dict) and model.get("vae") == TINY_VAE
     taken["vae"] = TINY if is_tiny else OWN_VAE
     notes += _take_loras(settings.get("loras"), taken, loras=loras)
+    others = [*CONDITION_RANGES, *([] if taken["windows"] else ["window_size"])]
     if conditional := [
-        f"{name.replace('_', ' ')} {given[name]}" for name in OF_IMAGE if name in given
+        f"{name.replace('_', ' ')} {given[name]}" for name in others if name in given
     ]:
         notes.append(f"made with {', '.join(conditional)}, which are not taken")
     if settings.get("inputs") or "strength" in given:

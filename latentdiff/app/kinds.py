@@ -18,15 +18,18 @@ from PIL import Image
 from latentdiff.app.image_request import (
     CONDITION,
     CONDITION_RANGES,
+    CONTROL_SCALE,
     IMAGE,
     INPAINT,
     RANGES,
     TEXT,
     ImageRequest,
 )
+from latentdiff.app.library import NO_CONTROLNET
+from latentdiff.data.edges import draw_edges
 from latentdiff.pipeline.files.model_info import DEFAULT_NOISE_LEVEL, IMAGE_GUIDANCE_SCALE
 
-STRENGTH, INPAINT_STRENGTH = 0.8, 1.0
+STRENGTH, INPAINT_STRENGTH, CONTROL_WEIGHT = 0.8, 1.0, 1.0
 MASK_COLOR = (255, 59, 107)
 EDITOR_PX, BRUSH_PX = 512, 48
 
@@ -114,11 +117,30 @@ def _inpaint_layout() -> dict[str, Any]:
         buttons=[],
     )
     strength = _strength(INPAINT_STRENGTH, "inpaint-strength")
-    return {"painting": editor, "inpaint_strength": strength}
+    info = "Paste the painted part into the image; off: the model makes all of it anew"
+    keeps = gr.Checkbox(True, label="Keep all other pixels", info=info, elem_id="keeps-unmasked")
+    return {"painting": editor, "inpaint_strength": strength, "keeps_unmasked": keeps}
 
 
 def _condition_layout() -> dict[str, Any]:
     image = _image_input("Image that the model reads", "condition")
+    with gr.Row(elem_id="controlnet-row"):
+        net = gr.Dropdown(
+            [NO_CONTROLNET],
+            value=NO_CONTROLNET,
+            label="ControlNet",
+            info="What it was trained on: a layout, edges, ...",
+            elem_id="controlnet",
+        )
+        scale = gr.Slider(
+            *(*CONDITION_RANGES[CONTROL_SCALE], CONTROL_WEIGHT),
+            step=0.05,
+            label="ControlNet weight",
+            info="How much of it is added",
+            elem_id="control-scale",
+        )
+    edges = gr.Button("Take the image's edges", size="sm", elem_id="take-edges")
+    edges.click(_edges_of, image, image, show_progress="hidden")
     low, high = CONDITION_RANGES["image_guidance_scale"]
     guidance = gr.Slider(
         *(low, high, IMAGE_GUIDANCE_SCALE),
@@ -135,7 +157,13 @@ def _condition_layout() -> dict[str, Any]:
         info="Super-resolution: more makes more of it anew",
         elem_id="noise-level",
     )
-    return {"condition": image, "image_guidance_scale": guidance, "noise_level": level}
+    shown = {"image_guidance_scale": guidance, "noise_level": level}
+    return {"condition": image, "controlnet": net, CONTROL_SCALE: scale, **shown}
+
+
+def _edges_of(image: Image.Image | None) -> Image.Image | None:
+    """Return the edges of an image, as a ControlNet of edges reads them."""
+    return None if image is None else draw_edges(image)
 
 
 def _read_condition(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,15 +171,20 @@ def _read_condition(values: Mapping[str, Any]) -> dict[str, Any]:
         "condition": values["condition"],
         "image_guidance_scale": float(values["image_guidance_scale"]),
         "noise_level": int(values["noise_level"]),
+        "controlnet": values["controlnet"],
+        CONTROL_SCALE: float(values[CONTROL_SCALE]),
     }
 
 
 def _fill_condition(request: ImageRequest) -> dict[str, Any]:
     scale, level = request.image_guidance_scale, request.noise_level
+    weight = request.controlnet_conditioning_scale
     return {
         "condition": request.condition,
         "image_guidance_scale": IMAGE_GUIDANCE_SCALE if scale is None else scale,
         "noise_level": DEFAULT_NOISE_LEVEL if level is None else level,
+        "controlnet": request.controlnet,
+        CONTROL_SCALE: CONTROL_WEIGHT if weight is None else weight,
     }
 
 
@@ -179,14 +212,17 @@ def _fill_image(request: ImageRequest) -> dict[str, Any]:
 
 def _read_inpaint(values: Mapping[str, Any]) -> dict[str, Any]:
     image, mask = painted_mask(values["painting"])
-    return {"image": image, "mask_image": mask, "strength": values["inpaint_strength"]}
+    keeps = values["keeps_unmasked"]
+    given = {"strength": values["inpaint_strength"], "keeps_unmasked": keeps}
+    return {"image": image, "mask_image": mask, **given}
 
 
 def _fill_inpaint(request: ImageRequest) -> dict[str, Any]:
     strength = INPAINT_STRENGTH if request.strength is None else request.strength
     image = request.image
     painting = None if image is None else painting_of(image, request.mask_image)
-    return {"painting": painting, "inpaint_strength": strength}
+    keeps = request.keeps_unmasked is not False
+    return {"painting": painting, "inpaint_strength": strength, "keeps_unmasked": keeps}
 
 
 KINDS = {

@@ -1,4 +1,4 @@
-"""What the page offers to choose from: models, training runs and LoRAs, by name.
+"""What the page offers to choose from: models, training runs, LoRAs and ControlNets, by name.
 
 Folders are listed anew at each call, so that what a run has just written appears.
 """
@@ -10,27 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from latentdiff.models.compatibility import CONTROLNET
 from latentdiff.models.model_path import BUNDLED, EXPORT, INDEX
 from latentdiff.pipeline.files.adapter_file import LORA_NAMES, RUN_LORA
 from latentdiff.pipeline.files.model_info import public_name
 
 DEFAULT_MODEL = "latentdiff-mini"
-NO_LORA = "none"
+NO_LORA = NO_CONTROLNET = "none"
+CONTROLNET_CONFIG = "config.json"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints")  # of which a run folder has one
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Library:
-    """Models, runs and LoRAs of one page.
+    """Models, runs, LoRAs and ControlNets of one page.
 
     given: what the user named, each a model's folder, a run's folder, a hub id or a name that
-    ships. runs_dir: a folder of run folders. lora_dir: a folder of LoRA files.
+    ships. runs_dir: a folder of run folders. lora_dir: a folder of LoRA files. given_controlnets:
+    folders, runs or hub ids.
     """
 
     given: Sequence[str] = ()
     runs_dir: Path | None = None
     lora_dir: Path | None = None
+    given_controlnets: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raise FileNotFoundError where a folder is not there."""
@@ -65,6 +69,15 @@ class Library:
             for run in self.runs().values()
             if (run / RUN_LORA).is_file()
         }
+
+    def controlnets(self) -> dict[str, str]:
+        """Return each ControlNet's path or id by name: those given, then those of runs."""
+        runs = [
+            str(run)
+            for run in self.runs().values()
+            if (run / CONTROLNET / CONTROLNET_CONFIG).is_file()
+        ]
+        return _by_name((name, name) for name in dict.fromkeys([*self.given_controlnets, *runs]))
 
     def _listed_runs(self) -> list[Path]:
         if self.runs_dir is None:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentdiff.diffusion.windows import place_windows
 from latentdiff.models.compatibility import CONDITION_KINDS, size_in_reach
 from latentdiff.models.model_path import resolve_model
 from latentdiff.models.text import clip_skip_of
@@ -27,9 +28,9 @@ from latentdiff.pipeline.files.model_info import (
 from latentdiff.pipeline.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.schedulers import make_scheduler, scheduler_names
 
-OWN_SCHEDULER = OWN_VAE = "the model's own"
+OWN_SCHEDULER = OWN_VAE = OWN_CONTROLNET = "the model's own"
 TINY = "tiny"  # the name of a fast VAE of the same latents
-REACH = 2  # times the trained size, where the page's sizes end
+REACH, REACH_IN_WINDOWS = 2, 8  # times the trained size, where the page's sizes end
 MAX_SUMMARY = 300  # characters
 EXAMPLES = (  # for a model that names none
     "a photograph of a cat on a sofa",
@@ -43,6 +44,7 @@ EXAMPLES = (  # for a model that names none
 class ModelFacts:
     """Facts of one model. height, width: in pixels, as trained; multiple: of its sizes.
 
+    max_side_px, max_windowed_px: of a side, in one pass of the U-Net and in windows.
     condition_kind: of the image that its U-Net reads; max_noise_level, image_guidance_scale: how
     noisy that may be, and how strongly it guides by default, 1 where it cannot. is_sdxl: reads
     second prompts and sizes.
@@ -53,6 +55,7 @@ class ModelFacts:
     width: int
     multiple: int
     max_side_px: int
+    max_windowed_px: int
     guidance_scale: float
     num_inference_steps: int
     schedulers: tuple[str, ...]
@@ -67,6 +70,23 @@ class ModelFacts:
     summary: str = ""
     rows: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def window_px(self) -> int:
+        """The side of the windows of a larger image: the trained one."""
+        return min(self.height, self.width)
+
+    def max_side(self, *, in_windows: bool) -> int:
+        """Return the longest side of an image in pixels."""
+        return self.max_windowed_px if in_windows else self.max_side_px
+
+    def windows_note(self, width: int, height: int, *, overlap: float) -> str:
+        """Return a sentence on the cost of an image in windows, "" where one holds it all."""
+        if max(width, height) <= self.window_px:
+            return ""
+        size = height // self.multiple, width // self.multiple
+        num = len(place_windows(size, self.window_px // self.multiple, overlap=overlap))
+        return f"{num} windows of {self.window_px} px: each step takes {num} passes of the U-Net"
+
     def size_warning(self, width: int, height: int) -> str:
         """Return a sentence on a size far beyond the trained one, "" for any other."""
         trained = self.height, self.width
@@ -78,14 +98,16 @@ class ModelFacts:
             f"{height} subjects repeat and parts come apart. Better: {better[1]} x {better[0]}"
         )
 
-    def size_of_condition(self, width: int, height: int) -> tuple[int, int]:
+    def size_of_condition(
+        self, width: int, height: int, *, in_windows: bool = False
+    ) -> tuple[int, int]:
         """Return the (width, height) of the image for a condition: an upscaler's is larger.
 
         In the condition's proportions, where it is too large for the page.
         """
         if self.condition_kind != "upscale":
             return self.size_for(width, height)
-        side = self.max_side_px // self.multiple
+        side = self.max_side(in_windows=in_windows) // self.multiple
         scale = min(1, side / max(width, height))
         found = [max(1, int(one * scale)) * self.multiple for one in (width, height)]
         return found[0], found[1]
@@ -108,12 +130,17 @@ def read_model_facts(
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     layers = 1 if pipe.text_encoder is None else pipe.text_encoder.config.num_hidden_layers
     info, kind = pipe.model_info, pipe.condition_kind
+    reach, reach_in_windows = (
+        max(min(times * max(height, width), max_px // factor * factor), factor)
+        for times in (REACH, REACH_IN_WINDOWS)
+    )
     return ModelFacts(
         name=name,
         height=height,
         width=width,
         multiple=factor,
-        max_side_px=max(min(REACH * max(height, width), max_px // factor * factor), factor),
+        max_side_px=reach,
+        max_windowed_px=reach_in_windows,
         guidance_scale=default_guidance(info, is_sdxl=pipe.is_sdxl),
         num_inference_steps=default_steps(info, NUM_STEPS),
         schedulers=(OWN_SCHEDULER, *_fitting_schedulers(pipe)),

@@ -49,7 +49,7 @@ STYLE = """
 .images figcaption { font-size: .8rem; padding-top: 4px; opacity: .85 }
 .images.empty { min-height: 280px; align-items: center } .images.empty p { opacity: .6 }
 #model input, #scheduler input, #lora input { text-overflow: ellipsis; padding-right: 1.5rem }
-#swap, #refresh, #use-run { width: fit-content; min-width: 0; align-self: end }
+#swap, #refresh, #use-run, #take-edges { width: fit-content; min-width: 0; align-self: end }
 #size-note:not(:has(.note)), #png-note:not(:has(.note)) { display: none }
 #kind-text { padding: 0 }
 #history .grid-wrap { max-height: 320px; min-height: 0; height: auto; overflow-y: auto }

@@ -13,15 +13,23 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from diffusers import ControlNetModel
 from PIL import Image
 
 from latentdiff.app.history import History, HistoryEntry
 from latentdiff.app.image_request import ImageRequest, find_problems
-from latentdiff.app.library import NO_LORA, Library
+from latentdiff.app.library import NO_CONTROLNET, NO_LORA, Library
 from latentdiff.app.live_preview import LivePreview
-from latentdiff.app.model_facts import OWN_SCHEDULER, TINY, ModelFacts, read_model_facts
+from latentdiff.app.model_facts import (
+    OWN_CONTROLNET,
+    OWN_SCHEDULER,
+    TINY,
+    ModelFacts,
+    read_model_facts,
+)
 from latentdiff.models.components import TINY_VAE, choose_vae
 from latentdiff.models.latents import Autoencoder
 from latentdiff.models.model_path import resolve_model
@@ -42,7 +50,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Opening:
-    """A model is being opened, or a LoRA loaded."""
+    """A model is being opened, or a LoRA or a ControlNet loaded."""
 
     name: str
 
@@ -124,6 +132,8 @@ class WebSession:
         self._own_vae: Autoencoder | None = None
         self._tiny_vae: Autoencoder | None = None
         self._lora: tuple[Any, ...] | None = None
+        self._controlnet: tuple[Any, ...] | None = None
+        self._own_controlnets: dict[str, ControlNetModel] = {}
         self._jobs: dict[str, _Job] = {}
         self._line: list[object] = []
         self._line_moved = threading.Condition()
@@ -132,6 +142,10 @@ class WebSession:
     def facts(self) -> ModelFacts | None:
         """Facts of the open model."""
         return self._facts
+
+    def controlnets(self) -> dict[str, ControlNetModel | str]:
+        """Return ControlNets by name: those of the open model's folder, then the library's."""
+        return {**self._own_controlnets, **self.library.controlnets()}
 
     def open(self, name: str) -> ModelFacts:
         """Open a model of the library unless it is; wait for the image that is being made.
@@ -216,6 +230,7 @@ class WebSession:
         self._choose_scheduler(pipe, request.scheduler)
         pipe.vae = self._tiny_vae if request.vae == TINY else self._own_vae
         self._choose_lora(pipe, job)
+        self._choose_controlnet(pipe, job)
         result = self._call(pipe, job)
         made = zip(result.images, result.seeds or [], result.settings or [], strict=True)
         entries = [
@@ -241,12 +256,7 @@ class WebSession:
             return {}
 
         output = pipe(
-            **job.request.arguments(
-                clip_skip=facts.clip_skip,
-                reads=facts.condition_kind,
-                factor=facts.multiple,
-                is_sdxl=facts.is_sdxl,
-            ),
+            **job.request.arguments(facts),
             callback_on_step_end=step_end,
             callback_on_step_end_tensor_inputs=["predicted_z0"],
         )
@@ -263,12 +273,16 @@ class WebSession:
             raise ValueError(f"no model {name!r}; known: {', '.join(models)}")
         job.events.put(Opening(name))
         self._pipe = self._facts = self._lora = self._own_scheduler = None
-        self._own_vae = self._tiny_vae = None
+        self._own_vae = self._tiny_vae = self._controlnet = None
+        self._own_controlnets = {}
         gc.collect()
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "fast": True}
         pipe = open_pipeline(models[name], safety_checker=self.safety_checker, **options)
         pipe.set_progress_bar_config(disable=True)
         self._own_scheduler, self._own_vae = pipe.scheduler, pipe.vae
+        for k, net in enumerate(nets := pipe.controlnets):
+            self._own_controlnets[OWN_CONTROLNET + (f" {k + 1}" if len(nets) > 1 else "")] = net
+        pipe.unload_controlnet()
         self._tiny_vae = self.preview_vae
         if self._tiny_vae is None and (resolve_model(models[name]) / TINY_VAE).is_dir():
             self._tiny_vae = choose_vae(models[name], TINY, torch_dtype=pipe.vae.dtype)
@@ -300,3 +314,28 @@ class WebSession:
             job.events.put(Opening(name))
             pipe.load_lora_weights(wanted[0])
             self._lora = wanted
+
+    def _choose_controlnet(self, pipe: LatentDiffPipeline, job: _Job) -> None:
+        """Load the ControlNet of a call, again where its files have changed; or none."""
+        name = job.request.controlnet if job.request.has_controlnet else NO_CONTROLNET
+        known = self.controlnets()
+        if name != NO_CONTROLNET and name not in known:
+            raise ValueError(f"no ControlNet {name!r}; known: {', '.join(known) or NO_CONTROLNET}")
+        found = known.get(name)
+        wanted = None if found is None else (name, _changed_at(found))
+        if wanted == self._controlnet:
+            return
+        pipe.unload_controlnet()
+        self._controlnet = None
+        if found is not None:
+            job.events.put(Opening(name))
+            pipe.load_controlnet(found)
+            self._controlnet = wanted
+
+
+def _changed_at(controlnet: ControlNetModel | str) -> int:
+    """Return when the weights of a ControlNet were written, 0 for one that is no folder here."""
+    if not isinstance(controlnet, str):
+        return 0
+    files = Path(controlnet).expanduser().rglob("*.safetensors")
+    return max((file.stat().st_mtime_ns for file in files), default=0)

@@ -51,9 +51,14 @@ def _free_port() -> int:
 def open_session(models: Sequence[str], options: WebUIOptions) -> WebSession:
     """Return a session with the first model open; FileNotFoundError or ValueError for a bad one."""
     runs, loras = (path and Path(path).expanduser() for path in (options.runs, options.lora_dir))
-    small = options.preview_vae
+    small, nets = options.preview_vae, options.controlnet or ()
     session = WebSession(
-        Library(tuple(models), runs_dir=runs or None, lora_dir=loras or None),
+        Library(
+            tuple(models),
+            runs_dir=runs or None,
+            lora_dir=loras or None,
+            given_controlnets=[nets] if isinstance(nets, str) else nets,
+        ),
         preview_vae=None if small is None else load_vae(small),
         max_px=options.max_side_px,
         device=options.device,

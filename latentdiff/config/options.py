@@ -84,6 +84,9 @@ class SampleOptions:
     """an image file to start from"""
     mask: str | None = None
     """an image file, white where `image` is to be repainted"""
+    padding_mask_crop: int | None = None
+    """pixels around what is to be repainted: this part alone is made, at the model's size, and
+    pasted back, so that all other pixels stay; by default the whole image is made anew"""
     strength: float | None = None
     """share of the chain that is run from `image`, in (0, 1]: how much of it is made anew; by
     default 0.8"""
@@ -137,6 +140,9 @@ class WebUIOptions:
     """a folder of training runs, to watch and to make images with"""
     lora_dir: str | None = None
     """a folder of LoRA files to choose from"""
+    controlnet: str | list[str] | None = None
+    """a ControlNet's folder, run or hub id to choose from, or several; those of `runs` are
+    offered too"""
     preview_vae: str | None = None
     """a small VAE of the same latent space, such as TAESD, for previews and, as VAE: tiny, for
     images; by default the one that a model's folder carries in vae_tiny/"""
@@ -146,7 +152,8 @@ class WebUIOptions:
     device: str | None = None
     """device: cpu, cuda, cuda:1, mps; by default the best there is"""
     max_side_px: int = 2048
-    """largest height and width that the UI offers, in pixels; at most twice the trained ones"""
+    """largest height and width that the UI offers, in pixels; at most twice the trained ones, in
+    windows eight times"""
     safety_checker: bool = True
     """keep the model's safety checker, if any; false leaves it out, unread"""
 

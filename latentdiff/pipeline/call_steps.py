@@ -158,8 +158,26 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         return guidance
 
     def _read_images(
-        self, prompts: PromptInputs, image: object, mask_image: object, *, strength: object
+        self,
+        prompts: PromptInputs,
+        image: object,
+        mask_image: object,
+        *,
+        strength: object,
+        padding_mask_crop: object,
+        output_type: str,
     ) -> ImageInputs:
+        """Check the image, the mask and what is made of them."""
+        if padding_mask_crop is not None and output_type != "pil":
+            raise ValueError(
+                f"padding_mask_crop pastes PIL images, and output_type is {output_type!r}; leave "
+                "out one of the two"
+            )
+        if padding_mask_crop is not None and self.controlnet is not None:
+            raise ValueError(
+                "padding_mask_crop crops image and mask_image, and not the condition of a "
+                "ControlNet; leave it out, or crop all three before the call"
+            )
         return read_image_inputs(
             image,
             mask_image,
@@ -167,6 +185,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
             num_prompts=prompts.num_prompts,
             num_images=prompts.num_images,
             needs_mask=self._reads_mask,
+            padding_mask_crop=padding_mask_crop,
         )
 
     def _read_condition(
@@ -351,10 +370,11 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         *,
         seeds: list[int] | None,
         kind: tuple[str, bool],
+        inputs: ImageInputs,
     ) -> LatentDiffOutput | tuple[Any, list[bool] | None]:
         """Decode to images, PIL images with their settings, past the safety checker.
 
-        kind: output_type and return_dict.
+        kind: output_type and return_dict. inputs: the images that a part was made of.
         """
         output_type, return_dict = kind
         if output_type != "latent":
@@ -367,6 +387,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
             output_type=output_type,
         )
         if output_type == "pil":
+            images = inputs.pasted(images)
             images = [attach_settings(*pair) for pair in zip(images, settings, strict=True)]
         self.maybe_free_model_hooks()
         output = LatentDiffOutput(images, flagged, seeds, settings)

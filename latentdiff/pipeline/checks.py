@@ -30,7 +30,6 @@ UNSUPPORTED = {  # arguments of stock pipelines
     "ip_adapter_image": "IP-Adapters are read by StableDiffusionPipeline.from_pipe(pipe)",
     "ip_adapter_image_embeds": "IP-Adapters are read by StableDiffusionPipeline.from_pipe(pipe)",
     "masked_image_latents": "pass the masked image's own image and mask_image",
-    "padding_mask_crop": "crop image and mask_image before the call",
     "control_image": "pass the image that a ControlNet reads as condition",
     "depth_map": "pass it as condition",
     "guess_mode": "StableDiffusionControlNetPipeline.from_pipe(pipe) has it",

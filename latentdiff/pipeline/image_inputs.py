@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,11 +23,13 @@ from torch import Tensor
 from latentdiff.icc import profile_fault, to_srgb
 from latentdiff.image_io import ImageError, to_rgb
 from latentdiff.pipeline import checks
+from latentdiff.pipeline.conditioning.mask_crop import MaskCrop
 
 ImageList: TypeAlias = list[Image.Image] | Tensor
 Color: TypeAlias = tuple[int, int, int]
 
 DEFAULT_STRENGTH = 0.8
+MAX_PADDING = 4096  # pixels
 OVERSHOOT = 0.1  # pixels that lie less below 0 may be those of an image in [0, 1] that was resized
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)  # behind images to start from, and behind conditions
 
@@ -38,16 +40,18 @@ logger = logging.getLogger(__name__)
 class ImageInputs:
     """The images and masks of a call, each a list of PIL images or a tensor (B, C, H, W).
 
-    strength: the part of the chain that is denoised, None without an image.
+    strength: the part of the chain that is denoised, None without an image. padding_mask_crop: the
+    part around the mask alone is made, with so many pixels around it, and pasted back.
     """
 
     image: ImageList | None = None
     mask: ImageList | None = None
     strength: float | None = None
+    padding_mask_crop: int | None = None
 
     def size(self, *, multiple: int) -> tuple[int, int] | None:
-        """Return (height, width) of the first image, cut to a multiple; None without one."""
-        if self.image is None:
+        """Return (height, width) of the first image, cut to a multiple; None for the trained."""
+        if self.image is None or self.padding_mask_crop is not None:
             return None
         height, width = self.all_sizes()[0]
         return height // multiple * multiple, width // multiple * multiple
@@ -68,7 +72,8 @@ class ImageInputs:
     def pixels(self, height: int, width: int, *, num_images: int) -> Tensor:
         """Return images as (num_images, 3, height, width) in [-1, 1], resized where needed."""
         processor = VaeImageProcessor(vae_scale_factor=1, vae_latent_channels=0)
-        pixels: Tensor = processor.preprocess(self.image, height=height, width=width)
+        image = self.image if (crop := self._crop) is None else crop.cropped(height, width)[0]
+        pixels: Tensor = processor.preprocess(image, height=height, width=width)
         return _repeat(pixels.float(), num_images)
 
     def values(self, *, num_images: int) -> Tensor:
@@ -88,7 +93,26 @@ class ImageInputs:
             do_convert_grayscale=True,
         )
         mask = self.mask[:, 0] if isinstance(self.mask, Tensor) else self.mask
+        mask = mask if (crop := self._crop) is None else crop.cropped(height, width)[1]
         return _repeat(processor.preprocess(mask, height=height, width=width).float(), num_images)
+
+    def pasted(self, made: list[Image.Image]) -> list[Image.Image]:
+        """Return images as they were made, or what was made around masks pasted into its image."""
+        return made if (crop := self._crop) is None else crop.pasted(made)
+
+    @property
+    def _crop(self) -> MaskCrop | None:
+        """The parts around the masks, None where whole images are made."""
+        if self.padding_mask_crop is None:
+            return None
+        assert isinstance(self.image, list)
+        assert isinstance(self.mask, list)
+        num = max(len(self.image), len(self.mask))
+        images = [self.image[k * len(self.image) // num] for k in range(num)]
+        masks = [self.mask[k * len(self.mask) // num] for k in range(num)]
+        pairs = zip(images, masks, strict=True)
+        alike = [mask.resize(image.size) for image, mask in pairs]
+        return MaskCrop(images, alike, self.padding_mask_crop)
 
 
 def read_image_inputs(
@@ -99,12 +123,16 @@ def read_image_inputs(
     num_prompts: int,
     num_images: int,
     needs_mask: bool,
+    padding_mask_crop: object = None,
 ) -> ImageInputs:
     """Read images and masks: one for all, one a prompt, or one for each image to be made.
 
-    strength: in (0, 1]; None is 1 with a mask and 0.8 without. Raises ValueError naming what is
-    missing, of the wrong kind, shape or range.
+    strength: in (0, 1]; None is 1 with a mask and 0.8 without. padding_mask_crop: pixels around
+    masks, None for whole images. Raises ValueError naming what is missing, of the wrong kind, shape
+    or range.
     """
+    if padding_mask_crop is not None and mask_image is None:
+        raise ValueError("padding_mask_crop needs mask_image, around which it crops; pass both")
     if mask_image is not None and image is None:
         raise ValueError("mask_image needs the image that it belongs to; pass image too")
     if needs_mask and (image is None or mask_image is None):
@@ -124,7 +152,24 @@ def read_image_inputs(
     for name, images in (("image", given.image), ("mask_image", given.mask)):
         check_number(name, images, num_prompts=num_prompts, num_images=num_images)
     _check_mask_shape(given)
-    return given
+    if padding_mask_crop is None:
+        return given
+    return replace(given, padding_mask_crop=_read_padding(padding_mask_crop, given))
+
+
+def _read_padding(value: object, given: ImageInputs) -> int:
+    """Return padding_mask_crop; ValueError for a bad one, for arrays and for masks of black."""
+    padding = checks.in_range("padding_mask_crop", value, low=0, high=MAX_PADDING)
+    if padding != int(padding):
+        raise ValueError(f"padding_mask_crop must be a whole number of pixels, got {value!r}")
+    if isinstance(given.image, Tensor) or isinstance(given.mask, Tensor):
+        raise ValueError(
+            "padding_mask_crop crops PIL images, and image or mask_image is an array; pass both as "
+            "PIL images"
+        )
+    if any(mask.convert("L").getextrema()[1] == 0 for mask in given.mask or []):
+        raise ValueError("mask_image is black all over: nothing is to be painted there")
+    return int(padding)
 
 
 def read_images(name: str, value: object, *, background: Color = WHITE) -> ImageList | None:

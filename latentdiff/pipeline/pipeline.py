@@ -69,7 +69,8 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
       a list of an image each, and controlnet_conditioning_scale how much of each is added
       (conditioning/image_condition.py). Inpainting models read image and mask_image instead.
     - image, strength in (0, 1]: start from an image, a tensor or array in [0, 1] or [-1, 1];
-      mask_image: white where to paint.
+      mask_image: white where to paint; padding_mask_crop: only what lies so many pixels around it
+      is made, at the model's size, and pasted back, so that all other pixels stay.
     - height, width: in pixels, by default the image's or condition's, or those of the training;
       window_size: for larger canvases, the side in pixels of square windows in which the U-Net
       predicts one by one, overlapping by window_overlap in [0, 1): each step costs a pass a window.
@@ -168,6 +169,7 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         condition: Any = None,
         image: Any = None,
         mask_image: Any = None,
+        padding_mask_crop: int | None = None,
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -236,7 +238,14 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
             negative_crops_coords_top_left,
             negative_target_size,
         ).checked(is_sdxl=self.is_sdxl)
-        images = self._read_images(prompts, image, mask_image, strength=strength)
+        images = self._read_images(
+            prompts,
+            image,
+            mask_image,
+            strength=strength,
+            padding_mask_crop=padding_mask_crop,
+            output_type=output_type,
+        )
         read = self._read_condition(
             prompts, condition, images, level=noise_level, scale=controlnet_conditioning_scale
         )
@@ -270,7 +279,8 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
             condition=read,
             windows=windows,
         )
-        return self._output(z0, settings, seeds=seeds, kind=(output_type, return_dict))
+        kind = output_type, return_dict
+        return self._output(z0, settings, seeds=seeds, kind=kind, inputs=images)
 
     def denoise_loop(
         self,

@@ -66,6 +66,7 @@ def generation_metadata(
         "guidance_interval": list(guidance.interval),
         "image_guidance_scale": guidance.image_scale if is_edit else None,
         "strength": images.strength,
+        "padding_mask_crop": images.padding_mask_crop,
         "long_prompts": prompts.long_prompts,
         "clip_skip": prompts.clip_skip,
         "lora_scale": prompts.lora_scale,

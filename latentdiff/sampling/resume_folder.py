@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {  # of what a PNG file leaves out, as not given or o
     "guidance_rescale": 0.0,
     "guidance_interval": [0.0, 1.0],
     "strength": None,
+    "padding_mask_crop": None,
     "eta": 0.0,
     "long_prompts": "truncate",
     "prompt_weighting": True,
@@ -117,6 +118,7 @@ class ResumeFolder:
             "height": height,
             "width": width,
             "strength": self._images.strength,
+            "padding_mask_crop": self._images.padding_mask_crop,
             "guidance_rescale": given["guidance_rescale"],
             "guidance_interval": list(interval),
             "long_prompts": checks.long_prompts(given["long_prompts"]),
@@ -158,6 +160,7 @@ class ResumeFolder:
             num_prompts=1,
             num_images=1,
             needs_mask=self.pipe.condition_kind == "inpaint",
+            padding_mask_crop=self.arguments["padding_mask_crop"],
         )
 
     @cached_property

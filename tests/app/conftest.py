@@ -24,6 +24,7 @@ def _opened(model: Path) -> WebSession:
 @pytest.fixture
 def session(_opened: WebSession, model: Path) -> WebSession:
     """A session with the model open and an empty history; opening takes a second."""
-    _opened.library = replace(_opened.library, given=(str(model),), lora_dir=None, runs_dir=None)
+    given = {"given": (str(model),), "given_controlnets": ()}
+    _opened.library = replace(_opened.library, **given, lora_dir=None, runs_dir=None)
     _opened.history = History()
     return _opened

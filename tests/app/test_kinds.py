@@ -25,14 +25,14 @@ def test_what_is_painted_over_is_the_mask():
 
 
 @pytest.mark.parametrize("kind", [IMAGE, INPAINT])
-def test_what_a_kind_fills_in_it_reads_back(kind):
+def test_what_a_kind_fills_in_it_reads_back(session, kind):
     image, mask = Image.effect_noise((8, 4), 90).convert("RGB"), Image.new("L", (8, 4))
     mask.paste(255, (0, 0, 2, 4))
     fields = {"image": image, "strength": 0.4} | ({"mask_image": mask} if kind == INPAINT else {})
     request = request_of(kind=kind, **fields)
     found = KINDS[kind].read(KINDS[kind].fill(request))
     assert found["strength"] == 0.4
-    call = replace(request, width=8, height=4, **found).arguments()
+    call = replace(request, width=8, height=4, **found).arguments(session.facts)
     assert np.array_equal(np.asarray(call["image"].convert("RGB")), np.asarray(image))
     if kind == INPAINT:
         assert np.array_equal(np.asarray(call["mask_image"]), np.asarray(mask))

@@ -232,7 +232,9 @@ def test_an_image_is_changed_and_a_painted_part_is_replaced(page, server, tmp_pa
     page.mouse.up()
     page.wait_for_timeout(300)
     generate(page)
-    assert {"image", "mask_image"} == set(shown_image(page, tmp_path)[1]["inputs"])
+    settings = shown_image(page, tmp_path)[1]
+    assert {"image", "mask_image"} == set(settings["inputs"])
+    assert settings["call"]["padding_mask_crop"] == 44  # all of it: other pixels are kept
     assert server.session.history.entries()[0].request.kind == "inpaint"
 
 

@@ -1,5 +1,7 @@
 """Image-to-image and inpainting: equal to stock diffusers, each image by its own seed."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -43,6 +45,9 @@ def left_half(size=(SIZE, SIZE)):
     return mask
 
 
+MASKED = {"image": photo(), "mask_image": left_half()}
+
+
 def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -70,6 +75,44 @@ def test_inpainting_equals_stock(name, strength, num_channels):
     ).images
     images = tiny_pipeline(**parts)("a cat", seed=3, **call).images
     assert np.abs(images - expected).max() <= STEP
+
+
+def corner_mask(size, *box):
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.mark.parametrize("num_channels", [4, 9])
+@pytest.mark.parametrize("box", [(10, 20, 30, 28), (0, 0, 70, 50)])
+def test_the_part_around_a_mask_is_made_and_pasted_as_in_stock(box, num_channels):
+    image, mask = photo(1, (80, 60)), corner_mask((80, 60), *box)
+    call = {"image": image, "mask_image": mask, "padding_mask_crop": 6}
+    call |= {"num_inference_steps": 2, "guidance_scale": 4.0}
+    parts = {"scheduler": ddim(), "unet": tiny_unet(in_channels=num_channels)}
+    expected = stock(StableDiffusionInpaintPipeline, **parts)(
+        "a cat", generator=generators(3), strength=1.0, **call
+    ).images[0]
+    made = tiny_pipeline(**parts)("a cat", seed=3, **call).images[0]
+    assert made.size == (80, 60)
+    difference = np.abs(np.asarray(made, dtype=int) - np.asarray(expected))
+    assert difference.max() <= 1
+    known = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(made)[known], np.asarray(image)[known])
+    assert not np.array_equal(np.asarray(made)[~known], np.asarray(image)[~known])
+
+
+def test_parts_of_several_images_are_each_as_alone_and_made_again_from_their_settings():
+    pipe, images = tiny_pipeline(scheduler=ddim()), [photo(1, (80, 60)), photo(2, (48, 64))]
+    masks = [corner_mask((80, 60), 8, 8, 20, 20), corner_mask((24, 32), 4, 4, 20, 9)]
+    call = {"num_inference_steps": 1, "padding_mask_crop": 4}
+    given = {"image": images, "mask_image": masks, "num_images_per_prompt": 2}
+    together = pipe(["a cat", "a dog"], seed=5, **given, **call).images
+    assert [one.size for one in together] == [(80, 60)] * 2 + [(48, 64)] * 2
+    settings = json.loads(together[3].info["latentdiff"])["call"]
+    alone = pipe(image=images[1], mask_image=masks[1], **settings).images[0]
+    difference = np.abs(np.asarray(alone, dtype=int) - np.asarray(together[3]))
+    assert difference.max() <= 1
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler"])
@@ -167,6 +210,18 @@ def test_photograph_is_turned_upright_and_put_on_white():
         ({"image": torch.full((3, 8, 8), float("nan"))}, "image must lie in"),
         ({"image": photo(), "mask_image": torch.zeros(3, 8, 8)}, "mask_image has 3 images"),
         ({"image": photo(0, (3, 3))}, "image is 3 x 3 pixels .* less than 4 on a side"),
+        ({"image": photo(), "padding_mask_crop": 4}, "padding_mask_crop needs mask_image"),
+        ({**MASKED, "padding_mask_crop": -1}, "padding_mask_crop must lie in 0..4096"),
+        ({**MASKED, "padding_mask_crop": 1.5}, "padding_mask_crop must be a whole number"),
+        ({**MASKED, "padding_mask_crop": 4, "output_type": "np"}, "output_type is 'np'; leave"),
+        (
+            {"image": photo(), "mask_image": torch.ones(SIZE, SIZE), "padding_mask_crop": 4},
+            "padding_mask_crop crops PIL images",
+        ),
+        (
+            {"image": photo(), "mask_image": Image.new("L", (8, 8)), "padding_mask_crop": 4},
+            "mask_image is black all over",
+        ),
     ],
 )
 def test_bad_image_is_named(arguments, message):

@@ -319,6 +319,7 @@ def test_a_bad_controlnet_is_named(tmp_path):
         ({"condition": photo()}, "a list of 2 images, one for each ControlNet, got Image"),
         ({"condition": [photo()]}, "a list of 2 images, one for each ControlNet, got 1"),
         ({"condition": [photo(), photo(0, (16, 32))]}, r"condition\[1\] is 32 x 16 pixels"),
+        ({"padding_mask_crop": 4}, "crops image and mask_image, and not the condition"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe("a cat", **bad)

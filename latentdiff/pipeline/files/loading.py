@@ -245,7 +245,10 @@ class LoadingMixin(AdaptersMixin, FromSingleFileMixin):
                 net = open_controlnet(one, torch_dtype=self.unet.dtype, hub=hub)
             nets.append(net)
         self._check_controlnets(nets)
-        nets = [net.to(self.unet.device, self.unet.dtype) for net in nets]
+        for net in nets:
+            net.to(self.unet.device)
+            if net.dtype != self.unet.dtype:  # diffusers warns of each cast
+                net.to(self.unet.dtype)
         self.register_modules(controlnet=nets[0] if len(nets) == 1 else MultiControlNetModel(nets))
 
     def unload_controlnet(self) -> None:
