@@ -49,13 +49,19 @@ class Folder:
         self.rows = [json.loads(line) for line in lines][:num]
         self.captions = [row["text"] for row in self.rows]
         self.images = [open_image(root / row["file_name"], side) for row in self.rows]
-        named = [row["condition"] for row in self.rows if "condition" in row]
-        self.conditions = [open_image(root / name, side) for name in named]
+        files = [condition_file(root, row) for row in self.rows]
+        self.conditions = [open_image(file, side) for file in files if file is not None]
 
     @property
     def scenes(self):
         """The scenes of a folder of shapes."""
         return [Scene(**{k: v for k, v in row.items() if k in SCENE}) for row in self.rows]
+
+
+def condition_file(root, row):
+    """Return the file of a row's condition: named by it, or NAME.condition.png; None without."""
+    own = (root / row["file_name"]).with_suffix(".condition.png")
+    return root / row["condition"] if "condition" in row else own if own.exists() else None
 
 
 def open_image(path, side):
@@ -184,10 +190,17 @@ def edges(args):
     """Compare the edges of the images with those asked for."""
 
     def score(images, folder):
-        pairs = zip(images, folder.images, strict=True)
-        return shown(bootstrap_mean([edge_score(image, real) for image, real in pairs]))
+        return [edge_score(*pair) for pair in zip(images, folder.images, strict=True)]
 
-    return controlled(args, score)
+    scores = controlled(args, score)
+    own = np.array(scores["own_condition"])
+    figures = {name: shown(bootstrap_mean(found)) for name, found in scores.items()}
+    figures["above"] = {
+        name: shown(bootstrap_mean(own - np.array(found)))
+        for name, found in scores.items()
+        if name != "own_condition"
+    }
+    return figures
 
 
 def edit(args):

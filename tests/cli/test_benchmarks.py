@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     *("train_throughput", "train_step_overhead", "heldout_race", "scaling"),
     *("conditions", "vae", "startup", "memory", "keyed_randomness", "open_in_transformers4"),
-    "objectives",
+    *("objectives", "wide_canvas"),
 )
 
 
@@ -232,3 +232,12 @@ def test_what_a_condition_does_is_measured_next_to_its_baselines(
     if command in ("layout", "edit"):
         estimate, low, high = figures["vae"]["all_images"]["all"]
         assert 0 <= low <= estimate <= high <= 1
+
+
+def test_a_wide_canvas_is_made_at_once_and_in_windows(
+    benchmark, conditioned: Path, tmp_path: Path
+) -> None:
+    size = ["--height", "32", "--width", "96", "--steps", "1", "--sheet", str(tmp_path / "w.jpg")]
+    figures = figures_of(benchmark("wide_canvas", str(conditioned / "text"), "a cat", *size))
+    assert [way["windows"] for way in figures["ways"].values()] == [1, 3, 5, 9]
+    assert (tmp_path / "w.jpg").is_file()

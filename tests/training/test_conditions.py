@@ -247,7 +247,7 @@ def test_an_export_names_its_kind_and_stocks_pipeline(runs: dict[str, Path], kin
     assert type(stock).__name__ == CONDITION_KINDS[kind].pipeline
 
 
-@pytest.mark.parametrize("kind", ["inpaint", "instruct_pix2pix"])
+@pytest.mark.parametrize("kind", CONDITION_KINDS)
 def test_a_resumed_run_and_another_layout_are_the_same_run(
     world: Path, runs: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
@@ -257,7 +257,7 @@ def test_a_resumed_run_and_another_layout_are_the_same_run(
         config = config_of(world, tmp_path / "resumed", kind, train__max_steps=steps, **quick)
         assert train(config) == 0
     assert read_metrics(tmp_path / "resumed") == whole
-    if kind == "inpaint":  # whose pixels a data worker reads and the step encodes
+    if kind in ("inpaint", "upscale"):  # whose masks, degradations and noise are random
         layout = {"train__micro_batch_size": 3, "data__num_workers": 1}
         assert train(config_of(world, tmp_path / "micro", kind, **layout, **quick)) == 0
         losses = list(read_metrics(tmp_path / "micro").values())
