@@ -49,8 +49,8 @@ class ImageRequest:
     model, lora, controlnet: names in the library. kind: TEXT, IMAGE, INPAINT or CONDITION. seed: as
     typed, "" for a random one. windows: the image is made in windows of the trained size. strength
     to controlnet_conditioning_scale: None where the kind has no use for them; keeps_unmasked: of an
-    image, all but the painted part stays. The last eight are read by SDXL alone, the sizes as typed,
-    "width x height"; "" for the default.
+    image, all but the painted part stays. The last eight are read by SDXL alone, the sizes as
+    typed, "width x height"; "" for the default.
     """
 
     model: str = ""
