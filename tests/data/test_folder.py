@@ -173,6 +173,18 @@ def test_splits_by_folder(tmp_path):
     assert [r.split for r in folder.heldout()] == ["validation"] * 2
 
 
+def test_a_folder_that_looks_like_a_held_out_split_is_trained_on_with_a_warning(tmp_path, caplog):
+    for name in ("train", "test_easy", "val2017", "tests", "detest_me"):
+        captioned_folder(tmp_path / name, 1)
+    folder = read_folder(tmp_path)
+    assert len(folder.split("train")) == 5
+    (message,) = caplog.messages
+    assert "test_easy/ and val2017/ are read as training images" in message
+    caplog.clear()
+    read_folder(tmp_path / "train")
+    assert not caplog.messages
+
+
 def test_splits_by_hash_are_stable_when_the_folder_grows(tmp_path):
     captioned_folder(tmp_path, 60, width=8, height=8)
     before = {r.id: r.split for r in read_folder(tmp_path, heldout_fraction=0.3)}

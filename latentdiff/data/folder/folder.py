@@ -7,6 +7,7 @@ Splits come from train/, validation/ and test/ folders or from a stable hash of 
 below `root` is ever written.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from latentdiff.data.arrow.listing import TABLES, Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.caption_tables import CaptionRules
 from latentdiff.data.folder.files import existing_path
-from latentdiff.data.folder.folder_names import SPLITS, Split
+from latentdiff.data.folder.folder_names import SPLITS, Split, like_heldout
 from latentdiff.data.folder.join_records import SourceTable, join_records
 from latentdiff.data.folder.record_table import (
     RECORDS,
@@ -40,6 +41,8 @@ from latentdiff.data.folder.record_table import (
 from latentdiff.data.folder.shards import ARCHIVES
 from latentdiff.data.image_tables.hub_dataset import open_hub_dataset, parse_hub_id
 from latentdiff.program import program
+
+logger = logging.getLogger(__name__)
 
 FILE_COLUMNS = ("id", "size", "offset")
 
@@ -326,8 +329,23 @@ def read_folder(
     )
     index = ScanIndex(cache_dir, root) if cache_dir is not None else None
     found = last_records(rules, index) if trust_index and index is not None else None
-    found = found or build_record_table(root, rules, index=index, full=full, progress=progress)
+    if found is None:
+        _warn_of_splits(root)
+        found = build_record_table(root, rules, index=index, full=full, progress=progress)
     return Folder(root, found, name=name if hub is not None else "")
+
+
+def _warn_of_splits(root: Path) -> None:
+    """Log a warning of folders that look like a held-out split and are trained on."""
+    folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    if found := sorted(f"{name}/" for name in folders if like_heldout(name)):
+        logger.warning(
+            "%s: %s read as training images: a split's folder is named train, validation or test; "
+            "rename %s, or give the folder of the training images alone",
+            root,
+            f"{' and '.join(found)} {'is' if len(found) == 1 else 'are'}",
+            "it" if len(found) == 1 else "them",
+        )
 
 
 def join_folders(

@@ -67,6 +67,12 @@ def split_of_folder(record_id: str) -> Split:
     return FOLDER_NAMES.get(top.lower(), "train") if slash else "train"
 
 
+def like_heldout(folder: str) -> bool:
+    """Whether a top folder begins as a held-out split but is none, as test_easy or val2017."""
+    first = re.split(r"[-_. \d]", folder.lower(), maxsplit=1)[0]
+    return folder.lower() not in FOLDER_NAMES and FOLDER_NAMES.get(first, "train") != "train"
+
+
 def unit_hash(text: str) -> float:
     """Map a text to [0, 1), evenly and the same everywhere: the first 53 bits of its SHA-256."""
     digest = hashlib.sha256(text.encode()).digest()
