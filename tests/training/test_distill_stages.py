@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 from pathlib import Path
@@ -21,8 +20,8 @@ from test_distill import world
 from latentdiff.audit.verify import verify
 from latentdiff.config.options import DistillOptions
 from latentdiff.config.text_to_image import Config
-from latentdiff.pipeline.files.model_info import default_steps, read_model_info
-from latentdiff.training.distill.stages import distill, plan_lines, plan_stages
+from latentdiff.pipeline.files.model_info import ModelInfo, default_steps, read_model_info
+from latentdiff.training.distill.stages import COST, distill, plan_lines, plan_stages
 from latentdiff.training.text_to_image.train_step import TrainStep
 
 __all__ = ["world"]
@@ -125,10 +124,7 @@ def test_a_worse_stage_leaves_the_one_before(
     assert default_steps(read_model_info(whole / "pipeline"), 30) == 16
 
 
-def test_the_plan_takes_a_quarter_and_eighths_of_the_teachers_steps(
-    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_plan_has_a_stage_a_halving_and_names_the_cost(world: Path, tmp_path: Path) -> None:
     given = template(world, tmp_path)
     stages = plan_stages(given, DistillOptions(steps=2, guided_steps=40))
     names = ["0-guided", "1-16", "2-8", "3-4", "4-2"]
@@ -143,6 +139,29 @@ def test_the_plan_takes_a_quarter_and_eighths_of_the_teachers_steps(
     )
     with pytest.raises(ValueError, match="steps=3, expected 16, 8, 4, 2 or 1"):
         distill(given, DistillOptions(steps=3))
+
+
+@pytest.mark.parametrize("steps", [1_150, 30_000])
+def test_down_to_one_step_all_stages_cost_a_tenth_more_than_the_teachers_training_at_most(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    known = ModelInfo(steps=steps)
+    monkeypatch.setattr("latentdiff.training.distill.stages._info", lambda template: known)
+    stages = plan_stages(template(world, tmp_path), DistillOptions(steps=1))
+    lengths = [stage.config.train.max_steps for stage in stages]
+    assert lengths == [int(steps * 3 / 16), *5 * [int(steps * 3 / 32)]]
+    assert 1.05 < COST * sum(lengths) / steps <= 1.1
+
+
+def test_a_teacher_of_unknown_training_is_given_the_steps(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentdiff.training.distill.stages._info", lambda template: ModelInfo())
+    given = template(world, tmp_path)
+    with pytest.raises(ValueError, match="does not say how many steps it was trained for"):
+        plan_stages(given, DistillOptions(guided_steps=5))
+    both = plan_stages(given, DistillOptions(guided_steps=5, halving_steps=3))
+    assert [stage.config.train.max_steps for stage in both] == [5, 3, 3, 3]
 
 
 LCM = DistillOptions(method="lcm_lora", steps=2, lora_steps=3, teacher_images=6, **MEASURED)

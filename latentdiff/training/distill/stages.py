@@ -49,7 +49,7 @@ from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.train_t2i import train
 
 logger = logging.getLogger(__name__)
-GUIDED_SHARE, HALVING_SHARE = 4, 8  # of the teacher's optimiser steps: a quarter, an eighth
+GUIDED_SHARE, HALVING_SHARE = 3 / 16, 3 / 32  # of the teacher's optimiser steps
 COST = 5 / 3  # forward units of a step, next to plain training: the teacher predicts twice
 LCM_COST = 6 / 3  # the target is one more
 ADAPTERS = ("lora", "lora_kohya.safetensors")  # of an LCM-LoRA
@@ -125,10 +125,10 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
     if not all(lengths) and not info.steps:
         raise ValueError(
             f"{template.model.pretrained} does not say how many steps it was trained for, of which "
-            "a stage takes a share; give --guided_steps and --halving_steps, such as 1000 and 500"
+            "a stage takes a share; give --guided_steps and --halving_steps, such as 2000 and 1000"
         )
     guided, halving = (
-        given or max(1, (info.steps or 0) // share)
+        given or max(1, int((info.steps or 0) * share))
         for given, share in zip(lengths, (GUIDED_SHARE, HALVING_SHARE), strict=True)
     )
     counts = [count for count in STUDENT_STEPS if count >= options.steps]
