@@ -2,12 +2,12 @@
 
     python benchmarks/few_steps_sd15.py [--rounds 2] [--threads 1,2]
 
-Random weights, batch 1. The parts of a call take turns, one of each a round, on one core and then on
-two, each in a process of its own: a guided step (both captions in one pass) of stock diffusers in
-channels_last and of LatentDiffPipeline's packed U-Net, a step of a student that reads the guidance,
-decoding by the VAE, and by a tiny one of TAESD's size; all in bf16. After them, in processes of
-their own, OpenVINO's bf16 passes of the same networks, and stable-diffusion.cpp's calls from a
-float16 file, whose steps are the difference of two calls, where `openvino` and
+Random weights, batch 1. The parts of a call take turns, one of each a round, on one core and then
+on two, each in a process of its own: a guided step (both captions in one pass) of stock diffusers
+in channels_last and of LatentDiffPipeline's packed U-Net, a step of a student that reads the
+guidance, decoding by the VAE, and by a tiny one of TAESD's size; all in bf16. After them, in
+processes of their own, OpenVINO's bf16 passes of the same networks, and stable-diffusion.cpp's
+calls from a float16 file, whose step is the difference of two calls, where `openvino` and
 `stable_diffusion_cpp` are installed; "skipped" says what was not. Seconds are the processes' CPU
 time on one core, the clock's on two. A call is its steps and its decoding: the text encoder's part,
 below a hundredth, is not in it. Prints one JSON line.
