@@ -2,14 +2,15 @@
 
     make demo-scratch
     latentdiff distill demo-scratch-run/model --data demo-scratch-run/shapes --steps 1 --out OUT
-    python benchmarks/few_steps_accuracy.py demo-scratch-run/model OUT
+    python benchmarks/few_steps_accuracy.py demo-scratch-run/model OUT [LCM]
 
 TEACHER: a model's or a run's folder; DISTILLED: what `latentdiff distill` wrote, whose stages are
-students of their own numbers of steps. All generate the same --num seen and --num held-out captions
-from the same seeds, the teacher with classifier-free guidance: in --teacher_steps, and in each
-student's number. metrics/shapes_judge.py judges by geometry and colour, nothing learned. Prints one
-JSON line: shares of images that show all attributes with 95 % intervals (Wilson), and of them what
-each loses to the teacher in --teacher_steps, caption by caption (bootstrap).
+students of their own numbers of steps, or an LCM-LoRA. All generate the same --num seen and --num
+held-out captions from the same seeds, the teacher with classifier-free guidance: in --teacher_steps
+and in each student's number, and where there is an LCM-LoRA also without, at its cost.
+metrics/shapes_judge.py judges by geometry and colour, nothing learned. Prints one JSON line: shares
+of images that show all attributes with 95 % intervals (Wilson), and of them what each loses to the
+teacher in --teacher_steps, caption by caption (bootstrap).
 """
 
 import argparse
@@ -25,13 +26,22 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.evaluation.metrics.bootstrap import bootstrap_difference, proportion
 from latentdiff.evaluation.metrics.shapes_judge import follows, judge_image
 from latentdiff.models.model_path import resolve_model
+from latentdiff.pipeline.files.model_info import read_model_info
 from latentdiff.sampling.batch_sampler import generate_images
+
+SETS = ("seen", "heldout")
 
 
 def students(distilled, at_most):
-    """Return the folders of the stages of at most so many steps, by their number."""
-    found = {int(re.sub(".*-", "", one.name)): one for one in distilled.glob("stages/[1-9]-*")}
-    return {num: found[num] / "pipeline" for num in sorted(found, reverse=True) if num <= at_most}
+    """Return the folders of the stages of at most so many steps, by name and number."""
+    found = {}
+    for folder in distilled:
+        for stage in folder.glob("stages/*"):
+            name = stage.name if stage.name == "lcm-lora" else "student"
+            steps = read_model_info(stage / "pipeline").num_inference_steps
+            if steps <= at_most and not stage.name.startswith("0"):
+                found[name, steps] = stage / "pipeline"
+    return dict(sorted(found.items(), key=lambda item: (-item[0][1], item[0][0])))
 
 
 def open_quiet(folder):
@@ -40,12 +50,11 @@ def open_quiet(folder):
     return pipe
 
 
-def answers_of(pipe, scenes, *, num_steps, args):
+def answers_of(pipe, scenes, *, num_steps, guidance_scale, batch_size):
     """Return of each scene which attributes its image shows."""
-    captions = [scene.caption for scene in scenes]
-    options = {"num_inference_steps": num_steps, "guidance_scale": args.guidance_scale}
-    seeds, size = range(len(scenes)), args.batch_size
-    images = generate_images(pipe, captions, seeds=seeds, batch_size=size, **options)
+    captions, seeds = [scene.caption for scene in scenes], range(len(scenes))
+    options = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale}
+    images = generate_images(pipe, captions, seeds=seeds, batch_size=batch_size, **options)
     return [follows(judge_image(image), scenes[k]) for k, image in images]
 
 
@@ -60,31 +69,39 @@ def shares_of(answers, reference):
     }
 
 
+def jobs_of(folders, args):
+    """Return (name, steps, guidance scale, folder) of each row."""
+    scale, jobs = args.guidance_scale, []
+    for steps in dict.fromkeys([args.teacher_steps, *(steps for _, steps in folders)]):
+        jobs.append(("teacher", steps, scale, args.teacher))
+    for (name, steps), folder in folders.items():
+        is_lora = name == "lcm-lora"
+        jobs += [("teacher", steps, 1.0, args.teacher)] * is_lora
+        jobs.append((name, steps, 1.0 if is_lora else scale, folder))
+    return jobs
+
+
 def main():
     """Generate, judge and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher", type=Path)
-    parser.add_argument("distilled", type=Path)
+    parser.add_argument("distilled", type=Path, nargs="+")
     parser.add_argument("--num", type=int, default=256, help="captions of each set")
     parser.add_argument("--teacher_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--max_steps", type=int, default=8, help="of the students to measure")
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args()
-    folders = students(args.distilled, args.max_steps)
-    pipes = {num: open_quiet(folders[num]) for num in folders}
-    pipes["teacher"] = open_quiet(args.teacher)
-    jobs = [("teacher", args.teacher_steps)]
-    jobs += [job for num in folders for job in (("teacher", num), (num, num))]
     rows, reference, scenes = [], {}, scenes_for(args.num)
-    for model, num_steps in jobs:
-        row = {"model": "teacher" if model == "teacher" else "student", "steps": num_steps}
-        for name in ("seen", "heldout"):
-            answers = answers_of(pipes[model], scenes[name], num_steps=num_steps, args=args)
-            row[name] = shares_of(answers, reference.setdefault(name, answers))
+    for name, steps, scale, folder in jobs_of(students(args.distilled, args.max_steps), args):
+        pipe, row = open_quiet(folder), {"model": name, "steps": steps, "guidance_scale": scale}
+        options = {"num_steps": steps, "guidance_scale": scale, "batch_size": args.batch_size}
+        for part in SETS:
+            answers = answers_of(pipe, scenes[part], **options)
+            row[part] = shares_of(answers, reference.setdefault(part, answers))
         rows.append(row)
-    given = {"num": args.num, "guidance_scale": args.guidance_scale}
-    print(json.dumps({"benchmark": "few_steps_accuracy"} | given | {"rows": rows} | machine()))
+    given = {"num": args.num, "rows": rows}
+    print(json.dumps({"benchmark": "few_steps_accuracy"} | given | machine()), flush=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class ModelFacts:
     max_side_px, max_windowed_px: of a side, in one pass of the U-Net and in windows.
     condition_kind: of the image that its U-Net reads; max_noise_level, image_guidance_scale: how
     noisy that may be, and how strongly it guides by default, 1 where it cannot. is_sdxl: reads
-    second prompts and sizes.
+    second prompts and sizes. is_distilled: a step is one pass at any guidance.
     """
 
     name: str
@@ -67,6 +67,7 @@ class ModelFacts:
     max_noise_level: int = MAX_NOISE_LEVEL
     image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
     is_sdxl: bool = False
+    is_distilled: bool = False
     summary: str = ""
     rows: tuple[tuple[str, str], ...] = ()
 
@@ -152,6 +153,7 @@ def read_model_facts(
         max_noise_level=MAX_NOISE_LEVEL if info.max_noise_level is None else info.max_noise_level,
         image_guidance_scale=image_guidance(info, None),
         is_sdxl=pipe.is_sdxl,
+        is_distilled=bool(info.num_inference_steps),
         summary=card_summary(text),
         rows=tuple(_rows(pipe, info, size=(width, height))),
     )

@@ -61,21 +61,30 @@ def event_html(event: Event) -> str:
     return status_html(text)
 
 
-def images_html(entries: Sequence[HistoryEntry]) -> str:
-    """Return finished images, uncropped, each with its seed and a link to its file."""
+def images_html(
+    entries: Sequence[HistoryEntry],
+    captions: Sequence[str] = (),
+    *,
+    empty: str = "Your image appears here",
+) -> str:
+    """Return finished images, uncropped, each with its caption and a link to its file.
+
+    captions: by default the seed and the size of each. empty: what is said where there are none.
+    """
     if not entries:
-        return render_template(_EMPTY, text="Your image appears here")
+        return render_template(_EMPTY, text=empty)
+    known = [f"seed {one.request.seed}, {one.size[0]} x {one.size[1]}" for one in entries]
     shown = [
         {
             "src": FILE_ROUTE + quote(str(entry.path)),
             "alt": entry.request.prompt or "an image",
             "kind": "pixels" if max(entry.size) <= PIXELATED_PX else "",
-            "caption": f"seed {entry.request.seed}, {entry.size[0]} x {entry.size[1]}",
+            "caption": caption,
             "link": True,
             "width": entry.size[0],
             "height": entry.size[1],
         }
-        for entry in entries
+        for entry, caption in zip(entries, captions or known, strict=True)
     ]
     return render_template(_IMAGES, shown=shown)
 

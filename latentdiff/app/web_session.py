@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -95,6 +95,7 @@ class _Job:
 
     request: ImageRequest
     events: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
+    is_timed: bool = False
     stopped: threading.Event = field(default_factory=threading.Event)
     progress: tuple[int, int] = (0, 0)  # the last step done, and of how many
 
@@ -156,13 +157,16 @@ class WebSession:
         with self._turn(job):
             return self._open(job)
 
-    def generate(self, request: ImageRequest, *, client: str = "") -> Iterator[Event]:
+    def generate(
+        self, request: ImageRequest, *, client: str = "", is_timed: bool = False
+    ) -> Iterator[Event]:
         """Yield what happens until the images are made, or the call is stopped.
 
-        client: whoever may stop this call. Raises ValueError for a bad request, and the call's own
-        errors. Closing the iterator stops the call.
+        client: whoever may stop this call. is_timed: the seconds are to be those of the call alone,
+        so it has no previews and comes after a step that gets the model ready. Raises ValueError
+        for a bad request, and the call's own errors. Closing the iterator stops the call.
         """
-        job = _Job(request)
+        job = _Job(request, is_timed=is_timed)
         self._jobs[client] = job
         threading.Thread(target=self._work, args=(job,), daemon=True).start()
         try:
@@ -231,6 +235,10 @@ class WebSession:
         pipe.vae = self._tiny_vae if request.vae == TINY else self._own_vae
         self._choose_lora(pipe, job)
         self._choose_controlnet(pipe, job)
+        if job.is_timed:
+            first = replace(request, num_inference_steps=1).arguments(facts)
+            pipe(**first, callback_on_step_end=lambda *_: job.check() or {})
+            started = time.perf_counter()
         result = self._call(pipe, job)
         made = zip(result.images, result.seeds or [], result.settings or [], strict=True)
         entries = [
@@ -249,7 +257,8 @@ class WebSession:
         def step_end(pipe: Any, i: int, t: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
             job.check()
             num = pipe.num_timesteps
-            images = preview.images(tensors["predicted_z0"]) if i + 1 < num else None
+            is_seen = i + 1 < num and not job.is_timed
+            images = preview.images(tensors["predicted_z0"]) if is_seen else None
             left = (time.perf_counter() - started) / (i + 1) * (num - i - 1)
             job.progress = i + 1, num
             job.events.put(Step(i + 1, num, left, images))

@@ -15,6 +15,7 @@ import gradio as gr
 
 from latentdiff.app.create_layout import lay_out
 from latentdiff.app.create_tab import CreateTab
+from latentdiff.app.few_steps.tab import FewStepsTab
 from latentdiff.app.library import Library
 from latentdiff.app.page_html import facts_html
 from latentdiff.app.page_style import ENTER_GENERATES, STYLE, make_theme
@@ -101,8 +102,11 @@ def build_page(session: WebSession) -> gr.Blocks:
             with gr.Tab("Create", id="create") as create_tab:
                 ui = lay_out(model, about)
                 create = CreateTab(session, page, ui)
+            with gr.Tab("Few steps", id="few-steps", elem_id="few-steps") as few_steps_tab:
+                FewStepsTab(session).lay_out(few_steps_tab)
             with gr.Tab("Training runs", id="runs", elem_id="runs") as runs_tab:
                 runs = RunsTab(session, tabs, create)
                 runs.lay_out(runs_tab)
-        create_tab.select(runs.stop_watching, None, runs.timer, show_progress="hidden")
+        for tab in (create_tab, few_steps_tab):
+            tab.select(runs.stop_watching, None, runs.timer, show_progress="hidden")
     return page

@@ -3,7 +3,7 @@
 Scores are losses, teacher less student, so that the upper end of their interval is what the student
 is not worse by: of captions of the shapes world, whose images a geometric judge reads; of the CLIP
 score; and, always, the distance between the two images of a caption, with that of two captions'
-images by the teacher as its unit. FD has no interval, and so no verdict.
+images by the teacher as its unit. FD and KID to the teacher's images are told without a verdict.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from latentdiff.evaluation.metrics.bootstrap import (
     proportion,
 )
 from latentdiff.evaluation.metrics.clip import Clip
-from latentdiff.evaluation.metrics.fd_kid import frechet_distance
+from latentdiff.evaluation.metrics.fd_kid import frechet_distance, kernel_distance
 from latentdiff.evaluation.metrics.features import embed_in_batches
 from latentdiff.evaluation.metrics.shapes_judge import follows, judge_image
 from latentdiff.evaluation.report.prompt_following import is_scene, scene_of
@@ -60,12 +60,13 @@ class Score:
 
 @dataclass(frozen=True)
 class StudentReport:
-    """The scores of a student, at 95 %; fd: to the teacher's images, where features are given."""
+    """The scores of a student, at 95 %; fd, kid: to the teacher's images, by features if given."""
 
     scores: tuple[Score, ...]
     num_images: int
     fd: float | None = None
     fd_caution: str = ""
+    kid: Interval | None = None
 
     @property
     def is_worse(self) -> bool:
@@ -73,9 +74,12 @@ class StudentReport:
         return any(score.is_worse for score in self.scores)
 
     def lines(self) -> list[str]:
-        """Return the verdict of each score, and FD."""
+        """Return the verdict of each score, FD and KID."""
         lines = [str(score) for score in self.scores]
-        return lines if self.fd is None else [*lines, f"FD: {self.fd:.4g} ({self.fd_caution})"]
+        if self.fd is None or self.kid is None:
+            return lines
+        kid = f"{self.kid.estimate:.3g} [{self.kid.low:.3g}, {self.kid.high:.3g}]"
+        return [*lines, f"FD: {self.fd:.4g} ({self.fd_caution})", f"KID: {kid}"]
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -131,19 +135,15 @@ def compare_student(
     if nets.clip is not None:
         cosines = [_cosines(nets.clip, one, batch_size, device) for one in (teacher, student)]
         scores.append(_score("CLIP score", *cosines, allowed=max_clip_loss))
-    fd = None
-    if nets.features is not None:
-        embedded = (
-            embed_in_batches(nets.features.embed, one.flat, size=batch_size, device=device)
-            for one in (teacher, student)
-        )
-        fd = frechet_distance(*embedded)
-    return StudentReport(
-        tuple(scores),
-        len(teacher.captions),
-        fd=None if fd is None else fd.value,
-        fd_caution="" if fd is None else fd.caution,
+    report = StudentReport(tuple(scores), len(teacher.captions))
+    if nets.features is None:
+        return report
+    first, second = (
+        embed_in_batches(nets.features.embed, one.flat, size=batch_size, device=device)
+        for one in (teacher, student)
     )
+    fd, kid = frechet_distance(first, second), kernel_distance(first, second)
+    return replace(report, fd=fd.value, fd_caution=fd.caution, kid=kid)
 
 
 def _distance(teacher: Tensor, student: Tensor, *, allowed: float) -> Score:

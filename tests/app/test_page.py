@@ -265,6 +265,21 @@ def test_a_png_file_fills_its_settings_in(page, server):
     )
 
 
+def test_two_models_are_set_next_to_each_other(page):
+    page.click("role=tab[name='Few steps']")
+    field(page, "few-prompt").fill("a cat")
+    page.fill("#few-steps-0 input[type=number]", "3")
+    page.fill("#few-steps-1 input[type=number]", "1")
+    field(page, "few-guidance").fill("high")
+    page.click("#compare")
+    page.wait_for_selector("#few-status [role=alert]:has-text(\"got 'high'\")")
+    field(page, "few-guidance").fill("3")
+    page.click("#compare")
+    page.wait_for_selector("#few-status:has-text('times as fast as tiny')")
+    captions = page.locator("#few-images figcaption").all_inner_texts()
+    assert [one.split(" passes")[0] for one in captions] == ["tiny: 3 steps, 6", "tiny: 1 step, 2"]
+
+
 def test_a_run_is_shown_and_grows_as_it_is_written(page, server):
     page.click("role=tab[name='Training runs']")
     page.wait_for_selector("#run-view:has-text('Stopped after step 20')")
@@ -278,7 +293,7 @@ def test_a_run_is_shown_and_grows_as_it_is_written(page, server):
 
 def test_a_phone_s_width_needs_no_scrolling_sideways_and_names_every_control(page, tmp_path):
     page.set_viewport_size({"width": 390, "height": 844})
-    for name in ("Image to image", "Inpaint", "Text to image", "Training runs"):
+    for name in ("Image to image", "Inpaint", "Text to image", "Few steps", "Training runs"):
         page.click(f"role=tab[name='{name}']")
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -91,3 +91,8 @@ def test_networks_score_images_in_batches_and_tell_a_spoilt_student() -> None:
     inverted = scored(255 - images)
     assert inverted.fd is not None
     assert inverted.fd > 0.001
+    assert same.kid is not None
+    assert inverted.kid is not None
+    assert same.kid.low < 0 < same.kid.high
+    assert inverted.kid.low > 0
+    assert "KID: " in inverted.lines()[-1]

@@ -8,11 +8,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from fakes_finetune import QUICK, generate, open_ours
 from fakes_training import make_config, read_metrics
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_distill import world
@@ -89,7 +91,7 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     monkeypatch.setattr("latentdiff.training.distill.stages.train", lambda config: 1 / 0)
     monkeypatch.setattr(
-        "latentdiff.training.distill.stages.generate_and_save", lambda *_, **__: 1 / 0
+        "latentdiff.training.distill.comparison.generate_and_save", lambda *_, **__: 1 / 0
     )
     assert distill(template(world, whole), OPTIONS) == 0
 
@@ -104,6 +106,16 @@ def test_the_export_opens_in_stock_diffusers_and_says_its_steps(world: Path, who
         generate(pipe, num_inference_steps=16) for pipe in (open_ours(whole / "pipeline"), stock)
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1 / 255)
+
+
+def test_a_sheet_has_the_teacher_s_images_above_those_of_each_student(whole: Path) -> None:
+    with Image.open(whole / "comparison.png") as sheet:
+        assert sheet.width == 8 + 8 * (128 + 8)
+        assert 3 * 128 < sheet.height < 4 * 128 + 200  # the teacher, 0-guided and 1-16
+        tile = np.array(sheet.crop((8, 8, 136, 136)))
+    with Image.open(whole / "teacher" / "0000-0.png") as image:
+        enlarged = image.convert("RGB").resize((128, 128), Image.Resampling.NEAREST)
+    assert np.array_equal(tile, np.array(enlarged))
 
 
 def test_a_worse_stage_leaves_the_one_before(

@@ -36,7 +36,7 @@ from latentdiff.models.components import Components
 from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline import LatentDiffPipeline
 from latentdiff.pipeline.files.model_info import default_guidance
-from latentdiff.training.distill.stages import StudentComparison
+from latentdiff.training.distill.comparison import StudentComparison
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.finetune.textual_inversion import add_tokens, merge_tokens
 from latentdiff.training.inputs.dataset import time_ids

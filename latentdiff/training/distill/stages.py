@@ -3,47 +3,27 @@
 A stage is an ordinary text-to-image run in stages/NAME, which `latentdiff train --config
 stages/NAME/config.yaml` continues alone; its EMA teaches the next. What is done is not done again,
 so a run that was stopped anywhere continues, bit for bit. Does not answer for: what a student
-learns (objective.py), how it is compared with the first teacher (evaluation/compare_student.py).
+learns (objective.py), how it is compared with the first teacher (comparison.py).
 """
 
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from latentdiff.atomic import atomic_file, atomic_folder, write_text
 from latentdiff.config.io import load_stored_config
-from latentdiff.config.options import (
-    STUDENT_STEPS,
-    DistillOptions,
-    EvalModelOptions,
-    EvaluationOptions,
-)
+from latentdiff.config.options import STUDENT_STEPS, DistillOptions
 from latentdiff.config.text_to_image import Config
-from latentdiff.device import choose_device
-from latentdiff.evaluation.compare_student import StudentReport, compare_student, generate_and_save
-from latentdiff.evaluation.generate import GeneratedImages
-from latentdiff.evaluation.metric_nets import MetricNets, load_metric_nets
-from latentdiff.models.compatibility import reads_time_ids
-from latentdiff.models.model_path import read_model_configs, resolve_model
+from latentdiff.models.model_path import resolve_model
 from latentdiff.pipeline.files.model_card import class_of_folder, folder_title, model_card
-from latentdiff.pipeline.files.model_info import (
-    ModelInfo,
-    default_guidance,
-    read_model_info,
-    write_model_info,
-)
-from latentdiff.sampling.open_pipeline import open_pipeline
+from latentdiff.pipeline.files.model_info import ModelInfo, read_model_info, write_model_info
 from latentdiff.training.bill.contents import attach_again
-from latentdiff.training.distill.teacher_images import data_of_teacher, generate_teacher_images
+from latentdiff.training.distill.comparison import REPORT, Stage, StudentComparison
+from latentdiff.training.distill.teacher_images import data_of_teacher
 from latentdiff.training.distributed import start_accelerator
-from latentdiff.training.inputs.encode import caption_transform, unique_captions
-from latentdiff.training.inputs.sources import read_data
 from latentdiff.training.text_to_image.components import check_components
 from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.train_t2i import train
@@ -53,33 +33,15 @@ GUIDED_SHARE, HALVING_SHARE = 3 / 16, 3 / 32  # of the teacher's optimiser steps
 COST = 5 / 3  # forward units of a step, next to plain training: the teacher predicts twice
 LCM_COST = 6 / 3  # the target is one more
 ADAPTERS = ("lora", "lora_kohya.safetensors")  # of an LCM-LoRA
-REPORT = "report.json"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage by the name of its folder, and the run that it is."""
-
-    name: str
-    config: Config
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.output_dir)
-
-    @property
-    def model(self) -> Path:
-        """The folder of its student."""
-        return self.folder / "pipeline"
 
 
 def distill(template: Config, options: DistillOptions) -> int:
     """Distil template.model.pretrained to options.steps; return the exit status.
 
     0: done; 1: a stage was worse than the teacher, and the one before is exported, if any; 143 or
-    130: stopped, all state saved. Writes stages/, teacher/ (images), report.json and pipeline/ into
-    template.output_dir. ValueError or FileNotFoundError for bad input, before heavy work.
+    130: stopped, all state saved. Writes stages/, teacher/ (images), report.json, comparison.png
+    and pipeline/ into template.output_dir. ValueError or FileNotFoundError for bad input, before
+    heavy work.
     """
     options.check()
     stages = plan_stages(template, options)
@@ -105,6 +67,7 @@ def distill(template: Config, options: DistillOptions) -> int:
     is_whole = kept is stages[-1]
     if is_main:
         _write_result(template, kept, reports, asked=options.steps)
+        comparison.write_sheet(stages[: len(reports)])
     accelerator.wait_for_everyone()
     return 0 if is_whole else 1
 
@@ -115,22 +78,13 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
     lcm_lora has one stage, its adapter. ValueError where the teacher does not say how long it was
     trained and no steps are given.
     """
-    template, info = with_resolution(template), _info(template)
+    template = with_resolution(template)
     out = Path(template.output_dir).expanduser()
     if options.teacher_images:
         template = replace(template, data=data_of_teacher(template.data, out))
     if options.method == "lcm_lora":
         return [_lora_stage(template, options)]
-    lengths = options.guided_steps, options.halving_steps
-    if not all(lengths) and not info.steps:
-        raise ValueError(
-            f"{template.model.pretrained} does not say how many steps it was trained for, of which "
-            "a stage takes a share; give --guided_steps and --halving_steps, such as 2000 and 1000"
-        )
-    guided, halving = (
-        given or max(1, int((info.steps or 0) * share))
-        for given, share in zip(lengths, (GUIDED_SHARE, HALVING_SHARE), strict=True)
-    )
+    guided, halving = _lengths(template, options)
     counts = [count for count in STUDENT_STEPS if count >= options.steps]
     teacher = str(resolve_model(template.model.pretrained))
     stages: list[Stage] = []
@@ -154,6 +108,18 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
         stages.append(Stage(name, config))
         teacher = str(stages[-1].model)
     return stages
+
+
+def _lengths(template: Config, options: DistillOptions) -> tuple[int, int]:
+    """Return the optimiser steps of the first stage and of each halving."""
+    given, known = (options.guided_steps, options.halving_steps), _info(template).steps
+    if not all(given) and not known:
+        raise ValueError(
+            f"{template.model.pretrained} does not say how many steps it was trained for, of which "
+            "a stage takes a share; give --guided_steps and --halving_steps, such as 2000 and 1000"
+        )
+    shares = [max(1, int((known or 0) * share)) for share in (GUIDED_SHARE, HALVING_SHARE)]
+    return given[0] or shares[0], given[1] or shares[1]
 
 
 def _lora_stage(template: Config, options: DistillOptions) -> Stage:
@@ -200,119 +166,6 @@ def is_done(stage: Stage, *, after: Stage | None) -> bool:
     return replace(found, train=replace(found.train, resume=stage.config.train.resume)) == (
         stage.config
     )
-
-
-class StudentComparison:
-    """Compares students with the first teacher; its images are generated once."""
-
-    def __init__(self, template: Config, options: DistillOptions) -> None:
-        self.template, self.options = template, options
-        self.out = Path(template.output_dir).expanduser()
-        distill = template.distill
-        unet = read_model_configs(template.model.pretrained).get("unet", {})
-        own = default_guidance(_info(template), is_sdxl=reads_time_ids(unet))
-        within = min(max(own, distill.min_guidance), distill.max_guidance)
-        self.scale = within if options.guidance_scale is None else options.guidance_scale
-        self._teacher: GeneratedImages | None = None
-        self._nets: MetricNets | None = None
-
-    def report(self, stage: Stage, accelerator: Accelerator) -> dict[str, Any]:
-        """Return a stage's report, which is measured where no earlier one is of these options.
-
-        All processes call it; the main one measures.
-        """
-        path = stage.folder / REPORT
-        options = asdict(self.options) | {"guidance_scale": self.scale}
-        if accelerator.is_main_process and not _is_of(path, options, stage):
-            report = self.measure(stage)
-            write_text(path, json.dumps({"options": options} | report.to_json(), indent=2) + "\n")
-        accelerator.wait_for_everyone()
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if accelerator.is_main_process:
-            for line in found["text"]:
-                logger.info("stage %s, %s", stage.name, line)
-        return found
-
-    def measure(self, stage: Stage) -> StudentReport:
-        """Generate images with teacher and student, and compare them."""
-        options, model = self.options, self.template.model.pretrained
-        if self._teacher is None:
-            self._teacher = self._generate(model, self.out / "teacher", options.teacher_num_steps)
-            scoring = EvaluationOptions(
-                clip=options.clip, clip_weights=options.clip_weights, features=options.features
-            )
-            self._nets = load_metric_nets(scoring, EvalModelOptions(""))
-        assert self._nets is not None
-        student = self._generate(
-            str(stage.model), stage.folder / "images", stage.config.distill.num_steps
-        )
-        return compare_student(
-            self._teacher,
-            student,
-            nets=self._nets,
-            max_accuracy_loss=options.max_accuracy_loss,
-            max_clip_loss=options.max_clip_loss,
-            max_distance=options.max_distance,
-            batch_size=options.measure_batch_size,
-            device=choose_device(),
-        )
-
-    def _generate(self, model: str, folder: Path, num_steps: int) -> GeneratedImages:
-        pipe = open_pipeline(model)
-        pipe.set_progress_bar_config(disable=True)
-        scale = 1.0 if pipe.model_info.is_guided else self.scale
-        return generate_and_save(
-            pipe,
-            self.captions,
-            folder,
-            num_inference_steps=num_steps,
-            guidance_scale=scale,
-            batch_size=self.options.measure_batch_size,
-        )
-
-    def generate_teacher_images(self, accelerator: Accelerator) -> None:
-        """Generate the teacher's images to train on, by the main process."""
-        if accelerator.is_main_process:
-            generate_teacher_images(
-                self.template,
-                self._known_captions[1] or self._known_captions[0],
-                num=self.options.teacher_images,
-                num_steps=self.options.teacher_num_steps,
-                guidance_scale=self.scale,
-                batch_size=self.options.measure_batch_size,
-            )
-        accelerator.wait_for_everyone()
-
-    @cached_property
-    def _known_captions(self) -> tuple[list[str], list[str]]:
-        """Different captions of the held-out images, and of the others."""
-        data, prompts = self.template.data, self.template.finetune.instance_prompts
-        train_folder, heldout = read_data(data, prompts=prompts, trust_index=True)
-        transform = caption_transform(data)
-        first, second = (unique_captions([one], transform) for one in (heldout, train_folder))
-        return list(dict.fromkeys(first)), list(dict.fromkeys(second))
-
-    @cached_property
-    def captions(self) -> list[str]:
-        """Captions of the images, evenly spaced over the held-out ones, then over the others."""
-        chosen: list[str] = []
-        for known in self._known_captions:
-            texts = [text for text in known if text not in chosen]
-            num = min(self.options.num_images - len(chosen), len(texts))
-            chosen += [texts[len(texts) * k // num] for k in range(num)]
-        while len(chosen) < self.options.num_images:  # few captions get several seeds each
-            chosen += chosen[: self.options.num_images - len(chosen)]
-        return chosen
-
-
-def _is_of(path: Path, options: dict[str, Any], stage: Stage) -> bool:
-    """Tell whether a report is of these options and of the student that is there now."""
-    if not path.is_file():
-        return False
-    if path.stat().st_mtime < (stage.model / "model_index.json").stat().st_mtime:
-        return False
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["options"]
-    return found == options
 
 
 def _write_result(

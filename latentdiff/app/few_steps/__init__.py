@@ -1,0 +1,1 @@
+"""Two models next to each other: a distilled one and its teacher, or one in fewer steps."""
