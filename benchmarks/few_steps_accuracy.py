@@ -15,7 +15,6 @@ teacher in --teacher_steps, caption by caption (bootstrap).
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import torch

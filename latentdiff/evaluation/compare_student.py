@@ -3,7 +3,8 @@
 Scores are losses, teacher less student, so that the upper end of their interval is what the student
 is not worse by: of captions of the shapes world, whose images a geometric judge reads; of the CLIP
 score; and, always, the distance between the two images of a caption, with that of two captions'
-images by the teacher as its unit. FD and KID to the teacher's images are told without a verdict.
+images by the teacher as its unit. FD and KID have no verdict. KID wants independent sets: it is that
+of the student's images of every second caption to the teacher's of the others.
 """
 
 from collections.abc import Sequence
@@ -49,24 +50,27 @@ class Score:
 
     def __str__(self) -> str:
         """Return the verdict in a line."""
-        loss = self.loss
-        interval = f"{loss.estimate:.3g} [{loss.low:.3g}, {loss.high:.3g}]"
+        interval = _interval_text(self.loss)
         before = "" if self.teacher is None else f"{self.teacher:.3g} -> {self.student:.3g}, "
         if self.is_worse:
             return f"{self.name}: worse, {before}loss {interval}, allowed {self.allowed:g}"
-        bound = f"{max(loss.high, 0):.3g}{self.unit}"
+        bound = f"{max(self.loss.high, 0):.3g}{self.unit}"
         return f"{self.name}: not worse by more than {bound}, {before}loss {interval}"
 
 
 @dataclass(frozen=True)
 class StudentReport:
-    """The scores of a student, at 95 %; fd, kid: to the teacher's images, by features if given."""
+    """The scores of a student, at 95 %; fd, kid: to the teacher's images, by features if given.
+
+    kid_of_teacher: of the teacher's own images of those captions.
+    """
 
     scores: tuple[Score, ...]
     num_images: int
     fd: float | None = None
     fd_caution: str = ""
     kid: Interval | None = None
+    kid_of_teacher: Interval | None = None
 
     @property
     def is_worse(self) -> bool:
@@ -76,10 +80,11 @@ class StudentReport:
     def lines(self) -> list[str]:
         """Return the verdict of each score, FD and KID."""
         lines = [str(score) for score in self.scores]
-        if self.fd is None or self.kid is None:
+        if self.fd is None or self.kid is None or self.kid_of_teacher is None:
             return lines
-        kid = f"{self.kid.estimate:.3g} [{self.kid.low:.3g}, {self.kid.high:.3g}]"
-        return [*lines, f"FD: {self.fd:.4g} ({self.fd_caution})", f"KID: {kid}"]
+        kid, own = map(_interval_text, (self.kid, self.kid_of_teacher))
+        kids = f"KID to the teacher's images of other captions: {kid}, the teacher's own {own}"
+        return [*lines, f"FD: {self.fd:.4g} ({self.fd_caution})", kids]
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -142,8 +147,9 @@ def compare_student(
         embed_in_batches(nets.features.embed, one.flat, size=batch_size, device=device)
         for one in (teacher, student)
     )
-    fd, kid = frechet_distance(first, second), kernel_distance(first, second)
-    return replace(report, fd=fd.value, fd_caution=fd.caution, kid=kid)
+    fd, others = frechet_distance(first, second), first[::2]
+    kid, own = (kernel_distance(one[1::2], others) for one in (second, first))
+    return replace(report, fd=fd.value, fd_caution=fd.caution, kid=kid, kid_of_teacher=own)
 
 
 def _distance(teacher: Tensor, student: Tensor, *, allowed: float) -> Score:
@@ -184,6 +190,10 @@ def _right(generated: GeneratedImages) -> Tensor:
     return torch.tensor(
         [follows(judge_image(to_pil(image)), scene_of(text))["all"] for image, text in pairs]
     )
+
+
+def _interval_text(interval: Interval) -> str:
+    return f"{interval.estimate:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
 
 
 def _rms(difference: Tensor) -> Tensor:

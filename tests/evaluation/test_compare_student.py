@@ -91,8 +91,8 @@ def test_networks_score_images_in_batches_and_tell_a_spoilt_student() -> None:
     inverted = scored(255 - images)
     assert inverted.fd is not None
     assert inverted.fd > 0.001
-    assert same.kid is not None
+    assert same.kid == same.kid_of_teacher == inverted.kid_of_teacher
     assert inverted.kid is not None
-    assert same.kid.low < 0 < same.kid.high
-    assert inverted.kid.low > 0
-    assert "KID: " in inverted.lines()[-1]
+    assert inverted.kid_of_teacher is not None
+    assert inverted.kid.low > inverted.kid_of_teacher.high
+    assert "KID to the teacher's images of other captions: " in inverted.lines()[-1]

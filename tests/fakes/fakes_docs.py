@@ -63,6 +63,11 @@ NOT_RUN = {
         "latentdiff train": "needs the weights of SDXL; tests/training/test_sdxl_training.py",
         "latentdiff sample": "the same; tests/sampling/test_sample_sdxl.py",
     },
+    "docs/tutorials/few_steps.md": {
+        "latentdiff distill": "docs/distillation.md has it run",
+        "latentdiff sample": "the same",
+        "latentdiff train-vae": "docs/vae_clip.md has it run",
+    },
     "docs/tutorials/image_conditions.md": {
         "latentdiff train --config edges_mini": "a ControlNet as that of layouts, which runs",
         "latentdiff sample latentdiff-mini a photo --controlnet": "the same",

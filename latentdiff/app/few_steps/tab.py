@@ -8,7 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from latentdiff.app.few_steps.comparison import Side, SideImage, compare_sides, verdict
+from latentdiff.app.few_steps.comparison import (
+    DEFAULT_SEED,
+    Side,
+    SideImage,
+    compare_sides,
+    verdict,
+)
 from latentdiff.app.image_request import MAX_CHARACTERS, MAX_STEPS
 from latentdiff.app.page_html import event_html, images_html, note_html, status_html
 from latentdiff.app.web_session import Event, WebSession
@@ -33,19 +39,12 @@ class FewStepsTab:
     def lay_out(self, tab: gr.Tab) -> None:
         """Lay out and connect the tab."""
         gr.HTML(note_html(NOTE))
-        for number, label in enumerate(("Model", "Compared with")):
-            self._lay_out_side(label, number)
-        text: dict[str, Any] = {"max_length": 10 * MAX_CHARACTERS}
-        self.prompt = gr.Textbox(label="Prompt", elem_id="few-prompt", **text)
         with gr.Row():
-            self.seed = gr.Textbox("0", label="Seed", elem_id="few-seed")
-            info = "Empty: each model's own"
-            self.guidance = gr.Textbox(label="Guidance", info=info, elem_id="few-guidance")
-        with gr.Row():
-            go = gr.Button("Compare", variant="primary", elem_id="compare")
-            stop = gr.Button("Stop", elem_id="few-stop")
-        self.status = gr.HTML(status_html("Ready"), elem_id="few-status")
-        self.images = gr.HTML(images_html([], empty=EMPTY), elem_id="few-images")
+            with gr.Column():
+                go, stop = self._lay_out_settings()
+            with gr.Column():
+                self.status = gr.HTML(status_html("Ready"), elem_id="few-status")
+                self.images = gr.HTML(images_html([], empty=EMPTY), elem_id="few-images")
         options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
         inputs = [*self.models, *self.steps, self.prompt, self.seed, self.guidance]
         shown = [self.status, self.images]
@@ -53,15 +52,29 @@ class FewStepsTab:
         stop.click(self.stop, None, self.status, queue=False, show_progress="hidden")
         tab.select(self.list_models, self.models, self.models, **options)
 
+    def _lay_out_settings(self) -> tuple[Any, Any]:
+        """Lay out what is asked of both; return the buttons that begin and stop."""
+        for number, label in enumerate(("First model", "Second model")):
+            self._lay_out_side(label, number)
+        text: dict[str, Any] = {"max_length": 10 * MAX_CHARACTERS}
+        self.prompt = gr.Textbox(label="Prompt", elem_id="few-prompt", **text)
+        with gr.Row():
+            info = "Of both images"
+            self.seed = gr.Textbox(DEFAULT_SEED, label="Seed", info=info, elem_id="few-seed")
+            info = "Empty: each model's own"
+            self.guidance = gr.Textbox(label="Guidance", info=info, elem_id="few-guidance")
+        with gr.Row():
+            go = gr.Button("Compare", variant="primary", elem_id="compare")
+            return go, gr.Button("Stop", elem_id="few-stop")
+
     def _lay_out_side(self, label: str, number: int) -> None:
         names = list(self.session.library.models())
         value = names[min(number, len(names) - 1)] if names else None
         with gr.Row():
             choice = gr.Dropdown(names, value=value, label=label, elem_id=f"few-model-{number}")
-            info = "0: the model's own"
-            options: dict[str, Any] = {"label": "Steps", "info": info}
-            name = f"few-steps-{number}"
-            steps = gr.Slider(0, MAX_STEPS, 0, step=1, elem_id=name, **options)
+            options: dict[str, Any] = {"info": "0: the model's own", "precision": 0}
+            options |= {"minimum": 0, "maximum": MAX_STEPS, "elem_id": f"few-steps-{number}"}
+            steps = gr.Number(0, label=f"Steps of the {label.lower()}", **options)
         self.models.append(choice)
         self.steps.append(steps)
 
