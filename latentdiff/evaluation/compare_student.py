@@ -3,8 +3,8 @@
 Scores are losses, teacher less student, so that the upper end of their interval is what the student
 is not worse by: of captions of the shapes world, whose images a geometric judge reads; of the CLIP
 score; and, always, the distance between the two images of a caption, with that of two captions'
-images by the teacher as its unit. FD and KID have no verdict. KID wants independent sets: it is that
-of the student's images of every second caption to the teacher's of the others.
+images by the teacher as its unit. FD and KID have no verdict. KID wants independent sets, so it is
+that of the student's images of every second caption to the teacher's of the others.
 """
 
 from collections.abc import Sequence
