@@ -107,6 +107,10 @@ class _Job:
         if self.stopped.is_set():
             raise _StoppedError
 
+    def check_step(self, *_: Any) -> dict[str, Any]:
+        self.check()
+        return {}
+
 
 @dataclass
 class WebSession:
@@ -237,7 +241,7 @@ class WebSession:
         self._choose_controlnet(pipe, job)
         if job.is_timed:
             first = replace(request, num_inference_steps=1).arguments(facts)
-            pipe(**first, callback_on_step_end=lambda *_: job.check() or {})
+            pipe(**first, callback_on_step_end=job.check_step)
             started = time.perf_counter()
         result = self._call(pipe, job)
         made = zip(result.images, result.seeds or [], result.settings or [], strict=True)
