@@ -200,8 +200,10 @@ class EvaluationOptions:
     features: str | None = None
     """folder of a feature network (a MobileNet's arch.json, a transformers vision model or a CLIP):
     fidelity, and better features for copies and diversity"""
+    dino: str | None = None
+    """folder of a DINO, DINOv2 or DINOv3 of transformers: FD and KID of its class token"""
     clip: str | None = None
-    """folder of a transformers CLIP, or the name of an open_clip model: CLIP score"""
+    """folder of a transformers CLIP, or the name of an open_clip model: CLIP score and CMMD"""
     clip_weights: str | None = None
     """safetensors file of the open_clip model that --clip names"""
     num_train: int = at_least(3, default=5000)

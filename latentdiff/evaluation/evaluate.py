@@ -69,6 +69,8 @@ ORDER = (  # of the sections in the report
     "clip_score",
     "heldout",
     "fidelity",
+    "dino",
+    "cmmd",
     "memorisation",
     "diversity",
     "bound",

@@ -7,6 +7,7 @@ unpickled.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,12 +20,16 @@ from latentdiff.evaluation.metrics.features import (
     INPUT_SIZE,
     Features,
     MobileNet,
+    features_from_class_token,
     features_from_module,
     features_from_vision_model,
 )
 from latentdiff.models.weights import weights_hash
 
 OPERATIONS = ("conv", "dw", "pool")
+DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # of transformers' configs
+HALF = [0.5, 0.5, 0.5]  # mean and std where a folder tells none
+OF_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std of DINO's pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +38,13 @@ class MetricNets:
 
     clip: Clip | None
     features: Features | None
+    dino: Features | None = None
+
+    def compared(self) -> dict[str, Features | None]:
+        """Return the networks whose features images are compared in, by the report's section."""
+        clip = self.clip
+        of_clip = clip and Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
+        return {"fidelity": self.features, "dino": self.dino, "cmmd": of_clip}
 
 
 def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> MetricNets:
@@ -44,7 +56,8 @@ def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> Metr
     elif options.clip:
         clip = load_clip(options.clip, device=device)
     features = load_features(options.features, device=device) if options.features else None
-    return MetricNets(clip, features)
+    dino = load_dino(options.dino, device=device) if options.dino else None
+    return MetricNets(clip, features, dino)
 
 
 def load_clip(folder: str | Path, *, device: torch.device | str = "cpu") -> Clip:
@@ -103,6 +116,31 @@ def load_features(folder: str | Path, *, device: torch.device | str = "cpu") -> 
     return features_from_module(load_mobilenet(folder).to(device), folder.resolve().name)
 
 
+def load_dino(folder: str | Path, *, device: torch.device | str = "cpu") -> Features:
+    """Load a DINO, DINOv2 or DINOv3 of transformers: its class token as features.
+
+    At the size of its preprocessor_config.json. FileNotFoundError or ValueError names what the
+    folder lacks.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a DINO")
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in DINO_TYPES:
+        raise ValueError(
+            f"{folder} holds a {config.model_type}, expected a DINO ({', '.join(DINO_TYPES)}); "
+            "give other networks as --features or --clip"
+        )
+    known = _preprocessor(folder)
+    return features_from_class_token(
+        _load_vision_model(folder, torch.device(device)),
+        folder.resolve().name,
+        size=_side(known) or config.image_size,
+        mean=known.get("image_mean", OF_IMAGENET[0]),
+        std=known.get("image_std", OF_IMAGENET[1]),
+    )
+
+
 def load_mobilenet(folder: str | Path) -> MobileNet:
     """Read a MobileNet from arch.json, its layers in their order, and model.safetensors.
 
@@ -124,25 +162,36 @@ def _load_vision_features(folder: Path, device: torch.device) -> Features:
     if config.model_type == "clip":
         clip = load_clip(folder, device=device)
         return Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
+    known = _preprocessor(folder)
+    return features_from_vision_model(
+        _load_vision_model(folder, device),
+        folder.resolve().name,
+        size=getattr(config, "image_size", INPUT_SIZE),
+        mean=known.get("image_mean", HALF),
+        std=known.get("image_std", HALF),
+    )
+
+
+def _load_vision_model(folder: Path, device: torch.device) -> Any:
+    """Load a transformers vision model from a folder; ValueError where weights are missing."""
     model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(f"the network in {folder} lacks weights: {missing[:8]}")
     if info["missing_keys"]:
         model.pooler = None  # not needed, and made of random numbers
-    mean, std = _mean_and_std(folder)
-    return features_from_vision_model(
-        model.eval().requires_grad_(False).to(device),
-        folder.resolve().name,
-        size=getattr(config, "image_size", INPUT_SIZE),
-        mean=mean,
-        std=std,
-    )
+    return model.eval().requires_grad_(False).to(device)
 
 
-def _mean_and_std(folder: Path) -> tuple[list[float], list[float]]:
-    """Read the mean and std, of pixels in [0, 1], that a network was trained with."""
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Read how a network's images are prepared: size, mean and std of pixels in [0, 1]."""
     path = folder / "preprocessor_config.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    half = [0.5, 0.5, 0.5]
-    return known.get("image_mean", half), known.get("image_std", half)
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return known
+
+
+def _side(known: dict[str, Any]) -> int | None:
+    """Return the side in pixels of the images that a preprocessor gives, None where not told."""
+    size = known.get("crop_size") or known.get("size") or {}
+    side = size.get("height") if isinstance(size, dict) else size
+    return None if side is None else int(side)

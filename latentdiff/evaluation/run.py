@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from latentdiff.config.options import EvalModelOptions, EvaluationOptions, SweepOptions
@@ -22,9 +23,20 @@ from latentdiff.evaluation.eval_set import (
 )
 from latentdiff.evaluation.generate import GeneratedImages, generate
 from latentdiff.evaluation.metric_nets import MetricNets
-from latentdiff.evaluation.metrics.features import THUMBNAILS, FeatureSets, embed_sets
+from latentdiff.evaluation.metrics.features import (
+    THUMBNAILS,
+    Features,
+    FeatureSets,
+    embed_sets,
+)
 from latentdiff.evaluation.report.clip_score import clip_section
-from latentdiff.evaluation.report.fidelity import MIN_IMAGES, diversity_section, fidelity_section
+from latentdiff.evaluation.report.fidelity import (
+    MIN_IMAGES,
+    cmmd_section,
+    dino_section,
+    diversity_section,
+    fidelity_section,
+)
 from latentdiff.evaluation.report.heldout_loss import heldout_loss_section
 from latentdiff.evaluation.report.memorization import memorization_section
 from latentdiff.evaluation.report.prompt_following import is_scene, prompt_following_section
@@ -39,7 +51,12 @@ MIN_TRAIN = 3
 NUM_SHOWN = 16
 NUM_STEPS = 25  # sampling steps of a model that is not distilled
 logger = logging.getLogger(__name__)
-OF_IMAGES = ("fidelity", "clip_score", "memorisation", "diversity", "following")
+COMPARISONS = {  # sections that compare with real images in a network's features: its absence
+    "fidelity": "no feature network was given (--features)",
+    "dino": "no DINO was given (--dino)",
+    "cmmd": "no CLIP was given (--clip)",
+}
+OF_IMAGES = (*COMPARISONS, "clip_score", "memorisation", "diversity", "following")
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +189,7 @@ def run_evaluation(run: EvalRun, result: EvalResult) -> None:
             _add_prompt_following(result, run, generated)
         with result.part("clip_score"):
             _add_clip_score(result, run, generated, real_images)
-        with result.part("fidelity", "memorisation", "diversity"):
+        with result.part(*COMPARISONS, "memorisation", "diversity"):
             _add_image_comparisons(result, run, generated, real_images, heldout)
 
 
@@ -218,21 +235,23 @@ def _add_image_comparisons(
 ) -> None:
     """Compare the generated images with real ones and with each other."""
     train, num_train_in_all = _train_images(run)
-    features = _features(run, generated, heldout, train)
-    if run.nets.features is None:
-        result.skipped["fidelity"] = "no feature network was given (--features)"
-    elif len(heldout) < MIN_IMAGES:
-        result.skipped["fidelity"] = f"there are only {len(heldout)} real images"
-    else:
-        classes = [name for name in real_images.classes for _ in range(generated.per_caption)]
-        with result.part("fidelity"):
-            section = fidelity_section(
-                features,
-                classes=classes,
-                real_classes=heldout.classes,
-                is_heldout=run.is_heldout,
-            )
-            result.sections.append(section)
+    embed = partial(_embed, run, generated=generated, heldout=heldout, train=train)
+    features = embed(run.nets.features or THUMBNAILS)
+    classes = [name for name in real_images.classes for _ in range(generated.per_caption)]
+    by_class = {"classes": classes, "real_classes": heldout.classes}
+    sections = {
+        "fidelity": lambda _: fidelity_section(features, is_heldout=run.is_heldout, **by_class),
+        "dino": lambda net: dino_section(embed(net), is_heldout=run.is_heldout, **by_class),
+        "cmmd": lambda net: cmmd_section(embed(net), is_heldout=run.is_heldout),
+    }
+    for name, net in run.nets.compared().items():
+        if net is None:
+            result.skipped[name] = COMPARISONS[name]
+        elif len(heldout) < MIN_IMAGES:
+            result.skipped[name] = f"there are only {len(heldout)} real images"
+        else:
+            with result.part(name):
+                result.sections.append(sections[name](net))
     if run.nets.features is not None:
         features = features.unit_length()
     if train is None:
@@ -253,12 +272,17 @@ def _add_image_comparisons(
         result.sections.append(section)
 
 
-def _features(
-    run: EvalRun, generated: GeneratedImages, heldout: RealImages, train: RealImages | None
+def _embed(
+    run: EvalRun,
+    net: Features,
+    *,
+    generated: GeneratedImages,
+    heldout: RealImages,
+    train: RealImages | None,
 ) -> FeatureSets:
-    """Embed all images by the given network, or as thumbnails without one."""
+    """Embed all images by a network."""
     return embed_sets(
-        run.nets.features or THUMBNAILS,
+        net,
         generated.flat,
         heldout.bytes,
         None if train is None else train.bytes,

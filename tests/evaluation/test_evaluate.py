@@ -17,7 +17,7 @@ from fakes_models import make_components, save_folder
 from fakes_pipeline import ddim, tiny_tokenizer
 from fakes_scripts import run_script
 from PIL import Image
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, ViTConfig, ViTModel
 
 from latentdiff.config.options import EvalModelOptions, EvaluationOptions
 from latentdiff.data.shapes import write_shapes
@@ -48,6 +48,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) 
     save_folder(make_components(tokenizer), root / "model")
     random_clip().save_pretrained(root / "clip")
     tiny_tokenizer().save_pretrained(root / "clip")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 16, "patch_size": 8}
+    dino = ViTModel(ViTConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    dino.save_pretrained(root / "dino")
     write_shapes(root / "data", num_train=12, num_test=8, size_px=32)
     return root
 
@@ -71,6 +74,7 @@ def test_everything_that_is_given_is_measured_in_one_page(
 ) -> None:
     out, model = tmp_path / "out", folders / "model"
     nets = ["--clip", folders / "clip", "--features", folders / "clip", "--compare", model]
+    nets += ["--dino", folders / "dino"]
     sweeps = ["--step_sweep", "[1,2]", "--sweep_captions", 2, "--sweep_images", 2]
     data = ["--data", folders / "data", "--out", out]
     assert run(model, *data, *QUICK, *nets, *sweeps) == 0
@@ -88,6 +92,9 @@ def test_everything_that_is_given_is_measured_in_one_page(
             assert one["num_samples"] >= 2
             assert one["level"] == 0.95
     assert figures["fidelity"]["features"]["sha256"] == figures["clip_score"]["clip"]["sha256"]
+    assert figures["cmmd"]["features"]["sha256"] == figures["clip_score"]["clip"]["sha256"]
+    for name in ("dino", "cmmd", "fidelity"):
+        assert {"heldout", "train", "heldout_to_train"} <= set(figures[name])
     assert figures["steps"]["points"][-1]["to_most_steps"]["mean"] == 0
     assert figures["steps"]["points"][0]["to_most_steps"]["mean"] > 0
     verdicts = [v["verdict"] for v in figures["compare"].values() if "verdict" in v]
@@ -107,6 +114,8 @@ def test_without_networks_it_names_the_skipped_metrics_and_why(
     figures = json.loads((tmp_path / "metrics.json").read_text())
     assert "--features" in figures["left_out"]["fidelity"]
     assert "--clip" in figures["left_out"]["clip_score"]
+    assert "--clip" in figures["left_out"]["cmmd"]
+    assert "--dino" in figures["left_out"]["dino"]
     assert figures["memorisation"]["features"].startswith("thumbnails")
     page = (tmp_path / "report.html").read_text()
     assert "Skipped" in page
@@ -178,6 +187,7 @@ def test_captions_are_text_in_the_page(folders: Path, tmp_path: Path) -> None:
         (["--clip", "ViT-B-32", "--clip_weights", "x.bin"], "safetensors"),
         (["--clip", "ViT-Z", "--clip_weights", "x.safetensors"], "ViT-Z"),
         (["--features", "none"], "none"),
+        (["--dino", "none"], "none"),
         (["--compare", "none"], "none"),
         (["--class_column", "nothing", *QUICK], "nothing"),
     ],

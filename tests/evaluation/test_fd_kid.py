@@ -5,12 +5,14 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from scipy.spatial import KDTree
+from scipy.special import iv
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from latentdiff.evaluation.metrics import fd_kid as module
 from latentdiff.evaluation.metrics.fd_kid import (
+    clip_mmd,
     frechet_distance,
     kernel_distance,
     nearest,
@@ -160,6 +162,39 @@ def test_equal_distributions_seldom_seem_different():
     assert (estimates < 0).any()
 
 
+def test_cmmd_of_a_circle_and_a_point_is_a_bessel_function():
+    """The mean kernel over a circle of radius 1 is exp(-1 / sigma^2) I_0(1 / sigma^2)."""
+    turns = torch.arange(64, dtype=torch.float64) * 2 * torch.pi / 64
+    circle, point = torch.stack([turns.cos(), turns.sin()], 1), torch.tensor([[3.0, 0]] * 5)
+    mean = np.exp(-0.01) * iv(0, 0.01)
+    assert clip_mmd(circle, point).biased == pytest.approx(1000 * (1 - mean), rel=1e-9)
+    other = clip_mmd(torch.tensor([[0.0, 7]] * 4), point)
+    assert other.biased == pytest.approx(2000 * (1 - np.exp(-0.01)), rel=1e-9)
+    assert other.unbiased.estimate == pytest.approx(other.biased, rel=1e-9)
+
+
+def test_cmmd_is_that_of_plain_sums_over_unit_vectors():
+    a, b = points(9, 4), points(7, 4, seed=1, shift=1.0)
+    kernel = {}
+    for name, (x, y) in {"aa": (a, a), "bb": (b, b), "ab": (a, b)}.items():
+        unit_x, unit_y = (z / z.norm(dim=1, keepdim=True) for z in (x, y))
+        kernel[name] = 1000 * torch.exp(-(torch.cdist(unit_x, unit_y) ** 2) / 200)
+    means = {name: float(one.mean()) for name, one in kernel.items()}
+    found = clip_mmd(a, b)
+    assert found.biased == pytest.approx(means["aa"] + means["bb"] - 2 * means["ab"])
+    apart = [float(kernel[k].sum() - 1000 * n) / (n * (n - 1)) for k, n in (("aa", 9), ("bb", 7))]
+    assert found.unbiased.estimate == pytest.approx(sum(apart) - 2 * means["ab"])
+    assert found.unbiased.low < found.unbiased.estimate < found.unbiased.high
+
+
+def test_cmmd_of_equal_distributions_is_unbiased():
+    cases = [clip_mmd(points(60, seed=2 * i), points(60, seed=2 * i + 1)) for i in range(200)]
+    estimates = np.array([case.unbiased.estimate for case in cases])
+    assert abs(estimates.mean()) < 4 * estimates.std() / 200**0.5
+    assert np.mean([case.unbiased.low > 0 for case in cases]) <= 0.05
+    assert min(case.biased for case in cases) > 0
+
+
 def test_sums_in_chunks_equal_sums_at_once(monkeypatch):
     whole = kernel_distance(A, B), precision_recall(A, B), nearest(A, B, k=3)
     monkeypatch.setattr(module, "CHUNK_PAIRS", 7 * 200)
@@ -203,7 +238,7 @@ def test_precision_and_recall_of_plain_cases():
     assert dropped.recall.estimate < 0.55
 
 
-@pytest.mark.parametrize("measure", [frechet_distance, kernel_distance, precision_recall])
+@pytest.mark.parametrize("measure", [frechet_distance, kernel_distance, clip_mmd, precision_recall])
 def test_wrong_features_are_refused(measure):
     with pytest.raises(ValueError, match="16 and 8 features"):
         measure(A, points(20, 8))

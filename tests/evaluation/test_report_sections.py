@@ -13,12 +13,17 @@ from fakes_clip import random_clip
 from fakes_pipeline import tiny_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from latentdiff.data.shapes import Scene, all_scenes, render
 from latentdiff.evaluation.eval_set import RealImages
 from latentdiff.evaluation.generate import GeneratedImages
-from latentdiff.evaluation.metric_nets import load_clip, load_features, load_open_clip_scorer
+from latentdiff.evaluation.metric_nets import (
+    load_clip,
+    load_dino,
+    load_features,
+    load_open_clip_scorer,
+)
 from latentdiff.evaluation.metrics.clip import Clip, wrap_open_clip
 from latentdiff.evaluation.metrics.features import (
     THUMBNAILS,
@@ -172,6 +177,33 @@ def test_fidelity_is_best_for_the_real_images_and_knows_classes() -> None:
     assert set(found["far"]["classes"]) == {"cat", "dog"}
     assert found["far"]["heldout"]["num_generated"] == 60
     assert "biased" in found["far"]["heldout"]["fd"]["caution"]
+
+
+def test_dino_gives_the_class_token_at_its_preprocessors_size(tmp_path: Path) -> None:
+    model = Dinov2Model(
+        Dinov2Config(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=70,
+            patch_size=14,
+        )
+    ).eval()
+    model.save_pretrained(tmp_path / "dino")
+    told = {"crop_size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [1] * 3}
+    (tmp_path / "dino" / "preprocessor_config.json").write_text(json.dumps(told))
+    dino, pixels = load_dino(tmp_path / "dino"), torch.rand(2, 3, 28, 28) * 2 - 1
+    with torch.no_grad():
+        expected = model(pixel_values=pixels / 2).pooler_output
+    torch.testing.assert_close(dino.embed(pixels), expected)
+    assert (dino.name, len(dino.hash)) == ("dino", 64)
+    (tmp_path / "dino" / "preprocessor_config.json").unlink()
+    assert load_dino(tmp_path / "dino").embed(pixels).shape == (2, 16)
+    random_clip().save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="holds a clip, expected a DINO"):
+        load_dino(tmp_path / "clip")
+    with pytest.raises(FileNotFoundError, match="expected the folder of a DINO"):
+        load_dino(tmp_path)
 
 
 def test_features_come_from_a_transformers_folder_a_clip_or_any_module(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
-"""Distances between two sets of images as sets of feature vectors: FD, KID, precision, recall.
+"""Distances between sets of images as feature vectors: FD, KID, CMMD, precision, recall.
 
 FD: Frechet distance of two Gaussians fitted to them (Heusel et al. 2017, FID is its name for one
 network's features). KID: squared maximum mean discrepancy under a polynomial kernel (Binkowski et
-al. 2018), unbiased, so fit for small sets. Precision and recall: how much of either set lies in the
+al. 2018), unbiased, so fit for small sets. CMMD: the same under a Gaussian kernel, of CLIP's
+embeddings (Jayasumana et al. 2024). Precision and recall: how much of either set lies in the
 other's neighbourhood (Kynkäänniemi et al. 2019).
 
 Ours and not torchmetrics': its KID averages random subsets without an interval, and its metrics
 take images with a network; here any features go in, all pairs count, and estimates have intervals.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from latentdiff.evaluation.metrics.bootstrap import Interval, normal_interval, p
 
 SAMPLES_PER_FEATURE = 10  # below, FD is mostly bias
 CHUNK_PAIRS = 2**24  # kernel values or distances held at once: 128 MiB in float64
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, Sec. 4
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x.y, x.x and y.y, which broadcast
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,17 @@ class FrechetDistance:
     def has_enough_samples(self) -> bool:
         """Tell whether both sets have 10 samples a feature."""
         return min(self.num_a, self.num_b) >= SAMPLES_PER_FEATURE * self.num_features
+
+
+@dataclass(frozen=True)
+class ClipMmd:
+    """CMMD, unbiased with its interval; biased: with each image's kernel with itself.
+
+    The reference implementation prints the biased one, which small sets make larger.
+    """
+
+    unbiased: Interval
+    biased: float
 
 
 @dataclass(frozen=True)
@@ -86,12 +100,38 @@ def kernel_distance(
     Raises ValueError for fewer than 3 samples, and as `frechet_distance` does.
     """
     a, b = _checked(a, b, at_least=3)
+    num_features = a.shape[1]
+
+    def kernel(products: Tensor, _: Tensor, __: Tensor) -> Tensor:
+        return (products / num_features + coef) ** degree
+
+    return _mmd(a, b, kernel, level=level)[0]
+
+
+def clip_mmd(a: Tensor, b: Tensor, *, level: float = 0.95) -> ClipMmd:
+    """Return CMMD of two sets of CLIP's image embeddings. a: (N, D), b: (M, D), scaled to length 1.
+
+    1000 times the squared MMD under the kernel exp(-|x - y|^2 / (2 sigma^2)) with sigma 10
+    (Jayasumana et al. 2024, Eq. 4): no Gaussian is fitted, so small sets do. Interval and errors as
+    of `kernel_distance`.
+    """
+    a, b = (torch.nn.functional.normalize(x, dim=1) for x in _checked(a, b, at_least=3))
+
+    def kernel(products: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+        return CMMD_SCALE * torch.exp((2 * products - xx - yy) / (2 * CMMD_SIGMA**2))
+
+    return ClipMmd(*_mmd(a, b, kernel, level=level))
+
+
+def _mmd(a: Tensor, b: Tensor, kernel: Kernel, *, level: float) -> tuple[Interval, float]:
+    """Return the unbiased squared MMD with the jackknife's interval, and the biased one."""
     n, m = len(a), len(b)
-    within_a, _ = _kernel_sums(a, a, degree=degree, coef=coef)
-    within_b, _ = _kernel_sums(b, b, degree=degree, coef=coef)
-    within_a = within_a - _kernel(a.square().sum(1), a.shape[1], degree=degree, coef=coef)
-    within_b = within_b - _kernel(b.square().sum(1), b.shape[1], degree=degree, coef=coef)
-    across_a, across_b = _kernel_sums(a, b, degree=degree, coef=coef)
+    own_a, own_b = (kernel(xx, xx, xx) for xx in (a.square().sum(1), b.square().sum(1)))
+    within_a, within_b = (
+        _kernel_sums(a, a, kernel)[0] - own_a,
+        _kernel_sums(b, b, kernel)[0] - own_b,
+    )
+    across_a, across_b = _kernel_sums(a, b, kernel)
     all_a, all_b, across = within_a.sum(), within_b.sum(), across_a.sum()
     mean_a, mean_b = all_a / (n * (n - 1)), all_b / (m * (m - 1))
     estimate = mean_a + mean_b - 2 * across / (n * m)
@@ -100,8 +140,11 @@ def kernel_distance(
     without_b = (all_b - 2 * within_b) / ((m - 1) * (m - 2)) + mean_a
     without_b = without_b - 2 * (across - across_b) / (n * (m - 1))  # (M,)
     variance = sum((len(x) - 1) * x.var(correction=0) for x in (without_a, without_b))
-    se = float(variance) ** 0.5
-    return normal_interval(float(estimate), se, level=level, num_samples=min(n, m))
+    interval = normal_interval(
+        float(estimate), float(variance) ** 0.5, level=level, num_samples=min(n, m)
+    )
+    biased = (all_a + own_a.sum()) / n**2 + (all_b + own_b.sum()) / m**2 - 2 * across / (n * m)
+    return interval, float(biased)
 
 
 def precision_recall(
@@ -153,17 +196,14 @@ def _covariance_root(x: Tensor) -> Tensor:
     return torch.linalg.qr(centred, mode="r").R
 
 
-def _kernel(products: Tensor, num_features: int, *, degree: int, coef: float) -> Tensor:
-    return (products / num_features + coef) ** degree
-
-
-def _kernel_sums(a: Tensor, b: Tensor, *, degree: int, coef: float) -> tuple[Tensor, Tensor]:
+def _kernel_sums(a: Tensor, b: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Return the kernel matrix's sums over b (N,) and over a (M,), without holding all of it."""
     rows, columns = [], torch.zeros(len(b), dtype=b.dtype, device=b.device)
+    squares_a, squares_b = a.square().sum(1), b.square().sum(1)
     for part in _chunks(len(a), len(b)):
-        kernel = _kernel(a[part] @ b.T, a.shape[1], degree=degree, coef=coef)
-        rows.append(kernel.sum(1))
-        columns += kernel.sum(0)
+        values = kernel(a[part] @ b.T, squares_a[part, None], squares_b)
+        rows.append(values.sum(1))
+        columns += values.sum(0)
     return torch.cat(rows), columns
 
 

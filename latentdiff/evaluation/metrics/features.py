@@ -2,7 +2,7 @@
 
 `MobileNet` (Howard et al. 2017) has its batch norms folded into its convolutions; any other torch
 module becomes `Features` through `features_from_module`, a transformers vision model through
-`features_from_vision_model`.
+`features_from_vision_model`, or by its class token through `features_from_class_token`.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,6 +120,29 @@ def features_from_vision_model(
         if hidden.ndim == 4:  # (B, D, h, w) of a convolutional network
             return hidden.float().mean((2, 3))
         return hidden.float().mean(1)  # (B, L, D) of a transformer
+
+    return Features(embed, name, weights_hash(model))
+
+
+def features_from_class_token(
+    model: Any,
+    name: str,
+    *,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Features:
+    """Wrap a transformers vision transformer: its class token after the last layer norm.
+
+    Of DINOv2 that is what FD-DINOv2 is computed in (Stein et al. 2023). size, mean, std: as of
+    `features_from_vision_model`.
+    """
+
+    @torch.no_grad()
+    def embed(pixels: Tensor) -> Tensor:
+        seen = preprocess(pixels.to(model.device), size=size, mean=mean, std=std)
+        hidden: Tensor = model(pixel_values=seen).last_hidden_state  # (B, L, D)
+        return hidden[:, 0].float()
 
     return Features(embed, name, weights_hash(model))
 

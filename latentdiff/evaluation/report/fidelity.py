@@ -2,19 +2,27 @@
 
 Fidelity is FD, KID, precision and recall against held-out and against training images, by class
 where there are classes; a perfect model would have the distance of the held-out images to the
-training images. Diversity is the distance between images of one caption, by features of length 1,
+training images. The same in DINO's class token, and CMMD in CLIP's embedding, are sections of their
+own. Diversity is the distance between images of one caption, by features of length 1,
 or by thumbnails where no network is given.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentdiff.evaluation.metrics.bootstrap import bootstrap_mean
-from latentdiff.evaluation.metrics.fd_kid import frechet_distance, kernel_distance, precision_recall
+from latentdiff.evaluation.metrics.fd_kid import (
+    CMMD_SCALE,
+    CMMD_SIGMA,
+    clip_mmd,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from latentdiff.evaluation.metrics.features import FeatureSets
 from latentdiff.evaluation.report.section import ReportRow, Section, interval_json
 
@@ -40,27 +48,15 @@ def fidelity_section(
 
     ValueError for sets of fewer than four images.
     """
-    generated, heldout, train = features.generated, features.heldout, features.train
-    titles = TITLES | ({} if is_heldout else {"heldout": "generated to these images"})
-    pairs = {"heldout": (heldout, generated)}
-    if len(train) >= MIN_IMAGES:
-        pairs |= {"train": (train, generated), "heldout_to_train": (train, heldout)}
-    figures: dict[str, Any] = {
-        "features": {
-            "name": features.name,
-            "sha256": features.hash,
-            "num_features": generated.shape[1],
-        }
-    }
+    titles = _titles(is_heldout=is_heldout)
+    figures: dict[str, Any] = {"features": _facts(features)}
     rows = []
-    for name, (reference, images) in pairs.items():
+    for name, (reference, images) in _pairs(features).items():
         figures[name], some = _compare(reference, images, titles[name])
         rows += some
     by_class, some = _by_class(features, classes, real_classes)
     notes = [
-        f"Features: {features.name}, {generated.shape[1]} of them, sha256 {features.hash[:16]}."
-    ]
-    notes += [
+        _note(features),
         f"{titles['heldout'].capitalize()}: {figures['heldout']['fd']['caution']}.",
         "KID is unbiased and may be negative; images count as independent of one another.",
     ]
@@ -68,6 +64,73 @@ def fidelity_section(
         figures["classes"] = by_class
         rows += some
     return Section("fidelity", "Fidelity", figures, rows, notes)
+
+
+def dino_section(
+    features: FeatureSets,
+    *,
+    classes: Sequence[str],
+    real_classes: Sequence[str],
+    is_heldout: bool = True,
+) -> Section:
+    """Compare the sets as `fidelity_section` does, in the class token of a DINO."""
+    section = fidelity_section(
+        features, classes=classes, real_classes=real_classes, is_heldout=is_heldout
+    )
+    rows = [replace(row, label=f"DINO: {row.label}") for row in section.rows]
+    note = (
+        "FD of DINOv2's class token is FD-DINOv2 (Stein et al. 2023), there of ViT-L/14 and of "
+        "50,000 images."
+    )
+    notes = [*section.notes, note]
+    return replace(section, name="dino", title="Fidelity by DINO", rows=rows, notes=notes)
+
+
+def cmmd_section(features: FeatureSets, *, is_heldout: bool = True) -> Section:
+    """Compare the sets by CMMD; features: a CLIP's image embeddings. ValueError as of fidelity."""
+    titles = _titles(is_heldout=is_heldout)
+    figures: dict[str, Any] = {"features": _facts(features)}
+    rows = []
+    for name, (real, generated) in _pairs(features).items():
+        found = clip_mmd(real, generated)
+        figures[name] = {
+            "cmmd": interval_json(found.unbiased),
+            "cmmd_biased": found.biased,
+            "num_real": len(real),
+            "num_generated": len(generated),
+        }
+        counts = f"{len(generated)} and {len(real)} images; biased {found.biased:.4g}"
+        rows.append(ReportRow(f"CMMD, {titles[name]}", found.unbiased, counts))
+    notes = [
+        _note(features),
+        f"{CMMD_SCALE:g} times the squared MMD under a Gaussian kernel of sigma {CMMD_SIGMA:g} "
+        "(Jayasumana et al. 2024), unbiased, so it may be negative; its reference implementation "
+        "has the biased one, by ViT-L/14 at 336 pixels.",
+    ]
+    return Section("cmmd", "Fidelity by CLIP (CMMD)", figures, rows, notes)
+
+
+def _titles(*, is_heldout: bool) -> dict[str, str]:
+    return TITLES | ({} if is_heldout else {"heldout": "generated to these images"})
+
+
+def _pairs(features: FeatureSets) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the sets that are compared, by the names of TITLES."""
+    generated, heldout, train = features.generated, features.heldout, features.train
+    pairs = {"heldout": (heldout, generated)}
+    if len(train) >= MIN_IMAGES:
+        pairs |= {"train": (train, generated), "heldout_to_train": (train, heldout)}
+    return pairs
+
+
+def _facts(features: FeatureSets) -> dict[str, Any]:
+    num = features.generated.shape[1]
+    return {"name": features.name, "sha256": features.hash, "num_features": num}
+
+
+def _note(features: FeatureSets) -> str:
+    num = features.generated.shape[1]
+    return f"Features: {features.name}, {num} of them, sha256 {features.hash[:16]}."
 
 
 def _compare(real: Tensor, generated: Tensor, title: str) -> tuple[dict[str, Any], list[ReportRow]]:
