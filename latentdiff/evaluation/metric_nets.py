@@ -42,9 +42,8 @@ class MetricNets:
 
     def compared(self) -> dict[str, Features | None]:
         """Return the networks whose features images are compared in, by the report's section."""
-        clip = self.clip
-        of_clip = clip and Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
-        return {"fidelity": self.features, "dino": self.dino, "cmmd": of_clip}
+        clip = _image_features(self.clip) if self.clip is not None else None
+        return {"fidelity": self.features, "dino": self.dino, "cmmd": clip}
 
 
 def load_metric_nets(options: EvaluationOptions, data: EvalModelOptions) -> MetricNets:
@@ -160,8 +159,7 @@ def _load_vision_features(folder: Path, device: torch.device) -> Features:
     """Load a vision model, its mean last state as features; a CLIP gives its embedding."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type == "clip":
-        clip = load_clip(folder, device=device)
-        return Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
+        return _image_features(load_clip(folder, device=device))
     known = _preprocessor(folder)
     return features_from_vision_model(
         _load_vision_model(folder, device),
@@ -170,6 +168,11 @@ def _load_vision_features(folder: Path, device: torch.device) -> Features:
         mean=known.get("image_mean", HALF),
         std=known.get("image_std", HALF),
     )
+
+
+def _image_features(clip: Clip) -> Features:
+    """Return a CLIP's embeddings of images as features."""
+    return Features(torch.no_grad()(clip.embed_pixels), clip.name, clip.hash)
 
 
 def _load_vision_model(folder: Path, device: torch.device) -> Any:

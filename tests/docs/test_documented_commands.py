@@ -28,7 +28,7 @@ from fakes_docs import (
 )
 from fakes_models import make_components, make_vae, save_folder
 from fakes_pipeline import tiny_tokenizer
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, ViTConfig, ViTModel
 
 from latentdiff.cli.main import COMMANDS
 from latentdiff.config.yaml_file import shipped_configs
@@ -63,6 +63,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) ->
     for name in ("clip", "features"):
         random_clip().save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 16, "patch_size": 8}
+    dino = ViTModel(ViTConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    dino.save_pretrained(root / "dino")
     return root
 
 
