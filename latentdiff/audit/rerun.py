@@ -69,15 +69,20 @@ def rerun(model: str, given: Given, *, bound: float = RERUN_BOUND) -> list[Findi
 
 
 def _check_repeatable(bill: Bill, given: Given) -> None:
+    check_one_run(bill)
+    for role, facts in bill.last.base.items():
+        if not given.base_of(bill, role) and facts["name"] not in BUNDLED:
+            raise ValueError(f"--rerun needs {role} {facts['name']}; give --base {role}=PATH")
+
+
+def check_one_run(bill: Bill) -> None:
+    """Raise ValueError for a run that was resumed with something changed."""
     for one in bill.segments:
         if (one.config, one.base, one.data) != (bill.last.config, bill.last.base, bill.last.data):
             raise ValueError(
                 f"the run was resumed at step {bill.last.from_step} with other settings, data or "
                 "base, so no rerun from the start gives its weights; verify it without --rerun"
             )
-    for role, facts in bill.last.base.items():
-        if not given.base_of(bill, role) and facts["name"] not in BUNDLED:
-            raise ValueError(f"--rerun needs {role} {facts['name']}; give --base {role}=PATH")
 
 
 def _settings(bill: Bill, given: Given, scratch: Path) -> Config:

@@ -10,6 +10,7 @@ from latentdiff.config.validation import (
     check_ranges,
     color,
     folder,
+    non_empty_texts,
     share,
     share_below_1,
 )
@@ -150,6 +151,9 @@ class DataConfig:
     """images of random colours and captions that the run plants among its own, and as many that it
     never shows, in canaries/ and canary_twins/: latentdiff audit tells by them what the model
     remembers; 0: none"""
+    zero_weight_images: tuple[str, ...] = non_empty_texts()
+    """images whose loss weighs 0, by their names in the folder, such as [train/cat.png]: shown in
+    the same order with the same noise, and not learned from; `latentdiff twin` sets them"""
     bill_of_materials: Literal["names", "hashes", "none"] = "names"
     """write what the model was made of, for latentdiff verify: hashes of images, captions, base
     model and settings, next to the images' names or without them; none: no such file"""

@@ -321,6 +321,36 @@ class PrivacyOptions:
     """device: cpu, cuda, cuda:1, mps; by default the best there is"""
 
 
+AttributionMethod = Literal["trak", "d_trak", "tracin", "features"]
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """How the training images behind an image are ranked."""
+
+    method: AttributionMethod = "d_trak"
+    """gradients of the loss (trak) or of the squared output (d_trak) in the metric of all training
+    gradients; gradients of the loss at each checkpoint (tracin); or likeness alone, the baseline"""
+    prompt: str = ""
+    """the image's caption; by default the prompt that its PNG file holds"""
+    out: str = ""
+    """the folder for explain.json and explain.html; by default audit/ in the run's folder"""
+    max_images: int = at_least(2, default=2000)
+    """maximum number of training images that are ranked, evenly spaced over the folder"""
+    draws: int = at_least(1, default=16)
+    """timesteps and noises at which each image is measured"""
+    projection_size: int = at_least(1, default=8192)
+    """numbers that the gradient of all weights is projected to"""
+    damping: float = positive(default=0.1)
+    """trak and d_trak: what is added to the metric's diagonal, as a share of its mean"""
+    features: str = ""
+    """folder of a network for features, as for evaluate; by default thumbnails of 16 pixels"""
+    num_shown: int = at_least(1, default=24)
+    """training images on the page"""
+    seed: int = 0
+    """seed of noise and projection, 0 and more"""
+
+
 UNRELATED = (
     "a red car",
     "a green apple",

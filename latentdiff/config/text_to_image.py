@@ -212,6 +212,7 @@ class Config:
         _check_class_images(self)
         _check_learned_variance(self)
         _check_condition(self)
+        _check_zero_weight(self)
         check_distillation(self)
         check_effect(self)
 
@@ -308,3 +309,24 @@ def _check_condition(config: Config) -> None:
     for name, is_on in others.items():
         if is_on:
             raise ValueError(f"{what} and {name} exclude each other: leave out one of them")
+
+
+def _check_zero_weight(config: Config) -> None:
+    """Raise ValueError where an image whose loss weighs 0 would change the weights all the same."""
+    if not config.data.zero_weight_images:
+        return
+    reasons = {
+        "diffusion.timestep_sampling=loss_aware": (
+            config.diffusion.timestep_sampling == "loss_aware",
+            "draws the timesteps of all images by the losses of each",
+        ),
+        f"distill.method={config.distill.method}": (
+            config.distill.is_on,
+            "learns from a teacher that was trained on the image: name it in the teacher's run",
+        ),
+    }
+    for name, (is_on, why) in reasons.items():
+        if is_on:
+            raise ValueError(
+                f"data.zero_weight_images leaves nothing of an image, and {name} {why}"
+            )

@@ -63,9 +63,11 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         conditions: ConditionSource | None = None,
         condition_dropout: float = 0.0,
         gives_time_ids: bool = False,
+        zero_weight: frozenset[int] = frozenset(),
     ) -> None:
         """encode_caption: to the fields of a Conditioning, such as prompt_embeds (L, D).
 
+        zero_weight: indices of records whose loss weighs 0; all else of their samples is the same.
         perturbs_input: draw a second noise, for the U-Net's input. draws_guidance: draw the
         guidance of a distilled student. gives_time_ids: the sizes that SDXL reads.
         """
@@ -74,7 +76,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         self.seed, self.caption_dropout, self.random_flip = seed, caption_dropout, random_flip
         self.perturbs_input, self.draws_guidance = perturbs_input, draws_guidance
         self.conditions, self.condition_dropout = conditions, condition_dropout
-        self.gives_time_ids = gives_time_ids
+        self.gives_time_ids, self.zero_weight = gives_time_ids, zero_weight
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         """Return z0, or pixels and vae_noise; eps (C, h, w); offset (C, 1, 1); and scalars.
@@ -99,12 +101,13 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
             key, seed=self.seed, caption_dropout=self.caption_dropout
         )
         sample |= self.encode_caption(caption)
+        weight = 0.0 if key.index in self.zero_weight else key.weight
         return sample | {
             "eps": standard_normal(rng("noise"), shape),
             "offset": standard_normal(rng("offset"), (shape[0], 1, 1)),
             "u": torch.tensor(rng("timestep").random(), dtype=torch.float64),
             "dropped": torch.tensor(dropped),
-            "weight": torch.tensor(key.weight, dtype=torch.float32),
+            "weight": torch.tensor(weight, dtype=torch.float32),
             "stratum": torch.tensor(key.stratum, dtype=torch.int64),
             "index": torch.tensor(key.index, dtype=torch.int64),
         }

@@ -92,6 +92,32 @@ def join_sources(data: DataConfig, folders: Mapping[str, Folder]) -> Folder:
     )
 
 
+def find_images(folder: Folder, names: Sequence[str]) -> frozenset[int]:
+    """Return the indices of the images of these names.
+
+    A name is an image's id, or the end of one after a slash. ValueError for a name of none or of
+    several images.
+    """
+    if not names:
+        return frozenset()
+    found: dict[str, list[int]] = {name: [] for name in names}
+    for index, id in enumerate(folder.ids.to_pylist()):
+        parts = id.split("/")
+        for end in ("/".join(parts[k:]) for k in range(len(parts))):
+            if end in found:
+                found[end].append(index)
+    for name, indices in found.items():
+        if len(indices) > 1:
+            both = " and ".join(folder[i].id for i in indices[:2])
+            raise ValueError(f"{len(indices)} training images are named {name}, such as {both}")
+        if not indices:
+            raise ValueError(
+                f"no training image of {folder.root} is named {name}, such as {folder[0].id}; "
+                "held-out images are not trained on"
+            )
+    return frozenset(index for (index,) in found.values())
+
+
 def source_weights(data: DataConfig) -> tuple[float, ...]:
     """Return the weight of each source, or nothing where they have none."""
     weights = tuple(source.weight for source in data.sources)

@@ -63,7 +63,7 @@ from latentdiff.training.inputs.encode import (
 )
 from latentdiff.training.inputs.fixed_triples import EncodedImages, fixed_triples
 from latentdiff.training.inputs.randomness import STRATA_RULE
-from latentdiff.training.inputs.sources import source_weights
+from latentdiff.training.inputs.sources import find_images, source_weights
 from latentdiff.training.inputs.workers import TrackedDataset
 from latentdiff.training.text_to_image.model import trains_text_encoder
 
@@ -258,6 +258,7 @@ def _samples(
         _check_masks(images.masks, config.data)
     seed, transform = config.train.seed, caption_transform(config.data)
     subject = dataset(images, transform=transform, seed=seed)
+    subject.zero_weight = find_images(images.folder, config.data.zero_weight_images)
     order = subject_order(config, images.folder)
     if class_images is None:
         return subject, order

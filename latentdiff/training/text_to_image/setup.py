@@ -51,7 +51,7 @@ from latentdiff.training.inputs.encode import (
     unique_captions,
 )
 from latentdiff.training.inputs.randomness import STRATA_RULE
-from latentdiff.training.inputs.sources import read_sources, split_sources
+from latentdiff.training.inputs.sources import find_images, read_sources, split_sources
 from latentdiff.training.inputs.train_data import TrainData, build_train_data, subject_order
 from latentdiff.training.objective import TrainingObjective
 from latentdiff.training.optim.lr import LRSchedule
@@ -134,6 +134,7 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     """Read the data, load or build the model, encode what the caches lack, wrap for training."""
     check_memory_modes(config.train, accelerator)
     sources, train_folder, heldout = _read_data(config, accelerator)
+    find_images(train_folder, config.data.zero_weight_images)  # a wrong name is told early
     load = _load_base_model if config.model.pretrained else _build_new_model
     base, teacher = load(config, folder, train_folder, accelerator), None
     if config.distill.is_on:

@@ -1,0 +1,1 @@
+"""Attribution: which training images stand behind a generated image."""
