@@ -66,15 +66,15 @@ SETTINGS = {
         **{"prediction_type": "v_prediction", "zero_terminal_snr": True},
     },
     "train": {
-        **{"max_steps": 400, "batch_size": 16, "learning_rate": 4e-3, "lr_warmup_steps": 20},
+        **{"max_steps": 200, "batch_size": 16, "learning_rate": 4e-3, "lr_warmup_steps": 20},
         **{"lr_schedule": "cosine", "mixed_precision": "fp32", "ema_decay": 0.98},
         **{"beta2": 0.99, "optimizer": "muon"},
     },
     "preview": {"every_steps": 0, "num_nearest": 0},
     "eval": {"every_steps": 0, "num_heldout": 1},
 }
-NUM_TRAIN, NUM_QUERIES, NUM_HALVES = 128, 48, 128
-NUM_EXPLAINED, NUM_NULLS = 8, 12  # queries whose first image is removed, and null twins, of a seed
+NUM_TRAIN, NUM_QUERIES, NUM_HALVES = 64, 32, 104
+NUM_EXPLAINED, NUM_NULLS = 8, 8  # queries whose first image is removed, and null twins, of a seed
 DRAWS, LOSS_DRAWS, SIZE = 16, 16, 8192
 SNAPSHOTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the steps, for tracin
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -257,9 +257,9 @@ def train(args):
     torch.save(scores, args.out / f"scores-{args.seed}.pt")
     firsts = firsts_of(scores)
     wanted = [("base", 0, [])]
-    wanted += [("one", i, [i]) for i in (*firsts, *nulls_of(args.seed, firsts))]
     halves = [("half", number, half_of(number)) for number in range(args.halves)]
     wanted += halves if args.seed == 0 else []
+    wanted += [("one", i, [i]) for i in (*firsts, *nulls_of(args.seed, firsts))]
     done = {(one["kind"], one["number"]) for one in read_lines(path)}
     with path.open("a", encoding="utf-8") as file:
         if path.stat().st_size and not path.read_text(encoding="utf-8").endswith("\n"):
