@@ -80,6 +80,8 @@ class SampleOptions:
     window_overlap: float = 0.5
     """least share of a window that the next one covers too, in [0, 0.95]; 0.75 has fewer seams and
     costs about twice 0.5 in one row of windows, four times in a square"""
+    vae_tiling: bool = False
+    """decode large images tile by tile, in the memory of one tile (diffusers' enable_tiling)"""
     image: str | None = None
     """an image file to start from"""
     mask: str | None = None

@@ -250,6 +250,8 @@ def _load(model: str, options: SampleOptions) -> LatentDiffPipeline:
         pipe.set_scheduler(options.scheduler)
     if controlnets := _paths(options.controlnet):
         pipe.load_controlnet(controlnets)
+    if options.vae_tiling:
+        pipe.vae.enable_tiling()
     if options.lora is not None:
         pipe.load_lora_weights(Path(options.lora).expanduser())
     pipe.set_progress_bar_config(leave=False)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from diffusers import AutoencoderKL
 from fakes_pipeline import ddim, tiny_pipeline, tiny_unet
 from fakes_scripts import run_script
 from PIL import Image
@@ -83,6 +84,22 @@ def test_a_wide_image_in_windows_is_resumed(world, tmp_path, capsys):
     assert run(*arguments, "--window_size", 32) == 0
     assert run(*arguments, "--window_size", 48) == 2
     assert "an image of another window_size;" in capsys.readouterr().err
+
+
+def test_a_wide_image_is_decoded_in_tiles_where_asked_for(world, tmp_path, monkeypatch):
+    sizes, decode = [], AutoencoderKL.tiled_decode
+    monkeypatch.setattr(
+        AutoencoderKL,
+        "tiled_decode",
+        lambda vae, z, **options: sizes.append(z.shape[-2:]) or decode(vae, z, **options),
+    )
+    arguments = [world / "text", "a cat", "--width", 96, "--window_size", 32]
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+    assert sizes == []
+    assert run(*arguments, "--out", tmp_path / "tiles", "--vae_tiling", "true") == 0
+    assert sizes == [(8, 24)]
+    whole, tiles = (Image.open(tmp_path / one / "000000.png") for one in ("whole", "tiles"))
+    assert tiles.size == whole.size == (96, 32)
 
 
 @pytest.mark.parametrize(
