@@ -59,7 +59,7 @@ ENTRIES = (
     Entry("verify", "verify:verify_command", "Prove what a model was made of.", "measure"),
     Entry("audit", "audit:audit_command", "What a model betrays of its data.", "measure"),
     Entry("audit captions", "audit:audit_captions_command", "Captions in bits: wrong, empty."),
-    Entry("explain", "attribution:explain_command", "The training images behind one.", "measure"),
+    Entry("explain", "attribution:explain_command", "The training images behind an image.", "measure"),
     Entry("twin", "attribution:twin_command", "The same run, without some images.", "measure"),
     Entry("export", "", "Write a model for other tools, smaller, or merged.", "share"),
     Entry("export single-file", "export:export_single_file_command", "One .safetensors file."),
@@ -125,10 +125,9 @@ def run_as_script(name: str) -> int:
 def overview() -> str:
     """Return the usage line and a line for each command, by group."""
     entries = [entry for entry in ENTRIES if entry.group]
-    lines: list[str] = []
+    lines = ["usage: latentdiff COMMAND [--help] ..."]  # no empty lines: it fits a screen of 24
     for group in dict.fromkeys(entry.group for entry in entries):
-        lines += ["", *_lines(group, [entry for entry in entries if entry.group == group])]
-    lines[0] = "usage: latentdiff COMMAND [--help] ..."
+        lines += _lines(group, [entry for entry in entries if entry.group == group])
     return "\n".join([*lines, "", "latentdiff COMMAND --help describes a command's options."])
 
 
