@@ -59,7 +59,7 @@ ENTRIES = (
     Entry("verify", "verify:verify_command", "Prove what a model was made of.", "measure"),
     Entry("audit", "audit:audit_command", "What a model betrays of its data.", "measure"),
     Entry("audit captions", "audit:audit_captions_command", "Captions in bits: wrong, empty."),
-    Entry("explain", "attribution:explain_command", "The training images behind an image.", "measure"),
+    Entry("explain", "attribution:explain_command", "Training images behind an image.", "measure"),
     Entry("twin", "attribution:twin_command", "The same run, without some images.", "measure"),
     Entry("export", "", "Write a model for other tools, smaller, or merged.", "share"),
     Entry("export single-file", "export:export_single_file_command", "One .safetensors file."),
