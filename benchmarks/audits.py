@@ -1,13 +1,15 @@
 """Audits with a known answer: swapped captions, an identity leak, canaries, the best checkpoint.
 
     python benchmarks/audits.py swapped DATA/noto-emoji --model latentdiff-mini
+    python benchmarks/audits.py swapped DATA/noto-emoji --num 150 --config full_mini --steps 100 400
     python benchmarks/audits.py leak DATA/dreambooth/dog3 --words "fluffy white poodle" --out RUNS
     python benchmarks/audits.py privacy RUN/pipeline RUN/best --data DATA --heldout DATA/test
 
 `swapped` gives a tenth of the training captions to other images and tells how well the caption
-audit finds them. `leak` fine-tunes twice on one subject, with its captions and with further words
-in each, and audits both. `privacy` audits several exports of one run, and simulates audits of
-images that were never shown: halves of the held-out images. Each prints JSON.
+audit finds them: by a model that never saw these, or, with --steps, by one that was fine-tuned on
+just that folder for so many steps. `leak` fine-tunes twice on one subject, with its captions and
+with further words in each, and audits both. `privacy` audits several exports of one run, and
+simulates audits of images that were never shown: halves of the held-out images. Each prints JSON.
 """
 
 import argparse
@@ -81,11 +83,46 @@ def swapped(args):
     own = {row["file_name"]: {row["text"], *row.get("captions", [])} for row in rows}
     planted = [row | {"text": wrong.get(i, row["text"])} for i, row in enumerate(rows)]
     caption_bits.MAX_CANDIDATES = args.candidates
+    names = {rows[i]["file_name"] for i in wrong}
+    result = {"data": args.data.name, "num_captions": len(rows), "num_swapped": len(names)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "data"
         write_folder(args.data / "train", folder, planted)
-        audit = audit_captions(args.model, options_of(args, folder, scratch))
-    names = {rows[i]["file_name"] for i in wrong}
+        if not args.steps:
+            audit = audit_captions(args.model, options_of(args, folder, scratch))
+            return result | {"model": args.model} | detected(audit, names, own)
+        trained = {}
+        for step, run in fine_tuned(args, folder, Path(scratch)):
+            audit = audit_captions(str(run), options_of(args, folder, scratch))
+            trained[step] = detected(audit, names, own)
+    return result | {"model": f"{args.model}, {args.config}"} | {"trained": trained}
+
+
+def fine_tuned(args, folder, scratch):
+    """Fine-tune on the folder; yield each of args.steps and a run whose export is of that step."""
+    every, last = min(args.steps), max(args.steps)
+    given = {
+        "data.root": folder,
+        "data.heldout_fraction": 0,
+        "model.pretrained": args.model,
+        "train.checkpoint_every_steps": every,
+        "train.keep_checkpoints": last // every,
+        "preview.every_steps": 0,
+    }
+    for step in sorted(args.steps, reverse=True):
+        run = scratch / f"run-{step}"
+        settings = given | {"output_dir": run, "train.max_steps": step}
+        if step < last:
+            settings["train.resume"] = scratch / f"run-{last}" / "checkpoints" / f"step-{step:09d}"
+        config = load_config(args.config, [f"--{key}={value}" for key, value in settings.items()])
+        assert train(config) == 0
+        yield step, run
+
+
+def detected(audit, names, own):
+    """Return how well an audit finds the swapped captions. names: of their images; own: captions
+    that are right, by image.
+    """
     bits = {one.id: one.bits.estimate for one in audit.captions}
     scores = [
         torch.tensor([-x for name, x in bits.items() if (name in names) == is_wrong])
@@ -96,15 +133,11 @@ def swapped(args):
     suggested = [one for one in flagged if one.id in names and "reads more" in one.suggestion]
     right = sum(any(f'"{text}"' in one.suggestion for text in own[one.id]) for one in suggested)
     return {
-        "data": args.data.name,
-        "model": args.model,
-        "num_captions": len(rows),
-        "num_swapped": len(names),
         "auc": interval_json(membership(*scores).auc),
         "mean_bits": {"swapped": -float(scores[0].mean()), "right": -float(scores[1].mean())},
-        "mean_se": sum(one.se for one in audit.captions) / len(rows),
+        "mean_se": sum(one.se for one in audit.captions) / len(bits),
         "recall": interval_json(proportion(hits, len(names))),
-        "false_alarms": interval_json(proportion(len(flagged) - hits, len(rows) - len(names))),
+        "false_alarms": interval_json(proportion(len(flagged) - hits, len(bits) - len(names))),
         "suggested": len(suggested),
         "suggested_right": right,
     }
@@ -203,6 +236,8 @@ def main():
             one.add_argument("--model", default="latentdiff-mini")
             one.add_argument("--num", type=int, default=400)
             one.add_argument("--candidates", type=int, default=16, help="tried on each wrong one")
+            one.add_argument("--steps", type=int, nargs="+", default=[], help="of a fine-tune")
+            one.add_argument("--config", default="full_mini", help="of the fine-tune")
         if work is leak:
             one.add_argument("--words", required=True)
             one.add_argument("--trigger_word", default="sks")

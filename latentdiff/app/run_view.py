@@ -19,11 +19,17 @@ from latentdiff.app.page_html import status_html
 from latentdiff.html import render_template
 from latentdiff.training.report import curves, samples
 from latentdiff.training.report.charts import charts
+from latentdiff.training.report.receipts import receipt_facts
 from latentdiff.training.report.run_record import RunRecord, read_run
 
 LOCK, HOLDER = ".lock", re.compile(r"process (\d+) on (.*)")
-WATCHED = (LOCK, "metrics.jsonl", "log.txt", "samples", "pipeline", "checkpoints")
+WATCHED = (LOCK, "metrics.jsonl", "log.txt", "samples", "pipeline", "checkpoints", "audit")
 NUM_LOG_LINES = 12
+RECEIPTS = {  # of training/report/receipts.py, in fewer words
+    "root of its bill of materials": "Root, for latentdiff verify",
+    "membership inference": "Betrayed data (audit)",
+    "captions in bits": "Captions (audit)",
+}
 STYLE = f"""
 .run {{ --line: var(--border-color-primary); --soft: var(--background-fill-secondary);
   {curves.STYLE} {samples.STYLE} .grid {{ display: grid; gap: .8rem }}
@@ -116,4 +122,5 @@ def latest_figures(run: RunRecord) -> Mapping[str, str]:
     found = {label: (run.series(name).values, form) for label, (name, form) in names.items()}
     figures = {label: form.format(values[-1]) for label, (values, form) in found.items() if values}
     data = run.setting("data.root")
-    return figures | ({"Data": Path(str(data)).name} if data else {})
+    figures |= {"Data": Path(str(data)).name} if data else {}
+    return figures | {RECEIPTS[name]: text for name, text in receipt_facts(run.folder)}

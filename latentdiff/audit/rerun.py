@@ -15,14 +15,20 @@ from typing import Any
 
 from safetensors import safe_open
 
-from latentdiff.audit.stored_bill import StoredBill, read_bills
+from latentdiff.audit.stored_bill import CONFIG, StoredBill, read_bills
 from latentdiff.audit.verify import Answer, Finding, Given, config_of
+from latentdiff.config.io import load_stored_config
 from latentdiff.config.text_to_image import Config
+from latentdiff.config.vae import VaeConfig
 from latentdiff.models.model_path import BUNDLED, resolve_model
 from latentdiff.pipeline.files.model_info import CONTENT_NAME
-from latentdiff.training.bill.bill import HEADER, Bill, is_weights
+from latentdiff.training.bill.bill import HEADER, Bill, canonical, is_weights
 from latentdiff.training.bill.contents import read_header
+from latentdiff.training.bill.folder_runs import KINDS, folder_config_of
+from latentdiff.training.bill.materials import HIDDEN, TEXTS, public_config
+from latentdiff.training.clip.train_clip import train_clip
 from latentdiff.training.text_to_image.train_t2i import train
+from latentdiff.training.vae.train_vae import train_vae
 
 RERUN_BOUND = 0.05  # of what was learned, where equal bits cannot be expected
 NOT_COMPARED = ("latentdiff.json", CONTENT_NAME)  # measurements, and names of folders
@@ -50,15 +56,11 @@ def rerun(model: str, given: Given, *, bound: float = RERUN_BOUND) -> list[Findi
     bill = stored[0].bill
     _check_repeatable(bill, given)
     with TemporaryDirectory(prefix="latentdiff-rerun-") as scratch:
-        config = _settings(bill, given, Path(scratch))
+        run, name = Path(scratch) / "run", "rerun" if len(stored) == 1 else "{} rerun"
         with _without_log_of_files():
-            status = train(config)
+            status, base = _train(bill, given, run, before=Path(model).expanduser())
         if status != 0:
             raise RerunStoppedError(status)
-        base = None
-        if config.model.pretrained:
-            base = Path(resolve_model(config.model.pretrained))
-        run, name = Path(config.output_dir), "rerun" if len(stored) == 1 else "{} rerun"
         return [
             replace(
                 _compare(one, run / one.bill.artifact, base=base, bound=bound),
@@ -68,7 +70,29 @@ def rerun(model: str, given: Given, *, bound: float = RERUN_BOUND) -> list[Findi
         ]
 
 
+def _train(bill: Bill, given: Given, run: Path, *, before: Path) -> tuple[int, Path | None]:
+    """Train as a bill says into a run's folder; return the exit status, and the base if any.
+
+    before: the first run's folder, if that was given.
+    """
+    kind = KINDS.get(bill.artifact)
+    if kind is None:
+        config = _with_texts(_settings(bill, given, run.parent), bill, before / CONFIG)
+        pretrained = config.model.pretrained
+        return train(config), Path(resolve_model(pretrained)) if pretrained else None
+    bases = {
+        role: given.base_of(bill, role) or facts["name"] for role, facts in bill.last.base.items()
+    }
+    own = folder_config_of(kind, bill.last.config, data=given.data, bases=bases, folder=run)
+    return (train_vae(own) if isinstance(own, VaeConfig) else train_clip(own)), None
+
+
 def _check_repeatable(bill: Bill, given: Given) -> None:
+    if bill.made_from:
+        raise ValueError(
+            f"--rerun trains again, and this was made of an export, {bill.made_from['artifact']} "
+            f"of root {bill.made_from['root']}; rerun that one"
+        )
     check_one_run(bill)
     for role, facts in bill.last.base.items():
         if not given.base_of(bill, role) and facts["name"] not in BUNDLED:
@@ -93,6 +117,28 @@ def _settings(bill: Bill, given: Given, scratch: Path) -> Config:
         train=replace(config.train, report_to="none"),
         finetune=replace(config.finetune, class_images_dir=given.class_images),
     )
+
+
+def _with_texts(config: Config, bill: Bill, path: Path) -> Config:
+    """Return settings with the texts of which a bill has hashes, from the run's config.yaml."""
+    if HIDDEN not in canonical(bill.last.config).decode():
+        return config
+    own = load_stored_config(path, Config) if path.is_file() else None
+    if own is None or public_config(own) != bill.last.config:
+        raise ValueError(
+            "the bill has hashes in place of prompts (data.bill_of_materials=hashes): --rerun "
+            "needs the run's folder, whose config.yaml has them"
+        )
+    texts = {
+        section: {name: getattr(getattr(own, section), name) for name in names}
+        for section, names in TEXTS.items()
+    }
+    sources = [
+        replace(now, **{name: getattr(one, name) for name in TEXTS["data"] if hasattr(one, name)})
+        for now, one in zip(config.data.sources, own.data.sources, strict=True)
+    ]
+    data = replace(config.data, sources=tuple(sources), **texts["data"])
+    return replace(config, data=data, finetune=replace(config.finetune, **texts["finetune"]))
 
 
 @contextmanager

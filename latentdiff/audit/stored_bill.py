@@ -7,7 +7,7 @@ from pathlib import Path
 from latentdiff.models.model_path import resolve_model
 from latentdiff.pipeline.files.model_card import bill_root_in
 from latentdiff.pipeline.files.model_info import BILL_KEY, BILL_NAME
-from latentdiff.training.bill.bill import ARTIFACTS, WEIGHTS, Bill
+from latentdiff.training.bill.bill import ARTIFACTS, OF_CLIP, OF_VAE, WEIGHTS, Bill
 from latentdiff.training.bill.contents import bill_in_header, bill_of_folder, contents
 
 CONFIG = "config.yaml"  # of a run
@@ -54,10 +54,13 @@ def read_bills(model: str) -> list[StoredBill]:
     place = place if place.exists() else Path(resolve_model(model))
     if not place.exists():
         raise FileNotFoundError(f"{model} does not exist, expected a model's folder or file")
-    exports, is_run = [place], (place / CONFIG).is_file()
-    is_run = is_run or any((place / name).is_dir() for name in ARTIFACTS)
+    exports, has_config = [place], (place / CONFIG).is_file()
+    is_run = has_config or any((place / name).is_dir() for name in ARTIFACTS)
     if is_run and not (place / BILL_NAME).is_file():
-        exports = [place / name for name in ARTIFACTS if (place / name).exists()]
+        others = [name for name in (*OF_VAE, *OF_CLIP) if has_config and (place / name).is_dir()]
+        if others in ([], ["tokenizer"]):  # which text-to-image training from scratch writes too
+            others = [name for name in ARTIFACTS if (place / name).exists()]
+        exports = [place / name for name in others]
     found = [_of_file(one) if one.is_file() else _of_folder(one) for one in exports]
     if missing := [str(one) for one, bills in zip(exports, found, strict=True) if not bills]:
         raise ValueError(

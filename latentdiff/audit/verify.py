@@ -21,6 +21,14 @@ from latentdiff.data.arrow.listing import Progress
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.training.bill.base import BASES, base_hash
 from latentdiff.training.bill.bill import HEADER, Bill, Leaf, images_root, is_weights
+from latentdiff.training.bill.folder_runs import BASES as FOLDER_BASES
+from latentdiff.training.bill.folder_runs import (
+    KINDS,
+    folder_config_of,
+    folder_leaves,
+    public_folder_config,
+    read_roots,
+)
 from latentdiff.training.bill.materials import (
     class_leaves,
     public_config,
@@ -28,6 +36,7 @@ from latentdiff.training.bill.materials import (
     read_leaves,
 )
 
+ROLES = tuple({**BASES, **FOLDER_BASES})  # of what a run starts from
 Answer = Literal["same", "differs", "not checked"]
 ROOT = re.compile(r"[0-9a-f]{64}")
 
@@ -46,7 +55,7 @@ class Given:
     """What a model is compared with.
 
     data: the data folder, or one for each source in their order; bases: path or id by role, one of
-    BASES, "" for the first that the bill names; class_images: of prior preservation; root: as it
+    ROLES, "" for the first that the bill names; class_images: of prior preservation; root: as it
     was published. ValueError for a root of another form.
     """
 
@@ -60,8 +69,8 @@ class Given:
         object.__setattr__(self, "root", root)
         if root and not ROOT.fullmatch(root):
             raise ValueError(f"--root={self.root} is no root, expected 64 hex digits")
-        if unknown := set(self.bases) - {"", *BASES}:
-            raise ValueError(f"--base={unknown.pop()}=... is no role, expected {', '.join(BASES)}")
+        if unknown := set(self.bases) - {"", *ROLES}:
+            raise ValueError(f"--base={unknown.pop()}=... is no role, expected {', '.join(ROLES)}")
 
     def base_of(self, bill: Bill, role: str) -> str:
         """Return the base that was given for a role of a bill, "" where none was."""
@@ -102,6 +111,8 @@ def verify(model: str, given: Given | None = None, *, progress: Progress | None 
         name = f"{one.bill.artifact} " if len(stored) > 1 else ""
         own = [_check_root(one, first, given.root), *_check_contents(one)]
         findings += [replace(finding, part=f"{name}{finding.part}") for finding in own]
+        if one.bill.made_from:
+            findings.append(_made_from(one.bill))
     folder = Path(model).expanduser()
     if (folder / CONFIG).is_file() and stored[0].place != folder:
         findings.append(_check_config(first, folder / CONFIG))
@@ -114,6 +125,12 @@ def verify(model: str, given: Given | None = None, *, progress: Progress | None 
             raise ValueError(f"the bill of {model} is not complete: {error!r}") from error
         findings.append(Finding("data, base", "not checked", ["the bill was changed, see above"]))
     return Verdict({one.bill.artifact: one.bill.root for one in stored}, findings)
+
+
+def _made_from(bill: Bill) -> Finding:
+    """Name the export that another was made of, by which alone its weights are shown to follow."""
+    artifact, root = bill.made_from.get("artifact", ""), bill.made_from.get("root", "")
+    return Finding("made from", "not checked", [f"{artifact} of root {root}; verify it too"])
 
 
 def _check_given(bill: Bill, given: Given, progress: Progress | None) -> list[Finding]:
@@ -176,12 +193,18 @@ def _change(name: str, known: Mapping[str, str], found: Mapping[str, str]) -> st
 
 def _check_config(bill: Bill, path: Path) -> Finding:
     """Compare the settings of a run's folder with those that training ended with."""
+    kind = KINDS.get(bill.artifact)
     try:
-        own, known = _flat(public_config(load_stored_config(path, Config))), _flat(bill.last.config)
+        own = (
+            public_config(load_stored_config(path, Config))
+            if kind is None
+            else public_folder_config(load_stored_config(path, kind))
+        )
     except ValueError as error:
         return _finding("config", [str(error)])
-    names = sorted({*own, *known})
-    return _finding("config", [f"changed  {n}" for n in names if own.get(n) != known.get(n)])
+    one, known = _flat(own), _flat(bill.last.config)
+    names = sorted({*one, *known})
+    return _finding("config", [f"changed  {n}" for n in names if one.get(n) != known.get(n)])
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +215,10 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_bases(bill: Bill, given: Given) -> Iterator[Finding]:
     """Compare each model that training started from, by its role."""
     if not bill.last.base:
-        yield Finding("base", "not checked", ["not recorded"])
+        if bill.last.data:
+            yield Finding("base", "same", ["none, trained from scratch"])
+        else:
+            yield Finding("base", "not checked", ["not recorded"])
     for role, path in given.bases.items():
         if role and role not in bill.last.base:
             yield _finding(f"base {role}", [f"{path} was given, and the bill has none"])
@@ -227,10 +253,7 @@ def _check_data(bill: Bill, data: Sequence[str], *, progress: Progress | None) -
     ]
     if not known:
         return _finding("data", details)
-    with TemporaryDirectory() as scratch:  # so that every file is read, none is known by its time
-        config = config_of(bill, Given(data=data), folder=Path(scratch))
-        folders = read_data_folders(config, progress=progress)
-        leaves = list(read_leaves(folders, config, progress=progress))
+    leaves = _leaves_again(bill, data, progress=progress)
     if images_root(leaves) == known["images"]:
         return _finding("data", details, [f"{len(leaves):,} images"])
     found = [*differences(bill.leaves, leaves)] if bill.leaves is not None else []
@@ -242,6 +265,20 @@ def _check_data(bill: Bill, data: Sequence[str], *, progress: Progress | None) -
             "tells which differ, a file alone does not"
         ],
     )
+
+
+def _leaves_again(bill: Bill, data: Sequence[str], *, progress: Progress | None) -> list[Leaf]:
+    """Read the data folders as a bill's run did; every file is read, none known by its time."""
+    with TemporaryDirectory() as scratch:
+        if (kind := KINDS.get(bill.artifact)) is not None:
+            bases = dict.fromkeys(bill.last.base, scratch)  # not read
+            config = folder_config_of(
+                kind, bill.last.config, data=data, bases=bases, folder=Path(scratch)
+            )
+            return list(folder_leaves(kind, read_roots(kind, config.roots), progress=progress))
+        whole = config_of(bill, Given(data=data), folder=Path(scratch))
+        folders = read_data_folders(whole, progress=progress)
+        return list(read_leaves(folders, whole, progress=progress))
 
 
 def _check_class_images(bill: Bill, folder: str) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ def export_single_file_command(parser: ArgumentParser, arguments: Sequence[str])
     options = {"dtype": args.dtype, "guidance_scale": args.guidance_scale}
     path = export_single_file(args.model, Path(args.out), **options)
     print(f"wrote {path}")
+    _carry_bill(args.model, path, artifact="single_file")
     if hint := stored_usage_hint(path):
         print(f"sample with {hint}")
     print("ComfyUI looks for it in models/checkpoints, A1111 in models/Stable-diffusion")
@@ -69,8 +70,10 @@ def pack_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
 
     out = Path(values.pop("out"))
     card = values.pop("card")
-    sizes = pack_model(values.pop("model"), out, card=card and Path(card), **values)
+    model = values.pop("model")
+    sizes = pack_model(model, out, card=card and Path(card), **values)
     _print_sizes(sizes, str(out))
+    _carry_bill(model, out, artifact="packed")
     return 0
 
 
@@ -88,6 +91,7 @@ def reconstruct_ema_command(parser: ArgumentParser, arguments: Sequence[str]) ->
 
     export_reconstructed(Path(args.run), Path(args.out), width=args.width, step=args.step)
     print(f"wrote {args.out} with the average of width {args.width}")
+    _carry_bill(args.run, Path(args.out), artifact="averaged")
     return 0
 
 
@@ -115,6 +119,7 @@ def lora_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
         f"wrote {written.path}: {written.num_layers} layers in the names of {args.format}, "
         f"for {written.base}"
     )
+    _carry_bill(args.lora, written.path, artifact="converted_lora")
     if args.format == "kohya" and (unknown := written.unknown_to_kohya):
         print(f"kohya's own scripts leave out {len(unknown)} of them: {', '.join(unknown)}")
     return 0
@@ -151,6 +156,14 @@ def push_command(parser: ArgumentParser, arguments: Sequence[str]) -> int:
     options = {"private": args.private or None, "message": args.message}
     print(f"sent: {hub_upload.send(upload, create_pr=args.create_pr, **options)}")
     return 0
+
+
+def _carry_bill(source: str, out: Path, *, artifact: str) -> None:
+    """Write the bill of the source into what was made of it, and print its root."""
+    from latentdiff.audit.carried_bill import carry_bill
+
+    if root := carry_bill(source, out, artifact=artifact):
+        print(f"root of its bill of materials: {root}")
 
 
 def _print_sizes(sizes: Mapping[str, int], label: str) -> None:

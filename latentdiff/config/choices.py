@@ -54,3 +54,4 @@ ConditionKind = Literal[  # models/compatibility.py CONDITION_KINDS
 InpaintMasks = Literal["random", "boxes", "strokes", "file"]  # data/inpaint_masks.py
 Degradation = Literal["bicubic", "area", "jpeg", "blur"]  # data/degradations.py DEGRADATIONS
 Mask = Literal["none", "alpha", "file"]  # data/masks.py
+BillOfMaterials = Literal["names", "hashes", "none"]  # training/bill/

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latentdiff.config.choices import MixedPrecision, Tracker
+from latentdiff.config.choices import BillOfMaterials, MixedPrecision, Tracker
 from latentdiff.config.validation import (
     EffectRule,
     at_least,
@@ -93,6 +93,9 @@ class ClipConfig:
     resume: str = "auto"
     """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder: a branch
     begins there, which the same command then continues"""
+    bill_of_materials: BillOfMaterials = "names"
+    """write what the weights were made of, for latentdiff verify: hashes of images, captions and
+    settings, next to the images' names or without them; none: no such file"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, naming the setting and the allowed values."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from latentdiff.config.choices import Mask
+from latentdiff.config.choices import BillOfMaterials, Mask
 from latentdiff.config.validation import (
     at_least,
     between,
@@ -154,9 +154,10 @@ class DataConfig:
     zero_weight_images: tuple[str, ...] = non_empty_texts()
     """images whose loss weighs 0, by their names in the folder, such as [train/cat.png]: shown in
     the same order with the same noise, and not learned from; `latentdiff twin` sets them"""
-    bill_of_materials: Literal["names", "hashes", "none"] = "names"
+    bill_of_materials: BillOfMaterials = "names"
     """write what the model was made of, for latentdiff verify: hashes of images, captions, base
-    model and settings, next to the images' names or without them; none: no such file"""
+    model and settings, next to the images' names and your prompts, or hashes in place of these;
+    none: no such file"""
     num_workers: int = between(0, 1024, default=0)
     """processes that prepare batches while training"""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from latentdiff.config.choices import MixedPrecision, Tracker
+from latentdiff.config.choices import BillOfMaterials, MixedPrecision, Tracker
 from latentdiff.config.validation import (
     EffectRule,
     at_least,
@@ -144,6 +144,9 @@ class VaeConfig:
     resume: str = "auto"
     """auto: the newest valid checkpoint; never: start anew; or a checkpoint's folder: a branch
     begins there, which the same command then continues"""
+    bill_of_materials: BillOfMaterials = "names"
+    """write what the weights were made of, for latentdiff verify: hashes of images and settings,
+    next to the images' names or without them; none: no such file"""
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """dtype of the stored weights"""
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
@@ -15,7 +17,9 @@ from accelerate.utils import KwargsHandler
 
 from latentdiff.config.text_to_image import Config
 from latentdiff.device import tune_malloc
+from latentdiff.training.bill.materials import machine_facts
 
+WAIT = timedelta(hours=2)  # for the main process, which hashes images and weights; NCCL's is 10 min
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 UNDER_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by accelerate launch
 UNSUPPORTED = {
@@ -31,7 +35,9 @@ def start_accelerator(config: Config) -> Accelerator:
     _refuse_unsupported()
     _refuse_other_precision(config.train.mixed_precision)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
-    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(backend=backend)] if backend else []
+    handlers: list[KwargsHandler] = []
+    if backend:
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=WAIT))
     if config.train.fused_backward_pass:  # or autocast holds a bf16 copy of all weights
         handlers.append(AutocastKwargs(cache_enabled=False))
     accelerator = Accelerator(
@@ -129,6 +135,18 @@ def single_process_accelerator(precision: str) -> Accelerator:
     if accelerator.device.type == "cpu":
         tune_malloc()
     return accelerator
+
+
+def machine_of(accelerator: Accelerator, *, micro_batch_size: int) -> dict[str, Any]:
+    """Return the `machine_facts` of a run."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return machine_facts(
+        device=name,
+        num_threads=torch.get_num_threads(),
+        num_processes=accelerator.num_processes,
+        micro_batch_size=micro_batch_size,
+    )
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:

@@ -9,7 +9,7 @@ the signal handlers (run_folder.py, stop_signals.py).
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,13 @@ from accelerate import Accelerator
 
 from latentdiff.atomic import write_text
 from latentdiff.config.io import flat, to_yaml
+from latentdiff.data.folder.folder import Folder
 from latentdiff.program import program
-from latentdiff.training.checkpoint import best_step
-from latentdiff.training.distributed import any_process, single_process_accelerator
+from latentdiff.training.bill.bill import Segment
+from latentdiff.training.bill.folder_runs import gather_folder_materials
+from latentdiff.training.bill.materials import Materials
+from latentdiff.training.checkpoint import best_step, checkpoint_state
+from latentdiff.training.distributed import any_process, machine_of, single_process_accelerator
 from latentdiff.training.metrics_log import MetricsLog, Stopwatch, TimedIterator, log_throughput
 from latentdiff.training.progress import Progress, lines_above_bar
 from latentdiff.training.recipe import LoopSettings, Recipe
@@ -204,10 +208,13 @@ class Loop:
         return self.settings.keep_best and step in saved and best_step(saved) == step
 
 
-def train_in_one_process(config: Settings, build: Callable[..., Recipe]) -> int:
+def train_in_one_process(
+    config: Settings, build: Callable[..., Recipe], *, folders: Sequence[Folder]
+) -> int:
     """Train a recipe that knows no second process; return the exit status, as `train_recipe`.
 
-    build: makes it of a config, the run's folder and the accelerator. The config, of a VAE or a
+    build: makes it of a config, the run's folder and the accelerator; folders: of its images. The
+    config, of a VAE or a
     CLIP, may limit the run in minutes: timing a few steps turns that into max_steps, once.
     """
     die_with_parent()
@@ -225,7 +232,32 @@ def train_in_one_process(config: Settings, build: Callable[..., Recipe]) -> int:
         )
         start = begin_run(limited, folder, accelerator)
         recipe, settings = build(limited, folder, accelerator), LoopSettings.of(limited)
+        recipe.materials = _materials(limited, folders, accelerator=accelerator, start=start)
         return train_recipe(recipe, limited, settings, folder, accelerator=accelerator, start=start)
+
+
+def _materials(
+    config: Any, folders: Sequence[Folder], *, accelerator: Accelerator, start: Start
+) -> Materials | None:
+    """Return the hashes of what a VAE or a CLIP is made of; None where none are wanted, or with a
+    warning where that fails, which is no reason not to train.
+    """
+    if config.bill_of_materials == "none":
+        return None
+    state = checkpoint_state(start.checkpoint) if start.checkpoint is not None else {}
+    try:
+        return gather_folder_materials(
+            config,
+            folders,
+            machine=machine_of(accelerator, micro_batch_size=config.batch_size),
+            recorded=[Segment(**one) for one in state.get("materials") or ()],
+            from_step=start.step,
+            trains=start.step < config.max_steps,
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("no bill of materials is written, training continues: %s", reason)
+        return None
 
 
 def steps_within(minutes: float, recipe: Recipe, *, max_steps: int) -> int:

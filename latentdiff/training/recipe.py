@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from latentdiff.training.bill.materials import Materials
 from latentdiff.training.checkpoint import Parts
 
 
@@ -39,6 +40,7 @@ class Recipe(ABC):
     def __init__(self) -> None:
         self.heldout: dict[int, float] = {}  # losses so far, by step
         self.steps_per_epoch = 0.0  # 0: not known
+        self.materials: Materials | None = None  # for the bill of what is exported
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterator[Any]:

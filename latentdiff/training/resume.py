@@ -75,6 +75,7 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "preview.",
     "eval.",
     # of the VAE and CLIP recipes, whose learning rate depends on max_steps
+    "bill_of_materials",
     "features",
     "save_dtype",
     "num_workers",

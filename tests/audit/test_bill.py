@@ -12,6 +12,7 @@ from fakes_bill import (
     CAPTIONS,
     MACHINE,
     answers,
+    config_of_origin,
     copy,
     details,
     materials_of,
@@ -19,10 +20,14 @@ from fakes_bill import (
     write_rows,
 )
 from fakes_data import save_image, write_jsonl
+from fakes_key_lists import check_keys, key_list
 from safetensors.numpy import load_file, save_file
 
+from latentdiff.audit.rerun import rerun
 from latentdiff.audit.stored_bill import read_bills
+from latentdiff.audit.verify import Given
 from latentdiff.config.finetune import FinetuneConfig
+from latentdiff.config.io import to_yaml
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.data.folder.folder_names import assign_splits
 from latentdiff.pipeline.files.model_info import BILL_KEY, BILL_NAME, CONTENT_NAME
@@ -46,6 +51,30 @@ def test_the_tree_is_that_of_certificate_transparency() -> None:
     for num in range(20):
         entries = [bytes([i]) for i in range(num)]
         assert merkle_root(entries) == root(entries).hex()
+
+
+def test_without_names_no_prompt_is_told_and_the_data_is_proven(copy: Path) -> None:
+    prompts = FinetuneConfig(
+        instance_prompts=("a photo of Anna",), class_prompt="a woman", num_class_images=1
+    )
+    secret = {"trigger_word": "annaface", "caption_prefix": "at home, "}
+    materials = materials_of(copy, finetune=prompts, bill_of_materials="hashes", **secret)
+    materials.attach_to_folder(copy / "model", artifact="pipeline")
+    for path in (copy / "model" / BILL_NAME, copy / "model" / CONTENT_NAME):
+        text = path.read_text()
+        assert not any(word in text for word in ("Anna", "woman", "annaface", "at home"))
+    run = copy / "run"
+    shutil.copytree(copy / "model", run / "pipeline")
+    own = config_of_origin(copy, finetune=prompts, bill_of_materials="hashes", **secret)
+    (run / "config.yaml").write_text(to_yaml(own))
+    assert set(answers(copy, "run").values()) == {"same"}
+    other = to_yaml(own).replace("annaface", "other")
+    (run / "config.yaml").write_text(other)
+    assert answers(copy, "run")["config"] == "differs"
+    with pytest.raises(ValueError, match="needs the run's folder"):
+        rerun(str(run), Given([str(copy / "data")], {"": str(copy / "base")}))
+    (copy / "data" / "a/0.png").unlink()
+    assert answers(copy)["data"] == "differs"
 
 
 def test_without_names_the_root_is_the_same_and_no_name_is_told(copy: Path) -> None:
@@ -106,6 +135,24 @@ def test_a_signed_file_keeps_its_tensors_and_metadata(tmp_path: Path, origin: Pa
     assert metadata["ss_network_dim"] == "4"
     assert json.loads(metadata[BILL_KEY])["root"] == root
     assert read_header(path)[0] % 8 == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "single_file"])
+def test_a_bill_leaves_every_name_and_shape_that_comfyui_and_kohya_read(
+    tmp_path: Path, origin: Path, kind: str
+) -> None:
+    expected = key_list(kind)
+    if kind == "single_file":  # of gigabytes
+        expected = dict.fromkeys(expected, (0,))
+    path = tmp_path / "file.safetensors"
+    tensors = {name: np.zeros(shape, "f2") for name, shape in expected.items()}
+    told = {"modelspec.architecture": "stable-diffusion-xl-v1-base", "ss_network_dim": "4"}
+    save_file(tensors, path, metadata=told)
+    attach_to_file(path, Bill(materials_of(origin).segments), artifact="single_file")
+    check_keys({name: one.shape for name, one in load_file(path).items()}, expected)
+    metadata = read_header(path)[1]["__metadata__"]
+    assert metadata.pop(BILL_KEY)
+    assert metadata == told
 
 
 def test_the_summary_tells_sources_licences_filters_and_refusals(copy: Path) -> None:

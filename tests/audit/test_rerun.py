@@ -165,6 +165,15 @@ def test_a_rerun_elsewhere_is_held_to_a_bound(lora: Path, tmp_path: Path) -> Non
     assert module._compare(stored, again, base=base, bound=0.02).details == ["changed  added.json"]
 
 
+def test_on_a_gpu_no_equal_bits_are_asked_for(lora: Path) -> None:
+    bill = read_bills(str(lora / "lora"))[0].bill
+    code = {**bill.last.code, "machine": {**bill.last.code["machine"], "device": "NVIDIA H200"}}
+    on_gpu = replace(bill, segments=(replace(bill.last, code=code),))
+    assert module._circumstances(on_gpu, on_gpu) == ["order of sums on an accelerator"]
+    assert module._circumstances(bill, bill) == []
+    assert "device" in module._circumstances(on_gpu, bill)
+
+
 def test_the_distance_is_over_what_was_learned(tmp_path: Path) -> None:
     def stored(name: str, *values: float) -> Path:
         path = tmp_path / name

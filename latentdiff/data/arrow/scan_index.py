@@ -70,6 +70,10 @@ class ScanIndex:
         found = self._by_age(prefix)
         return found[-1].stem if found else None
 
+    def names(self, prefix: str) -> list[str]:
+        """Name the tables whose names start with `prefix`, the one written last at the end."""
+        return [path.stem for path in self._by_age(prefix)]
+
     def prune(self, prefix: str) -> None:
         """Keep only the last few tables whose names start with `prefix`."""
         for path in self._by_age(prefix)[:-KEPT_RECORDS]:

@@ -121,11 +121,14 @@ def _digests(
     if not len(folder):
         return np.zeros((0, 32), np.uint8)
     selection = {"num": len(folder), "first": folder[0].id, "last": folder[-1].id}
+    name = f"{kind}-{settings_hash(selection)[:8]}"
+    if index is not None and not index.path(name).is_file():
+        _begin_with_others(index, name, kind=kind)
     table = hash_files(
         folder,
         lambda content: (digest(content),),
         entries=entries_of(),
-        name=f"{kind}-{settings_hash(selection)[:8]}",
+        name=name,
         schema=CONTENT_HASHES,
         index=index,
         progress=progress,
@@ -133,6 +136,13 @@ def _digests(
     if index is not None:
         index.prune(f"{kind}-")
     return fixed_bytes(table["digest"], 32)
+
+
+def _begin_with_others(index: ScanIndex, name: str, *, kind: str) -> None:
+    """Begin the table of a new selection with what those of others know of the same files."""
+    tables = [index.load(other, CONTENT_HASHES) for other in index.names(f"{kind}-")]
+    if known := [table for table in tables if table is not None]:
+        index.save(name, CONTENT_HASHES, parts=known)
 
 
 def _with_times(folder: Folder, entries: Iterator[Entry]) -> Iterator[tuple[Entry, int]]:

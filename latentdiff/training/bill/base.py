@@ -8,7 +8,7 @@ from typing import Any
 from latentdiff.config.finetune import FinetuneConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.models.model_path import INDEX, resolve_model
-from latentdiff.pipeline.files.model_info import public_name
+from latentdiff.pipeline.files.model_info import BILL_NAME, CONTENT_NAME, public_name
 from latentdiff.training.bill.bill import HEADER, WEIGHTS, canonical, digest
 from latentdiff.training.bill.contents import bill_of_folder, file_entries
 
@@ -41,7 +41,7 @@ def base_hashes(config: Config) -> dict[str, dict[str, str]]:
         path = getattr(getattr(config, section), name)
         if not path or (config.model.pretrained and role in PARTS_OF):
             continue
-        found[role] = {"name": public_name(path), "sha256": _base_hash_or_none(path, role)}
+        found[role] = {"name": public_name(path), "sha256": hash_or_none(path, role)}
         if (own := _bill_root(path)) is not None:
             found[role]["bill"] = own
     return found
@@ -55,7 +55,8 @@ def _bill_root(path: str) -> str | None:
     return None if own is None else own[0].root
 
 
-def _base_hash_or_none(path: str, role: str) -> str:
+def hash_or_none(path: str, role: str) -> str:
+    """Return the `base_hash`, "" with a warning where nothing can be hashed."""
     try:
         return base_hash(path, role=role)
     except (OSError, ValueError) as error:
@@ -94,6 +95,7 @@ def base_hash(path_or_id: str, *, role: str) -> str:
 def _files_read(part: Path) -> list[Path]:
     """Return the files of a component that a loader reads, all weights where none are plain."""
     files = sorted(path for path in part.glob("*") if path.is_file())
+    files = [path for path in files if path.name not in (BILL_NAME, CONTENT_NAME)]
     found = [path for path in files if READ.fullmatch(path.name)]
     if any(path.suffix == WEIGHTS for path in found):
         return found

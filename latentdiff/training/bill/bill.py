@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 VERSION = 2
 SECTIONS = ("config", "code", "base", "data")  # of a segment
+KEY_BYTES = 32
 WEIGHTS, HEADER = ".safetensors", "#header"  # ends of entries: a file's tensors, its metadata
-ARTIFACTS = (  # what a run exports
+ARTIFACTS = (  # what text-to-image training exports
     *("pipeline", "pipeline_learned_variance", "lora", "controlnet"),
     *("lora_kohya.safetensors", "learned_embeds.safetensors"),
 )
+OF_VAE, OF_CLIP = ("vae", "vae_tiny"), ("clip", "text_encoder", "tokenizer")  # of their recipes
+MADE_OF = ("single_file", "packed", "averaged", "converted_lora")  # later, of another export
 
 
 class Leaf(NamedTuple):
@@ -70,14 +73,16 @@ class Bill:
     """What an exported folder or file was made of, and what it holds.
 
     segments: one, but for a run that was resumed with something changed; files: `contents` of the
-    export; artifact: its name in the run, one of ARTIFACTS; leaves: of the last segment's images,
-    None where only their root is known.
+    export; artifact: its name in the run, one of ARTIFACTS, OF_VAE or OF_CLIP, or how it was made
+    of another export, one of MADE_OF; made_from: artifact and root of that one; leaves: of the last
+    segment's images, None where only their root is known.
     """
 
     segments: tuple[Segment, ...]
     files: Mapping[str, str] = field(default_factory=dict)
     artifact: str = ""
     leaves: tuple[Leaf, ...] | None = None
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def last(self) -> Segment:
@@ -95,6 +100,8 @@ class Bill:
     def root(self) -> str:
         """The sha256 root (hex) over all parts."""
         own = {"artifact": self.artifact, "files": digest(canonical(self.files))}
+        if self.made_from:
+            own["made_from"] = digest(canonical(self.made_from))
         return merkle_root(canonical(list(item)) for item in sorted((self.made_of() | own).items()))
 
 
@@ -124,13 +131,24 @@ def make_leaf(
 
 
 def images_root(leaves: Iterable[Leaf]) -> str:
-    """Return the root over images, in whatever order they come."""
-    return merkle_root(leaf.entry() for leaf in sorted(leaves))
+    """Return the root over images, in whatever order they come.
+
+    Of each, its key and hash alone are held: 100 bytes.
+    """
+    hashed = sorted(bytes.fromhex(leaf.key) + _leaf_hash(leaf.entry()) for leaf in leaves)
+    return _root_of([one[KEY_BYTES:] for one in hashed])
 
 
 def merkle_root(entries: Iterable[bytes]) -> str:
     """Return the root (hex) of RFC 6962 (section 2.1) over entries in their order."""
-    level = [hashlib.sha256(b"\0" + entry).digest() for entry in entries]
+    return _root_of([_leaf_hash(entry) for entry in entries])
+
+
+def _leaf_hash(entry: bytes) -> bytes:
+    return hashlib.sha256(b"\0" + entry).digest()
+
+
+def _root_of(level: list[bytes]) -> str:
     while len(level) > 1:
         pairs = zip(level[::2], level[1::2], strict=False)
         above = [hashlib.sha256(b"\1" + left + right).digest() for left, right in pairs]
@@ -161,6 +179,8 @@ def to_text(bill: Bill, *, with_images: bool) -> str:
         ],
         "files": dict(bill.files),
     }
+    if bill.made_from:
+        entries["made_from"] = dict(bill.made_from)
     text = json.dumps(entries, ensure_ascii=False)
     if not with_images or bill.leaves is None:
         return text
@@ -193,14 +213,17 @@ def _from_json(entries: Mapping[str, Any]) -> Bill:
     for one in segments:
         if not all(isinstance(getattr(one, part), dict) for part in SECTIONS):
             raise TypeError(f"a segment's {', '.join(SECTIONS)} must be objects")
-    if not segments or entries["artifact"] not in ARTIFACTS:
-        raise ValueError(f"artifact must be one of {', '.join(ARTIFACTS)}, and have a segment")
+    made_from = {str(key): str(one) for key, one in entries.get("made_from", {}).items()}
+    known = MADE_OF if made_from else (*ARTIFACTS, *OF_VAE, *OF_CLIP)
+    if not segments or entries["artifact"] not in known:
+        raise ValueError(f"artifact must be one of {', '.join(known)}, and have a segment")
     rows = entries.get("images")
     return Bill(
         segments,
         files={str(name): str(value) for name, value in entries["files"].items()},
         artifact=entries["artifact"],
         leaves=None if rows is None else tuple(map(_leaf, rows)),
+        made_from=made_from,
     )
 
 
@@ -208,5 +231,7 @@ def _leaf(row: Sequence[Any]) -> Leaf:
     name, split, image, captions, *companions = row
     is_named = isinstance(name, str)
     key = digest(name.encode("utf-8", "surrogatepass")) if is_named else str(name["sha256"])
+    if len(bytes.fromhex(key)) != KEY_BYTES:
+        raise ValueError(f"{key} is no sha256")
     hashes = str(split), str(image), str(captions), tuple(map(str, companions))
     return Leaf(key, name if is_named else "", *hashes)

@@ -143,7 +143,8 @@ def attach_to_folder(folder: Path, bill: Bill, *, artifact: str) -> Bill:
     own = replace(bill, files=contents(folder), artifact=artifact)
     files = sorted(folder.rglob(f"*{WEIGHTS}"))
     first = [path for path in files if path.parent.name == "unet"] or files
-    add_to_header(first[0], {BILL_KEY: to_text(own, with_images=False)})
+    for path in first[:1]:  # a tokenizer has none
+        add_to_header(path, {BILL_KEY: to_text(own, with_images=False)})
     write_text(folder / BILL_NAME, to_text(own, with_images=True))
     return own
 
@@ -155,9 +156,12 @@ def attach_again(folder: Path) -> str:
     return attach_to_folder(folder, found[0], artifact=found[0].artifact).root
 
 
-def attach_to_file(path: Path, bill: Bill) -> Bill:
-    """Put the bill of a file of weights, without images, into its header; return it."""
-    own = replace(bill, files=contents(path), artifact=path.name)
+def attach_to_file(path: Path, bill: Bill, *, artifact: str = "") -> Bill:
+    """Put the bill of a file of weights, without images, into its header; return it.
+
+    artifact: by default the file's name.
+    """
+    own = replace(bill, files=contents(path), artifact=artifact or path.name)
     add_to_header(path, {BILL_KEY: to_text(own, with_images=False)})
     return own
 

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import re
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from latentdiff.training.inputs.sources import read_sources
 
 logger = logging.getLogger(__name__)
 BILL = "the bill of materials"  # in messages
+LOG_S = 30.0  # between two lines on the hashing
 PACKAGE = Path(__file__).parents[2]
 LIBRARIES = (  # that change bits
     *("latentdiff", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "peft"),
@@ -58,6 +60,12 @@ NOT_IN_BILL = {  # settings of a machine, of files for people, or of the bill it
     "train": ("resume", "report_to", "tracker_project_name", "log_every_steps"),
 }
 
+TEXTS = {  # settings that people write, of which data.bill_of_materials=hashes tells hashes alone
+    "data": ("trigger_word", "caption_prefix", "caption_suffix", "zero_weight_images"),
+    "finetune": ("instance_prompts", "class_prompt"),
+}
+HIDDEN = "sha256:"  # before the hash of such a text
+
 
 @dataclass(frozen=True)
 class Materials:
@@ -70,15 +78,20 @@ class Materials:
     segments: tuple[Segment, ...]
     read_leaves: Callable[[], Iterator[Leaf]]
 
-    def attach_to_folder(self, folder: Path, *, artifact: str) -> str:
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the segments as a checkpoint keeps them."""
+        return [one.to_json() for one in self.segments]
+
+    def attach_to_folder(self, folder: Path, *, artifact: str, lists_images: bool = True) -> str:
         """Write the bill and the summary into a model's folder; return the root.
 
-        "" where the disk does not take it, which is logged: the model matters more.
+        "" where the disk does not take it, which is logged: the model matters more. lists_images:
+        each by itself, not their root alone.
         """
         try:
             contents = dict.fromkeys(_content(one) for one in self.segments)
             write_text(folder / CONTENT_NAME, "\n".join(contents))
-            bill = Bill(self.segments, leaves=self._leaves())
+            bill = Bill(self.segments, leaves=self._leaves() if lists_images else None)
             return attach_to_folder(folder, bill, artifact=artifact).root
         except OSError as error:
             logger.error("%s has no bill of materials: %s", artifact, error)
@@ -134,23 +147,52 @@ def gather_materials(
     )
     own = public_config(config)
     before = [replace(one, config=_exported_as(one.config, own)) for one in recorded or ()]
-    if from_step and not before:
-        before = [Segment()]
-    last = before[-1] if before else Segment()
-    now = replace(last, from_step=from_step, config=own)
-    if trains:
+
+    def gather() -> Segment:
         logger.info("hashing the images for %s; data.bill_of_materials=none omits it", BILL)
         base = base_hashes(config)
-        now = Segment(
-            from_step,
-            config=own,
+        return Segment(
             code=code_facts() | {"machine": dict(machine)},
             base=base,
-            data=_data_hashes(folders, again(), class_images),
+            data=_data_hashes(folders, again(progress=log_progress()), class_images),
             content=training_content(base, folders, config),
         )
+
+    segments = segments_of(
+        before, config=own, from_step=from_step, gather=gather if trains else None
+    )
+    return Materials(segments, again)
+
+
+def segments_of(
+    before: Sequence[Segment],
+    *,
+    config: Mapping[str, Any],
+    from_step: int,
+    gather: Callable[[], Segment] | None,
+) -> tuple[Segment, ...]:
+    """Return what a run was made of before from_step, and what `gather` finds from there on.
+
+    before: as recorded, empty where nothing is; gather: None where no step follows.
+    """
+    before = list(before) or ([Segment()] if from_step else [])
+    last = before[-1] if before else Segment()
+    now = replace(gather() if gather else last, from_step=from_step, config=config)
     is_new = not before or not now.is_as(last)
-    return Materials((*before, *([now] if is_new else [])), again)
+    return (*before, *([now] if is_new else []))
+
+
+def log_progress() -> Progress:
+    """Return what logs how many files are hashed, every LOG_S seconds."""
+    last = time.monotonic()
+
+    def show(done: int, num: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > LOG_S:
+            last = time.monotonic()
+            logger.info("hashed %s of %s images for %s", f"{done:,}", f"{num:,}", BILL)
+
+    return show
 
 
 def _data_hashes(
@@ -194,6 +236,8 @@ def read_leaves(
     index_dir: where hashes of files are kept by size and time; None: every byte is read.
     """
     prompts = config.finetune.instance_prompts
+    if config.data.bill_of_materials == "hashes":
+        prompts = tuple(hidden(prompts))
     for number, source in enumerate(folders.values()):
         index = ScanIndex(index_dir, source.root) if index_dir is not None else None
         folder = source.with_captions(prompts) if prompts else source
@@ -201,12 +245,12 @@ def read_leaves(
         for split, part in (("train", folder.split("train")), ("heldout", folder.heldout())):
             images = file_hashes(part, index=index, progress=progress)
             companions = _companion_hashes(part, config, index)
-            for row, (name, captions) in enumerate(_texts(part)):
+            for row, (name, captions) in enumerate(each_text(part)):
                 yield make_leaf(
-                    prefix + _nfc(name),
+                    prefix + nfc(name),
                     split=split,
                     image=images[row].tobytes(),
-                    captions=map(_nfc, captions),
+                    captions=map(nfc, captions),
                     companions=companions.get(row, ()),
                     keeps_name=keeps_names,
                 )
@@ -215,11 +259,11 @@ def read_leaves(
 def class_leaves(folder: Folder) -> Iterator[Leaf]:
     """Yield a leaf for each class image of prior preservation."""
     hashes = file_hashes(folder)
-    for row, (name, captions) in enumerate(_texts(folder)):
+    for row, (name, captions) in enumerate(each_text(folder)):
         yield make_leaf(name, split="class", image=hashes[row].tobytes(), captions=captions)
 
 
-def _texts(folder: Folder) -> Iterator[tuple[str, list[str]]]:
+def each_text(folder: Folder) -> Iterator[tuple[str, list[str]]]:
     """Yield each record's id and captions, with a part of them in memory at a time."""
     for start in range(0, len(folder), CHUNK_ROWS):
         part = folder[start : start + CHUNK_ROWS]
@@ -262,7 +306,18 @@ def public_config(config: Config) -> dict[str, Any]:
     for role, (section, name) in BASES.items():
         plain[section][name] = role if plain[section][name] else ""
     found: dict[str, Any] = json.loads(canonical(plain))
+    if config.data.bill_of_materials == "hashes":
+        for section, names in TEXTS.items():
+            for part in (found[section], *found[section].get("sources", ())):
+                part |= {name: hidden(part[name]) for name in names if name in part}
     return found
+
+
+def hidden(text: Any) -> Any:
+    """Return the hash of a text, or those of several; "" and None as they are."""
+    if isinstance(text, list | tuple):
+        return [hidden(one) for one in text]
+    return text and HIDDEN + digest(text.encode())
 
 
 def code_facts() -> dict[str, Any]:
@@ -310,5 +365,6 @@ def _version(name: str) -> str:
         return ""
 
 
-def _nfc(text: str) -> str:
+def nfc(text: str) -> str:
+    """Return a text in the form of Unicode that is hashed."""
     return unicodedata.normalize("NFC", text)

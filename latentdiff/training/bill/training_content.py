@@ -7,7 +7,7 @@ summary of training content (AI Act, Article 53(1)(d)), as far as a data folder 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from latentdiff.config.data import DataConfig
@@ -54,19 +54,28 @@ def training_content(
 
     base: name of each model that the run starts from, by its role.
     """
-    each = list(zip(folders.values(), config.data.each_source(), strict=True))
+    roots = [settings.root for settings in config.data.each_source()]
+    return content_page(
+        base, dict(zip(roots, folders.values(), strict=True)), filters=_filters(config)
+    )
+
+
+def content_page(
+    base: Mapping[str, Mapping[str, str]], folders: Mapping[str, Folder], *, filters: Iterable[str]
+) -> str:
+    """Return the summary of folders by their root, and of how their images were chosen."""
     formats = Counter[str]()
-    for folder, _ in each:
+    for folder in folders.values():
         formats.update(_endings(folder))
     bases = [f"{role} {facts['name']}" for role, facts in base.items()]
     shown = [f"{ending} ({count:,})" for ending, count in formats.most_common()]
     return PAGE.format(
-        intro=_intro([folder for folder, _ in each]),
-        sources="\n".join(_source_row(folder, settings) for folder, settings in each),
+        intro=_intro([*folders.values()]),
+        sources="\n".join(_source_row(folder, root) for root, folder in folders.items()),
         formats=", ".join(shown) or "none",
         base=_cell(", ".join(bases) or "none, trained from scratch"),
-        filters="\n".join(f"- {line}" for line in _filters(config)),
-        refused="\n".join(_refused(folder for folder, _ in each)),
+        filters="\n".join(f"- {line}" for line in filters),
+        refused="\n".join(_refused(iter(folders.values()))),
     )
 
 
@@ -79,12 +88,12 @@ def _intro(folders: Sequence[Folder]) -> str:
     )
 
 
-def _source_row(folder: Folder, settings: DataConfig) -> str:
+def _source_row(folder: Folder, root: str) -> str:
     train, heldout = folder.split("train"), folder.heldout()
     size = sum(entry.size for part in (train, heldout) for entry in part.entries())
     num_captions = sum(len(part.captions.flatten()) for part in (train, heldout))
     cells = (
-        _source_name(settings.root),
+        _source_name(root),
         stated_licence(folder.root),
         f"{len(train):,}",
         f"{len(heldout):,}",
@@ -140,13 +149,16 @@ def _filters(config: Config) -> Iterator[str]:
             rules += [f"weight {own.weight:g}"] if own.weight else []
         yield from (f"{where}{rule}" for rule in rules)
     yield f"at most {data.max_invalid_fraction:.1%} of the images of a source may be unusable"
-    if finetune.instance_prompts:
-        yield f"all captions replaced by {' / '.join(finetune.instance_prompts)}"
+    hides = data.bill_of_materials == "hashes"
+    if prompts := finetune.instance_prompts:
+        shown = f"{len(prompts)} prompts" if hides else " / ".join(prompts)
+        yield f"all captions replaced by {shown}"
     if data.num_canaries:
         yield f"besides, {data.num_canaries:,} images of random colours, planted for audits"
     if finetune.class_prompt:
+        shown = "the class" if hides else repr(finetune.class_prompt)
         yield (
-            f"besides, {finetune.num_class_images:,} images of {finetune.class_prompt!r}, which "
+            f"besides, {finetune.num_class_images:,} images of {shown}, which "
             "the base model made but for those that lay in finetune.class_images_dir before"
         )
 

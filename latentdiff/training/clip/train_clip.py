@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.clip import ClipConfig
-from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.eval_set import read_pixels
 from latentdiff.evaluation.metrics.clip import preprocess, recall_at
 from latentdiff.models.open_clip import (
@@ -33,6 +33,7 @@ from latentdiff.models.open_clip import (
 )
 from latentdiff.models.save import save_component
 from latentdiff.models.text import tokenize, train_tokenizer
+from latentdiff.training.bill.folder_runs import MAX_INVALID, read_roots
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs, collate_pairs
 from latentdiff.training.inputs.workers import ignore_signals, start_workers
@@ -58,16 +59,16 @@ def train_clip(config: ClipConfig) -> int:
     and tokenizer/ for model.text_encoder of a text-to-image run. ValueError when there is nothing
     to learn from, FloatingPointError when a loss is not finite any more.
     """
-    folders = [read_folder(root) for root in config.roots]
+    folders = read_roots(ClipConfig, config.roots)
     for folder in folders:
-        folder.check(max_invalid_fraction=0.02)
+        folder.check(max_invalid_fraction=MAX_INVALID)
     if not any(len(folder.split("train")) for folder in folders):
         raise ValueError(f"roots={list(config.roots)} hold no training images; give --roots")
 
     def build(settings: ClipConfig, folder: Path, accelerator: Accelerator) -> ClipRecipe:
         return ClipRecipe(settings, folder, folders, accelerator)
 
-    return train_in_one_process(config, build)
+    return train_in_one_process(config, build, folders=folders)
 
 
 class ClipRecipe(Recipe):
@@ -144,7 +145,8 @@ class ClipRecipe(Recipe):
 
     def state(self) -> dict[str, Any]:
         """Return the numbers next to them."""
-        return self.clip_step.state()
+        made_of = self.materials.to_json() if self.materials else None
+        return self.clip_step.state() | {"materials": made_of}
 
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
         """Take both back."""
@@ -174,6 +176,10 @@ class ClipRecipe(Recipe):
                 save_component(part, temporary)
                 if name == "clip":
                     save_component(tokenizer, temporary)
+                if self.materials is not None:
+                    self.materials.attach_to_folder(
+                        temporary, artifact=name, lists_images=name == "clip"
+                    )
         write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         for name, value in report.items():
             if not name.endswith(("/low", "/high")):

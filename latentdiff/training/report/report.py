@@ -17,7 +17,8 @@ from latentdiff.html import page, render_template, table
 from latentdiff.training.progress import duration_text
 from latentdiff.training.report import curves
 from latentdiff.training.report.charts import charts, rise_step
-from latentdiff.training.report.run_record import RunRecord, audit_facts, read_runs
+from latentdiff.training.report.receipts import receipt_facts, receipt_sections
+from latentdiff.training.report.run_record import RunRecord, read_runs
 from latentdiff.training.report.samples import STYLE as SAMPLES_STYLE
 from latentdiff.training.report.samples import before_and_after, sheet_slider, side_by_side
 
@@ -98,6 +99,7 @@ def _sections(run: RunRecord, number: int) -> list[tuple[str, Markup]]:
         ("Samples", sheet_slider(run, name=f"run{number}")),
         ("Plan and what was measured", _plan(run)),
         ("Data", _data(run)),
+        *receipt_sections(run),
         ("Warnings", _warnings(run)),
         ("Settings", _settings(run)),
     ]
@@ -127,7 +129,7 @@ def facts_of(run: RunRecord) -> dict[str, str]:
         facts["mean speed"] = f"{num_images / run.training_seconds:.3g} images/s"
     if memory := run.series("memory_gb").values:
         facts["peak memory"] = f"{max(memory):.2f} GB"
-    return facts | dict(audit_facts(run.folder))
+    return facts | dict(receipt_facts(run.folder))
 
 
 def _facts(run: RunRecord) -> Markup:

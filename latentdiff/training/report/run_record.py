@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,22 +159,6 @@ def read_run(folder: Path, name: str) -> RunRecord:
         log=read_log(folder),
         sheets=sheets,
     )
-
-
-def audit_facts(run: Path) -> Iterator[tuple[str, str]]:
-    """Yield what `latentdiff audit` and `audit captions` found of a run, where they wrote it."""
-    privacy, captions = (run / AUDIT / name for name in ("privacy.json", "captions.json"))
-    if privacy.is_file():
-        members = json.loads(privacy.read_text(encoding="utf-8"))["members"]
-        auc, found = members["auc"], members["true_positives"]["estimate"]
-        yield (
-            "membership inference",
-            f"AUC {auc['estimate']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}], {found:.1%} of the "
-            f"training images found at {members['false_positive_rate']:.0%} false positives",
-        )
-    if captions.is_file():
-        counts = json.loads(captions.read_text(encoding="utf-8"))["verdicts"]
-        yield "captions in bits", ", ".join(f"{num:,} {name}" for name, num in counts.items())
 
 
 def _is_finite(value: Any) -> bool:

@@ -26,9 +26,9 @@ from latentdiff.evaluation.metrics.heldout_loss import (
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.unet.learned_variance import prediction_only
 from latentdiff.training.bill.bill import Segment
-from latentdiff.training.bill.materials import Materials, gather_materials, machine_facts
+from latentdiff.training.bill.materials import Materials, gather_materials
 from latentdiff.training.checkpoint import Parts, checkpoint_state
-from latentdiff.training.distributed import any_process, start_accelerator
+from latentdiff.training.distributed import any_process, machine_of, start_accelerator
 from latentdiff.training.finetune.initial_weights import open_initial_file
 from latentdiff.training.fsdp import full_state, make_root, shard_state
 from latentdiff.training.inputs.canaries import with_canaries
@@ -115,14 +115,8 @@ def materials_of(config: Config, run: Run, start: Start) -> Materials | None:
     """
     if config.data.bill_of_materials == "none":
         return None
-    device, recorded = run.accelerator.device, None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts = machine_facts(
-        device=name,
-        num_threads=torch.get_num_threads(),
-        num_processes=run.accelerator.num_processes,
-        micro_batch_size=run.layout.micro_batch_size,
-    )
+    recorded = None
+    facts = machine_of(run.accelerator, micro_batch_size=run.layout.micro_batch_size)
     if start.checkpoint is not None:
         recorded = checkpoint_state(start.checkpoint).get("materials")
     try:
@@ -326,7 +320,7 @@ class TextToImageRecipe(Recipe):
             "scaling_factor": float(self.run.components.vae.config["scaling_factor"]),
             "base": self.run.base_hash,
             "strata_rule": self.run.strata_rule,
-            "materials": [one.to_json() for one in materials.segments] if materials else None,
+            "materials": materials.to_json() if materials else None,
         }
 
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:

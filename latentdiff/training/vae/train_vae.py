@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latentdiff.atomic import atomic_folder, write_text
 from latentdiff.config.vae import VaeConfig
-from latentdiff.data.folder.folder import Folder, read_folder
+from latentdiff.data.folder.folder import Folder
 from latentdiff.evaluation.metric_nets import load_mobilenet
 from latentdiff.models.build import build_tiny_vae, build_vae
 from latentdiff.models.components import TINY_VAE, load_vae
@@ -33,6 +33,7 @@ from latentdiff.models.latents import (
     set_scalar_scaling,
 )
 from latentdiff.models.save import save_component
+from latentdiff.training.bill.folder_runs import MAX_INVALID, read_roots
 from latentdiff.training.checkpoint import Parts
 from latentdiff.training.loop import train_in_one_process
 from latentdiff.training.metrics_log import MeanLosses
@@ -53,14 +54,16 @@ def train_vae(config: VaeConfig) -> int:
     vae_tiny/), metrics.json and a sheet of reconstructions into config.output_dir. ValueError when
     there is no image to train on, FloatingPointError when a loss is not finite any more.
     """
-    folders = [_read(root) for root in config.roots]
+    folders = read_roots(VaeConfig, config.roots)
+    for folder in folders:
+        folder.check(max_invalid_fraction=MAX_INVALID)
     if not folders or not any(len(folder.split("train")) for folder in folders):
         raise ValueError(f"roots={list(config.roots)} hold no training images; give --roots")
 
     def build(settings: VaeConfig, folder: Path, accelerator: Accelerator) -> VaeRecipe:
         return VaeRecipe(settings, folder, folders, accelerator)
 
-    return train_in_one_process(config, build)
+    return train_in_one_process(config, build, folders=folders)
 
 
 class VaeRecipe(Recipe):
@@ -111,7 +114,8 @@ class VaeRecipe(Recipe):
 
     def state(self) -> dict[str, Any]:
         """Return the numbers next to them."""
-        return self.train_step.state()
+        made_of = self.materials.to_json() if self.materials else None
+        return self.train_step.state() | {"materials": made_of}
 
     def load(self, tensors: Parts, state: Mapping[str, Any]) -> None:
         """Take both back."""
@@ -135,6 +139,8 @@ class VaeRecipe(Recipe):
         out = self.folder / (TINY_VAE if self.codec else "vae")
         with atomic_folder(out) as temporary:
             save_component(saved, temporary)
+            if self.materials is not None:
+                self.materials.attach_to_folder(temporary, artifact=out.name)
         write_text(self.folder / "metrics.json", json.dumps(report, indent=2) + "\n")
         logger.info("wrote %s: %s", out, report)
 
@@ -207,9 +213,3 @@ def _load_pretrained(config: VaeConfig) -> AutoencoderKL:
             f"pretrained={config.pretrained} is a {type(vae).__name__}, expected AutoencoderKL"
         )
     return vae
-
-
-def _read(root: str) -> Folder:
-    folder = read_folder(root, missing_caption="empty")
-    folder.check(max_invalid_fraction=0.02)
-    return folder
