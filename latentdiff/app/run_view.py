@@ -21,6 +21,7 @@ from latentdiff.training.report import curves, samples
 from latentdiff.training.report.charts import charts
 from latentdiff.training.report.receipts import receipt_facts
 from latentdiff.training.report.run_record import RunRecord, read_run
+from latentdiff.training.report.verdicts import verdict_facts
 
 LOCK, HOLDER = ".lock", re.compile(r"process (\d+) on (.*)")
 WATCHED = (LOCK, "metrics.jsonl", "log.txt", "samples", "pipeline", "checkpoints", "audit")
@@ -121,6 +122,8 @@ def latest_figures(run: RunRecord) -> Mapping[str, str]:
     }
     found = {label: (run.series(name).values, form) for label, (name, form) in names.items()}
     figures = {label: form.format(values[-1]) for label, (values, form) in found.items() if values}
+    if verdict := verdict_facts(run).get("verdict"):
+        figures["Verdict"] = verdict
     data = run.setting("data.root")
     figures |= {"Data": Path(str(data)).name} if data else {}
     return figures | {RECEIPTS[name]: text for name, text in receipt_facts(run.folder)}

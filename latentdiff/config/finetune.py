@@ -17,7 +17,9 @@ FIXED_BY_DISTILLATION: dict[str, Any] = {  # settings with the one value that it
     "finetune.class_prompt": "",
     "train.train_text_encoder": False,
     "train.train_text_encoder_2": False,
+    "train.stop": "never",  # no evaluation measures a student
     "train.keep_best": False,
+    "eval.num_samples": 0,
     "diffusion.prediction_type": "",
     "diffusion.zero_terminal_snr": False,  # the teacher knows its own noise levels alone
     "diffusion.loss_weighting": "none",

@@ -15,6 +15,8 @@ from latentdiff.config.model import ConditionConfig, ConditionFiles, ModelConfig
 from latentdiff.config.train import EvalConfig, PreviewConfig, TrainConfig
 from latentdiff.config.validation import EffectRule, check_effect, check_ranges, folder
 
+MIN_SAMPLES = 4  # generated at an evaluation, for an interval
+MIN_EVALUATIONS = 4  # before a run may end by them
 EFFECT_RULES = (
     EffectRule(
         (
@@ -158,6 +160,11 @@ EFFECT_RULES = (
         "it is for a distill.method, and there is none",
     ),
     EffectRule(
+        ("eval.unrelated_prompts",),
+        lambda config: config.eval.num_samples > 0,
+        "it goes with the images of eval.num_samples, which is 0",
+    ),
+    EffectRule(
         ("train.posthoc_ema_every_steps",),
         lambda config: bool(config.train.posthoc_ema_sigma_rel),
         "it is for the averages of train.posthoc_ema_sigma_rel, and there are none",
@@ -214,6 +221,7 @@ class Config:
         _check_condition(self)
         _check_zero_weight(self)
         check_distillation(self)
+        _check_stop(self)
         check_effect(self)
 
 
@@ -293,6 +301,29 @@ def _check_learned_variance(config: Config) -> None:
                 f"diffusion.learned_variance trains on the bound, which has no {name}: leave out "
                 "one of them"
             )
+
+
+def _check_stop(config: Config) -> None:
+    samples, unrelated = config.eval.num_samples, len(config.eval.unrelated_prompts)
+    if samples and not config.preview.features:
+        raise ValueError(
+            f"eval.num_samples={samples} compares images by the features of a network: set "
+            "preview.features to the folder of one, such as a CLIP"
+        )
+    if 0 < samples < MIN_SAMPLES or unrelated == 1:
+        raise ValueError(
+            f"eval.num_samples={samples} and {unrelated} of eval.unrelated_prompts, expected 0 or "
+            f"at least {MIN_SAMPLES} samples, and none or at least 2 prompts, for an interval"
+        )
+    every, steps = config.eval.every_steps, config.train.max_steps
+    if config.train.stop == "never" or config.train.max_epochs:  # which become max_steps first
+        return
+    if not every or steps // every < MIN_EVALUATIONS:
+        raise ValueError(
+            f"train.stop=auto compares evaluations, and eval.every_steps={every} gives "
+            f"{steps // every if every else 1} in train.max_steps={steps}, expected at least "
+            f"{MIN_EVALUATIONS}: set eval.every_steps={max(1, steps // 12)}, for 12"
+        )
 
 
 def _check_condition(config: Config) -> None:

@@ -103,6 +103,10 @@ class TrainConfig:
     rebuild any width from 0.03 to 0.2"""
     export: Literal["last", "best"] = "last"
     """the state that is exported to pipeline/: the last, or that with the lowest held-out loss"""
+    stop: Literal["never", "auto"] = "never"
+    """auto: end before max_steps once evaluations (eval.every_steps) overfit or gain nothing, and
+    keep and export the best of them (train.keep_best, train.export=best); never: log the verdict
+    alone. By the held-out loss, or where nothing is held out by eval.num_samples"""
     seed: int = between(0, 2**63 - 1, default=0)
     """all random numbers of the run are a function of it"""
     resume: str = "auto"
@@ -127,9 +131,12 @@ class TrainConfig:
     """stop after so many updates in a row were skipped because of NaN or Inf"""
 
     def __post_init__(self) -> None:
-        """Take the optimiser's default learning rate where none is given."""
+        """Take the optimiser's default learning rate where none is given, and what `stop` needs."""
         if self.learning_rate == 0:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.optimizer])
+        if self.stop == "auto":
+            object.__setattr__(self, "keep_best", True)
+            object.__setattr__(self, "export", "best")
 
     def check(self) -> None:
         """Raise ValueError for settings that exclude each other."""
@@ -247,3 +254,10 @@ class EvalConfig:
     triples; 0: only at the end"""
     num_heldout: int = at_least(1, default=256)
     """maximum number of triples, and of as many training images, whose loss shows overfitting"""
+    num_samples: int = at_least(0, default=0)
+    """images generated at each evaluation, of the sheets' prompts and from the same seeds, whose
+    similarity to the training images and copies are measured by the network of preview.features;
+    0: none, else 4 or more. Where nothing is held out train.stop goes by them"""
+    unrelated_prompts: tuple[str, ...] = non_empty_texts()
+    """prompts that have nothing to do with the training images: how far their images move from
+    those of the first evaluation is the drift. With eval.num_samples"""

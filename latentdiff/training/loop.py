@@ -156,6 +156,7 @@ class Loop:
                 watch.total_paused = 0.0  # what comes before the first step comes once
             with watch.paused():
                 is_best = self._evaluate(step, progress, last=last)
+                last = last or (recipe.verdicts is not None and recipe.verdicts.ends)
                 self.log.write(step, self._save_samples(step, last=last))
             if is_best or (is_new and is_due(step, settings.checkpoint_every_steps, last)):
                 self.checkpoints.save(recipe, step)
@@ -195,17 +196,22 @@ class Loop:
 
     def _evaluate(self, step: int, progress: Progress, *, last: bool) -> bool:
         """Evaluate where no checkpoint has it; return whether this is the best state to keep."""
-        heldout = self.recipe.heldout
-        if step in heldout:
+        heldout, verdicts = self.recipe.heldout, self.recipe.verdicts
+        if step in heldout or (verdicts is not None and step <= verdicts.rule.last_step):
             return False
         figures = self.recipe.evaluate(step, last=last)
-        self.log.write(step, figures)
+        is_judged = verdicts is not None and verdicts.rule.last_step == step
+        self.log.write(step, {**figures, **(verdicts.figures() if verdicts and is_judged else {})})
         if math.isfinite(loss := figures.get("heldout_loss", math.nan)):
             before = max(heldout.items(), default=None)
             heldout[step] = loss
             progress.show_heldout(step, loss, before=before)
-        saved = {at: loss for at, loss in heldout.items() if at}  # there is no checkpoint at 0
-        return self.settings.keep_best and step in saved and best_step(saved) == step
+        if verdicts is not None and verdicts.verdict is not None and is_judged:
+            progress.show_verdict(verdicts.verdict, verdicts.measure)
+            if self.accelerator.is_main_process:
+                verdicts.log_stop(self.settings.max_steps)
+        ranking = self.recipe.ranking()
+        return self.settings.keep_best and step in ranking and best_step(ranking) == step
 
 
 def train_in_one_process(

@@ -40,15 +40,21 @@ class MetricsLog:
         if is_main:
             drop_lines_after(self.path, first_step)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(self, step: int, figures: Mapping[str, float | str]) -> None:
         """Add a line for a step, in which null stands for a figure that is not finite.
 
-        A full disk does not stop training: lines are kept and written once it takes them.
+        Trackers get the numbers alone. A full disk does not stop training: lines are kept and
+        written once it takes them.
         """
         if not self._is_main or not figures:
             return
-        known = {name: value for name, value in figures.items() if math.isfinite(value)}
-        row = {"step": step, **dict.fromkeys(figures), **known}
+        words = {name: value for name, value in figures.items() if isinstance(value, str)}
+        known = {
+            name: value
+            for name, value in figures.items()
+            if not isinstance(value, str) and math.isfinite(value)
+        }
+        row = {"step": step, **dict.fromkeys(figures), **known, **words}
         self._unwritten += json.dumps(row) + "\n"
         try:
             append_text(self.path, self._unwritten)

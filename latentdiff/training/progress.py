@@ -5,14 +5,20 @@ metrics, so it never waits for the device. Does not answer for: the figures them
 metrics_log.py writes.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+if TYPE_CHECKING:  # a report shows durations without it
+    from latentdiff.evaluation.metrics.stopping import Verdict
 
 logger = logging.getLogger(__name__)
 LOG_INTERVAL_S = 30.0  # between two lines where there is no terminal
@@ -90,9 +96,18 @@ class Progress:
             change = f" ({loss - before[1]:+.4f} since step {before[0]})" if before else ""
             logger.info("held-out loss after step %d: %.4f%s", step, loss, change)
 
+    def show_verdict(self, verdict: Verdict, measure: str) -> None:
+        """Log the verdict on an evaluation with its interval, and show it until the next."""
+        self._shown["verdict"] = verdict.name
+        self._describe()
+        if self.is_main:
+            logger.info("after step %d: %s", verdict.step, verdict_text(verdict, measure))
+
     def text(self) -> str:
         """Return the figures as one line, those that matter most first."""
-        parts = [self._shown[name] for name in ("loss", "heldout") if name in self._shown]
+        parts = [
+            self._shown[name] for name in ("loss", "heldout", "verdict") if name in self._shown
+        ]
         if self._seconds_per_step is not None:
             left = self._seconds_per_step * (self.max_steps - self._step)
             parts.insert(0, f"{tqdm.format_interval(left)} left")
@@ -112,6 +127,16 @@ class Progress:
         if not self._bar.disable:
             text = self.text()  # empty until the first figures
             self._bar.set_description_str(text and f", {text}", refresh=False)
+
+
+def verdict_text(verdict: Verdict, measure: str) -> str:
+    """Say a verdict with its interval: flat, held-out loss +0.0012 [-0.0010, +0.0034] ..."""
+    change = verdict.change
+    return (
+        f"{verdict.name}, {measure} {change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] "
+        f"against step {verdict.compared_step}, {change.level:.0%} interval over "
+        f"{change.num_samples} pairs; best so far: step {verdict.best_step}"
+    )
 
 
 def duration_text(seconds: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from latentdiff.training.bill.materials import Materials
 from latentdiff.training.checkpoint import Parts
+from latentdiff.training.stopping.verdicts import RunVerdicts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Recipe(ABC):
         self.heldout: dict[int, float] = {}  # losses so far, by step
         self.steps_per_epoch = 0.0  # 0: not known
         self.materials: Materials | None = None  # for the bill of what is exported
+        self.verdicts: RunVerdicts | None = None  # where a recipe has its evaluations judged
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterator[Any]:
@@ -83,6 +85,10 @@ class Recipe(ABC):
     def evaluate(self, step: int, *, last: bool) -> dict[str, float]:
         """Return figures of the state after `step` steps, "heldout_loss" among them, when due."""
         return {}
+
+    def ranking(self) -> dict[int, float]:
+        """Return a figure by step of the states that a checkpoint may keep, the best the lowest."""
+        return {at: loss for at, loss in self.heldout.items() if at}  # there is none at 0
 
     def save_samples(self, step: int, *, last: bool) -> dict[str, float]:
         """Write a sheet of images when it is due and not there yet; return its figures.

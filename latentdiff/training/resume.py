@@ -70,6 +70,7 @@ MUTABLE_KEYS = (  # by a resumed run, without another result up to where it was
     "train.checkpoint_every_steps",
     "train.keep_",
     "train.export",
+    "train.stop",
     "train.posthoc_ema_every_steps",
     "train.max_skipped_steps",
     "preview.",
@@ -317,7 +318,7 @@ class CheckpointWriter:
             return
         self._saver.wait()
         self.log_error()
-        state, losses = recipe.state(), dict(recipe.heldout)
+        state, losses = recipe.state(), recipe.ranking()
         size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
         fits = size < SPARE_MEMORY * psutil.virtual_memory().available
         if fits:

@@ -57,6 +57,7 @@ class Triples:
     condition: Sequence[Tensor] | None = None
     null_condition: Sequence[Tensor] | None = None
     condition_field: Literal["condition", "control"] = "condition"  # of the conditioning
+    images: Tensor | None = None  # (n,) int64, which image each triple is of
 
     def __len__(self) -> int:
         return len(self.t)

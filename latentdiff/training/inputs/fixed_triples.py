@@ -128,6 +128,7 @@ def _triples(
         condition=[one["condition"] for one in conditions] or None,
         null_condition=nulls or None,
         condition_field="control" if config.condition_kind == "controlnet" else "condition",
+        images=torch.from_numpy(indices[order]),
     )
 
 

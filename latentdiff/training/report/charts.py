@@ -13,6 +13,9 @@ Z_95 = 1.96
 KNOWN = (  # figures that have a chart of their own, or a part in one
     *("loss", "heldout_loss", "heldout_se", "train_loss_fixed", "train_se_fixed"),
     *("condition_use", "condition_use_se", "condition_match", "condition_match_se"),
+    *("similarity", "similarity_se", "drift", "drift_se", "best_step", "chosen_step", "stop_step"),
+    *("change", "change_low", "change_high", "change_since_step", "num_pairs"),
+    *("regret", "regret_low", "regret_high"),
     *("learning_rate", "images_per_second", "memory_gb", "grad_norm", "num_heldout", "step"),
 )
 BY_TIMESTEP = "loss/t"
@@ -21,7 +24,7 @@ CONDITION_NOTE = "Share of the held-out loss that the image condition saves; bar
 
 def charts(runs: Sequence[RunRecord]) -> Markup:
     """Lay out the charts of runs; a single run has its raw loss and all other figures too."""
-    shown = [_loss(runs), _heldout(runs), _condition_use(runs)]
+    shown = [_loss(runs), _heldout(runs), *_of_samples(runs), _condition_use(runs)]
     if len(runs) == 1:
         shown.append(_by_timestep(runs[0]))
     for name, title, from_zero in (
@@ -64,6 +67,24 @@ def _heldout(runs: Sequence[RunRecord]) -> Markup:
             curves.append(trained)
     note = "On the same images, timesteps and noise each time; bars: 95 % interval."
     return chart("Held-out loss", curves, note=note)
+
+
+def _of_samples(runs: Sequence[RunRecord]) -> list[Markup]:
+    """Draw how like the subject generated images are, and how far unrelated prompts drifted."""
+    return [
+        chart(
+            title,
+            [
+                _with_interval(run, name, f"{name}_se", run.name if len(runs) > 1 else "", k)
+                for k, run in enumerate(runs)
+            ],
+            note="On images of the same prompts and seeds each time; bars: 95 % interval.",
+        )
+        for name, title in (
+            ("similarity", "Similarity to the training images"),
+            ("drift", "Drift of unrelated prompts"),
+        )
+    ]
 
 
 def _condition_use(runs: Sequence[RunRecord]) -> Markup:

@@ -21,6 +21,7 @@ from latentdiff.training.report.receipts import receipt_facts, receipt_sections
 from latentdiff.training.report.run_record import RunRecord, read_runs
 from latentdiff.training.report.samples import STYLE as SAMPLES_STYLE
 from latentdiff.training.report.samples import before_and_after, sheet_slider, side_by_side
+from latentdiff.training.report.verdicts import verdict_facts, verdicts_section
 
 NUM_EXAMPLES, NUM_FOLDERS = 5, 12
 STYLE = (
@@ -97,6 +98,7 @@ def _samples_title(runs: Sequence[RunRecord]) -> str:
 def _sections(run: RunRecord, number: int) -> list[tuple[str, Markup]]:
     return [
         ("Samples", sheet_slider(run, name=f"run{number}")),
+        ("When to stop", verdicts_section(run)),
         ("Plan and what was measured", _plan(run)),
         ("Data", _data(run)),
         *receipt_sections(run),
@@ -119,6 +121,7 @@ def facts_of(run: RunRecord) -> dict[str, str]:
         facts["lowest held-out loss"] = (
             f"{heldout.values[best]:.4f}, step {heldout.steps[best]:,.0f}"
         )
+    facts |= verdict_facts(run)
     if uses := run.series("condition_use").values:
         step = rise_step(run)
         since = "not above 0 yet" if step is None else f"above 0 from step {step:,} on"

@@ -107,7 +107,15 @@ class RunRecord:
             return "failed"
         if self.last_step >= self.max_steps and exports_of(self.folder):
             return "finished"
+        if self.setting("train.stop") == "auto" and self._said_stop and exports_of(self.folder):
+            return f"finished by its verdict after step {self.last_step:,} of {self.max_steps:,}"
         return f"stopped after step {self.last_step:,} of {self.max_steps:,}"
+
+    @property
+    def _said_stop(self) -> bool:
+        """Whether the last verdict was to stop where the run ended."""
+        steps = self.series("stop_step").values
+        return bool(steps) and steps[-1] == self.last_step
 
 
 def read_runs(paths: list[str]) -> list[RunRecord]:

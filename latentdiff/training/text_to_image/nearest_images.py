@@ -77,9 +77,7 @@ class NearestImages:
 
         Raises ValueError naming a training image that can no longer be read.
         """
-        is_one_size = len({sample.size for sample in samples}) == 1
-        batches = [samples] if is_one_size else [[sample] for sample in samples]
-        found = torch.cat([self._embed(torch.stack([*map(to_pixels, part)])) for part in batches])
+        found = self.embed(samples)
         train, heldout = self._embedded
         copies: list[bool | None] = [None] * len(samples)
         if len(heldout) and len(train) >= MIN_IMAGES:
@@ -103,6 +101,17 @@ class NearestImages:
                 indices.tolist(), distances.tolist(), scores.tolist(), copies, strict=True
             )
         ]
+
+    def embed(self, samples: Sequence[Image.Image]) -> Tensor:
+        """Return the features of samples, (N, D)."""
+        is_one_size = len({sample.size for sample in samples}) == 1
+        batches = [samples] if is_one_size else [[sample] for sample in samples]
+        return torch.cat([self._embed(torch.stack([*map(to_pixels, part)])) for part in batches])
+
+    def similarities(self, samples: Sequence[Image.Image]) -> Tensor:
+        """Return the mean cosine of each sample to the training images, (N,), by a network."""
+        train, _ = self._embedded
+        return (self.embed(samples) @ train.T).mean(1)
 
     @cached_property
     def _embedded(self) -> tuple[Tensor, Tensor]:

@@ -207,10 +207,12 @@ def generate_share(
     prompt_weighting: bool = False,
     conditions: Sequence[FixedCondition] = (),
     controlnet: ControlNetModel | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> dict[int, Image.Image]:
     """Return this process's share of the prompts' images, by the prompt's index.
 
-    conditions: one a prompt; each image is then generated alone.
+    conditions: one a prompt; each image is then generated alone. seeds: one a prompt, by default
+    `prompt_seed`.
     """
     pipeline = make_pipeline(components)
     pipeline.set_progress_bar_config(disable=True)
@@ -222,7 +224,7 @@ def generate_share(
         guidance_scale=guidance_scale,
         prompt_weighting=prompt_weighting,
     )
-    seeds = [prompt_seed(seed, prompt) for prompt in prompts]
+    seeds = seeds or [prompt_seed(seed, prompt) for prompt in prompts]
     own: dict[int, Image.Image] = {}
     with accelerator.autocast(), idle_parts_on(accelerator.device, components):
         if not conditions:

@@ -183,7 +183,17 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
 
 
 def _check_keep_best(config: Config, train_data: TrainData) -> None:
-    if config.train.keep_best and train_data.heldout_triples is None:
+    if train_data.heldout_triples is not None:
+        return
+    if config.train.stop == "auto":
+        if not config.eval.num_samples:
+            raise ValueError(
+                "train.stop=auto has nothing to measure: no image is held out, and "
+                "eval.num_samples=0. Hold some out by data.heldout_fraction=0.1, or, where each is "
+                "needed for training, set eval.num_samples=8 and preview.features=DIR, the folder "
+                "of a network such as a CLIP, which tells how like the subject generated images are"
+            )
+    elif config.train.keep_best:
         raise ValueError(
             "train.keep_best needs held-out images and there are none; set data.heldout_fraction"
         )

@@ -8,7 +8,6 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,6 @@ import torch
 from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import Folder
-from latentdiff.evaluation.metrics.heldout_loss import (
-    summarize_gap,
-    summarize_losses,
-    triple_losses,
-)
-from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.unet.learned_variance import prediction_only
 from latentdiff.training.bill.bill import Segment
 from latentdiff.training.bill.materials import Materials, gather_materials
@@ -49,14 +42,25 @@ from latentdiff.training.recipe import LoopSettings, Recipe
 from latentdiff.training.resume import Start, begin_run
 from latentdiff.training.run_folder import open_run_folder
 from latentdiff.training.stop_signals import die_with_parent
+from latentdiff.training.stopping.heldout import heldout_losses
+from latentdiff.training.stopping.sample_costs import Measured, sample_costs
+from latentdiff.training.stopping.verdicts import RunVerdicts
 from latentdiff.training.text_to_image.components import check_components
 from latentdiff.training.text_to_image.export import averaged, export
 from latentdiff.training.text_to_image.memory import fitting_layout, usable_memory
 from latentdiff.training.text_to_image.memory_modes import check_layout
 from latentdiff.training.text_to_image.plan import log_plan
-from latentdiff.training.text_to_image.preview import check_prompts, check_vae, write_sheet
+from latentdiff.training.text_to_image.preview import (
+    check_prompts,
+    check_vae,
+    write_sheet,
+)
 from latentdiff.training.text_to_image.resolution import with_resolution
-from latentdiff.training.text_to_image.setup import Run, setup, with_epochs_as_steps
+from latentdiff.training.text_to_image.setup import (
+    Run,
+    setup,
+    with_epochs_as_steps,
+)
 from latentdiff.training.text_to_image.step_results import StepResults
 from latentdiff.training.trackers import check_trackers
 
@@ -164,6 +168,13 @@ class TextToImageRecipe(Recipe):
             max_skipped_steps=run.config.train.max_skipped_steps,
             num_timesteps=self.train_step.objective.schedule.num_timesteps,
         )
+        self.samples = sample_costs(run, self._prompts()) if run.config.eval.num_samples else None
+        if not run.config.distill.is_on and (self._num_heldout or self.samples):
+            self.verdicts = RunVerdicts(
+                "held-out loss" if self._num_heldout else "unlikeness to the subject",
+                ends_run=run.config.train.stop == "auto",
+                warmup_steps=run.config.train.lr_warmup_steps,
+            )
 
     def batches(self, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield this process's micro-batches."""
@@ -197,43 +208,23 @@ class TextToImageRecipe(Recipe):
         return figures | estimates(self.train_step.optimizer)
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, float]:
-        """Measure the held-out loss when it is due, and that of training images next to it.
+        """Measure what there is to measure when it is due, with the EMA weights, and judge it.
 
-        The gap of the two tells overfitting. All processes share in it, with the EMA weights. The
-        figures also have what captions are worth. A student has none: it does not learn from noised
-        images.
+        All processes share in it. A student has no figures: it does not learn from noised images.
         """
-        run, objective = self.run, self.train_step.objective
-        triples, trained = run.train_data.heldout_triples, run.train_data.train_triples
-        if (
-            triples is None
-            or trained is None
-            or run.config.distill.is_on
-            or not is_due(step, run.config.eval.every_steps, last)
-        ):
-            return {}
-
-        def denoise(zt: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-            with run.accelerator.autocast():
-                return self.train_step.model(zt, t, conditioning)
-
+        run, found, costs = self.run, Measured(), list[float]()
+        figures: dict[str, float] = {}
+        if run.config.distill.is_on or not is_due(step, run.config.eval.every_steps, last):
+            return figures
         with self._eval_mode():
-            measure = partial(
-                triple_losses,
-                denoise,
-                objective.schedule,
-                prediction_type=objective.prediction_type,
-                device=run.accelerator.device,
-                shard=(run.accelerator.process_index, run.accelerator.num_processes),
-            )
-            shares = measure(triples)
-            trained_share = measure(trained, captions=["true"])
-        losses = run.accelerator.reduce(shares, "sum")
-        trained_losses = run.accelerator.reduce(trained_share, "sum")["true"]
-        num_timesteps = objective.schedule.num_timesteps
-        figures = summarize_losses(losses, triples.t, num_timesteps=num_timesteps)
-        self._log_condition_use(step, figures)
-        return figures | summarize_gap(losses["true"][triples.order], trained_losses[trained.order])
+            if self._num_heldout:
+                figures, costs = heldout_losses(run)
+                self._log_condition_use(step, figures)
+            if self.samples is not None:
+                found = self.samples.measure(run, self._conditions())
+        if self.verdicts is not None and (costs or found.costs):
+            self.verdicts.add(step, costs or found.costs, drift=() if costs else found.drift)
+        return figures | found.figures
 
     def _log_condition_use(self, step: int, figures: Mapping[str, float]) -> None:
         """Log once that the model has begun to use its image condition."""
@@ -316,6 +307,8 @@ class TextToImageRecipe(Recipe):
         return self.train_step.state() | {
             "heldout": {str(step): loss for step, loss in self.heldout.items()},
             "num_heldout": self._num_heldout,
+            "verdicts": self.verdicts and self.verdicts.to_json(),
+            "samples": self.samples and self.samples.to_json(),
             "skipped_in_a_row": self.results.skipped_in_a_row,
             "scaling_factor": float(self.run.components.vae.config["scaling_factor"]),
             "base": self.run.base_hash,
@@ -334,12 +327,23 @@ class TextToImageRecipe(Recipe):
             )
         self.train_step.load(shard_state(tensors, self.train_step.parameters), state)
         self.results.load(tensors, skipped_in_a_row=state.get("skipped_in_a_row", 0))
-        if state.get("num_heldout") == self._num_heldout:
+        is_same = state.get("num_heldout") == self._num_heldout
+        if self.samples is not None:
+            is_same &= self.samples.load(state.get("samples")) or bool(self._num_heldout)
+        if self.verdicts is not None and is_same:
+            self.verdicts.load(state.get("verdicts"))
+        if is_same:
             self.heldout |= {int(step): loss for step, loss in state["heldout"].items()}
 
     def export(self) -> None:
         """Write pipeline/."""
-        export(self.run, self.heldout, example_prompts=self._prompts())
+        export(self.run, self.ranking(), example_prompts=self._prompts())
+
+    def ranking(self) -> dict[int, float]:
+        """Return the held-out losses by step, or the order of the verdicts' best ones."""
+        if self.verdicts is not None and self.verdicts.ends_run:
+            return self.verdicts.rule.ranking()
+        return super().ranking()
 
     def next_commands(self) -> list[str]:
         """Return how to make images with the model, in a file or in the browser, and to measure it.
