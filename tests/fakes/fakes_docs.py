@@ -277,6 +277,9 @@ def _named(arguments: Sequence[str]) -> tuple[str, list[str]]:
 def _shortened_training(given: list[str]) -> list[str]:
     config: Any = parse_arguments(Config, given)
     caps = TRAIN | (CLASS_IMAGES if config.finetune.class_prompt else {})
+    if config.train.stop == "auto":  # which asks for four evaluations
+        caps |= {"train.max_steps": 4, "eval.every_steps": 1}
+        caps |= {"eval.num_samples": 4} if config.eval.num_samples else {}
     extra = ["--train.mixed_precision=fp32"]
     if config.train.optimizer == "adamw8bit":
         extra.append("--train.optimizer=adamw")

@@ -26,7 +26,7 @@ from latentdiff.training.optim.posthoc_ema import (
     read_snapshots,
     reconstruct,
 )
-from latentdiff.training.text_to_image import train_t2i as text_to_image
+from latentdiff.training.stopping import heldout
 from latentdiff.training.text_to_image.train_step import TrainStep
 from latentdiff.training.text_to_image.train_t2i import train
 
@@ -234,7 +234,7 @@ def test_best_checkpoint_is_kept_over_a_stop_and_resumes_and_exported(
     """
     run, planned, whole_step = tmp_path / "run", iter(LOSSES.items()), TrainStep.step
     monkeypatch.setattr(
-        text_to_image,
+        heldout,
         "summarize_losses",
         lambda *_, **__: {"heldout_loss": next(planned)[1], "num_heldout": 8.0},
     )

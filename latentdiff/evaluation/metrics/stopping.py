@@ -19,7 +19,7 @@ without one that gains. The first is criterion UP of Prechelt (1998, "Early stop
 with an interval in place of the sign, without which noise alone ends a run. The best state is that
 of the lowest cost; where only generated images measure it, the earliest that none after it betters
 by more than a standard error (Breiman et al. 1984), as drift and copies grow with every step.
-The thresholds were chosen on recorded runs (benchmarks/stopping.py; docs/finetuning.md).
+benchmarks/stopping.py measures what the two thresholds and others cost, on many small folders.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,6 +5,7 @@ images, of sample_costs.py.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,7 +31,12 @@ class RunVerdicts:
         self.stops_now = False
 
     def add(self, step: int, costs: Sequence[float], *, drift: Sequence[float] = ()) -> None:
-        """Judge an evaluation by the cost of each unit; `verdict` has the result."""
+        """Judge an evaluation by the cost of each unit; `verdict` has the result.
+
+        One with costs that are not finite is left out.
+        """
+        if not all(map(math.isfinite, (*costs, *drift))):
+            return
         first_stop = self.rule.chosen is None
         self.verdict = self.rule.add(
             State(step, list(costs), list(drift)), counts=step > self.warmup_steps

@@ -148,7 +148,13 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
         accelerator=accelerator,
         class_images=base.class_images,
     )
-    _check_keep_best(config, train_data)
+    _check_measures(config, train_data)
+    if config.train.stop == "auto" and config.train.lr_schedule != "constant":
+        logger.warning(
+            "train.stop=auto ends a run before train.lr_schedule=%s has brought the learning rate "
+            "down, which may gain more than what it measures: train.lr_schedule=constant suits it",
+            config.train.lr_schedule,
+        )
     layout = BatchLayout.of(
         config.train.batch_size, config.train.micro_batch_size, accelerator.num_processes
     )
@@ -182,8 +188,13 @@ def setup(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     )
 
 
-def _check_keep_best(config: Config, train_data: TrainData) -> None:
-    if train_data.heldout_triples is not None:
+def _check_measures(config: Config, train_data: TrainData) -> None:
+    num_triples = len(train_data.heldout_triples or ())
+    if config.train.stop == "auto" and num_triples == 1 and not config.eval.num_samples:
+        raise ValueError(
+            "train.stop=auto needs an interval, and eval.num_heldout=1 gives none: set 16 or more"
+        )
+    if num_triples:
         return
     if config.train.stop == "auto":
         if not config.eval.num_samples:

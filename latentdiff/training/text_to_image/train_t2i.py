@@ -169,9 +169,10 @@ class TextToImageRecipe(Recipe):
             num_timesteps=self.train_step.objective.schedule.num_timesteps,
         )
         self.samples = sample_costs(run, self._prompts()) if run.config.eval.num_samples else None
-        if not run.config.distill.is_on and (self._num_heldout or self.samples):
+        by_loss = self._num_heldout > 1  # triples, for an interval
+        if not run.config.distill.is_on and (by_loss or self.samples):
             self.verdicts = RunVerdicts(
-                "held-out loss" if self._num_heldout else "unlikeness to the subject",
+                "held-out loss" if by_loss else "unlikeness to the subject",
                 ends_run=run.config.train.stop == "auto",
                 warmup_steps=run.config.train.lr_warmup_steps,
             )
@@ -222,8 +223,10 @@ class TextToImageRecipe(Recipe):
                 self._log_condition_use(step, figures)
             if self.samples is not None:
                 found = self.samples.measure(run, self._conditions())
-        if self.verdicts is not None and (costs or found.costs):
-            self.verdicts.add(step, costs or found.costs, drift=() if costs else found.drift)
+        if self.verdicts is not None and self.verdicts.measure == "held-out loss":
+            self.verdicts.add(step, costs)
+        elif self.verdicts is not None:
+            self.verdicts.add(step, found.costs, drift=found.drift)
         return figures | found.figures
 
     def _log_condition_use(self, step: int, figures: Mapping[str, float]) -> None:
