@@ -1,6 +1,7 @@
 """The tab Condition: images of models that read an image, and what is said of other models."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ def test_a_model_of_text_has_no_use_for_a_condition(session):
     assert found == {}
 
 
+@cache
 def facts_of(kind, **info):
     changes = {"num_class_embeds": 1000} if kind == "upscale" else {}
     pipe = tiny_pipeline(unet=tiny_unet(in_channels=CHANNELS[kind], **changes))

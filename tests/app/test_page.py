@@ -31,7 +31,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 LOCAL = ("http://127.0.0.1:", "data:", "blob:")
 UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, select, img, a')]
-  .filter(e => e.checkVisibility() && !e.closest('#painting, #start-image, #png'))
+  .filter(e => e.checkVisibility() && !e.closest('#painting, #start-image, #condition, #png'))
   .filter(e => !(e.labels?.length && e.labels[0].innerText.trim()) && !e.ariaLabel
     && !e.innerText.trim() && !e.title && !e.alt && !e.closest('button[aria-label]')
     && !e.closest('label, [role=radiogroup]')?.innerText.trim())
@@ -280,6 +280,25 @@ def test_two_models_are_set_next_to_each_other(page):
     assert [one.split(" passes")[0] for one in captions] == ["tiny: 3 steps, 6", "tiny: 1 step, 2"]
 
 
+def test_a_wide_image_is_made_in_windows_and_used_again(page, tmp_path):
+    longest = "most => document.querySelector('#width input[type=range]').max === most"
+    width = "value => document.querySelector('#width input[type=number]').value === value"
+    field(page, "prompt").fill("a cat")
+    page.check("#windows input")
+    page.wait_for_function(longest, arg=str(8 * SIZE))
+    page.fill("#width input[type=number]", str(3 * SIZE))
+    page.keyboard.press("Tab")
+    page.wait_for_selector(f"#size-note:has-text('5 windows of {SIZE} px')")
+    generate(page)
+    assert shown_image(page, tmp_path)[1]["call"]["window_size"] == SIZE
+    page.uncheck("#windows input")
+    page.wait_for_function(longest, arg=str(2 * SIZE))
+    page.wait_for_function(width, arg=str(2 * SIZE))
+    page.click("#use-again")
+    page.wait_for_function(width, arg=str(3 * SIZE))
+    assert page.is_checked("#windows input")
+
+
 def test_a_run_is_shown_and_grows_as_it_is_written(page, server):
     page.click("role=tab[name='Training runs']")
     page.wait_for_selector("#run-view:has-text('Stopped after step 20')")
@@ -293,7 +312,14 @@ def test_a_run_is_shown_and_grows_as_it_is_written(page, server):
 
 def test_a_phone_s_width_needs_no_scrolling_sideways_and_names_every_control(page, tmp_path):
     page.set_viewport_size({"width": 390, "height": 844})
-    for name in ("Image to image", "Inpaint", "Text to image", "Few steps", "Training runs"):
+    for name in (
+        "Image to image",
+        "Inpaint",
+        "Condition",
+        "Text to image",
+        "Few steps",
+        "Training runs",
+    ):
         page.click(f"role=tab[name='{name}']")
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
