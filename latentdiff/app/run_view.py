@@ -28,7 +28,7 @@ WATCHED = (LOCK, "metrics.jsonl", "log.txt", "samples", "pipeline", "checkpoints
 NUM_LOG_LINES = 12
 RECEIPTS = {  # of training/report/receipts.py, in fewer words
     "root of its bill of materials": "Root, for latentdiff verify",
-    "membership inference": "Betrayed data (audit)",
+    "membership inference": "Membership inference (audit)",
     "captions in bits": "Captions (audit)",
 }
 STYLE = f"""
@@ -38,7 +38,8 @@ STYLE = f"""
   font-size: .85rem }} img {{ max-width: 100%; height: auto }} h3 {{ font-weight: 600 }}
   figcaption {{ font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }}
   pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem }}
-  .status {{ font-weight: 600 }} summary {{ cursor: pointer }} }}
+  .status {{ font-weight: 600 }} summary {{ cursor: pointer }}
+  dd {{ overflow-wrap: anywhere }} }}
 """
 _RUN = """\
 <div class="run">{{ status }}<div class="facts"><dl>{% for label, value in facts %}\

@@ -13,9 +13,11 @@ from latentdiff.audit.verify import Given, verify
 from latentdiff.cli.main import main
 from latentdiff.config.clip import ClipConfig
 from latentdiff.config.io import to_yaml
+from latentdiff.config.model import ModelConfig
+from latentdiff.config.text_to_image import Config
 from latentdiff.config.vae import VaeConfig
 from latentdiff.pipeline.files.model_info import BILL_NAME, CONTENT_NAME
-from latentdiff.training.bill.base import base_hash
+from latentdiff.training.bill.base import base_hash, base_hashes
 from latentdiff.training.bill.bill import Segment
 from latentdiff.training.bill.folder_runs import (
     FolderConfig,
@@ -129,6 +131,10 @@ def test_a_bill_next_to_a_vae_is_no_part_of_what_a_run_begins_with(data: Path) -
     for name in (BILL_NAME, CONTENT_NAME):
         (plain / name).unlink()
     assert base_hash(str(plain), role="vae") == base_hash(str(run / "vae"), role="vae")
+    root = read_bills(str(run))[0].bill.root
+    for place in (run, run / "vae"):
+        config = Config(model=ModelConfig(vae=str(place)))
+        assert base_hashes(config)["vae"]["bill"] == root
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -57,6 +57,21 @@ def test_a_run_from_scratch_is_proven_and_its_rerun_has_the_same_bits(world: Pat
     assert main(["verify", str(world / "base"), *arguments]) == 0
 
 
+@pytest.mark.parametrize("method", ["full", "textual_inversion"])
+def test_a_fine_tune_is_proven_and_its_rerun_has_the_same_bits(world: Path, method: str) -> None:
+    word = {
+        "finetune__token": "<dot>",
+        "finetune__initializer_token": "circle",
+        "finetune__instance_prompts": json.dumps(["a <dot>"]),
+    }
+    settings = {"finetune__method": method} | (word if method == "textual_inversion" else {})
+    run = world / f"{method}-run"
+    assert train(finetuning(world, run, **settings)) == 0
+    base = str(world / "base" / "pipeline")
+    arguments = ["--data", str(world / "data"), "--base", base, "--rerun"]
+    assert main(["verify", str(run), *arguments]) == 0
+
+
 def test_every_export_carries_the_root(lora: Path) -> None:
     for folder in ("pipeline", "lora"):
         entries = json.loads((lora / folder / BILL_NAME).read_text())

@@ -42,14 +42,16 @@ def base_hashes(config: Config) -> dict[str, dict[str, str]]:
         if not path or (config.model.pretrained and role in PARTS_OF):
             continue
         found[role] = {"name": public_name(path), "sha256": hash_or_none(path, role)}
-        if (own := _bill_root(path)) is not None:
+        if (own := _bill_root(path, role)) is not None:
             found[role]["bill"] = own
     return found
 
 
-def _bill_root(path: str) -> str | None:
+def _bill_root(path: str, role: str) -> str | None:
+    """Return the root of a model's own bill; of a run's folder, of the part of that role."""
     try:
-        own = bill_of_folder(Path(resolve_model(path)))
+        folder = Path(resolve_model(path))
+        own = bill_of_folder(folder) or bill_of_folder(folder / role)
     except (OSError, ValueError):
         return None
     return None if own is None else own[0].root
