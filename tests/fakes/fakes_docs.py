@@ -75,6 +75,9 @@ NOT_RUN = {
         "latentdiff train --config edges_mini": "a ControlNet as that of layouts, which runs",
         "latentdiff sample latentdiff-mini a photo --controlnet": "the same",
     },
+    "docs/tutorials/trust.md": {
+        "latentdiff audit": "takes long on any model; tests/audit audits several",
+    },
     "docs/watching.md": {
         "latentdiff train": "trackers of others' packages; tests/training/test_trackers.py"
     },
