@@ -1,16 +1,16 @@
 """Attribution methods scored by twins: many small runs on shapes, without some of their images.
 
-    python benchmarks/attribution.py train --out RUNS            # resumable: a line of JSON a run
-    python benchmarks/attribution.py train --out RUNS --seed 1   # of another seed, in its own file
+    python benchmarks/attribution.py train --out RUNS --seeds 0 1 2   # resumable
     python benchmarks/attribution.py summarize --out RUNS        # prints JSON
 
-`train` first makes the base run of a seed, generates images with it, and scores all training images
-for each of them by each method. Seed 0 then trains on random halves of the images: the linear
-datamodelling score (LDS; Park et al. 2023) of a method is the rank correlation of an image's loss
-after such a run with the sum of the scores of the images that it was trained on. Every seed then
-trains twins: without the image that a method ranks first, and null twins, without one drawn at
-random. Runs are made in one process by the recipe's own functions; tests/cli/test_benchmarks.py
-holds their weights to those of `latentdiff twin`, bit for bit.
+Each run is a line of JSON in RUNS/runs-SEED.jsonl. `train` first makes the base run of a seed,
+generates images with it, and scores all training images for each of them by each method. Seed 0
+then trains on random halves of the images: the linear datamodelling score (LDS; Park et al. 2023)
+of a method is the rank correlation of an image's loss after such a run with the sum of the scores
+of the images that it was trained on. Every seed then trains twins: without the image that a method
+ranks first, and null twins, without one drawn at random. Runs are made in one process by the
+recipe's own functions; tests/audit/test_benchmark_attribution.py holds their weights to those of
+`latentdiff twin`, bit for bit.
 """
 
 import argparse
@@ -66,8 +66,8 @@ SETTINGS = {
         **{"prediction_type": "v_prediction", "zero_terminal_snr": True},
     },
     "train": {
-        **{"max_steps": 200, "batch_size": 16, "learning_rate": 4e-3, "lr_warmup_steps": 20},
-        **{"lr_schedule": "cosine", "mixed_precision": "fp32", "ema_decay": 0.98},
+        **{"max_steps": 120, "batch_size": 32, "learning_rate": 1.2e-2, "lr_warmup_steps": 20},
+        **{"lr_schedule": "cosine", "mixed_precision": "fp32", "ema_decay": 0.95},
         **{"beta2": 0.99, "optimizer": "muon"},
     },
     "preview": {"every_steps": 0, "num_nearest": 0},
@@ -132,7 +132,13 @@ class World:
     @classmethod
     def make(cls, out, seed):
         """Write the shapes where they are missing, and set the run of a seed up."""
-        write_shapes(out / "shapes", num_train=NUM_TRAIN, num_test=NUM_QUERIES, size_px=64, seed=7)
+        write_shapes(
+            out / "shapes",
+            num_train=NUM_TRAIN,
+            num_test=NUM_QUERIES,
+            size_px=SETTINGS["data"]["resolution"],
+            seed=7,
+        )
         (out / "config.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
         folder = out / f"seed-{seed}"
         given = {"data.root": out / "shapes", "data.cache_dir": out / "cache"}
@@ -249,17 +255,22 @@ def read_lines(path):
 
 
 def train(args):
-    """Train the runs of a seed that are missing, and add a line for each."""
+    """Train the runs that are missing, seed by seed, and add a line for each."""
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"runs-{args.seed}.jsonl"
-    world = World.make(args.out, args.seed)
+    return {f"runs of seed {seed}": train_seed(args, seed) for seed in args.seeds}
+
+
+def train_seed(args, seed):
+    """Train the runs of one seed that are missing; return how many it has."""
+    path = args.out / f"runs-{seed}.jsonl"
+    world = World.make(args.out, seed)
     base, scores = world.scores()
-    torch.save(scores, args.out / f"scores-{args.seed}.pt")
+    torch.save(scores, args.out / f"scores-{seed}.pt")
     firsts = firsts_of(scores)
     wanted = [("base", 0, [])]
     halves = [("half", number, half_of(number)) for number in range(args.halves)]
-    wanted += halves if args.seed == 0 else []
-    wanted += [("one", i, [i]) for i in (*firsts, *nulls_of(args.seed, firsts))]
+    wanted += halves if seed == 0 else []
+    wanted += [("one", i, [i]) for i in (*firsts, *nulls_of(seed, firsts))]
     done = {(one["kind"], one["number"]) for one in read_lines(path)}
     with path.open("a", encoding="utf-8") as file:
         if path.stat().st_size and not path.read_text(encoding="utf-8").endswith("\n"):
@@ -272,7 +283,7 @@ def train(args):
             losses = base if kind == "base" else world.losses(of_train=kind == "one")
             file.write(json.dumps({"kind": kind, "number": number} | losses) + "\n")
             file.flush()
-    return {"seed": args.seed, "runs": len(wanted)}
+    return len(wanted)
 
 
 def lds(scores, halves):
@@ -358,7 +369,7 @@ def summarize(args):
 
 
 def main():
-    """Train the runs of a seed, or print the table."""
+    """Train the runs, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     for work in (train, summarize):
@@ -366,7 +377,7 @@ def main():
         one.set_defaults(run=work)
         one.add_argument("--out", type=Path, required=True)
         if work is train:
-            one.add_argument("--seed", type=int, default=0)
+            one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
             one.add_argument("--halves", type=int, default=NUM_HALVES)
     args = parser.parse_args()
     print(json.dumps({"machine": machine()} | args.run(args), indent=2))

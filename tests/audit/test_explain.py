@@ -54,7 +54,9 @@ def test_an_image_without_settings_needs_its_prompt(
     Image.new("RGB", (40, 32), "red").save(tmp_path / "bare.png")
     given = [str(world / "run"), str(tmp_path / "bare.png"), *QUICK]
     assert main(["explain", *given]) == 2
-    assert "holds no settings that name its prompt: give it by --prompt" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "bare.png holds no settings" in message
+    assert message.endswith("; or name its prompt by --prompt\n")
     assert main(["explain", *given, "--prompt", "a red circle", "--num_shown", "3"]) == 0
     assert (world / "run/audit/explain.html").read_text().count("<img") == 4
 

@@ -112,11 +112,9 @@ def _prompt_of(image: Path, options: ExplainOptions) -> tuple[str, dict[str, obj
     """Return the caption under which an image is explained, and the call that its file holds."""
     try:
         call = read_image_settings(image)["call"]
-    except ValueError:
+    except ValueError as error:
         if not options.prompt:
-            raise ValueError(
-                f"{image} holds no settings that name its prompt: give it by --prompt"
-            ) from None
+            raise ValueError(f"{error}; or name its prompt by --prompt") from error
         call = {}
     return options.prompt or str(call.get("prompt") or ""), call
 
