@@ -332,7 +332,7 @@ class ExplainOptions:
 
     method: AttributionMethod = "d_trak"
     """gradients of the loss (trak) or of the squared output (d_trak) in the metric of all training
-    gradients; gradients of the loss at each checkpoint (tracin); or likeness alone, the baseline"""
+    gradients; gradients of the loss at each checkpoint (tracin); or features alone, the baseline"""
     prompt: str = ""
     """the image's caption; by default the prompt that its PNG file holds"""
     out: str = ""

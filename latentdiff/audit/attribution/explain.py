@@ -99,6 +99,11 @@ def gradient_scores(
     def measure() -> tuple[Tensor, Tensor]:
         samples = [query, *traced.training_samples(indices)]
         found = torch.stack([gradients.of(one, [measured])[measured] for one in samples])
+        if not found[0].any():
+            raise ValueError(
+                "the image's loss under this prompt depends on no weight that the run trained: "
+                "give a --prompt as its captions are, with the word that it learned"
+            )
         return found[:1], found[1:]
 
     if options.method == "tracin":

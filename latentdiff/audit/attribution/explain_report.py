@@ -63,7 +63,7 @@ def summary_lines(found: Explanation) -> Iterator[str]:
 
 
 def _note(deviations: float, feature_rank: int) -> str:
-    return f"{deviations:+.1f} deviations, rank {feature_rank:,} by likeness"
+    return f"{deviations:+.1f} deviations, rank {feature_rank:,} by features"
 
 
 def _query(found: Explanation) -> Section:
