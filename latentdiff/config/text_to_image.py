@@ -355,6 +355,11 @@ def _check_zero_weight(config: Config) -> None:
             config.distill.is_on,
             "learns from a teacher that was trained on the image: name it in the teacher's run",
         ),
+        "train.stop=auto": (
+            config.train.stop == "auto",
+            "ends each run by its own evaluations, so that twins have other steps: train the run "
+            "with train.stop=never",
+        ),
     }
     for name, (is_on, why) in reasons.items():
         if is_on:

@@ -160,6 +160,8 @@ def test_settings_by_which_an_image_counts_without_its_loss_are_refused(
     image = {"data__zero_weight_images": "[a.png]"}
     with pytest.raises(ValueError, match="loss_aware draws the timesteps of all images by the"):
         make_config(world, tmp_path, **image, diffusion__timestep_sampling="loss_aware")
+    with pytest.raises(ValueError, match="stop=auto ends each run by its own evaluations"):
+        make_config(world, tmp_path, **image, train__stop="auto")
 
 
 def test_data_that_was_changed_since_is_refused(
