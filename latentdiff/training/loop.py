@@ -215,13 +215,13 @@ class Loop:
 
 
 def train_in_one_process(
-    config: Settings, build: Callable[..., Recipe], *, folders: Sequence[Folder]
+    config: Settings, build: Callable[..., Recipe], *, folders: Sequence[Folder] = ()
 ) -> int:
     """Train a recipe that knows no second process; return the exit status, as `train_recipe`.
 
-    build: makes it of a config, the run's folder and the accelerator; folders: of its images. The
-    config, of a VAE or a
-    CLIP, may limit the run in minutes: timing a few steps turns that into max_steps, once.
+    build: makes it of a config, the run's folder and the accelerator; folders: of its images, for
+    the bill of materials. The config, of a VAE or a CLIP, may limit the run in minutes: timing a
+    few steps turns that into max_steps, once.
     """
     die_with_parent()
     given: Any = config
@@ -248,7 +248,7 @@ def _materials(
     """Return the hashes of what a VAE or a CLIP is made of; None where none are wanted, or with a
     warning where that fails, which is no reason not to train.
     """
-    if config.bill_of_materials == "none":
+    if not folders or config.bill_of_materials == "none":
         return None
     state = checkpoint_state(start.checkpoint) if start.checkpoint is not None else {}
     try:
