@@ -72,7 +72,7 @@ def test_a_run_that_overfits_ends_there_and_exports_its_best(
     assert verdict_facts(record) == {
         "verdict": "overfitting, after step 5",
         "stop here": "step 3, known at 5",
-        "regret of it": "0.0000 [+0.0000, +0.0000]",
+        "regret of it": "0.0000 [+0.0000, +0.0000], nothing measured after it",
     }
     html = run_report_html([record])
     assert "After step 5 the verdicts said stop, and step 3 was the best" in html

@@ -13,9 +13,9 @@ COLUMNS = ("after step", "verdict", "change", "95 % interval", "against step", "
 NOTE = (
     "Change: {measure} less that of the best step before, over {pairs} pairs measured at both. "
     "Gaining: below the last step that gained, by an interval that excludes 0. Overfitting: above "
-    "the best step so, {drift}Flat: neither."
+    "the best step so{drift}. Flat: neither."
 )
-DRIFT = "or with more drift and no gain. "
+DRIFT = ", or with more drift and no gain"
 
 
 def verdict_facts(run: RunRecord) -> dict[str, str]:
@@ -26,7 +26,8 @@ def verdict_facts(run: RunRecord) -> dict[str, str]:
     facts = {"verdict": f"{last['verdict']}, after step {last['step']:,}"}
     if "stop_step" in last:
         facts["stop here"] = f"step {last['chosen_step']:,.0f}, known at {last['stop_step']:,.0f}"
-        facts["regret of it"] = f"{last['regret']:.4f} {_interval(last, 'regret')}"
+        more = ", nothing measured after it" if last["step"] == last["stop_step"] else ""
+        facts["regret of it"] = f"{last['regret']:.4f} {_interval(last, 'regret')}{more}"
     return facts
 
 
