@@ -42,6 +42,7 @@ from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.finetune.methods import merged_components
 from latentdiff.training.text_to_image.export import averaged
 from latentdiff.training.text_to_image.preview import make_pipeline
+from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.setup import setup
 
 NUM_TRIPLES = 8  # timesteps and noises of each image
@@ -114,7 +115,7 @@ class Recorder:
             "data.bill_of_materials": "none",
         }
         given = [f"--{key}={value}" for key, value in settings.items()]
-        config = load_config("lora_mini", given)
+        config = with_resolution(load_config("lora_mini", given))
         accelerator = start_accelerator(config)
         self.run = run = setup(config, Path(out), accelerator)
         self.batches = run.train_data.batches(
