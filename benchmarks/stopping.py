@@ -40,12 +40,13 @@ from latentdiff.models.unet.guidance_embedding import predict
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.training.distributed import start_accelerator
 from latentdiff.training.finetune.methods import merged_components
+from latentdiff.training.inputs import fixed_triples
 from latentdiff.training.text_to_image.export import averaged
 from latentdiff.training.text_to_image.preview import make_pipeline
 from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.setup import setup
 
-NUM_TRIPLES = 8  # timesteps and noises of each image
+NUM_TRIPLES = 12  # timesteps and noises of each image
 NUM_SAMPLES = {"seen": 8, "judged": 8, "unrelated": 4}  # images generated at an evaluation
 FIRST_SEEDS = {"seen": 0, "judged": 1000, "unrelated": 2000}
 NUM_STEPS = 6
@@ -115,6 +116,7 @@ class Recorder:
             "data.bill_of_materials": "none",
         }
         given = [f"--{key}={value}" for key, value in settings.items()]
+        fixed_triples.MIN_TRIPLES = NUM_TRIPLES * heldout  # a run has 64 for a few images
         config = with_resolution(load_config("lora_mini", given))
         accelerator = start_accelerator(config)
         self.run = run = setup(config, Path(out), accelerator)
@@ -271,6 +273,11 @@ def record(args):
         print(name, line["num_images"], line["seconds"], line["training_seconds"], flush=True)
 
 
+def means(rows):
+    """Return the mean of each row, which may differ in length."""
+    return [float(np.mean(row)) for row in rows]
+
+
 class Curve:
     """A folder's line, as rules and the judgement read it."""
 
@@ -283,15 +290,15 @@ class Curve:
         """Return what a run would show the rule at each evaluation."""
         for row in self.rows:
             if row["loss_seen"]:
-                yield State(row["step"], np.mean(row["loss_seen"], 1).tolist())
+                yield State(row["step"], means(row["loss_seen"]))
             else:
-                similarity = np.mean(row["network_seen_to_trained"], 1)
-                yield State(row["step"], (1 - similarity).tolist(), row["network_drift"])
+                costs = [1 - one for one in means(row["network_seen_to_trained"])]
+                yield State(row["step"], costs, row["network_drift"])
 
     def judged(self, measure):
         """Return the judgement's cost of each evaluation: lower is better."""
         if measure == "loss":
-            return np.array([np.mean(row["loss_judged"]) for row in self.rows])
+            return np.array([np.mean(means(row["loss_judged"])) for row in self.rows])
         return np.array([1 - np.mean(row["network_judged_to_judged"]) for row in self.rows])
 
     def regret(self, chosen, measure):
@@ -349,9 +356,13 @@ def replay(args):
     tuned = [
         tuned_choice(curve, [other for other in curves if other is not curve]) for curve in curves
     ]
+    by_number = tuned_fixed(curves, lambda curve: 1)
+    by_pass = tuned_fixed(curves, lambda curve: curve.num_train / curve.batch_size)
     choices = {
         "train.stop=auto": [by_rule(curve) for curve in curves],
         "the same, tuned on the other folders": tuned,
+        "as many steps as suit the other folders": by_number,
+        "as many passes over the images as suit the other folders": by_pass,
         **{name: [rule(curve) for curve in curves] for name, rule in FIXED.items()},
     }
     regrets = {
@@ -389,6 +400,22 @@ def tuned_choice(curve, others):
     return by_rule(curve, **best)
 
 
+def tuned_fixed(curves, unit):
+    """Return each folder's choice by the fixed length that regrets least on the other folders.
+
+    unit: steps of a curve that count 1. It stands for a rule of thumb in its best scale.
+    """
+    lengths = sorted({step / unit(curve) for curve in curves for step in curve.steps[1:]})
+
+    def cost(one, length):
+        chosen = one.nearest(length * unit(one))
+        return sum(one.regret(chosen, measure) for measure in MEASURES)
+
+    table = np.array([[cost(one, length) for length in lengths] for one in curves])
+    best = (table.sum(0) - table).argmin(1)
+    return [one.nearest(lengths[k] * unit(one)) for one, k in zip(curves, best, strict=True)]
+
+
 def summary(regrets, own):
     """Return mean and worst regret, and how much more it is than the rule's, paired by folder."""
     found = {"mean": float(np.mean(regrets)), "worst": float(np.max(regrets))}
@@ -405,10 +432,10 @@ def main():
     one.add_argument("data", type=Path)
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--features", required=True, help="folder of a feature network")
-    one.add_argument("--max_steps", type=int, default=160)
-    one.add_argument("--num_evaluations", type=int, default=10)
+    one.add_argument("--max_steps", type=int, default=144)
+    one.add_argument("--num_evaluations", type=int, default=12)
     one.add_argument("--batch_size", type=int, default=4)
-    one.add_argument("--learning_rate", type=float, default=2e-3)
+    one.add_argument("--learning_rate", type=float, default=1e-3)
     one.add_argument("--shard", type=int, default=0)
     one.add_argument("--shards", type=int, default=1)
     one.add_argument("--only", nargs="*")
