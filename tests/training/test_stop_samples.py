@@ -50,34 +50,31 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "similarity" in row]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {
-            "finetune__method": "textual_inversion",
-            "finetune__token": "<thing>",
-            "finetune__initializer_token": "circle",
-            "finetune__instance_prompts": ["a photo of <thing>"],
-        },
-    ],
-    ids=["lora", "textual_inversion"],
-)
-def test_a_run_without_held_out_images_goes_by_likeness_and_drift(
-    world: Path, tmp_path: Path, with_network: None, changes: dict[str, Any]
-) -> None:
-    assert train(finetuning(world, tmp_path / "run", **settings(world, **changes))) == 0
-    found = rows(tmp_path / "run")
-    assert [row["step"] for row in found] == [0, 1, 2, 3, 4][: len(found)]
+def check_rows(run: Path) -> None:
+    found = rows(run)
+    assert [row["step"] for row in found] == list(range(len(found)))
     assert found[0]["drift"] == pytest.approx(0, abs=1e-6)  # from itself
     assert "verdict" not in found[0]
     assert {row["verdict_measure"] for row in found[1:]} == {"unlikeness to the subject"}
     assert all(row["num_pairs"] == 4 for row in found[1:])
     assert all("samples_nearest_score" in row for row in found)
-    assert (tmp_path / "run" / "pipeline").is_dir()
+    assert (run / "pipeline").is_dir()
 
 
-def test_a_resumed_run_measures_drift_from_the_same_images(
+def test_textual_inversion_without_held_out_images_goes_by_likeness_and_drift(
+    world: Path, tmp_path: Path, with_network: None
+) -> None:
+    changes = {
+        "finetune__method": "textual_inversion",
+        "finetune__token": "<thing>",
+        "finetune__initializer_token": "circle",
+        "finetune__instance_prompts": ["a photo of <thing>"],
+    }
+    assert train(finetuning(world, tmp_path / "run", **settings(world, **changes))) == 0
+    check_rows(tmp_path / "run")
+
+
+def test_a_resumed_lora_measures_drift_from_the_same_images(
     world: Path, tmp_path: Path, with_network: None
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -85,6 +82,7 @@ def test_a_resumed_run_measures_drift_from_the_same_images(
         for end in ends:
             given = settings(world, train__max_steps=end, train__stop="never")
             assert train(finetuning(world, run, **given)) == 0
+    check_rows(whole)
     assert rows(cut) == rows(whole)
 
 
