@@ -1,21 +1,23 @@
 """Seconds of one image: 4 steps of a distilled student against its teacher's guided ones.
 
-    python benchmarks/few_steps_latency.py TEACHER STUDENT [--steps 25] [--tiny FOLDER] [--rounds 5]
+    python benchmarks/few_steps_latency.py TEACHER [--student S] [--steps 25] [--tiny FOLDER]
 
-TEACHER, STUDENT: folders of the models. Whole calls, batch 1, on one core and then on two, each in
-a process of its own: the teacher's guided steps in stock diffusers in each of its settings (float32
-and bf16, channels_last or not) and in LatentDiffPipeline with `fast_cpu.is_on`; the student's
---student_steps with its own VAE's decoder and with a tiny one: --tiny, or one of width 16 with
-random weights, as the time is the same. Arms take turns, one call of each a round, so that whatever
-else the machine does meets all alike. Seconds are the process' CPU time on one core, the clock's on
-two. Prints one JSON line: medians, and ratios of the best settings, the median over rounds with the
-lowest and highest.
+TEACHER: a model's folder; S: its student's, by default the teacher itself with a guidance
+embedding, whose images are wrong and whose time is the same. Whole calls, batch 1, on one core and
+then on two, each in a process of its own: the teacher's guided steps in stock diffusers in each of
+its settings (float32 and bf16, channels_last or not) and in LatentDiffPipeline with
+`fast_cpu.is_on`; the student's --student_steps with its own VAE's decoder and with a tiny one:
+--tiny, or one of width 16 with random weights. Arms take turns, one call of each a round, so that
+whatever else the machine does meets all alike. Seconds are the process' CPU time on one core, the
+clock's on two. Prints one JSON line: medians, and ratios of the best settings, the median over
+rounds with the lowest and highest.
 """
 
 import argparse
 import json
 import os
 import statistics
+import tempfile
 
 import torch
 from common import OwnProcess, machine, medians, own_seconds, take_turns
@@ -26,6 +28,8 @@ from latentdiff.cli.command import quieten_libraries
 from latentdiff.models.build import build_tiny_vae
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.model_path import resolve_model
+from latentdiff.models.unet.guidance_embedding import add_guidance_embedding
+from latentdiff.pipeline.schedulers import distilled_scheduler
 
 DTYPES = {"": torch.float32, "_bf16": torch.bfloat16}
 PROMPT, GUIDANCE_SCALE, TINY_WIDTH = "a red circle", 3.0, 16
@@ -70,6 +74,15 @@ def tiny_vae(pipe, folder):
         return AutoencoderTiny.from_pretrained(folder)
     codec, channels = LatentCodec(pipe.vae), pipe.unet.config.out_channels
     return build_tiny_vae(factor=codec.factor, latent_channels=channels, width=TINY_WIDTH)
+
+
+def untrained_student(teacher, folder):
+    """Write the teacher with a guidance embedding and a sampler of few steps; return the folder."""
+    pipe = StableDiffusionPipeline.from_pretrained(resolve_model(teacher))
+    unet = add_guidance_embedding(pipe.unet)
+    pipe.register_modules(unet=unet, scheduler=distilled_scheduler(pipe.scheduler))
+    pipe.save_pretrained(folder)
+    return folder
 
 
 class Calls:
@@ -124,7 +137,7 @@ def main():
     """Measure on each number of cores, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher")
-    parser.add_argument("student")
+    parser.add_argument("--student", default="", help="folder of the distilled model")
     parser.add_argument("--steps", type=int, default=25, help="of the teacher")
     parser.add_argument("--student_steps", type=int, default=4)
     parser.add_argument("--tiny", default="", help="folder of a tiny VAE")
@@ -134,10 +147,12 @@ def main():
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # of several pipelines
     figures = {"benchmark": "few_steps_latency", "steps": args.steps, "rounds": args.rounds}
     figures |= {"student_steps": args.student_steps}
-    for threads in map(int, args.threads.split(",")):
-        process = OwnProcess(Calls, threads, args)
-        figures[f"threads_{threads}"] = process.call("measure")
-        process.close()
+    with tempfile.TemporaryDirectory(prefix="few-steps-") as folder:
+        args.student = args.student or untrained_student(args.teacher, folder)
+        for threads in map(int, args.threads.split(",")):
+            process = OwnProcess(Calls, threads, args)
+            figures[f"threads_{threads}"] = process.call("measure")
+            process.close()
     print(json.dumps(figures | machine()), flush=True)
 
 

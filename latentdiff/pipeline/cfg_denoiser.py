@@ -120,6 +120,7 @@ class CFGDenoiser:
         self.factor = factor
         self.num_channels = inputs.noise.shape[1]
         self.dtype = unet.dtype  # read once: diffusers walks over all parameters for it
+        self._features: dict[tuple[int, float], Tensor] = {}  # of the same price
 
     def __call__(self, xt: Tensor, t: Tensor) -> Prediction:
         """Predict from xt (B, C, h, w) at timestep t (), guided where t lies in the interval."""
@@ -208,9 +209,10 @@ class CFGDenoiser:
         """Return the scale as a distilled U-Net reads it, (num, D), else None."""
         if not has_guidance_embedding(self.unet):
             return None
-        return guidance_features(
-            self.unet, self.guidance.scale if scale is None else scale, num=num
-        )
+        key = num, self.guidance.scale if scale is None else scale
+        if key not in self._features:
+            self._features[key] = guidance_features(self.unet, key[1], num=num)
+        return self._features[key]
 
 
 def _without_image_first(conditioning: Conditioning, num: int) -> Conditioning:
