@@ -28,8 +28,6 @@ from latentdiff.models.model_path import resolve_model
 from latentdiff.pipeline.files.model_info import read_model_info
 from latentdiff.sampling.batch_sampler import generate_images
 
-SETS = ("seen", "heldout")
-
 
 def students(distilled, at_most):
     """Return the folders of the stages of at most so many steps, by name and number."""
@@ -86,6 +84,7 @@ def main():
     parser.add_argument("teacher", type=Path)
     parser.add_argument("distilled", type=Path, nargs="+")
     parser.add_argument("--num", type=int, default=256, help="captions of each set")
+    parser.add_argument("--sets", default="seen,heldout")
     parser.add_argument("--teacher_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--max_steps", type=int, default=8, help="of the students to measure")
@@ -95,7 +94,7 @@ def main():
     for name, steps, scale, folder in jobs_of(students(args.distilled, args.max_steps), args):
         pipe, row = open_quiet(folder), {"model": name, "steps": steps, "guidance_scale": scale}
         options = {"num_steps": steps, "guidance_scale": scale, "batch_size": args.batch_size}
-        for part in SETS:
+        for part in args.sets.split(","):
             answers = answers_of(pipe, scenes[part], **options)
             row[part] = shares_of(answers, reference.setdefault(part, answers))
         rows.append(row)

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 
 import torch
@@ -153,6 +154,7 @@ def main():
             process = OwnProcess(Calls, threads, args)
             figures[f"threads_{threads}"] = process.call("measure")
             process.close()
+            print(json.dumps(figures), file=sys.stderr)
     print(json.dumps(figures | machine()), flush=True)
 
 

@@ -1,6 +1,6 @@
 """Seconds of a 512 px image of Stable Diffusion 1.5's size: 4 steps of a student, 20 guided, peers.
 
-    python benchmarks/few_steps_sd15.py [--rounds 2] [--threads 1,2]
+    python benchmarks/few_steps_sd15.py [--rounds 2] [--threads 1,2] [--engines torch,openvino]
 
 Random weights, batch 1. The parts of a call take turns, one of each a round, on one core and then
 on two, each in a process of its own: a guided step (both captions in one pass) of stock diffusers
@@ -197,20 +197,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--engines", default=",".join(ENGINES))
     args = parser.parse_args()
-    peers = {name: kind for name, kind in PEERS.items() if importlib.util.find_spec(name)}
-    figures = {"benchmark": "few_steps_sd15", "skipped": sorted(PEERS.keys() - peers.keys())}
+    asked = args.engines.split(",")
+    engines = [name for name in asked if importlib.util.find_spec(name)]
+    figures = {"benchmark": "few_steps_sd15", "skipped": sorted(set(asked) - set(engines))}
     figures |= {"guided_steps": GUIDED_STEPS, "few_steps": FEW_STEPS, "rounds": args.rounds}
     with tempfile.TemporaryDirectory(prefix="few-steps-") as folder:
         for threads in map(int, args.threads.split(",")):
-            found = {"torch": measure(Torch, threads, args, Path(folder))}
-            for name, kind in peers.items():
-                found[name] = measure(kind, threads, args, Path(folder))
-            figures[f"threads_{threads}"] = found
+            figures[f"threads_{threads}"] = {
+                name: measure(ENGINES[name], threads, args, Path(folder)) for name in engines
+            }
     print(json.dumps(figures | machine()), flush=True)
 
 
-PEERS = {"openvino": OpenVino, "stable_diffusion_cpp": StableDiffusionCpp}
+ENGINES = {"torch": Torch, "openvino": OpenVino, "stable_diffusion_cpp": StableDiffusionCpp}
 
 if __name__ == "__main__":
     main()
