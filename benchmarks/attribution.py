@@ -360,12 +360,20 @@ def summarize(args):
             rows[name]["lds_above_features"] = interval_json(bootstrap_mean(better))
     return {
         "num_halves": len(halves),
+        "num_seeds": len([*args.out.glob("runs-*.jsonl")]),
         "num_train": NUM_TRAIN,
         "methods": rows,
         "regression_lds": interval_json(bootstrap_mean(regression_lds(halves))),
         "nulls": interval_json(bootstrap_mean(nulls)),
         "own_loss_of_removed": interval_json(bootstrap_mean(own)),
     }
+
+
+def rounded(value):
+    """Return JSON values with four digits after the point."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def main():
@@ -380,7 +388,8 @@ def main():
             one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
             one.add_argument("--halves", type=int, default=NUM_HALVES)
     args = parser.parse_args()
-    print(json.dumps({"machine": machine()} | args.run(args), indent=2))
+    result = {"benchmark": "attribution", "machine": machine()} | args.run(args)
+    print(json.dumps(rounded(result), indent=2))
 
 
 if __name__ == "__main__":
