@@ -26,7 +26,8 @@ FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULT
 # files that ship are checked all the same.
 NOT_RUN = {
     "docs/attribution.md": {
-        "latentdiff": "needs a run of its own; tests/audit explains and trains"
+        "latentdiff": "needs a run of its own; tests/audit explains and trains",
+        "python benchmarks/attribution.py": "half an hour; test_benchmark_attribution.py",
     },
     "docs/audit.md": {"latentdiff": "needs a run of its own; tests/audit audits one"},
     "docs/conditions.md": {"latentdiff": "tests/training/test_conditions.py trains each kind"},
