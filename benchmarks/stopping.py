@@ -11,7 +11,8 @@ A folder that is in the file already is skipped. The learning rate is constant, 
 at a step does not depend on where a run was to end.
 
 `replay` lets each rule choose a step from what it may see, and prints its regret in JSON: how much
-worse the chosen step is by the judgement's images than the best step in hindsight.
+worse the chosen step is by the judgement's images than the best step in hindsight; `both` is the
+mean of the regrets in loss and in similarity.
 """
 
 import argparse
@@ -372,11 +373,13 @@ def replay(args):
         }
         for name, chosen in choices.items()
     }
+    for found in regrets.values():
+        found["both"] = np.mean([found[measure] for measure in MEASURES], axis=0).tolist()
     own = regrets["train.stop=auto"]
     rules = {
         name: {
             "steps": [curve.steps[k] for curve, k in zip(curves, choices[name], strict=True)],
-            **{measure: summary(found[measure], own[measure]) for measure in MEASURES},
+            **{key: summary(values, own[key]) for key, values in found.items()},
         }
         for name, found in regrets.items()
     }
