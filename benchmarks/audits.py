@@ -212,7 +212,8 @@ def privacy(args):
             found = membership(unseen[order[:half]], unseen[order[half:]]).auc
             covered += found.contains(0.5)
         coverage = proportion(covered, args.simulations)
-        result[model.name] = figures | {"never_shown_contains_half": interval_json(coverage)}
+        name = f"{model.parent.name}/{model.name}"  # exports of several runs
+        result[name] = figures | {"never_shown_contains_half": interval_json(coverage)}
     return result
 
 

@@ -31,6 +31,7 @@ NOT_RUN = {
     },
     "docs/audit.md": {"latentdiff": "needs a run of its own; tests/audit audits one"},
     "docs/conditions.md": {"latentdiff": "tests/training/test_conditions.py trains each kind"},
+    "docs/runs.md": {"python benchmarks/stopping.py": "20 minutes; its options are checked"},
     "docs/verify.md": {"latentdiff": "needs a run of its own; tests/audit verifies several"},
     "docs/containers.md": {"docker": "needs docker and downloads an image"},
     "docs/data.md": {
