@@ -28,7 +28,7 @@ from latentdiff.models.conditioning import Conditioning
 
 Verdict = Literal["wrong", "says nothing", "identity leak", "fine"]
 LEVEL = 0.95  # of each caption's interval
-KEPT_SHARE = 0.5  # of a caption's bits: more than this without the trigger word is a leak
+KEPT_SHARE = 0.25  # of a caption's bits: more than this without the trigger word is a leak
 NUM_PILOT, PILOT_STEPS, UNIFORM_SHARE = 8, 50, 0.2
 MAX_REPAIRED, MAX_CANDIDATES = 24, 16  # wrong captions with a suggestion, and captions tried
 MAX_WORDS, MAX_WORD_IMAGES = 12, 32
