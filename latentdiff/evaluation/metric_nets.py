@@ -20,7 +20,6 @@ from latentdiff.evaluation.metrics.features import (
     INPUT_SIZE,
     Features,
     MobileNet,
-    features_from_class_token,
     features_from_module,
     features_from_vision_model,
 )
@@ -131,12 +130,13 @@ def load_dino(folder: str | Path, *, device: torch.device | str = "cpu") -> Feat
             "give other networks as --features or --clip"
         )
     known = _preprocessor(folder)
-    return features_from_class_token(
+    return features_from_vision_model(
         _load_vision_model(folder, torch.device(device)),
         folder.resolve().name,
         size=_side(known) or config.image_size,
         mean=known.get("image_mean", OF_IMAGENET[0]),
         std=known.get("image_std", OF_IMAGENET[1]),
+        class_token=True,
     )
 
 

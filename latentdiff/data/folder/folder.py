@@ -8,6 +8,7 @@ below `root` is ever written.
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -337,7 +338,7 @@ def read_folder(
 
 def _warn_of_splits(root: Path) -> None:
     """Log a warning of folders that look like a held-out split and are trained on."""
-    folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    _, folders, _ = next(os.walk(root), ("", [], []))  # no look at each of many files
     if found := sorted(f"{name}/" for name in folders if like_heldout(name)):
         logger.warning(
             "%s: %s read as training images: a split's folder is named train, validation or test; "

@@ -2,7 +2,7 @@
 
 `MobileNet` (Howard et al. 2017) has its batch norms folded into its convolutions; any other torch
 module becomes `Features` through `features_from_module`, a transformers vision model through
-`features_from_vision_model`, or by its class token through `features_from_class_token`.
+`features_from_vision_model`, by its mean state or its class token.
 """
 
 from collections.abc import Callable, Sequence
@@ -107,10 +107,13 @@ def features_from_vision_model(
     size: int | tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
+    class_token: bool = False,
 ) -> Features:
     """Wrap a transformers vision model: the mean of its last hidden state over positions or tokens.
 
     size: of its images in pixels; mean, std: of pixels in [0, 1] that it was trained with.
+    class_token: take a vision transformer's class token after the last layer norm instead, which of
+    DINOv2 is what FD-DINOv2 is computed in (Stein et al. 2023).
     """
 
     @torch.no_grad()
@@ -119,30 +122,9 @@ def features_from_vision_model(
         hidden: Tensor = model(pixel_values=seen).last_hidden_state
         if hidden.ndim == 4:  # (B, D, h, w) of a convolutional network
             return hidden.float().mean((2, 3))
+        if class_token:  # the first of (B, L, D)
+            return hidden[:, 0].float()
         return hidden.float().mean(1)  # (B, L, D) of a transformer
-
-    return Features(embed, name, weights_hash(model))
-
-
-def features_from_class_token(
-    model: Any,
-    name: str,
-    *,
-    size: int | tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Features:
-    """Wrap a transformers vision transformer: its class token after the last layer norm.
-
-    Of DINOv2 that is what FD-DINOv2 is computed in (Stein et al. 2023). size, mean, std: as of
-    `features_from_vision_model`.
-    """
-
-    @torch.no_grad()
-    def embed(pixels: Tensor) -> Tensor:
-        seen = preprocess(pixels.to(model.device), size=size, mean=mean, std=std)
-        hidden: Tensor = model(pixel_values=seen).last_hidden_state  # (B, L, D)
-        return hidden[:, 0].float()
 
     return Features(embed, name, weights_hash(model))
 
