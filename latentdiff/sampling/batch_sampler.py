@@ -57,13 +57,14 @@ def generate_images(
     pads: bool = False,
     batches: Iterable[tuple[int, bool]] | None = None,
     desc: str = "",
+    **others: Any,
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, image) for each prompt with its seed, batch_size at a time.
 
     num_inference_steps: None for the model's own. size: (height, width) in pixels, by default the
-    trained one. prompt_weighting: of prompts that a
-    person typed; by default they are captions, which are taken verbatim. pads, batches: see
-    `index_batches`. desc: of a progress bar over batches; empty: none.
+    trained one. prompt_weighting: of prompts that a person typed; by default they are captions,
+    which are taken verbatim. pads, batches: see `index_batches`. desc: of a progress bar over
+    batches; empty: none. others: arguments of the pipeline's call, the same for all.
     """
     height, width = size or (None, None)
     work = list(index_batches(len(prompts), batch_size=batch_size, pads=pads, batches=batches))
@@ -77,6 +78,7 @@ def generate_images(
             guidance_scale=guidance_scale,
             prompt_weighting=prompt_weighting,
             return_dict=False,
+            **others,
         )
         yield from islice(zip(indices, images, strict=True), num_counted)
 

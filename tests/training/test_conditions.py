@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from latentdiff import LatentDiffPipeline
 from latentdiff.audit.verify import verify
+from latentdiff.config.io import load_config
 from latentdiff.config.model import ConditionConfig
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.cache.online_encode import OnlineImages
@@ -32,6 +33,7 @@ from latentdiff.models.components import load_components
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import LatentCodec
 from latentdiff.models.unet.image_conditions import depth_channels
+from latentdiff.pipeline.conditioning.image_condition import read_condition
 from latentdiff.training.inputs.cache_commands import build_caches, prune_caches
 from latentdiff.training.inputs.caption_dropout import is_caption_dropped, is_condition_dropped
 from latentdiff.training.inputs.conditions import (
@@ -48,7 +50,14 @@ from latentdiff.training.inputs.train_data import condition_plan
 from latentdiff.training.report.charts import rise_step, rise_text
 from latentdiff.training.report.run_record import read_runs
 from latentdiff.training.text_to_image.components import check_components
-from latentdiff.training.text_to_image.preview import controlled, make_pipeline
+from latentdiff.training.text_to_image.preview import (
+    PreviewPipeline,
+    encoded,
+    generate_share,
+    image_guidance_scale,
+    make_pipeline,
+    prompt_seed,
+)
 from latentdiff.training.text_to_image.train_t2i import train
 
 SIZES = [(52, 40), (40, 52), (44, 44), (64, 40), (40, 64), (48, 48), (56, 40), (40, 40)]
@@ -230,6 +239,43 @@ def test_a_run_measures_its_condition_use_from_step_0_and_shows_it(
     assert "image 7" in labels
 
 
+@pytest.mark.parametrize(("kind", "image_guidance"), [("instruct_pix2pix", 1.5), ("depth", None)])
+def test_a_sheet_shows_what_the_export_makes(
+    runs: dict[str, Path], kind: str, image_guidance: float | None
+) -> None:
+    components = load_components(runs[kind] / "pipeline")
+    pipe = LatentDiffPipeline.from_pretrained(runs[kind] / "pipeline")
+    image = noise_image(3, width=32, height=32)
+    read = read_condition(
+        image,
+        kind=kind,
+        info=pipe.model_info,
+        num_controlnets=0,
+        noise_level=None,
+        scale=None,
+        num_prompts=1,
+        num_images=1,
+        has_image=False,
+    )
+    codec = LatentCodec(components.vae)
+    given = read.tensors(codec, shape=(1, 4, 8, 8), generator=None, device="cpu")
+    fixed = FixedCondition("image 6", given["condition"][0])
+    call = {"accelerator": Accelerator(cpu=True), "seed": 0, "num_steps": 2, "guidance_scale": 4.0}
+    scale = image_guidance_scale(load_config(runs[kind] / "config.yaml"))
+    assert scale == image_guidance
+    sheet = generate_share(
+        components, ["image 6"], conditions=[fixed], image_guidance=scale, **call
+    )[0]
+    exported = pipe(
+        "image 6",
+        condition=image,
+        seed=prompt_seed(0, "image 6"),
+        num_inference_steps=2,
+        guidance_scale=4.0,
+    ).images[0]
+    assert np.abs(np.asarray(sheet, float) - np.asarray(exported, float)).max() <= 1
+
+
 @pytest.mark.parametrize("kind", CONDITION_KINDS)
 def test_an_export_names_its_kind_and_stocks_pipeline(runs: dict[str, Path], kind: str) -> None:
     folder = runs[kind] / "pipeline"
@@ -341,8 +387,9 @@ def test_a_controlnet_begins_without_effect_and_stock_opens_it(
     control, zt = torch.rand(1, 3, 32, 32), torch.randn(1, 4, 8, 8)
     fixed = FixedCondition("image 6", control[0])
     call = {"latents": zt, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
-    with controlled(components, fixed, stock.controlnet):
-        ours = make_pipeline(components)("image 6", **call).images
+    pipe = make_pipeline(components, PreviewPipeline, controlnet=stock.controlnet)
+    pipe.encoded = encoded(fixed, is_control=True)
+    ours = pipe("image 6", **call).images
     theirs = stock("image 6", image=control, **call).images
     assert (ours - theirs).abs().max() < 1 / 255
 

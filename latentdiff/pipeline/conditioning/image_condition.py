@@ -8,7 +8,7 @@ image and mask are also what the chain starts from (initial_latents.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,19 @@ class ConditionInputs:
         level = torch.full((num,), self.noise_level or 0, device=device)
         noise = randn(low_res.shape, generator, device=device)
         return {"condition": upscale_channels(low_res, noise, level), "class_labels": level}
+
+
+@dataclass(frozen=True)
+class EncodedCondition(ConditionInputs):
+    """The condition of one image, encoded already. fields: of a Conditioning, tensors (1, ...)."""
+
+    fields: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(
+        self, codec: LatentCodec, *, shape: Sequence[int], generator: Generators, device: Any
+    ) -> dict[str, Tensor]:
+        """Return the fields, each for B images."""
+        return {name: torch.cat([x.to(device)] * shape[0]) for name, x in self.fields.items()}
 
 
 @dataclass(frozen=True)

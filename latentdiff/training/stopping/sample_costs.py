@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentdiff.training.inputs.conditions import FixedCondition
 from latentdiff.training.text_to_image.nearest_images import NearestImages, summarize_nearest
-from latentdiff.training.text_to_image.preview import generate_share
+from latentdiff.training.text_to_image.preview import generate_share, image_guidance_scale
 from latentdiff.training.text_to_image.setup import Run, make_nearest_images
 
 FIRST_SEED = 20_000
@@ -68,6 +68,7 @@ class SampleCosts:
             seeds=self.seeds,
             num_steps=preview.num_steps,
             guidance_scale=preview.guidance_scale,
+            image_guidance=image_guidance_scale(run.config),
             prompt_weighting=bool(preview.prompts),
             conditions=[conditions[k % len(conditions)] for k in range(len(self.prompts))]
             if conditions

@@ -3,19 +3,17 @@
 A prompt's seed depends on the run's seed and the prompt alone, so adding a prompt does not change
 the others' images. The prompts are shared out over the processes in batches of one size, so that
 neither does the number of processes. Captions are taken verbatim, as in training; prompts that a
-person typed may weigh words. Of a model that reads an image, a hook gives the U-Net the condition,
-so that the pipeline samples as from a model of text alone.
+person typed may weigh words. A model that reads an image gets the condition as training encoded it.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,19 +21,21 @@ from accelerate.utils import gather_object
 from diffusers import ControlNetModel
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.atomic import atomic_file
+from latentdiff.config.text_to_image import Config
 from latentdiff.evaluation.metrics.heldout_loss import rank_batches
 from latentdiff.image_grid import BOXES, TILES, draw_grid, to_pil
+from latentdiff.models.compatibility import CONTROLNET
 from latentdiff.models.components import Components, choose_vae, load_vae
-from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.latents import Autoencoder, LatentCodec, set_scale
-from latentdiff.models.unet.controlnet import control_residuals
 from latentdiff.models.unet.image_conditions import condition_pixels
 from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.conditioning.canvas import trained_size_px
+from latentdiff.pipeline.conditioning.image_condition import ConditionInputs, EncodedCondition
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
+from latentdiff.pipeline.files.model_info import IMAGE_GUIDANCE_SCALE
 from latentdiff.pipeline.output import LARGE
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
@@ -48,6 +48,7 @@ from latentdiff.training.text_to_image.nearest_images import (
 )
 
 logger = logging.getLogger(__name__)
+Pipeline = TypeVar("Pipeline", bound=LatentDiffPipeline)
 BATCH_SIZE = 4  # a constant: rounding depends on a batch's size
 
 
@@ -72,12 +73,33 @@ def check_vae(vae: str, *, source: str) -> None:
         choose_vae(source, vae)
 
 
-def make_pipeline(components: Components) -> LatentDiffPipeline:
-    """Return a pipeline of the components, which are not copied."""
-    parts = components.as_dict()
-    return LatentDiffPipeline(
-        **parts, requires_safety_checker=components.safety_checker is not None
-    )
+class PreviewPipeline(LatentDiffPipeline):
+    """Generates from a condition that is encoded already, of any kind."""
+
+    encoded = ConditionInputs()
+
+    @property
+    def _reads_mask(self) -> bool:
+        return False  # image and mask are in the condition
+
+    def _read_condition(self, *inputs: object, **others: object) -> ConditionInputs:
+        return self.encoded
+
+
+def make_pipeline(
+    components: Components, pipeline_class: type[Pipeline] = LatentDiffPipeline, **others: Any
+) -> Pipeline:
+    """Return a pipeline of the components, which are not copied, and of others."""
+    parts = components.as_dict() | others
+    return pipeline_class(**parts, requires_safety_checker=components.safety_checker is not None)
+
+
+def image_guidance_scale(config: Config) -> float | None:
+    """Return the scale of guidance by the image to edit, that of exports; None without one."""
+    if config.condition_kind != "instruct_pix2pix":
+        return None
+    is_guided = config.condition.dropout_share > 0 and config.preview.guidance_scale > 1
+    return IMAGE_GUIDANCE_SCALE if is_guided else 1.0
 
 
 def preview_components(
@@ -105,6 +127,7 @@ def write_sheet(
     seed: int,
     num_steps: int,
     guidance_scale: float,
+    image_guidance: float | None = None,
     prompt_weighting: bool = False,
     nearest_images: NearestImages | None = None,
     conditions: Sequence[FixedCondition] = (),
@@ -116,7 +139,8 @@ def write_sheet(
 
     conditions: one a prompt, of a model or ControlNet that reads them; each is shown before its
     image.
-    condition_vae: the one that encoded them, by default the components'.
+    condition_vae: the one that encoded them, by default the components'. image_guidance: the scale
+    of guidance by an image to edit.
     prompt_weighting: of prompts that a person typed; False: captions, taken verbatim.
     nearest_images: adds the nearest training image of each. Returns their figures, on the main
     process. An error of one process is raised by all, so that none waits for another.
@@ -131,6 +155,7 @@ def write_sheet(
             seed=seed,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
+            image_guidance=image_guidance,
             prompt_weighting=prompt_weighting,
             conditions=conditions,
             controlnet=controlnet,
@@ -204,6 +229,7 @@ def generate_share(
     seed: int,
     num_steps: int,
     guidance_scale: float,
+    image_guidance: float | None = None,
     prompt_weighting: bool = False,
     conditions: Sequence[FixedCondition] = (),
     controlnet: ControlNetModel | None = None,
@@ -214,7 +240,9 @@ def generate_share(
     conditions: one a prompt; each image is then generated alone. seeds: one a prompt, by default
     `prompt_seed`.
     """
-    pipeline = make_pipeline(components)
+    pipeline = make_pipeline(
+        components, PreviewPipeline, controlnet=controlnet if conditions else None
+    )
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
     generate = partial(
@@ -222,6 +250,7 @@ def generate_share(
         pipeline,
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance,
         prompt_weighting=prompt_weighting,
     )
     seeds = seeds or [prompt_seed(seed, prompt) for prompt in prompts]
@@ -232,14 +261,11 @@ def generate_share(
             batches = rank_batches(-(-len(prompts) // num), shard)
             return dict(generate(prompts, seeds=seeds, batch_size=num, pads=True, batches=batches))
         for k, counts in rank_batches(len(prompts), shard):
-            read = conditioned(components, conditions[k])
-            if controlnet is not None:
-                read = controlled(components, conditions[k], controlnet)
-            with read:
-                height, width = conditions[k].condition.shape[-2:]
-                factor = 1 if controlnet is not None else pipeline.vae_scale_factor
-                size = (factor * height, factor * width)
-                ((_, image),) = generate([prompts[k]], seeds=[seeds[k]], batch_size=1, size=size)
+            pipeline.encoded = encoded(conditions[k], is_control=controlnet is not None)
+            height, width = conditions[k].condition.shape[-2:]
+            factor = 1 if controlnet is not None else pipeline.vae_scale_factor
+            size = (factor * height, factor * width)
+            ((_, image),) = generate([prompts[k]], seeds=[seeds[k]], batch_size=1, size=size)
             own |= {k: image} if counts else {}
     return own
 
@@ -250,61 +276,16 @@ def batch_size(pipeline: LatentDiffPipeline) -> int:
     return 1 if height * width > LARGE else BATCH_SIZE
 
 
-@contextmanager
-def conditioned(components: Components, sample: FixedCondition) -> Iterator[None]:
-    """Let the U-Net read this condition inside the block, whatever else it is given.
-
-    It then takes noisy latents alone, as a model of text does.
-    """
-    unet = components.unet
-    channels = int(unet.config["in_channels"])
-    condition = sample.condition[None].to(unet.device)
-
-    def append(module: nn.Module, inputs: Any) -> Any:
-        (zt,) = inputs
-        return torch.cat([zt, condition.to(zt).expand(len(zt), -1, -1, -1)], dim=1)
-
-    def label(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if sample.class_label is not None:
-            kwargs["class_labels"] = sample.class_label.to(unet.device).expand(len(args[0]))
-        return args, kwargs
-
-    hooks = [
-        unet.conv_in.register_forward_pre_hook(append),
-        unet.register_forward_pre_hook(label, with_kwargs=True),
-    ]
-    unet.register_to_config(in_channels=channels - len(sample.condition))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        unet.register_to_config(in_channels=channels)
-
-
-@contextmanager
-def controlled(
-    components: Components, sample: FixedCondition, controlnet: ControlNetModel
-) -> Iterator[None]:
-    """Let a ControlNet read this condition (3, H, W) and steer the U-Net inside the block."""
-    unet = components.unet
-    control = sample.condition[None].to(unet.device)
-
-    def steer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        zt, t = args
-        conditioning = replace(
-            Conditioning.from_unet_kwargs(kwargs),
-            control=control.expand(len(zt), -1, -1, -1).to(zt),
+def encoded(sample: FixedCondition, *, is_control: bool) -> EncodedCondition:
+    """Return a condition (k, h, w), or a ControlNet's (3, H, W), as the pipeline reads it."""
+    if is_control:
+        return EncodedCondition(
+            CONTROLNET, scales=(1.0,), fields={"control": sample.condition[None]}
         )
-        times = torch.as_tensor(t, device=zt.device).expand(len(zt))
-        residuals = control_residuals(controlnet, zt, times, conditioning)
-        return args, kwargs | residuals
-
-    hook = unet.register_forward_pre_hook(steer, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    fields = {"condition": sample.condition[None]}
+    if sample.class_label is not None:
+        fields["class_labels"] = sample.class_label.expand(1)
+    return EncodedCondition(fields=fields)
 
 
 def shown_condition(vae: Autoencoder, kind: str, condition: Tensor) -> Image.Image:

@@ -53,6 +53,7 @@ from latentdiff.training.text_to_image.plan import log_plan
 from latentdiff.training.text_to_image.preview import (
     check_prompts,
     check_vae,
+    image_guidance_scale,
     write_sheet,
 )
 from latentdiff.training.text_to_image.resolution import with_resolution
@@ -263,6 +264,7 @@ class TextToImageRecipe(Recipe):
                 seed=run.config.train.seed,
                 num_steps=preview.num_steps,
                 guidance_scale=preview.guidance_scale,
+                image_guidance=image_guidance_scale(run.config),
                 prompt_weighting=bool(preview.prompts),  # typed; captions are taken verbatim
                 nearest_images=run.nearest_images,
                 conditions=self._conditions(),
