@@ -51,11 +51,10 @@ from latentdiff.training.report.charts import rise_step, rise_text
 from latentdiff.training.report.run_record import read_runs
 from latentdiff.training.text_to_image.components import check_components
 from latentdiff.training.text_to_image.preview import (
-    PreviewPipeline,
     encoded,
     generate_share,
     image_guidance_scale,
-    make_pipeline,
+    make_preview_pipeline,
     prompt_seed,
 )
 from latentdiff.training.text_to_image.train_t2i import train
@@ -387,7 +386,7 @@ def test_a_controlnet_begins_without_effect_and_stock_opens_it(
     control, zt = torch.rand(1, 3, 32, 32), torch.randn(1, 4, 8, 8)
     fixed = FixedCondition("image 6", control[0])
     call = {"latents": zt, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
-    pipe = make_pipeline(components, PreviewPipeline, controlnet=stock.controlnet)
+    pipe = make_preview_pipeline(components, stock.controlnet)
     pipe.encoded = encoded(fixed, is_control=True)
     ours = pipe("image 6", **call).images
     theirs = stock("image 6", image=control, **call).images

@@ -125,7 +125,7 @@ def test_a_sheet_that_fails_is_a_warning_and_changes_no_weight(  # noqa: PLR0917
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("place", ["make_pipeline", "draw_grid"])
+@pytest.mark.parametrize("place", ["make_preview_pipeline", "draw_grid"])
 def test_a_sheet_may_fail_at_any_place(
     world: Path,
     tmp_path: Path,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +48,6 @@ from latentdiff.training.text_to_image.nearest_images import (
 )
 
 logger = logging.getLogger(__name__)
-Pipeline = TypeVar("Pipeline", bound=LatentDiffPipeline)
 BATCH_SIZE = 4  # a constant: rounding depends on a batch's size
 
 
@@ -86,12 +85,21 @@ class PreviewPipeline(LatentDiffPipeline):
         return self.encoded
 
 
-def make_pipeline(
-    components: Components, pipeline_class: type[Pipeline] = LatentDiffPipeline, **others: Any
-) -> Pipeline:
-    """Return a pipeline of the components, which are not copied, and of others."""
-    parts = components.as_dict() | others
-    return pipeline_class(**parts, requires_safety_checker=components.safety_checker is not None)
+def make_pipeline(components: Components) -> LatentDiffPipeline:
+    """Return a pipeline of the components, which are not copied."""
+    return LatentDiffPipeline(**_arguments(components))
+
+
+def make_preview_pipeline(
+    components: Components, controlnet: ControlNetModel | None = None
+) -> PreviewPipeline:
+    """Return a pipeline of the components, which are not copied, for encoded conditions."""
+    return PreviewPipeline(**_arguments(components), controlnet=controlnet)
+
+
+def _arguments(components: Components) -> dict[str, Any]:
+    has_checker = components.safety_checker is not None
+    return components.as_dict() | {"requires_safety_checker": has_checker}
 
 
 def image_guidance_scale(config: Config) -> float | None:
@@ -240,9 +248,7 @@ def generate_share(
     conditions: one a prompt; each image is then generated alone. seeds: one a prompt, by default
     `prompt_seed`.
     """
-    pipeline = make_pipeline(
-        components, PreviewPipeline, controlnet=controlnet if conditions else None
-    )
+    pipeline = make_preview_pipeline(components, controlnet if conditions else None)
     pipeline.set_progress_bar_config(disable=True)
     shard = accelerator.process_index, accelerator.num_processes
     generate = partial(
