@@ -31,7 +31,15 @@ from latentdiff.config.io import to_yaml
 from latentdiff.data.folder.folder import read_folder
 from latentdiff.data.folder.folder_names import assign_splits
 from latentdiff.pipeline.files.model_info import BILL_KEY, BILL_NAME, CONTENT_NAME
-from latentdiff.training.bill.bill import Bill, Segment, from_text, merkle_root, to_text
+from latentdiff.training.bill.bill import (
+    Bill,
+    Segment,
+    canonical,
+    canonical_texts,
+    from_text,
+    merkle_root,
+    to_text,
+)
 from latentdiff.training.bill.contents import attach_again, attach_to_file, read_header
 
 __all__ = ["copy", "origin"]
@@ -51,6 +59,12 @@ def test_the_tree_is_that_of_certificate_transparency() -> None:
     for num in range(20):
         entries = [bytes([i]) for i in range(num)]
         assert merkle_root(entries) == root(entries).hex()
+
+
+def test_a_list_of_texts_has_one_canonical_form() -> None:
+    texts = ["", 'a "b" \\', "\n\t\x00\x7f", "é ﬃ 日本 🙂", "\ud800", "</script>"]
+    assert canonical_texts(iter(texts)) == canonical(texts)
+    assert canonical_texts([]) == canonical([])
 
 
 def test_without_names_no_prompt_is_told_and_the_data_is_proven(copy: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fakes_faults import fork, run_command
 from fakes_pipeline import pipeline_of, tiny_pipeline
 
+from latentdiff.data.folder.folder import read_folder
 from latentdiff.data.shape_pairs import write_shape_pairs
 from latentdiff.models.unet.controlnet import make_controlnet
 
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     *("train_throughput", "train_step_overhead", "heldout_race", "scaling"),
     *("conditions", "vae", "startup", "memory", "keyed_randomness", "open_in_transformers4"),
-    *("objectives", "wide_canvas"),
+    *("objectives", "second_start", "wide_canvas"),
 )
 
 
@@ -157,6 +158,26 @@ def test_the_wait_for_a_first_step_is_measured(benchmark, monkeypatch: pytest.Mo
     figures = figures_of(benchmark("startup", "--rounds", "1", "--num_train", "8", SCRIPTS=("a",)))
     assert figures["train"] == seconds
     assert "a --help" in figures["seconds"]
+
+
+def test_second_starts_are_measured_by_the_size_of_the_folder(
+    benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    phases = importlib.import_module("second_start").PHASES
+    assert all(hasattr(importlib.import_module(place), name) for place, name in phases.values())
+    starts: list[Path] = []
+
+    def start(folder: Path, run: Path) -> dict[str, dict[str, float]]:
+        starts.append(run)
+        assert len(read_folder(folder / "data")) == 3
+        return {kind: {"after models": len(starts)} for kind in ("seconds", "cpu_seconds")}
+
+    printed = benchmark("second_start", "3", "--rounds", "2", start=start)
+    found = figures_of(printed)["images"]["3"]
+    assert found["seconds"] == {"after models": 2.5}  # of the second and third
+    assert found["first_start"]["seconds"] == {"after models": 1}
+    assert len(set(starts)) == 3
 
 
 def test_objectives_are_compared_by_training_seed_and_by_image(benchmark, tmp_path: Path) -> None:

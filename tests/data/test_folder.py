@@ -13,6 +13,7 @@ from fakes_data import captioned_folder, noise_image, png_header, save_image, wr
 from PIL import Image
 
 from latentdiff.data import image_headers
+from latentdiff.data.arrow.listing import ALONE
 from latentdiff.data.folder import folder as folder_module
 from latentdiff.data.folder.folder import Folder, Record, read_folder
 
@@ -204,6 +205,19 @@ def test_each_caption_streams_all_of_them_in_order(tmp_path, monkeypatch):
     folder = read_folder(tmp_path, sidecar_lines="captions")
     assert list(folder.each_caption()) == list("abcadef")
     assert list(folder.select(np.array([4, 0, 2])).each_caption()) == list("faba")
+
+
+def test_files_of_a_selection_are_those_that_it_reads_in_its_order(tmp_path):
+    root = captioned_folder(tmp_path, 5)
+    for i in range(5):
+        noise_image(i).convert("L").save(root / f"{i}.mask.png")
+    chosen = read_folder(root, mask="file").select(np.array([3, 0, 4]))
+    kinds = ((chosen.files(), chosen.read_bytes), (chosen.mask_files(), chosen.read_mask))
+    for files, read in kinds:
+        for index, row in enumerate(files.to_pylist()):
+            assert (root / row["path"]).read_bytes() == read(index)
+            assert (row["size"], row["offset"]) == (len(read(index)), ALONE)
+    assert not len(chosen[:0].files()) + len(chosen[:0].mask_files())
 
 
 def test_selecting_keeps_ids_and_problems(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -56,8 +57,14 @@ def crop_keys(base: str, digests: np.ndarray, *, plan: CropPlan, flips: bool) ->
             crops["crop"] = place
             if plan.has_room is not None:
                 crops["crop"][~plan.has_room[part]] = 0.5
-            keys[variant, part] = as_keys(key_of(start, crop.tobytes()) for crop in crops)
+            keys[variant, part] = as_keys(key_of(start, crop) for crop in _each(crops))
     return keys
+
+
+def _each(rows: np.ndarray) -> Iterator[bytes]:
+    """Yield the bytes of each row of an array (N,)."""
+    content, size = rows.tobytes(), rows.itemsize
+    return (content[at : at + size] for at in range(0, len(content), size))
 
 
 @torch.no_grad()

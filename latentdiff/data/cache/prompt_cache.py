@@ -8,10 +8,10 @@ encoders and, after them, the pooled embeddings.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from latentdiff.data.cache.tensor_store import (
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.text import NULL_CAPTION, TextEncoders, clip_skip_of
 from latentdiff.models.weights import weights_hash
-
-T = TypeVar("T")
-CAPTIONS_AT_ONCE = 4096  # captions looked up at a time
 
 
 class PromptCache:
@@ -74,41 +71,27 @@ class PromptCache:
         """
         start = encoder_hash(encoders, dtype=dtype)
         store = TensorStore(Path(cache_dir) / "text", check_all=check_rows)
-        if isinstance(captions, Sequence):
-            wanted = {key_of(start, caption.encode()) for caption in (NULL_CAPTION, *captions)}
-            size = math.prod(_row_shape(encoders)) * dtype.itemsize
-            check_room(store.folder, size * len(_missing(store, list(wanted), shard=(0, 1))))
-        writer = StoreWriter(store.folder)
-        seen: list[np.ndarray] = []
-        encoded: set[bytes] = set()
-        with tqdm(
-            desc="captions",
-            unit=" captions",
-            delay=BAR_DELAY_S,
-            disable=None if progress else True,
-        ) as bar:
-            try:
-                for chunk in _chunks(chain([NULL_CAPTION], captions), CAPTIONS_AT_ONCE):
-                    keys = [key_of(start, caption.encode()) for caption in chunk]
-                    seen.append(np.unique(as_keys(keys), axis=0))
-                    mine = _missing(store, keys, shard=shard)
-                    todo = {keys[i]: chunk[i] for i in mine if keys[i] not in encoded}
-                    for batch in _chunks(todo.items(), batch_size):
-                        texts = [caption for _, caption in batch]
-                        with torch.no_grad():
-                            rows = _rows_of(encoders.encode_captions(texts)).cpu()
-                        writer.add(as_keys(key for key, _ in batch), rows.to(dtype))
-                    encoded |= todo.keys()
-                    bar.update(len(chunk))
-            finally:
-                writer.flush()
+        unique = list(dict.fromkeys(chain([NULL_CAPTION], captions)))
+        keys = as_keys(key_of(start, caption.encode()) for caption in unique)
+        missing = np.flatnonzero(store.find(keys) == MISSING)
+        row_bytes = math.prod(_row_shape(encoders)) * dtype.itemsize
+        check_room(store.folder, row_bytes * len(missing))
+        todo = missing[owned_by_rank(keys[missing], shard)]
+        _encode(
+            [unique[index] for index in todo.tolist()],
+            keys[todo],
+            encoders,
+            writer=StoreWriter(store.folder),
+            dtype=dtype,
+            batch_size=batch_size,
+            progress=progress,
+        )
         store.refresh()
-        keys_seen = np.unique(np.concatenate(seen), axis=0)
         return cls(
             store,
             start,
-            keys=keys_seen,
-            num_encoded=len(encoded),
+            keys=keys,
+            num_encoded=len(todo),
             pooled_size=_pooled_size(encoders),
         )
 
@@ -131,6 +114,35 @@ class PromptCache:
                 "all processes build before one reads"
             )
         return _parts_of(self._store.read(row), pooled_size=self.pooled_size)
+
+
+def _encode(
+    captions: Sequence[str],
+    keys: np.ndarray,
+    encoders: TextEncoders,
+    *,
+    writer: StoreWriter,
+    dtype: torch.dtype,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Encode captions, and write their embeddings under their keys (N, 2)."""
+    with tqdm(
+        total=len(captions),
+        desc="captions",
+        unit=" captions",
+        delay=BAR_DELAY_S,
+        disable=None if progress else True,
+    ) as bar:
+        try:
+            for start in range(0, len(captions), batch_size):
+                part = slice(start, start + batch_size)
+                with torch.no_grad():
+                    rows = _rows_of(encoders.encode_captions(captions[part])).cpu()
+                writer.add(keys[part], rows.to(dtype))
+                bar.update(len(rows))
+        finally:
+            writer.flush()
 
 
 def _pooled_size(encoders: TextEncoders) -> int:
@@ -203,16 +215,3 @@ def tokenizer_identity(tokenizer: CLIPTokenizer) -> str:
     padding = [tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
     text = json.dumps([rules, padding], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _missing(store: TensorStore, keys: list[bytes], *, shard: tuple[int, int]) -> list[int]:
-    """List the places of this process's share of the keys that the store lacks."""
-    table = as_keys(keys)
-    is_missing = (store.find(table) == MISSING) & owned_by_rank(table, shard)
-    return np.flatnonzero(is_missing).tolist()
-
-
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

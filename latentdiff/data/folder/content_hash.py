@@ -8,17 +8,16 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from latentdiff.data.arrow.columns import fixed_bytes
+from latentdiff.data.arrow.columns import fixed_bytes, iter_py
 from latentdiff.data.arrow.listing import (
     ALONE,
     LISTING,
-    Entry,
-    ListingBuilder,
     Progress,
     read_entry,
     shard_of,
@@ -40,7 +39,7 @@ def image_hashes(
     Files that `index` knows, unchanged, are not opened. Raises OSError for one that cannot be read.
     """
     return _digests(
-        folder, folder.entries, image_digest, kind="digests", index=index, progress=progress
+        folder, folder.files(), image_digest, kind="digests", index=index, progress=progress
     )
 
 
@@ -49,7 +48,7 @@ def file_hashes(
 ) -> np.ndarray:
     """Give the `file_digest` of each record's image file, as `image_hashes` its `image_digest`."""
     return _digests(
-        folder, folder.entries, file_digest, kind="file-digests", index=index, progress=progress
+        folder, folder.files(), file_digest, kind="file-digests", index=index, progress=progress
     )
 
 
@@ -59,7 +58,7 @@ def mask_hashes(
     """Give the `file_digest` of each record's mask file, as `image_hashes` does of images."""
     return _digests(
         folder,
-        folder.mask_entries,
+        folder.mask_files(),
         file_digest,
         kind="mask-digests",
         index=index,
@@ -85,21 +84,19 @@ def hash_files(
     folder: Folder,
     hash_content: Callable[[bytes], tuple[Any, ...]],
     *,
-    entries: Iterator[Entry],
+    files: pa.Table,
     name: str,
     schema: pa.Schema,
     index: ScanIndex | None = None,
     progress: Progress | None = None,
 ) -> pa.Table:
-    """Give a row of `schema` for each entry: LISTING, then the hashes of the file's content.
+    """Give a row of `schema` for each of `files`: LISTING, then the hashes of the file's content.
 
     Only files that the table `name` of `index` does not know, unchanged, are read.
     """
-    listing = ListingBuilder()
-    for entry, time_ns in _with_times(folder, entries):
-        listing.add(entry.path, size=entry.size, mtime_ns=time_ns, offset=entry.offset)
+    times = np.fromiter(_times(folder.root, files), np.int64, count=len(files))
     return cached_rows(
-        listing.table(),
+        files.add_column(2, LISTING.field("mtime_ns"), pa.array(times)),
         lambda entry: hash_content(read_entry(folder.root, entry)),
         name=name,
         schema=schema,
@@ -111,7 +108,7 @@ def hash_files(
 
 def _digests(
     folder: Folder,
-    entries_of: Callable[[], Iterator[Entry]],
+    files: pa.Table,
     digest: Callable[[bytes], bytes],
     *,
     kind: str,
@@ -127,7 +124,7 @@ def _digests(
     table = hash_files(
         folder,
         lambda content: (digest(content),),
-        entries=entries_of(),
+        files=files,
         name=name,
         schema=CONTENT_HASHES,
         index=index,
@@ -145,14 +142,14 @@ def _begin_with_others(index: ScanIndex, name: str, *, kind: str) -> None:
         index.save(name, CONTENT_HASHES, parts=known)
 
 
-def _with_times(folder: Folder, entries: Iterator[Entry]) -> Iterator[tuple[Entry, int]]:
-    """Yield entries with the time of their file, or of the shard that holds them."""
+def _times(root: Path, files: pa.Table) -> Iterator[int]:
+    """Yield the time of each file, or of the shard that holds it, in ns."""
     shard, shard_time = "", 0
-    for entry in entries:
-        if entry.offset == ALONE:
-            yield entry, os.stat(folder.root / entry.path).st_mtime_ns
+    for path, offset in zip(iter_py(files["path"]), iter_py(files["offset"]), strict=True):
+        if offset == ALONE:
+            yield os.stat(f"{root}/{path}").st_mtime_ns
             continue
-        if shard_of(entry.path) != shard:  # members of a shard follow one another
-            shard = shard_of(entry.path)
-            shard_time = os.stat(folder.root / shard).st_mtime_ns
-        yield entry, shard_time
+        if shard_of(path) != shard:  # members of a shard follow one another
+            shard = shard_of(path)
+            shard_time = os.stat(root / shard).st_mtime_ns
+        yield shard_time

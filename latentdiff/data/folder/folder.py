@@ -25,7 +25,7 @@ from latentdiff.data.arrow.columns import (
     combined,
     iter_py,
 )
-from latentdiff.data.arrow.listing import TABLES, Entry, Progress, read_entry
+from latentdiff.data.arrow.listing import LISTING, TABLES, Entry, Progress, read_entry
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.folder.caption_tables import CaptionRules
 from latentdiff.data.folder.files import existing_path
@@ -45,7 +45,9 @@ from latentdiff.program import program
 
 logger = logging.getLogger(__name__)
 
-FILE_COLUMNS = ("id", "size", "offset")
+FILES = pa.schema([field for field in LISTING if field.name != "mtime_ns"])
+FILE_COLUMNS = ("id", "size", "offset")  # of RECORDS, as in FILES
+COMPANION_ENDS = ("", "_size", "_offset")  # of the names of a companion's columns
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,11 @@ class Folder(Sequence[Record]):
         """Read the mask file next to the image of record `index`, with mask="file" only."""
         return read_entry(self.root, self._companions("mask", int(self._rows[index]))[0])
 
-    def mask_entries(self) -> Iterator[Entry]:
-        """Yield where each record's mask file is, with mask="file" only."""
-        return (self._companions("mask", int(row))[0] for row in self._rows)
+    def mask_files(self) -> pa.Table:
+        """Return where each record's mask file is, with mask="file" only, as `files` does."""
+        names = [f"mask{end}" for end in COMPANION_ENDS]
+        first = [pc.list_element(column, 0) for column in self._taken(names)]
+        return pa.table(first, schema=FILES)
 
     def companions(self, name: Companion) -> tuple["Folder", np.ndarray]:
         """Return the records' conditions or inpainting masks, and (N + 1,) where each's begin.
@@ -137,10 +141,7 @@ class Folder(Sequence[Record]):
         They are a folder of their own, in the order of the records and of each one's list; all but
         their names and files is that of their image, width and height too.
         """
-        rows = pa.array(self._rows)
-        lists = [
-            combined(self._column(f"{name}{end}").take(rows)) for end in ("", "_size", "_offset")
-        ]
+        lists = self._taken([f"{name}{end}" for end in COMPANION_ENDS])
         counts = pc.list_value_length(lists[0]).fill_null(0).to_numpy(zero_copy_only=False)
         table = self._found.table.take(pa.array(np.repeat(self._rows, counts)))
         for column, values in zip(FILE_COLUMNS, lists, strict=True):
@@ -148,19 +149,19 @@ class Folder(Sequence[Record]):
         found = replace(self._found, table=table, stored_at=None)
         return Folder(self.root, found), np.concatenate([[0], np.cumsum(counts)])
 
-    def entries(self) -> Iterator[Entry]:
-        """Yield where each record's file is."""
-        return (self._entry(int(row)) for row in self._rows)
+    def files(self) -> pa.Table:
+        """Return where each record's file is: rows of FILES."""
+        return pa.table(self._taken(FILE_COLUMNS), schema=FILES)
 
     @property
     def ids(self) -> pa.Array:
         """The records' ids as an arrow array of (N,) texts."""
-        return combined(self._columns[0].take(pa.array(self._rows)))
+        return self._taken(["id"])[0]
 
     @property
     def captions(self) -> pa.Array:
         """The records' captions as an arrow array of (N,) lists of texts."""
-        return combined(self._columns[1].take(pa.array(self._rows)))
+        return self._taken(["captions"])[0]
 
     def each_caption(self) -> Iterator[str]:
         """Yield every caption of every record in turn, with a part of them in memory at a time."""
@@ -260,11 +261,16 @@ class Folder(Sequence[Record]):
         return Entry(name, size, offset)
 
     def _companions(self, name: str, row: int) -> list[Entry]:
-        columns = (self._column(f"{name}{end}")[row].as_py() for end in ("", "_size", "_offset"))
+        columns = (self._column(f"{name}{end}")[row].as_py() for end in COMPANION_ENDS)
         return [Entry(*one) for one in zip(*(part or [] for part in columns), strict=True)]
 
     def _column(self, name: str) -> pa.ChunkedArray:
         return self._columns[RECORDS.names.index(name)]
+
+    def _taken(self, names: Sequence[str]) -> list[pa.Array]:
+        """Take the records' rows of some columns."""
+        rows = pa.array(self._rows)
+        return [combined(self._column(name).take(rows)) for name in names]
 
     def _numbers(self, name: str) -> np.ndarray:
         column: np.ndarray = self._column(name).to_numpy()

@@ -72,7 +72,7 @@ def perceptual_hashes(
     return hash_files(
         folder,
         _hash_image,
-        entries=folder.entries(),
+        files=folder.files(),
         name="looks",  # the table's name in a scan index of any version
         schema=PERCEPTUAL_HASHES,
         index=index,

@@ -9,9 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from posixpath import splitext
 
 from latentdiff.config.data import DataConfig
 from latentdiff.config.text_to_image import Config
+from latentdiff.data.arrow.columns import iter_py
 from latentdiff.data.folder.folder import Folder
 from latentdiff.data.image_tables.hub_dataset import public_dataset_name
 from latentdiff.data.inspection.text_report import size_text
@@ -90,7 +92,7 @@ def _intro(folders: Sequence[Folder]) -> str:
 
 def _source_row(folder: Folder, root: str) -> str:
     train, heldout = folder.split("train"), folder.heldout()
-    size = sum(entry.size for part in (train, heldout) for entry in part.entries())
+    size = sum(int(part.files()["size"].to_numpy().sum()) for part in (train, heldout))
     num_captions = sum(len(part.captions.flatten()) for part in (train, heldout))
     cells = (
         _source_name(root),
@@ -186,9 +188,8 @@ def _refused(folders: Iterator[Folder]) -> Sequence[str]:
 
 def _endings(folder: Folder) -> Iterator[str]:
     for part in (folder.split("train"), folder.heldout()):
-        yield from (
-            Path(entry.path).suffix.lower().lstrip(".") or "table row" for entry in part.entries()
-        )
+        for path in iter_py(part.ids):
+            yield splitext(path)[1].lower().lstrip(".") or "table row"
 
 
 def _text(path: Path) -> str:

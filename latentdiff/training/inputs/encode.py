@@ -290,7 +290,7 @@ def text_source(
     if caption_transform(data).edits_randomly:
         return OnlinePromptEmbeds(components, accelerator.device)
     encoders = components.text_encoders
-    cache = cache_prompts(list(captions), encoders, data, accelerator=accelerator)
+    cache = cache_prompts(captions, encoders, data, accelerator=accelerator)
     return CachedPromptEmbeds(cache)
 
 
