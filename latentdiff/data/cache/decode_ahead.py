@@ -141,15 +141,15 @@ def batches_of(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 
 def load_item(folder: Folder, item: Item, *, digest: bytes | None) -> np.ndarray:
     """Decode and crop one image: (H, W, 3) uint8."""
-    name = folder[item.index].id
     try:
         data = folder.read_bytes(item.index)
         if digest is not None and image_digest(data) != digest:
-            raise ValueError(f"{folder.root / name} changes while it is encoded; start again")
+            path = folder[item.index].path
+            raise ValueError(f"{path} changes while it is encoded; start again")
         image = load_image(io.BytesIO(data), background=item.background)
     except (ImageError, OSError) as error:
         raise ValueError(
-            f"{folder.root / name} cannot be encoded: {error}. {program()} inspect "
+            f"{folder[item.index].path} cannot be encoded: {error}. {program()} inspect "
             f"{folder.root} --full finds all such files; fix or remove them"
         ) from error
     crop = resize_and_crop(
