@@ -212,6 +212,16 @@ def test_nearest_agrees_with_a_tree():
     assert nearest(A, A, k=1)[0].max() == 0
 
 
+def test_nearest_distances_of_float32_are_those_of_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    others = 100 + torch.rand(300, 16, generator=generator)
+    close = others[:60] + 1e-3 * torch.rand(60, 16, generator=generator)
+    every = torch.cdist(close, others, compute_mode="donot_use_mm_for_euclid_dist")
+    distances, places = nearest(close, others, k=20)
+    assert torch.equal(distances, torch.topk(every, 20, dim=1, largest=False).values)
+    assert torch.equal(every.gather(1, places), distances)
+
+
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_and_recall_agree_with_trees(k):
     def covered(x: Tensor, by: Tensor) -> float:
