@@ -43,6 +43,7 @@ OTHER_TOOLS = {  # option of diffusers' scripts, kohya's, OneTrainer or ai-toolk
     "optimizer_type": "optimizer",
     "placeholder_token": "token",
     "pretrained_model_name_or_path": "pretrained",
+    "reg_data_dir": "class_images_dir",
     "resume_from_checkpoint": "resume",
     "sampler": "scheduler",
     "sample_every_n_steps": "every_steps",

@@ -168,7 +168,7 @@ class EvalModelOptions:
     """a captioned folder"""
     split: Literal["heldout", "train", "all"] = "heldout"
     """"heldout" takes test/ or validation/, or the images that training held out by hash; "all" is
-    for a folder that the model has never seen"""
+    for a folder that the model has never seen, or that is too small to hold out any of it"""
     num_heldout: int = at_least(1, default=1000)
     """maximum number of real images, evenly spaced over the split"""
     caption_column: str = "text"

@@ -1,5 +1,6 @@
 """Settings are described as they are declared; a commented settings file reads back."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,3 +136,16 @@ def test_each_setting_stands_below_its_description() -> None:
     text = commented_yaml(Config(), Config)
     above = text[: text.index("  seed: 0")].splitlines()
     assert above[-2].strip().startswith("# all random numbers of the run are a function of it (INT")
+
+
+def test_the_table_of_other_trainers_names_settings_by_the_names_that_help_knows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "presets.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in page.split("## From other trainers")[1].splitlines()]
+    pairs = [re.findall(r"`([\w.]+)", cell) for row in rows if len(row) == 2 for cell in row]
+    settings = {setting.name for setting in settings_of(Config)}
+    for theirs, ours in zip(pairs[::2], pairs[1::2], strict=True):
+        assert set(ours) <= settings, ours
+        last = {name.rpartition(".")[2] for name in ours}
+        known = [name for name in theirs if name in OTHER_TOOLS]
+        assert {OTHER_TOOLS[name] for name in known} <= last, theirs
+    assert sum(len(ours) for ours in pairs[1::2]) > 15
