@@ -1,5 +1,6 @@
-"""Shared by the benchmarks: taking turns, the machine's name, and its measured peak."""
+"""Shared by the benchmarks: taking turns, large folders, the machine's name and measured peak."""
 
+import json
 import multiprocessing
 import os
 import platform
@@ -10,6 +11,8 @@ from functools import partial
 
 import diffusers
 import torch
+
+NUM_IN_FOLDER = 10_000  # images of a numbered folder's part
 
 
 def take_turns(works, *, rounds, warm_up=1):
@@ -28,6 +31,19 @@ def take_turns(works, *, rounds, warm_up=1):
                 is_measured = isinstance(seconds, float)
                 times[name].append(seconds if is_measured else time.perf_counter() - started)
     return times
+
+
+def write_numbered(root, num, *, ending, save):
+    """Write a captioned folder of `num` images, in parts; save(path, number) writes each."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "metadata.jsonl").open("w") as file:
+        for i in range(num):
+            name = f"part-{i // NUM_IN_FOLDER:03d}/{i:07d}.{ending}"
+            if i % NUM_IN_FOLDER == 0:
+                (root / name).parent.mkdir()
+            save(root / name, i)
+            row = {"file_name": name, "text": f"a photo of thing number {i} on a table"}
+            file.write(json.dumps(row) + "\n")
 
 
 class OwnProcess:

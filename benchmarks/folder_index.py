@@ -19,11 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-NUM_DISTINCT, NUM_IN_FOLDER = 300, 10_000
+NUM_DISTINCT = 300
 
 
 def make_folder(root: Path, num: int) -> None:
     import numpy as np
+    from common import write_numbered
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -32,14 +33,11 @@ def make_folder(root: Path, num: int) -> None:
         width, height = (int(side) for side in rng.integers(64, 160, 2))
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         coarse.resize((width, height)).save(root / f".pool/{i}.jpg", quality=80)
-    with (root / "metadata.jsonl").open("w") as file:
-        for i in range(num):
-            name = f"part-{i // NUM_IN_FOLDER:03d}/{i:07d}.jpg"
-            if i % NUM_IN_FOLDER == 0:
-                (root / name).parent.mkdir()
-            os.link(root / f".pool/{i % NUM_DISTINCT}.jpg", root / name)
-            row = {"file_name": name, "text": f"a photo of thing number {i} on a table"}
-            file.write(json.dumps(row) + "\n")
+
+    def link(path: Path, i: int) -> None:
+        os.link(root / f".pool/{i % NUM_DISTINCT}.jpg", path)
+
+    write_numbered(root, num, ending="jpg", save=link)
 
 
 def megabytes(key: str) -> float:

@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine
+from common import machine, write_numbered
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-SIDE_PX, NUM_IN_FOLDER = 32, 10_000
+SIDE_PX = 32
 RECIPE = "latentdiff.training.text_to_image"
 PHASES = {  # by module and name, the calls that end them
     "folder": (f"{RECIPE}.setup", "split_sources"),
@@ -49,16 +49,12 @@ class _EndedError(Exception):
 def make_folder(root, num):
     """Write images of smooth random colors, each with a caption of its own."""
     rng = np.random.default_rng(0)
-    root.mkdir(parents=True)
-    with (root / "metadata.jsonl").open("w") as file:
-        for i in range(num):
-            path = root / f"part-{i // NUM_IN_FOLDER:03d}" / f"{i:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-            coarse.resize((SIDE_PX, SIDE_PX)).save(path, compress_level=1)
-            name = path.relative_to(root).as_posix()
-            row = {"file_name": name, "text": f"a photo of thing number {i} on a table"}
-            file.write(json.dumps(row) + "\n")
+
+    def save(path, i):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((SIDE_PX, SIDE_PX)).save(path, compress_level=1)
+
+    write_numbered(root, num, ending="png", save=save)
 
 
 def fill_caches_with_zeros():

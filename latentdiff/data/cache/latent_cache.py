@@ -27,12 +27,12 @@ from latentdiff.data.cache.latent_encoding import (
     num_moments,
 )
 from latentdiff.data.cache.tensor_store import (
-    BAR_DELAY_S,
     MISSING,
     CachedVariants,
     StoreWriter,
     TensorStore,
     check_room,
+    progress_bar,
 )
 from latentdiff.data.folder.content_hash import image_hashes
 from latentdiff.data.folder.folder import Folder
@@ -145,13 +145,7 @@ class LatentCache(CachedVariants):
     ) -> None:
         """Encode and store batches of the (M, 2) variants and indices of `todo`, in its order."""
         writer, done = StoreWriter(self._store.folder), 0
-        with tqdm(
-            total=len(todo),
-            desc="encoding",
-            unit=" images",
-            delay=BAR_DELAY_S,
-            disable=None if progress else True,
-        ) as bar:
+        with progress_bar("encoding", " images", progress=progress, total=len(todo)) as bar:
             try:
                 for items, pixels in batches:
                     moments = encode_moments(codec, pixels, dtype=dtype).cpu()
@@ -261,13 +255,7 @@ def prune_cache(
 
 def _digests(folder: Folder, cache_dir: Path | str, *, progress: bool) -> np.ndarray:
     index = ScanIndex(cache_dir, folder.root)
-    with tqdm(
-        desc="hashing",
-        unit=" files",
-        leave=False,
-        delay=BAR_DELAY_S,
-        disable=None if progress else True,
-    ) as bar:
+    with progress_bar("hashing", " files", progress=progress, leave=False) as bar:
         return image_hashes(folder, index=index, progress=_show(bar))
 
 

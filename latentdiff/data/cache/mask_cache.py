@@ -12,17 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from latentdiff.data.arrow.scan_index import ScanIndex
 from latentdiff.data.cache.decode_ahead import CropPlan, Item
 from latentdiff.data.cache.latent_encoding import crop_keys
 from latentdiff.data.cache.tensor_store import (
-    BAR_DELAY_S,
     CachedVariants,
     StoreWriter,
     TensorStore,
     check_room,
+    progress_bar,
 )
 from latentdiff.data.folder.folder import Folder
 
@@ -95,13 +94,7 @@ class MaskCache(CachedVariants):
             return masks.latent_mask(cache._item(*place), digest=digests[place[1]].tobytes())
 
         with (
-            tqdm(
-                total=len(todo),
-                desc="masks",
-                unit=" images",
-                delay=BAR_DELAY_S,
-                disable=None if progress else True,
-            ) as bar,
+            progress_bar("masks", " images", progress=progress, total=len(todo)) as bar,
             ThreadPoolExecutor(num_threads) as threads,
         ):
             try:

@@ -17,17 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from latentdiff.data.cache.shard_file import as_keys, key_of
 from latentdiff.data.cache.tensor_store import (
-    BAR_DELAY_S,
     MISSING,
     StoreWriter,
     TensorStore,
     check_room,
     owned_by_rank,
+    progress_bar,
 )
 from latentdiff.models.conditioning import Conditioning
 from latentdiff.models.text import NULL_CAPTION, TextEncoders, clip_skip_of
@@ -127,13 +126,7 @@ def _encode(
     progress: bool,
 ) -> None:
     """Encode captions, and write their embeddings under their keys (N, 2)."""
-    with tqdm(
-        total=len(captions),
-        desc="captions",
-        unit=" captions",
-        delay=BAR_DELAY_S,
-        disable=None if progress else True,
-    ) as bar:
+    with progress_bar("captions", " captions", progress=progress, total=len(captions)) as bar:
         try:
             for start in range(0, len(captions), batch_size):
                 part = slice(start, start + batch_size)

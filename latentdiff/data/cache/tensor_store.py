@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from latentdiff.data.cache.decode_ahead import CropPlan, Item
 from latentdiff.data.cache.shard_file import (
@@ -37,6 +38,14 @@ MORE_ROOM = (
     "free some, or set data.cache_dir to a folder on another disk, or data.cache=false, which "
     "encodes images at every step"
 )
+
+
+def progress_bar(
+    desc: str, unit: str, *, progress: bool, total: int | None = None, leave: bool = True
+) -> tqdm:
+    """Return a bar, shown in a terminal after BAR_DELAY_S, and nowhere without `progress`."""
+    shown = None if progress else True
+    return tqdm(total=total, desc=desc, unit=unit, leave=leave, delay=BAR_DELAY_S, disable=shown)
 
 
 class TensorStore:

@@ -35,7 +35,7 @@ from latentdiff.pipeline import LatentDiffPipeline, checks
 from latentdiff.pipeline.conditioning.canvas import trained_size_px
 from latentdiff.pipeline.conditioning.image_condition import ConditionInputs, EncodedCondition
 from latentdiff.pipeline.conditioning.prompt import parse_prompt
-from latentdiff.pipeline.files.model_info import IMAGE_GUIDANCE_SCALE
+from latentdiff.pipeline.files.model_info import ModelInfo, image_guidance
 from latentdiff.pipeline.output import LARGE
 from latentdiff.sampling.batch_sampler import generate_images
 from latentdiff.sampling.resume_folder import write_image_table
@@ -106,8 +106,9 @@ def image_guidance_scale(config: Config) -> float | None:
     """Return the scale of guidance by the image to edit, that of exports; None without one."""
     if config.condition_kind != "instruct_pix2pix":
         return None
-    is_guided = config.condition.dropout_share > 0 and config.preview.guidance_scale > 1
-    return IMAGE_GUIDANCE_SCALE if is_guided else 1.0
+    if config.preview.guidance_scale <= 1:  # there is none by the image without one by the prompt
+        return 1.0
+    return image_guidance(ModelInfo(condition_dropout=config.condition.dropout_share), None)
 
 
 def preview_components(
