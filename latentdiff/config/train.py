@@ -76,8 +76,8 @@ class TrainConfig:
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"
     """weights that LoRA, or training of some layers alone, leaves frozen in what it trains"""
     channels_last: bool | Literal["auto"] = "auto"
-    """memory layout of the U-Net's convolutions; auto: true on a GPU and on CPUs with AMX, false on
-    other CPUs and with FSDP, where it is slower or cannot be"""
+    """memory layout of the U-Net's convolutions; auto: true on a GPU, false on CPUs and with FSDP,
+    where it is slower or cannot be"""
     attention: AttentionKernel = "auto"
     """kernel of the U-Net's attention: two products and a softmax, PyTorch's fused one, or that of
     xformers, which needs a GPU; auto: sdpa, but plain for short sequences on the CPU"""

@@ -86,6 +86,13 @@ def test_resume_continues_bitwise_with_adapters_alone(
     assert all(any(end in name for end in ends) for name in saved)
 
 
+def test_dora_trains_convolutions_in_channels_last(world: Path, tmp_path: Path) -> None:
+    """As on a GPU by default: peft takes views of the adapter's kernels, rows by columns."""
+    changes = {"train__channels_last": True}
+    settings = SETTINGS | {"finetune__adapter_type": "dora", "train__max_steps": 1} | changes
+    assert train(finetuning(world, tmp_path / "run", **settings)) == 0
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
 def test_merged_model_is_the_one_with_adapters(world: Path, kind: str) -> None:
     components = start(world, kind)

@@ -155,6 +155,7 @@ def lay_out(
     settings = config.train
     if _is_channels_last(settings.channels_last, accelerator):
         unet.to(memory_format=torch.channels_last)
+        _keep_adapters_contiguous(unet)
     side = config.data.side_px // LatentCodec(components.vae).factor
     num_pixels, device = side**2, accelerator.device
     set_attention(unet, settings.attention, num_latent_pixels=num_pixels, device=device)
@@ -166,7 +167,15 @@ def _is_channels_last(wanted: bool | str, accelerator: Accelerator) -> bool:
         return bool(wanted)
     if accelerator.distributed_type == DistributedType.FSDP:
         return False
-    return accelerator.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    # on CPUs group norms of few channels are ten times as slow in channels_last, with AMX too
+    return accelerator.device.type != "cpu"
+
+
+def _keep_adapters_contiguous(unet: nn.Module) -> None:
+    """Undo channels_last for adapters' matrices, of which peft's DoRA takes views as rows."""
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.contiguous()
 
 
 def use_plain_attention(
