@@ -1,22 +1,31 @@
-"""The training data of latentdiff-mini: seven captioned folders as one, several captions each.
+"""The training data of latentdiff-mini-128: seven captioned folders as one, several captions each.
 
-    python benchmarks/mini_data.py DATA --out DIR/mini
+    python benchmarks/mini_data.py DATA --out DIR
 
 DATA holds emoji-styles, noto-emoji, stamps, clipart and flowers, each with train/ and test/ (of
-emoji-styles: test_combo/, whose subjects and styles are trained on, never together). To them come
-the shapes world and composite scenes made from the emoji (`latentdiff.data.composites`). Every
-image of one subject also gets its plain caption, "a cat" beside "a cat, blob style", and each noto
-emoji those that name its style. Drawing is deterministic; images are hard links where possible.
+emoji-styles: test_combo/, whose subjects and styles are trained on, never together), and nouns.tsv,
+a list of everyday nouns. Three folders are written, which `data.sources` weights:
+
+- DIR/all: every image, with the shapes world;
+- DIR/nouns: the images whose subject is an everyday noun, or a kind of it ("a dog face" is a dog),
+  the noun among their captions;
+- DIR/scenes: scenes of those, counted, recoloured, in a relation (`latentdiff.data.composites`).
+
+An image of one subject also gets its plain caption, "a cat" beside "a cat, blob style"; one without
+colours never does, so that "a cat" has colours. Drawing is deterministic; images are hard links
+where possible.
 """
 
 import argparse
+import csv
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.composites import write_composites
+from latentdiff.data.composites import COLOURS, with_article, write_composites
 from latentdiff.data.merge_folders import merge_folders
 from latentdiff.data.shapes import write_shapes
 
@@ -28,8 +37,31 @@ SPLITS = {  # the folder of each split, by data set
     "flowers": {"train": "train", "test": "test"},
 }
 SIZE_PX = 128
-NUM_COMPOSITES = 6000
+NUM_SCENES = 8000
 NUM_SHAPES = 1500
+ICONS = ("black and white style", "flat style")  # without colours of their own
+OTHER_THINGS = {  # phrases that end like a noun and are something else
+    *("hot dog", "corn dog", "moon cake", "rice ball", "confetti ball", "railway car", "sea lion"),
+    *(
+        "sand castle",
+        "light heart",
+        "anatomical heart",
+        "shooting star",
+        "dizzy star",
+        "clock face",
+    ),
+}
+KINDS = {  # nouns whose name says nothing of their kind, and phrases of more words
+    "flower": ("rose", "tulip", "sunflower", "hibiscus", "blossom", "cherry blossom", "daisy"),
+    "face": ("grinning face", "smiling face with open mouth", "slightly smiling face"),
+    "computer": ("laptop", "laptop computer"),
+    "heart": ("heart suit",),
+    "glasses": ("pair of glasses",),
+    "cup": ("cup of coffee", "teacup", "coffee cup"),
+    "boat": ("sailboat", "speedboat", "canoe"),
+    "hat": ("woman's hat", "sun hat"),
+    "shoe": ("high-heeled shoe", "hiking boot"),
+}
 
 
 def captions(row: dict[str, Any], source: str) -> list[str]:
@@ -39,9 +71,29 @@ def captions(row: dict[str, Any], source: str) -> list[str]:
     if source == "noto-emoji":
         text = row["text"]
         found += [f"{text}, noto style", f"a noto emoji of {text}", f"{text} in noto style"]
-    if subject:
+    if subject and not is_icon(row):
         found.append(subject)
     return list(dict.fromkeys(found))
+
+
+def is_icon(row: dict[str, Any]) -> bool:
+    """Return whether an image has no colours of its own."""
+    return row.get("style_text") in ICONS or bool(row.get("mono"))
+
+
+def noun_of(row: dict[str, Any], nouns: Collection[str]) -> str | None:
+    """Return the everyday noun that an image shows: that it is called by, or a kind of it."""
+    subject = row.get("subject") or row["text"]
+    words = re.sub(r"^(a|an|the) ", "", subject).split()
+    phrase = " ".join(word for word in words if word not in COLOURS)
+    if phrase in OTHER_THINGS:
+        return None
+    for noun, names in KINDS.items():
+        if phrase in names:
+            return noun
+    phrase = phrase.removesuffix(" face") if phrase.removesuffix(" face") in nouns else phrase
+    heads = [phrase, *phrase.split(" ", 1)[1:]] if phrase.count(" ") < 3 else []
+    return next((head for head in heads if head in nouns), None)
 
 
 def rows(data: Path, source: str, split: str) -> Iterator[dict[str, Any]]:
@@ -55,33 +107,67 @@ def rows(data: Path, source: str, split: str) -> Iterator[dict[str, Any]]:
 def stage(data: Path, out: Path, source: str) -> Path:
     """Write out/SOURCE/{train,test} of links with the rows above; return out/SOURCE."""
     for split, folder in SPLITS[source].items():
-        (out / source / split).mkdir(parents=True)
-        with (out / source / split / "metadata.jsonl").open("w", encoding="utf-8") as lines:
-            for row in rows(data, source, split):
-                name = row["file_name"]
-                (out / source / split / name).symlink_to((data / source / folder / name).resolve())
-                lines.write(json.dumps(row) + "\n")
+        _write(out / source / split, data / source / folder, list(rows(data, source, split)))
     return out / source
 
 
+def stage_nouns(data: Path, out: Path, nouns: Collection[str]) -> Path:
+    """Write out/SOURCE/train of links to the images of everyday nouns; return `out`.
+
+    `subject` is the noun, "a dog"; half of an image's captions are it, without a colour's name.
+    """
+    for source in SPLITS:
+        found = []
+        for row in rows(data, source, "train") if source != "flowers" else ():
+            noun = noun_of(row, nouns)
+            if noun and not is_icon(row):
+                found.append(row | _as_noun(row, noun, source))
+        if found:
+            _write(out / source / "train", data / source / SPLITS[source]["train"], found)
+    return out
+
+
+def _as_noun(row: dict[str, Any], noun: str, source: str) -> dict[str, Any]:
+    """Return the columns that call an image by its everyday noun."""
+    plain = with_article(noun) if not noun.endswith("s") or noun == "bus" else noun
+    texts, style = row["captions"], row.get("style_text", "")
+    if source in ("emoji-styles", "noto-emoji"):
+        style = style or "noto style"
+        texts = [f"{plain}, {style}", *texts]
+    return {"captions": texts + [plain] * len(texts), "subject": plain, "style_text": style}
+
+
+def _write(out: Path, images: Path, found: list[dict[str, Any]]) -> None:
+    out.mkdir(parents=True)
+    with (out / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for row in found:
+            (out / row["file_name"]).symlink_to((images / row["file_name"]).resolve())
+            lines.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
-    """Write the folder and print its number of images by source."""
+    """Write the folders and print their numbers of images by source."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("data", type=Path, help="folder that holds the five data sets")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--num_composites", type=int, default=NUM_COMPOSITES)
+    parser.add_argument("--num_scenes", type=int, default=NUM_SCENES)
     parser.add_argument("--num_shapes", type=int, default=NUM_SHAPES)
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as temporary:
-        staged = [stage(args.data, Path(temporary), source) for source in SPLITS]
-        drawings = [args.data / source / "train" for source in ("emoji-styles", "noto-emoji")]
-        composites = Path(temporary) / "composites"
-        write_composites(composites, drawings, num_images=args.num_composites, size_px=SIZE_PX)
+    with (args.data / "nouns.tsv").open(encoding="utf-8") as table:
+        nouns = {row["noun"] for row in csv.DictReader(table, delimiter="\t")} | {"face"}
+    args.out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=args.out) as temporary:
+        staged = [stage(args.data, Path(temporary) / "all", source) for source in SPLITS]
         shapes = Path(temporary) / "shapes"
         write_shapes(shapes, num_train=args.num_shapes, size_px=SIZE_PX, pair_fraction=0.5)
-        for name, count in merge_folders(args.out, [*staged, composites, shapes]).items():
-            print(name, count)
+        everyday = sorted(stage_nouns(args.data, Path(temporary) / "nouns", nouns).iterdir())
+        scenes = Path(temporary) / "scenes"
+        drawings = [folder / "train" for folder in everyday]
+        write_composites(scenes, drawings, num_images=args.num_scenes, size_px=SIZE_PX)
+        parts = {"all": [*staged, shapes], "nouns": everyday, "scenes": [scenes]}
+        for part, folders in parts.items():
+            for name, count in merge_folders(args.out / part, folders).items():
+                print(part, name, count)
 
 
 if __name__ == "__main__":

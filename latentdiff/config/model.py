@@ -63,7 +63,7 @@ class ModelConfig:
     model that ships; empty trains from scratch"""
     vae: str = ""
     """a VAE's folder; "latentdiff-mini" is that of the small model that ships with the package,
-    with 4 latent channels, "latentdiff-vae" one with 8"""
+    with 4 latent channels, "latentdiff-vae" and "latentdiff-mini-128" are others with 8"""
     text_encoder: str = ""
     """a folder with text_encoder/ and tokenizer/, frozen unless train.train_text_encoder is true;
     empty trains a new text encoder"""

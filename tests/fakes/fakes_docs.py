@@ -86,6 +86,9 @@ NOT_RUN = {
     "latentdiff/assets/mini/README.md": {
         "": "how the model that ships was made, hours on data that does not ship"
     },
+    "latentdiff/assets/mini_128/README.md": {
+        "": "how the model that ships was made, hours on data that does not ship"
+    },
     "latentdiff/assets/vae/README.md": {
         "": "how the model that ships was made, hours on data that does not ship"
     },
