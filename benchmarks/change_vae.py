@@ -5,14 +5,14 @@
 
 VAE is a folder with the same latents or ones that are near, such as a later state of the same
 training. With a checkpoint, the weights are those of the run at that step, not averaged (--ema:
-averaged); PIPELINE then only says what the networks look like: a run writes one when it ends, and
-`latentdiff train ... --train.max_steps=1` another. The scaling factor stays as it is unless given.
+averaged); PIPELINE then only says what the networks look like, and brings the tokenizer and the
+scheduler. The scaling factor stays as it is unless given.
 """
 
 import argparse
 from pathlib import Path
 
-from safetensors.torch import load_file
+from common import load_checkpoint
 
 from latentdiff import LatentDiffPipeline
 from latentdiff.models.components import load_vae
@@ -30,13 +30,8 @@ def main():
     args = parser.parse_args()
     pipe = LatentDiffPipeline.from_pretrained(args.pipeline)
     if args.checkpoint:
-        weights = load_file(args.checkpoint / f"{'ema' if args.ema else 'model'}.safetensors")
-        for name in ("unet", "text_encoder"):
-            start = f"{name}."
-            part = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
-            missing, _ = getattr(pipe, name).load_state_dict(part, strict=False)
-            if part and missing:
-                raise SystemExit(f"{args.checkpoint} lacks {missing[0]} of the {name}")
+        kind = "ema" if args.ema else "model"
+        load_checkpoint(pipe, args.checkpoint / f"{kind}.safetensors")
     config = pipe.vae.config
     vae = load_vae(args.vae)
     vae.register_to_config(

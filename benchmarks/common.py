@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: taking turns, large folders, the machine's name and measured peak."""
+"""Shared by the benchmarks: turns, large folders, checkpoints, the machine's name and its peak."""
 
 import json
 import multiprocessing
@@ -11,6 +11,7 @@ from functools import partial
 
 import diffusers
 import torch
+from safetensors.torch import load_file
 
 NUM_IN_FOLDER = 10_000  # images of a numbered folder's part
 
@@ -44,6 +45,21 @@ def write_numbered(root, num, *, ending, save):
             save(root / name, i)
             row = {"file_name": name, "text": f"a photo of thing number {i} on a table"}
             file.write(json.dumps(row) + "\n")
+
+
+def load_checkpoint(pipe, path):
+    """Copy model.safetensors or ema.safetensors of a checkpoint into U-Net and text encoder.
+
+    A part that the run did not train stays. SystemExit where the file has another model's part, or
+    an adapter's.
+    """
+    weights = load_file(path)
+    for name in ("unet", "text_encoder"):
+        start = f"{name}."
+        part = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        missing, _ = getattr(pipe, name).load_state_dict(part, strict=False)
+        if part and missing:
+            raise SystemExit(f"{path} lacks {missing[0]} of the {name}")
 
 
 class OwnProcess:

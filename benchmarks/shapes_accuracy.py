@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine
-from safetensors.torch import load_file
+from common import load_checkpoint, machine
 
 from latentdiff import LatentDiffPipeline
 from latentdiff.config.io import load_config
@@ -75,15 +74,6 @@ def seconds_at(run):
     return passed
 
 
-@torch.no_grad()
-def load_ema(pipe, checkpoint):
-    """Copy a checkpoint's EMA weights into the pipeline's U-Net and text encoder."""
-    for key, tensor in load_file(checkpoint / "ema.safetensors").items():
-        part, _, name = key.partition(".")
-        if name and name in (own := dict(getattr(pipe, part).named_parameters())):
-            own[name].copy_(tensor)
-
-
 def main():
     """Measure the run and its checkpoints; print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,7 +91,7 @@ def main():
     checkpoints = sorted((args.run / "checkpoints").glob("step-*"))[:-1] if args.curve else []
     for checkpoint in checkpoints:
         step = int(checkpoint.name.removeprefix("step-"))
-        load_ema(pipe, checkpoint)
+        load_checkpoint(pipe, checkpoint / "ema.safetensors")
         logged = max((one for one in passed if one <= step), default=0)
         point = {"step": step, "training_s": round(passed.get(logged, 0.0))}
         shares = model_accuracy(pipe, args.curve, args)

@@ -29,19 +29,10 @@ def recipe(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("subject", "noun"),
     [
-        *(
-            ("a cat", "cat"),
-            ("a cat face", "cat"),
-            ("a guide dog", "dog"),
-            ("a red apple", "apple"),
-        ),
-        *(("a police car", "car"), ("a rose", "flower"), ("a pair of glasses", "glasses")),
-        *(
-            ("a hot dog", None),
-            ("a light heart", None),
-            ("a caterpillar", None),
-            ("a rice ball", None),
-        ),
+        *(("a cat", "cat"), ("a cat face", "cat"), ("a guide dog", "dog"), ("a rose", "flower")),
+        *(("a red apple", "apple"), ("a police car", "car"), ("a pair of glasses", "glasses")),
+        *(("a hot dog", None), ("a light heart", None), ("a rice ball", None)),
+        ("a caterpillar", None),
     ],
 )
 def test_a_subject_is_called_by_its_everyday_noun(recipe, subject, noun) -> None:

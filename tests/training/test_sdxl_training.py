@@ -444,5 +444,6 @@ def test_estimated_memory_is_what_a_step_allocates(
     peak = allocated_peak(partial(step, step=1))
     assert estimate.activations is not None
     expected = estimate.gradients + estimate.activations
-    assert expected == pytest.approx(peak, rel=0.12)  # with AMX its kernels hold a tenth more
+    holds_more = torch.cpu._is_amx_tile_supported()  # its kernels copy weights: 0.11 above
+    assert expected == pytest.approx(peak, rel=0.12 if holds_more else 0.1)
     assert estimate.optimizer == pytest.approx(state, rel=0.05)
