@@ -11,8 +11,8 @@ a list of everyday nouns. Three folders are written, which `data.sources` weight
   the noun among their captions;
 - DIR/scenes: scenes of those, counted, recoloured, in a relation (`latentdiff.data.composites`).
 
-An image of one subject also gets its plain caption, "a cat" beside "a cat, blob style"; icons and
-images without colour never do, so that "a cat" is neither. Drawing is deterministic; images are
+An image of one subject also gets its plain caption, "a cat" beside "a cat, blob style"; an image
+without colour never does, so that "a cat" is in colour. Drawing is deterministic; images are
 hard links where possible.
 """
 
@@ -39,7 +39,6 @@ SPLITS = {  # the folder of each split, by data set
 SIZE_PX = 128
 NUM_SCENES = 8000
 NUM_SHAPES = 1500
-ICONS = ("black and white style", "flat style")  # whose captions always name the style
 OTHER_THINGS = {  # phrases that end like a noun and are something else
     *("hot dog", "corn dog", "moon cake", "rice ball", "confetti ball", "railway car"),
     *("sand castle", "light heart", "anatomical heart", "shooting star", "dizzy star"),
@@ -62,14 +61,14 @@ def captions(row: dict[str, Any], source: str) -> list[str]:
     if source == "noto-emoji":
         text = row["text"]
         found += [f"{text}, noto style", f"a noto emoji of {text}", f"{text} in noto style"]
-    if subject and not is_icon(row):
+    if subject and not is_colourless(row):
         found.append(subject)
     return list(dict.fromkeys(found))
 
 
-def is_icon(row: dict[str, Any]) -> bool:
-    """Return whether an image is an icon or without colour, of which no caption is plain."""
-    return row.get("style_text") in ICONS or bool(row.get("mono"))
+def is_colourless(row: dict[str, Any]) -> bool:
+    """Return whether an image is without colour, so that all its captions name the style."""
+    return row.get("style_text") == "black and white style" or bool(row.get("mono"))
 
 
 def noun_of(row: dict[str, Any], nouns: Collection[str]) -> str | None:
@@ -111,7 +110,7 @@ def stage_nouns(data: Path, out: Path, nouns: Collection[str]) -> Path:
         found = []
         for row in rows(data, source, "train") if source != "flowers" else ():
             noun = noun_of(row, nouns)
-            if noun and not is_icon(row):
+            if noun and not is_colourless(row):
                 found.append(row | _as_noun(row, noun, source))
         if found:
             _write(out / source / "train", data / source / SPLITS[source]["train"], found)
@@ -120,7 +119,7 @@ def stage_nouns(data: Path, out: Path, nouns: Collection[str]) -> Path:
 
 def _as_noun(row: dict[str, Any], noun: str, source: str) -> dict[str, Any]:
     """Return the columns that call an image by its everyday noun."""
-    plain = with_article(noun) if not noun.endswith("s") or noun == "bus" else noun
+    plain = with_article(noun)
     texts, style = row["captions"], row.get("style_text", "")
     if source in ("emoji-styles", "noto-emoji"):
         style = style or "noto style"

@@ -244,7 +244,9 @@ def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
 
 
 def with_article(noun: str) -> str:
-    """Return "a cat", "an apple", "an umbrella", "a unicorn"."""
+    """Return "a cat", "an apple", "an umbrella", "a unicorn", and "grapes" as it is."""
+    if noun.rsplit(maxsplit=1)[-1] in ALWAYS_PLURAL:
+        return noun
     is_vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "us", "uf", "uk"))
     return f"an {noun}" if is_vowel else f"a {noun}"
 
@@ -255,7 +257,8 @@ def plural(noun: str) -> str:
     return f"{head} {_plural(last)}".strip()
 
 
-UNCHANGED = {"fish", "sheep", "deer", "glasses", "scissors", "jeans", "pants", "shorts", "grapes"}
+ALWAYS_PLURAL = {"glasses", "scissors", "jeans", "pants", "shorts", "grapes", "cherries"}
+UNCHANGED = {"fish", "sheep", "deer", *ALWAYS_PLURAL}
 IRREGULAR = {
     **{"mouse": "mice", "man": "men", "woman": "women", "child": "children", "tooth": "teeth"},
     **{"foot": "feet", "goose": "geese", "ox": "oxen", "leaf": "leaves", "knife": "knives"},

@@ -10,9 +10,9 @@ Drawing is deterministic in (seed, index). This module knows nothing of models o
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations_with_replacement, product
 from pathlib import Path
 
@@ -171,37 +171,40 @@ def write_shapes(
     size_px: int = 64,
     pair_fraction: float = 0.0,
     style: str | None = None,
+    plain_fraction: float = 0.0,
     seed: int = 0,
 ) -> Path:
     """Write root/{train,test}/ with metadata.jsonl and PNG images; return root.
 
     train shows the seen combinations, test the held-out ones; `pair_fraction` of the images show
     two shapes and a relation. style: as of `in_style`, and without pairs, which are too small for
-    it. Raises FileExistsError when root holds other files, ValueError for a style or pairs that
-    cannot be drawn.
+    it; `plain_fraction` of the images then show any shape without it, so that a model learns what
+    the style's name means. Raises FileExistsError when root holds other files, ValueError for a
+    style or pairs that cannot be drawn.
     """
     if style is not None and pair_fraction:
         raise ValueError(f"pair_fraction={pair_fraction}, expected 0 with style={style!r}")
+    if style is None and plain_fraction:
+        raise ValueError(f"plain_fraction={plain_fraction}, expected 0 without a style")
     root, stamp = Path(root), Path(root) / "shapes.json"
     sizes = {"num_train": num_train, "num_test": num_test, "size_px": size_px}
     settings: dict[str, float | str] = {**sizes, "pair_fraction": pair_fraction, "seed": seed}
     settings |= {} if style is None else {"style": style}
+    settings |= {"plain_fraction": plain_fraction} if plain_fraction else {}
     if stamp.exists() and json.loads(stamp.read_text()) == settings:
         return root
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty and holds other shapes; choose a new folder")
     seen, unseen = split_scenes(seed=seed)
-    if style is not None:
-        seen, unseen = in_style(seen, style), in_style(unseen, style)
-    for split, scenes, count in (("train", seen, num_train), ("test", unseen, num_test)):
+    for split, plain, count in (("train", seen, num_train), ("test", unseen, num_test)):
+        scenes = plain if style is None else in_style(plain, style)
         rng = np.random.default_rng([seed, len(scenes)])
+        if style is None:
+            other = partial(sample_pair, rng, is_heldout=split == "test", seed=seed)
+        else:
+            other = partial(_pick, plain, rng)
         stream = _stream(
-            scenes,
-            count,
-            rng=rng,
-            pair_fraction=pair_fraction,
-            is_heldout=split == "test",
-            seed=seed,
+            scenes, count, other=other, fraction=pair_fraction or plain_fraction, rng=rng
         )
         _write_split(root / split, stream, rng=rng, size_px=size_px)
     stamp.write_text(json.dumps(settings))
@@ -212,17 +215,17 @@ def _stream(
     scenes: list[Scene],
     count: int,
     *,
+    other: Callable[[], Scene],
+    fraction: float,
     rng: np.random.Generator,
-    pair_fraction: float,
-    is_heldout: bool,
-    seed: int,
 ) -> Iterator[Scene]:
-    """Yield `count` scenes: all combinations in turn, some replaced by pairs."""
+    """Yield `count` scenes: all combinations in turn, a fraction replaced by others."""
     for i in range(count):
-        if rng.random() < pair_fraction:
-            yield sample_pair(rng, is_heldout=is_heldout, seed=seed)
-        else:
-            yield scenes[i % len(scenes)]
+        yield other() if rng.random() < fraction else scenes[i % len(scenes)]
+
+
+def _pick(scenes: Sequence[Scene], rng: np.random.Generator) -> Scene:
+    return scenes[int(rng.integers(len(scenes)))]
 
 
 def _write_split(

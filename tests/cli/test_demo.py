@@ -57,7 +57,7 @@ def test_demo_fine_tunes_and_shows_before_and_after(
         return train(parse_arguments(Config, arguments))
 
     monkeypatch.setattr(launching, "launch", here)
-    wanted = ["--out", str(out), "--num_train", "6", *SMALL]
+    wanted = ["--out", str(out), "--num_train", "20", *SMALL]
     assert run("demo.py", [*wanted, "--model", str(tmp_path / "base")]) == 0
     said = capsys.readouterr().out
     for name in ("before.png", "sheet.png", "model/pipeline"):
@@ -65,7 +65,9 @@ def test_demo_fine_tunes_and_shows_before_and_after(
         assert str(out / name) in said
     assert Image.open(out / "sheet.png").width > 8 * 128
     folder = read_folder(out / "smiling")
-    assert all("a smiling large" in record.captions[0] for record in folder)
+    smiling = [record.captions[0].startswith("a smiling large") for record in folder]
+    assert any(smiling)
+    assert not all(smiling)
     config = load_config(out / "model" / "config.yaml")
     assert (config.model.pretrained, config.train.max_steps) == (str(tmp_path / "base"), 2)
     assert run("demo.py", [*wanted, "--model", str(tmp_path / "none")]) == 2
@@ -190,6 +192,8 @@ def test_smiling_world_holds_out_the_same_combinations_and_leaves_the_plain_one_
         write_shapes(tmp_path / "b", style="sad")
     with pytest.raises(ValueError, match=r"pair_fraction=0\.5, expected 0"):
         write_shapes(tmp_path / "b", style="smiling", pair_fraction=0.5)
+    with pytest.raises(ValueError, match="expected 0 without a style"):
+        write_shapes(tmp_path / "b", plain_fraction=0.5)
     plain = write_shapes(tmp_path / "c", num_train=2, num_test=1)
     assert (plain / "shapes.json").read_text() == (
         '{"num_train": 2, "num_test": 1, "size_px": 64, "pair_fraction": 0.0, "seed": 0}'

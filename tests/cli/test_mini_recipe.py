@@ -47,7 +47,7 @@ def write_source(data: Path, source: str, folder: str, rows: list[dict]) -> None
     (data / source / folder / "metadata.jsonl").write_text(lines)
 
 
-def test_nouns_are_half_of_an_images_captions_and_icons_never_plain(recipe, tmp_path) -> None:
+def test_nouns_are_half_of_the_captions_and_colourless_images_never_plain(recipe, tmp_path) -> None:
     rows = [
         {"file_name": "1.png", "text": "a cat face, 3d style", "subject": "a cat face"},
         {"file_name": "2.png", "text": "a cat, black and white style", "subject": "a cat"},

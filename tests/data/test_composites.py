@@ -171,6 +171,9 @@ def test_a_folder_without_things_is_refused(tmp_path: Path) -> None:
         ("umbrella", "an umbrella"),
         ("unicorn", "a unicorn"),
         ("orange umbrella", "an orange umbrella"),
+        ("cactus", "a cactus"),
+        ("grapes", "grapes"),
+        ("red scissors", "red scissors"),
     ],
 )
 def test_articles(noun: str, named: str) -> None:
