@@ -83,9 +83,8 @@ def demo(model: str, out: Path, *, num_train: int, settings: Sequence[str] = ())
     labels = [label for prompt in prompts for label in (f"before: {prompt}", "after")]
     _save_sheet(pairs, labels, out / "sheet.png")
     clock.print(f"{out / 'sheet.png'}: {len(prompts)} prompts before and after, seeds equal")
-    new, known = (
-        _distance(before[part], after[part]) for part in (slice(NUM_NEW), slice(NUM_NEW, None))
-    )
+    new = _distance(before[:NUM_NEW], after[:NUM_NEW])
+    known = _distance(before[NUM_NEW:], after[NUM_NEW:])
     print(
         f"Drift: images of what was new changed by {new:.0f} of 255 gray levels in the mean, those "
         f"of {len(UNRELATED)} unrelated prompts by {known:.0f}"

@@ -1,6 +1,7 @@
 """The two demos, with models of a few thousand parameters and a handful of steps."""
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from fakes_pipeline import tiny_pipeline
 from fakes_scripts import run_script
 from PIL import Image
 
+from latentdiff.cli.demo import _distance
 from latentdiff.config.io import load_config, parse_arguments
 from latentdiff.config.text_to_image import Config
 from latentdiff.data.folder.folder import read_folder
@@ -64,6 +66,7 @@ def test_demo_fine_tunes_and_shows_before_and_after(
         assert (out / name).exists()
         assert str(out / name) in said
     assert Image.open(out / "sheet.png").width > 8 * 128
+    assert re.search(r"by \d+ of 255 gray levels .* 4 unrelated prompts by \d+\n", said)
     folder = read_folder(out / "smiling")
     smiling = [record.captions[0].startswith("a smiling large") for record in folder]
     assert any(smiling)
@@ -72,6 +75,12 @@ def test_demo_fine_tunes_and_shows_before_and_after(
     assert (config.model.pretrained, config.train.max_steps) == (str(tmp_path / "base"), 2)
     assert run("demo.py", [*wanted, "--model", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_drift_is_the_mean_difference_in_gray_levels() -> None:
+    black, gray, white = (Image.new("RGB", (4, 4), (level,) * 3) for level in (0, 100, 255))
+    assert _distance([black, white], [gray, white]) == 50
+    assert _distance([gray], [gray]) == 0
 
 
 def test_demo_from_scratch_trains_with_its_config_and_hands_on_the_status(
