@@ -1,4 +1,4 @@
-"""The training data of latentdiff-mini-128: seven captioned folders as one, several captions each.
+"""The training data of latentdiff-mini: seven captioned folders as one, several captions each.
 
     python benchmarks/mini_data.py DATA --out DIR
 

@@ -63,7 +63,8 @@ class ModelConfig:
     model that ships; empty trains from scratch"""
     vae: str = ""
     """a VAE's folder; "latentdiff-mini" is that of the small model that ships with the package,
-    with 4 latent channels, "latentdiff-vae" and "latentdiff-mini-128" are others with 8"""
+    with 8 latent channels; "latentdiff-vae" is the one it was made from, "latentdiff-vae-4ch" one
+    with 4 for images of 64 px"""
     text_encoder: str = ""
     """a folder with text_encoder/ and tokenizer/, frozen unless train.train_text_encoder is true;
     empty trains a new text encoder"""

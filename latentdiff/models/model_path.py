@@ -24,8 +24,8 @@ OFFLINE = (  # in the messages of huggingface_hub and diffusers where there is n
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {
     "latentdiff-mini": ASSETS / "mini",
-    "latentdiff-mini-128": ASSETS / "mini_128",
     "latentdiff-vae": ASSETS / "vae",
+    "latentdiff-vae-4ch": ASSETS / "vae_4ch",
 }
 EXPORT = "pipeline"  # folder of a run's exported model
 INFO_FILE = "latentdiff.json"  # of how a model was trained

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentdiff import LatentDiffPipeline
 from latentdiff.audit.caption_bits import judge, t_interval, without_word
 from latentdiff.cli.main import main
-from latentdiff.data.shapes import write_shapes
 
 DRAWS = torch.tensor([-1.0, 0.0, 1.0])  # mean 0, standard error 1 / sqrt 3, t(0.975, 2) 4.303
 
@@ -43,44 +43,55 @@ def test_verdict_follows_the_intervals() -> None:
     assert judge(DRAWS - 3, DRAWS + 8) == "wrong"
 
 
+CAPTIONS = ["a cat", "a red apple", "a purple flower", "a house"]
+
+
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Six shapes with captions, of which the first two are each other's; the names of those."""
-    root = tmp_path_factory.mktemp("shapes")
-    write_shapes(root, num_train=6, num_test=1)
-    path = root / "train" / "metadata.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0]["text"], rows[1]["text"] = rows[1]["text"], rows[0]["text"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def swapped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Four images that the model drew, and the names of the first two: their captions are swapped.
+
+    They are its own because it knows their captions well, whatever else it has learned.
+    """
+    root = tmp_path_factory.mktemp("drawn")
+    pipe = LatentDiffPipeline.from_pretrained("latentdiff-mini")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(CAPTIONS, seed=[0, 1, 2, 3], num_inference_steps=10).images
+    (root / "train").mkdir()
+    texts = [CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]]
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+    for row, image in zip(rows, images, strict=True):
+        image.save(root / "train" / row["file_name"])
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "train" / "metadata.jsonl").write_text(lines)
     return root, [f"train/{row['file_name']}" for row in rows[:2]]
 
 
 def test_swapped_captions_are_found_and_the_right_ones_suggested(
-    shapes: tuple[Path, list[str]],
+    swapped: tuple[Path, list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, value in (("NUM_PILOT", 1), ("MAX_CANDIDATES", 3)):
         monkeypatch.setattr(f"latentdiff.audit.caption_bits.{name}", value)
-    root, swapped = shapes
+    root, names = swapped
     before = (root / "train" / "metadata.jsonl").read_bytes()
     out = tmp_path / "audit"
-    options = ["--split", "train", "--draws", "8", "--repeats", "4", "--device", "cpu"]
+    options = ["--split", "train", "--draws", "4", "--repeats", "4", "--device", "cpu"]
     given = ["--data", str(root), "--out", str(out), *options]
     assert main(["audit", "captions", "latentdiff-mini", *given]) == 0
     result = json.loads((out / "captions.json").read_text())
     ranked = sorted(result["captions"], key=lambda one: one["bits"])
-    assert {one["id"] for one in ranked[:2]} == set(swapped)
+    assert {one["id"] for one in ranked[:2]} == set(names)
     texts = {one["id"]: one["caption"] for one in ranked}
-    for one, other in (swapped, swapped[::-1]):
+    for one, other in (names, names[::-1]):
         found = next(row for row in ranked if row["id"] == one)
         assert found["verdict"] == "wrong"
         assert texts[other] in found["suggestion"]
     printed, page = capsys.readouterr().out, (out / "captions.html").read_text()
     assert "2 wrong" in printed
     assert "Probably wrong" in page
-    assert texts[swapped[0]] in page
+    assert texts[names[0]] in page
     assert (root / "train" / "metadata.jsonl").read_bytes() == before
 
 

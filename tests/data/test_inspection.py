@@ -253,7 +253,7 @@ def test_figures_say_what_sizes_they_are_for(tmp_path, monkeypatch, capsys):
     assert note in page.read_text()
     assert out.endswith(f"\nwrote {page}\n")
     out = run(monkeypatch, capsys, *args, "--config", "lora_mini")[1]
-    assert "64 x 64" in out
+    assert "128 x 128" in out
     assert "an epoch in batches of 12" in out
     assert "--config" not in out
     _, out, err = run(monkeypatch, capsys, *args, "--json")

@@ -86,8 +86,8 @@ NOT_RUN = {
     "latentdiff/assets/mini/README.md": {
         "": "how the model that ships was made, hours on data that does not ship"
     },
-    "latentdiff/assets/mini_128/README.md": {
-        "": "how the model that ships was made, hours on data that does not ship"
+    "latentdiff/assets/vae_4ch/README.md": {
+        "": "how the VAE that ships was made, hours on data that does not ship"
     },
     "latentdiff/assets/vae/README.md": {
         "": "how the model that ships was made, hours on data that does not ship"

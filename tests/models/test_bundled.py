@@ -273,7 +273,7 @@ def test_mini_draws_what_it_is_asked_for_offline() -> None:
         "a large blue circle on a white background",
     ]
     red, blue = pipe(prompts, seed=[0, 1], num_inference_steps=10, guidance_scale=3.0).images
-    assert red.size == (64, 64)
+    assert red.size == (128, 128)
     dark, light = (sum(image.getpixel((1, 1))) for image in (red, blue))
     assert dark < 200
     assert light > 500

@@ -20,7 +20,7 @@ def resolution(*arguments: str) -> int | None:
 
 
 def test_resolution_is_the_models_own_unless_given(world: Path, tmp_path: Path) -> None:
-    assert resolution("--model.pretrained=latentdiff-mini") == 64
+    assert resolution("--model.pretrained=latentdiff-mini") == 128
     assert resolution(f"--model.pretrained={world / 'base' / 'pipeline'}") == 32
     assert resolution(f"--model.pretrained={world / 'base'}") == 32
     assert resolution("--model.pretrained=latentdiff-mini", "--data.resolution=32") == 32

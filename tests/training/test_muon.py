@@ -1,13 +1,18 @@
 """Muon against its definition, torch's own for plain matrices, and AdamW for the rest."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from latentdiff.config.choices import OptimizerName
+from latentdiff.training.optim import muon
 from latentdiff.training.optim.muon import COEFFICIENTS, Muon, muon_params, newton_schulz
 from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
+from tests.fakes.fakes_faults import launch_ranks
 
 SHAPES = [(8, 32, 32), (3, 32, 200), (2, 200, 32), (1, 64, 65)]
 
@@ -149,3 +154,40 @@ def _train(model: Small, optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 def _names(model: nn.Module) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_processes_share_the_matrices_and_agree_with_one_alone(tmp_path: Path, num: int) -> None:
+    shapes = [(32, 48), (24, 32, 3, 3), (32, 48), (48, 32), (24, 32, 3, 3), (32, 48), (40, 40)]
+    alone = _stepped(shapes)
+
+    def rank() -> None:
+        made: list[Tensor] = []
+
+        def counted(matrices: Tensor) -> Tensor:
+            made.extend(matrices)
+            return newton_schulz(matrices)
+
+        pytest.MonkeyPatch().setattr(muon, "newton_schulz", counted)
+        dist.init_process_group("gloo")
+        stepped = _stepped(shapes)
+        assert len(made) // 3 in {len(shapes) // num, len(shapes) // num + 1}
+        torch.save(stepped, tmp_path / f"{dist.get_rank()}.pt")
+        dist.destroy_process_group()
+
+    launch_ranks(rank, num=num)
+    for number in range(num):
+        for ours, theirs in zip(torch.load(tmp_path / f"{number}.pt"), alone, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def _stepped(shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Return parameters of these shapes after three steps of Muon."""
+    torch.manual_seed(7)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = Muon([{"params": parameters, "orthogonal": True}], lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]

@@ -33,7 +33,7 @@ SETTINGS = {
     "mixed_precision": "fp32",
     "num_workers": 0,
     "log_every_steps": 10,
-    "max_steps": 60,
+    "max_steps": 80,
     "report_to": "none",
 }
 
@@ -145,8 +145,8 @@ def test_stock_diffusers_decodes_and_encodes_the_models_latents_by_it(
     """As its pipelines do: decode(z / scaling_factor), and encode(pixels) * scaling_factor."""
     tiny = AutoencoderTiny.from_pretrained(whole / "vae_tiny")
     full = AutoencoderKL.from_pretrained(resolve_model(MODEL), subfolder="vae")
-    with Image.open(world / "images" / "test" / "0.png") as image:
-        pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None] / 127.5 - 1
+    images = [np.array(Image.open(path)) for path in (world / "images" / "test").iterdir()]
+    pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1) / 127.5 - 1
     with torch.no_grad():
         z = full.encode(pixels).latent_dist.mean * full.config.scaling_factor
         decoded = tiny.decode(z / tiny.config.scaling_factor).sample

@@ -6,13 +6,15 @@ norms, embeddings, the layers that touch the latents) parameters follow AdamW, i
 
 Ours by design: torch.optim.Muon takes plain matrices only, timm's chooses parameters by shape,
 embeddings included, and both take one matrix at a time. Here parameter groups choose, the matrices
-of one shape share a batched Newton-Schulz iteration, and AdamW's part is fused.
+of one shape share a batched Newton-Schulz iteration, of which each process of a training does its
+part, and AdamW's part is fused.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
@@ -59,22 +61,54 @@ class Muon(Optimizer):
     def _step_orthogonal(self, parameters: Iterable[Tensor], group: Mapping[str, Any]) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in parameters:
+            self._update_momentum(parameter, group["momentum"])
             by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
-        for shape, same_shape in by_shape.items():
-            directions = torch.stack([self._direction(p, group["momentum"]) for p in same_shape])
-            length = UPDATE_RMS * max(shape) ** 0.5 * group["lr"]
-            for parameter, update in zip(same_shape, newton_schulz(directions), strict=True):
+        for same_shape, updates in self._updates(by_shape.values(), group["momentum"]):
+            length = UPDATE_RMS * max(updates.shape[1:]) ** 0.5 * group["lr"]
+            for parameter, update in zip(same_shape, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(length * update.view(parameter.shape))
 
-    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Update a parameter's momentum; return its Nesterov momentum as a matrix."""
+    def _updates(
+        self, by_shape: Iterable[list[Tensor]], momentum: float
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Yield the parameters of each shape with their updates, (N, m, n).
+
+        Several processes, whose gradients are equal, deal the matrices out in turn, and send one
+        another what they made, in the bfloat16 that it was made in, while the next is made.
+        """
+        rank, num = _process()
+        sent, first = [], 0  # first: number of matrices before those of a shape
+        for same_shape in by_shape:
+            own = same_shape[(rank - first) % num :: num]
+            made = self._orthogonal(own, momentum) if own else None
+            if num == 1:
+                assert made is not None
+                yield same_shape, made
+                continue
+            sent.append((same_shape, first, *_send(made, same_shape, num)))
+            first += len(same_shape)
+        for same_shape, first, gathered, work in sent:
+            work.wait()
+            places = [((first + i) % num, i // num) for i in range(len(same_shape))]
+            updates = torch.stack([gathered[place] for place in places])
+            yield same_shape, updates.to(same_shape[0].dtype)
+
+    def _orthogonal(self, parameters: list[Tensor], momentum: float) -> Tensor:
+        return newton_schulz(torch.stack([self._direction(p, momentum) for p in parameters]))
+
+    def _update_momentum(self, parameter: Tensor, momentum: float) -> None:
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum).flatten(1)
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Return a parameter's Nesterov momentum as a matrix."""
+        assert parameter.grad is not None
+        moving = self.state[parameter]["momentum"]
+        return parameter.grad.lerp(moving, momentum).flatten(1)
 
     def _step_adamw(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
         for parameter in parameters:
@@ -100,6 +134,28 @@ class Muon(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _process() -> tuple[int, int]:
+    """Return this process's number among those of a training, and how many these are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _send(made: Tensor | None, same_shape: list[Tensor], num: int) -> tuple[Tensor, Any]:
+    """Begin to gather what `num` processes made of the matrices of a shape.
+
+    made: this one's, (M, m, n), with M at most N / num rounded up; None for none. Returns the
+    tensor (num, M, m, n) in bfloat16 that it comes to, and the work to wait for.
+    """
+    shape = same_shape[0].flatten(1).shape
+    most = -(-len(same_shape) // num)
+    own = torch.zeros((most, *shape), dtype=torch.bfloat16, device=same_shape[0].device)
+    if made is not None:
+        own[: len(made)] = made
+    gathered = own.new_empty((num, most, *shape))
+    return gathered, dist.all_gather_into_tensor(gathered, own[None], async_op=True)
 
 
 def newton_schulz(matrices: Tensor, *, iterations: int = 5) -> Tensor:
