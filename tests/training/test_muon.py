@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from fakes_faults import launch_ranks
 from torch import Tensor, nn
 
 from latentdiff.config.choices import OptimizerName
@@ -12,7 +13,6 @@ from latentdiff.training.optim import muon
 from latentdiff.training.optim.muon import COEFFICIENTS, Muon, muon_params, newton_schulz
 from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
 from latentdiff.training.optim.state import load_optimizer_tensors, optimizer_tensors
-from tests.fakes.fakes_faults import launch_ranks
 
 SHAPES = [(8, 32, 32), (3, 32, 200), (2, 200, 32), (1, 64, 65)]
 

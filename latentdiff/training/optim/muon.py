@@ -75,26 +75,34 @@ class Muon(Optimizer):
         """Yield the parameters of each shape with their updates, (N, m, n).
 
         Several processes, whose gradients are equal, deal the matrices out in turn, and send one
-        another what they made, in the bfloat16 that it was made in, while the next is made.
+        another what they made, in the bfloat16 that it was made in, while the next is made: two
+        bytes a weight until all are there.
         """
-        rank, num = _process()
+        is_shared = dist.is_available() and dist.is_initialized()
+        rank, num = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
+        if num == 1:
+            for same_shape in by_shape:
+                yield same_shape, self._orthogonal(same_shape, momentum)
+            return
         sent, first = [], 0  # first: number of matrices before those of a shape
         for same_shape in by_shape:
-            own = same_shape[(rank - first) % num :: num]
-            made = self._orthogonal(own, momentum) if own else None
-            if num == 1:
-                assert made is not None
-                yield same_shape, made
-                continue
-            sent.append((same_shape, first, *_send(made, same_shape, num)))
+            share = -(-len(same_shape) // num), *same_shape[0].flatten(1).shape
+            made = same_shape[0].new_zeros(share, dtype=torch.bfloat16)
+            if own := same_shape[(rank - first) % num :: num]:
+                made[: len(own)] = self._orthogonal(own, momentum)
+            gathered = made.new_empty((num, *made.shape))
+            work = dist.all_gather_into_tensor(gathered, made[None], async_op=True)
+            sent.append((same_shape, first, gathered, work))
             first += len(same_shape)
         for same_shape, first, gathered, work in sent:
+            assert work is not None  # in one of the processes that it is for
             work.wait()
             places = [((first + i) % num, i // num) for i in range(len(same_shape))]
             updates = torch.stack([gathered[place] for place in places])
             yield same_shape, updates.to(same_shape[0].dtype)
 
     def _orthogonal(self, parameters: list[Tensor], momentum: float) -> Tensor:
+        """Return the updates of parameters of one shape."""
         return newton_schulz(torch.stack([self._direction(p, momentum) for p in parameters]))
 
     def _update_momentum(self, parameter: Tensor, momentum: float) -> None:
@@ -134,28 +142,6 @@ class Muon(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-
-def _process() -> tuple[int, int]:
-    """Return this process's number among those of a training, and how many these are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _send(made: Tensor | None, same_shape: list[Tensor], num: int) -> tuple[Tensor, Any]:
-    """Begin to gather what `num` processes made of the matrices of a shape.
-
-    made: this one's, (M, m, n), with M at most N / num rounded up; None for none. Returns the
-    tensor (num, M, m, n) in bfloat16 that it comes to, and the work to wait for.
-    """
-    shape = same_shape[0].flatten(1).shape
-    most = -(-len(same_shape) // num)
-    own = torch.zeros((most, *shape), dtype=torch.bfloat16, device=same_shape[0].device)
-    if made is not None:
-        own[: len(made)] = made
-    gathered = own.new_empty((num, most, *shape))
-    return gathered, dist.all_gather_into_tensor(gathered, own[None], async_op=True)
 
 
 def newton_schulz(matrices: Tensor, *, iterations: int = 5) -> Tensor:
