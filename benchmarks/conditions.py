@@ -21,7 +21,6 @@ import torch
 from common import machine
 from PIL import Image, ImageFilter, ImageOps
 
-from latentdiff import LatentDiffPipeline
 from latentdiff.data.edges import edge_mask
 from latentdiff.data.shape_pairs import write_shape_pairs
 from latentdiff.data.shapes import Scene
@@ -33,7 +32,9 @@ from latentdiff.evaluation.metrics.reconstruction import psnr
 from latentdiff.evaluation.metrics.shapes_judge import follows, judge_image, shape_centres
 from latentdiff.image_grid import draw_grid, to_pil
 from latentdiff.image_io import load_image
+from latentdiff.models.latents import LatentCodec
 from latentdiff.pipeline.conditioning.canvas import trained_size_px
+from latentdiff.sampling.open_pipeline import open_pipeline
 
 SCENE = Scene.__dataclass_fields__
 MAX_SHIFT = 3 / 64  # of a shape's centre, as a fraction of the side
@@ -73,11 +74,10 @@ def open_image(path, side):
 
 
 def open_pipe(path, controlnet=None):
-    """Open a model or a run's, and the side of its images in pixels."""
-    own = Path(path) / "pipeline"
-    pipe = LatentDiffPipeline.from_pretrained(
-        str(own if own.is_dir() else path), controlnet=controlnet
-    )
+    """Open a model or a run's, as `latentdiff sample` does, and the side of its images."""
+    pipe = open_pipeline(str(path), dtype="auto", fast=True)
+    if controlnet is not None:
+        pipe.load_controlnet(controlnet)
     pipe.set_progress_bar_config(disable=True)
     return pipe, trained_size_px(pipe.unet, factor=pipe.vae_scale_factor)[0]
 
@@ -102,12 +102,9 @@ def generate(pipe, folder, args, **images):
 @torch.no_grad()
 def reconstruct(pipe, images):
     """Return images after the VAE alone, the best that a model in its latents can do."""
-    pixels = to_pixels(images)
-    parts = [
-        pipe.vae.decode(pipe.vae.encode(part).latent_dist.mode()).sample
-        for part in pixels.split(32)
-    ]
-    return [to_pil(one) for one in torch.cat(parts)]
+    codec = LatentCodec(pipe.vae)
+    parts = [codec.decode(codec.encode(part, None)) for part in to_pixels(images).split(32)]
+    return [to_pil(one.float()) for one in torch.cat(parts)]
 
 
 def to_pixels(images):
@@ -216,7 +213,10 @@ def edit(args):
 
 
 def inpaint(args):
-    """Compare what fills a hole, pasted into the image, with the real one there and around it."""
+    """Compare what fills a hole, pasted into the image, with the real one there and around it.
+
+    kept: with keep_unmasked; it is what the sheet shows, before it is pasted.
+    """
     pipe, side = open_pipe(args.run)
     folder = Folder(args.folder, args.num, side)
     rng, hole = np.random.default_rng(0), round(HOLE * side)
@@ -224,22 +224,25 @@ def inpaint(args):
     masks = [hole_mask(corner, hole, side) for corner in corners]
     real = folder.images
     made = generate(pipe, folder, args, image=real, mask_image=masks)
+    args.extra = {"keep_unmasked": True}
+    kept = generate(pipe, folder, args, image=real, mask_image=masks)
     decoded = reconstruct(pipe, real)
     filled = {
         "inpainted": pasted(made, real, masks),
+        "kept": pasted(kept, real, masks),
         "copy_paste": pasted(real[1:] + real[:1], real, masks),
         "mean_color": [mean_filled(*x) for x in zip(real, masks, strict=True)],
         "vae": pasted(decoded, real, masks),
     }
     gray = [Image.new("RGB", mask.size, "gray") for mask in masks]
-    draw_sheet(args, folder, {"hidden": pasted(gray, real, masks), "inpainted": made})
+    draw_sheet(args, folder, {"hidden": pasted(gray, real, masks), "inpainted": kept})
     boxes = [around(corner, hole, side) for corner in corners]
     cut = {name: cropped(images, boxes) for name, images in filled.items()}
     figures = likeness(cut, cropped(real, boxes), args)
     known = ~np.stack([np.asarray(mask) > 0 for mask in masks])
     figures["known_rmse_of_255"] = {
         name: round(float(rms(to_pixels(images), to_pixels(real), known)) * 127.5, 2)
-        for name, images in (("inpainted", made), ("vae", decoded))
+        for name, images in (("inpainted", made), ("kept", kept), ("vae", decoded))
     }
     if "kind" in folder.rows[0]:
         figures["judge"] = {name: judge(some, folder) for name, some in filled.items()}
@@ -363,7 +366,7 @@ def parse():
     data.add_argument("out", type=Path)
     data.add_argument("--num_train", type=int, default=4000)
     data.add_argument("--num_test", type=int, default=200)
-    data.add_argument("--size_px", type=int, default=64)
+    data.add_argument("--size_px", type=int, default=128)
     for name, score in KINDS.items():
         one = commands.add_parser(name, help=score.__doc__)
         one.add_argument("run", type=Path)

@@ -89,6 +89,9 @@ class SampleOptions:
     padding_mask_crop: int | None = None
     """pixels around what is to be repainted: this part alone is made, at the model's size, and
     pasted back, so that all other pixels stay; by default the whole image is made anew"""
+    keep_unmasked: bool = False
+    """an inpainting model keeps what `mask` leaves black to what the VAE makes of it, and does not
+    make it anew, as diffusers does; models that read no mask always keep it"""
     strength: float | None = None
     """share of the chain that is run from `image`, in (0, 1]: how much of it is made anew; by
     default 0.8"""

@@ -82,7 +82,7 @@ def write_shape_pairs(
     *,
     num_train: int = 4000,
     num_test: int = 200,
-    size_px: int = 64,
+    size_px: int = 128,
     pair_fraction: float = 0.5,
     seed: int = 0,
 ) -> Path:

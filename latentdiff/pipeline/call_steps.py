@@ -165,6 +165,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
         *,
         strength: object,
         padding_mask_crop: object,
+        keep_unmasked: object,
         output_type: str,
     ) -> ImageInputs:
         """Check the image, the mask and what is made of them."""
@@ -186,6 +187,7 @@ class CallStepsMixin(EncodePromptMixin, LoadingMixin):
             num_images=prompts.num_images,
             needs_mask=self._reads_mask,
             padding_mask_crop=padding_mask_crop,
+            keep_unmasked=keep_unmasked,
         )
 
     def _read_condition(

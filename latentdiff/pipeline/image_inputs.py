@@ -42,12 +42,14 @@ class ImageInputs:
 
     strength: the part of the chain that is denoised, None without an image. padding_mask_crop: the
     part around the mask alone is made, with so many pixels around it, and pasted back.
+    keep_unmasked: a U-Net that reads the mask keeps the latents of what is not masked.
     """
 
     image: ImageList | None = None
     mask: ImageList | None = None
     strength: float | None = None
     padding_mask_crop: int | None = None
+    keep_unmasked: bool = False
 
     def size(self, *, multiple: int) -> tuple[int, int] | None:
         """Return (height, width) of the first image, cut to a multiple; None for the trained."""
@@ -124,15 +126,18 @@ def read_image_inputs(
     num_images: int,
     needs_mask: bool,
     padding_mask_crop: object = None,
+    keep_unmasked: object = False,
 ) -> ImageInputs:
     """Read images and masks: one for all, one a prompt, or one for each image to be made.
 
     strength: in (0, 1]; None is 1 with a mask and 0.8 without. padding_mask_crop: pixels around
-    masks, None for whole images. Raises ValueError naming what is missing, of the wrong kind, shape
-    or range.
+    masks, None for whole images. keep_unmasked: True or False. Raises ValueError naming what is
+    missing, of the wrong kind, shape or range.
     """
     if padding_mask_crop is not None and mask_image is None:
         raise ValueError("padding_mask_crop needs mask_image, around which it crops; pass both")
+    if checks.true_or_false("keep_unmasked", keep_unmasked) and mask_image is None:
+        raise ValueError("keep_unmasked needs mask_image, whose black part it keeps; pass both")
     if mask_image is not None and image is None:
         raise ValueError("mask_image needs the image that it belongs to; pass image too")
     if needs_mask and (image is None or mask_image is None):
@@ -148,6 +153,7 @@ def read_image_inputs(
         read_images("image", image),
         _read("mask_image", mask_image, 1),
         checks.in_range("strength", strength, low=0.0, high=1.0),
+        keep_unmasked=bool(keep_unmasked),
     )
     for name, images in (("image", given.image), ("mask_image", given.mask)):
         check_number(name, images, num_prompts=num_prompts, num_images=num_images)

@@ -32,7 +32,8 @@ class InpaintState:
     """Latents of one call, float32 on one device.
 
     noise, z0, masked_z0: (B, C, h, w); mask: (B, 1, h, w) of 0 (keep) and 1 (paint).
-    is_all_noise: the chain starts from noise alone although an image is known.
+    is_all_noise: the chain starts from noise alone although an image is known. keeps_unmasked: z0
+    is put back where mask is 0.
     """
 
     noise: Tensor
@@ -40,6 +41,7 @@ class InpaintState:
     mask: Tensor | None = None
     masked_z0: Tensor | None = None
     is_all_noise: bool = False
+    keeps_unmasked: bool = False
 
     def start(self, scheduler: Any, timesteps: Tensor) -> Tensor:
         """Return the latents of the first timestep: noise alone, or the image under noise."""
@@ -58,8 +60,10 @@ class InpaintState:
 
     def paste_known(self, scheduler: Any, latents: Tensor, later: Tensor) -> Tensor:
         """Put the image back where it is not painted, at the noise of the next timestep."""
-        if self.z0 is None or self.mask is None or self.masked_z0 is not None:
+        if not self.keeps_unmasked:
             return latents
+        assert self.z0 is not None
+        assert self.mask is not None
         known = self.z0
         if len(later):
             known = scheduler.add_noise(self.z0, self.noise, later[:1])
@@ -79,7 +83,8 @@ def prepare_latents(
     """Encode the caller's images and sample the noise (B, C, h, w) unless it is given.
 
     Random numbers come in stock diffusers' order, so that its seeds and ours agree: image,
-    noise, masked image; a U-Net that reads the mask needs no image at strength 1.
+    noise, masked image; a U-Net that reads the mask needs no image at strength 1, but to keep what
+    is not masked, for which the mode of its latents takes no random numbers.
     """
     noise = None if noise is None else noise.to(device, torch.float32)
     if images.image is None:
@@ -94,6 +99,8 @@ def prepare_latents(
         return codec.encode(part.to(device), eps)
 
     z0 = None if reads_mask and images.strength == 1 else encode(pixels)
+    if z0 is None and images.keep_unmasked:
+        z0 = codec.encode(pixels.to(device), None)
     noise = randn(shape, generator, device=device) if noise is None else noise
     if mask is None:
         return InpaintState(noise, z0)
@@ -105,6 +112,7 @@ def prepare_latents(
         small,
         masked_z0 if reads_mask else None,
         is_all_noise=images.strength == 1,
+        keeps_unmasked=images.keep_unmasked or not reads_mask,
     )
 
 

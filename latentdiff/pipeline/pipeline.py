@@ -70,7 +70,8 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
       (conditioning/image_condition.py). Inpainting models read image and mask_image instead.
     - image, strength in (0, 1]: start from an image, a tensor or array in [0, 1] or [-1, 1];
       mask_image: white where to paint; padding_mask_crop: only what lies so many pixels around it
-      is made, at the model's size, and pasted back, so that all other pixels stay.
+      is made, at the model's size, and pasted back, so that all other pixels stay; keep_unmasked:
+      an inpainting model keeps all else to what the VAE makes of it, as other models always do.
     - height, width: in pixels, by default the image's or condition's, or those of the training;
       window_size: for larger canvases, the side in pixels of square windows in which the U-Net
       predicts one by one, overlapping by window_overlap in [0, 1): each step costs a pass a window.
@@ -170,6 +171,7 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
         image: Any = None,
         mask_image: Any = None,
         padding_mask_crop: int | None = None,
+        keep_unmasked: bool = False,
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -244,6 +246,7 @@ class LatentDiffPipeline(CallStepsMixin, DiffusionPipeline, StableDiffusionMixin
             mask_image,
             strength=strength,
             padding_mask_crop=padding_mask_crop,
+            keep_unmasked=keep_unmasked,
             output_type=output_type,
         )
         read = self._read_condition(

@@ -67,6 +67,7 @@ def generation_metadata(
         "image_guidance_scale": guidance.image_scale if is_edit else None,
         "strength": images.strength,
         "padding_mask_crop": images.padding_mask_crop,
+        "keep_unmasked": images.keep_unmasked or None,  # None: the default
         "long_prompts": prompts.long_prompts,
         "clip_skip": prompts.clip_skip,
         "lora_scale": prompts.lora_scale,

@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {  # of what a PNG file leaves out, as not given or o
     "guidance_interval": [0.0, 1.0],
     "strength": None,
     "padding_mask_crop": None,
+    "keep_unmasked": False,
     "eta": 0.0,
     "long_prompts": "truncate",
     "prompt_weighting": True,
@@ -119,6 +120,7 @@ class ResumeFolder:
             "width": width,
             "strength": self._images.strength,
             "padding_mask_crop": self._images.padding_mask_crop,
+            "keep_unmasked": self._images.keep_unmasked,
             "guidance_rescale": given["guidance_rescale"],
             "guidance_interval": list(interval),
             "long_prompts": checks.long_prompts(given["long_prompts"]),
@@ -161,6 +163,7 @@ class ResumeFolder:
             num_images=1,
             needs_mask=self.pipe.condition_kind == "inpaint",
             padding_mask_crop=self.arguments["padding_mask_crop"],
+            keep_unmasked=self.arguments["keep_unmasked"],
         )
 
     @cached_property

@@ -108,7 +108,7 @@ def options_from_image(
     call = settings.get("call")
     if not isinstance(call, dict) or not isinstance(call.get("prompt"), str):
         raise ValueError(f"settings_from={path} states no prompt")
-    names = (*OPTIONS, *(["strength", "padding_mask_crop"] if has_image else []))
+    names = (*OPTIONS, *(["strength", "padding_mask_crop", "keep_unmasked"] if has_image else []))
     options = {name: call[name] for name in names if name in call}
     if isinstance(scheduler := settings.get("scheduler"), dict):
         if name := scheduler_name(scheduler):
@@ -275,6 +275,7 @@ def _arguments(options: SampleOptions) -> dict[str, Any]:
         "mask_image": _open("mask", options.mask),
         "strength": options.strength,
         "padding_mask_crop": options.padding_mask_crop,
+        "keep_unmasked": options.keep_unmasked,
         "guidance_rescale": options.guidance_rescale,
         "guidance_interval": None if interval is None else tuple(interval),
         "long_prompts": options.long_prompts,

@@ -91,6 +91,7 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "mask_image": st.sampled_from([noise_image(32).convert("L"), torch.ones(8, 8), np.eye(9)]),
     "strength": st.floats(0, 1),
     "padding_mask_crop": st.integers(0, 40),
+    "keep_unmasked": st.booleans(),
     "long_prompts": st.sampled_from(["truncate", "cut", "chunks"]),
     "clip_skip": st.integers(0, 1),
     "lora_scale": st.floats(-1, 2),
@@ -126,7 +127,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         if "image" not in call:
             call.pop("mask_image", None), call.pop("strength", None)
         if "mask_image" not in call:
-            call.pop("padding_mask_crop", None)
+            call.pop("padding_mask_crop", None), call.pop("keep_unmasked", None)
     if draw(st.integers(0, 3)) == 0:
         call[draw(st.sampled_from(sorted(SENSE)))] = draw(st.sampled_from(JUNK))
     if draw(st.integers(0, 30)) == 0:

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers.image_processor import VaeImageProcessor
 from fakes_pipeline import SIZE, ddim, tiny_components, tiny_pipeline, tiny_unet
 from PIL import Image
+
+from latentdiff.models.latents import LatentCodec
 
 STEP = 1 / 255
 SCHEDULERS = [
@@ -100,6 +103,37 @@ def test_the_part_around_a_mask_is_made_and_pasted_as_in_stock(box, num_channels
     known = np.asarray(mask) == 0
     assert np.array_equal(np.asarray(made)[known], np.asarray(image)[known])
     assert not np.array_equal(np.asarray(made)[~known], np.asarray(image)[~known])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_an_inpainting_model_keeps_what_is_not_masked_where_it_is_asked_to(strength):
+    pipe = tiny_pipeline(scheduler=ddim(), unet=tiny_unet(in_channels=9))
+    image, mask = photo(1), left_half()
+    call = {"image": image, "mask_image": mask, "strength": strength, "num_inference_steps": 4}
+    kept, anew, again = (
+        pipe("a cat", seed=3, output_type="latent", keep_unmasked=keeps, **call).images
+        for keeps in (True, False, False)
+    )
+    torch.testing.assert_close(anew, again, rtol=0, atol=0)
+    half = kept.shape[-1] // 2
+    if strength == 1:
+        pixels = VaeImageProcessor(vae_scale_factor=1).preprocess(image)
+        known = LatentCodec(pipe.vae).encode(pixels, None)
+    else:  # encoded at random, as by a model that reads no mask
+        others = tiny_pipeline(scheduler=ddim(), unet=tiny_unet(in_channels=4))
+        known = others("a cat", seed=3, output_type="latent", **call).images
+    torch.testing.assert_close(kept[..., half:], known[..., half:], rtol=0, atol=1e-6)
+    assert (anew - known)[..., half:].abs().max() > 0.1
+    assert (kept - anew)[..., :half].abs().max() > 0  # the chain sees what was kept
+    made = pipe("a cat", seed=3, keep_unmasked=True, **call).images[0]
+    assert json.loads(made.info["latentdiff"])["call"]["keep_unmasked"] is True
+
+
+def test_a_model_that_reads_no_mask_keeps_what_is_not_masked_anyway():
+    pipe = tiny_pipeline(scheduler=ddim())
+    call = MASKED | {"num_inference_steps": 2, "output_type": "np"}
+    plain, kept = (pipe("a cat", seed=3, keep_unmasked=k, **call).images for k in (False, True))
+    assert np.array_equal(plain, kept)
 
 
 def test_parts_of_several_images_are_each_as_alone_and_made_again_from_their_settings():
@@ -211,6 +245,8 @@ def test_photograph_is_turned_upright_and_put_on_white():
         ({"image": photo(), "mask_image": torch.zeros(3, 8, 8)}, "mask_image has 3 images"),
         ({"image": photo(0, (3, 3))}, "image is 3 x 3 pixels .* less than 4 on a side"),
         ({"image": photo(), "padding_mask_crop": 4}, "padding_mask_crop needs mask_image"),
+        ({"image": photo(), "keep_unmasked": True}, "keep_unmasked needs mask_image"),
+        ({**MASKED, "keep_unmasked": 1}, "keep_unmasked must be True or False"),
         ({**MASKED, "padding_mask_crop": -1}, "padding_mask_crop must lie in 0..4096"),
         ({**MASKED, "padding_mask_crop": 1.5}, "padding_mask_crop must be a whole number"),
         ({**MASKED, "padding_mask_crop": 4, "output_type": "np"}, "output_type is 'np'; leave"),

@@ -166,6 +166,7 @@ def test_an_image_from_another_image_or_mask_is_not_taken_for_done(model, tmp_pa
         ([*photo, "--mask", tmp_path / "mask0.png"], "mask_image"),
         ([*photo, *mask, "--strength", 0.75], "strength"),
         ([*photo, *mask, "--padding_mask_crop", 4], "padding_mask_crop"),
+        ([*photo, *mask, "--keep_unmasked", "true"], "keep_unmasked"),
         (photo, "mask_image"),
     ):
         assert run(*arguments, *others) == 2
