@@ -104,7 +104,7 @@ def reconstruct(pipe, images):
     """Return images after the VAE alone, the best that a model in its latents can do."""
     codec = LatentCodec(pipe.vae)
     parts = [codec.decode(codec.encode(part, None)) for part in to_pixels(images).split(32)]
-    return [to_pil(one.float()) for one in torch.cat(parts)]
+    return [to_pil(one) for one in torch.cat(parts)]
 
 
 def to_pixels(images):

@@ -136,7 +136,8 @@ def read_image_inputs(
     """
     if padding_mask_crop is not None and mask_image is None:
         raise ValueError("padding_mask_crop needs mask_image, around which it crops; pass both")
-    if checks.true_or_false("keep_unmasked", keep_unmasked) and mask_image is None:
+    keeps = checks.true_or_false("keep_unmasked", keep_unmasked)
+    if keeps and mask_image is None:
         raise ValueError("keep_unmasked needs mask_image, whose black part it keeps; pass both")
     if mask_image is not None and image is None:
         raise ValueError("mask_image needs the image that it belongs to; pass image too")
@@ -153,7 +154,7 @@ def read_image_inputs(
         read_images("image", image),
         _read("mask_image", mask_image, 1),
         checks.in_range("strength", strength, low=0.0, high=1.0),
-        keep_unmasked=bool(keep_unmasked),
+        keep_unmasked=keeps,
     )
     for name, images in (("image", given.image), ("mask_image", given.mask)):
         check_number(name, images, num_prompts=num_prompts, num_images=num_images)
