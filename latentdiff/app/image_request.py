@@ -48,7 +48,7 @@ class ImageRequest:
 
     model, lora, controlnet: names in the library. kind: TEXT, IMAGE, INPAINT or CONDITION. seed: as
     typed, "" for a random one. windows: the image is made in windows of the trained size. strength
-    to controlnet_conditioning_scale: None where the kind has no use for them; keeps_unmasked: of an
+    to controlnet_conditioning_scale: None where the kind has no use for them; keep_unmasked: of an
     image, all but the painted part stays. The last eight are read by SDXL alone, the sizes as
     typed, "width x height"; "" for the default.
     """
@@ -76,7 +76,7 @@ class ImageRequest:
     strength: float | None = None
     image: Image.Image | None = None
     mask_image: Image.Image | None = None
-    keeps_unmasked: bool | None = None
+    keep_unmasked: bool | None = None
     condition: Image.Image | None = None
     image_guidance_scale: float | None = None
     noise_level: int | None = None
@@ -94,7 +94,7 @@ class ImageRequest:
     def arguments(self, facts: ModelFacts) -> dict[str, Any]:
         """Return the arguments of a model's call; images are cropped to the size."""
         own = {"model", "kind", "scheduler", "vae", "lora", "controlnet", "seed", *OF_SDXL}
-        own |= {"windows", "window_overlap", "keeps_unmasked"}
+        own |= {"windows", "window_overlap", "keep_unmasked"}
         others = own | {"image", "mask_image", "strength", "condition", *CONDITION_RANGES}
         call = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         call["negative_prompt"] = self.negative_prompt or None
@@ -108,7 +108,8 @@ class ImageRequest:
             if self.mask_image is not None:
                 nearest = Image.Resampling.NEAREST
                 call["mask_image"] = ImageOps.fit(self.mask_image, size, nearest)
-                call["padding_mask_crop"] = max(size) if self.keeps_unmasked else None
+                call["padding_mask_crop"] = max(size) if self.keep_unmasked else None
+                call["keep_unmasked"] = bool(self.keep_unmasked)
         call |= self._of_condition(facts)
         if self.windows and max(call["width"], call["height"]) > facts.window_px:
             call |= {"window_size": facts.window_px, "window_overlap": self.window_overlap}

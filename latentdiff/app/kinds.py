@@ -118,8 +118,8 @@ def _inpaint_layout() -> dict[str, Any]:
     )
     strength = _strength(INPAINT_STRENGTH, "inpaint-strength")
     info = "Paste the painted part into the image; off: the model makes all of it anew"
-    keeps = gr.Checkbox(True, label="Keep all other pixels", info=info, elem_id="keeps-unmasked")
-    return {"painting": editor, "inpaint_strength": strength, "keeps_unmasked": keeps}
+    keeps = gr.Checkbox(True, label="Keep all other pixels", info=info, elem_id="keep-unmasked")
+    return {"painting": editor, "inpaint_strength": strength, "keep_unmasked": keeps}
 
 
 def _condition_layout() -> dict[str, Any]:
@@ -212,8 +212,8 @@ def _fill_image(request: ImageRequest) -> dict[str, Any]:
 
 def _read_inpaint(values: Mapping[str, Any]) -> dict[str, Any]:
     image, mask = painted_mask(values["painting"])
-    keeps = values["keeps_unmasked"]
-    given = {"strength": values["inpaint_strength"], "keeps_unmasked": keeps}
+    keeps = values["keep_unmasked"]
+    given = {"strength": values["inpaint_strength"], "keep_unmasked": keeps}
     return {"image": image, "mask_image": mask, **given}
 
 
@@ -221,8 +221,8 @@ def _fill_inpaint(request: ImageRequest) -> dict[str, Any]:
     strength = INPAINT_STRENGTH if request.strength is None else request.strength
     image = request.image
     painting = None if image is None else painting_of(image, request.mask_image)
-    keeps = request.keeps_unmasked is not False
-    return {"painting": painting, "inpaint_strength": strength, "keeps_unmasked": keeps}
+    keeps = request.keep_unmasked is not False
+    return {"painting": painting, "inpaint_strength": strength, "keep_unmasked": keeps}
 
 
 KINDS = {

@@ -142,8 +142,10 @@ def test_an_image_is_cropped_and_a_mask_keeps_what_is_not_painted(session):
     first, second = pixels(inpainted).astype(int), pixels(again).astype(int)
     left, right = np.abs(first - second)[:, : SIZE // 4], np.abs(first - second)[:, -SIZE // 4 :]
     assert left.mean() < right.mean()
-    kept = make(session, **vars(inpainted.request) | {"keeps_unmasked": True})[0]
+    kept = make(session, **vars(inpainted.request) | {"keep_unmasked": True})[0]
     fitted = inpainted.request.arguments(session.facts)["image"]
+    arguments = [made.request.arguments(session.facts) for made in (inpainted, kept)]
+    assert [call["keep_unmasked"] for call in arguments] == [False, True]
     half = np.asarray(fitted)[:, : SIZE // 2]
     assert np.array_equal(pixels(kept)[:, : SIZE // 2], half)
     assert not np.array_equal(first[:, : SIZE // 2], half)
