@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -9,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def allocated_peak(work: Callable[[], object]) -> int:
     """Do the work; return the most bytes that it had allocated and not yet freed on the CPU."""
+    gc.collect()  # what earlier work left in cycles: freed meanwhile, it would count as less than 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     assert record.profiler is not None

@@ -1,5 +1,6 @@
 """What is said before training: parameters by part, memory that is there in the end, time left."""
 
+import gc
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
@@ -91,6 +92,24 @@ def test_estimated_activations_are_those_a_real_pass_allocates(
     peak = measured_peak(model, inputs(), precision=precision)
     print(f"{precision} {checkpointing=}: estimated {estimate:,}, measured {peak:,}")
     assert estimate == pytest.approx(peak, rel=0.1)
+
+
+def test_memory_of_earlier_work_is_no_part_of_a_peak() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself, self.tensor = self, torch.zeros(1_000_000)
+
+    def collects() -> None:
+        numbers = torch.zeros(100_000)
+        gc.collect()
+        torch.zeros_like(numbers)
+
+    gc.disable()
+    try:
+        assert allocated_peak(Cycle) == 4_000_000
+        assert allocated_peak(collects) == 800_000
+    finally:
+        gc.enable()
 
 
 def test_estimate_draws_nothing_and_leaves_the_model_as_it_is() -> None:
