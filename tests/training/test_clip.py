@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config.clip import ClipConfig
@@ -17,7 +18,7 @@ from latentdiff.evaluation.metric_nets import load_clip
 from latentdiff.models.open_clip import clip_from_open_clip
 from latentdiff.models.text import encode_text, tokenize, train_tokenizer
 from latentdiff.training.clip.pairs import DistinctCaptions, Pairs
-from latentdiff.training.clip.train_clip import build_clip, train_clip
+from latentdiff.training.clip.train_clip import attention_kernel, build_clip, train_clip
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -163,3 +164,17 @@ def test_learns_to_tell_images_apart_and_exports_clip_and_text_encoder(
         text_encoder, tokenize(tokenizer, ["red on the left and blue on the right"])
     )
     assert prompt_embeds.shape == (1, 12, 32)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_attention_in_bf16_on_a_cpu_is_of_plain_products_and_has_their_gradients(
+    precision: str,
+) -> None:
+    q, k, v = (torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3))
+    with torch.profiler.profile() as record, attention_kernel(torch.device("cpu"), precision):
+        scaled_dot_product_attention(q, k, v).sum().backward()
+    names = {event.name for event in record.events()}
+    assert ("aten::_scaled_dot_product_attention_math" in names) == (precision == "bf16")
+    plain = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
+    for wanted, x in zip(torch.autograd.grad(plain.sum(), (q, k, v)), (q, k, v), strict=True):
+        torch.testing.assert_close(x.grad, wanted, atol=1e-5, rtol=0)

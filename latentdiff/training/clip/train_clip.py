@@ -9,6 +9,7 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
@@ -91,6 +93,7 @@ class ClipRecipe(Recipe):
         fp16 = config.mixed_precision == "fp16"
         self.clip_step = AmpStep(self.model, optimizer, fp16=fp16, max_norm=1.0)
         self.clip_loss = ClipLoss()
+        self.attention = partial(attention_kernel, accelerator.device, config.mixed_precision)
         self.learning_rate = partial(  # half a cosine over the whole run, times the warm-up
             learning_rate,
             base=config.learning_rate,
@@ -121,7 +124,7 @@ class ClipRecipe(Recipe):
         device = self.accelerator.device
         pixels = preprocess(pixels.to(device), size=self.config.resolution)
         ids = tokenize(self.tokenizer, captions).to(device)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.attention():
             images, texts, scale = self.model(pixels, ids)
             loss = self.clip_loss(images.float(), texts.float(), scale)
         self.clip_step.step(loss, learning_rate=self.learning_rate(step))
@@ -208,6 +211,14 @@ def build_clip(config: ClipConfig, tokenizer: CLIPTokenizer) -> CLIP:
             layers=config.text_num_layers,
         ),
     )
+
+
+def attention_kernel(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Choose the kernel of attention: in bf16 on a CPU plain products, faster backwards."""
+    if device.type == "cpu" and precision == "bf16":
+        kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+        return kernel
+    return nullcontext()
 
 
 @torch.no_grad()
