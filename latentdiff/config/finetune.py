@@ -11,6 +11,7 @@ from latentdiff.config.choices import AdapterType, FinetuneMethod
 from latentdiff.config.validation import at_least, between, share_below_1
 
 DistillMethod = Literal["none", "guided", "progressive", "lcm_lora"]
+GuidanceWeighting = Literal["none", "inverse_square"]
 
 FIXED_BY_DISTILLATION: dict[str, Any] = {  # settings with the one value that it takes
     "finetune.method": "full",
@@ -141,6 +142,12 @@ class DistillConfig:
     """lowest guidance scale that the student learns; 1 is no guidance"""
     max_guidance: float = at_least(1, default=8.0)
     """highest guidance scale that the student learns"""
+    guidance_weighting: GuidanceWeighting = "none"
+    """weight of errors at a guidance scale; inverse_square: 1 / scale^2 times a constant, as what
+    guidance adds grows with the scale and errors at high ones would drown those at low ones"""
+    guidance_lr_factor: float = at_least(1, default=1.0)
+    """learning rate of the guidance embedding, in units of train.learning_rate; it begins at zero,
+    and at 1 a short stage hardly learns to tell the scales apart"""
 
     @property
     def is_on(self) -> bool:

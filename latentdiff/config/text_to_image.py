@@ -160,6 +160,11 @@ EFFECT_RULES = (
         "it is for a distill.method, and there is none",
     ),
     EffectRule(
+        ("distill.guidance_weighting", "distill.guidance_lr_factor"),
+        lambda config: config.distill.method in ("guided", "progressive"),
+        "it is for a student that reads the guidance scale: distill.method=guided or progressive",
+    ),
+    EffectRule(
         ("eval.unrelated_prompts",),
         lambda config: config.eval.num_samples > 0,
         "it goes with the images of eval.num_samples, which is 0",

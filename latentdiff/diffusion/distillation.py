@@ -93,6 +93,15 @@ def velocity_weights(schedule: Schedule, t: Tensor, *, prediction_type: str) -> 
     return scale[t].float() ** -2
 
 
+def guidance_weights(scale: Tensor, *, lowest: float, highest: float) -> Tensor:
+    """Return weights 1 / scale^2 of squared errors, of mean 1 for uniform scales, (B,) float32.
+
+    What guidance adds to a prediction grows with the scale, so that errors at the highest scales
+    would drown the others. scale: (B,) in [lowest, highest], 1 and more.
+    """
+    return lowest * highest / scale.float() ** 2
+
+
 def consistency_scalings(t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return c_skip and c_out, (B, 1, ...) each, of a latent consistency model.
 

@@ -11,6 +11,7 @@ from latentdiff.diffusion.distillation import (
     CLEAN,
     consistency_scalings,
     ddim_step,
+    guidance_weights,
     one_step_output,
     signal_and_noise,
     trailing_timesteps,
@@ -163,3 +164,10 @@ def test_a_weighted_error_is_that_of_the_velocity(prediction_type: str) -> None:
     torch.testing.assert_close(
         weighted, (velocity(a) - velocity(b)).square().sum(1), rtol=1e-5, atol=0
     )
+
+
+def test_errors_at_all_guidance_scales_count_as_shares_of_what_guidance_adds() -> None:
+    scale = torch.linspace(1, 8, 70_001, dtype=torch.float64)
+    weights = guidance_weights(scale, lowest=1.0, highest=8.0)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-3)  # the loss keeps its size
+    torch.testing.assert_close(weights * scale.float() ** 2, torch.full((70_001,), 8.0))

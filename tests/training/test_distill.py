@@ -107,6 +107,27 @@ def test_guided_loss_is_the_error_from_the_guided_prediction_of_the_teacher(
     torch.testing.assert_close(found.loss.detach(), expected, rtol=1e-3, atol=1e-9)
 
 
+def test_inverse_square_weighs_each_loss_by_its_guidance_scale(world: Path, tmp_path: Path) -> None:
+    found = []
+    for weighting in ("none", "inverse_square"):
+        weighed = {"distill__guidance_weighting": weighting}
+        stage, batch = set_up(world, tmp_path / weighting, **GUIDED, **weighed)
+        step = stage.train_step
+        found.append(step.objective.losses(step.model.eval(), batch, count=4).loss.detach())
+    scale = 1 + 7 * batch["guidance"]
+    torch.testing.assert_close(found[1], found[0] * 8 / scale**2)
+
+
+def test_the_guidance_embedding_has_a_learning_rate_of_its_own(world: Path, tmp_path: Path) -> None:
+    stage, batch = set_up(world, tmp_path / "run", **GUIDED, distill__guidance_lr_factor=10)
+    step = stage.train_step
+    step.step(iter([batch]), step=1, count=4, accumulation=1)
+    *others, own = sorted(step.optimizer.param_groups, key=lambda group: group["lr"])
+    assert own["params"] == [step.parameters["unet.time_embedding.cond_proj.weight"]]
+    assert {group["lr"] for group in others} == {step.lr_schedule.at(1)}
+    assert own["lr"] == pytest.approx(10 * step.lr_schedule.at(1))
+
+
 def test_halved_target_is_one_step_of_diffusers_for_two_of_the_teacher(
     world: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +205,7 @@ def test_stopped_stage_continues_bit_for_bit(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = HALVED | {"train__checkpoint_every_steps": 1, "train__ema": "true"}
+    often |= {"distill__guidance_lr_factor": 10, "distill__guidance_weighting": "inverse_square"}
     teacher, whole, pieces = world / "guided" / "pipeline", tmp_path / "whole", tmp_path / "pieces"
     assert train(distilling(world, teacher, whole, **often)) == 0
     with monkeypatch.context() as patch:

@@ -17,6 +17,7 @@ from torch import Tensor
 from latentdiff.diffusion.ddpm import q_sample
 from latentdiff.diffusion.distillation import (
     ddim_step,
+    guidance_weights,
     one_step_output,
     trailing_timesteps,
     velocity_weights,
@@ -86,6 +87,7 @@ class Distillation:
     sample_steps: TimestepSampler
     min_guidance: float
     max_guidance: float
+    weighs_guidance: bool = False  # errors by 1 / scale^2
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -113,5 +115,8 @@ class Distillation:
             wanted = self.target(zt, number, text, scale)
         output = model(zt, t, text, scale)
         weights = velocity_weights(self.schedule, t, prediction_type=self.prediction_type)
+        if self.weighs_guidance:
+            lowest, highest = self.min_guidance, self.max_guidance
+            weights = weights * guidance_weights(scale, lowest=lowest, highest=highest)
         loss = weights * per_sample_loss(output, wanted, mask=batch.get("mask"))
         return Losses(loss, t, importance_weight)

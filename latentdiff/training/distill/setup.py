@@ -65,6 +65,7 @@ def distill_objective(
         sample_steps=sample_steps,
         min_guidance=distill.min_guidance,
         max_guidance=distill.max_guidance,
+        weighs_guidance=distill.guidance_weighting == "inverse_square",
     )
 
 

@@ -111,6 +111,20 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def with_lr_factor(
+    groups: Sequence[Mapping[str, Any]], parameter: nn.Parameter, factor: float
+) -> list[dict[str, Any]]:
+    """Return the groups with one parameter in a group of its own, marked with `lr_factor`."""
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        others = [one for one in group["params"] if one is not parameter]
+        if others:
+            found.append({**group, "params": others})
+        if len(others) < len(group["params"]):
+            found.append({**group, "params": [parameter], "lr_factor": factor})
+    return found
+
+
 def check_optimizer(name: OptimizerName, device: torch.device) -> None:
     """Raise ValueError for an optimiser that cannot run on `device`, before anything is loaded."""
     _load_class(name)

@@ -336,6 +336,7 @@ def build_train_step(
         fp16=settings.mixed_precision == "fp16",
         seed=settings.seed,
         fused_backward_pass=settings.fused_backward_pass,
+        guidance_lr_factor=config.distill.guidance_lr_factor,
     )
     return train_step
 

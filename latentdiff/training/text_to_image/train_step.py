@@ -20,7 +20,11 @@ from latentdiff.training.objective import TrainingObjective
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
 from latentdiff.training.optim.lr import LRSchedule
-from latentdiff.training.optim.optimizer import build_optimizer, parameter_groups
+from latentdiff.training.optim.optimizer import (
+    build_optimizer,
+    parameter_groups,
+    with_lr_factor,
+)
 from latentdiff.training.optim.parameter_step import BackwardStep, ParameterStep
 from latentdiff.training.optim.posthoc_ema import PosthocEma, gamma_of
 from latentdiff.training.optim.state import (
@@ -63,6 +67,7 @@ class TrainStep:
         fp16: bool,
         seed: int,
         fused_backward_pass: bool = False,
+        guidance_lr_factor: float = 1.0,
     ) -> None:
         self.accelerator, self.objective, self.lr_schedule = accelerator, objective, lr_schedule
         self.max_grad_norm, self.seed = max_grad_norm, seed
@@ -70,6 +75,9 @@ class TrainStep:
         self.model = model
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups = self._groups(weight_decay, optimizer)
+        if guidance_lr_factor != 1:
+            projection = model.unet.time_embedding.cond_proj.weight
+            groups = with_lr_factor(groups, projection, guidance_lr_factor)
         self.optimizer = build_optimizer(groups, name=optimizer, lr=lr_schedule.base, betas=betas)
         self.ema = None
         if ema_decay is not None:
@@ -89,7 +97,8 @@ class TrainStep:
     ) -> StepResult:
         """Do optimiser step `step` on its micro-batches, which hold `count` samples in all."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_schedule.at(step - self.skipped, text=group["is_text"])
+            lr = self.lr_schedule.at(step - self.skipped, text=group["is_text"])
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         torch.manual_seed(hash((self.seed, step, self.accelerator.process_index)) & 0x7FFFFFFF)
         if self._backward_step is not None:
             return self._step_in_backward(next(batches), self._backward_step, step, count=count)
