@@ -69,12 +69,13 @@ def shares_of(answers, reference):
 def jobs_of(folders, args):
     """Return (name, steps, guidance scale, folder) of each row."""
     scale, jobs = args.guidance_scale, []
+    student_scale = scale if args.student_guidance_scale is None else args.student_guidance_scale
     for steps in dict.fromkeys([args.teacher_steps, *(steps for _, steps in folders)]):
         jobs.append(("teacher", steps, scale, args.teacher))
     for (name, steps), folder in folders.items():
         is_lora = name == "lcm-lora"
         jobs += [("teacher", steps, 1.0, args.teacher)] * is_lora
-        jobs.append((name, steps, 1.0 if is_lora else scale, folder))
+        jobs.append((name, steps, 1.0 if is_lora else student_scale, folder))
     return jobs
 
 
@@ -87,6 +88,7 @@ def main():
     parser.add_argument("--sets", default="seen,heldout")
     parser.add_argument("--teacher_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--student_guidance_scale", type=float, help="by default the teacher's")
     parser.add_argument("--max_steps", type=int, default=8, help="of the students to measure")
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args()
