@@ -169,6 +169,12 @@ def check_distillation(config: Any) -> None:
             f"distill.max_guidance={distill.max_guidance:g} is below distill.min_guidance="
             f"{distill.min_guidance:g}, expected scales that rise"
         )
+    if config.train.optimizer == "prodigy" and distill.guidance_lr_factor != 1:
+        raise ValueError(
+            f"distill.guidance_lr_factor={distill.guidance_lr_factor:g}, and "
+            "train.optimizer=prodigy has one learning rate for all that is trained: "
+            "set distill.guidance_lr_factor=1"
+        )
     is_lora = distill.method == "lcm_lora"
     if is_lora and not config.train.ema:
         raise ValueError(

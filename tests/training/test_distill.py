@@ -239,6 +239,14 @@ def test_resume_with_another_teacher_is_refused(world: Path, tmp_path: Path) -> 
         ({"diffusion__timestep_sampling": "loss_aware"}, "loss_aware has no form"),
         ({"distill__max_guidance": 2, "distill__min_guidance": 3}, r"is below distill\.min"),
         ({"model__pretrained": "", "model__vae": "x"}, "set model.pretrained"),
+        (
+            {
+                "distill__guidance_lr_factor": 10,
+                "train__optimizer": "prodigy",
+                "train__learning_rate": 1,
+            },
+            "set distill.guidance_lr_factor=1",
+        ),
         ({"distill__method": "none"}, "distill.num_steps=8 has no effect"),
     ],
 )
