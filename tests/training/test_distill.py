@@ -23,7 +23,7 @@ from latentdiff.diffusion.schedules import Schedule
 from latentdiff.models.build import make_ddpm_scheduler
 from latentdiff.models.components import load_components
 from latentdiff.models.conditioning import Conditioning
-from latentdiff.models.unet.guidance_embedding import guidance_features
+from latentdiff.models.unet.guidance_embedding import PROJECTION, guidance_features
 from latentdiff.pipeline.files.model_info import default_steps, read_model_info
 from latentdiff.pipeline.schedulers import distilled_scheduler
 from latentdiff.training.distill import consistency, objective
@@ -123,7 +123,7 @@ def test_the_guidance_embedding_has_a_learning_rate_of_its_own(world: Path, tmp_
     step = stage.train_step
     step.step(iter([batch]), step=1, count=4, accumulation=1)
     *others, own = sorted(step.optimizer.param_groups, key=lambda group: group["lr"])
-    assert own["params"] == [step.parameters["unet.time_embedding.cond_proj.weight"]]
+    assert own["params"] == [step.parameters[f"unet.{PROJECTION}"]]
     assert {group["lr"] for group in others} == {step.lr_schedule.at(1)}
     assert own["lr"] == pytest.approx(10 * step.lr_schedule.at(1))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latentdiff.config.choices import OptimizerName
 from latentdiff.evaluation.metrics.heldout_loss import NUM_BUCKETS
+from latentdiff.models.unet.guidance_embedding import PROJECTION
 from latentdiff.training.objective import TrainingObjective
 from latentdiff.training.optim.ema import Ema
 from latentdiff.training.optim.gradients import clip_gradients, step_if_finite
@@ -76,7 +77,7 @@ class TrainStep:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups = self._groups(weight_decay, optimizer)
         if guidance_lr_factor != 1:
-            projection = model.unet.time_embedding.cond_proj.weight
+            projection = model.unet.get_parameter(PROJECTION)
             groups = with_lr_factor(groups, projection, guidance_lr_factor)
         self.optimizer = build_optimizer(groups, name=optimizer, lr=lr_schedule.base, betas=betas)
         self.ema = None
