@@ -426,10 +426,11 @@ class DistillOptions:
     steps: int = 4
     """sampling steps of the last student: 16, 8, 4, 2 or 1"""
     guided_steps: int = at_least(0, default=0)
-    """optimiser steps of the first stage, which learns guidance; 0: 3/16 of those of the teacher's
-    last training"""
+    """optimiser steps of the first stage, which learns guidance; 0: for 5/32 of the images of the
+    teacher's last training"""
     halving_steps: int = at_least(0, default=0)
-    """optimiser steps of each halving; 0: 3/32 of those of the teacher's last training"""
+    """optimiser steps of each halving; 0: for 1/32, 2/32, 3/32, 4/32 and 6/32 of the images of the
+    teacher's last training, for 16, 8, 4, 2 and 1 sampling steps"""
     lora_steps: int = at_least(1, default=1000)
     """optimiser steps of lcm_lora"""
     teacher_images: int = at_least(0, default=0)

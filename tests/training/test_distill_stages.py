@@ -147,22 +147,26 @@ def test_the_plan_has_a_stage_a_halving_and_names_the_cost(world: Path, tmp_path
     assert len({stage.config.train.seed for stage in stages}) == 5
     last = plan_lines(stages, read_model_info(world / "base" / "pipeline"))[-1]
     assert last == (
-        "in all 44 steps, as costly as 73 of plain training; the teacher's last training had 2"
+        "in all 44 steps of 4 images, as costly as 73 of plain training; "
+        "the teacher's last training had 2 of 4 images"
     )
     with pytest.raises(ValueError, match="steps=3, expected 16, 8, 4, 2 or 1"):
         distill(given, DistillOptions(steps=3))
 
 
 @pytest.mark.parametrize("steps", [1_150, 30_000])
+@pytest.mark.parametrize("batches", [1, 2])
 def test_down_to_one_step_all_stages_cost_a_tenth_more_than_the_teachers_training_at_most(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, batches: int
 ) -> None:
-    known = ModelInfo(steps=steps)
+    given = template(world, tmp_path)
+    known = ModelInfo(steps=steps, batch_size=batches * given.train.batch_size)
     monkeypatch.setattr("latentdiff.training.distill.stages._info", lambda template: known)
-    stages = plan_stages(template(world, tmp_path), DistillOptions(steps=1))
-    lengths = [stage.config.train.max_steps for stage in stages]
-    assert lengths == [int(steps * 3 / 16), *5 * [int(steps * 3 / 32)]]
-    assert 1.05 < COST * sum(lengths) / steps <= 1.1
+    lengths = [
+        stage.config.train.max_steps for stage in plan_stages(given, DistillOptions(steps=1))
+    ]
+    assert lengths == [int(batches * steps * share / 32) for share in (5, 1, 2, 3, 4, 6)]
+    assert 1.05 < COST * sum(lengths) / (batches * steps) <= 1.1
 
 
 def test_a_teacher_of_unknown_training_is_given_the_steps(

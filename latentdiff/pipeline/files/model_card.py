@@ -224,6 +224,7 @@ def _last_training(info: ModelInfo) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("Training data", info.dataset),
         ("Training steps", info.steps),
+        ("Images per step", info.batch_size),
         ("Caption dropout", info.caption_dropout),
     ]
     if info.condition_kind == "instruct_pix2pix":

@@ -40,7 +40,8 @@ class ModelInfo:
 
     caption_dropout: part of the captions replaced by the empty one in the last training, 0 for
     none at all; base_caption_dropout: the most in any training of the base model before. dataset,
-    steps: of the last training, optimiser steps. loras: name to weight of those merged in since.
+    steps, batch_size: of the last training, optimiser steps and images of each. loras: name to
+    weight of those merged in since.
     flow_shift: of the sigmas of rectified flow, None where it is 1. metrics: name to value, with
     sample counts where they are estimates. guidance_scale: of a call that gives none.
     num_inference_steps: of a model that is distilled to so few; guidance_range: the lowest and
@@ -61,6 +62,7 @@ class ModelInfo:
     dataset: str | None = None
     licence: str | None = None
     steps: int | None = None
+    batch_size: int | None = None
     resolution: int | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None

@@ -29,8 +29,15 @@ from latentdiff.training.text_to_image.resolution import with_resolution
 from latentdiff.training.text_to_image.train_t2i import train
 
 logger = logging.getLogger(__name__)
-GUIDED_SHARE, HALVING_SHARE = 3 / 16, 3 / 32  # of the teacher's optimiser steps
-COST = 5 / 3  # forward units of a step, next to plain training: the teacher predicts twice
+GUIDED_SHARE = 5 / 32  # of the images of the teacher's last training
+HALVING_SHARES = {
+    16: 1 / 32,
+    8: 2 / 32,
+    4: 3 / 32,
+    2: 4 / 32,
+    1: 6 / 32,
+}  # the last are the hardest
+COST = 5 / 3  # forward units of an image, next to plain training: the teacher predicts twice
 LCM_COST = 6 / 3  # the target is one more
 ADAPTERS = ("lora", "lora_kohya.safetensors")  # of an LCM-LoRA
 
@@ -84,11 +91,10 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
         template = replace(template, data=data_of_teacher(template.data, out))
     if options.method == "lcm_lora":
         return [_lora_stage(template, options)]
-    guided, halving = _lengths(template, options)
-    counts = [count for count in STUDENT_STEPS if count >= options.steps]
+    lengths = _lengths(template, options)
     teacher = str(resolve_model(template.model.pretrained))
     stages: list[Stage] = []
-    for number, count in enumerate([2 * STUDENT_STEPS[0], *counts]):
+    for number, (count, max_steps) in enumerate(lengths.items()):
         name = f"{number}-{count}" if number else "0-guided"
         distill = replace(
             template.distill, method="progressive" if number else "guided", num_steps=count
@@ -100,7 +106,7 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
             distill=distill,
             train=replace(
                 template.train,
-                max_steps=halving if number else guided,
+                max_steps=max_steps,
                 seed=template.train.seed + number,
             ),
             preview=replace(template.preview, num_steps=count),
@@ -110,16 +116,21 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
     return stages
 
 
-def _lengths(template: Config, options: DistillOptions) -> tuple[int, int]:
-    """Return the optimiser steps of the first stage and of each halving."""
-    given, known = (options.guided_steps, options.halving_steps), _info(template).steps
-    if not all(given) and not known:
+def _lengths(template: Config, options: DistillOptions) -> dict[int, int]:
+    """Return the optimiser steps of each stage by its student's sampling steps, first to last."""
+    guided, halving, teacher = options.guided_steps, options.halving_steps, _info(template)
+    if not (guided and halving) and not teacher.steps:
         raise ValueError(
             f"{template.model.pretrained} does not say how many steps it was trained for, of which "
             "a stage takes a share; give --guided_steps and --halving_steps, such as 2000 and 1000"
         )
-    shares = [max(1, int((known or 0) * share)) for share in (GUIDED_SHARE, HALVING_SHARE)]
-    return given[0] or shares[0], given[1] or shares[1]
+    batch_size = template.train.batch_size
+    known = (teacher.steps or 0) * (teacher.batch_size or batch_size) / batch_size
+    lengths = {2 * STUDENT_STEPS[0]: guided or max(1, int(known * GUIDED_SHARE))}
+    for count in STUDENT_STEPS:
+        if count >= options.steps:
+            lengths[count] = halving or max(1, int(known * HALVING_SHARES[count]))
+    return lengths
 
 
 def _lora_stage(template: Config, options: DistillOptions) -> Stage:
@@ -138,18 +149,20 @@ def _lora_stage(template: Config, options: DistillOptions) -> Stage:
 def plan_lines(stages: list[Stage], teacher: ModelInfo) -> list[str]:
     """Return the plan for a person: what each stage takes, and the cost of all."""
     lines, total = ["stages, each measured against the first teacher:"], 0
+    batch_size = stages[0].config.train.batch_size
     unit = LCM_COST if stages[0].config.distill.method == "lcm_lora" else COST
     for stage in stages:
         train, distill = stage.config.train, stage.config.distill
         total += train.max_steps
         lines.append(
-            f"  {stage.name:9} {train.max_steps:,} steps of {train.batch_size} images, "
-            f"learning rate {train.learning_rate:.2g}: a student of {distill.num_steps} sampling "
-            "steps"
+            f"  {stage.name:9} {train.max_steps:,} steps, learning rate {train.learning_rate:.2g}: "
+            f"a student of {distill.num_steps} sampling steps"
         )
-    cost = f"in all {total:,} steps, as costly as {round(unit * total):,} of plain training"
+    cost = f"in all {total:,} steps of {batch_size} images, as costly as {round(unit * total):,}"
+    cost += " of plain training"
     if teacher.steps:
         cost += f"; the teacher's last training had {teacher.steps:,}"
+        cost += f" of {teacher.batch_size} images" if teacher.batch_size else ""
     return [*lines, cost]
 
 

@@ -275,6 +275,7 @@ def _facts(run: Run, step: int) -> ModelInfo:
         base_model=config.model.pretrained or None,
         dataset=", ".join(public_dataset_name(data.root) for data in config.data.each_source()),
         steps=step,
+        batch_size=config.train.batch_size,
         resolution=config.data.side_px,
         guidance_scale=base.guidance_scale,
         num_inference_steps=distill.num_steps if distill.is_on else None,
