@@ -7,16 +7,17 @@ on two, each in a process of its own: a guided step (both captions in one pass) 
 in channels_last and of LatentDiffPipeline's packed U-Net, a step of a student that reads the
 guidance, decoding by the VAE, and by a tiny one of TAESD's size; all in bf16. After them, in
 processes of their own, OpenVINO's bf16 passes of the same networks, and stable-diffusion.cpp's
-calls from a float16 file, whose step is the difference of two calls, where `openvino` and
-`stable_diffusion_cpp` are installed; "skipped" says what was not. Seconds are the processes' CPU
-time on one core, the clock's on two. A call is its steps and its decoding: the text encoder's part,
-below a hundredth, is not in it. Prints one JSON line.
+calls from a float16 file, whose step is the difference of two calls, where `openvino` and the
+wheel `cyllama`, which holds it, are installed; "skipped" says what was not. Seconds are the
+processes' CPU time on one core, the clock's on two. A call is its steps and its decoding: the text
+encoder's part, below a hundredth, is not in it. Prints one JSON line.
 """
 
 import argparse
 import importlib.util
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,15 +162,21 @@ class StableDiffusionCpp:
         return {"parts": parts, "seconds": call_seconds(parts, guided=["guided"], few="few")}
 
     def _seconds(self, steps, **options):
-        from stable_diffusion_cpp import StableDiffusion
+        from cyllama import sd
 
-        options |= {"n_threads": self.threads, "verbose": False}
-        model, side = StableDiffusion(model_path=str(self.file), **options), 8 * LATENT_SIZE
-        call = {"width": side, "height": side, "cfg_scale": 1.0, "sample_method": "euler"}
-        return [
-            timed(lambda num=num: model.generate_image("a cat", sample_steps=num, **call))()
-            for num in steps
-        ]
+        side = 8 * LATENT_SIZE
+        call = {"sample_method": sd.SampleMethod.EULER, "scheduler": sd.Scheduler.DISCRETE}
+        call |= {"width": side, "height": side, "cfg_scale": 1.0, "seed": 0}
+        found = []
+        for num in steps:
+            context = sd.SDContextParams(model_path=str(self.file))
+            context.n_threads = self.threads
+            for name, value in options.items():
+                setattr(context, name, value)
+            model = sd.SDContext(context)  # generates once: its weights are freed as they are used
+            work = partial(model.generate, "a cat", sample_steps=num, **call)
+            found.append(timed(work)())
+        return found
 
 
 def write_single_file(path):
@@ -211,7 +218,7 @@ def main():
     print(json.dumps(figures | machine()), flush=True)
 
 
-ENGINES = {"torch": Torch, "openvino": OpenVino, "stable_diffusion_cpp": StableDiffusionCpp}
+ENGINES = {"torch": Torch, "openvino": OpenVino, "cyllama": StableDiffusionCpp}
 
 if __name__ == "__main__":
     main()
