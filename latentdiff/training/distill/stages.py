@@ -30,13 +30,7 @@ from latentdiff.training.text_to_image.train_t2i import train
 
 logger = logging.getLogger(__name__)
 GUIDED_SHARE = 5 / 32  # of the images of the teacher's last training
-HALVING_SHARES = {
-    16: 1 / 32,
-    8: 2 / 32,
-    4: 3 / 32,
-    2: 4 / 32,
-    1: 6 / 32,
-}  # the last are the hardest
+HALVING_SHARES = dict(zip(STUDENT_STEPS, (1 / 32, 2 / 32, 3 / 32, 4 / 32, 6 / 32), strict=True))
 COST = 5 / 3  # forward units of an image, next to plain training: the teacher predicts twice
 LCM_COST = 6 / 3  # the target is one more
 ADAPTERS = ("lora", "lora_kohya.safetensors")  # of an LCM-LoRA
