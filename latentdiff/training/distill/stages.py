@@ -98,11 +98,7 @@ def plan_stages(template: Config, options: DistillOptions) -> list[Stage]:
             output_dir=str(out / "stages" / name),
             model=replace(template.model, pretrained=teacher),
             distill=distill,
-            train=replace(
-                template.train,
-                max_steps=max_steps,
-                seed=template.train.seed + number,
-            ),
+            train=replace(template.train, max_steps=max_steps, seed=template.train.seed + number),
             preview=replace(template.preview, num_steps=count),
         )
         stages.append(Stage(name, config))
